@@ -1,0 +1,150 @@
+"""Token ids on disk: one writer and one reader of the shard files of a split. Little-endian uint16 or uint32."""
+
+import hashlib
+import os
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from headway.config import UsageError
+
+SHARD_TOKENS = 1 << 26
+"""Largest shard, in tokens (128 MiB of uint16)."""
+WHOLE_HASH_BYTES = 16 << 20
+SAMPLE_BLOCKS, SAMPLE_BYTES = 256, 4096
+
+
+def damaged(folder: Path, what: str) -> UsageError:
+    """The error for a cache folder that is not what its manifest says."""
+    return UsageError(
+        f"the cached data in {folder} do not match their manifest ({what}); delete that folder and run again"
+    )
+
+
+class ShardWriter:
+    """Writes the ids of one split into shards of at most `shard_tokens`; documents may cross shards."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.tokens = self.documents = self.text_bytes = 0
+        self._shards: list[dict[str, int | str]] = []
+        self._file: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+        self._in_shard = self._documents_before = 0
+
+    def write(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append ids (any integer dtype) that stand for `text_bytes` bytes of text."""
+        self.text_bytes += text_bytes
+        while len(ids):
+            if self._file is None:
+                self._file = (self.folder / f"{self.split}-{len(self._shards):05d}.bin").open(
+                    "wb", buffering=1 << 20
+                )
+            now, ids = np.split(ids, [self.shard_tokens - self._in_shard])
+            content = now.astype(self.dtype).tobytes()
+            self._file.write(content)
+            self._hash.update(content)
+            self.tokens += len(now)
+            self._in_shard += len(now)
+            if self._in_shard == self.shard_tokens:
+                self._finish()
+
+    def end_document(self, eos: np.ndarray) -> None:
+        """Append eos, an array of one id."""
+        self.documents += 1
+        self.write(eos, 0)
+
+    def close(self) -> dict:
+        """Sync the last shard; the split's part of the manifest."""
+        self._finish()
+        totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+        return {**totals, "shards": self._shards}
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        path = Path(self._file.name)
+        self._shards.append(
+            {
+                "file": path.name,
+                "tokens": self._in_shard,
+                "documents": self.documents - self._documents_before,
+                "bytes": path.stat().st_size,
+                "sha256": self._hash.hexdigest(),
+                "sample": sample_digest(path),
+            }
+        )
+        self._file, self._hash = None, hashlib.sha256()
+        self._in_shard, self._documents_before = 0, self.documents
+
+
+class Tokens:
+    """The ids of one split, mapped into memory over all of its shards; `len` is their number."""
+
+    def __init__(self, folder: Path, split: dict, dtype: np.dtype, vocab_size: int, verify: bool):
+        self.folder = folder
+        self.vocab_size = vocab_size
+        self.documents: int = split["documents"]
+        self.text_bytes: int = split["text_bytes"]
+        """Bytes of text (UTF-8) that the ids stand for, for exact bits per byte of a whole split."""
+        for shard in split["shards"]:
+            _check(folder, shard, dtype, verify)
+        self._parts = [
+            np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in split["shards"]
+        ]
+        self._starts = [0, *accumulate(len(part) for part in self._parts)]
+        if len(self) != split["tokens"]:
+            raise damaged(folder, f"{len(self):,} tokens, manifest {split['tokens']:,}")
+        self.digest = hashlib.sha256(
+            "".join(shard["sha256"] for shard in split["shards"]).encode()
+        ).hexdigest()
+        """A hash of all ids and their order."""
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (int64 [n]) with the ids from `start` on; after the last id comes the first again.
+        UsageError for an id that the vocabulary does not have (a damaged shard)."""
+        assert 0 <= start < len(self)
+        done = 0
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while done < len(out):
+            part = self._parts[number]
+            inside = start + done - self._starts[number] if done == 0 else 0
+            now = part[inside : inside + len(out) - done]
+            out[done : done + len(now)] = now
+            done += len(now)
+            number = (number + 1) % len(self._parts)
+        if out.max() >= self.vocab_size:
+            raise damaged(self.folder, f"token id {out.max()}, vocabulary {self.vocab_size}")
+
+
+def sample_digest(path: Path) -> str:
+    """sha256 of 256 blocks of 4 KiB, evenly spread from the first to the last byte."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in range(SAMPLE_BLOCKS):
+            file.seek(max(size - SAMPLE_BYTES, 0) * block // (SAMPLE_BLOCKS - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _check(folder: Path, shard: dict, dtype: np.dtype, verify: bool) -> None:
+    path = folder / shard["file"]
+    size = path.stat().st_size
+    if size != shard["bytes"] or size != shard["tokens"] * dtype.itemsize:
+        raise damaged(folder, f"{shard['file']} has {size:,} bytes, manifest {shard['bytes']:,}")
+    if verify or size <= WHOLE_HASH_BYTES:
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
+    else:
+        same = sample_digest(path) == shard["sample"]
+    if not same:
+        raise damaged(folder, f"{shard['file']} has another hash")

@@ -1,0 +1,216 @@
+"""(seed, step, rank) → tokens, a pure function: no state, no order of calls, nothing to save but the step.
+
+Sample g = step · batch_size + row. Three pure functions lead from g to a window of text, all in O(1):
+
+1. source. With weights w, the number of samples of source s among the first g is a floor of g·w_s, so the shares are
+   reached to within one sample per source at any point, not only on average (`pick`).
+2. window. Sample n of a source belongs to epoch n // W, W = tokens // seq_len windows; its window is the value at
+   n mod W of a pseudo-random permutation that differs by epoch (`permute`). Each epoch visits every window once.
+3. place. Each epoch cuts the tokens, seen as a ring, from another random offset, so window borders move.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from headway.config import DataConfig, UsageError
+from headway.data.shards import Dataset, validate
+
+_U64 = np.uint64
+_ROUNDS = 6
+# Salts keep the uses of one seed apart.
+_SALT_PHASE, _SALT_ORDER, _SALT_OFFSET, _SALT_VAL = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of text. `targets_BS[b, s]` is the token after `tokens_BS[b, s]`; none is ignored (no −1)."""
+
+    tokens_BS: torch.Tensor
+    """int64."""
+    targets_BS: torch.Tensor
+    """int64."""
+    doc_BS: torch.Tensor | None
+    """int32, the number of the token's document in its row, from 0; an eos belongs to the document that it ends.
+    None unless `doc_mask`."""
+
+
+class Stream:
+    """Batches of a tokenised data set, training and validation."""
+
+    def __init__(self, dataset: Dataset, config: DataConfig, seed: int):
+        """UsageError if the data are shorter than a batch, or a split of a source is shorter than a window."""
+        validate(config)
+        assert len(dataset.sources) == len(config.source), (
+            "dataset and config name different sources"
+        )
+        self.dataset, self.config, self.seed = dataset, config, seed
+        _check_size(dataset, config)
+        shares = config.weights or tuple(len(source.train) for source in dataset.sources)
+        self._splits = _thresholds(shares)
+        phases = mix(_u64(seed), _u64(_SALT_PHASE), np.arange(len(shares), dtype=_U64))
+        self._phases = [int(phase) >> 32 for phase in phases]
+        self._val_windows = [(len(source.val) - 1) // config.seq_len for source in dataset.sources]
+
+    @property
+    def n_val_batches(self) -> int:
+        """Batches of the whole validation split; the last one may have fewer rows."""
+        return -(-sum(self._val_windows) // self.config.batch_size)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rows rank·B … of the global batch of `step`, B = batch_size / world; the union over ranks does not depend on
+        `world`. UsageError if `world` does not divide batch_size."""
+        size = self.config.batch_size
+        if size % world:
+            raise UsageError(
+                f"batch_size {size} is not a multiple of {world} ranks; use {-(-size // world) * world}"
+            )
+        assert 0 <= rank < world and step >= 0
+        rows = size // world
+        first = step * size + rank * rows
+        source_B, start_B = self.locate(np.arange(first, first + rows, dtype=_U64))
+        return self._read([self.dataset.sources[s].train for s in source_B], start_B)
+
+    def val_batch(self, i: int) -> Batch:
+        """Batch i of validation, the same for every seed and weight. Windows of all sources are in one fixed shuffled
+        order, so that the first few batches are a fair sample; a rest shorter than a window is left out."""
+        size, total = self.config.batch_size, sum(self._val_windows)
+        assert 0 <= i < self.n_val_batches
+        place_B = np.arange(i * size, min((i + 1) * size, total), dtype=_U64)
+        window_B = permute(place_B, total, np.broadcast_to(_u64(_SALT_VAL), place_B.shape)).astype(
+            np.int64
+        )
+        ends = np.cumsum(self._val_windows)
+        source_B = np.searchsorted(ends, window_B, side="right")
+        inside_B = window_B - (ends - self._val_windows)[source_B]
+        return self._read(
+            [self.dataset.sources[s].val for s in source_B], inside_B * self.config.seq_len
+        )
+
+    def locate(self, sample_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and first token (int64 [B] each) of the samples with these global numbers (uint64 [B])."""
+        source_B, count_B = pick(sample_B, self._splits, self._phases)
+        start_B = np.empty(len(sample_B), dtype=np.int64)
+        for s, source in enumerate(self.dataset.sources):
+            mine = source_B == s
+            n = count_B[mine]
+            length = len(source.train)
+            windows = length // self.config.seq_len
+            key = mix(_u64(self.seed), _u64(s), n // _u64(windows))
+            order = permute(n % _u64(windows), windows, mix(key, _u64(_SALT_ORDER)))
+            offset = mix(key, _u64(_SALT_OFFSET)) % _u64(length)
+            start_B[mine] = (offset + order * _u64(self.config.seq_len)) % _u64(length)
+        return source_B, start_B
+
+    def _read(self, tokens_B: list, start_B: np.ndarray) -> Batch:
+        window_BS = np.empty((len(start_B), self.config.seq_len + 1), dtype=np.int64)
+        for row, tokens, start in zip(window_BS, tokens_B, start_B, strict=True):
+            tokens.read(int(start), row)
+        doc_BS = None
+        if self.config.doc_mask:
+            ended_BS = np.cumsum(window_BS[:, :-1] == self.dataset.eos, axis=1, dtype=np.int32)
+            doc_BS = np.concatenate([np.zeros_like(ended_BS[:, :1]), ended_BS[:, :-1]], axis=1)
+        tokens_BS, targets_BS = (
+            np.ascontiguousarray(part) for part in (window_BS[:, :-1], window_BS[:, 1:])
+        )
+        return Batch(
+            torch.from_numpy(tokens_BS),
+            torch.from_numpy(targets_BS),
+            None if doc_BS is None else torch.from_numpy(doc_BS),
+        )
+
+
+def mix(*parts: np.ndarray) -> np.ndarray:
+    """Hash uint64 arrays, element by element, to uint64 (rounds of splitmix64; Steele et al. 2014)."""
+    value = np.zeros(1, dtype=_U64)
+    for part in parts:
+        value = (value ^ part) * _U64(0xD1342543DE82EF95) + _U64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
+        value ^= value >> _U64(31)
+    return value
+
+
+def permute(index_B: np.ndarray, n: int, key_B: np.ndarray) -> np.ndarray:
+    """The image of each index (uint64, below n) under the permutation of 0 … n−1 that its key (uint64) names.
+
+    A Feistel network permutes the next even power of two; an image ≥ n is sent through again until it is below n
+    (cycle walking; Black & Rogaway 2002, §3), at most 4 times on average.
+    """
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    shift, mask = _U64(half), _U64((1 << half) - 1)
+    out = index_B.astype(_U64)
+    todo = np.arange(len(out))
+    while len(todo):
+        left, right, key = out[todo] >> shift, out[todo] & mask, key_B[todo]
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (mix(key, right, _u64(number)) & mask)
+        out[todo] = left << shift | right
+        todo = todo[out[todo] >= _U64(n)]
+    return out
+
+
+def pick(
+    sample_B: np.ndarray, splits: list[int], phases: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Source (int64 [B]) of each global sample number g (uint64 [B]), and how many samples before g it gave (uint64).
+
+    One source after the other takes its share p/2³² of what the earlier ones left: it takes sample g exactly if
+    (g·p + phase) // 2³² steps up from g to g + 1. That floor is also the count; the others go on with g minus it.
+    """
+    source_B = np.full(len(sample_B), len(splits), dtype=np.int64)
+    count_B = sample_B.copy()
+    left = np.arange(len(sample_B))
+    for s, (share, phase) in enumerate(zip(splits, phases, strict=False)):
+        g = count_B[left]
+        before, after = _taken(g, share, phase), _taken(g + _U64(1), share, phase)
+        takes = after > before
+        source_B[left[takes]] = s
+        count_B[left[takes]] = before[takes]
+        left = left[~takes]
+        count_B[left] = g[~takes] - before[~takes]
+    return source_B, count_B
+
+
+def _taken(g: np.ndarray, share: int, phase: int) -> np.ndarray:
+    """(g·share + phase) // 2³² for share < 2³² and phase < 2³², without overflow up to g = 2⁶³."""
+    high, low = g >> _U64(32), g & _U64(0xFFFFFFFF)
+    return high * _U64(share) + ((low * _U64(share) + _U64(phase)) >> _U64(32))
+
+
+def _thresholds(shares: tuple[float, ...] | tuple[int, ...]) -> list[int]:
+    """For each source but the last, its share of what the sources before it leave, in units of 2⁻³²."""
+    largest = max(shares)  # relative to it first, so that huge weights do not overflow
+    relative = [share / largest for share in shares]
+    rest = [sum(relative[s:]) for s in range(len(relative))]
+    return [
+        min(max(round(2**32 * w / r), 1), 2**32 - 1)
+        for w, r in zip(relative[:-1], rest[:-1], strict=True)
+    ]
+
+
+def _u64(value: int) -> np.ndarray:
+    """An array of one, since numpy warns when scalars wrap around."""
+    return np.array([value % (1 << 64)], dtype=_U64)
+
+
+def _check_size(dataset: Dataset, config: DataConfig) -> None:
+    window = config.seq_len + 1
+    for source in dataset.sources:
+        if len(source.train) < window:
+            raise UsageError(
+                f"source {source.spec!r} has {len(source.train):,} training tokens, one window needs {window:,} "
+                "(seq_len + 1); lower seq_len or give more text"
+            )
+        if len(source.val) < window:
+            raise UsageError(
+                f"source {source.spec!r} has {len(source.val):,} validation tokens, one window needs {window:,} "
+                "(seq_len + 1); raise val_fraction, lower seq_len or give more text"
+            )
+    needed = config.batch_size * config.seq_len + 1
+    if dataset.train_tokens < needed:
+        raise UsageError(
+            f"the data have {dataset.train_tokens:,} training tokens, one batch needs {needed:,} "
+            f"(batch_size {config.batch_size} × seq_len {config.seq_len} + 1); lower one of them or give more text"
+        )

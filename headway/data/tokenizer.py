@@ -1,0 +1,234 @@
+"""Text ↔ token ids: bytes, or any `tokenizer.json` through the tokenizers library. `train_bpe` makes such a file."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from headway.config import UsageError
+
+EOS_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+    "[EOS]",
+)
+"""Names under which a `tokenizer.json` is searched for its end of document, in this order."""
+
+# GPT-4's cut into words (cl100k), with numbers in groups of two digits as nanochat does for small vocabularies.
+_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the system needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are 0 … vocab_size − 1."""
+        ...
+
+    @property
+    def eos(self) -> int:
+        """The id that ends every document; no text encodes to it."""
+        ...
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for eos and other special ids."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokenizers, wherever their files lie."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint32 ids of a text, without eos; uint8 for bytes."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, on several threads where the library has them."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; special ids vanish, bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """257 ids: 0…255 are the bytes of the text in UTF-8, 256 ends a document."""
+
+    vocab_size = 257
+    eos = 256
+    fingerprint = "bytes-257"
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int64 [257]: 1 for every byte, 0 for eos."""
+        return (np.arange(257) < 256).astype(np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint8 [bytes of the text]."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; eos vanishes (as any id ≥ 256, which a padded vocabulary may sample)."""
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`. Special tokens written out in a text are encoded as ordinary text, never as the special id.
+
+    For byte-level BPE `token_bytes` and `decode` are exact. Other kinds (SentencePiece, WordPiece) may normalise the
+    text and add or lose spaces; there `token_bytes` counts what each token shows, and bits per byte are approximate.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            content = path.read_text("utf-8")
+            self._inner = tokenizers.Tokenizer.from_str(content)
+            spec = json.loads(content)
+        except OSError as error:
+            raise UsageError(
+                f"cannot read tokenizer {str(path)!r}: {error.strerror}; give bytes or a tokenizer.json"
+            ) from None
+        except (
+            Exception
+        ) as error:  # the library raises bare Exception for a file that is no tokenizer
+            reason = (str(error).splitlines() or ["unknown format"])[0]
+            raise UsageError(
+                f"{path} is no tokenizer.json: {reason}; make one with `headway tokenize`"
+            ) from None
+        self._inner.encode_special_tokens = True
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        # A file written with other white space is the same tokenizer.
+        self.fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        found = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+        if found is None:
+            raise UsageError(
+                f"{path} has no end-of-document token ({', '.join(EOS_NAMES[:4])}, …); add <|endoftext|> as a special token"
+            )
+        self.eos = found
+        added = self._inner.get_added_tokens_decoder()
+        self._byte_level = '"ByteLevel"' in json.dumps(
+            [spec.get("decoder"), spec.get("pre_tokenizer")]
+        )
+        self._bytes: list[bytes] = [b""] * self.vocab_size
+        for token, i in vocabulary.items():
+            if i == self.eos or (i in added and added[i].special):
+                continue
+            self._bytes[i] = token.encode() if i in added else _shown(token, self._byte_level)
+        self.token_bytes = np.array([len(shown) for shown in self._bytes], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint32 [tokens], without eos or any other special token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text; the library uses all cores (TOKENIZERS_PARALLELISM=false: one)."""
+        made = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in made]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; special ids and ids outside the vocabulary vanish."""
+        kept = [i for i in map(int, ids) if i < self.vocab_size]
+        if self._byte_level:
+            return b"".join(self._bytes[i] for i in kept).decode("utf-8", "replace")
+        return self._inner.decode(kept, skip_special_tokens=True)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """`bytes`, the path of a `tokenizer.json`, or of a folder that holds one. UsageError if it cannot be read."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    return JsonTokenizer(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokenizer:
+    """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) and write it to `path` as `tokenizer.json`.
+
+    Any text can be encoded, since all 256 bytes are tokens; `<|endoftext|>` is id 0. A small corpus may have fewer
+    pairs to merge than asked for, so read the size from the result. UsageError for fewer than 257 ids or no text.
+    """
+    if vocab_size < 257:
+        raise UsageError(
+            f"vocab_size {vocab_size} is too small for byte-level BPE; use 257 (256 bytes and eos) or more"
+        )
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"cannot write {str(path)!r}: its folder does not exist")
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for text in texts:
+            seen += len(text)
+            yield text
+
+    inner.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise UsageError("there is no text to train a tokenizer on; give another data source")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(inner.to_str(pretty=True), "utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    return JsonTokenizer(target)
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's table: each byte has one printable character; those that are not printable start at U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _shown(token: str, byte_level: bool) -> bytes:
+    """The bytes of text that a token of the vocabulary stands for."""
+    if byte_level and all(char in _BYTE_OF_CHAR for char in token):
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    if match := re.fullmatch(
+        r"<0x([0-9A-Fa-f]{2})>", token
+    ):  # SentencePiece's fallback for one byte
+        return bytes([int(match[1], 16)])
+    return token.removeprefix("##").replace("▁", " ").encode()

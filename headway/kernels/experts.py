@@ -1,0 +1,208 @@
+"""Stacked experts on sorted rows, exact, with a hand-written backward that keeps no output row.
+
+N = T·H sub-tokens · L width · H heads · E experts per head · F hidden width · G pre-activations per hidden unit ·
+K slots · R = N·K sorted (token, slot) rows.
+
+    X = x[token];  pre = X·W_inᵀ;  hid = act(pre);  y = hid·W_out;  out_n = Σ_k gate_nk · y[row_nk]
+
+Backward, given do (research: the equations hold row by row, so an expert needs only its own rows):
+
+    z = do[token]·W_outᵀ;  d_gate = Σ_F hid·z;  d_hid = gate·z;  d_pre = act'(pre, d_hid)
+    dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
+
+so y is never kept, and with `recompute` nothing of size R×F is.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.config import Activation
+from headway.kernels.activation import activate, activate_backward
+from headway.kernels.rows import Rows
+
+
+def experts_reference(
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    index_THK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """Plain loops over tokens, heads and slots, any dtype (float64 in tests); autograd gives the gradients.
+
+    Args and result as in `experts`, with `index_THK` `[T, H, K]` in place of the sorted rows.
+    """
+    T, H, K = index_THK.shape
+    E = w_in_HEGFL.shape[1]
+    out = []
+    for n in range(T * H):
+        t, h = divmod(n, H)
+        y_L = torch.zeros_like(x_NL[n])
+        for k in range(K):
+            e = int(index_THK[t, h, k])
+            if e == E:  # no expert
+                continue
+            pre = w_in_HEGFL[h, e].flatten(0, 1) @ x_NL[n]
+            y_L = y_L + gate_NK[n, k] * (activate(pre, activation) @ w_out_HEFL[h, e])
+        out.append(y_L)
+    return torch.stack(out) if out else torch.zeros_like(x_NL)
+
+
+def experts(
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    rows: Rows,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    activation: Activation,
+    recompute: bool = False,
+) -> Tensor:
+    """Σ over the chosen experts of gate · expert(x), for every sub-token.
+
+    Args:
+        x_NL: `[N, L]` sub-tokens, n = t·H + h; its dtype is the dtype of the matmuls (float32, bfloat16, float64).
+        gate_NK: `[N, K]` float32 (or float64).
+        rows: from `sort_rows`.
+        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast once per call.
+        recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with SwiGLU).
+    Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
+    """
+    keep = not recompute and torch.is_grad_enabled()
+    return _forward(
+        x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *rows, activation, keep
+    )[0]
+
+
+# One expert at a time: its rows (a few hundred) stay in the cache from the gather to the last matmul, and every
+# intermediate lives in a scratch buffer that all experts share.
+
+
+@torch.library.custom_op("headway::experts", mutates_args=())
+def _forward(
+    x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor,
+    token_R: Tensor, slot_R: Tensor, row_NK: Tensor, counts_HE: Tensor, activation: str, keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
+    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
+    counts = counts_HE.flatten().tolist()
+    taken, most = sum(counts), max(counts, default=0)
+    y_RL = x_NL.new_empty(token_R.numel(), x_NL.shape[1])
+    y_RL[taken:] = 0  # slots without an expert
+    pre_R = x_NL.new_empty(token_R.numel() if keep else 0, w_in.shape[1])
+    pre_s = x_NL.new_empty(0 if keep else most, w_in.shape[1])
+    x_s, hid_s = x_NL.new_empty(most, x_NL.shape[1]), x_NL.new_empty(most, w_out.shape[1])
+    for e, at in _groups(counts):
+        n = at.stop - at.start
+        x = torch.index_select(x_NL, 0, token_R[at], out=x_s[:n])
+        pre = torch.mm(x, w_in[e].T, out=pre_R[at] if keep else pre_s[:n])
+        hid = activate(pre, activation, out=hid_s[:n])
+        torch.mm(hid, w_out[e], out=y_RL[at])
+    return _sum_slots(y_RL, row_NK, gate_NK.to(x_NL.dtype)), pre_R
+
+
+@torch.library.custom_op("headway::experts_backward", mutates_args=())
+def _backward(
+    do_NL: Tensor, x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor, token_R: Tensor,
+    slot_R: Tensor, row_NK: Tensor, counts_HE: Tensor, pre_R: Tensor, activation: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, w_in and w_out."""
+    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
+    counts = counts_HE.flatten().tolist()
+    taken, most = sum(counts), max(counts, default=0)
+    L, (_, GF, _), Fh = x_NL.shape[1], w_in.shape, w_out.shape[1]
+    do_NL = do_NL.contiguous()
+    gate_R1 = gate_NK.flatten()[slot_R].to(x_NL.dtype).unsqueeze(1)
+    d_gate_R = gate_NK.new_zeros(token_R.numel())
+    dx_RL = x_NL.new_empty(token_R.numel(), L)
+    dx_RL[taken:] = 0
+    dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
+    dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
+    dw_in_E, dw_out_E = dw_in.view(-1, GF, L), dw_out.view(-1, Fh, L)
+    for e in (e for e, n in enumerate(counts) if n == 0):
+        dw_in_E[e], dw_out_E[e] = 0, 0
+    x_s, do_s = x_NL.new_empty(most, L), x_NL.new_empty(most, L)
+    z_s, hid_s = x_NL.new_empty(most, Fh), x_NL.new_empty(most, Fh)
+    pre_s, dpre_s = x_NL.new_empty(0 if keep else most, GF), x_NL.new_empty(most, GF)
+    for e, at in _groups(counts):
+        n = at.stop - at.start
+        x = torch.index_select(x_NL, 0, token_R[at], out=x_s[:n])
+        do = torch.index_select(do_NL, 0, token_R[at], out=do_s[:n])
+        pre = pre_R[at] if keep else torch.mm(x, w_in[e].T, out=pre_s[:n])
+        hid = activate(pre, activation, out=hid_s[:n])
+        z = torch.mm(do, w_out[e].T, out=z_s[:n])
+        d_gate_R[at] = _row_dot(hid, z)
+        _mm_into(dw_out_E[e], hid.mul_(gate_R1[at]).T, do)
+        dpre = activate_backward(z.mul_(gate_R1[at]), pre, activation, out=dpre_s[:n])
+        _mm_into(dw_in_E[e], dpre.T, x)
+        torch.mm(dpre, w_in[e], out=dx_RL[at])
+    return _sum_slots(dx_RL, row_NK, None), d_gate_R[row_NK], dw_in, dw_out
+
+
+@_forward.register_fake
+def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, token_R, slot_R, row_NK, counts_HE, activation, keep):
+    pre_width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
+    return torch.empty_like(x_NL), x_NL.new_empty(token_R.numel() if keep else 0, pre_width)
+
+
+@_backward.register_fake
+def _(do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *tables):
+    return tuple(torch.empty_like(t) for t in (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.activation, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _autograd(ctx, do_NL, _):
+    grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
+    return (*grads, None, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_save)
+
+
+def _groups(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has rows."""
+    start = 0
+    for e, n in enumerate(counts):
+        if n:
+            yield e, slice(start, start + n)
+        start += n
+
+
+def _stack(w_in_HEGFL: Tensor, w_out_HEFL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights as `[H·E, G·F, L]` and `[H·E, F, L]` in the dtype of the matmuls (a view where it is theirs already)."""
+    return w_in_HEGFL.flatten(2, 3).flatten(0, 1).to(dtype), w_out_HEFL.flatten(0, 1).to(dtype)
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over the last dim of a·b, accumulated in float32 or better."""
+    if a.dtype == torch.bfloat16:
+        a, b = a.float(), b.float()
+    return torch.linalg.vecdot(a, b)
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a·b; the product accumulates in float32 and is rounded to a's dtype once."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
+    """out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused gather and weighted sum."""
+    N, K = row_NK.shape
+    if y_RL.dtype == torch.bfloat16 or y_RL.device.type != "cpu":
+        y_NKL = y_RL[row_NK].float()
+        if weight_NK is not None:
+            y_NKL = y_NKL * weight_NK.unsqueeze(-1)
+        return y_NKL.sum(1).to(y_RL.dtype)
+    starts = torch.arange(0, N * K, K, device=row_NK.device)
+    weight = None if weight_NK is None else weight_NK.flatten()
+    return F.embedding_bag(row_NK.flatten(), y_RL, starts, mode="sum", per_sample_weights=weight)

@@ -1,0 +1,35 @@
+"""Rotary position embedding (arXiv 2104.09864), half-split form as in GPT-NeoX and Hugging Face's Llama."""
+
+import torch
+from torch import Tensor
+
+
+def rope_tables(positions_S: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each `[S, 1, d_head/2]`, computed in float64: frequency i is theta^(−2i/d_head)."""
+    i = torch.arange(d_head // 2, dtype=torch.float64, device=positions_S.device)
+    angle = torch.outer(positions_S.double(), theta ** (-2 * i / d_head)).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x [..., S, H, d]` by tables `[S, 1, d/2]`. The backward rotates back."""
+    return _Rope.apply(x, cos, sin)
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in plain operations."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rope_reference(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return rope_reference(dy, cos, -sin), None, None

@@ -1,0 +1,61 @@
+"""Sort (token, slot) pairs by (head, expert): stable, integer, the same on every run.
+
+T tokens · H heads · E experts per head · K slots · R = T·H·K rows · N = T·H sub-tokens.
+A slot is numbered (t·H + h)·K + k; its sub-token is slot // K. A slot whose index is E takes no expert (dropped by a
+capacity, or a zero experts' slot): it sorts to the end and lies past the last offset.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Where each (token, slot) pair stands when the rows are sorted by (head, expert)."""
+
+    token_R: Tensor
+    """int64 `[R]`: sorted row → sub-token t·H + h, an index into `[N, L]`."""
+    slot_R: Tensor
+    """int64 `[R]`: sorted row → slot (t·H + h)·K + k."""
+    row_NK: Tensor
+    """int64 `[N, K]`: slot → sorted row; the inverse of `slot_R`."""
+    counts_HE: Tensor
+    """int64 `[H, E]`: rows of each expert; slots without an expert are not counted."""
+
+
+def count(key: Tensor, n_keys: int) -> Tensor:
+    """How often each of 0 … n_keys − 1 occurs; int64 `[n_keys]`. `bincount` with a shape known before the data."""
+    key = key.flatten()
+    return torch.zeros(n_keys, dtype=torch.int64, device=key.device).scatter_add_(0, key, torch.ones_like(key))
+
+
+def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
+    """Stable sort of all slots by (head, expert).
+
+    Args: index_THK: integer `[T, H, K]`, 0 … E; E means that the slot takes no expert.
+    """
+    T, H, K = index_THK.shape
+    head_H = torch.arange(H, device=index_THK.device).view(1, H, 1)
+    # the sentinel E of head h must sort behind every head, not into head h + 1
+    key_THK = torch.where(index_THK < n_experts, index_THK + head_H * n_experts, H * n_experts)
+    narrow = torch.int16 if H * n_experts < 2**15 else torch.int32  # a radix sort over fewer bytes
+    slot_R = torch.sort(key_THK.flatten().to(narrow), stable=True).indices
+    row_NK = torch.empty_like(slot_R)
+    row_NK[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
+    counts = count(key_THK, H * n_experts + 1)[: H * n_experts]
+    return Rows(
+        slot_R // K, slot_R, row_NK.view(T * H, K), counts.view(H, n_experts)
+    )
+
+
+def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tensor:
+    """Replace by E every slot beyond its expert's first `capacity` rows (in token, then slot order); int64 `[T, H, K]`."""
+    rows = sort_rows(index_THK, n_experts)
+    starts = rows.counts_HE.flatten().cumsum(0) - rows.counts_HE.flatten()
+    T, H, K = index_THK.shape
+    group = index_THK + torch.arange(H, device=index_THK.device).view(1, H, 1) * n_experts
+    taken = index_THK < n_experts
+    start_THK = starts[group.clamp(max=H * n_experts - 1)]
+    rank_THK = rows.row_NK.view(T, H, K) - start_THK
+    return torch.where(taken & (rank_THK < capacity), index_THK, n_experts)

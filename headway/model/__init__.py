@@ -1,0 +1,1 @@
+"""The mathematics: plain PyTorch, one process, any device; knows nothing of ranks."""

@@ -1,0 +1,160 @@
+"""The router: scores → selection → gates, one per head.
+
+T tokens · H heads · L width that the router reads · E experts per head · K chosen. Scores and gates are float32 (float64
+in references), whatever the dtype of the tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from headway.config import BalanceConfig, RouterConfig, UsageError
+from headway.kernels.rows import count, drop_over_capacity
+from headway.kernels.topk import top_k
+from headway.model.balance import RouteStats, quantile_margin
+
+
+class Route(NamedTuple):
+    """Which experts a sub-token visits, and how much each counts."""
+
+    index_THK: Tensor
+    """int64 `[T, H, K]`, best first; E marks a slot dropped by the capacity."""
+    gate_THK: Tensor
+    """float32 `[T, H, K]`, with gradient."""
+    stats: RouteStats
+
+
+class Router(nn.Module):
+    """One linear router per head.
+
+    Args:
+        n_heads, d_in, n_experts, top_k: H, L, E, K. With `shared_input` every head reads the same `[T, d_in]` token.
+        config: gates, noise, jitter. balance: only its bias rule matters here.
+        capacity_factor: 0 is dropless.
+        recompute: keep nothing of size T×E for backward.
+    Raises: UsageError where k, E and the gate do not fit.
+    """
+
+    def __init__(
+        self,
+        n_heads: int,
+        d_in: int,
+        n_experts: int,
+        top_k: int,
+        config: RouterConfig,
+        balance: BalanceConfig,
+        capacity_factor: float = 0.0,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        check_router(n_experts, top_k, config)
+        self.n_experts, self.top_k, self.config = n_experts, top_k, config
+        self.capacity_factor, self.recompute = capacity_factor, recompute
+        self.w_HEL = nn.Parameter(torch.empty(n_heads, n_experts, d_in))
+        self.w_noise_HEL = nn.Parameter(torch.empty(n_heads, n_experts, d_in)) if config.noisy else None
+        self.wants_quantile = balance.bias == "quantile"
+        # a buffer, saved with the model: added to the scores for selection only, moved by `balance.new_bias`
+        self.register_buffer("bias_HE", torch.zeros(n_heads, n_experts))
+
+    def forward(self, x: Tensor, index_THK: Tensor | None = None) -> Route:
+        """Route `[T, H, L]` sub-tokens, or `[T, D]` tokens that all heads read.
+
+        `index_THK` replays a selection: gates and statistics are then those of the given experts.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._route, x, index_THK, use_reentrant=False)
+        return self._route(x, index_THK)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter in training."""
+        x = x if x.dtype == torch.float64 else x.float()
+        if self.training and self.config.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
+        logits_THE = _heads(x, self.w_HEL)
+        if self.training and self.w_noise_HEL is not None:
+            std_THE = F.softplus(_heads(x, self.w_noise_HEL))
+            logits_THE = logits_THE + torch.randn_like(logits_THE) * std_THE
+        return logits_THE
+
+    def _route(self, x: Tensor, index_THK: Tensor | None) -> Route:
+        logits_THE = self.logits(x)
+        sigmoid = self.config.gate == "sigmoid"
+        score_THE = torch.sigmoid(logits_THE) if sigmoid else logits_THE
+        if index_THK is None:
+            index_THK = top_k((score_THE + self.bias_HE).detach(), self.top_k)
+        if sigmoid:
+            prob_THE = score_THE / score_THE.sum(-1, keepdim=True).clamp(min=1e-20)
+        else:
+            prob_THE = torch.softmax(logits_THE, dim=-1)
+        gate_THK = self._gates(logits_THE, score_THE, prob_THE, index_THK)
+        kept_THK, dropped = index_THK, gate_THK.new_zeros(())
+        if self.capacity_factor:
+            kept_THK = drop_over_capacity(index_THK, self.n_experts, self.capacity(x.shape[0]))
+            dropped = (kept_THK == self.n_experts).to(gate_THK.dtype).mean()
+        return Route(kept_THK, gate_THK, self._stats(logits_THE, score_THE, prob_THE, index_THK, dropped))
+
+    def capacity(self, n_tokens: int) -> int:
+        """Most rows an expert takes: ⌈factor · T · K / E⌉."""
+        return -int(-self.capacity_factor * n_tokens * self.top_k // self.n_experts)
+
+    def _gates(self, logits_THE: Tensor, score_THE: Tensor, prob_THE: Tensor, index_THK: Tensor) -> Tensor:
+        match self.config.gate:
+            case "topk_softmax":
+                gate_THK = torch.softmax(logits_THE.gather(-1, index_THK), dim=-1)
+            case "softmax_topk":
+                gate_THK = prob_THE.gather(-1, index_THK)
+            case "sigmoid":
+                gate_THK = score_THE.gather(-1, index_THK)
+        if self.config.renormalize:
+            gate_THK = gate_THK / gate_THK.sum(-1, keepdim=True).clamp(min=1e-20)
+        return gate_THK * self.config.scale if self.config.scale != 1.0 else gate_THK
+
+    def _stats(
+        self, logits_THE: Tensor, score_THE: Tensor, prob_THE: Tensor, index_THK: Tensor, dropped: Tensor
+    ) -> RouteStats:
+        T, H, _ = index_THK.shape
+        E = self.n_experts
+        group = index_THK + torch.arange(H, device=index_THK.device).view(1, H, 1) * E
+        counts_HE = count(group, H * E).view(H, E).to(prob_THE.dtype)
+        prob = prob_THE.detach()
+        return RouteStats(
+            counts_HE=counts_HE,
+            prob_HE=prob_THE.sum(0) / max(T, 1),
+            z_H=torch.logsumexp(logits_THE, dim=-1).square().sum(0) / max(T, 1),
+            entropy_H=-torch.special.xlogy(prob, prob).sum((0, 2)) / (max(T, 1) * _log(E)),
+            dropped=dropped,
+            quantile_HE=quantile_margin(score_THE, self.bias_HE, self.top_k) if self.wants_quantile else None,
+        )
+
+
+def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
+    """Raise UsageError where k, E and the gate do not fit."""
+    if not 1 <= top_k <= n_experts:
+        raise UsageError(
+            f"top_k={top_k} must lie between 1 and n_experts={n_experts}; lower top_k or add experts"
+        )
+    if top_k == 1 and config.gate == "topk_softmax":
+        raise UsageError(
+            "top_k=1 with gate='topk_softmax' makes every gate 1, so the router gets no gradient; "
+            "use gate='softmax_topk' or 'sigmoid'"
+        )
+    if top_k == 1 and config.renormalize:
+        raise UsageError("top_k=1 with renormalize=True makes every gate 1; set renormalize=False")
+    if config.scale <= 0 or not 0 <= config.jitter < 1:
+        raise UsageError(
+            f"router needs scale > 0 and 0 <= jitter < 1; got scale={config.scale}, jitter={config.jitter}"
+        )
+
+
+def _heads(x: Tensor, w_HEL: Tensor) -> Tensor:
+    """`[T, H, L]` (or `[T, D]`, the same for all heads) times `[H, E, L]` → `[T, H, E]`."""
+    if x.dim() == 2:
+        return F.linear(x, w_HEL.flatten(0, 1)).unflatten(-1, w_HEL.shape[:2])
+    return torch.bmm(x.transpose(0, 1), w_HEL.transpose(1, 2)).transpose(0, 1)
+
+
+def _log(n: int) -> float:
+    return float(torch.log(torch.tensor(float(max(n, 2)))))

@@ -1,0 +1,96 @@
+"""The report: one HTML file that opens from disk, without network, and draws itself from the numbers inside it."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from headway.config import UsageError
+from headway.report.metrics import METRICS
+from headway.report.runs import defaults, load_run
+
+SCRIPTS = ("format.js", "chart.js", "heat.js", "panels.js", "page.js")
+"""In the order in which the page runs them."""
+
+
+def _asset(name: str) -> str:
+    return (resources.files("headway.report") / "page" / name).read_text(encoding="utf-8")
+
+
+def _embed(data: object) -> str:
+    """JSON that cannot end its own script element, whatever text a model wrote: no <, > or & is left in it."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _hash(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
+
+
+def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
+    """Two runs called `demo` become `a/demo` and `b/demo`, or `demo (2)` when that does not help."""
+    names = [r["name"] for r in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if names.count(run["name"]) > 1:
+            full = folder.resolve()
+            run["name"] = f"{full.parent.name}/{full.name}"
+    seen: dict[str, int] = {}
+    for run in runs:
+        seen[run["name"]] = seen.get(run["name"], 0) + 1
+        if seen[run["name"]] > 1:
+            run["name"] += f" ({seen[run['name']]})"
+
+
+def render(runs: list[dict]) -> str:
+    """The page for runs made by `load_run`. Its policy forbids every request and every script but its own."""
+    style = _asset("style.css")
+    script = "\n".join(_asset(name) for name in SCRIPTS)
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    data = {
+        "runs": runs,
+        "metrics": {m.name: dataclasses.asdict(m) for m in METRICS},
+        "defaults": defaults(),
+    }
+    parts = {
+        "TITLE": escape("Headway: " + ", ".join(r["name"] for r in runs)),
+        "POLICY": policy,
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": _embed(data),
+    }
+    # One pass over the template, so that a marker inside the data is never filled in.
+    page = []
+    for i, piece in enumerate(_asset("template.html").split("%%")):
+        page.append(parts[piece] if i % 2 else piece)
+    return "".join(page)
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the report of one run, or of several laid over each other, to the file `out`; returns its path.
+
+    `run_dirs` are run folders with run.json and metrics.jsonl; a run that is still going is fine. The file is
+    written beside `out` and renamed, so a reader never sees half a page. Raises UsageError for a missing or corrupt
+    run and for a place that cannot be written.
+    """
+    folders = [Path(d) for d in run_dirs]
+    if not folders:
+        raise UsageError("no run to report; give one or more run folders, as in `headway report runs/demo`")
+    runs = [load_run(folder) for folder in folders]
+    _unique_names(runs, folders)
+    page = render(runs)
+    out = Path(out)
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose another file with --out") from None
+    return out

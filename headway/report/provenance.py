@@ -1,0 +1,118 @@
+"""Where a number comes from: machine, versions, commit. Written to run.json and by every benchmark."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _cores() -> int:
+    """Cores this process may use, which a container or a batch system may limit."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    """Memory of the machine, or of the container when that is less."""
+    if os.name != "posix":
+        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        pass
+    return round(total / 2**30, 1)
+
+
+def machine() -> dict[str, str | int | float | None]:
+    """The hardware: cpu (model), cores (usable), memory_gib, cpu_capability (torch's vector path), os, gpu (name or
+    None), gpus (count), gpu_memory_gib (of one, or None). No host name and no user name."""
+    found: dict[str, str | int | float | None] = {
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "memory_gib": _memory_gib(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "gpu": None,
+        "gpus": 0,
+        "gpu_memory_gib": None,
+    }
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        found["gpu"] = device.name
+        found["gpus"] = torch.cuda.device_count()
+        found["gpu_memory_gib"] = round(device.total_memory / 2**30, 1)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of python, torch, cuda (what torch was built for, or `none`), numpy, safetensors and headway."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "numpy": _version("numpy"),
+        "safetensors": _version("safetensors"),
+        "headway": _version("headway"),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # never lock the user's index
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env=environment,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
+    """(commit hash, dirty) of the source tree that holds `folder`; ("unknown", False) outside git.
+
+    Dirty: a tracked file anywhere in the tree differs from the commit, or `folder` holds a new file. A package
+    installed below somebody else's repository is not tracked there, hence `unknown`.
+    """
+    folder = Path(folder)
+    head = _git(folder, "rev-parse", "--verify", "HEAD")
+    if head is None or not _git(folder, "ls-files", "--", "."):
+        return "unknown", False
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    new = _git(folder, "status", "--porcelain", "--", ".")
+    return head, bool(changed or new)
+
+
+def provenance() -> dict:
+    """{"commit", "dirty", "versions", "machine"}: the part of run.json and of a benchmark's JSON that says where."""
+    head, dirty = commit()
+    return {"commit": head, "dirty": dirty, "versions": versions(), "machine": machine()}

@@ -1,0 +1,239 @@
+"""From a run folder to what the page draws: series of points, decimated, and everything that was recorded once."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from headway.config import Config, UsageError
+from headway.report.sinks import read_metrics
+
+MAX_POINTS = 1000
+"""Points drawn of one line; a chart is about as many pixels wide."""
+MAX_CELLS = 240_000
+"""Numbers of the heat map of one run (frames · layers · heads · experts): about 1.4 MB of text."""
+MAX_FRAMES = 200
+"""Positions of the heat map's slider."""
+MAX_SAMPLES = 40
+
+SCALARS = (
+    "loss",
+    "bits_per_byte",
+    "val_loss",
+    "val_bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "flops_per_second",
+    "memory_gib",
+    "balance_loss",
+    "load_min",
+    "load_p95",
+    "load_max",
+    "dead",
+)
+
+
+def number(value: object) -> float | None:
+    """A finite float, or None for anything else: a gap in the line."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def short(value: float | None, digits: int = 7) -> float | int | None:
+    """The value in `digits` significant digits: 7 are all that a float32 holds."""
+    if value is None:
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+
+
+def decimate(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int]:
+    """Indices to draw, ascending: first and last, and of each equal interval its minimum, maximum and first gap.
+
+    At most about `limit` of them (gaps come on top), so no peak is lost. All of them when there are no more.
+    """
+    n = len(values)
+    if n <= limit:
+        return list(range(n))
+    buckets = max(1, (limit - 2) // 2)
+    keep = {0, n - 1}
+    for b in range(buckets):
+        inside = range(1 + b * (n - 2) // buckets, 1 + (b + 1) * (n - 2) // buckets)
+        known = [(v, i) for i in inside if (v := values[i]) is not None]
+        if known:
+            keep.add(min(known)[1])
+            keep.add(max(known)[1])
+        if len(known) < len(inside):
+            keep.add(next(i for i in inside if values[i] is None))
+    return sorted(keep)
+
+
+def spread(n: int, limit: int) -> list[int]:
+    """At most `limit` ≥ 2 indices out of n, evenly spread, first and last among them."""
+    if n <= limit:
+        return list(range(n))
+    return sorted({round(i * (n - 1) / (limit - 1)) for i in range(limit)})
+
+
+def _axis(records: Sequence[Mapping], keep: Sequence[int]) -> dict[str, list]:
+    return {
+        name: [short(number(records[i].get(name)), 9) for i in keep]
+        for name in ("step", "tokens", "seconds")
+    }
+
+
+def _series(records: Sequence[Mapping], values: Sequence[float | None]) -> dict | None:
+    if all(v is None for v in values):
+        return None
+    keep = decimate(values)
+    return _axis(records, keep) | {
+        "y": [short(values[i]) for i in keep],
+        "recorded": len(values),
+    }
+
+
+def _last_of_each_step(records: Sequence[dict]) -> list[dict]:
+    """By step, the later record of one step winning: a resumed run may repeat steps."""
+    return [r for _, r in sorted({r["step"]: r for r in records}.items())]
+
+
+def _load(records: Sequence[dict]) -> dict | None:
+    """Frames of the heat map: [frame][layer][head][expert]."""
+    records = [r for r in records if r.get("load")]
+    if not records:
+        return None
+    cells = sum(len(head) for layer in records[-1]["load"] for head in layer)
+    keep = spread(len(records), max(2, min(MAX_FRAMES, MAX_CELLS // max(1, cells))))
+    frames = [
+        [
+            [[short(number(v), 4) for v in head] for head in layer]  # 4 digits: 0.0003 is not dead
+            for layer in records[i]["load"]
+        ]
+        for i in keep
+    ]
+    return _axis(records, keep) | {"frames": frames, "cells": cells, "recorded": len(records)}
+
+
+def _entropy(records: Sequence[dict]) -> list[dict]:
+    """One series per sparse layer."""
+    records = [r for r in records if r.get("entropy")]
+    layers = max((len(r["entropy"]) for r in records), default=0)
+    out = []
+    for layer in range(layers):
+        values = [number(r["entropy"][layer]) if layer < len(r["entropy"]) else None for r in records]
+        series = _series(records, values)
+        if series:
+            out.append(series | {"layer": layer})
+    return out
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """`{"model": {"moe": {"top_k": 4}}}` → `{"model.moe.top_k": 4}`; an empty mapping is left out."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _read_run_json(folder: Path) -> dict:
+    path = folder / "run.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no run at {folder} (it has no run.json); give a folder made by `headway train`") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; give a readable run folder") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON ({error}); restore it or give another run") from None
+    if not isinstance(info, dict):
+        raise UsageError(f"{path} holds a {type(info).__name__}, not an object; restore it or give another run")
+    return info
+
+
+def _headline(info: Mapping, train: list[dict], evaluations: list[dict], total_steps: float | None) -> dict:
+    last = train[-1] if train else {}
+    end = max([*train, *evaluations], key=lambda r: r["step"], default={})
+    speeds = sorted(v for r in train if (v := number(r.get("tokens_per_second"))) is not None)
+    bits = [v for r in evaluations if (v := number(r.get("val_bits_per_byte"))) is not None]
+    parameters = info.get("parameters") or {}
+    return {
+        "parameters_total": number(parameters.get("total")),
+        "parameters_active": number(parameters.get("active")),
+        "val_first": short(bits[0]) if bits else None,
+        "val_last": short(bits[-1]) if bits else None,
+        "val_best": short(min(bits)) if bits else None,
+        "evaluations": len(bits),
+        "step": end.get("step"),
+        "steps": total_steps,
+        "tokens": number(end.get("tokens")),
+        "seconds": number(end.get("seconds")),
+        "tokens_per_second": short(speeds[len(speeds) // 2]) if speeds else None,
+        "memory_gib": short(number(last.get("memory_gib"))),
+        "load_min": short(number(last.get("load_min"))),
+        "load_p95": short(number(last.get("load_p95"))),
+        "load_max": short(number(last.get("load_max"))),
+        "dead": number(last.get("dead")),
+        "skipped": number(last.get("skipped")),
+    }
+
+
+def load_run(folder: str | Path) -> dict:
+    """Everything the page needs of one run folder (run.json and metrics.jsonl), as plain JSON values.
+
+    Raises UsageError for a missing or corrupt file. A run that is still going, or was killed, is fine.
+    """
+    folder = Path(folder)
+    info = _read_run_json(folder)
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if number(r.get("step")) is not None]
+    train = _last_of_each_step([r for r in records if "loss" in r])
+    evaluations = _last_of_each_step([r for r in records if "val_loss" in r or "val_bits_per_byte" in r])
+    samples = _last_of_each_step([r for r in records if "sample" in r])
+    series = {}
+    for name in SCALARS:
+        source = evaluations if name.startswith("val_") else train
+        made = _series(source, [number(r.get(name)) for r in source])
+        if made:
+            series[name] = made
+    config = info.get("config") if isinstance(info.get("config"), Mapping) else {}
+    total_steps = number(((config or {}).get("optim") or {}).get("steps"))
+    return {
+        "name": folder.resolve().name,
+        "headline": _headline(info, train, evaluations, total_steps),
+        "intervals": len(train),
+        "series": series,
+        "entropy": _entropy(train),
+        "load": _load(train),
+        "samples": [
+            {
+                "step": samples[i]["step"],
+                "tokens": number(samples[i].get("tokens")),
+                "seconds": number(samples[i].get("seconds")),
+                "prompt": str(samples[i].get("prompt") or ""),
+                "sample": str(samples[i].get("sample") or ""),
+            }
+            for i in spread(len(samples), MAX_SAMPLES)
+        ],
+        "samples_recorded": len(samples),
+        "events": [
+            {"step": r["step"], "event": str(r["event"]), "detail": str(r.get("detail") or "")}
+            for r in records
+            if "event" in r
+        ],
+        "config": flatten(config or {}),
+        "derived": {str(k): str(v) for k, v in (info.get("derived") or {}).items()},
+        "commit": str(info.get("commit") or "unknown"),
+        "dirty": bool(info.get("dirty")),
+        "versions": {str(k): str(v) for k, v in (info.get("versions") or {}).items()},
+        "machine": {str(k): str(v) for k, v in (info.get("machine") or {}).items() if v is not None},
+        "recipe_source": str(info.get("recipe_source") or ""),
+    }
+
+
+def defaults() -> dict[str, object]:
+    """Default of every config leaf, so that the page can mark what a recipe changed."""
+    return flatten(Config().to_dict())

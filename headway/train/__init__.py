@@ -1,0 +1,1 @@
+"""The training room: optimisers, schedules, checkpoints and the loop."""

@@ -1,0 +1,112 @@
+"""Muon for matrices and stacks of matrices (Keller Jordan 2024; scaling of arXiv 2502.16982,
+§2.2)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero; as in torch.optim.Muon
+STEPS = 5
+EPS = 1e-7
+
+
+def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pushes the singular values of every matrix of a stack `[n, M, N]` to about 1 (0.5 … 1.5);
+    dtype `dtype`.
+
+    Five steps of X ← aX + b(XXᵀ)X + c(XXᵀ)²X on the wide side. For n = 1 these are
+    torch.optim.Muon's operations.
+    """
+    a, b, c = COEFFICIENTS
+    tall = g_NMN.size(-2) > g_NMN.size(-1)
+    x = g_NMN.to(dtype, copy=True)
+    x = x.mT if tall else x
+    x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS))
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, update, x, beta=a)
+    return x.mT if tall else x
+
+
+def shape_factor(rows: int, columns: int, adjust: Literal["original", "match_rms_adamw"]) -> float:
+    """How the rate follows the shape of a matrix with `rows` outputs and `columns` inputs."""
+    match adjust:
+        case "original":
+            return math.sqrt(max(1, rows / columns))
+        case "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest half-orthogonal matrix as the update, for parameters `[..., M,
+    N]`.
+
+    Every matrix of the last two dims is orthogonalised alone, so a stack of experts is updated as
+    the separate experts would be. On 2-D parameters this is torch.optim.Muon, operation for
+    operation.
+
+    Args:
+        params: parameters or groups of them, each with at least two dims. A group with
+            `transposed=True` holds matrices stored [inputs, outputs], whose `original` factor is
+            √max(1, columns/rows).
+        lr, weight_decay: the decay is decoupled, p ← p·(1 − lr·weight_decay).
+        momentum: of the running mean of gradients; `nesterov` looks one step ahead.
+        adjust: see `shape_factor`.
+        dtype: of Newton–Schulz. bfloat16 is enough, float32 where bfloat16 is not native (it is
+            slow there).
+        chunk: largest number of elements orthogonalised at once; bounds the temporaries to about
+            four times that.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 0.02,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust: Literal["original", "match_rms_adamw"] = "original",
+        dtype: torch.dtype = torch.bfloat16,
+        chunk: int = 1 << 20,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "transposed": False})
+        self.momentum, self.nesterov = momentum, nesterov
+        self.adjust: Literal["original", "match_rms_adamw"] = adjust
+        self.dtype, self.chunk = dtype, chunk
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim < 2:
+                    raise ValueError(f"Muon needs matrices and got a parameter of shape {p.shape}")
+
+    @torch.no_grad()
+    def step(self, grad_scale: float = 1.0) -> None:  # type: ignore[override]
+        """One update with the gradients times `grad_scale` (the clip factor), which are left as
+        they are."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group, grad_scale)
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        rows, columns = p.shape[-2:]
+        outs, ins = (columns, rows) if group["transposed"] else (rows, columns)
+        rate = group["lr"] * shape_factor(outs, ins, self.adjust)
+        # Chunks of whole matrices keep every temporary small, however many experts are stacked.
+        at_once = max(1, self.chunk // (rows * columns))
+        views = (p, grad.contiguous(), state["momentum"])
+        stacks = (t.view(-1, rows, columns).split(at_once) for t in views)
+        for p_n, g_n, m_n in zip(*stacks, strict=True):
+            g_n = g_n if grad_scale == 1.0 else g_n * grad_scale
+            m_n.lerp_(g_n, 1 - self.momentum)
+            update = g_n.lerp(m_n, self.momentum) if self.nesterov else m_n
+            update = newton_schulz(update, self.dtype)
+            p_n.mul_(1 - group["lr"] * group["weight_decay"])
+            p_n.add_(update, alpha=-rate)

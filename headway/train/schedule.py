@@ -1,0 +1,50 @@
+"""Learning rate schedules: a pure function of the step, so that a resumed run needs no schedule
+state."""
+
+import math
+
+from headway.config import OptimConfig, UsageError
+
+
+def check_schedule(config: OptimConfig) -> None:
+    """Raises `UsageError` when the shares of warm-up and decay leave no schedule."""
+    if config.steps < 1:
+        raise UsageError(f"optim.steps={config.steps} is below 1; use 1 or more")
+    if not 0 <= config.warmup < 1:
+        raise UsageError(f"optim.warmup={config.warmup} is outside 0 ≤ warmup < 1; try 0.02")
+    if config.schedule != "cosine" and not 0 < config.decay <= 1 - config.warmup:
+        raise UsageError(
+            f"optim.decay={config.decay} does not fit beside optim.warmup={config.warmup}; "
+            f"use 0 < decay ≤ {1 - config.warmup:g}"
+        )
+    if not 0 <= config.min_lr_ratio <= 1:
+        raise UsageError(f"optim.min_lr_ratio={config.min_lr_ratio} is outside 0…1; try 0")
+
+
+def lr_factor(step: int, config: OptimConfig) -> float:
+    """The learning rate of optimiser step `step` (from 0) over the peak rate, in [0, 1].
+
+    Warm-up takes W = ⌊warmup·steps⌋ steps, (step+1)/W each, so the first step already moves and
+    step W−1 is at the peak. The last step is at `min_lr_ratio`. A run too short to have a falling
+    part stays at the peak. `wsd` falls by 1−√x (arXiv 2405.18392, §3), `trapezoid` linearly,
+    `cosine` by half a cosine from the peak on.
+    """
+    last = config.steps - 1
+    assert 0 <= step <= last, f"step {step} of {config.steps}"
+    warm = min(int(config.warmup * config.steps), last)
+    if step < warm:
+        return (step + 1) / warm
+    peak_end = max(warm - 1, 0)  # last step at the peak before anything can fall
+    if config.schedule != "cosine":
+        peak_end = max(peak_end, last - max(1, round(config.decay * config.steps)))
+    if step <= peak_end:
+        return 1.0
+    x = (step - peak_end) / (last - peak_end)  # in (0, 1], 1 at the last step
+    match config.schedule:
+        case "wsd":
+            fall = 1 - math.sqrt(x)
+        case "trapezoid":
+            fall = 1 - x
+        case "cosine":
+            fall = 0.5 * (1 + math.cos(math.pi * x))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * fall

@@ -8,34 +8,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-
 def n_inputs(activation: str) -> int:
     """G, how many pre-activations one hidden unit reads: 2 for SwiGLU, else 1."""
     return 2 if activation == "swiglu" else 1
 
 
-def activate(pre: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """`[..., G·F]` → `[..., F]`. SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU. `out` is for no-grad use."""
+def activate(pre: Tensor, activation: str) -> Tensor:
+    """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU. Autograd knows it."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
-        return F.silu(gate) * up if out is None else torch.mul(_silu(gate, out), up, out=out)
-    if activation == "relu2":
-        return F.relu(pre).square() if out is None else torch.square(F.relu(pre), out=out)
-    return F.gelu(pre) if out is None else torch.ops.aten.gelu.out(pre, out=out)
+        return F.silu(gate) * up
+    return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
 
 
-def _silu(x: Tensor, out: Tensor) -> Tensor:
-    return torch.ops.aten.silu.out(x, out=out)
-
-
-def activate_backward(dhid: Tensor, pre: Tensor, activation: str, out: Tensor) -> Tensor:
-    """Gradient of `activate`: `dhid [..., F]` and `pre [..., G·F]` → `out [..., G·F]`. `dhid` may be overwritten."""
+def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
+    """`activate` into `hid [..., F]`, without autograd."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        torch.mul(_silu(gate, d_up), dhid, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(dhid.mul_(up), gate, grad_input=d_gate)
-        return out
+        return torch.ops.aten.silu.out(gate, out=hid).mul_(up)
     if activation == "relu2":
-        return torch.mul(dhid, F.relu(pre).mul_(2), out=out)
-    return torch.ops.aten.gelu_backward.grad_input(dhid, pre, grad_input=out)
+        return torch.clamp_min(pre, 0, out=hid).square_()
+    return torch.ops.aten.gelu.out(pre, out=hid)
+
+
+def activate_with_slope(pre: Tensor, activation: str, hid: Tensor, slope: Tensor) -> None:
+    """`activate` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with one exponential for both."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        d_gate, d_up = slope.chunk(2, dim=-1)
+        torch.sigmoid(gate, out=d_gate)
+        torch.mul(gate, d_gate, out=d_up)  # silu(gate) = ∂hid/∂up
+        torch.mul(d_up, up, out=hid)
+        # silu'(gate) = s + silu·(1 − s)
+        d_gate.addcmul_(d_up, d_gate, value=-1).add_(d_up).mul_(up)
+    elif activation == "relu2":
+        torch.clamp_min(pre, 0, out=hid)
+        torch.mul(hid, 2, out=slope)
+        hid.square_()
+    else:
+        torch.ops.aten.gelu.out(pre, out=hid)
+        torch.ops.aten.gelu_backward.grad_input(torch.ones_like(pre), pre, grad_input=slope)

@@ -10,17 +10,19 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
     z = do[token]·W_outᵀ;  d_gate = Σ_F hid·z;  d_hid = gate·z;  d_pre = act'(pre, d_hid)
     dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
 
-so y is never kept, and with `recompute` nothing of size R×F is.
+so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or better. In bfloat16 every
+matmul rounds its result, since torch has none with a float32 result on CPUs: 3e-3 to 5e-3 against float64.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import Activation
-from headway.kernels.activation import activate, activate_backward
+from headway.kernels.activation import activate, activate_into, activate_with_slope
 from headway.kernels.rows import Rows
 
 
@@ -94,14 +96,15 @@ def _forward(
     y_RL[taken:] = 0  # slots without an expert
     pre_R = x_NL.new_empty(token_R.numel() if keep else 0, w_in.shape[1])
     pre_s = x_NL.new_empty(0 if keep else most, w_in.shape[1])
-    x_s, hid_s = x_NL.new_empty(most, x_NL.shape[1]), x_NL.new_empty(most, w_out.shape[1])
-    for e, at in _groups(counts):
-        n = at.stop - at.start
-        x = torch.index_select(x_NL, 0, token_R[at], out=x_s[:n])
-        pre = torch.mm(x, w_in[e].T, out=pre_R[at] if keep else pre_s[:n])
-        hid = activate(pre, activation, out=hid_s[:n])
-        torch.mm(hid, w_out[e], out=y_RL[at])
-    return _sum_slots(y_RL, row_NK, gate_NK.to(x_NL.dtype)), pre_R
+    x_s = x_NL.new_empty(most, x_NL.shape[1])
+    hid_s = _Scratch(most, w_out.shape[1], x_NL)
+    w_in_T = w_in.transpose(1, 2)
+    for e, n, token, y, pre in _groups(counts, token_R, y_RL, pre_R if keep else None):
+        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
+        pre = torch.mm(x, w_in_T[e], out=pre_s[:n] if pre is None else pre)
+        hid = activate_into(_widen(pre), activation, hid_s.wide[:n])
+        torch.mm(hid_s.narrow(hid), w_out[e], out=y)
+    return _sum_slots(y_RL, row_NK, gate_NK), pre_R
 
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())
@@ -115,7 +118,7 @@ def _backward(
     taken, most = sum(counts), max(counts, default=0)
     L, (_, GF, _), Fh = x_NL.shape[1], w_in.shape, w_out.shape[1]
     do_NL = do_NL.contiguous()
-    gate_R1 = gate_NK.flatten()[slot_R].to(x_NL.dtype).unsqueeze(1)
+    gate_R1 = gate_NK.flatten()[slot_R].unsqueeze(1)
     d_gate_R = gate_NK.new_zeros(token_R.numel())
     dx_RL = x_NL.new_empty(token_R.numel(), L)
     dx_RL[taken:] = 0
@@ -125,20 +128,24 @@ def _backward(
     for e in (e for e, n in enumerate(counts) if n == 0):
         dw_in_E[e], dw_out_E[e] = 0, 0
     x_s, do_s = x_NL.new_empty(most, L), x_NL.new_empty(most, L)
-    z_s, hid_s = x_NL.new_empty(most, Fh), x_NL.new_empty(most, Fh)
-    pre_s, dpre_s = x_NL.new_empty(0 if keep else most, GF), x_NL.new_empty(most, GF)
-    for e, at in _groups(counts):
-        n = at.stop - at.start
-        x = torch.index_select(x_NL, 0, token_R[at], out=x_s[:n])
-        do = torch.index_select(do_NL, 0, token_R[at], out=do_s[:n])
-        pre = pre_R[at] if keep else torch.mm(x, w_in[e].T, out=pre_s[:n])
-        hid = activate(pre, activation, out=hid_s[:n])
-        z = torch.mm(do, w_out[e].T, out=z_s[:n])
-        d_gate_R[at] = _row_dot(hid, z)
-        _mm_into(dw_out_E[e], hid.mul_(gate_R1[at]).T, do)
-        dpre = activate_backward(z.mul_(gate_R1[at]), pre, activation, out=dpre_s[:n])
+    z_s, hid_s, dpre_s = x_NL.new_empty(most, Fh), _Scratch(most, Fh, x_NL), _Scratch(most, GF, x_NL)
+    pre_s = x_NL.new_empty(0 if keep else most, GF)
+    w_in_T, w_out_T = w_in.transpose(1, 2), w_out.transpose(1, 2)
+    tables = (token_R, gate_R1, d_gate_R, dx_RL, pre_R if keep else None)
+    for e, n, token, gate, d_gate, dx, pre in _groups(counts, *tables):
+        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
+        do = torch.index_select(do_NL, 0, token, out=do_s[:n])
+        if pre is None:
+            pre = torch.mm(x, w_in_T[e], out=pre_s[:n])
+        hid, dpre = hid_s.wide[:n], dpre_s.wide[:n]
+        activate_with_slope(_widen(pre), activation, hid, dpre)
+        z = _widen(torch.mm(do, w_out_T[e], out=z_s[:n]))
+        d_gate.copy_(torch.linalg.vecdot(hid, z))
+        _mm_into(dw_out_E[e], hid_s.narrow(hid.mul_(gate)).T, do)
+        dpre.view(n, -1, Fh).mul_(z.mul_(gate).unsqueeze(1))
+        dpre = dpre_s.narrow(dpre)
         _mm_into(dw_in_E[e], dpre.T, x)
-        torch.mm(dpre, w_in[e], out=dx_RL[at])
+        torch.mm(dpre, w_in[e], out=dx)
     return _sum_slots(dx_RL, row_NK, None), d_gate_R[row_NK], dw_in, dw_out
 
 
@@ -166,13 +173,11 @@ def _autograd(ctx, do_NL, _):
 _forward.register_autograd(_autograd, setup_context=_save)
 
 
-def _groups(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows."""
-    start = 0
-    for e, n in enumerate(counts):
-        if n:
-            yield e, slice(start, start + n)
-        start += n
+def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:
+    """(expert, rows, its slice of each table…) for every expert that has rows; one `split` per table."""
+    sizes = [n for n in counts if n]
+    parts = [repeat(None) if t is None else t[: sum(sizes)].split(sizes) for t in tables]
+    return zip((e for e, n in enumerate(counts) if n), sizes, *parts, strict=False)
 
 
 def _stack(w_in_HEGFL: Tensor, w_out_HEFL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -180,11 +185,21 @@ def _stack(w_in_HEGFL: Tensor, w_out_HEFL: Tensor, dtype: torch.dtype) -> tuple[
     return w_in_HEGFL.flatten(2, 3).flatten(0, 1).to(dtype), w_out_HEFL.flatten(0, 1).to(dtype)
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ over the last dim of a·b, accumulated in float32 or better."""
-    if a.dtype == torch.bfloat16:
-        a, b = a.float(), b.float()
-    return torch.linalg.vecdot(a, b)
+class _Scratch:
+    """A buffer for elementwise work in float32 (or better), and one for its rounding to the dtype of the matmuls."""
+
+    def __init__(self, rows: int, width: int, like: Tensor):
+        wide = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
+        self.wide = like.new_empty(rows, width, dtype=wide)
+        self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
+
+    def narrow(self, values: Tensor) -> Tensor:
+        """`values`, a slice of `wide`, in the dtype of the matmuls; itself where that is the same."""
+        return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,12 +1,14 @@
 """Exact top-k whose ties go to the lowest index.
 
 T tokens · H heads · E experts · K chosen. `torch.topk` leaves the order of ties open, so two devices, or two runs, may
-route a token differently. Here a float32 score and its index are packed into one int64 key: keys are unique, so the
-order is total, and one integer `topk` gives it.
+route a token differently. `max` names the first maximum, so k rounds of it give a total order; for the k of a router
+that is also faster than sorting.
 """
 
 import torch
 from torch import Tensor
+
+MAX_ROUNDS = 8  # beyond this a stable sort is faster
 
 
 def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
@@ -15,13 +17,14 @@ def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
 
 
 def top_k(scores_THE: Tensor, k: int) -> Tensor:
-    """Equal to `top_k_reference` for every input. Float32 takes the packed path; other dtypes take the reference."""
-    if scores_THE.dtype != torch.float32:
+    """Equal to `top_k_reference` for every input (−inf ties with the most negative finite number)."""
+    if k > MAX_ROUNDS:
         return top_k_reference(scores_THE, k)
-    n_experts = scores_THE.shape[-1]
-    scores = scores_THE.detach() + 0.0  # -0.0 becomes 0.0, as they are equal
-    bits = torch.where(scores.isnan(), torch.nan, scores).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integer order = float order
-    lowest_first = torch.arange(n_experts - 1, -1, -1, device=scores.device)
-    keys = (ordered << 32) | lowest_first
-    return n_experts - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+    # a taken score becomes −inf, so that one not taken must stay above it
+    left = scores_THE.detach().clamp(min=torch.finfo(scores_THE.dtype).min)
+    taken = []
+    for _ in range(k):
+        best = left.max(dim=-1, keepdim=True).indices
+        taken.append(best)
+        left.scatter_(-1, best, -torch.inf)
+    return torch.cat(taken, dim=-1)

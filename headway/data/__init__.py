@@ -1,1 +1,1 @@
-"""(seed, step, rank) → tokens, a pure function: sources, tokenizers, memory-mapped shards, mixing."""
+"""(seed, step, rank) → tokens, a pure function: sources, tokenizers, shards, mixing."""

@@ -1,7 +1,9 @@
-"""Token ids on disk: one writer and one reader of the shard files of a split. Little-endian uint16 or uint32."""
+"""Token ids on disk: one writer and one reader of the shard files of a split. Little-endian uint16
+or uint32."""
 
 import hashlib
 import os
+from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -12,19 +14,20 @@ from headway.config import UsageError
 
 SHARD_TOKENS = 1 << 26
 """Largest shard, in tokens (128 MiB of uint16)."""
+# Shards up to this size are always hashed whole.
 WHOLE_HASH_BYTES = 16 << 20
 SAMPLE_BLOCKS, SAMPLE_BYTES = 256, 4096
 
 
 def damaged(folder: Path, what: str) -> UsageError:
     """The error for a cache folder that is not what its manifest says."""
-    return UsageError(
-        f"the cached data in {folder} do not match their manifest ({what}); delete that folder and run again"
-    )
+    problem = f"cached data in {folder} do not match their manifest ({what})"
+    return UsageError(f"{problem}; delete that folder and run again")
 
 
 class ShardWriter:
-    """Writes the ids of one split into shards of at most `shard_tokens`; documents may cross shards."""
+    """Writes the ids of one split into shards of at most `shard_tokens`; documents may cross
+    shards."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
@@ -51,10 +54,10 @@ class ShardWriter:
             if self._in_shard == self.shard_tokens:
                 self._finish()
 
-    def end_document(self, eos: np.ndarray) -> None:
-        """Append eos, an array of one id."""
+    def end_document(self, eos: int) -> None:
+        """Append eos."""
         self.documents += 1
-        self.write(eos, 0)
+        self.write(np.array([eos]), 0)
 
     def close(self) -> dict:
         """Sync the last shard; the split's part of the manifest."""
@@ -91,36 +94,35 @@ class Tokens:
         self.vocab_size = vocab_size
         self.documents: int = split["documents"]
         self.text_bytes: int = split["text_bytes"]
-        """Bytes of text (UTF-8) that the ids stand for, for exact bits per byte of a whole split."""
+        """Bytes of UTF-8 text that the ids stand for."""
         for shard in split["shards"]:
             _check(folder, shard, dtype, verify)
+        # Plain arrays over the maps: slicing a numpy.memmap is ten times slower.
         self._parts = [
-            np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in split["shards"]
+            np.asarray(np.memmap(folder / shard["file"], dtype=dtype, mode="r"))
+            for shard in split["shards"]
         ]
         self._starts = [0, *accumulate(len(part) for part in self._parts)]
         if len(self) != split["tokens"]:
             raise damaged(folder, f"{len(self):,} tokens, manifest {split['tokens']:,}")
-        self.digest = hashlib.sha256(
-            "".join(shard["sha256"] for shard in split["shards"]).encode()
-        ).hexdigest()
-        """A hash of all ids and their order."""
+        hashes = "".join(shard["sha256"] for shard in split["shards"])
+        self.digest = hashlib.sha256(hashes.encode()).hexdigest()
+        """A hash of all ids in their order."""
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (int64 [n]) with the ids from `start` on; after the last id comes the first again.
-        UsageError for an id that the vocabulary does not have (a damaged shard)."""
+        """Fill `out` (int64 [n]) with the ids from `start` on; the first id follows the last.
+        UsageError for an id that is not in the vocabulary (a damaged shard)."""
         assert 0 <= start < len(self)
-        done = 0
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        number = bisect_right(self._starts, start) - 1
+        inside, done = start - self._starts[number], 0
         while done < len(out):
-            part = self._parts[number]
-            inside = start + done - self._starts[number] if done == 0 else 0
-            now = part[inside : inside + len(out) - done]
+            now = self._parts[number][inside : inside + len(out) - done]
             out[done : done + len(now)] = now
             done += len(now)
-            number = (number + 1) % len(self._parts)
+            number, inside = (number + 1) % len(self._parts), 0
         if out.max() >= self.vocab_size:
             raise damaged(self.folder, f"token id {out.max()}, vocabulary {self.vocab_size}")
 

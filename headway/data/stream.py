@@ -1,12 +1,14 @@
-"""(seed, step, rank) → tokens, a pure function: no state, no order of calls, nothing to save but the step.
+"""(seed, step, rank) → tokens: a pure function with no state, so nothing to save but the step.
 
-Sample g = step · batch_size + row. Three pure functions lead from g to a window of text, all in O(1):
+Sample g = step · batch_size + row. Three steps lead from g to a window of text, each O(1) in g:
 
-1. source. With weights w, the number of samples of source s among the first g is a floor of g·w_s, so the shares are
-   reached to within one sample per source at any point, not only on average (`pick`).
-2. window. Sample n of a source belongs to epoch n // W, W = tokens // seq_len windows; its window is the value at
-   n mod W of a pseudo-random permutation that differs by epoch (`permute`). Each epoch visits every window once.
-3. place. Each epoch cuts the tokens, seen as a ring, from another random offset, so window borders move.
+1. Source (`pick`). The number of samples that a source gave before g is a floor of g times its
+   weight, so the proportions hold at every g, to less than one sample per source in the list, and
+   not only on average.
+2. Window (`permute`). Sample n of a source belongs to epoch n // W, where W = tokens // seq_len.
+   Its window is the image of n mod W under a pseudo-random permutation, another one in each epoch,
+   so every epoch visits every window once.
+3. Place. An epoch cuts the tokens, seen as a ring, from a random offset on: window borders move.
 """
 
 from dataclasses import dataclass
@@ -25,26 +27,27 @@ _SALT_PHASE, _SALT_ORDER, _SALT_OFFSET, _SALT_VAL = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of text. `targets_BS[b, s]` is the token after `tokens_BS[b, s]`; none is ignored (no −1)."""
+    """Windows of text. `targets_BS[b, s]` is the token after `tokens_BS[b, s]`; none is ignored (no
+    −1)."""
 
     tokens_BS: torch.Tensor
     """int64."""
     targets_BS: torch.Tensor
     """int64."""
     doc_BS: torch.Tensor | None
-    """int32, the number of the token's document in its row, from 0; an eos belongs to the document that it ends.
-    None unless `doc_mask`."""
+    """int32, the number of the token's document in its row, from 0; an eos belongs to the document
+    that it ends. None unless `doc_mask`."""
 
 
 class Stream:
     """Batches of a tokenised data set, training and validation."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, seed: int):
-        """UsageError if the data are shorter than a batch, or a split of a source is shorter than a window."""
+        """UsageError if the data are shorter than a batch, or a split of a source is shorter than a
+        window."""
         validate(config)
-        assert len(dataset.sources) == len(config.source), (
-            "dataset and config name different sources"
-        )
+        named = tuple(source.spec for source in dataset.sources)
+        assert named == config.source, "the dataset was prepared from another config"
         self.dataset, self.config, self.seed = dataset, config, seed
         _check_size(dataset, config)
         shares = config.weights or tuple(len(source.train) for source in dataset.sources)
@@ -59,13 +62,12 @@ class Stream:
         return -(-sum(self._val_windows) // self.config.batch_size)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows rank·B … of the global batch of `step`, B = batch_size / world; the union over ranks does not depend on
-        `world`. UsageError if `world` does not divide batch_size."""
+        """Rows rank·B … of the global batch of `step`, B = batch_size / world; the union over ranks
+        does not depend on `world`. UsageError if `world` does not divide batch_size."""
         size = self.config.batch_size
         if size % world:
-            raise UsageError(
-                f"batch_size {size} is not a multiple of {world} ranks; use {-(-size // world) * world}"
-            )
+            fit = -(-size // world) * world
+            raise UsageError(f"{world} ranks do not divide batch_size={size}; use batch_size {fit}")
         assert 0 <= rank < world and step >= 0
         rows = size // world
         first = step * size + rank * rows
@@ -73,14 +75,14 @@ class Stream:
         return self._read([self.dataset.sources[s].train for s in source_B], start_B)
 
     def val_batch(self, i: int) -> Batch:
-        """Batch i of validation, the same for every seed and weight. Windows of all sources are in one fixed shuffled
-        order, so that the first few batches are a fair sample; a rest shorter than a window is left out."""
+        """Batch i of validation, the same for every seed and weight. Windows of all sources are in
+        one fixed shuffled order, so that the first few batches are a fair sample; a rest shorter
+        than a window is left out."""
         size, total = self.config.batch_size, sum(self._val_windows)
         assert 0 <= i < self.n_val_batches
         place_B = np.arange(i * size, min((i + 1) * size, total), dtype=_U64)
-        window_B = permute(place_B, total, np.broadcast_to(_u64(_SALT_VAL), place_B.shape)).astype(
-            np.int64
-        )
+        key_B = np.full(len(place_B), _SALT_VAL, dtype=_U64)
+        window_B = permute(place_B, total, key_B).astype(np.int64)
         ends = np.cumsum(self._val_windows)
         source_B = np.searchsorted(ends, window_B, side="right")
         inside_B = window_B - (ends - self._val_windows)[source_B]
@@ -89,7 +91,8 @@ class Stream:
         )
 
     def locate(self, sample_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source and first token (int64 [B] each) of the samples with these global numbers (uint64 [B])."""
+        """Source and first token (int64 [B] each) of the samples with these global numbers (uint64
+        [B])."""
         source_B, count_B = pick(sample_B, self._splits, self._phases)
         start_B = np.empty(len(sample_B), dtype=np.int64)
         for s, source in enumerate(self.dataset.sources):
@@ -122,42 +125,54 @@ class Stream:
 
 
 def mix(*parts: np.ndarray) -> np.ndarray:
-    """Hash uint64 arrays, element by element, to uint64 (rounds of splitmix64; Steele et al. 2014)."""
+    """Hash uint64 arrays, element by element, to uint64 (a chain of splitmix64 steps)."""
     value = np.zeros(1, dtype=_U64)
     for part in parts:
-        value = (value ^ part) * _U64(0xD1342543DE82EF95) + _U64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
-        value ^= value >> _U64(31)
+        value = _scramble((value ^ part) * _U64(0xD1342543DE82EF95) + _U64(0x9E3779B97F4A7C15))
     return value
 
 
 def permute(index_B: np.ndarray, n: int, key_B: np.ndarray) -> np.ndarray:
-    """The image of each index (uint64, below n) under the permutation of 0 … n−1 that its key (uint64) names.
+    """The image of each index (uint64, below n) under the permutation of 0 … n−1 that its key
+    (uint64) names.
 
-    A Feistel network permutes the next even power of two; an image ≥ n is sent through again until it is below n
-    (cycle walking; Black & Rogaway 2002, §3), at most 4 times on average.
+    A Feistel network permutes the numbers of `bits` bits, the next power of two; an image ≥ n goes
+    through it again until it is below n (cycle walking; Black & Rogaway 2002), twice on average at
+    most.
     """
-    half = max((n - 1).bit_length() + 1, 2) // 2
-    shift, mask = _U64(half), _U64((1 << half) - 1)
+    bits = max((n - 1).bit_length(), 2)
+    low = _U64(bits // 2)
+    masks = (_U64((1 << (bits - bits // 2)) - 1), _U64((1 << (bits // 2)) - 1))
+    round_keys = [mix(key_B, _u64(number)) for number in range(_ROUNDS)]
     out = index_B.astype(_U64)
     todo = np.arange(len(out))
     while len(todo):
-        left, right, key = out[todo] >> shift, out[todo] & mask, key_B[todo]
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (mix(key, right, _u64(number)) & mask)
-        out[todo] = left << shift | right
+        left, right = out[todo] >> low, out[todo] & masks[1]
+        for number, keys in enumerate(round_keys):
+            # The halves, of unequal width when `bits` is odd, change places in each round.
+            left, right = right, left ^ (_scramble(right ^ keys[todo]) & masks[number % 2])
+        out[todo] = left << low | right
         todo = todo[out[todo] >= _U64(n)]
     return out
+
+
+def _scramble(value: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection of uint64 that spreads
+    every bit."""
+    value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return value ^ (value >> _U64(31))
 
 
 def pick(
     sample_B: np.ndarray, splits: list[int], phases: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Source (int64 [B]) of each global sample number g (uint64 [B]), and how many samples before g it gave (uint64).
+    """Source (int64 [B]) of each global sample number g (uint64 [B]), and how many samples before g
+    it gave (uint64).
 
-    One source after the other takes its share p/2³² of what the earlier ones left: it takes sample g exactly if
-    (g·p + phase) // 2³² steps up from g to g + 1. That floor is also the count; the others go on with g minus it.
+    One source after the other takes its share p/2³² of what the earlier ones left: it takes sample
+    g exactly if (g·p + phase) // 2³² steps up from g to g + 1. That floor is also the count; the
+    others go on with g minus it.
     """
     source_B = np.full(len(sample_B), len(splits), dtype=np.int64)
     count_B = sample_B.copy()
@@ -180,7 +195,8 @@ def _taken(g: np.ndarray, share: int, phase: int) -> np.ndarray:
 
 
 def _thresholds(shares: tuple[float, ...] | tuple[int, ...]) -> list[int]:
-    """For each source but the last, its share of what the sources before it leave, in units of 2⁻³²."""
+    """For each source but the last, its share of what the sources before it leave, in units of
+    2⁻³²."""
     largest = max(shares)  # relative to it first, so that huge weights do not overflow
     relative = [share / largest for share in shares]
     rest = [sum(relative[s:]) for s in range(len(relative))]
@@ -198,19 +214,19 @@ def _u64(value: int) -> np.ndarray:
 def _check_size(dataset: Dataset, config: DataConfig) -> None:
     window = config.seq_len + 1
     for source in dataset.sources:
-        if len(source.train) < window:
-            raise UsageError(
-                f"source {source.spec!r} has {len(source.train):,} training tokens, one window needs {window:,} "
-                "(seq_len + 1); lower seq_len or give more text"
-            )
-        if len(source.val) < window:
-            raise UsageError(
-                f"source {source.spec!r} has {len(source.val):,} validation tokens, one window needs {window:,} "
-                "(seq_len + 1); raise val_fraction, lower seq_len or give more text"
-            )
-    needed = config.batch_size * config.seq_len + 1
-    if dataset.train_tokens < needed:
+        parts = (
+            ("training", source.train, "give"),
+            ("validation", source.val, "raise val_fraction or give"),
+        )
+        for name, tokens, fix in parts:
+            if len(tokens) < window:
+                raise UsageError(
+                    f"source {source.spec!r} has {len(tokens):,} {name} tokens, one window needs "
+                    f"{window:,} (seq_len + 1); lower seq_len, {fix} more text"
+                )
+    had, needed = dataset.train_tokens, config.batch_size * config.seq_len + 1
+    if had < needed:
         raise UsageError(
-            f"the data have {dataset.train_tokens:,} training tokens, one batch needs {needed:,} "
-            f"(batch_size {config.batch_size} × seq_len {config.seq_len} + 1); lower one of them or give more text"
+            f"the data have {had:,} training tokens, one batch needs {needed:,} (batch_size "
+            f"{config.batch_size} × seq_len {config.seq_len} + 1); lower one or give more text"
         )

@@ -1,4 +1,5 @@
-"""Text ↔ token ids: bytes, or any `tokenizer.json` through the tokenizers library. `train_bpe` makes such a file."""
+"""Text ↔ token ids: bytes, or any `tokenizer.json` through the tokenizers library. `train_bpe`
+makes such a file."""
 
 import hashlib
 import json
@@ -26,8 +27,12 @@ EOS_NAMES = (
 )
 """Names under which a `tokenizer.json` is searched for its end of document, in this order."""
 
-# GPT-4's cut into words (cl100k), with numbers in groups of two digits as nanochat does for small vocabularies.
-_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+# GPT-4's cut into words (cl100k), with numbers in groups of two digits as nanochat does for small
+# vocabularies.
+_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer(Protocol):
@@ -45,7 +50,8 @@ class Tokenizer(Protocol):
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int64 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for eos and other special ids."""
+        """int64 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for eos and other
+        special ids."""
         ...
 
     @property
@@ -92,10 +98,12 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`. Special tokens written out in a text are encoded as ordinary text, never as the special id.
+    """A `tokenizer.json`. Special tokens written out in a text are encoded as ordinary text, never
+    as the special id.
 
-    For byte-level BPE `token_bytes` and `decode` are exact. Other kinds (SentencePiece, WordPiece) may normalise the
-    text and add or lose spaces; there `token_bytes` counts what each token shows, and bits per byte are approximate.
+    For byte-level BPE `token_bytes` and `decode` are exact. Other kinds (SentencePiece, WordPiece)
+    may normalise the text and add or lose spaces; there `token_bytes` counts what each token shows,
+    and bits per byte are approximate.
     """
 
     def __init__(self, path: Path):
@@ -105,7 +113,8 @@ class JsonTokenizer:
             spec = json.loads(content)
         except OSError as error:
             raise UsageError(
-                f"cannot read tokenizer {str(path)!r}: {error.strerror}; give bytes or a tokenizer.json"
+                f"cannot read tokenizer {str(path)!r}: {error.strerror}; "
+                "give bytes or the path of a tokenizer.json"
             ) from None
         except (
             Exception
@@ -123,8 +132,9 @@ class JsonTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         found = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
         if found is None:
+            names = ", ".join(EOS_NAMES[:4])
             raise UsageError(
-                f"{path} has no end-of-document token ({', '.join(EOS_NAMES[:4])}, …); add <|endoftext|> as a special token"
+                f"{path} has no end-of-document token ({names}, …); add <|endoftext|> to it"
             )
         self.eos = found
         added = self._inner.get_added_tokens_decoder()
@@ -156,7 +166,8 @@ class JsonTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, the path of a `tokenizer.json`, or of a folder that holds one. UsageError if it cannot be read."""
+    """`bytes`, the path of a `tokenizer.json`, or of a folder that holds one. UsageError if it
+    cannot be read."""
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
@@ -164,14 +175,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokenizer:
-    """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) and write it to `path` as `tokenizer.json`.
+    """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) and write it to `path` as
+    `tokenizer.json`.
 
-    Any text can be encoded, since all 256 bytes are tokens; `<|endoftext|>` is id 0. A small corpus may have fewer
-    pairs to merge than asked for, so read the size from the result. UsageError for fewer than 257 ids or no text.
+    Any text can be encoded, since all 256 bytes are tokens; `<|endoftext|>` is id 0. A small corpus
+    may have fewer pairs to merge than asked for, so read the size from the result. UsageError for
+    fewer than 257 ids or no text.
     """
     if vocab_size < 257:
         raise UsageError(
-            f"vocab_size {vocab_size} is too small for byte-level BPE; use 257 (256 bytes and eos) or more"
+            f"vocab_size {vocab_size} is too small for byte-level BPE; use 257 (bytes, eos) or more"
         )
     target = Path(path)
     if not target.parent.is_dir():
@@ -212,7 +225,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's table: each byte has one printable character; those that are not printable start at U+0100."""
+    """GPT-2's table: each byte has one printable character; those that are not printable start at
+    U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

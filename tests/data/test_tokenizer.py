@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from headway.config import UsageError
+from headway.data.tokenizer import load_tokenizer, train_bpe
+
+unicode = st.text(st.characters(exclude_categories=["Cs"]))
+SENTENCES = [
+    "def f(x):\n    return x + 1\n",
+    "the cat sat on the mat, the cat sat",
+    "ü日本 1234",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    return train_bpe(SENTENCES, 320, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+
+
+@given(text=unicode)
+def test_bytes_round_trip(text):
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_bytes_vocabulary():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.eos) == (257, 256)
+    assert tokenizer.token_bytes.shape == (257,) and tokenizer.token_bytes[256] == 0
+    assert tokenizer.decode([104, 256, 105, 300]) == "hi"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+
+
+@settings(deadline=None)
+@given(text=unicode | st.text("ab \n<|endoftext|>1234'sé"))
+def test_bpe_round_trip(bpe, text):
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.token_bytes[ids].sum() == len(text.encode())
+    assert bpe.eos not in ids
+
+
+def test_text_never_makes_a_special_token(bpe):
+    ids = bpe.encode("a<|endoftext|>b")
+    assert bpe.eos not in ids and bpe.decode(ids) == "a<|endoftext|>b"
+    assert bpe.decode([bpe.eos, *bpe.encode("x"), 9999]) == "x"
+
+
+def test_bpe_learns_and_is_deterministic(bpe, tmp_path):
+    again = train_bpe(iter(SENTENCES), 320, tmp_path / "t.json")
+    assert again.fingerprint == bpe.fingerprint and again.vocab_size == bpe.vocab_size <= 320
+    text = "the cat sat"
+    assert len(bpe.encode(text)) < len(text) / 2
+    batch = bpe.encode_batch(["the cat", "", "ü"])
+    for ids, one in zip(batch, ["the cat", "", "ü"], strict=True):
+        assert np.array_equal(ids, bpe.encode(one))
+
+
+def test_load_by_file_or_folder_and_by_content(bpe, tmp_path):
+    train_bpe(SENTENCES, 320, tmp_path / "tokenizer.json")
+    assert load_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint == bpe.fingerprint
+    other = train_bpe(SENTENCES, 270, tmp_path / "other.json")
+    assert other.fingerprint != bpe.fingerprint
+
+
+@pytest.mark.parametrize("name", ["</s>", "<eos>", "<|end_of_text|>"])
+def test_common_names_of_the_end_of_document(tmp_path, name):
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, name: 1, "b": 2}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).eos == 1
+
+
+def test_sentencepiece_style_tokens_are_counted_in_bytes(tmp_path):
+    vocabulary = {"</s>": 0, "▁the": 1, "ü": 2, "<0x0A>": 3, "▁": 4}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    inner.add_special_tokens(["</s>"])
+    inner.decoder = decoders.Metaspace()
+    inner.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).token_bytes.tolist() == [0, 4, 2, 1, 1]
+
+
+def test_added_tokens_that_are_no_text_alphabet(bpe, tmp_path):
+    train_bpe(SENTENCES, 320, tmp_path / "t.json")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    inner.add_tokens(["日本語"])
+    inner.add_special_tokens(["<|user|>"])
+    inner.save(str(tmp_path / "t.json"))
+    made = load_tokenizer(str(tmp_path / "t.json"))
+    assert made.vocab_size == bpe.vocab_size + 2
+    ids = made.encode("x 日本語 <|user|>")
+    assert made.decode(ids) == "x 日本語 <|user|>"
+    assert made.token_bytes[ids].sum() == len("x 日本語 <|user|>".encode())
+    assert made.token_bytes[inner.token_to_id("<|user|>")] == 0
+
+
+def mistake(call, *args):
+    with pytest.raises(UsageError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes(tmp_path):
+    assert "No such file" in mistake(load_tokenizer, str(tmp_path / "none.json"))
+    assert "No such file" in mistake(load_tokenizer, str(tmp_path))
+    for name, content in {"a": "{", "b": "{}", "c": "[1]", "d": ""}.items():
+        (tmp_path / name).write_text(content)
+        assert "headway tokenize" in mistake(load_tokenizer, str(tmp_path / name))
+    (tmp_path / "e").write_bytes(b"\xff\xfe\0")
+    assert "headway tokenize" in mistake(load_tokenizer, str(tmp_path / "e"))
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    inner.save(str(tmp_path / "f"))
+    assert "<|endoftext|>" in mistake(load_tokenizer, str(tmp_path / "f"))
+    assert "257" in mistake(train_bpe, ["x"], 256, tmp_path / "t.json")
+    assert "no text" in mistake(train_bpe, [""], 300, tmp_path / "t.json")
+    assert "does not exist" in mistake(train_bpe, ["x"], 300, tmp_path / "no" / "t.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdef")

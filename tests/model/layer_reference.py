@@ -1,0 +1,71 @@
+"""The sparse layers written as their equations: loops over tokens, heads and slots, whole float64, no shared code."""
+
+import torch
+from torch import Tensor
+
+from headway.config import RouterConfig
+from headway.model.moe import MoE, MultiHeadLatentMoE
+
+
+def act(pre: Tensor, activation: str) -> Tensor:
+    if activation == "swiglu":
+        gate, up = pre.chunk(2)
+        return gate * torch.sigmoid(gate) * up
+    if activation == "relu2":
+        return pre.clamp(min=0) ** 2
+    return 0.5 * pre * (1 + torch.erf(pre / 2**0.5))
+
+
+def choose(scores: list[float], k: int) -> list[int]:
+    """The k best, ties to the lowest index."""
+    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
+
+
+def gates(logits_E: Tensor, chosen: list[int], c: RouterConfig) -> Tensor:
+    if c.gate == "topk_softmax":
+        g = torch.softmax(logits_E[chosen], 0)
+    elif c.gate == "softmax_topk":
+        g = torch.softmax(logits_E, 0)[chosen]
+    else:
+        g = 1 / (1 + torch.exp(-logits_E[chosen]))
+    if c.renormalize:
+        g = g / g.sum()
+    return g * c.scale
+
+
+def layer_reference(layer: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """(output `[T, D]`, chosen experts `[T, H, K]`) of a layer whose parameters are float64; dropless, no noise."""
+    router, experts = layer.router, layer.experts
+    c = router.config
+    out, picked = [], []
+    for x_D in x_TD:
+        if isinstance(layer, MultiHeadLatentMoE):
+            sub = list((layer.w_in.weight @ x_D).chunk(layer.n_heads))
+            if layer.norm is not None:
+                sub = [
+                    z / torch.sqrt((z * z).mean() + layer.norm.eps) * layer.norm.weight[h]
+                    for h, z in enumerate(sub)
+                ]
+        else:
+            sub = [x_D]
+        merged, picked_H = [], []
+        for h, z_L in enumerate(sub):
+            logits_E = router.w_HEL[h] @ (x_D if layer.reads_token else z_L)
+            score_E = torch.sigmoid(logits_E) if c.gate == "sigmoid" else logits_E
+            chosen = choose((score_E + router.bias_HE[h]).tolist(), router.top_k)
+            g_K = gates(logits_E, chosen, c)
+            y_L = torch.zeros_like(z_L)
+            for slot, e in enumerate(chosen):
+                pre = experts.w_in_HEGFL[h, e].flatten(0, 1) @ z_L
+                y_L = y_L + g_K[slot] * (act(pre, experts.activation) @ experts.w_out_HEFL[h, e])
+            merged.append(y_L)
+            picked_H.append(chosen)
+        y_D = torch.cat(merged)
+        if isinstance(layer, MultiHeadLatentMoE):
+            y_D = layer.w_out.weight @ y_D
+        if layer.shared is not None:
+            pre = layer.shared.w_in.weight @ x_D
+            y_D = y_D + layer.shared.w_out.weight @ act(pre, layer.shared.activation)
+        out.append(y_D)
+        picked.append(picked_H)
+    return torch.stack(out), torch.tensor(picked)

@@ -1,0 +1,229 @@
+"""The layers against their equations: output, selection and every gradient."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headway.config import BalanceConfig, MoEConfig, RouterConfig, UsageError
+from headway.model.moe import (
+    LatentMoE,
+    MoE,
+    MultiHeadLatentMoE,
+    build_moe,
+    latent_acc,
+    latent_eff,
+)
+from tests.compare import assert_close
+from tests.model.layer_reference import layer_reference
+
+GATES = [
+    RouterConfig(),
+    RouterConfig(gate="softmax_topk"),
+    RouterConfig(gate="softmax_topk", renormalize=True),
+    RouterConfig(gate="sigmoid"),
+    RouterConfig(gate="sigmoid", renormalize=True, scale=5.0),
+]
+
+
+def build(kind, router=RouterConfig(), top_k=2, activation="swiglu", d_shared=0, **options):
+    """A small float64 layer with a bias that matters."""
+    shared = dict(activation=activation, d_shared=d_shared, router=router, **options)
+    if kind == "moe":
+        layer = MoE(12, 5, top_k, 6, **shared)
+    elif kind == "latent":
+        layer = LatentMoE(12, 4, 5, top_k, 6, **shared)
+    else:
+        layer = MultiHeadLatentMoE(12, 3, 5, top_k, 6, **shared)
+    layer.double()
+    with torch.no_grad():
+        layer.router.bias_HE.normal_(generator=torch.Generator().manual_seed(1))
+    return layer
+
+
+def check(layer, x):
+    d_out = torch.randn_like(x)
+    out, stats = layer(x)
+    want, chosen = layer_reference(layer, x)
+    assert_close(out, want, 1e-12)
+    parameters = [p for _, p in sorted(layer.named_parameters())]
+    got_grads = torch.autograd.grad(out, [x, *parameters], d_out, allow_unused=True)
+    want_grads = torch.autograd.grad(want, [x, *parameters], d_out, allow_unused=True)
+    for got, want_grad in zip(got_grads, want_grads, strict=True):
+        if want_grad is None:
+            assert got is None
+        else:
+            assert_close(got, want_grad, 1e-11)
+    counts = [
+        torch.bincount(chosen[:, h].flatten(), minlength=5) for h in range(chosen.shape[1])
+    ]
+    assert torch.equal(stats.counts_HE, torch.stack(counts).double())
+
+
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+@pytest.mark.parametrize("router", GATES, ids=lambda r: f"{r.gate}-{r.renormalize}-{r.scale}")
+def test_equals_the_equations(kind, router):
+    layer = build(kind, router)
+    check(layer, torch.randn(7, 12, dtype=torch.float64, requires_grad=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["moe", "latent", "multi_head"]),
+    router=st.sampled_from(GATES[1:4]),
+    reads=st.sampled_from(["sub_token", "token"]),
+    top_k=st.integers(1, 5),
+    activation=st.sampled_from(["swiglu", "relu2", "gelu"]),
+    d_shared=st.sampled_from([0, 7]),
+    tokens=st.integers(1, 9),
+    recompute=st.booleans(),
+    norm=st.booleans(),
+)
+def test_every_combination_equals_the_equations(
+    kind, router, reads, top_k, activation, d_shared, tokens, recompute, norm
+):
+    if router.renormalize and top_k == 1:
+        router = replace(router, renormalize=False)
+    options = {"recompute": recompute} | ({} if kind == "moe" else {"latent_norm": norm})
+    layer = build(kind, replace(router, reads=reads), top_k, activation, d_shared, **options)
+    check(layer, torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_lower_precision(dtype, bound):
+    layer = build("multi_head").float()
+    x = torch.randn(30, 12)
+    with torch.no_grad():
+        out, stats = layer(x.to(dtype))
+        # the selection may differ where rounding moves a score, so replay the reference's
+        reference = build("multi_head").float()
+        reference.load_state_dict(layer.state_dict())
+        want, chosen = layer_reference(reference.double(), x.to(dtype).double())
+        out, _ = layer(x.to(dtype), chosen)
+    assert out.dtype == dtype and stats.prob_HE.dtype == torch.float32
+    assert_close(out, want, bound)
+
+
+def test_takes_any_leading_shape():
+    layer = build("multi_head")
+    x = torch.randn(2, 3, 4, 12, dtype=torch.float64)
+    out, _ = layer(x)
+    assert_close(out.flatten(0, 2), layer(x.flatten(0, 2))[0], 1e-12)
+
+
+def test_replays_a_selection():
+    layer = build("multi_head", top_k=2)
+    x = torch.randn(6, 12, dtype=torch.float64)
+    given_index = torch.randint(0, 5, (6, 3, 1)).repeat(1, 1, 2)
+    given_index[..., 1] = (given_index[..., 0] + 1) % 5
+    _, stats = layer(x, given_index)
+    assert torch.equal(
+        stats.counts_HE[1], torch.bincount(given_index[:, 1].flatten(), minlength=5).double()
+    )
+
+
+def test_capacity_drops_the_later_tokens():
+    layer = build("moe", capacity_factor=0.5)
+    with torch.no_grad():
+        layer.router.bias_HE[:] = torch.tensor([9.0, 8.0, 0.0, 0.0, 0.0])  # all choose 0 and 1
+    x = torch.randn(10, 12, dtype=torch.float64)
+    out, stats = layer(x)
+    assert layer.router.capacity(10) == 2  # ⌈0.5 · 10 · 2 / 5⌉
+    assert (out[2:] == 0).all() and (out[:2] != 0).any()
+    assert float(stats.dropped) == pytest.approx(0.8)
+    assert stats.counts_HE.tolist() == [[10, 10, 0, 0, 0]]  # what was asked for, before dropping
+
+
+def test_capacity_that_suffices_changes_nothing():
+    x = torch.randn(10, 12, dtype=torch.float64)
+    free, bounded = build("multi_head"), build("multi_head", capacity_factor=5.0)
+    bounded.load_state_dict(free.state_dict())
+    assert torch.equal(free(x)[0], bounded(x)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_constant_memory_form_keeps_nothing_of_tokens_by_experts(recompute):
+    layer = MultiHeadLatentMoE(8, 2, 64, 2, 4, recompute=recompute)
+    x = torch.randn(100, 8, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        out, stats = layer(x)
+        loss = out.sum() + stats.prob_HE.square().sum() + stats.z_H.sum()
+    tokens_by_experts = 100 * 2 * 64
+    weights = {p.numel() for p in layer.parameters()}
+    wide = [t for t in kept if t.numel() >= tokens_by_experts and t.numel() not in weights]
+    assert bool(wide) != recompute
+    loss.backward()
+
+
+def test_recompute_gives_the_same_bits():
+    torch.manual_seed(0)
+    layers = [
+        MultiHeadLatentMoE(8, 2, 6, 2, 4, recompute=r, router=RouterConfig(noisy=True, jitter=0.1))
+        for r in (False, True)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, grads = torch.randn(20, 8), []
+    for layer in layers:
+        torch.manual_seed(3)
+        out, stats = layer(x)
+        (out.square().sum() + stats.prob_HE.square().sum()).backward()
+        grads.append([p.grad for p in layer.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_heads_are_independent():
+    """Changing one head's experts changes only what that head adds."""
+    layer = build("multi_head")
+    x = torch.randn(5, 12, dtype=torch.float64)
+    z = layer.split(x)
+    before = layer.experts(z, layer.router(z))
+    with torch.no_grad():
+        layer.experts.w_out_HEFL[1] += 1
+    after = layer.experts(z, layer.router(z))
+    assert torch.equal(before[:, [0, 2]], after[:, [0, 2]])
+    assert not torch.equal(before[:, 1], after[:, 1])
+
+
+def test_published_latent_acc_sizes():
+    """LatentMoE's 95B model: N 128, K 6, D 4096, F 2688, ReLU², α 4 → 512 experts, top-22; eff top-6."""
+    assert latent_acc(128, 6, 4, 2688, 4096, "relu2") == (512, 22)
+    assert latent_eff(128, 6, 4) == (512, 6)
+    with pytest.raises(UsageError, match="raise top_k=1"):
+        latent_acc(8, 1, 2, 16, 64, "swiglu")
+
+
+def test_initial_output_has_the_scale_of_its_input():
+    torch.manual_seed(0)
+    layer = MultiHeadLatentMoE(256, 4, 8, 2, 128, activation="relu2")
+    out, _ = layer(torch.randn(500, 256))
+    assert 0.2 < float(out.std()) < 2
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MoE(8, 4, 5, 4), "top_k=5 must lie between 1 and n_experts=4"),
+        (lambda: MoE(8, 4, 0, 4), "top_k=0 must lie between 1 and n_experts=4"),
+        (lambda: MoE(8, 4, 1, 4), "top_k=1 with gate='topk_softmax'"),
+        (lambda: MultiHeadLatentMoE(8, 3, 4, 2, 4), "n_heads=3 must divide the latent width 8"),
+        (lambda: MoE(8, 4, 2, 4, router=RouterConfig(scale=0.0)), "scale > 0"),
+    ],
+)
+def test_bad_sizes_are_named(make, message):
+    with pytest.raises(UsageError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_build_moe_follows_the_config():
+    c = MoEConfig(kind="multi_head_latent", n_heads=2, d_latent=16, n_experts=4, top_k=2, d_expert=3)
+    layer = build_moe(8, c)
+    assert layer.experts.w_in_HEGFL.shape == (2, 4, 2, 3, 8)
+    flat = build_moe(8, replace(c, kind="moe", balance=BalanceConfig(bias="quantile")))
+    assert type(flat) is MoE and flat.router.wants_quantile
+    assert math.prod(flat.experts.w_in_HEGFL.shape) == 4 * 2 * 3 * 8

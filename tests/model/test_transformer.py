@@ -1,0 +1,106 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headway.config import ModelConfig, MoEConfig
+from headway.model.transformer import Transformer
+from tests.compare import assert_close
+
+SMALL = ModelConfig(
+    vocab_size=32, n_layers=3, d_model=16, n_heads=2, d_ff=24,
+    moe=MoEConfig(n_heads=2, n_experts=4, top_k=2, d_expert=8, n_dense_layers=1),
+)
+
+
+def tokens(batch=2, length=9, seed=0):
+    x = torch.randint(0, 32, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+    return x[:, :-1], x[:, 1:]
+
+
+@pytest.mark.parametrize("change", [{}, {"tied": True}, {"logit_softcap": 3.0}, {"window": (0, 4)}], ids=str)
+def test_loss_is_the_cross_entropy_of_its_logits(change):
+    model = Transformer(replace(SMALL, **change), dtype=torch.float64, seed=0).double()
+    x, y = tokens()
+    y = y.clone()
+    y[0, :3] = -1
+    logits = model(x).logits_BSV
+    want = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum"
+    )
+    assert_close(model(x, y).nats, want, 1e-12)
+    if change.get("logit_softcap"):
+        assert float(logits.abs().max()) < 3.0
+
+
+def test_first_loss_is_log_v_and_seed_decides_the_weights():
+    a, b, c = (Transformer(SMALL, seed=s) for s in (0, 0, 1))
+    x, y = tokens(8, 32)
+    assert float(a(x, y).nats) / y.numel() == pytest.approx(math.log(32), rel=0.02)
+    same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    assert all(same)
+    assert not torch.equal(a.embed.weight, c.embed.weight)
+
+
+@pytest.mark.parametrize("change", [{}, {"window": (4,)}, {"n_kv_heads": 1}], ids=str)
+def test_decoding_equals_forward(change):
+    model = Transformer(replace(SMALL, **change), dtype=torch.float64, seed=0).double().eval()
+    x, _ = tokens(2, 12)
+    want = model(x).logits_BSV
+    state = model.init_state(2, 12)
+    assert_close(model.step(x[:, :5], state), want[:, 4], 1e-12)
+    for i in range(5, 12):
+        assert_close(model.step(x[:, i : i + 1], state), want[:, i], 1e-12)
+
+
+def test_future_tokens_do_not_matter():
+    model = Transformer(SMALL, dtype=torch.float64, seed=0).double()
+    x, _ = tokens()
+    changed = x.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 32
+    assert_close(model(x).logits_BSV[:, :6], model(changed).logits_BSV[:, :6], 1e-12)
+
+
+def test_documents_apart_equal_documents_alone():
+    model = Transformer(replace(SMALL, rope_theta=100.0), dtype=torch.float64, seed=0).double()
+    x, _ = tokens(1, 10)
+    doc = torch.tensor([[0] * 6 + [1] * 4], dtype=torch.int32)
+    together = model(x, doc_BS=doc).logits_BSV
+    # RoPE is relative, so a document that starts at position 6 reads as if it started at 0
+    assert_close(together[:, 6:], model(x[:, 6:]).logits_BSV, 1e-11)
+
+
+def test_statistics_come_from_the_sparse_layers_in_order():
+    model = Transformer(SMALL, seed=0)
+    out = model(*tokens())
+    assert len(out.stats) == 2 == len(model.sparse_layers())
+    assert all(s.counts_HE.sum(-1).tolist() == [2 * 9 * 2] * 2 for s in out.stats)
+    dense = Transformer(replace(SMALL, moe=MoEConfig(kind="dense")), seed=0)
+    assert dense(*tokens()).stats == () and dense.sparse_layers() == []
+
+
+def test_bfloat16_is_near_float64():
+    x, y = tokens(1, 6)
+    low = Transformer(SMALL, dtype=torch.bfloat16, seed=0)
+    wide = Transformer(SMALL, dtype=torch.float64, seed=0).double()
+    out = low(x, y)
+    assert out.nats.dtype == torch.float32
+    assert_close(out.nats, wide(x, y).nats, 1e-2)
+
+
+@pytest.mark.slow
+def test_compiles():
+    model = Transformer(SMALL, seed=0)
+    x, y = tokens()
+    want = model(x, y)
+    want.nats.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for block in model.layers:
+        block.compile(fullgraph=True)
+    got = model(x, y)
+    assert_close(got.nats, want.nats, 1e-5)
+    got.nats.backward()
+    for p, g in zip(model.parameters(), grads, strict=True):
+        assert_close(p.grad, g, 1e-4)

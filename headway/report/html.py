@@ -1,4 +1,5 @@
-"""The report: one HTML file that opens from disk, without network, and draws itself from the numbers inside it."""
+"""The report: one HTML file that opens from disk, without network, and draws itself from the
+numbers inside it."""
 
 import base64
 import dataclasses
@@ -14,7 +15,7 @@ from headway.config import UsageError
 from headway.report.metrics import METRICS
 from headway.report.runs import defaults, load_run
 
-SCRIPTS = ("format.js", "chart.js", "heat.js", "panels.js", "page.js")
+SCRIPTS = ("format.js", "plot.js", "chart.js", "heat.js", "panels.js", "facts.js", "page.js")
 """In the order in which the page runs them."""
 
 
@@ -23,7 +24,8 @@ def _asset(name: str) -> str:
 
 
 def _embed(data: object) -> str:
-    """JSON that cannot end its own script element, whatever text a model wrote: no <, > or & is left in it."""
+    """JSON that cannot end its own script element, whatever text a model wrote: no <, > or & is
+    left in it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -31,11 +33,14 @@ def _embed(data: object) -> str:
 
 
 def _hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
+    return (
+        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
+    )
 
 
 def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
-    """Two runs called `demo` become `a/demo` and `b/demo`, or `demo (2)` when that does not help."""
+    """Two runs called `demo` become `a/demo` and `b/demo`, or `demo (2)` when that does not
+    help."""
     names = [r["name"] for r in runs]
     for run, folder in zip(runs, folders, strict=True):
         if names.count(run["name"]) > 1:
@@ -49,10 +54,13 @@ def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
 
 
 def render(runs: list[dict]) -> str:
-    """The page for runs made by `load_run`. Its policy forbids every request and every script but its own."""
+    """The page for runs made by `load_run`. Its policy forbids every request and every script but
+    its own."""
     style = _asset("style.css")
     script = "\n".join(_asset(name) for name in SCRIPTS)
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    )
     data = {
         "runs": runs,
         "metrics": {m.name: dataclasses.asdict(m) for m in METRICS},
@@ -73,15 +81,18 @@ def render(runs: list[dict]) -> str:
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the report of one run, or of several laid over each other, to the file `out`; returns its path.
+    """Write the report of one run, or of several laid over each other, to the file `out`; returns
+    its path.
 
-    `run_dirs` are run folders with run.json and metrics.jsonl; a run that is still going is fine. The file is
-    written beside `out` and renamed, so a reader never sees half a page. Raises UsageError for a missing or corrupt
-    run and for a place that cannot be written.
+    `run_dirs` are run folders with run.json and metrics.jsonl; a run that is still going is fine.
+    The file is written beside `out` and renamed, so a reader never sees half a page. Raises
+    UsageError for a missing or corrupt run and for a place that cannot be written.
     """
     folders = [Path(d) for d in run_dirs]
     if not folders:
-        raise UsageError("no run to report; give one or more run folders, as in `headway report runs/demo`")
+        raise UsageError(
+            "no run to report; give one or more run folders, as in `headway report runs/demo`"
+        )
     runs = [load_run(folder) for folder in folders]
     _unique_names(runs, folders)
     page = render(runs)
@@ -92,5 +103,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, out)
     except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}; choose another file with --out") from None
+        raise UsageError(
+            f"cannot write {out}: {error.strerror}; choose another file with --out"
+        ) from None
     return out

@@ -1,7 +1,8 @@
-"""What every number of a run means: name, unit, formula, one line. The console line and the report read this table.
+"""What every number of a run means: name, unit, formula, one line. The console line and the report
+read this table.
 
-The schema of metrics.jsonl (one JSON object per line) is these names plus the counters `step`, `tokens`, `seconds`;
-a sample adds `prompt` and `sample`, an event adds `event` and `detail`.
+The schema of metrics.jsonl (one JSON object per line) is these names plus the counters `step`,
+`tokens`, `seconds`; a sample adds `prompt` and `sample`, an event adds `event` and `detail`.
 """
 
 import math
@@ -67,7 +68,7 @@ METRICS: tuple[Metric, ...] = (
         "grad_norm",
         "Gradient norm",
         "",
-        "√Σ g² over all parameters of all ranks, before clipping",
+        "√Σ g² over all parameters of all ranks, before clipping; mean over the interval",
         "Spikes announce trouble; a step with a non-finite norm is skipped.",
     ),
     Metric(
@@ -163,9 +164,10 @@ def _flatten(load: object) -> Iterator[float]:
 def load_summary(load: Sequence | np.ndarray) -> dict[str, float | int]:
     """Summary of expert load for a metrics record.
 
-    `load` is nested [layers][heads][experts], load / fair share (1.0 fair, 0.0 dead); layers may differ in shape.
-    Returns load_min, load_p95, load_max (linear interpolation, as numpy) and dead (experts with load 0); an empty
-    dict without sparse layers, so that `record.update` leaves the keys out.
+    `load` is nested [layers][heads][experts], load / fair share (1.0 fair, 0.0 dead); layers may
+    differ in shape. Returns load_min, load_p95, load_max (linear interpolation, as numpy) and dead
+    (experts with load 0); an empty dict without sparse layers, so that `record.update` leaves the
+    keys out.
     """
     flat = np.fromiter(_flatten(load), dtype=np.float64)
     if flat.size == 0:
@@ -203,11 +205,12 @@ def progress_line(
     eta_seconds: float | None,
     peak_flops: float | None = None,
 ) -> str:
-    """One line per step interval, always the same fields in the same order, each value after its label.
+    """One line per step interval, always the same fields in the same order, each value after its
+    label.
 
-    `record` is a training record of metrics.jsonl; a missing or None value prints as `-` (a dense run has no load).
-    `eta_seconds` is the estimated time left. With `peak_flops` (FLOP/s of the hardware, all ranks) MFU stands in
-    place of GFLOP/s.
+    `record` is a training record of metrics.jsonl; a missing or None value prints as `-` (a dense
+    run has no load). `eta_seconds` is the estimated time left. With `peak_flops` (FLOP/s of the
+    hardware, all ranks) MFU stands in place of GFLOP/s.
     """
     step = f"{record['step']:>{len(str(total_steps))}d}/{total_steps}"
     if peak_flops:
@@ -220,7 +223,7 @@ def progress_line(
             f"loss {_text(record, 'loss', '.4f'):>7}",
             f"bits/byte {_text(record, 'bits_per_byte', '.4f'):>7}",
             f"lr {_text(record, 'lr', '.2e'):>8}",
-            f"grad {_text(record, 'grad_norm', '.3g'):>6}",
+            f"grad {_text(record, 'grad_norm', '.3f'):>6}",
             f"tokens/s {_text(record, 'tokens_per_second', '.0f'):>6}",
             speed,
             f"mem {_text(record, 'memory_gib', '.2f')} GiB",

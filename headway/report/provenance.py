@@ -1,5 +1,7 @@
-"""Where a number comes from: machine, versions, commit. Written to run.json and by every benchmark."""
+"""Where a number comes from: machine, versions, commit. Written to run.json and by every
+benchmark."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -8,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from headway import __version__
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -34,16 +38,15 @@ def _memory_gib() -> float | None:
     if os.name != "posix":
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        pass
     return round(total / 2**30, 1)
 
 
 def machine() -> dict[str, str | int | float | None]:
-    """The hardware: cpu (model), cores (usable), memory_gib, cpu_capability (torch's vector path), os, gpu (name or
-    None), gpus (count), gpu_memory_gib (of one, or None). No host name and no user name."""
+    """The hardware: cpu (model), cores (usable), memory_gib, cpu_capability (torch's vector path),
+    os, gpu (name or None), gpus (count), gpu_memory_gib (of one, or None). No host name and no user
+    name."""
     found: dict[str, str | int | float | None] = {
         "cpu": _cpu_model(),
         "cores": _cores(),
@@ -70,14 +73,15 @@ def _version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of python, torch, cuda (what torch was built for, or `none`), numpy, safetensors and headway."""
+    """Versions of python, torch, cuda (what torch was built for, or `none`), numpy, safetensors and
+    headway."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "numpy": _version("numpy"),
         "safetensors": _version("safetensors"),
-        "headway": _version("headway"),
+        "headway": __version__,
     }
 
 
@@ -100,8 +104,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
     """(commit hash, dirty) of the source tree that holds `folder`; ("unknown", False) outside git.
 
-    Dirty: a tracked file anywhere in the tree differs from the commit, or `folder` holds a new file. A package
-    installed below somebody else's repository is not tracked there, hence `unknown`.
+    Dirty: a tracked file anywhere in the tree differs from the commit, or `folder` holds a new
+    file. A package installed below somebody else's repository is not tracked there, hence
+    `unknown`.
     """
     folder = Path(folder)
     head = _git(folder, "rev-parse", "--verify", "HEAD")
@@ -113,6 +118,7 @@ def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
 
 
 def provenance() -> dict:
-    """{"commit", "dirty", "versions", "machine"}: the part of run.json and of a benchmark's JSON that says where."""
+    """{"commit", "dirty", "versions", "machine"}: the part of run.json and of a benchmark's JSON
+    that says where."""
     head, dirty = commit()
     return {"commit": head, "dirty": dirty, "versions": versions(), "machine": machine()}

@@ -1,4 +1,5 @@
-"""From a run folder to what the page draws: series of points, decimated, and everything that was recorded once."""
+"""From a run folder to what the page draws: series of points, decimated, and everything that was
+recorded once."""
 
 import json
 import math
@@ -11,10 +12,11 @@ from headway.report.sinks import read_metrics
 MAX_POINTS = 1000
 """Points drawn of one line; a chart is about as many pixels wide."""
 MAX_CELLS = 240_000
-"""Numbers of the heat map of one run (frames · layers · heads · experts): about 1.4 MB of text."""
+"""Numbers of the heat map of one run (frames · layers · heads · experts): 1.4 MB of text."""
 MAX_FRAMES = 200
 """Positions of the heat map's slider."""
 MAX_SAMPLES = 40
+"""Samples on the page, evenly spread over the run."""
 
 SCALARS = (
     "loss",
@@ -50,9 +52,11 @@ def short(value: float | None, digits: int = 7) -> float | int | None:
 
 
 def decimate(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int]:
-    """Indices to draw, ascending: first and last, and of each equal interval its minimum, maximum and first gap.
+    """Indices to draw, ascending: first and last, and of each equal interval its minimum, maximum
+    and first gap.
 
-    At most about `limit` of them (gaps come on top), so no peak is lost. All of them when there are no more.
+    At most about `limit` of them (gaps come on top), so no peak is lost. All of them when there are
+    no more.
     """
     n = len(values)
     if n <= limit:
@@ -122,7 +126,9 @@ def _entropy(records: Sequence[dict]) -> list[dict]:
     layers = max((len(r["entropy"]) for r in records), default=0)
     out = []
     for layer in range(layers):
-        values = [number(r["entropy"][layer]) if layer < len(r["entropy"]) else None for r in records]
+        values = [
+            number(r["entropy"][layer]) if layer < len(r["entropy"]) else None for r in records
+        ]
         series = _series(records, values)
         if series:
             out.append(series | {"layer": layer})
@@ -130,7 +136,8 @@ def _entropy(records: Sequence[dict]) -> list[dict]:
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """`{"model": {"moe": {"top_k": 4}}}` → `{"model.moe.top_k": 4}`; an empty mapping is left out."""
+    """`{"model": {"moe": {"top_k": 4}}}` → `{"model.moe.top_k": 4}`; an empty mapping is left
+    out."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -145,17 +152,25 @@ def _read_run_json(folder: Path) -> dict:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"no run at {folder} (it has no run.json); give a folder made by `headway train`") from None
+        raise UsageError(
+            f"no run at {folder} (it has no run.json); give a folder made by `headway train`"
+        ) from None
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; give a readable run folder") from None
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; give a readable run folder"
+        ) from None
     except ValueError as error:
         raise UsageError(f"{path} is no JSON ({error}); restore it or give another run") from None
     if not isinstance(info, dict):
-        raise UsageError(f"{path} holds a {type(info).__name__}, not an object; restore it or give another run")
+        raise UsageError(
+            f"{path} holds a {type(info).__name__}, not an object; restore it or give another run"
+        )
     return info
 
 
-def _headline(info: Mapping, train: list[dict], evaluations: list[dict], total_steps: float | None) -> dict:
+def _headline(
+    info: Mapping, train: list[dict], evaluations: list[dict], total_steps: float | None
+) -> dict:
     last = train[-1] if train else {}
     end = max([*train, *evaluations], key=lambda r: r["step"], default={})
     speeds = sorted(v for r in train if (v := number(r.get("tokens_per_second"))) is not None)
@@ -183,15 +198,21 @@ def _headline(info: Mapping, train: list[dict], evaluations: list[dict], total_s
 
 
 def load_run(folder: str | Path) -> dict:
-    """Everything the page needs of one run folder (run.json and metrics.jsonl), as plain JSON values.
+    """Everything the page needs of one run folder (run.json and metrics.jsonl), as plain JSON
+    values.
 
-    Raises UsageError for a missing or corrupt file. A run that is still going, or was killed, is fine.
+    Raises UsageError for a missing or corrupt file. A run that is still going, or was killed, is
+    fine.
     """
     folder = Path(folder)
     info = _read_run_json(folder)
-    records = [r for r in read_metrics(folder / "metrics.jsonl") if number(r.get("step")) is not None]
+    records = [
+        r for r in read_metrics(folder / "metrics.jsonl") if number(r.get("step")) is not None
+    ]
     train = _last_of_each_step([r for r in records if "loss" in r])
-    evaluations = _last_of_each_step([r for r in records if "val_loss" in r or "val_bits_per_byte" in r])
+    evaluations = _last_of_each_step(
+        [r for r in records if "val_loss" in r or "val_bits_per_byte" in r]
+    )
     samples = _last_of_each_step([r for r in records if "sample" in r])
     series = {}
     for name in SCALARS:
@@ -229,7 +250,9 @@ def load_run(folder: str | Path) -> dict:
         "commit": str(info.get("commit") or "unknown"),
         "dirty": bool(info.get("dirty")),
         "versions": {str(k): str(v) for k, v in (info.get("versions") or {}).items()},
-        "machine": {str(k): str(v) for k, v in (info.get("machine") or {}).items() if v is not None},
+        "machine": {
+            str(k): str(v) for k, v in (info.get("machine") or {}).items() if v is not None
+        },
         "recipe_source": str(info.get("recipe_source") or ""),
     }
 

@@ -1,6 +1,7 @@
 """The metrics file: append-only JSON lines that survive a kill at any byte.
 
-One `write` per record, so a reader sees whole lines or one torn last line, which every function here tolerates.
+One `write` per record, so a reader sees whole lines or one torn last line, which every function
+here tolerates.
 """
 
 import json
@@ -51,9 +52,13 @@ def read_metrics(path: str | Path) -> list[dict]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"no metrics at {path}; give a run folder that holds metrics.jsonl") from None
+        raise UsageError(
+            f"no metrics at {path}; give a run folder that holds metrics.jsonl"
+        ) from None
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; give a readable run folder") from None
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; give a readable run folder"
+        ) from None
     lines = data.split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -64,15 +69,18 @@ def read_metrics(path: str | Path) -> list[dict]:
             records.append(record)
         elif number < len(lines):
             raise UsageError(
-                f"{path} line {number} is no JSON object (found {line[:40]!r}); delete that line to go on"
+                f"{path} line {number} is no JSON object (found {line[:40]!r}); "
+                "delete that line to go on"
             )
     return records
 
 
 class JsonlSink:
-    """Appends records to `path`: one line each, handed to the operating system before `write` returns.
+    """Appends records to `path`: one line each, handed to the operating system before `write`
+    returns.
 
-    Opening repairs a torn last line of a killed run. Raises UsageError when the file cannot be opened.
+    Opening repairs a torn last line of a killed run. Raises UsageError when the file cannot be
+    opened.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -101,7 +109,8 @@ class JsonlSink:
             os.write(self._fd, b"\n")
 
     def write(self, record: Mapping) -> None:
-        """Append one record. Non-finite numbers become null. On OSError (disk full) the file keeps whole lines."""
+        """Append one record. Non-finite numbers become null. On OSError (disk full) the file keeps
+        whole lines."""
         line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
         # A lone surrogate (possible in decoded bytes) is no UTF-8; it is written as '?'.
         data = memoryview(line.encode("utf-8", errors="replace") + b"\n")
@@ -114,7 +123,8 @@ class JsonlSink:
             raise
 
     def resume_at(self, step: int) -> int:
-        """Drop records after the checkpoint's `step`; returns how many. The file is replaced in one rename."""
+        """Drop records after the checkpoint's `step`; returns how many. The file is replaced in one
+        rename."""
         records = read_metrics(self.path)
         kept = [r for r in records if r.get("step", 0) <= step]
         if len(kept) == len(records):

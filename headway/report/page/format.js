@@ -26,10 +26,15 @@ function exact(v) {
   if (a !== 0 && (a < 1e-4 || a >= 1e15)) return v.toExponential(3).replace(/\.?0+e/, "e");
   return v.toLocaleString("en-US", { maximumSignificantDigits: 7 });
 }
-function brief(v, digits = 3) {
+function brief(v, digits = 3, billion = "B") {
   if (v === null || v === undefined) return "–";
   const a = Math.abs(v);
-  for (const [size, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
+  for (const [size, letter] of [
+    [1e12, "T"],
+    [1e9, billion],
+    [1e6, "M"],
+    [1e3, "k"],
+  ])
     if (a >= size * 0.99999) return Number((v / size).toPrecision(digits)) + letter;
   if (a !== 0 && a < 1e-3) return v.toExponential(digits - 1).replace(/\.?0+e/, "e");
   return String(Number(v.toPrecision(digits)));
@@ -51,16 +56,20 @@ const AXES = {
   tokens: { title: "Tokens", unit: "tokens", text: brief },
   seconds: { title: "Time", unit: "training time", text: duration },
 };
-const SECONDS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200];
+const SECONDS = [
+  1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200,
+];
 
 function ticks(lo, hi, n, axis) {
   if (!(hi > lo)) return [lo];
   const raw = (hi - lo) / n;
   const power = 10 ** Math.floor(Math.log10(raw));
-  let step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  if (axis === "seconds" && raw > 1) step = SECONDS.find((s) => s >= raw) || Math.ceil(raw / 86400) * 86400;
+  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.8);
+  if (axis === "seconds" && raw > 1)
+    step = SECONDS.find((s) => s >= raw) || Math.ceil(raw / 86400) * 86400;
   const out = [];
-  for (let i = Math.ceil(lo / step - 1e-9); i * step <= hi + step * 1e-9; i++) out.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(lo / step - 1e-9); i * step <= hi + step * 1e-9; i++)
+    out.push(Number((i * step).toPrecision(12)));
   return out;
 }
 function logTicks(lo, hi, n) {
@@ -74,7 +83,7 @@ function logTicks(lo, hi, n) {
       }
     if (out.length >= Math.min(4, n)) break;
   }
-  return out.length >= 2 ? out : ticks(lo, hi, n);
+  return out.length >= 3 ? out : ticks(lo, hi, n);
 }
 
 // Position of a step on the chosen axis: events carry only their step.
@@ -91,15 +100,21 @@ function along(run, step, axis) {
 }
 // Index of the value nearest to x in an ascending list that may hold nulls.
 function nearest(xs, x) {
-  let best = -1, gap = Infinity;
+  let best = -1,
+    gap = Infinity;
   for (let i = 0; i < xs.length; i++) {
     if (xs[i] === null) continue;
     const g = Math.abs(xs[i] - x);
-    if (g < gap) { gap = g; best = i; }
+    if (g < gap) {
+      gap = g;
+      best = i;
+    }
   }
   return best;
 }
 
+const count = (n) => n.toLocaleString("en-US");
+const plural = (n, word) => `${n.toLocaleString("en-US")} ${word}${n === 1 ? "" : "s"}`;
 const runColour = (i) => `var(--c${i % 8})`;
 // A sequential scale for layers, light enough and dark enough in both themes.
 function layerColour(t) {
@@ -108,17 +123,52 @@ function layerColour(t) {
     : `color-mix(in oklab, var(--seq2) ${t * 200 - 100}%, var(--seq1))`;
 }
 
+// Least and greatest; a spread argument list would overflow the stack on a large map.
+function extent(values) {
+  let low = Infinity,
+    high = -Infinity;
+  for (const v of values) {
+    if (v < low) low = v;
+    if (v > high) high = v;
+  }
+  return [low, high];
+}
+// "step 600 · 2.46M tokens · 2m45s" of entry i of columns that may hold nulls.
+function when(x, i) {
+  const tokens = x.tokens[i] === null ? "" : `${brief(x.tokens[i])} tokens`;
+  const time = x.seconds[i] === null ? "" : duration(x.seconds[i]);
+  return [`step ${exact(x.step[i])}`, tokens, time].filter(Boolean).join(" · ");
+}
+function tableOf(heads, rows, attrs) {
+  const head = heads.map((t) => el("th", { scope: "col" }, t));
+  return el("table", attrs, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows));
+}
+
 const tip = document.getElementById("tip");
 function showTip(x, y, head, rows) {
-  tip.replaceChildren(el("div", { class: "tip-head" }, head), ...rows.map((r) =>
-    el("div", { class: "tip-row" },
-      el("span", { class: "swatch", style: { background: r.colour } }),
-      el("span", {}, r.label), el("b", {}, r.value), r.note ? el("i", {}, r.note) : null)));
+  tip.replaceChildren(
+    el("div", { class: "tip-head" }, head),
+    ...rows.map((r) =>
+      el(
+        "div",
+        { class: "tip-row" },
+        el("span", { class: "swatch", style: { background: r.colour } }),
+        el("span", {}, r.label),
+        el("b", {}, r.value),
+        r.note ? el("i", {}, r.note) : null,
+      ),
+    ),
+  );
   tip.hidden = false;
-  const w = tip.offsetWidth, h = tip.offsetHeight;
+  const w = tip.offsetWidth,
+    h = tip.offsetHeight;
   const left = x + 16 + w > innerWidth ? x - w - 16 : x + 16;
   tip.style.left = `${Math.max(4, left)}px`;
   tip.style.top = `${Math.max(4, Math.min(y - h / 2, innerHeight - h - 4))}px`;
 }
-function hideTip() { tip.hidden = true; }
-function say(text) { document.getElementById("live").textContent = text; }
+function hideTip() {
+  tip.hidden = true;
+}
+function say(text) {
+  document.getElementById("live").textContent = text;
+}

@@ -25,10 +25,13 @@ def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
     x = g_NMN.to(dtype, copy=True)
     x = x.mT if tall else x
     x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS))
+    gram, update = x.new_empty(2, *x.shape[:-1], x.shape[-2])
+    following = torch.empty_like(x)
     for _ in range(STEPS):
-        gram = x @ x.mT
-        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, update, x, beta=a)
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=update)
+        torch.baddbmm(x, update, x, beta=a, out=following)
+        x, following = following, x
     return x.mT if tall else x
 
 

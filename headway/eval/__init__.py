@@ -1,0 +1,1 @@
+"""The evaluation room: sampling, bits per byte, multiple choice."""

@@ -1,0 +1,97 @@
+"""Text from a model: one token at a time, with a key/value cache and a seed of its own."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from headway.config import UsageError
+from headway.data.tokenizer import Tokenizer
+from headway.model.transformer import Transformer
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises `UsageError` for settings that leave no token to draw."""
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"temperature={temperature} must be 0 (greedy) or more; try 0.8")
+    if top_k < 0:
+        raise UsageError(f"top_k={top_k} is below 0; 0 keeps all tokens")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p={top_p} is outside 0 < top_p ≤ 1; 1 keeps all tokens")
+
+
+def probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """softmax(logits / temperature) of the tokens that are kept, 0 for the others; float32 `[V]`.
+
+    `top_k` keeps the k most likely (0: all). `top_p` then keeps the smallest set whose probability
+    reaches p (nucleus sampling, arXiv 1904.09751 §3.1), at least one token. Temperature 0 is the
+    most likely token alone. Equal logits are ordered by index, lowest first.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float()
+    scaled = logits_V.float() / temperature
+    values, order = scaled.sort(descending=True, stable=True)
+    kept = torch.softmax(values, dim=-1)
+    if 0 < top_k < kept.numel():
+        kept[top_k:] = 0
+        kept /= kept.sum()
+    if top_p < 1:
+        before = kept.cumsum(-1) - kept
+        kept[1:][before[1:] >= top_p] = 0
+        kept /= kept.sum()
+    return torch.zeros_like(kept).scatter_(0, order, kept)
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[str], None] | None = None,
+) -> str:
+    """The continuation of `prompt`, without it: at most `max_tokens` tokens, fewer when the
+    document ends.
+
+    The same seed gives the same text; the global random number generator is not touched. `on_token`
+    gets each piece of text as it becomes whole (a character may take several tokens). An empty
+    prompt starts a document.
+    """
+    check_sampling(temperature, top_k, top_p)
+    device = model.embed.weight.device
+    ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos]
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        state = model.init_state(1, len(ids) + max_tokens)
+        new: list[int] = []
+        shown = ""
+        following = torch.tensor([ids], device=device)
+        for _ in range(max_tokens):
+            logits_V = model.step(following, state)[
+                0, : tokenizer.vocab_size
+            ].cpu()  # no padded ids
+            drawn = probabilities(logits_V, temperature, top_k, top_p)
+            token = int(torch.multinomial(drawn, 1, generator=generator))
+            if token == tokenizer.eos:
+                break
+            new.append(token)
+            following = torch.tensor([[token]], device=device)
+            if on_token is not None:
+                text = tokenizer.decode(new).rstrip(
+                    "\ufffd"
+                )  # the rest of a character is still to come
+                if len(text) > len(shown):
+                    on_token(text[len(shown) :])
+                    shown = text
+        text = tokenizer.decode(new)
+        if on_token is not None and len(text) > len(shown):
+            on_token(text[len(shown) :])
+        return text
+    finally:
+        model.train(was_training)

@@ -1,0 +1,76 @@
+"""The run folder: what lies in it, who may write to it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from headway.config import Config, UsageError, from_dict
+from headway.train import checkpoint
+
+
+def open_folder(path: Path, resume: bool, overwrite: bool) -> None:
+    """Makes the folder of a new run, or checks that there is a run to resume.
+
+    Raises `UsageError` when the folder cannot be written or already holds a run; `overwrite` clears
+    that run.
+    """
+    if resume:
+        if not (path / "run.json").is_file():
+            raise UsageError(f"resume: {path} holds no run.json; give the folder of a run")
+        return
+    held = [path / name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
+    if held and not overwrite:
+        raise UsageError(
+            f"{path} already holds a run; go on with `--resume {path}` or choose another --run"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for old in held:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        (path / "report.html").unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def write_run(path: Path, info: dict[str, Any]) -> None:
+    """Writes run.json, whole or not at all. Raises `UsageError` when the folder cannot be
+    written."""
+    temporary = path / ".run.json"
+    try:
+        temporary.write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(temporary, path / "run.json")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def read_config(path: Path) -> Config:
+    """The resolved config of a run, to resume, evaluate or sample it. Raises `UsageError` without
+    one."""
+    try:
+        return from_dict(Config, json.loads((path / "run.json").read_text("utf-8"))["config"])
+    except OSError as error:
+        raise UsageError(f"{path} holds no readable run.json: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}/run.json is damaged ({error}); restore it") from None
+
+
+def find_checkpoint(path: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and one sentence for each damaged one that was passed over.
+
+    (None, []) when none was ever finished: the run then starts over. Raises `UsageError` when all
+    are damaged.
+    """
+    found, problems = checkpoint.latest(path)
+    if found is None and problems:
+        raise UsageError(
+            f"resume: no whole checkpoint in {path}: {'; '.join(problems)}; start another --run"
+        )
+    return found, problems
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write {path}: {error.strerror}; choose another folder with --run")

@@ -1,0 +1,121 @@
+"""What the loop remembers between two progress lines, and the running mean that tells a loss spike.
+
+Both are part of a checkpoint, so a resumed run writes the same records as one that never stopped.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.model.balance import RouteStats
+from headway.report.metrics import load_summary
+from headway.train.evaluate import bits_per_byte
+
+
+class Interval:
+    """Sums over the steps since the last record; skipped steps count only in `seconds` and
+    `tokens`."""
+
+    def __init__(self) -> None:
+        self.tokens = self.targets = self.bytes = self.steps = 0
+        self.seconds = self.nats = self.balance = self.grad_norm = 0.0
+        self.counts: list[Tensor] = []
+        """Rows per expert, float32 `[H, E]` per sparse layer (exact up to 2²⁴ rows)."""
+        self.entropy: list[Tensor] = []
+        """Routing entropy / log E, mean over tokens and heads; scalar per sparse layer."""
+
+    def add_time(self, tokens: int, seconds: float) -> None:
+        """Every step, skipped or not."""
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def add_step(
+        self,
+        nats: float,
+        targets: int,
+        n_bytes: int,
+        balance: float,
+        grad_norm: float,
+        routes: list[RouteStats],
+    ) -> None:
+        """A step whose update was applied; `routes` are its statistics, one per sparse layer."""
+        self.steps += 1
+        self.nats += nats
+        self.targets += targets
+        self.bytes += n_bytes
+        self.balance += balance
+        self.grad_norm += grad_norm
+        # Left on their device: moving them would wait for it at every step.
+        counts = [r.counts_HE for r in routes]
+        entropy = [r.entropy_H.mean() for r in routes]
+        if self.counts:
+            counts = [a.to(b.device) + b for a, b in zip(self.counts, counts, strict=True)]
+            entropy = [a.to(b.device) + b for a, b in zip(self.entropy, entropy, strict=True)]
+        self.counts, self.entropy = counts, entropy
+
+    def record(self) -> dict[str, Any]:
+        """Means over the interval under the names of report/metrics.py; NaN where every step was
+        skipped."""
+        steps = self.steps or math.nan
+        load = [(c / c.mean(-1, keepdim=True).clamp(min=1e-9)).tolist() for c in self.counts]
+        load = [[[round(x, 4) for x in head] for head in layer] for layer in load]
+        return {
+            "loss": self.nats / (self.targets or math.nan),
+            "bits_per_byte": bits_per_byte(self.nats, self.bytes),
+            "grad_norm": self.grad_norm / steps,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "balance_loss": self.balance / steps,
+            **load_summary(load),
+            "entropy": [round(float(e) / steps, 6) for e in self.entropy],
+            "load": load,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` inverts it exactly."""
+        tensors = {"counts": self.counts, "entropy": self.entropy}
+        return {**vars(self), **{k: [t.tolist() for t in v] for k, v in tensors.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Interval":
+        """The interval of a checkpoint."""
+        made = cls()
+        vars(made).update(values)
+        made.counts = [torch.tensor(c) for c in values["counts"]]
+        made.entropy = [torch.tensor(e) for e in values["entropy"]]
+        return made
+
+
+class SpikeDetector:
+    """Running mean and deviation of the loss; a spike lies more than `limit` deviations above the
+    mean.
+
+    Exponential averages over about 50 steps. Until `WARM` losses were seen nothing is a spike.
+    `limit` 0 is off.
+    """
+
+    DECAY = 0.98
+    WARM = 20
+
+    def __init__(
+        self, limit: float, mean: float = 0.0, variance: float = 0.0, seen: int = 0
+    ) -> None:
+        self.limit, self.mean, self.variance, self.seen = limit, mean, variance, seen
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether this loss is a spike; does not remember it."""
+        warm = self.limit > 0 and self.seen >= self.WARM
+        return warm and loss > self.mean + self.limit * math.sqrt(self.variance)
+
+    def add(self, loss: float) -> None:
+        """Remembers a loss that was no spike."""
+        self.seen += 1
+        rate = max(1 - self.DECAY, 1 / self.seen)
+        difference = loss - self.mean
+        self.mean += rate * difference
+        self.variance = (1 - rate) * (self.variance + rate * difference**2)
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-ready state, arguments of the constructor beside `limit`."""
+        return {"mean": self.mean, "variance": self.variance, "seen": self.seen}

@@ -1,0 +1,73 @@
+"""Where a run stands: everything beside weights and optimiser that a resumed run needs."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from headway.config import RunConfig
+from headway.train.evaluate import Evaluation
+from headway.train.interval import Interval, SpikeDetector
+
+
+@dataclass
+class Progress:
+    """Plain numbers; goes into a checkpoint's state.json and comes back exactly."""
+
+    spikes: SpikeDetector
+    step: int = 0
+    """Steps done, skipped ones included: the position in the data as well."""
+    seconds: float = 0.0
+    """Training time, without evaluation, samples and checkpoints."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss: float | None = None
+    """Nats per token of the last progress line."""
+    first: Evaluation | None = None
+    last: Evaluation | None = None
+    best_bits_per_byte: float | None = None
+    sample: str = ""
+    """The last text sample, without its prompt."""
+    interval: Interval = field(default_factory=Interval)
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Remembers an evaluation."""
+        self.first = self.first or evaluation
+        self.last = evaluation
+        best = self.best_bits_per_byte
+        new = evaluation.val_bits_per_byte
+        self.best_bits_per_byte = new if best is None else min(best, new)
+
+    def out_of_time(self, run: RunConfig) -> bool:
+        """Whether `max_seconds` of training are over."""
+        return 0 < run.max_seconds <= self.seconds
+
+    def why_stop(self, run: RunConfig) -> str:
+        """Why the run should end before its last step; empty when it should go on."""
+        if self.out_of_time(run):
+            return f"{self.seconds:.1f} s of training reach run.max_seconds={run.max_seconds:g}"
+        if self.last is not None and self.last.val_bits_per_byte <= run.stop_bits_per_byte:
+            return (
+                f"{self.last.val_bits_per_byte:.4f} bits/byte reach "
+                f"run.stop_bits_per_byte={run.stop_bits_per_byte:g}"
+            )
+        return ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` inverts it."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("spikes", "interval")}
+        for name in ("first", "last"):
+            plain[name] = None if plain[name] is None else asdict(plain[name])
+        return {**plain, "spikes": self.spikes.to_dict(), "interval": self.interval.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], spike_limit: float) -> "Progress":
+        """The progress of a checkpoint."""
+        first, last = (
+            None if values[k] is None else Evaluation(**values[k]) for k in ("first", "last")
+        )
+        objects = {
+            "first": first,
+            "last": last,
+            "spikes": SpikeDetector(spike_limit, **values["spikes"]),
+            "interval": Interval.from_dict(values["interval"]),
+        }
+        return cls(**{**values, **objects})

@@ -1,0 +1,140 @@
+"""Values that a recipe leaves open, each with the sentence that says where it comes from."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from headway.config import Config, RunConfig, UsageError
+from headway.model.moe import MoE
+from headway.model.transformer import Transformer
+from headway.validate import validate
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config without open values."""
+
+    config: Config
+    """With vocabulary, micro-batch and intervals filled in."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of the matmuls."""
+    newton_schulz_dtype: torch.dtype
+    """Of Muon's iteration: as the matmuls, but never emulated bfloat16."""
+    derived: dict[str, str]
+    """Field → the sentence that is printed and kept in run.json."""
+    remarks: tuple[str, ...]
+    """Slow or skipped paths; with `run.strict` they are errors."""
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; elsewhere it is emulated and far slower than
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve(config: Config, vocab_size: int) -> Resolved:
+    """Fills in what `config` leaves open; `vocab_size` is the tokenizer's.
+
+    Raises `UsageError` for values that cannot work, before anything is written.
+    """
+    validate(config)
+    derived: dict[str, str] = {}
+    model, data, run = config.model, config.data, config.run
+    if not model.vocab_size:
+        rounded = -(-vocab_size // 64) * 64
+        model = dataclasses.replace(model, vocab_size=rounded)
+        derived["model.vocab_size"] = (
+            f"{rounded}: the tokenizer's {vocab_size}, up to a multiple of 64"
+        )
+    elif model.vocab_size < vocab_size:
+        raise UsageError(
+            f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}; "
+            f"use {vocab_size} or more, or 0"
+        )
+    if not data.micro_batch_size:
+        data = dataclasses.replace(data, micro_batch_size=data.batch_size)
+        derived["data.micro_batch_size"] = f"{data.batch_size}: the whole batch in one pass"
+    if not run.eval_every:
+        every = max(1, config.optim.steps // 10)
+        run = dataclasses.replace(run, eval_every=every)
+        derived["run.eval_every"] = f"{every}: a tenth of {config.optim.steps} steps"
+    if not run.sample_every:
+        run = dataclasses.replace(run, sample_every=2 * run.eval_every)
+        derived["run.sample_every"] = f"{run.sample_every}: every other evaluation"
+    if not run.checkpoint_every:
+        run = dataclasses.replace(run, checkpoint_every=config.optim.steps)
+        derived["run.checkpoint_every"] = f"{run.checkpoint_every}: only the last step"
+    device = _device(run, derived)
+    dtype, remarks = _dtype(run, device, derived)
+    if remarks and run.strict:
+        raise UsageError(f"run.strict: {remarks[0]}")
+    config = dataclasses.replace(config, model=model, data=data, run=run)
+    iteration = dtype if native_bfloat16(device) else torch.float32
+    return Resolved(config, device, dtype, iteration, derived, remarks)
+
+
+def _device(run: RunConfig, derived: dict[str, str]) -> torch.device:
+    found = torch.cuda.is_available()
+    if run.device == "cuda" and not found:
+        raise UsageError("run.device=cuda and this torch sees no CUDA device; use run.device=cpu")
+    if run.device == "auto":
+        derived["run.device"] = "cuda: there is one" if found else "cpu: there is no CUDA device"
+    return torch.device("cuda" if found and run.device != "cpu" else "cpu")
+
+
+def _dtype(
+    run: RunConfig, device: torch.device, derived: dict[str, str]
+) -> tuple[torch.dtype, tuple[str, ...]]:
+    native = native_bfloat16(device)
+    if run.dtype == "auto":
+        name = "bfloat16" if native else "float32"
+        derived["run.dtype"] = f"{name}: this {device.type} " + (
+            "multiplies bfloat16 natively" if native else "has no bfloat16 instructions"
+        )
+        return (torch.bfloat16 if native else torch.float32), ()
+    if run.dtype == "bfloat16" and not native:
+        slow = (
+            f"run.dtype=bfloat16 is emulated on this {device.type}, many times slower than "
+            "float32; use float32 or auto"
+        )
+        return torch.bfloat16, (slow,)
+    return (torch.bfloat16 if run.dtype == "bfloat16" else torch.float32), ()
+
+
+def count_parameters(model: Transformer) -> tuple[int, int]:
+    """(total, active): all parameters, and those that one token visits (K of E experts per
+    head)."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = sum(_idle(layer) for layer in model.sparse_layers())
+    return total, total - idle
+
+
+def flops_per_token(model: Transformer, seq_len: int) -> float:
+    """Useful FLOPs of forward and backward per token: 6 per active matrix entry and the attention
+    scores.
+
+    The embedding's rows are looked up, not multiplied; norms and biases are left out. Causal
+    attention over S positions multiplies S/2 keys and values on average, or its window.
+    """
+    c = model.config
+    active = count_parameters(model)[1]
+    no_matmul = sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    no_matmul += 0 if c.tied else model.embed.weight.numel()
+    width = c.n_heads * (c.d_head or c.d_model // c.n_heads)
+    windows = [
+        (c.window[i % len(c.window)] if c.window else 0) or seq_len for i in range(c.n_layers)
+    ]
+    keys = sum(min(w, seq_len) * (1 - min(w, seq_len) / (2 * seq_len)) for w in windows)
+    return 6 * (active - no_matmul) + 12 * width * keys
+
+
+def _idle(layer: MoE) -> int:
+    """Parameters of the experts that a token does not visit."""
+    experts: nn.Module = layer.experts
+    held = sum(p.numel() for p in experts.parameters())
+    return held * (layer.router.n_experts - layer.router.top_k) // layer.router.n_experts

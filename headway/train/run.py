@@ -1,0 +1,238 @@
+"""What a run reads and writes around its mathematics: records, evaluations, checkpoints, its
+end."""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headway.config import Config, UsageError
+from headway.data.stream import Stream
+from headway.data.tokenizer import Tokenizer
+from headway.eval.sampling import generate
+from headway.model.transformer import Transformer
+from headway.report.html import write_report
+from headway.report.metrics import progress_line
+from headway.report.sinks import JsonlSink
+from headway.train import checkpoint
+from headway.train.checkpoint import CheckpointError
+from headway.train.evaluate import evaluate
+from headway.train.interval import Interval
+from headway.train.optim import Optimizers
+from headway.train.progress import Progress
+from headway.train.resolve import count_parameters, flops_per_token
+
+Log = Callable[[str], None]
+
+
+class RunError(RuntimeError):
+    """The run failed by itself, not by a mistake of the user: the command line exits with code
+    1."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress: its parts, and what is written about it."""
+
+    config: Config
+    dir: Path
+    model: Transformer
+    optimizers: Optimizers
+    stream: Stream
+    tokenizer: Tokenizer
+    progress: Progress
+    sink: JsonlSink
+    log: Log
+    saved: Path | None = None
+    saved_step: int = -1
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes)
+        self.flops_per_token = flops_per_token(self.model, self.config.data.seq_len)
+
+    @property
+    def tokens(self) -> int:
+        """Seen so far: a pure function of the step."""
+        return self.progress.step * self.config.data.batch_size * self.config.data.seq_len
+
+    def restore(self, path: Path | None, problems: list[str]) -> Progress:
+        """Goes back to a checkpoint, or to step 0 when none was finished; drops later records."""
+        for problem in problems:
+            self.log(f"resume: {problem}; going back")
+        if path is None:
+            self.sink.resume_at(-1)
+            self.log(f"resume: {self.dir} has no checkpoint yet; starting over at step 0")
+            return self.progress
+        state = checkpoint.load(path, self.model, self.optimizers, self.config.model)
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise UsageError(
+                    f"resume: {name} is {state[name]} in the checkpoint and {value} now; "
+                    "restore it, or start another run with --run"
+                )
+        self.progress = Progress.from_dict(state["progress"], self.config.optim.spike)
+        self.saved, self.saved_step = path, self.progress.step
+        checkpoint.set_aside_after(self.dir, self.progress.step)
+        self.sink.resume_at(self.progress.step)
+        self.event("resumed", "; ".join([f"from {path.name}", *problems]))
+        self.log(f"resumed from {path} at step {self.progress.step}")
+        return self.progress
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change within a run, beside the architecture."""
+        return {
+            "seed": self.config.run.seed,
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": self.stream.dataset.fingerprint,
+        }
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record; a full disk costs the record, not the run."""
+        counters = {"step": self.progress.step, "tokens": self.tokens}
+        try:
+            self.sink.write({**counters, "seconds": self.progress.seconds, **record})
+        except OSError as error:
+            self.log(f"metrics of step {self.progress.step} were not written: {error.strerror}")
+
+    def event(self, name: str, detail: str) -> None:
+        """Something that the reader of the report should know."""
+        self.write({"event": name, "detail": detail})
+
+    def count_skip(self, reason: str) -> None:
+        """Counts and reports a skipped step; raises `RunError` after too many in a row."""
+        progress, most = self.progress, self.config.optim.max_skipped
+        if not reason:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.log(f"step {progress.step} skipped: {reason}")
+        self.event("skipped", reason)
+        if progress.skipped_in_a_row >= most:
+            text = f"{most} steps in a row were skipped, the last at step {progress.step}: {reason}"
+            self.event("stopped", text)
+            self.report()
+            raise RunError(f"{text}; lower optim.lr or look at the data (limit optim.max_skipped)")
+
+    def record_interval(self, lr: float) -> None:
+        """The progress line, and its record."""
+        progress, steps = self.progress, self.config.optim.steps
+        interval, progress.interval = progress.interval, Interval()
+        record = interval.record()
+        speed = record["tokens_per_second"]
+        record |= {
+            "lr": lr,
+            "flops_per_second": self.flops_per_token * speed,
+            "memory_gib": _memory_gib(self.model.embed.weight.device),
+            "skipped": progress.skipped,
+        }
+        progress.loss = record["loss"] if interval.steps else None
+        self.write(record)
+        per_step = self.config.data.batch_size * self.config.data.seq_len / speed
+        eta = (steps - progress.step) * per_step
+        self.log(progress_line({"step": progress.step, **record}, steps, eta))
+
+    def evaluate(self) -> None:
+        """Validation, always on the same batches."""
+        data, n_batches = self.config.data, self.config.run.eval_batches
+        found = evaluate(
+            self.model, self.stream, self.token_bytes_V, n_batches, data.micro_batch_size
+        )
+        self.progress.evaluated(found)
+        self.write(dataclasses.asdict(found))
+        self.log(
+            f"step {self.progress.step}/{self.config.optim.steps}  val loss {found.val_loss:.4f}  "
+            f"val bits/byte {found.val_bits_per_byte:.4f}"
+        )
+
+    def sample(self) -> None:
+        """A text sample with the run's seed, so that samples of one run can be compared."""
+        run = self.config.run
+        if not run.sample_tokens:
+            return
+        text = generate(
+            self.model, self.tokenizer, run.sample_prompt, run.sample_tokens, 0.8, 50, seed=run.seed
+        )
+        self.progress.sample = text
+        self.write({"prompt": run.sample_prompt, "sample": text})
+
+    def save(self) -> None:
+        """A checkpoint of this step. An error is reported and kept in `error`; the run goes on."""
+        state = {
+            "progress": self.progress.to_dict(),
+            "tokens": self.tokens,
+            **self._identity(),
+        }
+        try:
+            self.saved = checkpoint.save(
+                self.dir,
+                self.progress.step,
+                self.model,
+                self.optimizers,
+                self.config.model,
+                state,
+                self.config.run.keep_checkpoints,
+            )
+            self.saved_step, self.error = self.progress.step, ""
+        except CheckpointError as error:
+            self.error = str(error)
+            self.log(f"{error}; the run goes on, {self.saved or 'nothing'} is the last one saved")
+            self.event("checkpoint failed", str(error))
+
+    def finish(self, signal_name: str) -> dict[str, Any]:
+        """Says how it ended, writes the report, returns the result of `train`."""
+        progress, config = self.progress, self.config
+        stopped = progress.why_stop(config.run) if progress.step < config.optim.steps else ""
+        interrupted = bool(signal_name) and not stopped and progress.step < config.optim.steps
+        if interrupted:
+            kept = f"saved {self.saved}" if self.saved_step == progress.step else "not saved"
+            self.event("interrupted", f"{signal_name} at step {progress.step}, {kept}")
+            self.log(
+                f"{signal_name}: step {progress.step} is finished, {kept}; "
+                f"go on with: headway train --resume {self.dir}"
+            )
+        elif stopped:
+            self.event("stopped", stopped)
+            self.log(f"stopped early: {stopped}")
+        total, active = count_parameters(self.model)
+        return {
+            "val_bits_per_byte": progress.last and progress.last.val_bits_per_byte,
+            "val_loss": progress.last and progress.last.val_loss,
+            "first_val_bits_per_byte": progress.first and progress.first.val_bits_per_byte,
+            "best_val_bits_per_byte": progress.best_bits_per_byte,
+            "loss": progress.loss,
+            "tokens_per_second": self.tokens / max(progress.seconds, 1e-9),
+            "steps": progress.step,
+            "tokens": self.tokens,
+            "seconds": progress.seconds,
+            "skipped": progress.skipped,
+            "parameters_total": total,
+            "parameters_active": active,
+            "sample": progress.sample,
+            "checkpoint": str(self.saved) if self.saved else None,
+            "report": self.report(),
+            "stopped": stopped,
+            "interrupted": interrupted,
+            "error": self.error,
+        }
+
+    def report(self) -> str | None:
+        """Writes report.html; returns its path, None when it could not be written."""
+        try:
+            return str(write_report([self.dir], self.dir / "report.html"))
+        except (OSError, UsageError) as error:
+            self.log(f"the report was not written: {error}")
+            return None
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak so far: allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

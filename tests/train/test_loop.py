@@ -1,0 +1,457 @@
+"""The loop on a tiny model: golden losses, resuming bit for bit, skipping, stopping, failing well.
+
+Run as a script it trains the same model: `python test_loop.py FOLDER new|resume`; a test kills that
+    process.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headway.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RouterConfig,
+    RunConfig,
+    UsageError,
+)
+from headway.report.sinks import read_metrics
+from headway.train import checkpoint, folder, loop, run
+from headway.train.checkpoint import CheckpointError
+from headway.train.run import RunError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
+WALL_CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "memory_gib")
+WORDS = [
+    "def",
+    "return",
+    "x",
+    "y",
+    "(",
+    ")",
+    "import",
+    "\n",
+    "for",
+    "in",
+    "range",
+    "if",
+    "else",
+    "1",
+    "2",
+    "3",
+    "+",
+    "self",
+    ".",
+]
+
+
+def make_text(path: Path) -> str:
+    """The same 40 kB on every machine: random.Random is specified."""
+    drawn = random.Random(0)
+    path.write_text(" ".join(drawn.choices(WORDS, weights=range(1, len(WORDS) + 1), k=14_000)))
+    return str(path)
+
+
+def tiny(root: Path, **changes) -> Config:
+    """Noise and a selection bias are on, so a resumed run needs random state and buffers to be
+    right."""
+    root.mkdir(exist_ok=True)
+    config = Config(
+        recipe="tiny",
+        model=ModelConfig(
+            n_layers=2,
+            d_model=32,
+            n_heads=2,
+            moe=MoEConfig(
+                n_heads=2,
+                n_experts=4,
+                top_k=2,
+                d_expert=16,
+                router=RouterConfig(noisy=True),
+                balance=BalanceConfig(aux=0.01, z=1e-3, bias="sign"),
+            ),
+        ),
+        data=DataConfig(
+            source=(make_text(root / "text.txt"),),
+            seq_len=32,
+            batch_size=4,
+            micro_batch_size=2,
+            cache_dir=str(root / "cache"),
+        ),
+        optim=OptimConfig(steps=20, lr=5e-3, spike=20.0),
+        run=RunConfig(
+            dir=str(root / "run"),
+            device="cpu",
+            dtype="float32",
+            log_every=3,
+            eval_every=5,
+            eval_batches=2,
+            sample_tokens=8,
+            checkpoint_every=4,
+        ),
+    )
+    for name, values in changes.items():
+        config = dataclasses.replace(
+            config, **{name: dataclasses.replace(vars(config)[name], **values)}
+        )
+    return config
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def train(config, **options):
+    return loop.train(config, log=options.pop("log", quiet), **options)
+
+
+def records(root: Path) -> list[dict]:
+    """What must not depend on interruptions."""
+    found = read_metrics(root / "run" / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in found if "event" not in r]
+
+
+def events(root: Path) -> list[tuple[int, str]]:
+    found = read_metrics(root / "run" / "metrics.jsonl")
+    return [(r["step"], r["event"]) for r in found if "event" in r]
+
+
+def assert_same_run(a: Path, b: Path, one: dict, other: dict) -> None:
+    assert records(a) == records(b)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(Path(one["checkpoint"]) / name)
+        again = load_file(Path(other["checkpoint"]) / name)
+        assert tensors.keys() == again.keys()
+        assert all(torch.equal(tensors[key], again[key]) for key in tensors), name
+    keys = ("val_bits_per_byte", "val_loss", "first_val_bits_per_byte", "loss", "sample", "steps")
+    assert {k: one[k] for k in keys} == {k: other[k] for k in keys}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (root, result)."""
+    root = tmp_path_factory.mktemp("whole")
+    return root, train(tiny(root))
+
+
+def test_golden_losses(tmp_path):
+    config = tiny(tmp_path, run={"log_every": 1, "checkpoint_every": 0, "threads": 1})
+    # Without noise, whose normal numbers differ in their last bit between kinds of processors.
+    plain = dataclasses.replace(config.model.moe, router=RouterConfig())
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=plain))
+    train(config)
+    losses = [r["loss"] for r in records(tmp_path) if "loss" in r]
+    again = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dir=str(tmp_path / "2"))
+    )
+    train(again)
+    second = [r["loss"] for r in read_metrics(tmp_path / "2" / "metrics.jsonl") if "loss" in r]
+    assert losses == second  # bit for bit
+    if os.environ.get("HEADWAY_UPDATE_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-6)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_result_and_run_folder(whole):
+    root, result = whole
+    assert result["steps"] == 20 and result["tokens"] == 20 * 4 * 32 and result["skipped"] == 0
+    assert result["val_bits_per_byte"] < result["first_val_bits_per_byte"] - 1
+    assert not result["interrupted"] and result["error"] == "" and result["stopped"] == ""
+    assert Path(result["report"]).is_file() and checkpoint.verify(Path(result["checkpoint"])) == ""
+    found = records(root)
+    assert [r["step"] for r in found if "loss" in r] == [3, 6, 9, 12, 15, 18, 20]
+    assert [r["step"] for r in found if "val_loss" in r] == [0, 5, 10, 15, 20]
+    assert [r["step"] for r in found if "sample" in r] == [10, 20]
+    interval = next(r for r in found if "loss" in r)
+    assert torch.tensor(interval["load"]).shape == (2, 2, 4)
+    assert torch.tensor(interval["load"]).mean(-1).flatten().tolist() == pytest.approx(
+        [1.0] * 4, abs=1e-3
+    )
+    assert len(interval["entropy"]) == 2 and all(0 < e <= 1 for e in interval["entropy"])
+    info = json.loads((root / "run" / "run.json").read_text())
+    assert info["parameters"] == {
+        "total": result["parameters_total"],
+        "active": result["parameters_active"],
+    }
+    assert info["derived"]["model.vocab_size"].startswith("320: ")
+    assert folder.read_config(root / "run").model.vocab_size == 320
+
+
+@pytest.mark.parametrize("at", [2, 7, 11])
+def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, at):
+    inner = loop.gradient
+    calls = []
+
+    def interrupting(*arguments):
+        calls.append(None)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return inner(*arguments)
+
+    monkeypatch.setattr(loop, "gradient", interrupting)
+    lines = []
+    stopped = train(tiny(tmp_path), log=lines.append)
+    assert stopped["interrupted"] and stopped["steps"] == at and stopped["error"] == ""
+    assert f"go on with: headway train --resume {tmp_path / 'run'}" in lines[-1]
+    assert events(tmp_path) == [(at, "interrupted")]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    torch.manual_seed(1234)  # whatever the new process did before
+    resumed = train(folder.read_config(tmp_path / "run"), resume=tmp_path / "run")
+    assert events(tmp_path) == [(at, "interrupted"), (at, "resumed")]
+    assert_same_run(*(whole[0], tmp_path), whole[1], resumed)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):
+    def twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(loop, "gradient", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path))
+
+
+def test_killed_at_random_moments_is_the_same_run(whole, tmp_path):
+    """SIGKILL a training process three times, wherever it is, and let the fourth one finish."""
+    drawn = random.Random(1)
+    root = tmp_path / "killed"
+    root.mkdir()
+    command = [sys.executable, __file__, str(root)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "OMP_NUM_THREADS": "1",
+    }
+    for attempt in range(3):
+        mode = "resume" if (root / "run" / "run.json").exists() else "new"
+        with subprocess.Popen(
+            [*command, mode], env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            started = next((line for line in process.stdout if line.startswith("path:")), None)
+            assert started is not None
+            time.sleep(drawn.uniform(0.05, 0.25) * (attempt + 1))
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    result = train(folder.read_config(root / "run"), resume=root / "run")
+    assert_same_run(whole[0], root, whole[1], result)
+
+
+def test_resuming_without_any_checkpoint_starts_over(whole, tmp_path):
+    config = tiny(tmp_path, run={"checkpoint_every": 20})
+    with pytest.raises(ZeroDivisionError):
+        train(config, log=lambda line: 1 / (not line.startswith("step 12/20")))
+    lines = []
+    result = train(config, resume=tmp_path / "run", log=lines.append)
+    assert any("has no checkpoint yet; starting over at step 0" in line for line in lines)
+    assert_same_run(whole[0], tmp_path, whole[1], result)
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(whole, tmp_path):
+    config = tiny(tmp_path)
+    first = train(config)
+    os.truncate(Path(first["checkpoint"]) / "model.safetensors", 1000)
+    lines = []
+    result = train(config, resume=tmp_path / "run", log=lines.append)
+    assert any("step-000020 is damaged (model.safetensors has 1000 bytes" in line for line in lines)
+    assert events(tmp_path) == [(16, "resumed")]
+    assert_same_run(whole[0], tmp_path, whole[1], result)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(UsageError, match="no whole checkpoint .*manifest.json is missing"):
+        train(config, resume=tmp_path / "run")
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    config = tiny(tmp_path)
+    train(config)
+    result = train(config, resume=tmp_path / "run")
+    assert_same_run(whole[0], tmp_path, whole[1], result)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model": {"d_model": 64}}, "model.d_model is 32 in the checkpoint and 64 in the recipe"),
+        ({"run": {"seed": 5}}, "seed is 0 in the checkpoint and 5 now"),
+        ({"data": {"val_fraction": 0.2}}, "data is .* in the checkpoint and .* now"),
+        ({"optim": {"name": "muon"}}, "resume with the same optim.name"),
+    ],
+)
+def test_resuming_something_else_is_refused(tmp_path, change, words):
+    train(tiny(tmp_path, optim={"steps": 4}))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=words):
+        train(tiny(tmp_path, **change), resume=tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def _spoil(monkeypatch, at, **values):
+    """Replaces what steps `at` (from 1) measured; returns the weights before each step."""
+    inner, weights = loop.gradient, []
+
+    def spoiled(model, *rest):
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        got = inner(model, *rest)
+        return dataclasses.replace(got, **values) if len(weights) in at else got
+
+    monkeypatch.setattr(loop, "gradient", spoiled)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "values, detail",
+    [
+        ({"nats": float("nan")}, "loss nan"),
+        ({"norm": float("inf")}, "gradient norm inf"),
+        ({"balance": float("nan")}, "loss"),
+    ],
+)
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, values, detail):
+    weights = _spoil(monkeypatch, {6, 7}, **values)
+    result = train(tiny(tmp_path, optim={"steps": 10}))
+    assert result["skipped"] == 2 and result["steps"] == 10
+    same = [
+        all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(weights, weights[1:], strict=False)
+    ]
+    assert same == [False] * 5 + [True, True] + [False] * 2
+    found = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    skips = [(r["step"], r["detail"].startswith(detail)) for r in found if "event" in r]
+    assert skips == [(6, True), (7, True)]
+    intervals = [r for r in found if "loss" in r]
+    assert [(r["step"], r["skipped"]) for r in intervals] == [(3, 0), (6, 1), (9, 2), (10, 2)]
+    assert all(r["loss"] is not None and r["grad_norm"] is not None for r in intervals)
+    state = json.loads((Path(result["checkpoint"]) / "state.json").read_text())
+    assert state["updates"] == 8
+
+
+def test_a_loss_spike_is_skipped(tmp_path, monkeypatch):
+    _spoil(monkeypatch, {25}, nats=1e6)
+    result = train(tiny(tmp_path, optim={"steps": 27, "spike": 5.0}))
+    assert result["skipped"] == 1 and events(tmp_path) == [(25, "skipped")]
+
+
+def test_too_many_skipped_steps_fail_the_run(tmp_path, monkeypatch):
+    _spoil(monkeypatch, set(range(5, 100)), nats=float("nan"))
+    with pytest.raises(
+        RunError, match="3 steps in a row were skipped, the last at step 7: loss nan"
+    ):
+        train(tiny(tmp_path, optim={"max_skipped": 3}))
+    assert events(tmp_path) == [(5, "skipped"), (6, "skipped"), (7, "skipped"), (7, "stopped")]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_stops_early_on_request(tmp_path):
+    result = train(tiny(tmp_path, run={"stop_bits_per_byte": 6.5}))
+    assert result["steps"] in (5, 10, 15) and result["val_bits_per_byte"] <= 6.5
+    assert "reach run.stop_bits_per_byte=6.5" in result["stopped"]
+    assert events(tmp_path) == [(result["steps"], "stopped")]
+    assert Path(result["checkpoint"]).name == f"step-{result['steps']:06d}"
+    other = tmp_path / "other"
+    timed = train(tiny(other, run={"max_seconds": 1e-3}))
+    assert timed["steps"] == 1 and "run.max_seconds=0.001" in timed["stopped"]
+    assert [r["step"] for r in records(other) if "val_loss" in r] == [0, 1]
+
+
+def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch):
+    inner = checkpoint.save
+
+    def failing(run_dir, step, *rest):
+        if step in (8, 20):
+            raise CheckpointError(f"checkpoint at step {step} was not written: no space")
+        return inner(run_dir, step, *rest)
+
+    monkeypatch.setattr(run.checkpoint, "save", failing)
+    lines = []
+    result = train(tiny(tmp_path), log=lines.append)
+    assert result["steps"] == 20 and result["error"].startswith("checkpoint at step 20 was not")
+    assert Path(result["checkpoint"]).name == "step-000016"
+    assert events(tmp_path) == [(8, "checkpoint failed"), (20, "checkpoint failed")]
+    assert any(
+        "step 8 was not written" in line and "step-000004 is the last" in line for line in lines
+    )
+
+
+def test_a_full_disk_during_the_run(tmp_path):
+    """A real file system that fills up: the run ends with exit code 1 and what was saved can be
+    resumed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs more rights")
+    try:
+        config = tiny(tmp_path, run={"dir": str(place / "run")})
+
+        def fill(line):
+            if line.startswith("step  6/20"):
+                free = os.statvfs(place)
+                (place / "filler").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 50_000))
+
+        result = train(config, log=fill)
+        assert result["steps"] == 20 and "o space left" in result["error"]
+        assert Path(result["checkpoint"]).name == "step-000004"
+        (place / "filler").unlink()
+        resumed = train(config, resume=place / "run")
+        assert resumed["error"] == "" and resumed["steps"] == 20
+        assert resumed["val_bits_per_byte"] == result["val_bits_per_byte"]
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path):
+    config = tiny(tmp_path, optim={"steps": 4})
+    train(config)
+    with pytest.raises(UsageError, match="already holds a run; go on with `--resume"):
+        train(config)
+    assert train(config, overwrite=True)["steps"] == 4
+    assert [r["step"] for r in records(tmp_path) if "val_loss" in r] == [0, 4]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    config = tiny(tmp_path)
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UsageError, match="cannot write .*; choose another folder with --run"):
+        train(config)
+    read_only = tmp_path / "ro"
+    read_only.mkdir()
+    bind = ["mount", "-t", "tmpfs", "-o", "ro,size=4k", "tmpfs", str(read_only)]
+    if subprocess.run(bind, capture_output=True, check=False).returncode == 0:
+        try:
+            with pytest.raises(UsageError, match="cannot write .*Read-only file system"):
+                train(tiny(tmp_path, run={"dir": str(read_only)}))
+        finally:
+            subprocess.run(["umount", "-l", str(read_only)], check=True)
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(UsageError, match="holds no run.json"):
+        train(tiny(tmp_path), resume=tmp_path / "nothing")
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    resuming = sys.argv[2] == "resume"
+    made = folder.read_config(target / "run") if resuming else tiny(target)
+    loop.train(
+        made,
+        resume=target / "run" if resuming else None,
+        log=lambda line: print(line, flush=True),
+    )

@@ -1,0 +1,91 @@
+"""Derived values, their sentences, and what is refused; counted parameters and FLOPs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from headway.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    UsageError,
+)
+from headway.model.transformer import Transformer
+from headway.train.resolve import count_parameters, flops_per_token, native_bfloat16, resolve
+
+
+def test_open_values_are_filled_in_and_explained():
+    config = Config(run=RunConfig(device="cpu"), optim=OptimConfig(steps=57))
+    done = resolve(config, 257)
+    assert done.config.model.vocab_size == 320
+    assert done.config.data.micro_batch_size == 8
+    assert (done.config.run.eval_every, done.config.run.sample_every) == (5, 10)
+    assert done.config.run.checkpoint_every == 57
+    assert done.derived["run.eval_every"] == "5: a tenth of 57 steps"
+    assert done.dtype == (torch.bfloat16 if native_bfloat16(done.device) else torch.float32)
+    again = resolve(done.config, 257)
+    assert again.config == done.config and set(again.derived) == {"run.dtype"}
+
+
+def _changed(**parts):
+    return dataclasses.replace(Config(run=RunConfig(device="cpu")), **parts)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (_changed(data=DataConfig(micro_batch_size=3)), "micro_batch_size=3 .*batch_size=8"),
+        (
+            _changed(model=ModelConfig(vocab_size=100)),
+            "model.vocab_size=100 is below the tokenizer's 257",
+        ),
+        (_changed(mesh=MeshConfig(hp=2)), "mesh .*hp=2"),
+        (_changed(run=RunConfig(log_every=0)), "run.log_every=0 is below 1"),
+        (_changed(run=RunConfig(eval_every=-1)), "run.eval_every=-1"),
+        (_changed(optim=OptimConfig(decay=0.0)), "optim.decay=0.0"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(config, words):
+    with pytest.raises(UsageError, match=words):
+        resolve(config, 257)
+
+
+@pytest.mark.skipif(native_bfloat16(torch.device("cpu")), reason="this CPU multiplies bfloat16")
+def test_emulated_bfloat16_is_told_and_refused_when_strict():
+    run = RunConfig(device="cpu", dtype="bfloat16")
+    done = resolve(_changed(run=run), 257)
+    assert done.dtype == torch.bfloat16 and done.newton_schulz_dtype == torch.float32
+    assert "emulated" in done.remarks[0]
+    with pytest.raises(UsageError, match="run.strict: run.dtype=bfloat16 is emulated"):
+        resolve(_changed(run=dataclasses.replace(run, strict=True)), 257)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_told():
+    with pytest.raises(UsageError, match="run.device=cuda"):
+        resolve(_changed(run=RunConfig(device="cuda")), 257)
+
+
+def test_counts_of_a_small_model():
+    moe = MoEConfig(n_heads=2, n_experts=8, top_k=3, d_expert=5, n_dense_layers=1)
+    config = ModelConfig(vocab_size=64, n_layers=2, d_model=16, n_heads=2, d_ff=10, moe=moe)
+    model = Transformer(config)
+    total, active = count_parameters(model)
+    experts = 2 * 8 * 3 * 5 * 8  # heads, experts, matrices, F, L
+    assert total - active == experts * 5 // 8
+    dense = 3 * 16 * 10
+    sparse = 2 * 16 * 16 + 2 * 8 * 8 + experts * 3 // 8
+    matrices = 2 * 4 * 16 * 16 + dense + sparse + 64 * 16
+    norms = 2 * 2 * 16 + 16 + 2 * 2 * 8
+    assert active == matrices + norms + 64 * 16
+    assert flops_per_token(model, 32) == 6 * matrices + 12 * 16 * 2 * 16
+    windowed = Transformer(dataclasses.replace(config, window=(4, 0)))
+    keys = sum(min(i, 4) for i in range(32)) / 32
+    assert flops_per_token(windowed, 32) == pytest.approx(
+        6 * matrices + 12 * 16 * (keys + 16), rel=0.02
+    )

@@ -147,8 +147,8 @@ class DataConfig:
     """Where tokens come from. `(seed, step, rank) → samples` is a pure function of this."""
 
     source: tuple[str, ...] = ("stdlib",)
-    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, .jsonl with a `text` field,
-    .parquet), or `hf:NAME[:SPLIT]` for a Hugging Face data set (extra `[data]`)."""
+    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, .jsonl with a `text`
+    field, .parquet), or `hf:NAME[:SPLIT]` for a Hugging Face data set (extra `[data]`)."""
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
     tokenizer: str = "bytes"
@@ -236,6 +236,9 @@ class RunConfig:
     """torch.compile the blocks: a minute of warm-up (needs a C++ compiler on CPUs)."""
     recompute: bool = False
     """Constant-memory form: keep nothing of size rows×F or T×E for backward, recompute it."""
+    allocator: Literal["system", "keep", "return"] = "keep"
+    """Freed memory on CPUs with glibc. `keep` holds it for the next step: faster. `return` gives blocks of a MiB back at
+    once: the lowest peak, together with `recompute`; slower."""
     threads: int = 0
     """CPU threads; 0 means torch's choice."""
     log_every: int = 10
@@ -285,7 +288,7 @@ class Config:
 
 
 def from_dict(cls: type, values: dict):
-    """Rebuild a config dataclass from `to_dict`'s output. An unknown key is an error, a missing one takes its default."""
+    """Rebuild a config dataclass from `to_dict`'s output. An unknown key is an error, a missing one its default."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

@@ -15,6 +15,7 @@ from headway.model.transformer import Transformer
 from headway.report.provenance import provenance
 from headway.report.sinks import JsonlSink
 from headway.train import checkpoint, folder
+from headway.train.allocator import set_allocator
 from headway.train.evaluate import count_targets, micro_batches
 from headway.train.interrupt import Interrupt
 from headway.train.interval import SpikeDetector
@@ -59,6 +60,8 @@ def train(
         checkpoint.check_architecture(checkpoint.read_config(found[0]), config.model)
     if run.threads:
         torch.set_num_threads(run.threads)
+    if resolved.device.type == "cpu":
+        set_allocator(run.allocator)
 
     model = Transformer(
         config.model, dtype=resolved.dtype, recompute=run.recompute, seed=run.seed

@@ -1,0 +1,123 @@
+"""What the benches share: options, provenance, interleaved repetition, and the JSON object they end with."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = ROOT / "docs" / "numbers"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--data, --json, --save."""
+    parser.add_argument(
+        "--data",
+        default="",
+        help="text file, folder or glob; default: the standard library's sources",
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument(
+        "--save", action="store_true", help=f"write {NUMBERS.relative_to(ROOT)}/BENCH.json"
+    )
+
+
+def data_config(args: argparse.Namespace, *, seq_len: int, batch_size: int):
+    """The Headway data configuration of a bench's --data."""
+    from headway.config import DataConfig
+
+    source = (args.data,) if args.data else ("stdlib",)
+    return DataConfig(source=source, seq_len=seq_len, batch_size=batch_size)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a bench's main; a user's mistake costs one line and exit code 2."""
+    from headway.config import UsageError
+
+    try:
+        main()
+    except UsageError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def interleaved(
+    rivals: dict[str, Callable[[], dict]], repetitions: int, warmup: int = 1
+) -> dict[str, list[dict]]:
+    """Call the rivals in turn, A B C A B C …; what each call returns, without the first `warmup` rounds."""
+    kept: dict[str, list[dict]] = {name: [] for name in rivals}
+    for i in range(warmup + repetitions):
+        for name, call in rivals.items():
+            result = call()
+            if i >= warmup:
+                kept[name].append(result)
+    return kept
+
+
+def target(name: str, value: float, bound: float, at_least: bool) -> dict:
+    """One target: its value (None when it was never reached), its bound and whether it is met."""
+    return {
+        "name": name,
+        "value": value if math.isfinite(value) else None,
+        "bound": bound,
+        "at_least": at_least,
+        "pass": bool(value >= bound if at_least else value <= bound),
+    }
+
+
+def document(bench: str, rows: list[dict], targets: list[dict]) -> dict:
+    """The JSON object of a bench: what was measured, where, with what."""
+    from headway.report.provenance import provenance
+
+    where = provenance()
+    return {
+        "bench": bench,
+        "machine": where["machine"],
+        "versions": where["versions"],
+        "commit": where["commit"],
+        "dirty": where["dirty"],
+        "rows": rows,
+        "targets": targets,
+    }
+
+
+def report(bench: str, rows: list[dict], targets: list[dict], args: argparse.Namespace) -> None:
+    """Print the targets, save with --save, and end with the JSON object with --json."""
+    found = document(bench, rows, targets)
+    for t in targets:
+        sign = ">=" if t["at_least"] else "<="
+        value = "never" if t["value"] is None else format(t["value"], ".4g")
+        print(f"{'PASS' if t['pass'] else 'FAIL'}  {t['name']}: {value} ({sign} {t['bound']:g})")
+    if args.save:
+        _write(NUMBERS / f"{bench}.json", found)
+    if args.json:
+        print(json.dumps(found))
+
+
+def load_rows(bench: str) -> list[dict]:
+    """The rows saved by an earlier call; empty when there are none."""
+    path = NUMBERS / f"{bench}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def merge_row(bench: str, row: dict, key: tuple[str, ...]) -> None:
+    """Save one more row, in place of one with the same key, so that a long bench can be interrupted."""
+    same = [r for r in load_rows(bench) if any(r[k] != row[k] for k in key)]
+    _write(NUMBERS / f"{bench}.json", document(bench, [*same, row], []))
+
+
+def print_rows(rows: list[dict]) -> None:
+    """One line per row."""
+    for row in rows:
+        cells = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print("  ".join(cells), flush=True)
+
+
+def _write(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,179 @@
+"""Characters of tinyshakespeare: a Headway sparse recipe against nanoGPT's CPU recipe, loss against time.
+
+    python bench/shakespeare.py [--data PATH] [--seeds N] [--steps N] [--quick] [--json] [--save]
+
+The control is nanoGPT's recipe (bench/nanogpt.py): 4 layers × 128, context 64, batch 12, 2,000 steps of AdamW.
+Its training time, evaluation left out, is the unit. Ours runs twice: with 38% of that time, where it has to reach the
+control's published loss (1.886 nats per character, and the loss that the control itself reached here), and with all of
+it, where it has to be 0.15 nats lower. Time is process CPU time with one thread; wall time is reported beside it.
+Validation is the last 10% of the text, all of it, in windows of each side's own context; ours also in windows of 64.
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common
+from bench.learn import Budget, Point, Sparse, Trainer, evaluate, trainer
+from bench.nanogpt import NanoGPT
+from bench.texts import Characters
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+
+PUBLISHED = 1.886
+"""Nats per character that nanoGPT's own code reached with this recipe."""
+CONTROL = OptimConfig(
+    lr=1e-3,
+    beta2=0.99,
+    schedule="cosine",
+    warmup=0.05,
+    min_lr_ratio=0.1,
+    weight_decay=0.1,
+    clip=1.0,
+)
+CONTROL_SHAPE = (12, 64)
+SHARE = 0.38
+"""Of the control's time; the bound is 0.4, the rest is for the noise of the clock."""
+
+
+def recipe() -> Config:
+    """What Headway runs; vocab_size is filled in from the text."""
+    return Config(
+        model=ModelConfig(
+            n_layers=4,
+            d_model=128,
+            n_heads=4,
+            moe=MoEConfig(
+                kind="multi_head_latent",
+                n_experts=8,
+                top_k=2,
+                d_expert=64,
+                n_heads=2,
+                router=RouterConfig(reads="token"),
+            ),
+        ),
+        data=DataConfig(seq_len=128, batch_size=6),
+        optim=OptimConfig(
+            name="muon", lr=4e-3, muon_lr=0.02, beta2=0.99, warmup=0.02, decay=0.5, weight_decay=0.1
+        ),
+    )
+
+
+def smallest(config: Config) -> Config:
+    """The same with one narrow layer, for tests."""
+    moe = replace(config.model.moe, d_expert=8)
+    return replace(config, model=replace(config.model, n_layers=1, d_model=16, n_heads=2, moe=moe))
+
+
+def control(path: str, seed: int, steps: int, width: int = 128) -> list[Point]:
+    """Train nanoGPT's recipe; its learning curve."""
+    text = Characters(path, *CONTROL_SHAPE, seed=seed)
+    model = NanoGPT(text.vocab_size, seq_len=CONTROL_SHAPE[1], width=width, seed=seed)
+
+    def loss(
+        model: torch.nn.Module, tokens_BS: Tensor, targets_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        nats = model(tokens_BS, targets_BS)
+        return nats / targets_BS.numel(), nats.detach()
+
+    return Trainer(model, loss, CONTROL, text).advance(Budget(steps=steps), evaluations=5)
+
+
+def sparse(path: str, config: Config, seed: int, cpu_seconds: float) -> tuple[list[Point], float]:
+    """Train ours for that long; its learning curve, and its last loss in windows of the control's context."""
+    text = Characters(path, config.data.batch_size, config.data.seq_len, seed=seed)
+    config = replace(config, model=replace(config.model, vocab_size=text.vocab_size))
+    run = trainer(config, text, seed=seed)
+    curve = run.advance(Budget(cpu_seconds=cpu_seconds), evaluations=5)
+    return curve, evaluate(run.model, Sparse(config.model), Characters(path, *CONTROL_SHAPE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_options(parser)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2000, help="of the control")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="an absurdly small size: shows that it runs, proves nothing",
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    path = args.data or str(common.ROOT.parent / "shared" / "data" / "tinyshakespeare.txt")
+    config = smallest(recipe()) if args.quick else recipe()
+    rows = []
+    for seed in range(args.seeds):
+        theirs = control(path, seed, args.steps, 16 if args.quick else 128)
+        budget = theirs[-1].cpu_seconds
+        rows.append(_row("control", seed, theirs, theirs[-1].nats))
+        for name, share in (("headway, 38% of the time", SHARE), ("headway, equal time", 1.0)):
+            curve, short = sparse(path, config, seed, share * budget)
+            rows.append(_row(name, seed, curve, short))
+        common.print_rows([{k: v for k, v in row.items() if k != "curve"} for row in rows[-3:]])
+    common.report("shakespeare", rows, targets(rows), args)
+
+
+def _row(name: str, seed: int, curve: list[Point], short: float) -> dict:
+    last = curve[-1]
+    return {
+        "name": name,
+        "seed": seed,
+        **asdict(last),
+        "nats_context_64": short,
+        "curve": [asdict(point) for point in curve],
+    }
+
+
+def targets(rows: list[dict]) -> list[dict]:
+    """Time to the control's loss, and the gain at equal time; means over seeds."""
+
+    def of(name: str) -> list[dict]:
+        return [row for row in rows if row["name"] == name]
+
+    theirs, fast, full = of("control"), of("headway, 38% of the time"), of("headway, equal time")
+    found = []
+    for label, bound in (
+        ("1.886 nats", lambda c: PUBLISHED),
+        ("the control's own loss", lambda c: c["nats"]),
+    ):
+        for clock in ("cpu_seconds", "wall_seconds"):
+            shares = [
+                _reached(ours, bound(c), clock) / c[clock]
+                for c, ours in zip(theirs, fast, strict=True)
+            ]
+            found.append(
+                common.target(
+                    f"share of the control's {clock} to {label}",
+                    statistics.mean(shares),
+                    0.4,
+                    False,
+                )
+            )
+    gain = statistics.mean(c["nats"] - o["nats"] for c, o in zip(theirs, full, strict=True))
+    found.append(common.target("nats below the control at equal CPU time", gain, 0.15, True))
+    gain = statistics.mean(
+        c["nats"] - o["nats_context_64"] for c, o in zip(theirs, full, strict=True)
+    )
+    found.append(
+        common.target(
+            "nats below the control at equal CPU time, both in windows of 64", gain, 0.15, True
+        )
+    )
+    return found
+
+
+def _reached(row: dict, nats: float, clock: str) -> float:
+    """When the run's evaluations first reach a loss; infinite if they do not."""
+    return next((point[clock] for point in row["curve"] if point["nats"] <= nats), float("inf"))
+
+
+if __name__ == "__main__":
+    common.run(main)

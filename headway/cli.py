@@ -1,0 +1,338 @@
+"""The command line: each verb is one function. A user's mistake is one line on stderr and exit code
+2.
+
+Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted. With `--json` the last
+line of stdout is one JSON object. PyTorch is imported inside the verbs that need it.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from headway.config import UsageError
+from headway.options import override, parse, print_json, take, take_switch
+from headway.train_command import recipe_names, recipe_word, train
+
+VERBS = {
+    "doctor": "what is here, which paths will run, what each missing extra would add",
+    "train": "train a recipe: headway train demo --run runs/first --steps 200",
+    "eval": "bits per byte of a trained model on validation text",
+    "sample": "let a trained model write",
+    "tokenize": "train a BPE tokenizer on your text",
+    "report": "one offline HTML page from one run or several",
+    "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
+}
+"""Verb → one line of help."""
+
+
+def run() -> None:
+    """Entry point of the `headway` command."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. `argv` without the program's name; default: the command
+    line."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _verb(args)
+    except UsageError as error:
+        print(f"headway: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("headway: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as end:  # tyro has printed help
+        return int(end.code or 0)
+
+
+def _verb(args: list[str]) -> int:
+    verb, rest = (args[0], args[1:]) if args else ("--help", [])
+    match verb:
+        case "doctor":
+            return doctor(parse(Doctor, rest, "headway doctor"))
+        case "train":
+            return train(rest)
+        case "eval":
+            return evaluate(parse(Eval, rest, "headway eval"))
+        case "sample":
+            return sample(parse(Sample, rest, "headway sample"))
+        case "tokenize":
+            return tokenize(parse(Tokenize, rest, "headway tokenize"))
+        case "report":
+            return report(parse(Report, rest, "headway report"))
+        case "describe":
+            return describe(rest)
+        case "--help" | "-h" | "help":
+            print(_help())
+            return 0
+        case "--version":
+            from headway import __version__
+
+            print(f"headway {__version__}")
+            return 0
+        case _:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"unknown verb {verb!r}; {hint}use {', '.join(VERBS)}")
+
+
+# doctor
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What is here, which paths will run, and what each missing extra would add."""
+
+    json: bool = False
+    """End with one JSON object."""
+
+
+def doctor(options: Doctor) -> int:
+    """`headway doctor`."""
+    from headway.doctor import examine, render
+
+    found = examine()
+    print(render(found))
+    print_json(options.json, found)
+    return 0
+
+
+# eval, sample
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Bits per byte of a trained model on the validation split of its data, or of other data."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, or one checkpoint folder inside it."""
+    data: tuple[str, ...] = ()
+    """Other text, as for `train --data`; its validation split is read."""
+    batches: int = 0
+    """Validation batches; 0 means the whole split."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def evaluate(options: Eval) -> int:
+    """`headway eval RUN|CHECKPOINT`."""
+    import dataclasses
+
+    import torch
+
+    from headway.data.shards import prepare
+    from headway.data.stream import Stream
+    from headway.train.evaluate import evaluate as measure
+    from headway.trained import load_trained
+
+    if options.batches < 0:
+        raise UsageError(f"--batches {options.batches} is below 0; 0 means the whole split")
+    found = load_trained(options.run)
+    _tell_problems(found.problems)
+    data = found.config.data
+    if options.data:
+        data = dataclasses.replace(data, source=options.data, weights=())
+    stream = Stream(prepare(data, found.tokenizer), data, found.config.run.seed)
+    token_bytes = torch.from_numpy(found.tokenizer.token_bytes)
+    n_batches = min(options.batches or stream.n_val_batches, stream.n_val_batches)
+    result = measure(found.model, stream, token_bytes, n_batches, data.micro_batch_size)
+    print(
+        f"{found.checkpoint}: {result.val_bits_per_byte:.4f} bits/byte, "
+        f"{result.val_loss:.4f} nats/token on {n_batches} of {stream.n_val_batches} "
+        f"validation batches of {' '.join(data.source)}"
+    )
+    print_json(
+        options.json,
+        {
+            "val_bits_per_byte": result.val_bits_per_byte,
+            "val_loss": result.val_loss,
+            "batches": n_batches,
+            "data": list(data.source),
+            "checkpoint": str(found.checkpoint),
+        },
+    )
+    return 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text from a trained model, streamed as it is written."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, or one checkpoint folder inside it."""
+    prompt: str = ""
+    """Where the text starts; empty starts a document."""
+    tokens: int = 200
+    """Most tokens to write; fewer when the document ends."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token each time."""
+    top_k: int = 50
+    """Draw from the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Then from the smallest set whose probability reaches p; 1 keeps all."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def sample(options: Sample) -> int:
+    """`headway sample RUN`."""
+    from headway.eval.sampling import check_sampling, generate
+    from headway.trained import load_trained
+
+    check_sampling(options.temperature, options.top_k, options.top_p)
+    if options.tokens < 1:
+        raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
+    found = load_trained(options.run)
+    _tell_problems(found.problems)
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    show(options.prompt)
+    text = generate(
+        found.model,
+        found.tokenizer,
+        options.prompt,
+        options.tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        on_token=show,
+    )
+    print()
+    print_json(
+        options.json,
+        {
+            "prompt": options.prompt,
+            "text": text,
+            "tokens": len(found.tokenizer.encode(text)),
+            "seed": options.seed,
+            "checkpoint": str(found.checkpoint),
+        },
+    )
+    return 0
+
+
+# tokenize, report, describe
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Train a byte-level BPE tokenizer and write it as `tokenizer.json`; validation text is left
+    out."""
+
+    data: tuple[str, ...] = ("stdlib",)
+    """Text, as for `train --data`."""
+    vocab_size: int = 4096
+    """Ids, the 256 bytes and the end of document included; ≥ 257."""
+    out: str = "tokenizer.json"
+    """File to write; then `headway train RECIPE --data.tokenizer FILE`."""
+    val_fraction: float = 0.05
+    """Share of the documents that is kept for validation, as in training."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def tokenize(options: Tokenize) -> int:
+    """`headway tokenize`."""
+    from headway.config import DataConfig
+    from headway.data.corpus import train_texts
+    from headway.data.shards import validate as check_data
+    from headway.data.tokenizer import train_bpe
+
+    check_data(DataConfig(source=options.data, val_fraction=options.val_fraction))
+    made = train_bpe(
+        train_texts(options.data, options.val_fraction), options.vocab_size, options.out
+    )
+    text = next(train_texts(options.data, options.val_fraction))[: 1 << 18]
+    ratio = len(text.encode("utf-8")) / max(len(made.encode(text)), 1)
+    print(f"{options.out}: {made.vocab_size:,} ids, {ratio:.2f} bytes per token")
+    print(f"train with it: headway train RECIPE --data.tokenizer {options.out}")
+    print_json(
+        options.json,
+        {
+            "tokenizer": options.out,
+            "vocab_size": made.vocab_size,
+            "bytes_per_token": ratio,
+            "fingerprint": made.fingerprint,
+        },
+    )
+    return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One offline HTML page from one run, or from several laid over each other."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
+    """Run folders."""
+    out: str = ""
+    """File to write; empty means report.html in the run folder, or here for several runs."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def report(options: Report) -> int:
+    """`headway report RUN [RUN…]`."""
+    from headway.report.html import write_report
+
+    alone = len(options.runs) == 1
+    out = options.out or (str(Path(options.runs[0]) / "report.html") if alone else "report.html")
+    path = write_report(options.runs, out)
+    print(f"report of {', '.join(options.runs)}: {path}")
+    print_json(options.json, {"report": str(path), "runs": list(options.runs)})
+    return 0
+
+
+def describe(args: list[str]) -> int:
+    """`headway describe RECIPE [--P 8]`; other options are those of the config."""
+    as_json, args = take_switch(args, "--json")
+    ranks, args = take(args, "--P")
+    recipe, args = recipe_word(args)
+    if recipe is None:
+        raise UsageError(f"describe needs a recipe; use {recipe_names()}")
+    if ranks is not None and not ranks.isdecimal():
+        raise UsageError(f"--P {ranks} is no number of ranks; use 2 or more")
+
+    from headway import recipes
+    from headway.data.tokenizer import load_tokenizer
+    from headway.plan import describe as plan
+    from headway.validate import validate
+
+    config = override(recipes.load(recipe), args, f"headway describe {recipe}")
+    derived = validate(config)
+    config = plan.with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    found = plan.describe(config, int(ranks or 8), 2 if config.run.dtype == "bfloat16" else 4)
+    print(plan.render(found, config, derived))
+    print_json(as_json, found)
+    return 0
+
+
+# shared
+
+
+def _tell_problems(problems: list[str]) -> None:
+    for problem in problems:
+        print(f"headway: {problem}; using the one before", file=sys.stderr)
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<10} {line}" for verb, line in VERBS.items())
+    return (
+        f"usage: headway VERB …\n\n{verbs}\n\n"
+        "`headway VERB --help` lists the options of a verb, "
+        "`headway train RECIPE --help` every leaf of the config."
+    )

@@ -1,0 +1,121 @@
+"""The text and the numbers of `headway describe`: what a config costs, each line with its
+formula."""
+
+from dataclasses import replace
+from typing import Any
+
+from headway.config import Config, UsageError
+from headway.plan.cost import active_parameters, flops, parameters
+from headway.plan.memory import activations, states
+from headway.plan.shape import Item, shape_of, total
+from headway.plan.traffic import traffic
+
+TYPICAL_VOCAB = 320
+"""Of the byte tokenizer, 257 rounded up to a multiple of 64; used when neither config nor caller
+names one."""
+
+
+def with_vocab(config: Config, vocab_size: int = 0) -> Config:
+    """The config with a vocabulary: its own, else `vocab_size` rounded up to a multiple of 64, else
+    bytes."""
+    if config.model.vocab_size:
+        return config
+    rounded = -(-vocab_size // 64) * 64 or TYPICAL_VOCAB
+    return replace(config, model=replace(config.model, vocab_size=rounded))
+
+
+def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict[str, Any]:
+    """All costs of a valid config, JSON-ready: groups of `{name: {value, formula}}` and their
+    totals.
+
+    `bytes_per_value` is of the matmuls: 4 for float32, 2 for bfloat16. Traffic is always that of
+    bfloat16.
+    """
+    if n_ranks < 2:
+        raise UsageError(f"--P {n_ranks} ranks send nothing; use 2 or more")
+    model, data = config.model, config.data
+    micro = data.micro_batch_size or data.batch_size
+    kept = activations(
+        model,
+        micro,
+        data.seq_len,
+        bytes_per_value=bytes_per_value,
+        recompute=config.run.recompute,
+        doc_mask=data.doc_mask,
+    )
+    groups = {
+        "parameters": parameters(model),
+        "active_parameters": active_parameters(model),
+        "flops_per_token_forward": flops(model, data.seq_len),
+        "state_bytes": states(config),
+        "activation_bytes": kept,
+    }
+    totals = {name: int(total(items)) for name, items in groups.items()}
+    totals["flops_per_token_training"] = 3 * totals["flops_per_token_forward"]
+    sent = traffic(model, n_ranks)
+    return {
+        "recipe": config.recipe,
+        "model": summary(config),
+        **totals,
+        "traffic_ranks": n_ranks,
+        "traffic_bytes_per_token_and_layer": {i.name: round(i.value) for i in sent},
+        "items": {name: _table(items) for name, items in groups.items()}
+        | {"traffic_bytes_per_token_and_layer": _table(sent)},
+    }
+
+
+def summary(config: Config) -> str:
+    """One line on the architecture."""
+    m, s = config.model, shape_of(config.model)
+    text = f"{s.n_layers} layers, D {s.D}, V {s.V}, "
+    text += f"{s.N} attention heads ({s.M} key/value) of width {s.d}"
+    if s.n_dense:
+        text += f"; {s.n_dense} dense networks, F {s.F_dense}"
+    if s.n_sparse:
+        kind = {
+            "moe": "flat MoE",
+            "latent": f"LatentMoE of width {s.D_L}",
+            "multi_head_latent": f"Multi-Head LatentMoE, H {s.H} × L {s.L}",
+        }[m.moe.kind]
+        text += f"; {s.n_sparse} layers of {kind}, E {s.E}, K {s.K}, F {s.F}"
+        if s.F_shared:
+            text += f", shared expert {s.F_shared}"
+    return text
+
+
+def render(found: dict[str, Any], config: Config, derived: dict[str, str]) -> str:
+    """`describe` as text for people."""
+    micro = config.data.micro_batch_size or config.data.batch_size
+    lines = [f"{found['recipe'] or 'config'}: {found['model']}"]
+    lines += [f"  {name} = {sentence}" for name, sentence in derived.items()]
+    headings = {
+        "parameters": "parameters",
+        "active_parameters": "parameters that a token visits",
+        "flops_per_token_forward": "FLOPs per token, forward (training: three times)",
+        "state_bytes": "bytes of weights, gradients and optimiser",
+        "activation_bytes": f"bytes kept for backward, {micro} × {config.data.seq_len} tokens",
+    }
+    for name, heading in headings.items():
+        lines += ["", f"{heading}: {found[name]:,}{_unit(name, found[name])}"]
+        lines += _rows(found["items"][name])
+    ranks = found["traffic_ranks"]
+    sent = found["items"]["traffic_bytes_per_token_and_layer"]
+    if sent:
+        lines += ["", f"bytes sent per token and sparse layer in training, P = {ranks}, bfloat16:"]
+        lines += _rows(sent)
+        heads = config.model.moe.n_heads
+        if "Head Parallel" in sent and heads % ranks:
+            lines.append(f"  (Head Parallel itself needs P to divide H = {heads})")
+    return "\n".join(lines)
+
+
+def _table(items: tuple[Item, ...]) -> dict[str, dict[str, float | str]]:
+    return {i.name: {"value": round(i.value), "formula": i.formula} for i in items}
+
+
+def _unit(name: str, value: int) -> str:
+    return f" ({value / 2**20:,.1f} MiB)" if name.endswith("bytes") else ""
+
+
+def _rows(items: dict[str, dict[str, float | str]]) -> list[str]:
+    return [f"  {name:<34} {row['value']:>16,}  {row['formula']}" for name, row in items.items()]

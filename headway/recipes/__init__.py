@@ -1,0 +1,76 @@
+"""Recipes: functions that return one `Config`; a difference of recipes is an experiment."""
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+from headway.config import Config, UsageError
+from headway.recipes.cpu import cpu_step, demo, dense, latent, moe, multi_head_latent, shakespeare
+from headway.recipes.gpu import large, small
+
+Recipe = Callable[[], Config]
+
+RECIPES: dict[str, Recipe] = {
+    "demo": demo,
+    "dense": dense,
+    "moe": moe,
+    "latent": latent,
+    "multi_head_latent": multi_head_latent,
+    "shakespeare": shakespeare,
+    "cpu_step": cpu_step,
+    "small": small,
+    "large": large,
+}
+"""Every recipe by the name that the command line takes."""
+
+
+def load(name: str) -> Config:
+    """The config of a recipe: one of `RECIPES`, or `path/to/file.py:function` of your own.
+
+    Raises UsageError for an unknown name (with the nearest one), file or function.
+    """
+    if ":" in name or name.endswith(".py"):
+        return _from_file(name)
+    recipe = RECIPES.get(name.replace("-", "_"))
+    if recipe is None:
+        near = difflib.get_close_matches(name.replace("-", "_"), RECIPES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"unknown recipe {name!r}; {hint}use {', '.join(RECIPES)}, or FILE.py:FUNCTION"
+        )
+    return recipe()
+
+
+def source(name: str) -> str:
+    """Text of the file that holds a recipe which `load` accepts; kept with the run."""
+    if name.endswith(".py") or ":" in name:
+        return Path(name.rpartition(":")[0]).read_text("utf-8")
+    return inspect.getsource(RECIPES[name.replace("-", "_")])
+
+
+def _from_file(name: str) -> Config:
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not function:
+        raise UsageError(f"recipe {name!r} names no function; use FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise UsageError(f"recipe {name!r}: there is no file {path}; use FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = vars(module).get(function)
+    if not callable(recipe):
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise UsageError(
+            f"recipe {name!r}: {path} has no function {function}; "
+            f"it has {', '.join(names) or 'none'}"
+        )
+    config = recipe()
+    if not isinstance(config, Config):
+        raise UsageError(
+            f"recipe {name!r} returned a {type(config).__name__}; "
+            "it must return a headway.config.Config"
+        )
+    return config

@@ -1,0 +1,117 @@
+"""Recipes that train in minutes on two cores of a CPU."""
+
+from dataclasses import replace
+
+from headway.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RouterConfig,
+    RunConfig,
+)
+from headway.model.moe import latent_acc
+
+
+def demo() -> Config:
+    """`make demo`: a byte-level Multi-Head LatentMoE on Python's own standard library, under 5
+    minutes on 2 cores."""
+    return Config(
+        recipe="demo",
+        model=ModelConfig(
+            n_layers=4,
+            d_model=192,
+            n_heads=4,
+            moe=MoEConfig(
+                kind="multi_head_latent",
+                n_heads=4,
+                n_experts=16,
+                top_k=4,
+                d_expert=128,
+            ),
+        ),
+        data=DataConfig(seq_len=256, batch_size=8),
+        optim=OptimConfig(steps=400, lr=3e-3, warmup=0.05),
+        # on a machine slower than expected it stops in time, and says so
+        run=RunConfig(eval_every=50, eval_batches=8, log_every=10, max_seconds=240),
+    )
+
+
+def dense() -> Config:
+    """The control of `moe`, `latent` and `multi_head_latent`: a dense network with the same FLOPs
+    per token."""
+    return Config(
+        recipe="dense",
+        model=ModelConfig(
+            n_layers=4, d_model=128, n_heads=4, d_ff=512, moe=MoEConfig(kind="dense")
+        ),
+        data=DataConfig(seq_len=128, batch_size=8),
+        optim=OptimConfig(steps=2000, lr=3e-3),
+    )
+
+
+def moe() -> Config:
+    """Flat mixture: four of 16 experts do the work of the dense network."""
+    return _sparse("moe", MoEConfig(kind="moe", n_experts=16, top_k=4, d_expert=128))
+
+
+def latent() -> Config:
+    """LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as the
+    FLOPs allow."""
+    n_experts, top_k = latent_acc(16, 4, alpha=2, d_expert=128, d_model=128, activation="swiglu")
+    return _sparse(
+        "latent",
+        MoEConfig(
+            kind="latent",
+            n_experts=n_experts,
+            top_k=top_k,
+            d_expert=128,
+            d_latent=64,
+            router=RouterConfig(reads="token"),
+        ),
+    )
+
+
+def multi_head_latent() -> Config:
+    """Multi-Head LatentMoE: two heads of width 64; narrower experts (F 107, not 128) pay for the
+    projections."""
+    return _sparse(
+        "multi_head_latent",
+        MoEConfig(kind="multi_head_latent", n_heads=2, n_experts=16, top_k=4, d_expert=107),
+    )
+
+
+def _sparse(name: str, layer: MoEConfig) -> Config:
+    """`dense` with another feed-forward layer."""
+    base = dense()
+    return replace(base, recipe=name, model=replace(base.model, moe=layer))
+
+
+def shakespeare() -> Config:
+    """For a small text given with `--data`: a sparse layer at nanoGPT's CPU size (4 layers of width
+    128)."""
+    base = multi_head_latent()
+    return replace(
+        base,
+        recipe="shakespeare",
+        data=replace(base.data, seq_len=64, batch_size=12, val_fraction=0.1),
+        run=replace(base.run, sample_prompt="\n"),
+    )
+
+
+def cpu_step() -> Config:
+    """The shape of bench/cpu_step.py: a flat mixture as Hugging Face's OLMoE, to be timed and not
+    to learn well."""
+    return Config(
+        recipe="cpu_step",
+        model=ModelConfig(
+            vocab_size=512,
+            n_layers=6,
+            d_model=384,
+            n_heads=6,
+            moe=MoEConfig(kind="moe", n_experts=32, top_k=4, d_expert=192),
+        ),
+        data=DataConfig(seq_len=256, batch_size=8),
+        optim=OptimConfig(steps=20),
+    )

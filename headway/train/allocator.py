@@ -1,0 +1,30 @@
+"""What the C allocator does with freed memory: on CPUs a training step frees and asks for the same buffers each time.
+
+glibc hands large blocks back to the kernel, and the next step pays a page fault per 4 KiB to get them again. Kept, they
+are at hand, at the price of fragmentation.
+"""
+
+import ctypes
+import sys
+from typing import Literal
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
+KEEP, RETURN = 1 << 30, 1 << 20
+
+Policy = Literal["system", "keep", "return"]
+
+
+def set_allocator(policy: Policy) -> bool:
+    """Set the policy for this process; False where the C library is not glibc, or for `system`.
+
+    `keep`: freed blocks stay with the process. `return`: blocks of a MiB or more go back at once.
+    """
+    if policy == "system" or not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library
+        return False
+    if policy == "keep":
+        return bool(libc.mallopt(M_MMAP_THRESHOLD, KEEP) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, RETURN) and libc.mallopt(M_TRIM_THRESHOLD, RETURN))

@@ -1,0 +1,127 @@
+"""`headway train`: from the words of the command line to a run and its exit code."""
+
+import sys
+from pathlib import Path
+
+from headway.config import Config, UsageError
+from headway.options import SHORTHANDS, leaves, override, print_json, take, take_switch
+
+
+def train(args: list[str]) -> int:
+    """`headway train RECIPE` or `headway train --resume RUN`; options are those of the config."""
+    as_json, args = take_switch(args, "--json")
+    overwrite, args = take_switch(args, "--overwrite")
+    resume, args = take(args, "--resume")
+    recipe, args = recipe_word(args)
+    if recipe is None and resume is None:
+        if args and args[0] in ("--help", "-h"):
+            print(_train_help())
+            return 0
+        raise UsageError(f"train needs a recipe or --resume RUN; use {recipe_names()}")
+    if resume is not None and overwrite:
+        raise UsageError(f"--resume {resume} goes on with a run and --overwrite clears it; use one")
+    if {"--help", "-h"} & set(args):
+        print(_train_help())
+
+    from headway import recipes
+    from headway.validate import remarks, validate
+
+    base = recipes.load(recipe) if recipe is not None else None
+    if resume is not None:
+        config = _resumed(Path(resume), base, args)
+    else:
+        assert base is not None
+        config = override(base, args, f"headway train {recipe}")
+    derived = validate(config)
+    if resume is None:
+        for name, sentence in derived.items():
+            print(f"{name} = {sentence}")
+    for remark in remarks(config):
+        print(f"note: {remark}")
+
+    from headway.train.loop import train as run_training
+    from headway.train.run import RunError
+
+    try:
+        result = run_training(
+            config,
+            resume=None if resume is None else Path(resume),
+            overwrite=overwrite,
+            recipe_source="" if recipe is None else recipes.source(recipe),
+        )
+    except RunError as error:
+        print(f"headway: {error}", file=sys.stderr)
+        return 1
+    from headway.summary import train_summary
+
+    print(
+        train_summary(config, result, resume or config.run.dir or f"runs/{config.recipe or 'run'}")
+    )
+    print_json(as_json, result)
+    if result["error"]:
+        print(f"headway: {result['error']}", file=sys.stderr)
+        return 1
+    return 130 if result["interrupted"] else 0
+
+
+_MAY_CHANGE = ("optim.steps", "optim.spike", "optim.max_skipped")
+
+
+def _resumed(run_dir: Path, recipe: Config | None, args: list[str]) -> Config:
+    """The config of a run, with overrides of what may change within a run (`run.*` and the
+    length)."""
+    from headway.train.folder import read_config
+
+    saved = read_config(run_dir)
+    if recipe is not None:
+        _same_model(saved, override(recipe, args, f"headway train {recipe.recipe}"), run_dir)
+    config = override(saved, args, f"headway train --resume {run_dir}")
+    before, after = leaves(saved.to_dict()), leaves(config.to_dict())
+    for name, value in after.items():
+        free = name in _MAY_CHANGE or (
+            name.startswith("run.") and name not in ("run.seed", "run.dir")
+        )
+        if value != before[name] and not free:
+            raise UsageError(
+                f"resume: {name} is {before[name]} in {run_dir} and {value} here; "
+                "leave it out, or start another run with --run"
+            )
+    return config
+
+
+def _same_model(saved: Config, wanted: Config, run_dir: Path) -> None:
+    """Raise UsageError naming the first field in which the architectures differ."""
+    before, after = leaves(saved.to_dict()["model"]), leaves(wanted.to_dict()["model"])
+    for name, value in after.items():
+        open_vocab = name == "vocab_size" and value == 0
+        if value != before[name] and not open_vocab:
+            raise UsageError(
+                f"resume: model.{name} is {before[name]} in {run_dir} and {value} in recipe "
+                f"{wanted.recipe}; leave the recipe out, or start another run with --run"
+            )
+
+
+def recipe_word(args: list[str]) -> tuple[str | None, list[str]]:
+    """(the recipe, the other words): the first word, unless it is an option."""
+    if args and not args[0].startswith("-"):
+        return args[0], args[1:]
+    return None, args
+
+
+def recipe_names() -> str:
+    from headway.recipes import RECIPES
+
+    return f"{', '.join(RECIPES)}, or FILE.py:FUNCTION"
+
+
+def _train_help() -> str:
+    short = "\n".join(f"  {short:<20} {leaf}" for short, leaf in SHORTHANDS.items())
+    return (
+        "usage: headway train RECIPE [options]\n       headway train --resume RUN [options]\n\n"
+        f"recipes: {recipe_names()}\n\n"
+        f"short for\n{short}\n  {'--mesh hp=2,ep=2':<20} --mesh.hp 2 --mesh.ep 2\n\n"
+        "  --resume RUN         go on with a run, bit for bit; its own config is used\n"
+        "  --overwrite          clear the run that --run holds\n"
+        "  --json               end with one JSON object\n\n"
+        "Every leaf of the config is an option: `headway train RECIPE --help` lists them.\n"
+    )

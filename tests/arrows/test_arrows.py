@@ -1,0 +1,210 @@
+"""Imports go one way, files stay readable, and a few habits stay out of the package."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "headway"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+ALLOWED = {
+    "config": set(),
+    "kernels": {"config"},
+    "model": {"config", "kernels"},
+    "parallel": {"config", "kernels", "model"},
+    "data": {"config"},
+    "report": {"config"},
+    "eval": {"config", "kernels", "model", "parallel", "data"},
+    "plan": {"config"},
+    "recipes": {"config", "model"},
+    "train": {
+        "config",
+        "kernels",
+        "model",
+        "parallel",
+        "data",
+        "eval",
+        "report",
+        "plan",
+        "validate",
+    },
+    "validate": {"config", "model", "data", "train"},
+}
+"""Room → rooms it may import. What is not listed (cli and its helpers) may import every room here; nothing imports cli."""
+
+CORE = {"torch", "numpy", "safetensors", "tyro", "tokenizers", "headway"} | set(
+    sys.stdlib_module_names
+)
+
+
+def room(path: Path) -> str:
+    """The folder of a file in the package, or its own name at the top."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether at the top of the file) of every import; `from a import b` counts as `a.b` where that is a module."""
+    tree = ast.parse(path.read_text("utf-8"))
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            if module == "headway":
+                found += [(name, id(node) in top) for name in names]
+            else:
+                found.append((module, id(node) in top))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    for module, _ in imports(path):
+        parts, here = module.split("."), room(path)
+        if parts[0] != "headway" or parts[1:] in ([], ["__version__"]):
+            continue
+        assert parts[1] not in ("cli", "train_command") or here in ("cli", "__main__"), (
+            "nothing imports the command line"
+        )
+        if here in ALLOWED and parts[1] != here:
+            assert parts[1] in ALLOWED[here], f"{here} may not import {module}"
+
+
+def test_every_room_has_its_arrow():
+    rooms = {p.parent.name for p in PACKAGE.glob("*/*.py")}
+    assert rooms <= set(ALLOWED), "add the new room to ALLOWED"
+
+
+def test_config_needs_the_standard_library_alone():
+    modules = {module.split(".")[0] for module, _ in imports(PACKAGE / "config.py")}
+    assert modules <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_extras_are_imported_where_they_are_used(path):
+    """At the top of a file only the core dependencies."""
+    for module, at_top in imports(path):
+        assert not at_top or module.split(".")[0] in CORE, (
+            f"{module} is an extra: import it in the function"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_habits(path):
+    text = path.read_text("utf-8")
+    assert text.count("\n") <= 400, "look for the second idea"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"hasattr", "getattr", "setattr", "eval", "exec"}, (
+                f"{node.func.id}() in line {node.lineno}: ask the type, not the name"
+            )
+        if isinstance(node, ast.Global):
+            raise AssertionError(f"global state in line {node.lineno}")
+        if room(path) in ("model", "kernels") and isinstance(node, ast.Attribute):
+            assert node.attr != "item", f".item() in line {node.lineno} waits for the device"
+
+
+def tracked() -> list[Path]:
+    """Files of the repository; of the working tree where there is no git."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode == 0 and listed.stdout:
+        return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    skipped = {
+        ".venv",
+        ".git",
+        "runs",
+        "__pycache__",
+        ".pytest_cache",
+        ".ruff_cache",
+        ".hypothesis",
+    }
+    return [
+        p for p in ROOT.rglob("*") if p.is_file() and not skipped & set(p.relative_to(ROOT).parts)
+    ]
+
+
+def test_no_path_of_a_machine_in_a_file():
+    """Somebody's home or work folder, or a registry, in a file that others will read."""
+    pattern = re.compile(
+        rb"/(?:home|Users)/[A-Za-z0-9_.-]+/|/work/[a-z]+/|(?:index|extra)-url|/root/"
+    )
+    for path in tracked():
+        if path == Path(__file__) or path.suffix in (".png", ".bin", ".safetensors"):
+            continue
+        found = pattern.search(path.read_bytes())
+        assert not found, f"{path.relative_to(ROOT)}: {found.group() if found else ''}"
+
+
+BLOCK = """
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))  # None: importing it raises ModuleNotFoundError
+"""
+
+EXTRAS = [
+    "triton",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "trackio",
+    "matplotlib",
+    "selenium",
+    "pandas",
+    "scipy",
+]
+
+
+def test_the_core_works_without_extras(tmp_path):
+    """`import headway` and a training run, where no extra can be imported."""
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 400)
+    program = (
+        BLOCK.format(blocked=EXTRAS)
+        + f"""
+import headway
+from headway import cli
+code = cli.main(["train", "multi_head_latent", "--data", {str(text)!r}, "--run", {str(tmp_path / "run")!r},
+                 "--steps", "2", "--model.n-layers", "1", "--model.d-model", "16", "--model.moe.d-expert", "8",
+                 "--data.seq-len", "16", "--run.sample-tokens", "4"])
+assert code == 0, code
+assert cli.main(["report", {str(tmp_path / "run")!r}]) == 0
+"""
+    )
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_layers_and_kernels_work_without_tyro():
+    program = (
+        BLOCK.format(blocked=[*EXTRAS, "tyro", "tokenizers", "safetensors"])
+        + """
+import torch
+from headway import LatentMoE, MoE, MultiHeadLatentMoE
+for layer in (MoE(16, 4, 2, 8), LatentMoE(16, 8, 4, 2, 8), MultiHeadLatentMoE(16, 2, 4, 2, 8)):
+    y, stats = layer(torch.ones(3, 16))
+    assert y.shape == (3, 16) and stats.counts_HE.sum() == 3 * 2 * layer.n_heads
+"""
+    )
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+
+
+def python(program: str) -> subprocess.CompletedProcess:
+    """A new interpreter."""
+    import os
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )

@@ -1,0 +1,77 @@
+"""Every bench runs at an absurdly small size and ends with the JSON object that DESIGN.md demands."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import quality, shakespeare
+from bench.common import interleaved, target
+
+KEYS = {"bench", "machine", "versions", "commit", "rows", "targets"}
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, and so on.\n" * 200)
+    yield text
+    torch.set_num_threads(threads)
+
+
+def last_line(main, capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--json"])
+    main()
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found.keys() >= KEYS
+    return found
+
+
+def test_quality(path, capsys, monkeypatch):
+    found = last_line(
+        quality.main, capsys, monkeypatch, "--quick", "--seeds", "2", "--data", str(path)
+    )
+    assert len(found["rows"]) == 6 * 2 * 2
+    assert {row["steps"] for row in found["rows"] if row["budget"] == "equal FLOPs"} == {10}
+    assert {t["name"] for t in found["targets"]} >= {"equal time: moe below dense, bits/byte"}
+
+
+def test_shakespeare(path, capsys, monkeypatch):
+    found = last_line(
+        shakespeare.main, capsys, monkeypatch, "--quick", "--steps", "6", "--data", str(path)
+    )
+    assert [row["name"] for row in found["rows"]] == [
+        "control",
+        "headway, 38% of the time",
+        "headway, equal time",
+    ]
+    assert found["rows"][0]["step"] == 6
+
+
+def test_interval_is_students():
+    mean, half = quality.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+
+
+def test_interleaved_takes_turns_and_drops_the_warm_up():
+    calls = []
+    kept = interleaved(
+        {n: lambda n=n: calls.append(n) or {"i": len(calls)} for n in "ab"}, 2, warmup=1
+    )
+    assert calls == list("ababab")
+    assert kept == {"a": [{"i": 3}, {"i": 5}], "b": [{"i": 4}, {"i": 6}]}
+
+
+def test_target_compares_with_its_bound():
+    assert target("x", 2.0, 2.0, True)["pass"] and not target("x", 1.9, 2.0, True)["pass"]
+    assert target("x", 0.5, 0.5, False)["pass"] and not target("x", 0.6, 0.5, False)["pass"]
+    assert target("x", float("inf"), 0.4, False) == {
+        "name": "x",
+        "value": None,
+        "bound": 0.4,
+        "at_least": False,
+        "pass": False,
+    }

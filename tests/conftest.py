@@ -1,0 +1,20 @@
+"""What every test gets: a cache of its own session, and no machine-wide settings."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Tokenised data go to a temporary folder: tests never write to the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("HEADWAY_CACHE")
+    os.environ["HEADWAY_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["HEADWAY_CACHE"]
+    else:
+        os.environ["HEADWAY_CACHE"] = before

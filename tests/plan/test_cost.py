@@ -1,0 +1,121 @@
+"""Formulas of parameters and FLOPs against the built model and torch's own counter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from headway.config import MoEConfig, RouterConfig
+from headway.model.transformer import Transformer
+from headway.plan import cost
+from headway.plan.describe import with_vocab
+from headway.plan.shape import Item, shape_of, total
+from headway.recipes import RECIPES
+from headway.train.resolve import count_parameters
+from headway.train.resolve import flops_per_token as loop_flops
+from tests.plan.test_memory import MODELS
+
+B, S = 2, 32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_equal_the_built_model(name):
+    model = Transformer(MODELS[name], seed=0)
+    assert total(cost.parameters(MODELS[name])) == sum(p.numel() for p in model.parameters())
+    assert total(cost.active_parameters(MODELS[name])) == count_parameters(model)[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_parameters_of_every_recipe(recipe):
+    """Built without memory, on the meta device, at full size."""
+    config = with_vocab(RECIPES[recipe]()).model
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert total(cost.parameters(config)) == sum(p.numel() for p in model.parameters())
+    assert total(cost.active_parameters(config)) == count_parameters(model)[1]
+
+
+def expert_flops(x_shape, gate_shape, w_in_shape, w_out_shape, token_shape, *_, **__) -> int:
+    """Two matmuls per sorted row, from the shapes of the tensors: `[L] × [L, G·F]` and `[F] × [F, L]`."""
+    _, _, G, F, L = w_in_shape
+    return 2 * token_shape[0] * (L * G * F + F * L)
+
+
+def counted(model: Transformer, backward: bool) -> int:
+    mapping = {torch.ops.headway.experts: expert_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    tokens = torch.randint(0, model.config.vocab_size, (B, S))
+    # the plain form of attention, whose matmuls the counter knows
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        out = model(tokens, tokens if backward else None)
+        if backward:
+            out.nats.backward()
+    return counter.get_total_flops()
+
+
+def formula_of_counter(config) -> float:
+    """The forward formula per token, with attention over whole sequences, as torch counts it."""
+    s = shape_of(config)
+    items = cost.flops(config, S)
+    assert any(item.name == "attention scores" for item in items)
+    whole = Item("attention scores", 4 * s.N * s.d * S * s.n_layers, "every key, causal or not")
+    return total(tuple(whole if i.name == whole.name else i for i in items))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_flops_equal_the_counter(name):
+    assert formula_of_counter(MODELS[name]) * B * S == counted(
+        Transformer(MODELS[name], seed=0).eval(), False
+    ) + noise(MODELS[name])
+
+
+def noise(config) -> int:
+    """The noise projection runs in training only."""
+    s = shape_of(config)
+    return 2 * B * S * s.n_sparse * s.H * s.E * s.D_R if config.moe.router.noisy else 0
+
+
+@pytest.mark.parametrize("name", ["relu2, no QK-norm, tied", "dense", "dense, gate, window"])
+def test_training_is_three_times_forward(name):
+    model = Transformer(MODELS[name], seed=0)
+    assert counted(model, True) == 3 * counted(model, False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loop_counts_the_same(name):
+    """train/ counts from the built model, plan/ from the config; the half key of causal attention is rounded there."""
+    config = MODELS[name]
+    model = Transformer(config, seed=0)
+    assert loop_flops(model, S) == pytest.approx(cost.training_flops(config, S), rel=0.03)
+
+
+def test_attention_sees_half_the_keys():
+    assert cost.mean_keys(8, 0) == 4.5
+    assert cost.mean_keys(8, 8) == cost.mean_keys(8, 100) == 4.5
+    assert cost.mean_keys(8, 2) == (1 + 7 * 2) / 8
+    assert cost.mean_keys(8, 1) == 1
+
+
+def test_experts_are_what_flat_moe_has():
+    """Multi-Head LatentMoE with D_L = D has the experts of the flat mixture and pays 4·D² FLOPs for its projections."""
+    heads = replace(
+        MODELS["multi-head latent"], moe=MoEConfig(n_heads=4, n_experts=8, top_k=3, d_expert=20)
+    )
+    flat = replace(heads, moe=replace(heads.moe, kind="moe", n_heads=1))
+    a, b = ({i.name: i.value for i in cost.flops(c, S)} for c in (heads, flat))
+    assert a["experts"] == b["experts"] and a["routers"] == b["routers"]
+    assert sum(a.values()) - sum(b.values()) == 4 * 32 * 32 * heads.n_layers
+
+
+def test_router_that_reads_the_token_is_wider():
+    sub, token = (
+        replace(
+            MODELS["multi-head latent"],
+            moe=replace(MODELS["multi-head latent"].moe, router=RouterConfig(reads=r)),
+        )
+        for r in ("sub_token", "token")
+    )
+    a, b = ({i.name: i.value for i in cost.parameters(c)}["routers"] for c in (sub, token))
+    assert b == 2 * a  # two heads: D is twice L

@@ -1,0 +1,131 @@
+"""Formulas of memory against bytes counted in the running model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headway.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.model.transformer import Transformer
+from headway.plan.memory import activations, states
+from headway.plan.shape import total
+from headway.train.optim import build_optimizers
+
+SPARSE = MoEConfig(n_heads=2, n_experts=8, top_k=3, d_expert=20)
+BASE = ModelConfig(
+    vocab_size=64, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_head=16, d_ff=40, moe=SPARSE
+)
+MODELS = {
+    "multi-head latent": BASE,
+    "shared, latent norm, wider latent": replace(
+        BASE, moe=replace(SPARSE, d_shared=24, latent_norm=True, d_latent=64, n_dense_layers=1)
+    ),
+    "whole token": replace(BASE, moe=replace(SPARSE, router=RouterConfig(reads="token"))),
+    "sigmoid": replace(
+        BASE, moe=replace(SPARSE, router=RouterConfig(gate="sigmoid", renormalize=True, scale=2.0))
+    ),
+    "noisy": replace(BASE, moe=replace(SPARSE, router=RouterConfig(noisy=True))),
+    "flat": replace(
+        BASE, moe=MoEConfig(kind="moe", n_experts=8, top_k=3, d_expert=20, activation="relu2")
+    ),
+    "latent": replace(
+        BASE,
+        moe=MoEConfig(
+            kind="latent",
+            n_experts=8,
+            top_k=3,
+            d_expert=20,
+            d_latent=16,
+            activation="gelu",
+            router=RouterConfig(gate="softmax_topk", reads="token"),
+        ),
+    ),
+    "dense": replace(BASE, moe=MoEConfig(kind="dense")),
+    "dense, gate, window": replace(
+        BASE, moe=MoEConfig(kind="dense"), attn_gate=True, window=(5, 0), activation="gelu"
+    ),
+    "relu2, no QK-norm, tied": replace(
+        BASE, moe=MoEConfig(kind="dense"), qk_norm=False, activation="relu2", tied=True
+    ),
+}
+B, S = 3, 24
+
+
+def saved_bytes(model: Transformer, doc: bool) -> int:
+    """Bytes of all storages that autograd keeps, each once, without the parameters themselves."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return t
+
+    tokens = torch.randint(0, model.config.vocab_size, (B, S))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(tokens, tokens, torch.zeros(B, S, dtype=torch.int32) if doc else None)
+    assert out.nats.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_activation_bytes_match_saved_tensors(name, recompute):
+    config = MODELS[name]
+    measured = saved_bytes(Transformer(config, recompute=recompute, seed=0), doc=False)
+    formula = total(activations(config, B, S, recompute=recompute))
+    assert formula == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name", ["multi-head latent", "shared, latent norm, wider latent", "whole token", "flat"]
+)
+def test_activation_bytes_in_bfloat16(name):
+    config = MODELS[name]
+    measured = saved_bytes(Transformer(config, dtype=torch.bfloat16, seed=0), doc=False)
+    assert total(activations(config, B, S, bytes_per_value=2)) == pytest.approx(measured, rel=0.02)
+
+
+def test_document_masks_are_counted():
+    measured = saved_bytes(Transformer(BASE, seed=0), doc=True)
+    assert total(activations(BASE, B, S, doc_mask=True)) == pytest.approx(measured, rel=0.02)
+
+
+def test_recompute_saves_what_the_experts_keep():
+    full, lean = (total(activations(BASE, B, S, recompute=r)) for r in (False, True))
+    pre = BASE.n_layers * B * S * SPARSE.n_heads * SPARSE.top_k * 2 * SPARSE.d_expert * 4
+    assert full - lean > pre
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        OptimConfig(),
+        OptimConfig(state_dtype="bfloat16"),
+        OptimConfig(name="muon"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["multi-head latent", "dense, gate, window", "shared, latent norm, wider latent"]
+)
+def test_states_match_the_optimiser(name, optim):
+    model = Transformer(MODELS[name], seed=0)
+    optimizers = build_optimizers(model, optim)
+    tokens = torch.randint(0, 64, (B, S))
+    model(tokens, tokens).nats.backward()
+    optimizers.set_lr(1.0)
+    optimizers.step(1.0)
+    counted = sum(t.numel() * t.element_size() for t in optimizers.tensors().values())
+    items = {i.name: i.value for i in states(Config(model=MODELS[name], optim=optim))}
+    weights = sum(4 * p.numel() for p in model.parameters())
+    assert items["weights"] == items["gradients"] == weights
+    assert items.get("AdamW moments", 0) + items.get("Muon momentum", 0) == pytest.approx(
+        counted, rel=0.01
+    )
+
+
+def test_balance_rule_does_not_change_memory_much():
+    quantile = replace(BASE, moe=replace(SPARSE, balance=BalanceConfig(aux=0, bias="quantile")))
+    measured = saved_bytes(Transformer(quantile, seed=0), doc=False)
+    assert total(activations(quantile, B, S)) == pytest.approx(measured, rel=0.02)

@@ -1,4 +1,6 @@
-"""What the benches share: options, provenance, interleaved repetition, and the JSON object they end with."""
+"""What the benches share: options, provenance, interleaved repetition, and the JSON object they end
+with.
+"""
 
 import argparse
 import json
@@ -47,7 +49,9 @@ def run(main: Callable[[], None]) -> None:
 def interleaved(
     rivals: dict[str, Callable[[], dict]], repetitions: int, warmup: int = 1
 ) -> dict[str, list[dict]]:
-    """Call the rivals in turn, A B C A B C …; what each call returns, without the first `warmup` rounds."""
+    """Call the rivals in turn, A B C A B C …; what each call returns, without the first `warmup`
+    rounds.
+    """
     kept: dict[str, list[dict]] = {name: [] for name in rivals}
     for i in range(warmup + repetitions):
         for name, call in rivals.items():
@@ -104,7 +108,9 @@ def load_rows(bench: str) -> list[dict]:
 
 
 def merge_row(bench: str, row: dict, key: tuple[str, ...]) -> None:
-    """Save one more row, in place of one with the same key, so that a long bench can be interrupted."""
+    """Save one more row, in place of one with the same key, so that a long bench can be
+    interrupted.
+    """
     same = [r for r in load_rows(bench) if any(r[k] != row[k] for k in key)]
     _write(NUMBERS / f"{bench}.json", document(bench, [*same, row], []))
 

@@ -1,18 +1,20 @@
-"""A training step on the CPU against Hugging Face Transformers' OLMoE of the same shape: speed and peak memory.
+"""A training step on the CPU against Hugging Face Transformers' OLMoE of the same shape: speed and
+peak memory.
 
     python bench/cpu_step.py [--data PATH] [--repetitions N] [--threads N] [--all] [--json] [--save]
 
-D 384, 6 layers, 6 heads, 32 experts, top-4, F 192, S 256, B 8, V 512. A step is forward, backward, clipping by the
-global norm, and AdamW (fused on both sides). The rivals take turns in one process; what is compared is the ratio of
-median times with the peer's best `experts_implementation` and dtype. Peak memory is measured in a process of its own.
-bfloat16 takes part where this CPU multiplies it natively; `--all` forces it, and the peer's `batched_mm`, which gathers
-a weight matrix per row (28 GB of gathers per layer at this size).
+D 384, 6 layers, 6 heads, 32 experts, top-4, F 192, S 256, B 8, V 512. A step is forward, backward,
+clipping by the global norm, and AdamW (fused on both sides). Each rival is built in a process of
+its own, and they take turns, a step each; what is compared is the ratio of median times with the
+peer's best `experts_implementation` and dtype, and the peak memory above that after the imports.
+`lean` rows take Headway's options that save memory: recomputed experts, bfloat16 moments, an
+allocator that gives memory back. bfloat16 takes part where this CPU multiplies it natively; `--all`
+forces it, and the peer's `batched_mm`, which gathers a weight matrix per row (28 GB of gathers per
+layer at this size).
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
 from bench.shapes import parameters
 from bench.texts import StreamText
+from bench.worker import Worker, work
 from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
+from headway.train.allocator import set_allocator
 from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
 
 Step = Callable[[Tensor, Tensor], dict]
@@ -42,18 +46,23 @@ SMALL = ModelConfig(
 )
 
 
-def ours(
-    model: ModelConfig, dtype: torch.dtype, recompute: bool = False, state: str = "float32"
-) -> Config:
-    """A Headway side."""
-    optim = OptimConfig(lr=3e-4, state_dtype="bfloat16" if state == "bfloat16" else "float32")
-    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    return Config(model=model, optim=optim, run=RunConfig(dtype=name, recompute=recompute))
+def ours(model: ModelConfig, dtype: torch.dtype, lean: bool = False) -> Config:
+    """A Headway side; `lean` takes the options that save memory."""
+    return Config(
+        model=model,
+        optim=OptimConfig(lr=3e-4, state_dtype="bfloat16" if lean else "float32"),
+        run=RunConfig(
+            dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+            recompute=lean,
+            allocator="return" if lean else "keep",
+        ),
+    )
 
 
 def headway_step(config: Config) -> Step:
     """Build a Headway model; the step returns the seconds of its phases."""
     dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
+    set_allocator(config.run.allocator)
     model = Transformer(config.model, dtype=dtype, recompute=config.run.recompute, seed=0)
     optimizers = build_optimizers(model, config.optim, newton_schulz_dtype=dtype)
     optimizers.set_lr(1.0)
@@ -135,10 +144,7 @@ def native_bfloat16() -> bool:
 
 
 def rivals(shape: ModelConfig, everything: bool) -> dict[str, Callable[[], Step]]:
-    """What takes part, by name; each is built only when called."""
-    multi_head = replace(
-        shape, moe=replace(shape.moe, kind="multi_head_latent", n_heads=shape.n_heads)
-    )
+    """What takes part, by name; built only when called."""
     made: dict[str, Callable[[], Step]] = {}
     for dtype in (
         (torch.float32, torch.bfloat16) if everything or native_bfloat16() else (torch.float32,)
@@ -148,64 +154,17 @@ def rivals(shape: ModelConfig, everything: bool) -> dict[str, Callable[[], Step]
             made[f"olmoe {implementation} {name}"] = lambda i=implementation, d=dtype: peer_step(
                 shape, i, d
             )
-        for kind, model in (("moe", shape), ("multi_head_latent", multi_head)):
+        for kind, model in (("moe", shape), ("multi_head_latent", multi_head(shape))):
             made[f"headway {kind} {name}"] = lambda m=model, d=dtype: headway_step(ours(m, d))
+            made[f"headway {kind} {name} lean"] = lambda m=model, d=dtype: headway_step(
+                ours(m, d, True)
+            )
     return made
 
 
-def lean(shape: ModelConfig, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:
-    """Headway's options that save memory, for the memory rows only."""
-    name = str(dtype).removeprefix("torch.")
-    return {
-        f"headway moe {name} recompute": lambda: headway_step(ours(shape, dtype, True)),
-        f"headway moe {name} recompute bf16-state": lambda: headway_step(
-            ours(shape, dtype, True, "bfloat16")
-        ),
-    }
-
-
-def memory(name: str, args: argparse.Namespace) -> dict:
-    """Peak memory of two steps of one rival, in a process of its own, in MiB."""
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--child",
-        name,
-        "--threads",
-        str(args.threads),
-    ]
-    command += (
-        ["--data", args.data] * bool(args.data) + ["--small"] * args.small + ["--all"] * args.all
-    )
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def child(name: str, make: Callable[[], Step], batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Two steps, then the peak resident size above that after the imports, and as a whole."""
-    import torch._dynamo  # every torch optimiser imports it when it is built: 75 MiB that are nobody's step
-
-    assert torch._dynamo
-    if name.startswith("olmoe"):
-        from transformers import OlmoeForCausalLM  # resolves lazily
-
-        assert OlmoeForCausalLM
-    before = _resident("VmRSS")
-    step = make()
-    for batch in batches[:2]:
-        step(*batch)
-    peak = _resident("VmHWM")
-    print(json.dumps({"peak_mib": peak - before, "absolute_peak_mib": peak}))
-
-
-def _resident(field: str) -> float:
-    """VmRSS or VmHWM of this process in MiB. (getrusage's maximum would inherit the parent's.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise AssertionError(f"no {field} in /proc/self/status")
+def multi_head(shape: ModelConfig) -> ModelConfig:
+    """The shape with as many heads as attention has: the same experts, and projections on top."""
+    return replace(shape, moe=replace(shape.moe, kind="multi_head_latent", n_heads=shape.n_heads))
 
 
 def matmul_peak(dtype: torch.dtype, n: int) -> float:
@@ -220,7 +179,9 @@ def matmul_peak(dtype: torch.dtype, n: int) -> float:
 
 
 def step_flops(model: ModelConfig, batch: int, length: int) -> float:
-    """Multiplications and additions of forward and backward: 6 per active weight, and causal attention."""
+    """Multiplications and additions of forward and backward: 6 per active weight, and causal
+    attention.
+    """
     active = parameters(model)[1]
     return batch * length * (6 * active + 6 * model.n_layers * model.d_model * length)
 
@@ -236,7 +197,7 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="an absurdly small shape, to test this file"
     )
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -244,86 +205,85 @@ def main() -> None:
     text = StreamText(common.data_config(args, seq_len=length, batch_size=batch), val_batches=0)
     batches = [text.train(i) for i in range(8)]
     made = rivals(shape, args.all)
-    if args.child:
-        child(
-            args.child,
-            (made | lean(shape, torch.float32) | lean(shape, torch.bfloat16))[args.child],
-            batches,
-        )
-        return
-    report(args, shape, batch, length, batches, made)
+    if args.worker:
+        _import_first(args.worker)
+        step = made[args.worker]
+        work(lambda: lambda i, built=step(): built(*batches[i % len(batches)]))
+    else:
+        measure(args, shape, batch * length, list(made))
 
 
-def report(
-    args: argparse.Namespace,
-    shape: ModelConfig,
-    batch: int,
-    length: int,
-    batches: list[tuple[Tensor, Tensor]],
-    made: dict[str, Callable[[], Step]],
-) -> None:
-    """Measure, print and write."""
-    used = {name: memory(name, args) for name in [*made, *lean(shape, torch.float32)]}
-    peaks: dict[str, list[float]] = {}
+def _import_first(name: str) -> None:
+    """What is imported late, and is no step's memory."""
+    import torch._dynamo  # by every torch optimiser when it is built: 75 MiB
 
-    def turn(step: Step, dtype: torch.dtype) -> Callable[[], dict]:
-        turns = iter(range(10**9))
+    assert torch._dynamo
+    if name.startswith("olmoe"):
+        from transformers import OlmoeForCausalLM
 
-        def call() -> dict:
-            peaks.setdefault(str(dtype), []).append(matmul_peak(dtype, 64 if args.small else 1536))
-            return step(*batches[next(turns) % len(batches)])
+        assert OlmoeForCausalLM
 
-        return call
 
-    dtypes = {name: torch.bfloat16 if "bfloat16" in name else torch.float32 for name in made}
-    calls = {name: turn(make(), dtypes[name]) for name, make in made.items()}
-    measured = common.interleaved(calls, args.repetitions)
-    rows = []
-    for name, results in measured.items():
-        seconds = statistics.median(r["seconds"] for r in results)
-        peak = max(peaks[str(dtypes[name])])
-        model = shape
-        if "multi_head" in name:
-            model = replace(
-                shape, moe=replace(shape.moe, kind="multi_head_latent", n_heads=shape.n_heads)
-            )
-        phases = {
-            k: statistics.median(r[k] for r in results)
-            for k in ("forward", "backward", "clip", "optimizer")
-        }
-        rows.append(
-            {
-                "name": name,
-                "tokens_per_second": batch * length / seconds,
-                "seconds": seconds,
-                **phases,
-                "share_of_peak": step_flops(model, batch, length) / seconds / 1e9 / peak,
-                "peak_gflops": peak,
-                **used[name],
-                "repetitions": [r["seconds"] for r in results],
-            }
-        )
-    rows += [{"name": name, **used[name]} for name in used if name not in made]
+def measure(args: argparse.Namespace, shape: ModelConfig, n_tokens: int, names: list[str]) -> None:
+    """Let the rivals take turns, print and write."""
+    options = ["--threads", str(args.threads), *(["--data", args.data] if args.data else [])]
+    options += ["--small"] * args.small + ["--all"] * args.all
+    workers = {
+        n: Worker([sys.executable, str(Path(__file__)), "--worker", n, *options]) for n in names
+    }
+    measured = common.interleaved(
+        {n: w.step for n, w in workers.items()}, args.repetitions, warmup=2
+    )
+    for worker in workers.values():
+        worker.close()
+    peaks = {d: matmul_peak(d, 64 if args.small else 2048) for d in {_dtype(n) for n in names}}
+    rows = [_row(n, results, shape, n_tokens, peaks[_dtype(n)]) for n, results in measured.items()]
     common.print_rows([{k: v for k, v in row.items() if k != "repetitions"} for row in rows])
     common.report("cpu_step", rows, targets(rows), args)
 
 
+def _dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if "bfloat16" in name else torch.float32
+
+
+def _row(name: str, results: list[dict], shape: ModelConfig, n_tokens: int, peak: float) -> dict:
+    """Medians of one rival."""
+    seconds = statistics.median(r["seconds"] for r in results)
+    model = multi_head(shape) if "multi_head" in name else shape
+    length = 32 if shape is SMALL else 256
+    return {
+        "name": name,
+        "tokens_per_second": n_tokens / seconds,
+        "seconds": seconds,
+        **{
+            k: statistics.median(r[k] for r in results)
+            for k in ("forward", "backward", "clip", "optimizer")
+        },
+        "share_of_peak": step_flops(model, n_tokens // length, length) / seconds / 1e9 / peak,
+        "peak_gflops": peak,
+        "peak_mib": results[-1]["peak_mib"],
+        "absolute_peak_mib": results[-1]["absolute_peak_mib"],
+        "repetitions": [r["seconds"] for r in results],
+    }
+
+
 def targets(rows: list[dict]) -> list[dict]:
-    """At least twice the peer's best rate, at most half of the memory of that same peer."""
-    timed = [row for row in rows if "seconds" in row]
+    """At least twice the best peer's rate, and at most half of that peer's memory."""
     peer = max(
-        (r for r in timed if r["name"].startswith("olmoe")), key=lambda r: r["tokens_per_second"]
+        (r for r in rows if r["name"].startswith("olmoe")), key=lambda r: r["tokens_per_second"]
     )
     found = []
     for kind in ("moe", "multi_head_latent"):
-        mine = max(
-            (r for r in timed if f"headway {kind} " in r["name"]),
-            key=lambda r: r["tokens_per_second"],
+        mine = [r for r in rows if r["name"].startswith(f"headway {kind} ")]
+        fast = max(mine, key=lambda r: r["tokens_per_second"])
+        small = min(mine, key=lambda r: r["peak_mib"])
+        speed = fast["tokens_per_second"] / peer["tokens_per_second"]
+        found.append(
+            common.target(f"{fast['name']}: tokens/s over {peer['name']}", speed, 2.0, True)
         )
-        speed = mine["tokens_per_second"] / peer["tokens_per_second"]
-        found.append(common.target(f"{kind}: tokens/s over {peer['name']}", speed, 2.0, True))
-        size = mine["peak_mib"] / peer["peak_mib"]
-        found.append(common.target(f"{kind}: peak memory over {peer['name']}", size, 0.5, False))
+        for row in dict.fromkeys(r["name"] for r in (fast, small)):
+            size = next(r["peak_mib"] for r in mine if r["name"] == row) / peer["peak_mib"]
+            found.append(common.target(f"{row}: peak memory over {peer['name']}", size, 0.5, False))
     return found
 
 

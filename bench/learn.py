@@ -1,8 +1,10 @@
-"""Train a configuration on a fixed text against a budget of steps or of CPU seconds, and keep its learning curve.
+"""Train a configuration on a fixed text against a budget of steps or of CPU seconds, and keep its
+learning curve.
 
-The clock is the process's CPU time with one thread: it counts what the mathematics costs and hardly depends on what
-else the machine does. Evaluation stands outside the clock. The schedule follows the share of the budget that is used,
-so a fast model makes more steps in the same time and still ends with its rate fully decayed.
+The clock is the process's CPU time with one thread: it counts what the mathematics costs and hardly
+depends on what else the machine does. Evaluation stands outside the clock. The schedule follows the
+share of the budget that is used, so a fast model makes more steps in the same time and still ends
+with its rate fully decayed.
 """
 
 import copy
@@ -47,7 +49,9 @@ Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `steps` optimiser steps, or after `cpu_seconds` of training; exactly one is set."""
+    """When a run ends: after `steps` optimiser steps, or after `cpu_seconds` of training; exactly
+    one is set.
+    """
 
     steps: int = 0
     cpu_seconds: float = 0.0
@@ -116,14 +120,17 @@ class Trainer:
         return other
 
     def hold(self, warmup: int, until: Callable[[], bool]) -> None:
-        """Warm up over `warmup` steps, then train at the peak rate: the trunk from which budgets branch off."""
+        """Warm up over `warmup` steps, then train at the peak rate: the trunk from which budgets
+        branch off.
+        """
         while not until():
             self._step(min(1.0, (self.step + 1) / warmup))
 
     def advance(self, budget: Budget, evaluations: int = 1) -> list[Point]:
         """Train until the budget is used up, and return all evaluations so far.
 
-        The rate follows the share of the budget that is used. `evaluations`: how many a whole budget has.
+        The rate follows the share of the budget that is used. `evaluations`: how many a whole
+        budget has.
         """
         ticks = replace(self.optim, steps=TICKS)
         done = int(budget.used(self.step, self.cpu) * evaluations)

@@ -1,9 +1,11 @@
-"""What helps Multi-Head LatentMoE at small size: one lever at a time, at equal steps, data order and active FLOPs.
+"""What helps Multi-Head LatentMoE at small size: one lever at a time, at equal steps, data order
+and active FLOPs.
 
     python bench/levers.py [--steps 200] [--seed 0] [--only NAME ...] [--save] [--json]
 
-Each run is short and its number is the validation bits/byte after a fixed number of steps, so the machine's load does
-not matter. With --save every finished run goes to docs/numbers/levers.json, and a run that is there is not repeated.
+Each run is short and its number is the validation bits/byte after a fixed number of steps, so the
+machine's load does not matter. With --save every finished run goes to docs/numbers/levers.json, and
+a run that is there is not repeated.
 """
 
 import argparse
@@ -66,42 +68,50 @@ def levers() -> dict[str, Lever]:
         {"kind": "moe"},
         {"kind": "latent", "head_width": 64, "top_k": 7, "router": token},
     )
+    sign = BalanceConfig(aux=0.0, bias="sign", bias_rate=0.02)
+    one_by_one = {
+        "gate scale 2": _mhl(32, router=replace(token, scale=2.0)),
+        "norm": _mhl(32, router=token, latent_norm=True),
+        "k 8": _mhl(32, router=token, top_k=8),
+        "k 2": _mhl(32, router=token, top_k=2),
+        "W_out x2": _mhl(32, _scale("ffn.w_out.weight", 2.0), router=token),
+        "W_in x2": _mhl(32, _scale("ffn.w_in.weight", 2.0), router=token),
+        "router init x0.1": _mhl(32, _scale("router.w_HEL", 0.1), router=token),
+        "router lr x3": _mhl(32, optim={"router_lr_scale": 3.0}, router=token),
+        "router lr x0.3": _mhl(32, optim={"router_lr_scale": 0.3}, router=token),
+        "expert lr x2": _mhl(32, optim={"expert_lr_scale": 2.0}, router=token),
+        "expert lr x0.5": _mhl(32, optim={"expert_lr_scale": 0.5}, router=token),
+        "muon lr x2": _mhl(32, optim=fast, router=token),
+        "D_L 256 (8x32)": _mhl(32, router=token, d_latent=256),
+        "aux 0.001": _mhl(32, router=token, balance=BalanceConfig(aux=0.001)),
+        "sign bias": _mhl(32, router=token, balance=sign),
+        "quantile bias": _mhl(32, router=token, balance=BalanceConfig(aux=0.0, bias="quantile")),
+        "relu2": _mhl(32, router=token, activation="relu2"),
+        "gelu": _mhl(32, router=token, activation="gelu"),
+        "sigmoid": _mhl(32, router=replace(token, gate="sigmoid", renormalize=True)),
+        "softmax_topk": _mhl(32, router=replace(token, gate="softmax_topk")),
+        "softmax_topk scale 4": _mhl(32, router=replace(token, gate="softmax_topk", scale=4.0)),
+    }
     return {
         "moe": Lever(flat),
         "4x32": _mhl(32),
+        "4x32 token": _mhl(32, router=token),
         "4x32 shared 128": _mhl(32, d_shared=128),
-        "4x32 router reads token": _mhl(32, router=token),
-        "4x32 gate scale 2": _mhl(32, router=RouterConfig(scale=2.0)),
-        "2x64": _mhl(64),
-        "4x32 norm": _mhl(32, latent_norm=True),
-        "4x32 k 8": _mhl(32, top_k=8),
+        "4x32 token shared 128": _mhl(32, router=token, d_shared=128),
+        "2x64 token": _mhl(64, router=token),
         "moe shared 128": Lever({**flat, "d_shared": 128}),
+        "4x32 token gate scale 2": one_by_one.pop("gate scale 2"),
         "dense": Lever({"kind": "dense"}),
-        "4x32 muon lr x2": _mhl(32, optim=fast),
-        "moe muon lr x2": Lever(flat, fast),
-        "4x32 aux 0.001": _mhl(32, balance=BalanceConfig(aux=0.001)),
-        "4x32 k 2": _mhl(32, top_k=2),
-        "4x64 D_L 256": _mhl(64, d_latent=256),
-        "8x32 D_L 256": _mhl(32, d_latent=256),
-        "4x32 router init x0.1": _mhl(32, _scale("router.w_HEL", 0.1)),
-        "4x32 W_in x2": _mhl(32, _scale("ffn.w_in.weight", 2.0)),
-        "4x32 W_out x2": _mhl(32, _scale("ffn.w_out.weight", 2.0)),
-        "4x32 relu2": _mhl(32, activation="relu2"),
-        "4x32 gelu": _mhl(32, activation="gelu"),
-        "4x32 sigmoid": _mhl(32, router=RouterConfig(gate="sigmoid", renormalize=True)),
-        "4x32 softmax_topk": _mhl(32, router=RouterConfig(gate="softmax_topk")),
-        "4x32 softmax_topk scale 4": _mhl(32, router=RouterConfig(gate="softmax_topk", scale=4.0)),
-        "4x32 expert lr x0.5": _mhl(32, optim={"expert_lr_scale": 0.5}),
-        "4x32 expert lr x2": _mhl(32, optim={"expert_lr_scale": 2.0}),
-        "4x32 router lr x0.3": _mhl(32, optim={"router_lr_scale": 0.3}),
-        "4x32 router lr x3": _mhl(32, optim={"router_lr_scale": 3.0}),
-        "4x32 sign bias": _mhl(32, balance=BalanceConfig(aux=0.0, bias="sign", bias_rate=0.02)),
-        "4x32 quantile bias": _mhl(32, balance=BalanceConfig(aux=0.0, bias="quantile")),
-        "1x128": _mhl(128),
+        "2x64 token shared 128": _mhl(64, router=token, d_shared=128),
+        **{f"4x32 token {name}": lever for name, lever in one_by_one.items()},
+        "2x64": _mhl(64),
+        "1x128 token": _mhl(128, router=token),
         "latent 64": Lever(latent),
+        "moe muon lr x2": Lever(flat, fast),
+        "moe gate scale 2": Lever({**flat, "router": RouterConfig(scale=2.0)}),
         "moe adamw": Lever(flat, adamw),
         "4x32 adamw": _mhl(32, optim=adamw),
-        "4x32 router reads token adamw": _mhl(32, optim=adamw, router=token),
+        "4x32 token adamw": _mhl(32, optim=adamw, router=token),
     }
 
 

@@ -1,8 +1,10 @@
-"""The control of bench/shakespeare.py: the small dense GPT of nanoGPT's CPU recipe, in plain PyTorch.
+"""The control of bench/shakespeare.py: the small dense GPT of nanoGPT's CPU recipe, in plain
+PyTorch.
 
-Written from the recipe (github.com/karpathy/nanoGPT, README, "I only have a macbook", train_shakespeare_char.py):
-learned positions, LayerNorm without bias, causal attention, GELU of width 4·D, tied head, N(0, 0.02²) weights, the last
-matrix of each branch divided by √(2·layers), no dropout.
+Written from the recipe (github.com/karpathy/nanoGPT, README, "I only have a macbook",
+train_shakespeare_char.py):
+learned positions, LayerNorm without bias, causal attention, GELU of width 4·D, tied head, N(0,
+0.02²) weights, the last matrix of each branch divided by √(2·layers), no dropout.
 """
 
 import math

@@ -1,15 +1,20 @@
-"""Dense, flat MoE, LatentMoE-acc and Multi-Head LatentMoE on one text, at equal active FLOPs and at equal time.
+"""Dense, flat MoE, LatentMoE-acc and Multi-Head LatentMoE on one text, at equal active FLOPs and at
+equal time.
 
-    python bench/quality.py [--data PATH] [--minutes 4] [--steps 1000] [--seeds 3] [--only NAME ...] [--quick]
+    python bench/quality.py [--data PATH] [--minutes 4] [--steps 1000] [--seeds 3] [--only NAME ...]
+    [--quick]
                             [--json] [--save]
 
-Width 128, 4 layers, windows of 128 bytes, 768 tokens per step. All models have the same active parameters per token
-within 3%, hence the same FLOPs per token; the sparse ones also have the same total within one expert per layer (5%).
-`equal FLOPs`: the same number of steps. `equal time`: the same CPU seconds of training with one thread.
-Both come from one trunk: the rate is constant after the warm-up (the `wsd` schedule), so a run may branch off at any
-point, and from there let the rate fall over the last part of its own budget exactly as if it had been alone.
-Seeds change the initial weights and the order of the data. Intervals are 95%, Student's t over seeds; differences to
-the dense and to the flat model are paired by seed. With --save each finished run is kept, and not repeated later.
+Width 128, 4 layers, windows of 128 bytes, 768 tokens per step. All models have the same active
+parameters per token within 3%, hence the same FLOPs per token; the sparse ones also have the same
+total within one expert per layer (5%).
+`equal FLOPs`: the same number of steps. `equal time`: the same CPU seconds of training with one
+thread.
+Both come from one trunk: the rate is constant after the warm-up (the `wsd` schedule), so a run may
+branch off at any point, and from there let the rate fall over the last part of its own budget
+exactly as if it had been alone. Seeds change the initial weights and the order of the data.
+Intervals are 95%, Student's t over seeds; differences to the dense and to the flat model are paired
+by seed. With --save each finished run is kept, and not repeated later.
 """
 
 import argparse
@@ -217,7 +222,9 @@ def table(rows: list[dict]) -> str:
 
 
 def targets(rows: list[dict]) -> list[dict]:
-    """Every sparse model below dense; the best head width at least as good as flat MoE; sizes equal within 3%."""
+    """Every sparse model below dense; the best head width at least as good as flat MoE; sizes equal
+    within 3%.
+    """
     found = []
     names = list(dict.fromkeys(row["model"] for row in rows))
     for budget in ("equal FLOPs", "equal time"):

@@ -1,12 +1,14 @@
-"""Characters of tinyshakespeare: a Headway sparse recipe against nanoGPT's CPU recipe, loss against time.
+"""Characters of tinyshakespeare: a Headway sparse recipe against nanoGPT's CPU recipe, loss against
+time.
 
     python bench/shakespeare.py [--data PATH] [--seeds N] [--steps N] [--quick] [--json] [--save]
 
-The control is nanoGPT's recipe (bench/nanogpt.py): 4 layers × 128, context 64, batch 12, 2,000 steps of AdamW.
-Its training time, evaluation left out, is the unit. Ours runs twice: with 38% of that time, where it has to reach the
-control's published loss (1.886 nats per character, and the loss that the control itself reached here), and with all of
-it, where it has to be 0.15 nats lower. Time is process CPU time with one thread; wall time is reported beside it.
-Validation is the last 10% of the text, all of it, in windows of each side's own context; ours also in windows of 64.
+The control is nanoGPT's recipe (bench/nanogpt.py): 4 layers × 128, context 64, batch 12, 2,000
+steps of AdamW. Its training time, evaluation left out, is the unit. Ours runs twice: with 38% of
+that time, where it has to reach the control's published loss (1.886 nats per character, and the
+loss that the control itself reached here), and with all of it, where it has to be 0.15 nats lower.
+Time is process CPU time with one thread; wall time is reported beside it. Validation is the last
+10% of the text, all of it, in windows of each side's own context; ours also in windows of 64.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def recipe() -> Config:
                 router=RouterConfig(reads="token"),
             ),
         ),
-        data=DataConfig(seq_len=128, batch_size=6),
+        data=DataConfig(seq_len=64, batch_size=12),
         optim=OptimConfig(
             name="muon", lr=4e-3, muon_lr=0.02, beta2=0.99, warmup=0.02, decay=0.5, weight_decay=0.1
         ),
@@ -85,7 +87,9 @@ def control(path: str, seed: int, steps: int, width: int = 128) -> list[Point]:
 
 
 def sparse(path: str, config: Config, seed: int, cpu_seconds: float) -> tuple[list[Point], float]:
-    """Train ours for that long; its learning curve, and its last loss in windows of the control's context."""
+    """Train ours for that long; its learning curve, and its last loss in windows of the control's
+    context.
+    """
     text = Characters(path, config.data.batch_size, config.data.seq_len, seed=seed)
     config = replace(config, model=replace(config.model, vocab_size=text.vocab_size))
     run = trainer(config, text, seed=seed)

@@ -14,7 +14,7 @@ Kind = Literal["dense", "moe", "latent", "multi_head_latent"]
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
-    """(total, active per token) parameters without the embedding table, which multiplies nothing."""
+    """(total, active per token) parameters without the embedding, which multiplies nothing."""
     table = 0 if model.tied else model.vocab_size * model.d_model
     return sum_of(cost.parameters(model)) - table, sum_of(cost.active_parameters(model)) - table
 
@@ -37,9 +37,10 @@ def equal_shape(
 ) -> ModelConfig:
     """A model as large as the others, as nearly as whole sizes allow.
 
-    Active per token: as the dense network with a SwiGLU of width 4·D. In all: as if its feed-forward layers were four
-    times as large, which is a flat MoE of 16 experts and top-4. K is given; F follows from the active size and E from
-    the total. The projections, the router and the shared expert are paid for by the experts.
+    Active per token: as the dense network with a SwiGLU of width 4·D. In all: as if its
+    feed-forward layers were four times as large, which is a flat MoE of 16 experts and top-4. K is
+    given; F follows from the active size and E from the total. The projections, the router and the
+    shared expert are paid for by the experts.
     """
     model = ModelConfig(
         vocab_size=vocab_size,

@@ -39,10 +39,11 @@ class StreamText:
 
 
 class Characters:
-    """A text file as characters, as nanoGPT's shakespeare_char: the first 90% train, random windows.
+    """A text file as characters, as nanoGPT's shakespeare_char: the first 90% train, random
+    windows.
 
-    Validation is every `val_every`-th block of 128 characters of the rest, the same characters for every `seq_len` that
-    divides 128 or that 128 divides.
+    Validation is every `val_every`-th block of 128 characters of the rest, the same characters for
+    every `seq_len` that divides 128 or that 128 divides.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""One frozen tree of options. A recipe is a function that returns a `Config`; the command line overrides leaves.
+"""One frozen tree of options. A recipe is a function that returns a `Config`; the command line
+overrides leaves.
 
-Every field has a docstring: meaning, unit, legal range, when to change it. `headway train RECIPE --help` is made
-from these texts. `validate()` names both values and the fix, before step 0. This file imports nothing but the
-standard library, so layers and kernels can read it anywhere.
+Every field has a docstring: meaning, unit, legal range, when to change it. `headway train RECIPE
+--help` is made from these texts. `validate()` names both values and the fix, before step 0. This
+file imports nothing but the standard library, so layers and kernels can read it anywhere.
 """
 
 import dataclasses
@@ -22,47 +23,68 @@ class RouterConfig:
     """scores → selection → gates. One router per head; scores, gates and reductions are float32."""
 
     gate: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "topk_softmax"
-    """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs top-k ≥ 2, else the
-    gate is the constant 1). `softmax_topk`: softmax over all experts, then select. `sigmoid`: each score alone."""
+    """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs
+    top-k ≥ 2, else the gate is the constant 1). `softmax_topk`: softmax over all experts, then
+    select. `sigmoid`: each score alone.
+    """
     renormalize: bool = False
-    """Divide the k gates by their sum (for `softmax_topk` and `sigmoid`; `topk_softmax` sums to 1 already)."""
+    """Divide the k gates by their sum (for `softmax_topk` and `sigmoid`; `topk_softmax` sums to 1
+    already).
+    """
     scale: float = 1.0
     """Multiplies every gate; > 0. Nemotron-3 uses 5.0 with `sigmoid` and renormalised gates."""
     reads: Literal["sub_token", "token"] = "sub_token"
-    """What the router of a latent layer reads: its own sub-token of width L (as published for Multi-Head LatentMoE)
-    or the whole token of width D. Plain MoE always reads the token; LatentMoE is published with `token`."""
+    """What the router of a latent layer reads: its own sub-token of width L (as published for
+    Multi-Head LatentMoE) or the whole token of width D. Plain MoE always reads the token; LatentMoE
+    is published with `token`.
+    """
     noisy: bool = False
-    """Noisy top-k (Shazeer et al. 2017, eq. 4): adds N(0,1)·softplus(x·W_noise) to the scores in training."""
+    """Noisy top-k (Shazeer et al. 2017, eq. 4): adds N(0,1)·softplus(x·W_noise) to the scores in
+    training.
+    """
     jitter: float = 0.0
-    """Multiplies the router's input by U(1−jitter, 1+jitter) in training (Switch Transformer, §2.2); 0 ≤ jitter < 1."""
+    """Multiplies the router's input by U(1−jitter, 1+jitter) in training (Switch Transformer,
+    §2.2); 0 ≤ jitter < 1.
+    """
 
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """Keeps the load of the experts even. Load is shown as load / fair share: 1.0 fair, 0.0 dead."""
+    """Keeps the load of the experts even; shown as load / fair share: 1.0 fair, 0.0 dead."""
 
     aux: float = 0.01
-    """Coefficient of the auxiliary loss E·Σ f_e·P_e, averaged over layers and heads (1.0 when balanced); ≥ 0."""
+    """Coefficient of the auxiliary loss E·Σ f_e·P_e, averaged over layers and heads (1.0 when
+    balanced); ≥ 0.
+    """
     aux_scope: Literal["micro_batch", "global_batch"] = "global_batch"
-    """Whose load f_e the auxiliary loss reads: the micro-batch's, or the running load of the whole optimiser step
-    (arXiv 2501.11873), which lets experts specialise by sequence."""
+    """Whose load f_e the auxiliary loss reads: the micro-batch's, or the running load of the whole
+    optimiser step (arXiv 2501.11873), which lets experts specialise by sequence.
+    """
     z: float = 0.0
-    """Coefficient of the router z-loss, mean (logsumexp of the scores)² (ST-MoE, eq. 5); ≥ 0, typically 1e-3."""
+    """Coefficient of the router z-loss, mean (logsumexp of the scores)² (ST-MoE, eq. 5); ≥ 0,
+    typically 1e-3.
+    """
     bias: Literal["none", "sign", "quantile"] = "none"
-    """A bias on the selection, never on the gates, updated once per optimiser step. `sign`: auxiliary-loss-free
-    (arXiv 2408.15664). `quantile`: quantile balancing (arXiv 2607.24653); both want `aux` = 0."""
+    """A bias on the selection, never on the gates, updated once per optimiser step. `sign`:
+    auxiliary-loss-free (arXiv 2408.15664). `quantile`: quantile balancing (arXiv 2607.24653); both
+    want `aux` = 0.
+    """
     bias_rate: float = 1e-3
     """Step of the `sign` rule; > 0."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The sparse feed-forward layer. `kind = dense` uses the block's dense feed-forward network instead."""
+    """The sparse feed-forward layer. `kind = dense` uses the block's dense feed-forward network
+    instead.
+    """
 
     kind: Literal["dense", "moe", "latent", "multi_head_latent"] = "multi_head_latent"
-    """`moe`: flat mixture, experts of width D. `latent`: LatentMoE (arXiv 2601.18089), experts of width d_latent,
-    the token goes down once and up once. `multi_head_latent`: Multi-Head LatentMoE (arXiv 2602.04870), H independent
-    small mixtures, each on its own sub-token of width L = d_latent / n_heads."""
+    """`moe`: flat mixture, experts of width D. `latent`: LatentMoE (arXiv 2601.18089), experts of
+    width d_latent, the token goes down once and up once. `multi_head_latent`: Multi-Head LatentMoE
+    (arXiv 2602.04870), H independent small mixtures, each on its own sub-token of width L =
+    d_latent / n_heads.
+    """
     n_experts: int = 32
     """E, experts per head; ≥ top_k."""
     top_k: int = 4
@@ -78,9 +100,13 @@ class MoEConfig:
     d_shared: int = 0
     """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
     latent_norm: bool = False
-    """Learnable RMSNorm per head after the input projection. Its default is settled in docs/negative-results.md."""
+    """Learnable RMSNorm per head after the input projection. Its default is settled in
+    docs/negative-results.md.
+    """
     capacity_factor: float = 0.0
-    """0 is dropless. Otherwise an expert takes at most ⌈factor·T·K/E⌉ rows per micro-batch; later ones are dropped."""
+    """0 is dropless. Otherwise an expert takes at most ⌈factor·T·K/E⌉ rows per micro-batch; later
+    ones are dropped.
+    """
     n_dense_layers: int = 0
     """The first n layers keep a dense feed-forward network."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -91,7 +117,9 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, dense or sparse feed-forward."""
+    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, dense or sparse
+    feed-forward.
+    """
 
     vocab_size: int = 0
     """V; 0 means: the tokenizer's size rounded up to a multiple of 64."""
@@ -108,10 +136,13 @@ class ModelConfig:
     qk_norm: bool = True
     """RMSNorm on queries and keys, per head."""
     attn_gate: bool = False
-    """A sigmoid gate per head on the attention output, read from the block's input (arXiv 2505.06708)."""
+    """A sigmoid gate per head on the attention output, read from the block's input (arXiv
+    2505.06708).
+    """
     window: tuple[int, ...] = ()
-    """Sliding attention window in tokens, one entry per layer, repeated over the layers; 0 is full attention;
-    empty is full attention everywhere."""
+    """Sliding attention window in tokens, one entry per layer, repeated over the layers; 0 is full
+    attention; empty is full attention everywhere.
+    """
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
     d_ff: int = 1024
@@ -125,7 +156,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Added to the mean square in every RMSNorm."""
     init_std: float = 0.02
-    """Standard deviation of the embedding; the scale of all other weights is derived in model/init.py."""
+    """Standard deviation of the embedding; the scale of all other weights is derived in
+    model/init.py.
+    """
     moe: MoEConfig = field(default_factory=MoEConfig)
     """The sparse layer."""
 
@@ -147,24 +180,32 @@ class DataConfig:
     """Where tokens come from. `(seed, step, rank) → samples` is a pure function of this."""
 
     source: tuple[str, ...] = ("stdlib",)
-    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, .jsonl with a `text`
-    field, .parquet), or `hf:NAME[:SPLIT]` for a Hugging Face data set (extra `[data]`)."""
+    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, .jsonl
+    with a `text` field, .parquet), or `hf:NAME[:SPLIT]` for a Hugging Face data set (extra
+    `[data]`).
+    """
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`)."""
     val_fraction: float = 0.05
-    """Share of the files (documents; for a single text its tail) that is kept for validation; 0 < f < 1."""
+    """Share of the files (documents; for a single text its tail) that is kept for validation; 0 < f
+    < 1.
+    """
     seq_len: int = 256
     """S, positions per sample, in tokens."""
     batch_size: int = 8
     """Sequences per optimiser step, over all ranks."""
     micro_batch_size: int = 0
-    """Sequences per forward pass; divides batch_size; 0 means batch_size. Lower it to save memory: same gradient."""
+    """Sequences per forward pass; divides batch_size; 0 means batch_size. Lower it to save memory:
+    same gradient.
+    """
     doc_mask: bool = False
     """Keep documents apart: no attention across a document boundary."""
     cache_dir: str = ""
-    """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's data folder."""
+    """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
+    data folder.
+    """
 
 
 @dataclass(frozen=True)
@@ -172,7 +213,9 @@ class OptimConfig:
     """Optimiser, schedule, clipping."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises every matrix of the blocks (stacked experts too) and leaves the rest to AdamW."""
+    """`muon` orthogonalises every matrix of the blocks (stacked experts too) and leaves the rest to
+    AdamW.
+    """
     steps: int = 1000
     """Optimiser steps of the run; ≥ 1."""
     lr: float = 1e-3
@@ -180,8 +223,10 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     muon_adjust: Literal["original", "match_rms_adamw"] = "original"
-    """How Muon's rate follows the shape of a matrix, as in torch.optim.Muon: `original` √max(1, rows/columns);
-    `match_rms_adamw` 0.2·√max(rows, columns), so that AdamW's rates fit (then set muon_lr to lr)."""
+    """How Muon's rate follows the shape of a matrix, as in torch.optim.Muon: `original` √max(1,
+    rows/columns); `match_rms_adamw` 0.2·√max(rows, columns), so that AdamW's rates fit (then set
+    muon_lr to lr).
+    """
     embed_lr_scale: float = 1.0
     """Multiplies the learning rate of the embedding and the output head."""
     router_lr_scale: float = 1.0
@@ -189,7 +234,8 @@ class OptimConfig:
     expert_lr_scale: float = 1.0
     """Multiplies the learning rate of the experts."""
     schedule: Literal["wsd", "cosine", "trapezoid"] = "wsd"
-    """After warm-up. `wsd`: constant, then down by 1−√x to min_lr_ratio. `cosine`: half a cosine. `trapezoid`:
+    """After warm-up. `wsd`: constant, then down by 1−√x to min_lr_ratio. `cosine`: half a cosine.
+    `trapezoid`:
     constant, then linearly to min_lr_ratio."""
     warmup: float = 0.02
     """Share of the steps in which the rate rises linearly from 0; 0 ≤ warmup < 1."""
@@ -210,11 +256,14 @@ class OptimConfig:
     clip: float = 1.0
     """Largest global gradient norm; 0 is off."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of AdamW's moments. `bfloat16` saves 4 bytes per parameter and needs beta2 ≤ 0.99, since a slower
-    average would be lost in rounding (DeepSeek-V3, arXiv 2412.19437 §3.3.3, keeps them so)."""
+    """Storage of AdamW's moments. `bfloat16` saves 4 bytes per parameter and needs beta2 ≤ 0.99,
+    since a slower average would be lost in rounding (DeepSeek-V3, arXiv 2412.19437 §3.3.3, keeps
+    them so).
+    """
     spike: float = 0.0
-    """A step whose loss exceeds the running mean by this many running standard deviations is skipped and counted;
-    0 is off. A non-finite step is always skipped and counted."""
+    """A step whose loss exceeds the running mean by this many running standard deviations is
+    skipped and counted; 0 is off. A non-finite step is always skipped and counted.
+    """
     max_skipped: int = 20
     """The run fails after this many skipped steps in a row."""
 
@@ -230,14 +279,16 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matmuls; parameters stay float32. `auto`: bfloat16 where the hardware multiplies it natively (CUDA, CPUs
-    with AVX512-BF16 or AMX), else float32."""
+    """Of the matmuls; parameters stay float32. `auto`: bfloat16 where the hardware multiplies it
+    natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32.
+    """
     compile: bool = False
     """torch.compile the blocks: a minute of warm-up (needs a C++ compiler on CPUs)."""
     recompute: bool = False
     """Constant-memory form: keep nothing of size rows×F or T×E for backward, recompute it."""
     allocator: Literal["system", "keep", "return"] = "keep"
-    """Freed memory on CPUs with glibc. `keep` holds it for the next step: faster. `return` gives blocks of a MiB back at
+    """Freed memory on CPUs with glibc. `keep` holds it for the next step: faster. `return` gives
+    blocks of a MiB back at
     once: the lowest peak, together with `recompute`; slower."""
     threads: int = 0
     """CPU threads; 0 means torch's choice."""
@@ -288,11 +339,15 @@ class Config:
 
 
 def from_dict(cls: type, values: dict):
-    """Rebuild a config dataclass from `to_dict`'s output. An unknown key is an error, a missing one its default."""
+    """Rebuild a config dataclass from `to_dict`'s output. An unknown key is an error, a missing one
+    its default.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise UsageError(f"{cls.__name__} has no field {unknown[0]!r}; it was written by another version")
+        raise UsageError(
+            f"{cls.__name__} has no field {unknown[0]!r}; it was written by another version"
+        )
     made = {}
     for name, value in values.items():
         kind = fields[name].type

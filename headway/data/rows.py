@@ -31,7 +31,7 @@ class HfName:
         """From a whole source name. UsageError if it has another form."""
         name, *rest = spec.removeprefix("hf:").split(":")
         name, _, config = name.partition("@")
-        split, limit = (rest + ["", ""])[:2]
+        split, limit = ([*rest, "", ""])[:2]
         if not name or len(rest) > 2 or (limit and not (limit.isdecimal() and int(limit))):
             form = "hf:NAME[@CONFIG][:SPLIT[:N]], with N ≥ 1 rows"
             raise UsageError(f"data source {spec!r} is not of the form {form}")

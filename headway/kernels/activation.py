@@ -14,7 +14,9 @@ def n_inputs(activation: str) -> int:
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
-    """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU. Autograd knows it."""
+    """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU.
+    Autograd knows it.
+    """
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -32,7 +34,9 @@ def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
 
 
 def activate_with_slope(pre: Tensor, activation: str, hid: Tensor, slope: Tensor) -> None:
-    """`activate` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with one exponential for both."""
+    """`activate` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with one exponential
+    for both.
+    """
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         d_gate, d_up = slope.chunk(2, dim=-1)

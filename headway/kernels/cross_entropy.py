@@ -1,7 +1,9 @@
-"""Cross-entropy of a linear head, in chunks: the logits of a large vocabulary are never whole in memory.
+"""Cross-entropy of a linear head, in chunks: the logits of a large vocabulary are never whole in
+memory.
 
-T tokens · D width · V vocabulary. The gradients of a chunk are computed together with its loss, while its logits exist;
-backward only scales them. Extra memory: one chunk of logits and, when training, dx `[T, D]` and dW `[V, D]`.
+T tokens · D width · V vocabulary. The gradients of a chunk are computed together with its loss,
+while its logits exist; backward only scales them. Extra memory: one chunk of logits and, when
+training, dx `[T, D]` and dW `[V, D]`.
 """
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
 
 
-def cross_entropy_reference(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0) -> Tensor:
-    """Sum over valid targets (≥ 0) of −log softmax(softcap(x·Wᵀ))[target]; whole logits, autograd."""
+def cross_entropy_reference(
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
+) -> Tensor:
+    """Sum over valid targets (≥ 0) of −log softmax(softcap(x·Wᵀ))[target]; whole logits."""
     logits = x_TD @ w_VD.T
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

@@ -1,7 +1,7 @@
 """Stacked experts on sorted rows, exact, with a hand-written backward that keeps no output row.
 
-N = T·H sub-tokens · L width · H heads · E experts per head · F hidden width · G pre-activations per hidden unit ·
-K slots · R = N·K sorted (token, slot) rows.
+N = T·H sub-tokens · L width · H heads · E experts per head · F hidden width · G pre-activations per
+hidden unit · K slots · R = N·K sorted (token, slot) rows.
 
     X = x[token];  pre = X·W_inᵀ;  hid = act(pre);  y = hid·W_out;  out_n = Σ_k gate_nk · y[row_nk]
 
@@ -10,8 +10,9 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
     z = do[token]·W_outᵀ;  d_gate = Σ_F hid·z;  d_hid = gate·z;  d_pre = act'(pre, d_hid)
     dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
 
-so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or better. In bfloat16 every
-matmul rounds its result, since torch has none with a float32 result on CPUs: 3e-3 to 5e-3 against float64.
+so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or
+better. In bfloat16 every matmul rounds its result, since torch has none with a float32 result on
+CPUs: 3e-3 to 5e-3 against float64.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def experts_reference(
     w_out_HEFL: Tensor,
     activation: Activation,
 ) -> Tensor:
-    """Plain loops over tokens, heads and slots, any dtype (float64 in tests); autograd gives the gradients.
+    """Plain loops over tokens, heads and slots, any dtype (float64 in tests); autograd gives the
+    gradients.
 
     Args and result as in `experts`, with `index_THK` `[T, H, K]` in place of the sorted rows.
     """
@@ -66,27 +68,37 @@ def experts(
     """Σ over the chosen experts of gate · expert(x), for every sub-token.
 
     Args:
-        x_NL: `[N, L]` sub-tokens, n = t·H + h; its dtype is the dtype of the matmuls (float32, bfloat16, float64).
+        x_NL: `[N, L]` sub-tokens, n = t·H + h; its dtype is the dtype of the matmuls (float32,
+        bfloat16, float64).
         gate_NK: `[N, K]` float32 (or float64).
         rows: from `sort_rows`.
-        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast once per call.
-        recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with SwiGLU).
+        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast
+        once per call.
+        recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
+        SwiGLU).
     Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
     """
     keep = not recompute and torch.is_grad_enabled()
-    return _forward(
-        x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *rows, activation, keep
-    )[0]
+    return _forward(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *rows, activation, keep)[0]
 
 
-# One expert at a time: its rows (a few hundred) stay in the cache from the gather to the last matmul, and every
+# One expert at a time: its rows (a few hundred) stay in the cache from the gather to the last
+# matmul, and every
 # intermediate lives in a scratch buffer that all experts share.
 
 
 @torch.library.custom_op("headway::experts", mutates_args=())
 def _forward(
-    x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor,
-    token_R: Tensor, slot_R: Tensor, row_NK: Tensor, counts_HE: Tensor, activation: str, keep: bool,
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    token_R: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
     w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
@@ -109,8 +121,18 @@ def _forward(
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())
 def _backward(
-    do_NL: Tensor, x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor, token_R: Tensor,
-    slot_R: Tensor, row_NK: Tensor, counts_HE: Tensor, pre_R: Tensor, activation: str, keep: bool,
+    do_NL: Tensor,
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    token_R: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    pre_R: Tensor,
+    activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
     w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
@@ -128,7 +150,11 @@ def _backward(
     for e in (e for e, n in enumerate(counts) if n == 0):
         dw_in_E[e], dw_out_E[e] = 0, 0
     x_s, do_s = x_NL.new_empty(most, L), x_NL.new_empty(most, L)
-    z_s, hid_s, dpre_s = x_NL.new_empty(most, Fh), _Scratch(most, Fh, x_NL), _Scratch(most, GF, x_NL)
+    z_s, hid_s, dpre_s = (
+        x_NL.new_empty(most, Fh),
+        _Scratch(most, Fh, x_NL),
+        _Scratch(most, GF, x_NL),
+    )
     pre_s = x_NL.new_empty(0 if keep else most, GF)
     w_in_T, w_out_T = w_in.transpose(1, 2), w_out.transpose(1, 2)
     tables = (token_R, gate_R1, d_gate_R, dx_RL, pre_R if keep else None)
@@ -174,19 +200,25 @@ _forward.register_autograd(_autograd, setup_context=_save)
 
 
 def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:
-    """(expert, rows, its slice of each table…) for every expert that has rows; one `split` per table."""
+    """(expert, rows, its slice of each table…) for every expert that has rows; one `split` per
+    table.
+    """
     sizes = [n for n in counts if n]
     parts = [repeat(None) if t is None else t[: sum(sizes)].split(sizes) for t in tables]
     return zip((e for e, n in enumerate(counts) if n), sizes, *parts, strict=False)
 
 
 def _stack(w_in_HEGFL: Tensor, w_out_HEFL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights as `[H·E, G·F, L]` and `[H·E, F, L]` in the dtype of the matmuls (a view where it is theirs already)."""
+    """Weights as `[H·E, G·F, L]` and `[H·E, F, L]` in the dtype of the matmuls (a view where it is
+    theirs already).
+    """
     return w_in_HEGFL.flatten(2, 3).flatten(0, 1).to(dtype), w_out_HEFL.flatten(0, 1).to(dtype)
 
 
 class _Scratch:
-    """A buffer for elementwise work in float32 (or better), and one for its rounding to the dtype of the matmuls."""
+    """A buffer for elementwise work in float32 (or better), and one for its rounding to the dtype
+    of the matmuls.
+    """
 
     def __init__(self, rows: int, width: int, like: Tensor):
         wide = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
@@ -194,7 +226,7 @@ class _Scratch:
         self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
 
     def narrow(self, values: Tensor) -> Tensor:
-        """`values`, a slice of `wide`, in the dtype of the matmuls; itself where that is the same."""
+        """`values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the same."""
         return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
 
 
@@ -211,7 +243,9 @@ def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
-    """out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused gather and weighted sum."""
+    """out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused gather and
+    weighted sum.
+    """
     N, K = row_NK.shape
     if y_RL.dtype == torch.bfloat16 or y_RL.device.type != "cpu":
         y_NKL = y_RL[row_NK].float()

@@ -1,11 +1,15 @@
-"""Rotary position embedding (arXiv 2104.09864), half-split form as in GPT-NeoX and Hugging Face's Llama."""
+"""Rotary position embedding (arXiv 2104.09864), half-split form as in GPT-NeoX and Hugging Face's
+Llama.
+"""
 
 import torch
 from torch import Tensor
 
 
-def rope_tables(positions_S: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each `[S, 1, d_head/2]`, computed in float64: frequency i is theta^(−2i/d_head)."""
+def rope_tables(
+    positions_S: Tensor, d_head: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head)."""
     i = torch.arange(d_head // 2, dtype=torch.float64, device=positions_S.device)
     angle = torch.outer(positions_S.double(), theta ** (-2 * i / d_head)).unsqueeze(1)
     return angle.cos().to(dtype), angle.sin().to(dtype)

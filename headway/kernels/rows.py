@@ -1,8 +1,9 @@
 """Sort (token, slot) pairs by (head, expert): stable, integer, the same on every run.
 
 T tokens · H heads · E experts per head · K slots · R = T·H·K rows · N = T·H sub-tokens.
-A slot is numbered (t·H + h)·K + k; its sub-token is slot // K. A slot whose index is E takes no expert (dropped by a
-capacity, or a zero experts' slot): it sorts to the end and lies past the last offset.
+A slot is numbered (t·H + h)·K + k; its sub-token is slot // K. A slot whose index is E takes no
+expert (dropped by a capacity, or a zero experts' slot): it sorts to the end and lies past the last
+offset.
 """
 
 from typing import NamedTuple
@@ -25,9 +26,13 @@ class Rows(NamedTuple):
 
 
 def count(key: Tensor, n_keys: int) -> Tensor:
-    """How often each of 0 … n_keys − 1 occurs; int64 `[n_keys]`. `bincount` with a shape known before the data."""
+    """How often each of 0 … n_keys − 1 occurs; int64 `[n_keys]`. `bincount` with a shape known
+    before the data.
+    """
     key = key.flatten()
-    return torch.zeros(n_keys, dtype=torch.int64, device=key.device).scatter_add_(0, key, torch.ones_like(key))
+    return torch.zeros(n_keys, dtype=torch.int64, device=key.device).scatter_add_(
+        0, key, torch.ones_like(key)
+    )
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
@@ -44,13 +49,13 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
     row_NK = torch.empty_like(slot_R)
     row_NK[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
     counts = count(key_THK, H * n_experts + 1)[: H * n_experts]
-    return Rows(
-        slot_R // K, slot_R, row_NK.view(T * H, K), counts.view(H, n_experts)
-    )
+    return Rows(slot_R // K, slot_R, row_NK.view(T * H, K), counts.view(H, n_experts))
 
 
 def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tensor:
-    """Replace by E every slot beyond its expert's first `capacity` rows (in token, then slot order); int64 `[T, H, K]`."""
+    """Replace by E every slot beyond its expert's first `capacity` rows (in token, then slot
+    order); int64 `[T, H, K]`.
+    """
     rows = sort_rows(index_THK, n_experts)
     starts = rows.counts_HE.flatten().cumsum(0) - rows.counts_HE.flatten()
     T, H, K = index_THK.shape

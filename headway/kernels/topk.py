@@ -1,8 +1,8 @@
 """Exact top-k whose ties go to the lowest index.
 
-T tokens · H heads · E experts · K chosen. `torch.topk` leaves the order of ties open, so two devices, or two runs, may
-route a token differently. `max` names the first maximum, so k rounds of it give a total order; for the k of a router
-that is also faster than sorting.
+T tokens · H heads · E experts · K chosen. `torch.topk` leaves the order of ties open, so two
+devices, or two runs, may route a token differently. `max` names the first maximum, so k rounds of
+it give a total order; for the k of a router that is also faster than sorting.
 """
 
 import torch
@@ -12,12 +12,14 @@ MAX_ROUNDS = 8  # beyond this a stable sort is faster
 
 
 def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores, best first, ties to the lowest index; int64 `[..., k]`. NaN counts as largest."""
+    """Indices of the k largest scores, best first, ties to the lowest index; int64 `[..., k]`. NaN
+    counts as largest.
+    """
     return torch.sort(scores_THE, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def top_k(scores_THE: Tensor, k: int) -> Tensor:
-    """Equal to `top_k_reference` for every input (−inf ties with the most negative finite number)."""
+    """Equal to `top_k_reference` for every input (−inf ties with the lowest finite number)."""
     if k > MAX_ROUNDS:
         return top_k_reference(scores_THE, k)
     # a taken score becomes −inf, so that one not taken must stay above it

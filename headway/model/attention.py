@@ -17,7 +17,7 @@ from headway.model.linear import Linear, RMSNorm
 
 @dataclass
 class KVState:
-    """Key/value cache of one layer: `[B, M, max_len, d]`, the first `length` positions are filled."""
+    """Key/value cache of one layer: `[B, M, max_len, d]`, the first `length` are filled."""
 
     k: Tensor
     v: Tensor
@@ -25,7 +25,8 @@ class KVState:
 
 
 class Attention(nn.Module):
-    """Causal attention with RoPE, optional QK-norm, sliding window and per-head sigmoid output gate.
+    """Causal attention with RoPE, optional QK-norm, sliding window and per-head sigmoid output
+    gate.
 
     `window`: tokens a position sees, itself included; 0 is all.
     """
@@ -45,7 +46,9 @@ class Attention(nn.Module):
         self.gate = Linear(config.d_model, self.n_heads) if config.attn_gate else None
 
     def forward(self, x_BSD: Tensor, doc_BS: Tensor | None = None) -> Tensor:
-        """`[B, S, D]` → `[B, S, D]`. `doc_BS` int32: positions attend only within their own document number."""
+        """`[B, S, D]` → `[B, S, D]`. `doc_BS` int32: positions attend only within their own
+        document number.
+        """
         S = x_BSD.shape[1]
         q, k, v = self._qkv(x_BSD, torch.arange(S, device=x_BSD.device))
         mask = None
@@ -55,19 +58,26 @@ class Attention(nn.Module):
                 mask = (mask & (doc_BS.unsqueeze(2) == doc_BS.unsqueeze(1))).unsqueeze(1)
         return self._output(self._attend(q, k, v, mask, causal=mask is None), x_BSD)
 
-    def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVState:
+    def init_state(
+        self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> KVState:
         """An empty cache for `batch` sequences of at most `max_len` positions."""
         shape = (batch, self.n_kv_heads, max_len, self.d_head)
-        return KVState(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+        return KVState(
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+        )
 
     def step(self, x_BSD: Tensor, state: KVState) -> Tensor:
-        """The next S positions (a prompt, or one token): appends to the cache, returns `[B, S, D]`."""
+        """The next S positions (a prompt, or one token), appended to the cache; `[B, S, D]`."""
         S, start = x_BSD.shape[1], state.length
         end = start + S
         q, k, v = self._qkv(x_BSD, torch.arange(start, end, device=x_BSD.device))
         state.k[:, :, start:end], state.v[:, :, start:end], state.length = k, v, end
         mask = causal_mask(S, end, self.window, x_BSD.device)
-        return self._output(self._attend(q, state.k[:, :, :end], state.v[:, :, :end], mask, False), x_BSD)
+        return self._output(
+            self._attend(q, state.k[:, :, :end], state.v[:, :, :end], mask, False), x_BSD
+        )
 
     def _qkv(self, x_BSD: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated queries, keys, values: `[B, heads, S, d]`."""
@@ -77,11 +87,17 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rope_tables(positions_S, self.d_head, self.theta, x_BSD.dtype)
-        return rope(q, cos, sin).transpose(1, 2), rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        return (
+            rope(q, cos, sin).transpose(1, 2),
+            rope(k, cos, sin).transpose(1, 2),
+            v.transpose(1, 2),
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         grouped = self.n_kv_heads != self.n_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
         return y.transpose(1, 2)
 
     def _output(self, y_BSNd: Tensor, x_BSD: Tensor) -> Tensor:
@@ -91,7 +107,9 @@ class Attention(nn.Module):
 
 
 def causal_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
-    """Boolean `[n_queries, n_keys]`, true where a query may look; the last query sits on the last key."""
+    """Boolean `[n_queries, n_keys]`, true where a query may look; the last query sits on the last
+    key.
+    """
     query = torch.arange(n_keys - n_queries, n_keys, device=device).unsqueeze(1)
     key = torch.arange(n_keys, device=device)
     mask = key <= query

@@ -1,7 +1,8 @@
-"""Keeping experts evenly loaded: the auxiliary losses and bias rules, as pure functions of what a router returns.
+"""Keeping experts evenly loaded: the auxiliary losses and bias rules, as pure functions of what a
+router returns.
 
-H heads · E experts per head · K chosen. Nothing here is attached by side effect: the loop adds `balance_loss` to the
-loss in one line and calls `update_bias` once per optimiser step.
+H heads · E experts per head · K chosen. Nothing here is attached by side effect: the loop adds
+`balance_loss` to the loss in one line and calls `update_bias` once per optimiser step.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ class RouteStats(NamedTuple):
     z_H: Tensor
     """Mean over tokens of logsumexp(logits)²; `[H]`, with gradient."""
     entropy_H: Tensor
-    """Mean over tokens of the entropy of the normalised scores, over log E: 1.0 is undecided; `[H]`."""
+    """Mean over tokens of the entropy of the normalised scores, over log E: 1.0 is undecided;
+    `[H]`.
+    """
     dropped: Tensor
     """Share of slots dropped by the capacity, scalar."""
     quantile_HE: Tensor | None
@@ -31,7 +34,8 @@ class RouteStats(NamedTuple):
 
 
 def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:
-    """E · Σ_e f_e·P_e, averaged over heads; 1.0 when balanced (Switch Transformer, arXiv 2101.03961 eq. 4).
+    """E · Σ_e f_e·P_e, averaged over heads; 1.0 when balanced (Switch Transformer, arXiv 2101.03961
+    eq. 4).
 
     f_e is the share of rows that chose expert e, so its K-fold sum over experts is 1.
     """
@@ -45,8 +49,10 @@ def balance_loss(
     """The auxiliary and z-loss of all layers, weighted and averaged over layers; scalar.
 
     Args:
-        running: for `aux_scope = global_batch`, the counts of the optimiser step's earlier micro-batches, one per layer.
-            This call adds its own counts to it in place. None means that the micro-batch is the whole step.
+        running: for `aux_scope = global_batch`, the counts of the optimiser step's earlier
+        micro-batches, one per layer.
+            This call adds its own counts to it in place. None means that the micro-batch is the
+            whole step.
     """
     if not stats:
         return torch.zeros(())
@@ -63,10 +69,12 @@ def balance_loss(
 
 
 def quantile_margin(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
-    """c_e, the (q+1)-th largest margin of expert e, q = K·T/E its fair share; `[H, E]` (arXiv 2607.24653).
+    """c_e, the (q+1)-th largest margin of expert e, q = K·T/E its fair share; `[H, E]` (arXiv
+    2607.24653).
 
-    The margin of a token is its biased score minus the (K+1)-th largest of the row: expert e is chosen iff it is
-    positive. Subtracting c_e from the bias would have given every expert its fair share on these tokens.
+    The margin of a token is its biased score minus the (K+1)-th largest of the row: expert e is
+    chosen iff it is positive. Subtracting c_e from the bias would have given every expert its fair
+    share on these tokens.
     """
     T, _, E = scores_THE.shape
     if top_k >= E or T == 0:
@@ -78,13 +86,17 @@ def quantile_margin(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
 
 
 def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tensor:
-    """The selection bias after one optimiser step, given the step's counts (summed) and quantiles (averaged); `[H, E]`.
+    """The selection bias after one optimiser step, given the step's counts (summed) and quantiles
+    (averaged); `[H, E]`.
 
-    `sign`: b += u·sign(mean load − load), then centred (arXiv 2408.15664 §2; centring as Moonlight 2502.16982 App. C).
+    `sign`: b += u·sign(mean load − load), then centred (arXiv 2408.15664 §2; centring as Moonlight
+    2502.16982 App. C).
     `quantile`: b −= c, then centred.
     """
     if config.bias == "sign":
-        step = torch.sign(stats.counts_HE.mean(-1, keepdim=True) - stats.counts_HE) * config.bias_rate
+        step = (
+            torch.sign(stats.counts_HE.mean(-1, keepdim=True) - stats.counts_HE) * config.bias_rate
+        )
     elif config.bias == "quantile":
         assert stats.quantile_HE is not None
         step = -stats.quantile_HE
@@ -94,7 +106,10 @@ def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tenso
 
 
 def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
-    """The statistics of one layer over several micro-batches: counts summed, the rest averaged; detached."""
+    """The statistics of one layer over several micro-batches: counts summed, the rest averaged;
+    detached.
+    """
+
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([v.detach() for v in values]).mean(0)
 
@@ -104,6 +119,7 @@ def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
         z_H=mean([p.z_H for p in parts]),
         entropy_H=mean([p.entropy_H for p in parts]),
         dropped=mean([p.dropped for p in parts]),
-        quantile_HE=None if parts[0].quantile_HE is None
+        quantile_HE=None
+        if parts[0].quantile_HE is None
         else mean([p.quantile_HE for p in parts if p.quantile_HE is not None]),
     )

@@ -1,7 +1,7 @@
 """Stacked experts: the weights of all heads and experts of a layer in two parameters.
 
-H heads · E experts per head · F hidden width · L width · G = 2 for SwiGLU (gate, then up), else 1. Expert (h, e) is
-`w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh.
+H heads · E experts per head · F hidden width · L width · G = 2 for SwiGLU (gate, then up), else 1.
+Expert (h, e) is `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh.
 """
 
 import torch

@@ -1,12 +1,12 @@
 """Initialisation of every weight, in one function.
 
-Every matrix preserves the variance of its input: entries ~ N(0, 1/fan_in), so activations stay near RMS 1 behind an
-RMSNorm at any width. Exceptions, each with its reason:
+Every matrix preserves the variance of its input: entries ~ N(0, 1/fan_in), so activations stay near
+RMS 1 behind an RMSNorm at any width. Exceptions, each with its reason:
 
 | weight | rule | reason |
 |---|---|---|
 | norms | 1 | identity |
-| last matrix of a residual branch | 1/fan_in, then / √(2·layers) | the sum of 2·layers branches keeps RMS near 1 (GPT-2 §2.3) |
+| last matrix of a branch | 1/fan_in, then / √(2·layers) | 2·layers branches add up to RMS 1 |
 | embedding | N(0, init_std²) | small against the branches, which write RMS ~ 1/√(2·layers) each |
 | output head | N(0, 1/D), then × 0.1 | first logits near 0, so the first loss is log V |
 | router noise | 0 | softplus(0) = 0.69 for every expert: noise starts uniform |
@@ -18,12 +18,16 @@ import torch
 from torch import nn
 
 
-def init_weights(module: nn.Module, *, n_layers: int = 0, embed_std: float = 0.02, seed: int | None = None) -> None:
+def init_weights(
+    module: nn.Module, *, n_layers: int = 0, embed_std: float = 0.02, seed: int | None = None
+) -> None:
     """Initialise all parameters of a model or of one layer, in the order of their names.
 
     Args:
-        n_layers: residual depth; 0 (a layer on its own) leaves the last matrices of branches unscaled.
-        seed: draw from a generator of its own, so that the same seed gives the same weights whatever ran before.
+        n_layers: residual depth; 0 (a layer on its own) leaves the last matrices of branches
+        unscaled.
+        seed: draw from a generator of its own, so that the same seed gives the same weights
+        whatever ran before.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     parameters = dict(module.named_parameters())

@@ -1,4 +1,6 @@
-"""Linear, norm and dense feed-forward layers that multiply in the dtype of their input and store in float32."""
+"""Linear, norm and dense feed-forward layers that multiply in the dtype of their input and store in
+float32.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,9 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for one weight row per head."""
+    """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for one weight row per
+    head.
+    """
 
     def __init__(self, *shape: int, eps: float = 1e-6):
         super().__init__()
@@ -33,7 +37,9 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Dense feed-forward network, D → F → D, also the shared expert. `w_in` holds gate and up for SwiGLU."""
+    """Dense feed-forward network, D → F → D, also the shared expert. `w_in` holds gate and up for
+    SwiGLU.
+    """
 
     def __init__(self, d_model: int, d_ff: int, activation: Activation):
         super().__init__()

@@ -1,7 +1,7 @@
 """The sparse layers, drop-in `nn.Module`s: flat MoE, LatentMoE, Multi-Head LatentMoE.
 
-T tokens · D model width · H heads · L width of one head · E experts per head · K chosen. All three are one forward pass;
-they differ in how a token is split before routing and merged after it:
+T tokens · D model width · H heads · L width of one head · E experts per head · K chosen. All three
+are one forward pass; they differ in how a token is split before routing and merged after it:
 
 | layer | heads | expert width | router reads |
 |---|---|---|---|
@@ -52,14 +52,35 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self._build(
-            d_model, 1, d_model, n_experts, top_k, d_expert, activation, d_shared,
-            router, balance, capacity_factor, recompute,
+            d_model,
+            1,
+            d_model,
+            n_experts,
+            top_k,
+            d_expert,
+            activation,
+            d_shared,
+            router,
+            balance,
+            capacity_factor,
+            recompute,
         )
         init_weights(self)
 
     def _build(
-        self, d_model, n_heads, d_head, n_experts, top_k, d_expert, activation, d_shared,
-        router, balance, capacity_factor, recompute,
+        self,
+        d_model,
+        n_heads,
+        d_head,
+        n_experts,
+        top_k,
+        d_expert,
+        activation,
+        d_shared,
+        router,
+        balance,
+        capacity_factor,
+        recompute,
     ) -> None:
         self.n_heads = n_heads
         self.reads_token = router.reads == "token"
@@ -79,7 +100,8 @@ class MoE(nn.Module):
         return y_THL.squeeze(1)
 
     def forward(self, x: Tensor, index_THK: Tensor | None = None) -> tuple[Tensor, RouteStats]:
-        """`[..., D]` → `[..., D]` in the same dtype, and the statistics that balance and the report need.
+        """`[..., D]` → `[..., D]` in the same dtype, and the statistics that balance and the report
+        need.
 
         `index_THK` `[T, H, K]` replays a selection instead of choosing one.
         """
@@ -93,7 +115,8 @@ class MoE(nn.Module):
 
 
 class MultiHeadLatentMoE(MoE):
-    """Project, split into H sub-tokens, run H independent small mixtures, concatenate, project back.
+    """Project, split into H sub-tokens, run H independent small mixtures, concatenate, project
+    back.
 
         [x_1 … x_H] = split(W_in x);  o = W_out · concat_h Σ_{e ∈ top-k(h)} g_e · expert_{h,e}(x_h)
 
@@ -131,8 +154,18 @@ class MultiHeadLatentMoE(MoE):
         self.w_in = Linear(d_model, d_latent)
         self.norm = RMSNorm(n_heads, d_head) if latent_norm else None
         self._build(
-            d_model, n_heads, d_head, n_experts, top_k, d_expert, activation, d_shared,
-            router, balance, capacity_factor, recompute,
+            d_model,
+            n_heads,
+            d_head,
+            n_experts,
+            top_k,
+            d_expert,
+            activation,
+            d_shared,
+            router,
+            balance,
+            capacity_factor,
+            recompute,
         )
         self.w_out = Linear(d_latent, d_model)
         init_weights(self)
@@ -146,9 +179,11 @@ class MultiHeadLatentMoE(MoE):
 
 
 class LatentMoE(MultiHeadLatentMoE):
-    """LatentMoE (arXiv 2601.18089): one head of width ℓ = d_latent; router and shared expert stay at full width D.
+    """LatentMoE (arXiv 2601.18089): one head of width ℓ = d_latent; router and shared expert stay
+    at full width D.
 
-    The paper's sizes for a baseline of N experts, top-K and α = D/ℓ come from `latent_eff` and `latent_acc`.
+    The paper's sizes for a baseline of N experts, top-K and α = D/ℓ come from `latent_eff` and
+    `latent_acc`.
     """
 
     def __init__(
@@ -168,29 +203,43 @@ class LatentMoE(MultiHeadLatentMoE):
         recompute: bool = False,
     ):
         super().__init__(
-            d_model, 1, n_experts, top_k, d_expert, d_latent=d_latent, latent_norm=latent_norm,
-            activation=activation, d_shared=d_shared, router=router, balance=balance,
-            capacity_factor=capacity_factor, recompute=recompute,
+            d_model,
+            1,
+            n_experts,
+            top_k,
+            d_expert,
+            d_latent=d_latent,
+            latent_norm=latent_norm,
+            activation=activation,
+            d_shared=d_shared,
+            router=router,
+            balance=balance,
+            capacity_factor=capacity_factor,
+            recompute=recompute,
         )
 
 
 def latent_eff(n_experts: int, top_k: int, alpha: int) -> tuple[int, int]:
-    """(N', K') of LatentMoE-eff: N' = αN, K' = K. The same experts' work at 1/α of the cost (arXiv 2601.18089 eq. 1)."""
+    """(N', K') of LatentMoE-eff: N' = αN, K' = K. The same experts' work at 1/α of the cost (arXiv
+    2601.18089 eq. 1).
+    """
     return alpha * n_experts, top_k
 
 
 def latent_acc(
     n_experts: int, top_k: int, alpha: int, d_expert: int, d_model: int, activation: Activation
 ) -> tuple[int, int]:
-    """(N', K') of LatentMoE-acc: N' = αN, K' = αK − the experts that pay for the two projections (eq. 2).
+    """(N', K') of LatentMoE-acc: N' = αN, K' = αK − the experts that pay for the two projections
+    (eq. 2).
 
-    The projections cost 2·D·ℓ multiplications per token and one expert (G+1)·ℓ·F, so ⌈2·D / ((G+1)·F)⌉ experts pay.
-    The published models fit K' = αK − 2, which this gives for their sizes (D 4096, F 2688, two matrices).
+    The projections cost 2·D·ℓ multiplications per token and one expert (G+1)·ℓ·F, so ⌈2·D /
+    ((G+1)·F)⌉ experts pay. The published models fit K' = αK − 2, which this gives for their sizes
+    (D 4096, F 2688, two matrices).
     """
     paying = math.ceil(2 * d_model / ((n_inputs(activation) + 1) * d_expert))
     if alpha * top_k <= paying:
         raise UsageError(
-            f"the projections cost as much as {paying} of the {alpha * top_k} latent experts per token; "
+            f"the projections cost as much as {paying} of the {alpha * top_k} latent experts; "
             f"raise top_k={top_k}, alpha={alpha} or d_expert={d_expert}"
         )
     return alpha * n_experts, alpha * top_k - paying
@@ -201,14 +250,32 @@ def build_moe(d_model: int, c: MoEConfig, recompute: bool = False) -> MoE:
     match c.kind:
         case "moe":
             return MoE(
-                d_model, c.n_experts, c.top_k, c.d_expert, activation=c.activation, d_shared=c.d_shared,
-                router=c.router, balance=c.balance, capacity_factor=c.capacity_factor, recompute=recompute,
+                d_model,
+                c.n_experts,
+                c.top_k,
+                c.d_expert,
+                activation=c.activation,
+                d_shared=c.d_shared,
+                router=c.router,
+                balance=c.balance,
+                capacity_factor=c.capacity_factor,
+                recompute=recompute,
             )
         case "latent" | "multi_head_latent":
             return MultiHeadLatentMoE(
-                d_model, c.n_heads, c.n_experts, c.top_k, c.d_expert, d_latent=c.d_latent,
-                latent_norm=c.latent_norm, activation=c.activation, d_shared=c.d_shared, router=c.router,
-                balance=c.balance, capacity_factor=c.capacity_factor, recompute=recompute,
+                d_model,
+                c.n_heads,
+                c.n_experts,
+                c.top_k,
+                c.d_expert,
+                d_latent=c.d_latent,
+                latent_norm=c.latent_norm,
+                activation=c.activation,
+                d_shared=c.d_shared,
+                router=c.router,
+                balance=c.balance,
+                capacity_factor=c.capacity_factor,
+                recompute=recompute,
             )
         case _:
             raise AssertionError(f"no sparse layer of kind {c.kind!r}")

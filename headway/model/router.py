@@ -1,7 +1,7 @@
 """The router: scores → selection → gates, one per head.
 
-T tokens · H heads · L width that the router reads · E experts per head · K chosen. Scores and gates are float32 (float64
-in references), whatever the dtype of the tokens.
+T tokens · H heads · L width that the router reads · E experts per head · K chosen. Scores and gates
+are float32 (float64 in references), whatever the dtype of the tokens.
 """
 
 from typing import NamedTuple
@@ -31,12 +31,15 @@ class Router(nn.Module):
     """One linear router per head.
 
     Args:
-        n_heads, d_in, n_experts, top_k: H, L, E, K. With `shared_input` every head reads the same `[T, d_in]` token.
+        n_heads, d_in, n_experts, top_k: H, L, E, K. With `shared_input` every head reads the same
+        `[T, d_in]` token.
         config: gates, noise, jitter. balance: only its bias rule matters here.
         capacity_factor: 0 is dropless.
         recompute: keep nothing of size T×E for backward.
     Raises: UsageError where k, E and the gate do not fit.
     """
+
+    bias_HE: Tensor
 
     def __init__(
         self,
@@ -54,9 +57,12 @@ class Router(nn.Module):
         self.n_experts, self.top_k, self.config = n_experts, top_k, config
         self.capacity_factor, self.recompute = capacity_factor, recompute
         self.w_HEL = nn.Parameter(torch.empty(n_heads, n_experts, d_in))
-        self.w_noise_HEL = nn.Parameter(torch.empty(n_heads, n_experts, d_in)) if config.noisy else None
+        self.w_noise_HEL = (
+            nn.Parameter(torch.empty(n_heads, n_experts, d_in)) if config.noisy else None
+        )
         self.wants_quantile = balance.bias == "quantile"
-        # a buffer, saved with the model: added to the scores for selection only, moved by `balance.new_bias`
+        # a buffer, saved with the model: added to the scores for selection only, moved by
+        # `balance.new_bias`
         self.register_buffer("bias_HE", torch.zeros(n_heads, n_experts))
 
     def forward(self, x: Tensor, index_THK: Tensor | None = None) -> Route:
@@ -69,7 +75,9 @@ class Router(nn.Module):
         return self._route(x, index_THK)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter in training."""
+        """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter
+        in training.
+        """
         x = x if x.dtype == torch.float64 else x.float()
         if self.training and self.config.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
@@ -94,13 +102,17 @@ class Router(nn.Module):
         if self.capacity_factor:
             kept_THK = drop_over_capacity(index_THK, self.n_experts, self.capacity(x.shape[0]))
             dropped = (kept_THK == self.n_experts).to(gate_THK.dtype).mean()
-        return Route(kept_THK, gate_THK, self._stats(logits_THE, score_THE, prob_THE, index_THK, dropped))
+        return Route(
+            kept_THK, gate_THK, self._stats(logits_THE, score_THE, prob_THE, index_THK, dropped)
+        )
 
     def capacity(self, n_tokens: int) -> int:
         """Most rows an expert takes: ⌈factor · T · K / E⌉."""
         return -int(-self.capacity_factor * n_tokens * self.top_k // self.n_experts)
 
-    def _gates(self, logits_THE: Tensor, score_THE: Tensor, prob_THE: Tensor, index_THK: Tensor) -> Tensor:
+    def _gates(
+        self, logits_THE: Tensor, score_THE: Tensor, prob_THE: Tensor, index_THK: Tensor
+    ) -> Tensor:
         match self.config.gate:
             case "topk_softmax":
                 gate_THK = torch.softmax(logits_THE.gather(-1, index_THK), dim=-1)
@@ -113,7 +125,12 @@ class Router(nn.Module):
         return gate_THK * self.config.scale if self.config.scale != 1.0 else gate_THK
 
     def _stats(
-        self, logits_THE: Tensor, score_THE: Tensor, prob_THE: Tensor, index_THK: Tensor, dropped: Tensor
+        self,
+        logits_THE: Tensor,
+        score_THE: Tensor,
+        prob_THE: Tensor,
+        index_THK: Tensor,
+        dropped: Tensor,
     ) -> RouteStats:
         T, H, _ = index_THK.shape
         E = self.n_experts
@@ -126,7 +143,9 @@ class Router(nn.Module):
             z_H=torch.logsumexp(logits_THE, dim=-1).square().sum(0) / max(T, 1),
             entropy_H=-torch.special.xlogy(prob, prob).sum((0, 2)) / (max(T, 1) * _log(E)),
             dropped=dropped,
-            quantile_HE=quantile_margin(score_THE, self.bias_HE, self.top_k) if self.wants_quantile else None,
+            quantile_HE=quantile_margin(score_THE, self.bias_HE, self.top_k)
+            if self.wants_quantile
+            else None,
         )
 
 
@@ -134,7 +153,8 @@ def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
     """Raise UsageError where k, E and the gate do not fit."""
     if not 1 <= top_k <= n_experts:
         raise UsageError(
-            f"top_k={top_k} must lie between 1 and n_experts={n_experts}; lower top_k or add experts"
+            f"top_k={top_k} must lie between 1 and n_experts={n_experts}; "
+            "lower top_k or add experts"
         )
     if top_k == 1 and config.gate == "topk_softmax":
         raise UsageError(
@@ -145,7 +165,8 @@ def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
         raise UsageError("top_k=1 with renormalize=True makes every gate 1; set renormalize=False")
     if config.scale <= 0 or not 0 <= config.jitter < 1:
         raise UsageError(
-            f"router needs scale > 0 and 0 <= jitter < 1; got scale={config.scale}, jitter={config.jitter}"
+            f"router needs scale > 0 and 0 <= jitter < 1; "
+            f"got scale={config.scale}, jitter={config.jitter}"
         )
 
 

@@ -39,7 +39,9 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x_BSD: Tensor, doc_BS: Tensor | None = None) -> tuple[Tensor, RouteStats | None]:
+    def forward(
+        self, x_BSD: Tensor, doc_BS: Tensor | None = None
+    ) -> tuple[Tensor, RouteStats | None]:
         x_BSD = x_BSD + self.mixer(self.norm1(x_BSD), doc_BS)
         return self._feed_forward(x_BSD)
 
@@ -61,7 +63,8 @@ class Transformer(nn.Module):
 
     Args:
         config: with `vocab_size` resolved (> 0).
-        dtype: of the matmuls and the residual stream; parameters are float32 (`.double()` for references).
+        dtype: of the matmuls and the residual stream; parameters are float32 (`.double()` for
+        references).
         recompute: constant-memory sparse layers.
         seed: of the initialisation.
     """
@@ -91,7 +94,8 @@ class Transformer(nn.Module):
     ) -> Output:
         """Loss of `targets_BS` (−1 is ignored), or all logits without targets.
 
-        Args: tokens_BS, targets_BS: int64 `[B, S]`. doc_BS: int32 `[B, S]` document numbers, to keep documents apart.
+        Args: tokens_BS, targets_BS: int64 `[B, S]`. doc_BS: int32 `[B, S]` document numbers, to
+        keep documents apart.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         stats = []
@@ -103,24 +107,35 @@ class Transformer(nn.Module):
         if targets_BS is None:
             return Output(None, self._logits(x_BSD), tuple(stats))
         nats = cross_entropy(
-            x_BSD.flatten(0, 1), self._head_weight(), targets_BS.flatten(), self.config.logit_softcap
+            x_BSD.flatten(0, 1),
+            self._head_weight(),
+            targets_BS.flatten(),
+            self.config.logit_softcap,
         )
         return Output(nats, None, tuple(stats))
 
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
     def sparse_layers(self) -> list[MoE]:
         """The sparse layers, first layer first: the order of `Output.stats`."""
-        return [ffn for block in self.layers if isinstance(ffn := block.ffn, MoE)]
+        return [ffn for block in self.blocks() if isinstance(ffn := block.ffn, MoE)]
 
     def init_state(self, batch: int, max_len: int) -> list[KVState]:
         """Empty caches for decoding `batch` sequences of at most `max_len` positions."""
         device = self.embed.weight.device
-        return [block.mixer.init_state(batch, max_len, self.dtype, device) for block in self.layers]
+        return [
+            block.mixer.init_state(batch, max_len, self.dtype, device) for block in self.blocks()
+        ]
 
     @torch.no_grad()
     def step(self, tokens_BS: Tensor, state: list[KVState]) -> Tensor:
-        """Append tokens (a prompt, or one per sequence) and return the logits after the last, float32 `[B, V]`."""
+        """Append tokens (a prompt, or one per sequence) and return the logits after the last,
+        float32 `[B, V]`.
+        """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
-        for block, s in zip(self.layers, state, strict=True):
+        for block, s in zip(self.blocks(), state, strict=True):
             x_BSD = block.step(x_BSD, s)
         return self._logits(self.norm(x_BSD[:, -1]))
 

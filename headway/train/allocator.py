@@ -1,7 +1,8 @@
-"""What the C allocator does with freed memory: on CPUs a training step frees and asks for the same buffers each time.
+"""What the C allocator does with freed memory: on CPUs a training step frees and asks for the same
+buffers each time.
 
-glibc hands large blocks back to the kernel, and the next step pays a page fault per 4 KiB to get them again. Kept, they
-are at hand, at the price of fragmentation.
+glibc hands large blocks back to the kernel, and the next step pays a page fault per 4 KiB to get
+them again. Kept, they are at hand, at the price of fragmentation.
 """
 
 import ctypes
@@ -26,5 +27,7 @@ def set_allocator(policy: Policy) -> bool:
     except OSError:  # another C library
         return False
     if policy == "keep":
-        return bool(libc.mallopt(M_MMAP_THRESHOLD, KEEP) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+        return bool(
+            libc.mallopt(M_MMAP_THRESHOLD, KEEP) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        )
     return bool(libc.mallopt(M_MMAP_THRESHOLD, RETURN) and libc.mallopt(M_TRIM_THRESHOLD, RETURN))

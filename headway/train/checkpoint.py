@@ -81,8 +81,10 @@ def save(
             _sync(path)
         if (
             final.exists()
-        ):  # written again after a resume: the old one stays readable until the new one is there
-            os.replace(final, parent / f"{final.name}.replaced")
+        ):  # written again after a resume: the old one is there until the new one is
+            replaced = parent / f"{final.name}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)  # of a process killed after its renames
+            os.replace(final, replaced)
         os.replace(temporary, final)
         _sync(parent)
     except (OSError, SafetensorError) as error:

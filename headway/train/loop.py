@@ -63,6 +63,8 @@ def train(
     if resolved.device.type == "cpu":
         set_allocator(run.allocator)
 
+    # before the run folder is touched: a wrong --data must not clear a run
+    stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
     model = Transformer(
         config.model, dtype=resolved.dtype, recompute=run.recompute, seed=run.seed
     ).to(resolved.device)
@@ -70,7 +72,6 @@ def train(
     if resume is None:
         folder.write_run(run_dir, _run_info(resolved, model, recipe_source))
     _announce(resolved, model, run_dir, log)
-    stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype)
     torch.manual_seed(run.seed)  # of router noise and jitter; weights and samples have their own
     progress = Progress(SpikeDetector(optim.spike))

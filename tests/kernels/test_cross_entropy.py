@@ -18,7 +18,9 @@ def test_equals_reference_in_any_chunks(softcap, chunk, monkeypatch):
     assert_close(got, want, 1e-12)
     scale = torch.tensor(0.37, dtype=torch.float64)
     for a, b in zip(
-        torch.autograd.grad(got, (x, w), scale), torch.autograd.grad(want, (x, w), scale), strict=True
+        torch.autograd.grad(got, (x, w), scale),
+        torch.autograd.grad(want, (x, w), scale),
+        strict=True,
     ):
         assert_close(a, b, 1e-12)
 

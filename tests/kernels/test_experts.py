@@ -43,8 +43,13 @@ def reference(inputs, index, activation, d_out):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    T=st.integers(1, 12), H=st.integers(1, 3), E=st.integers(1, 6), L=st.integers(1, 9),
-    F=st.integers(1, 7), data=st.data(), activation=st.sampled_from(ACTIVATIONS),
+    T=st.integers(1, 12),
+    H=st.integers(1, 3),
+    E=st.integers(1, 6),
+    L=st.integers(1, 9),
+    F=st.integers(1, 7),
+    data=st.data(),
+    activation=st.sampled_from(ACTIVATIONS),
     recompute=st.booleans(),
 )
 def test_float64_equals_loops(T, H, E, L, F, data, activation, recompute):
@@ -200,6 +205,7 @@ def test_is_a_well_formed_custom_operator():
     inputs, index, _ = make(5, 2, 3, 2, 4, 3, "swiglu")
     rows = sort_rows(index, 3)
     torch.library.opcheck(
-        torch.ops.headway.experts.default, (*inputs, *rows, "swiglu", True),
+        torch.ops.headway.experts.default,
+        (*inputs, *rows, "swiglu", True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )

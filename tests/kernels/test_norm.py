@@ -5,13 +5,19 @@ from headway.kernels.norm import rms_norm, rms_norm_reference
 from tests.compare import assert_close
 
 
-@pytest.mark.parametrize("shape, weight_shape", [((5, 8), (8,)), ((3, 4, 2, 6), (6,)), ((7, 3, 4), (3, 4))])
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize(
+    "shape, weight_shape", [((5, 8), (8,)), ((3, 4, 2, 6), (6,)), ((7, 3, 4), (3, 4))]
+)
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-3)]
+)
 def test_equals_reference_with_gradients(shape, weight_shape, dtype, bound):
     x = torch.randn(shape, dtype=dtype).requires_grad_()
-    weight = torch.randn(weight_shape, dtype=torch.float64).to(
-        dtype if dtype != torch.bfloat16 else torch.float32
-    ).requires_grad_()
+    weight = (
+        torch.randn(weight_shape, dtype=torch.float64)
+        .to(dtype if dtype != torch.bfloat16 else torch.float32)
+        .requires_grad_()
+    )
     d_out = torch.randn(shape, dtype=dtype)
     out = rms_norm(x, weight, 1e-6)
     grads = torch.autograd.grad(out, (x, weight), d_out)

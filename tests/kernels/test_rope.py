@@ -14,7 +14,10 @@ def test_equals_reference_with_gradient():
 
 
 def test_scores_depend_on_distance_only_and_norm_is_kept():
-    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    q, k = (
+        torch.randn(1, 1, 1, 8, dtype=torch.float64),
+        torch.randn(1, 1, 1, 8, dtype=torch.float64),
+    )
 
     def score(i, j):
         a = rope(q, *rope_tables(torch.tensor([i]), 8, 100.0, torch.float64))

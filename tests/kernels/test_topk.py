@@ -14,7 +14,8 @@ def test_equals_a_stable_sort_with_ties_nan_and_inf(n_experts, data):
     rows = data.draw(
         st.lists(
             st.lists(st.sampled_from(VALUES), min_size=n_experts, max_size=n_experts),
-            min_size=1, max_size=5,
+            min_size=1,
+            max_size=5,
         )
     )
     k = data.draw(st.integers(1, n_experts))

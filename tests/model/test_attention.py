@@ -28,21 +28,31 @@ def plain(layer, x, mask_SS):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"qk_norm": False}, {"attn_gate": True}, {"d_head": 6}],
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 1},
+        {"qk_norm": False},
+        {"attn_gate": True},
+        {"d_head": 6},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("window", [0, 3])
 def test_equals_the_definition_with_gradient(options, window):
     layer = build(window, **options)
     x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
-    mask = torch.tensor([[j <= i and (not window or j > i - window) for j in range(7)] for i in range(7)])
+    mask = torch.tensor(
+        [[j <= i and (not window or j > i - window) for j in range(7)] for i in range(7)]
+    )
     got, want = layer(x), plain(layer, x, mask)
     assert_close(got, want, 1e-12)
     d_out = torch.randn_like(got)
     parameters = [x, *layer.parameters()]
     for a, b in zip(
         torch.autograd.grad(got, parameters, d_out),
-        torch.autograd.grad(want, parameters, d_out), strict=True,
+        torch.autograd.grad(want, parameters, d_out),
+        strict=True,
     ):
         assert_close(a, b, 1e-11)
 
@@ -65,7 +75,9 @@ def test_steps_equal_forward(window, options):
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     want = layer(x)
     state = layer.init_state(2, 9, torch.float64, x.device)
-    parts = [layer.step(x[:, :4], state)] + [layer.step(x[:, i : i + 1], state) for i in range(4, 9)]
+    parts = [layer.step(x[:, :4], state)] + [
+        layer.step(x[:, i : i + 1], state) for i in range(4, 9)
+    ]
     assert_close(torch.cat(parts, 1), want, 1e-12)
 
 

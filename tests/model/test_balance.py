@@ -96,6 +96,8 @@ def test_quantile_of_all_experts_chosen_is_zero():
 
 def test_merge_adds_counts_and_averages_the_rest():
     q = torch.ones(1, 2, dtype=torch.float64)
-    merged = merge_stats([stats([[1, 2]], z=1.0, quantile=q), stats([[3, 4]], z=3.0, quantile=3 * q)])
+    merged = merge_stats(
+        [stats([[1, 2]], z=1.0, quantile=q), stats([[3, 4]], z=3.0, quantile=3 * q)]
+    )
     assert merged.counts_HE.tolist() == [[4, 6]]
     assert merged.z_H.tolist() == [2.0] and merged.quantile_HE.tolist() == [[2.0, 2.0]]

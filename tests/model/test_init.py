@@ -8,10 +8,21 @@ from headway.config import ModelConfig, MoEConfig, RouterConfig
 from headway.model.transformer import Transformer
 
 SMALL = ModelConfig(
-    vocab_size=512, n_layers=4, d_model=128, n_heads=2, d_ff=256, attn_gate=True,
+    vocab_size=512,
+    n_layers=4,
+    d_model=128,
+    n_heads=2,
+    d_ff=256,
+    attn_gate=True,
     moe=MoEConfig(
-        n_heads=2, n_experts=8, top_k=2, d_expert=64, n_dense_layers=1, latent_norm=True,
-        d_shared=64, router=RouterConfig(noisy=True),
+        n_heads=2,
+        n_experts=8,
+        top_k=2,
+        d_expert=64,
+        n_dense_layers=1,
+        latent_norm=True,
+        d_shared=64,
+        router=RouterConfig(noisy=True),
     ),
 )
 

@@ -57,9 +57,7 @@ def check(layer, x):
             assert got is None
         else:
             assert_close(got, want_grad, 1e-11)
-    counts = [
-        torch.bincount(chosen[:, h].flatten(), minlength=5) for h in range(chosen.shape[1])
-    ]
+    counts = [torch.bincount(chosen[:, h].flatten(), minlength=5) for h in range(chosen.shape[1])]
     assert torch.equal(stats.counts_HE, torch.stack(counts).double())
 
 
@@ -221,7 +219,9 @@ def test_bad_sizes_are_named(make, message):
 
 
 def test_build_moe_follows_the_config():
-    c = MoEConfig(kind="multi_head_latent", n_heads=2, d_latent=16, n_experts=4, top_k=2, d_expert=3)
+    c = MoEConfig(
+        kind="multi_head_latent", n_heads=2, d_latent=16, n_experts=4, top_k=2, d_expert=3
+    )
     layer = build_moe(8, c)
     assert layer.experts.w_in_HEGFL.shape == (2, 4, 2, 3, 8)
     flat = build_moe(8, replace(c, kind="moe", balance=BalanceConfig(bias="quantile")))

@@ -9,7 +9,11 @@ from headway.model.transformer import Transformer
 from tests.compare import assert_close
 
 SMALL = ModelConfig(
-    vocab_size=32, n_layers=3, d_model=16, n_heads=2, d_ff=24,
+    vocab_size=32,
+    n_layers=3,
+    d_model=16,
+    n_heads=2,
+    d_ff=24,
     moe=MoEConfig(n_heads=2, n_experts=4, top_k=2, d_expert=8, n_dense_layers=1),
 )
 
@@ -19,7 +23,9 @@ def tokens(batch=2, length=9, seed=0):
     return x[:, :-1], x[:, 1:]
 
 
-@pytest.mark.parametrize("change", [{}, {"tied": True}, {"logit_softcap": 3.0}, {"window": (0, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"tied": True}, {"logit_softcap": 3.0}, {"window": (0, 4)}], ids=str
+)
 def test_loss_is_the_cross_entropy_of_its_logits(change):
     model = Transformer(replace(SMALL, **change), dtype=torch.float64, seed=0).double()
     x, y = tokens()

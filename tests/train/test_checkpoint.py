@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -234,6 +235,14 @@ def test_kill_between_the_two_renames_of_a_replacement(tmp_path):
     assert checkpoint.verify(found) == ""
     _save(tmp_path, 10, model, optimizers)
     assert _names(tmp_path) == ["step-000010"]
+
+
+def test_kill_after_the_two_renames_of_a_replacement(tmp_path):
+    model, optimizers = _trained()
+    path = _save(tmp_path, 10, model, optimizers)
+    shutil.copytree(path, path.with_name("step-000010.replaced"))
+    assert _save(tmp_path, 10, model, optimizers) == path
+    assert _names(tmp_path) == ["step-000010"] and checkpoint.verify(path) == ""
 
 
 def test_kill_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path):

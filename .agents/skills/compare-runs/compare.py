@@ -9,7 +9,11 @@ from headway.report.sinks import read_metrics
 
 
 def last_validation(run: Path) -> float:
-    found = [r["val_bits_per_byte"] for r in read_metrics(run / "metrics.jsonl") if "val_bits_per_byte" in r]
+    found = [
+        r["val_bits_per_byte"]
+        for r in read_metrics(run / "metrics.jsonl")
+        if "val_bits_per_byte" in r
+    ]
     if not found:
         raise UsageError(f"{run} has no evaluation yet; train it with --run.eval-every N")
     return found[-1]

@@ -3,11 +3,13 @@ with.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,8 +113,20 @@ def merge_row(bench: str, row: dict, key: tuple[str, ...]) -> None:
     """Save one more row, in place of one with the same key, so that a long bench can be
     interrupted.
     """
-    same = [r for r in load_rows(bench) if any(r[k] != row[k] for k in key)]
-    _write(NUMBERS / f"{bench}.json", document(bench, [*same, row], []))
+    NUMBERS.mkdir(parents=True, exist_ok=True)
+    with _lock():  # two processes may share a bench
+        same = [r for r in load_rows(bench) if any(r[k] != row[k] for k in key)]
+        _write(NUMBERS / f"{bench}.json", document(bench, [*same, row], []))
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    folder = os.open(NUMBERS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def print_rows(rows: list[dict]) -> None:

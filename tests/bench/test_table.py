@@ -1,0 +1,33 @@
+import json
+
+from bench.table import BEGIN, END, PAGES, block, rewrite
+
+
+def test_the_documents_state_what_the_benches_measured():
+    for path in PAGES:
+        page = path.read_text()
+        assert rewrite(page, block()) == page, f"{path.name}: run python bench/table.py"
+
+
+def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):
+    found = {
+        "bench": "x",
+        "machine": {"cpu": "CPU", "cores": 2, "cpu_capability": "AVX2"},
+        "versions": {"torch": "2.13.0"},
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "targets": [
+            {"name": "speed", "value": 1.2345678, "bound": 2, "at_least": True, "pass": False},
+            {"name": "memory", "value": 0.4, "bound": 0.5, "at_least": False, "pass": True},
+        ],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    text = block(tmp_path)
+    assert "| speed | 1.235 | ≥ 2 | **no** |" in text
+    assert "| memory | 0.4 | ≤ 0.5 | yes |" in text
+    assert "commit 0123456789:" in text
+
+
+def test_only_the_block_is_replaced():
+    page = f"a\n{BEGIN}\nold\n{END}\nb\n"
+    assert rewrite(page, "new") == f"a\n{BEGIN}\nnew\n{END}\nb\n"

@@ -99,6 +99,7 @@ def levers() -> dict[str, Lever]:
         "4x32 shared 128": _mhl(32, d_shared=128),
         "4x32 token shared 128": _mhl(32, router=token, d_shared=128),
         "2x64 token": _mhl(64, router=token),
+        "2x64 token norm": _mhl(64, router=token, latent_norm=True),
         "moe shared 128": Lever({**flat, "d_shared": 128}),
         "4x32 token gate scale 2": one_by_one.pop("gate scale 2"),
         "dense": Lever({"kind": "dense"}),

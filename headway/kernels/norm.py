@@ -41,5 +41,5 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = (dy * x_hat).flatten(0, x.dim() - 1 - weight.dim()).sum(0)
         d_hat = dy * weight
         dot = torch.linalg.vecdot(d_hat, x_hat).unsqueeze(-1).div_(x.shape[-1])
-        dx = d_hat.sub_(x_hat.mul_(dot)).mul_(scale)
+        dx = d_hat.addcmul_(x_hat, dot, value=-1).mul_(scale)
         return dx.to(x.dtype), d_weight.to(weight.dtype), None

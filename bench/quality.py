@@ -34,7 +34,7 @@ from bench.texts import StreamText
 from headway.config import Config, ModelConfig, OptimConfig, RouterConfig, UsageError
 
 OPTIM = OptimConfig(
-    name="adamw", lr=3e-3, muon_lr=0.02, beta2=0.99, warmup=0.05, decay=0.4, weight_decay=0.1
+    name="muon", lr=3e-3, muon_lr=0.02, beta2=0.99, warmup=0.05, decay=0.4, weight_decay=0.1
 )
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantile of Student's t by degrees of freedom."""

@@ -1,7 +1,7 @@
 """Write the measured figures of docs/numbers/*.json into README.md and docs/numbers.md.
 
-    python bench/table.py            # rewrites the blocks between the `numbers` marks
-    python bench/table.py --check    # exit 1 when a block differs from its files
+python bench/table.py            # rewrites the blocks between the `numbers` marks
+python bench/table.py --check    # exit 1 when a block differs from its files
 """
 
 import json

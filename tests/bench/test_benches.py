@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from bench import quality, shakespeare
-from bench.common import interleaved, target
+from bench import cpu_step, quality, shakespeare
+from bench.common import ROOT, interleaved, target
+from bench.worker import Worker
 
 KEYS = {"bench", "machine", "versions", "commit", "rows", "targets"}
 
@@ -74,4 +75,59 @@ def test_target_compares_with_its_bound():
         "bound": 0.4,
         "at_least": False,
         "pass": False,
+    }
+
+
+def test_cpu_step_compares_with_the_fastest_peer():
+    def row(name, rate, peak):
+        return {"name": name, "tokens_per_second": rate, "peak_mib": peak}
+
+    found = cpu_step.targets(
+        [
+            row("olmoe eager float32", 10.0, 100.0),
+            row("olmoe grouped_mm float32", 20.0, 200.0),
+            row("headway moe float32", 50.0, 150.0),
+            row("headway moe float32 lean", 30.0, 80.0),
+            row("headway multi_head_latent float32", 30.0, 90.0),
+        ]
+    )
+    assert [(t["value"], t["pass"]) for t in found] == [
+        (2.5, True),
+        (0.75, False),
+        (0.4, True),
+        (1.5, False),
+        (0.45, True),
+    ]
+
+
+def test_cpu_step_flops_are_six_per_active_weight_and_causal_attention():
+    active = cpu_step.parameters(cpu_step.SMALL)[1]
+    assert cpu_step.step_flops(cpu_step.SMALL, 2, 32) == 64 * (6 * active + 6 * 32 * 32)
+
+
+def test_a_worker_answers_and_reports_its_last_words():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.worker import work\n"
+        "work(lambda: lambda i: {'i': i, 'half': 1 / (1 - i)})"
+    )
+    worker = Worker([sys.executable, "-c", code])
+    first = worker.step()
+    assert (first["i"], first["half"]) == (0, 1.0) and 0 <= first["peak_mib"] < first[
+        "absolute_peak_mib"
+    ]
+    with pytest.raises(RuntimeError, match="division by zero"):
+        worker.step()
+    worker.close()
+
+
+@pytest.mark.slow
+def test_cpu_step(path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    found = last_line(
+        cpu_step.main, capsys, monkeypatch, "--small", "--repetitions", "1", "--data", str(path)
+    )
+    assert {row["name"] for row in found["rows"]} >= {
+        "olmoe grouped_mm float32",
+        "headway moe float32",
+        "headway multi_head_latent float32 lean",
     }

@@ -25,7 +25,8 @@ from bench import common
 from bench.learn import Budget, Point, Sparse, Trainer, evaluate, trainer
 from bench.nanogpt import NanoGPT
 from bench.texts import Characters
-from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.config import Config, OptimConfig
+from headway.recipes.cpu import shakespeare
 
 PUBLISHED = 1.886
 """Nats per character that nanoGPT's own code reached with this recipe."""
@@ -41,29 +42,6 @@ CONTROL = OptimConfig(
 CONTROL_SHAPE = (12, 64)
 SHARE = 0.38
 """Of the control's time; the bound is 0.4, the rest is for the noise of the clock."""
-
-
-def recipe() -> Config:
-    """What Headway runs; vocab_size is filled in from the text."""
-    return Config(
-        model=ModelConfig(
-            n_layers=4,
-            d_model=128,
-            n_heads=4,
-            moe=MoEConfig(
-                kind="multi_head_latent",
-                n_experts=8,
-                top_k=2,
-                d_expert=64,
-                n_heads=2,
-                router=RouterConfig(reads="token"),
-            ),
-        ),
-        data=DataConfig(seq_len=64, batch_size=12),
-        optim=OptimConfig(
-            name="muon", lr=4e-3, muon_lr=0.02, beta2=0.99, warmup=0.02, decay=0.5, weight_decay=0.1
-        ),
-    )
 
 
 def smallest(config: Config) -> Config:
@@ -112,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = args.data or str(common.ROOT.parent / "shared" / "data" / "tinyshakespeare.txt")
-    config = smallest(recipe()) if args.quick else recipe()
+    config = smallest(shakespeare()) if args.quick else shakespeare()
     rows = []
     for seed in range(args.seeds):
         theirs = control(path, seed, args.steps, 16 if args.quick else 128)

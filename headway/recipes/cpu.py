@@ -48,7 +48,7 @@ def dense() -> Config:
             n_layers=4, d_model=128, n_heads=4, d_ff=512, moe=MoEConfig(kind="dense")
         ),
         data=DataConfig(seq_len=128, batch_size=8),
-        optim=OptimConfig(steps=2000, lr=3e-3),
+        optim=OptimConfig(name="muon", steps=1000, lr=3e-3, beta2=0.99, warmup=0.05),
     )
 
 
@@ -90,14 +90,26 @@ def _sparse(name: str, layer: MoEConfig) -> Config:
 
 
 def shakespeare() -> Config:
-    """For a small text given with `--data`: a sparse layer at nanoGPT's CPU size (4 layers of width
-    128)."""
-    base = multi_head_latent()
-    return replace(
-        base,
+    """What bench/shakespeare.py times, for a small text given with `--data`: nanoGPT's CPU size (4
+    layers of width 128), two heads of small experts, Muon."""
+    return Config(
         recipe="shakespeare",
-        data=replace(base.data, seq_len=64, batch_size=12, val_fraction=0.1),
-        run=replace(base.run, sample_prompt="\n"),
+        model=ModelConfig(
+            n_layers=4,
+            d_model=128,
+            n_heads=4,
+            moe=MoEConfig(
+                kind="multi_head_latent",
+                n_heads=2,
+                n_experts=8,
+                top_k=2,
+                d_expert=64,
+                router=RouterConfig(reads="token"),
+            ),
+        ),
+        data=DataConfig(seq_len=64, batch_size=12, val_fraction=0.1),
+        optim=OptimConfig(name="muon", steps=1000, lr=4e-3, beta2=0.99, warmup=0.02, decay=0.5),
+        run=RunConfig(sample_prompt="\n"),
     )
 
 

@@ -32,11 +32,12 @@ from bench.worker import Worker, work
 from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
+from headway.recipes.cpu import cpu_step
 from headway.train.allocator import set_allocator
 from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
 
 Step = Callable[[Tensor, Tensor], dict]
-SHAPE = ModelConfig(vocab_size=512, d_model=384, n_layers=6, n_heads=6, moe=MoEConfig(kind="moe"))
+SHAPE = cpu_step().model
 SMALL = ModelConfig(
     vocab_size=512,
     d_model=32,

@@ -1,151 +1,25 @@
-"""The loop on a tiny model: golden losses, resuming bit for bit, skipping, stopping, failing well.
-
-Run as a script it trains the same model: `python test_loop.py FOLDER new|resume`; a test kills that
-    process.
-"""
+"""The loop on a tiny model: golden losses, skipping, stopping, failing well."""
 
 import dataclasses
 import json
 import os
-import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headway.config import (
-    BalanceConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
     RouterConfig,
-    RunConfig,
     UsageError,
 )
 from headway.report.sinks import read_metrics
 from headway.train import checkpoint, folder, loop, run
 from headway.train.checkpoint import CheckpointError
 from headway.train.run import RunError
+from tests.train.tiny_run import events, records, tiny, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
-WALL_CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "memory_gib")
-WORDS = [
-    "def",
-    "return",
-    "x",
-    "y",
-    "(",
-    ")",
-    "import",
-    "\n",
-    "for",
-    "in",
-    "range",
-    "if",
-    "else",
-    "1",
-    "2",
-    "3",
-    "+",
-    "self",
-    ".",
-]
-
-
-def make_text(path: Path) -> str:
-    """The same 40 kB on every machine: random.Random is specified."""
-    drawn = random.Random(0)
-    path.write_text(" ".join(drawn.choices(WORDS, weights=range(1, len(WORDS) + 1), k=14_000)))
-    return str(path)
-
-
-def tiny(root: Path, **changes) -> Config:
-    """Noise and a selection bias are on, so a resumed run needs random state and buffers to be
-    right."""
-    root.mkdir(exist_ok=True)
-    config = Config(
-        recipe="tiny",
-        model=ModelConfig(
-            n_layers=2,
-            d_model=32,
-            n_heads=2,
-            moe=MoEConfig(
-                n_heads=2,
-                n_experts=4,
-                top_k=2,
-                d_expert=16,
-                router=RouterConfig(noisy=True),
-                balance=BalanceConfig(aux=0.01, z=1e-3, bias="sign"),
-            ),
-        ),
-        data=DataConfig(
-            source=(make_text(root / "text.txt"),),
-            seq_len=32,
-            batch_size=4,
-            micro_batch_size=2,
-            cache_dir=str(root / "cache"),
-        ),
-        optim=OptimConfig(steps=20, lr=5e-3, spike=20.0),
-        run=RunConfig(
-            dir=str(root / "run"),
-            device="cpu",
-            dtype="float32",
-            log_every=3,
-            eval_every=5,
-            eval_batches=2,
-            sample_tokens=8,
-            checkpoint_every=4,
-        ),
-    )
-    for name, values in changes.items():
-        config = dataclasses.replace(
-            config, **{name: dataclasses.replace(vars(config)[name], **values)}
-        )
-    return config
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def train(config, **options):
-    return loop.train(config, log=options.pop("log", quiet), **options)
-
-
-def records(root: Path) -> list[dict]:
-    """What must not depend on interruptions."""
-    found = read_metrics(root / "run" / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in found if "event" not in r]
-
-
-def events(root: Path) -> list[tuple[int, str]]:
-    found = read_metrics(root / "run" / "metrics.jsonl")
-    return [(r["step"], r["event"]) for r in found if "event" in r]
-
-
-def assert_same_run(a: Path, b: Path, one: dict, other: dict) -> None:
-    assert records(a) == records(b)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        tensors = load_file(Path(one["checkpoint"]) / name)
-        again = load_file(Path(other["checkpoint"]) / name)
-        assert tensors.keys() == again.keys()
-        assert all(torch.equal(tensors[key], again[key]) for key in tensors), name
-    keys = ("val_bits_per_byte", "val_loss", "first_val_bits_per_byte", "loss", "sample", "steps")
-    assert {k: one[k] for k in keys} == {k: other[k] for k in keys}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run: (root, result)."""
-    root = tmp_path_factory.mktemp("whole")
-    return root, train(tiny(root))
 
 
 def test_golden_losses(tmp_path):
@@ -191,116 +65,6 @@ def test_result_and_run_folder(whole):
     }
     assert info["derived"]["model.vocab_size"].startswith("320: ")
     assert folder.read_config(root / "run").model.vocab_size == 320
-
-
-@pytest.mark.parametrize("at", [2, 7, 11])
-def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, at):
-    inner = loop.gradient
-    calls = []
-
-    def interrupting(*arguments):
-        calls.append(None)
-        if len(calls) == at:
-            signal.raise_signal(signal.SIGINT)
-        return inner(*arguments)
-
-    monkeypatch.setattr(loop, "gradient", interrupting)
-    lines = []
-    stopped = train(tiny(tmp_path), log=lines.append)
-    assert stopped["interrupted"] and stopped["steps"] == at and stopped["error"] == ""
-    assert f"go on with: headway train --resume {tmp_path / 'run'}" in lines[-1]
-    assert events(tmp_path) == [(at, "interrupted")]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    torch.manual_seed(1234)  # whatever the new process did before
-    resumed = train(folder.read_config(tmp_path / "run"), resume=tmp_path / "run")
-    assert events(tmp_path) == [(at, "interrupted"), (at, "resumed")]
-    assert_same_run(*(whole[0], tmp_path), whole[1], resumed)
-
-
-def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):
-    def twice(*_):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("still running")
-
-    monkeypatch.setattr(loop, "gradient", twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(tmp_path))
-
-
-def test_killed_at_random_moments_is_the_same_run(whole, tmp_path):
-    """SIGKILL a training process three times, wherever it is, and let the fourth one finish."""
-    drawn = random.Random(1)
-    root = tmp_path / "killed"
-    root.mkdir()
-    command = [sys.executable, __file__, str(root)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "OMP_NUM_THREADS": "1",
-    }
-    for attempt in range(3):
-        mode = "resume" if (root / "run" / "run.json").exists() else "new"
-        with subprocess.Popen(
-            [*command, mode], env=environment, stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            started = next((line for line in process.stdout if line.startswith("path:")), None)
-            assert started is not None
-            time.sleep(drawn.uniform(0.05, 0.25) * (attempt + 1))
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-    result = train(folder.read_config(root / "run"), resume=root / "run")
-    assert_same_run(whole[0], root, whole[1], result)
-
-
-def test_resuming_without_any_checkpoint_starts_over(whole, tmp_path):
-    config = tiny(tmp_path, run={"checkpoint_every": 20})
-    with pytest.raises(ZeroDivisionError):
-        train(config, log=lambda line: 1 / (not line.startswith("step 12/20")))
-    lines = []
-    result = train(config, resume=tmp_path / "run", log=lines.append)
-    assert any("has no checkpoint yet; starting over at step 0" in line for line in lines)
-    assert_same_run(whole[0], tmp_path, whole[1], result)
-
-
-def test_a_damaged_checkpoint_falls_back_and_ends_the_same(whole, tmp_path):
-    config = tiny(tmp_path)
-    first = train(config)
-    os.truncate(Path(first["checkpoint"]) / "model.safetensors", 1000)
-    lines = []
-    result = train(config, resume=tmp_path / "run", log=lines.append)
-    assert any("step-000020 is damaged (model.safetensors has 1000 bytes" in line for line in lines)
-    assert events(tmp_path) == [(16, "resumed")]
-    assert_same_run(whole[0], tmp_path, whole[1], result)
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        (path / "manifest.json").unlink(missing_ok=True)
-    with pytest.raises(UsageError, match="no whole checkpoint .*manifest.json is missing"):
-        train(config, resume=tmp_path / "run")
-
-
-def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
-    config = tiny(tmp_path)
-    train(config)
-    result = train(config, resume=tmp_path / "run")
-    assert_same_run(whole[0], tmp_path, whole[1], result)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"model": {"d_model": 64}}, "model.d_model is 32 in the checkpoint and 64 in the recipe"),
-        ({"run": {"seed": 5}}, "seed is 0 in the checkpoint and 5 now"),
-        ({"data": {"val_fraction": 0.2}}, "data is .* in the checkpoint and .* now"),
-        ({"optim": {"name": "muon"}}, "resume with the same optim.name"),
-    ],
-)
-def test_resuming_something_else_is_refused(tmp_path, change, words):
-    train(tiny(tmp_path, optim={"steps": 4}))
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(UsageError, match=words):
-        train(tiny(tmp_path, **change), resume=tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def _spoil(monkeypatch, at, **values):
@@ -439,19 +203,3 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
                 train(tiny(tmp_path, run={"dir": str(read_only)}))
         finally:
             subprocess.run(["umount", "-l", str(read_only)], check=True)
-
-
-def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(UsageError, match="holds no run.json"):
-        train(tiny(tmp_path), resume=tmp_path / "nothing")
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    resuming = sys.argv[2] == "resume"
-    made = folder.read_config(target / "run") if resuming else tiny(target)
-    loop.train(
-        made,
-        resume=target / "run" if resuming else None,
-        log=lambda line: print(line, flush=True),
-    )

@@ -111,11 +111,7 @@ def main() -> None:
     }
     shape = {"seq_len": 32, "batch_size": 2} if args.quick else {"seq_len": 128, "batch_size": 6}
     saved = common.load_rows("quality") if args.save else []
-    rows = [
-        row
-        for row in saved
-        if row["steps_budget"] == args.steps and row["minutes_budget"] == args.minutes
-    ]
+    rows = _same_budget(saved, args)
     done = {(row["model"], row["seed"]) for row in rows}
     for seed in range(args.seeds):
         text = StreamText(
@@ -142,8 +138,15 @@ def main() -> None:
                         ("model", "budget", "seed", "steps_budget", "minutes_budget"),
                     )
                 common.print_rows([{k: v for k, v in row.items() if k != "curve"}])
+    if args.save:  # another process may have added runs meanwhile
+        rows = _same_budget(common.load_rows("quality"), args)
     print(table(rows))
     common.report("quality", rows, targets(rows), args)
+
+
+def _same_budget(rows: list[dict], args: argparse.Namespace) -> list[dict]:
+    wanted = (args.steps, args.minutes)
+    return [row for row in rows if (row["steps_budget"], row["minutes_budget"]) == wanted]
 
 
 def _row(

@@ -16,14 +16,8 @@ from headway.report.provenance import provenance
 from headway.train.resolve import native_bfloat16
 
 EXTRAS = {
-    "gpu": (
-        ("triton",),
-        "Triton kernels on CUDA devices (comes with CUDA builds of torch on Linux)",
-    ),
     "hf": (("transformers",), "comparison with Hugging Face models in bench/"),
     "data": (("datasets", "pyarrow"), "--data hf:NAME[:SPLIT] and parquet files"),
-    "track": (("trackio",), "runs in a local trackio dashboard"),
-    "plots": (("matplotlib",), "figures for papers"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),
 }
 """Extra → its modules, and what they add."""

@@ -227,3 +227,21 @@ def test_build_moe_follows_the_config():
     flat = build_moe(8, replace(c, kind="moe", balance=BalanceConfig(bias="quantile")))
     assert type(flat) is MoE and flat.router.wants_quantile
     assert math.prod(flat.experts.w_in_HEGFL.shape) == 4 * 2 * 3 * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+def test_a_gpu_gives_the_numbers_of_the_equations(kind):
+    layer = build(kind)
+    x = torch.randn(20, 12, dtype=torch.float64, requires_grad=True)
+    d_out = torch.randn_like(x)
+    want, _ = layer_reference(layer, x)
+    parameters = [x, *layer.parameters()]
+    want_grads = torch.autograd.grad(want, parameters, d_out)
+    layer.cuda()
+    on_gpu = x.detach().cuda().requires_grad_()
+    out, _ = layer(on_gpu)
+    grads = torch.autograd.grad(out, [on_gpu, *layer.parameters()], d_out.cuda())
+    assert_close(out.cpu(), want, 1e-12)
+    for got, want_grad in zip(grads, want_grads, strict=True):
+        assert_close(got.cpu(), want_grad, 1e-11)

@@ -1,0 +1,292 @@
+// Experts on sorted rows, one expert at a time, every intermediate in this core's cache.
+//
+// The equations and the meaning of every argument are in ../experts.py. N sub-tokens · L width ·
+// F hidden width · G pre-activations per hidden unit · K slots · R sorted rows. T is the dtype of the
+// matmuls; sums, activations, gates and weights are float32. The result of an expert does not depend
+// on which thread computed it, so it is the same bits on any number of threads.
+#include "tile.h"
+
+using namespace headway;
+
+namespace {
+
+enum Activation { SWIGLU, RELU2, GELU };
+
+// erf to 1.5e-7 (Abramowitz and Stegun 7.1.26), e = exp(-x²)
+INLINE Vec erf(Vec x, Vec e) {
+  Vec size = x < 0.f ? -x : x, t = 1.f / (1.f + 0.3275911f * size);
+  Vec p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  Vec y = 1.f - p * t * e;
+  return x < 0.f ? -y : y;
+}
+
+// hid of one vector of hidden units and, with SLOPE, ∂hid/∂gate (or ∂hid/∂pre) and ∂hid/∂up.
+template <bool SLOPE>
+INLINE Vec activate(int activation, Vec gate, Vec up, Vec& d_gate, Vec& d_up) {
+  if (activation == SWIGLU) {
+    Vec s = sigmoid(gate), silu = gate * s;
+    if (SLOPE) d_up = silu, d_gate = up * (s + silu * (1.f - s));
+    return silu * up;
+  }
+  if (activation == RELU2) {
+    Vec kept = gate < 0.f ? Vec{} : gate;  // NaN stays
+    if (SLOPE) d_gate = 2.f * kept;
+    return kept * kept;
+  }
+  Vec e = exp(gate * gate * -0.5f), cdf = 0.5f + 0.5f * erf(gate * 0.70710678f, e);
+  if (SLOPE) d_gate = cdf + gate * e * 0.39894228f;
+  return gate * cdf;
+}
+
+struct Shape {
+  long L, F, G, Fp, GFp, Lp;  // p: padded
+  Shape(long L, long F, long G) : L(L), F(F), G(G), Fp(pad(F, VL)), GFp(G * pad(F, VL)), Lp(pad(L, VL)) {}
+};
+
+// Rows of T as units: a row of n elements in pad(n, PER) elements, so that pairs end in a zero.
+template <class T>
+long row_of(long n) {
+  return pad(n, Elem<T>::PER);
+}
+
+template <class T>
+void gather(const T* x, long L, const int64_t* token, long rows, T* out) {
+  const long wide = row_of<T>(L);
+  for (long r = 0; r < rows; ++r, out += wide) {
+    memcpy(out, x + token[r] * L, L * sizeof(T));
+    if (wide > L) memset(out + L, 0, sizeof(T));
+  }
+}
+
+// Units [L][G·Fp] of w_in [G, F, L], summed over L.
+template <class T>
+void pack_in(const float* w_in, const Shape& s, Unit* out) {
+  for (long g = 0; g < s.G; ++g)
+    pack_columns<T>(w_in + g * s.F * s.L, s.L, s.F, s.L, out + g * s.Fp, s.GFp);
+}
+
+constexpr long BLOCK = 256;  // rows of an expert whose intermediates fit the second-level cache
+
+template <class T>
+struct Item {  // rows first … first + rows of an expert
+  long expert, first, rows;
+};
+
+template <class T>
+void forward(const T* x, const float* w_in, const float* w_out, const int64_t* token, const Shape& s,
+             int activation, long first, long rows, T* pre_out, float* y) {
+  constexpr int PER = Elem<T>::PER;
+  const long Lu = row_of<T>(s.L) / PER, Fu = pad(s.F, PER) / PER, most = rows < BLOCK ? rows : BLOCK;
+  Unit *in, *out;
+  T *xs, *hid;
+  float* pre;
+  Slices a;
+  for (int pass = 0; pass < 2; ++pass) {
+    in = a.take<Unit>(Lu * s.GFp), out = a.take<Unit>(Fu * s.Lp);
+    xs = a.take<T>(most * Lu * PER), hid = a.take<T>(most * s.Fp), pre = a.take<float>(most * s.GFp);
+    if (!pass) a = {scratch(a.used)};
+  }
+  pack_in<T>(w_in, s, in);
+  pack_rows<T>(w_out, s.L, s.F, s.L, out, s.Lp);
+  for (long at = 0; at < rows; at += BLOCK) {
+    const long n = rows - at < BLOCK ? rows - at : BLOCK, row = first + at;
+    gather(x, s.L, token + row, n, xs);
+    product<T>(n, s.GFp, Lu, (Unit*)xs, Lu, 1, in, s.GFp, pre, s.GFp);
+    for (long r = 0; r < n; ++r) {
+      const float* p = pre + r * s.GFp;
+      Vec none;
+      for (long f = 0; f < s.Fp; f += VL)
+        Elem<T>::store(hid + r * s.Fp + f,
+                       activate<false>(activation, load(p + f), load(p + (s.GFp - s.Fp) + f), none, none));
+      if (pre_out) {
+        T* kept = pre_out + (row + r) * s.GFp;
+        for (long f = 0; f < s.GFp; f += VL) Elem<T>::store(kept + f, load(p + f));
+      }
+    }
+    product<T>(n, s.L, Fu, (Unit*)hid, s.Fp / PER, 1, out, s.Lp, y + row * s.L, s.L);
+  }
+}
+
+template <class T>
+void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in, const float* w_out,
+              const int64_t* token, const Shape& s, int activation, long first, long rows,
+              const T* pre_in, float* dx, float* d_gate, float* dw_in, float* dw_out) {
+  constexpr int PER = Elem<T>::PER;
+  const long Lu = row_of<T>(s.L) / PER, most = rows < BLOCK ? rows : BLOCK, pairs = pad(most, PER) / PER;
+  Unit *out_T, *in_rows, *in_T, *xi, *doi, *hid_r, *dpre_r;
+  T *xs, *dos, *dpre;
+  float *pre, *z;
+  Slices a;
+  for (int pass = 0; pass < 2; ++pass) {
+    out_T = a.take<Unit>(Lu * s.Fp), in_rows = a.take<Unit>(s.GFp / PER * s.Lp);
+    in_T = a.take<Unit>(pre_in ? 0 : Lu * s.GFp);
+    xs = a.take<T>(most * Lu * PER), dos = a.take<T>(most * Lu * PER);
+    xi = a.take<Unit>(pairs * s.Lp), doi = a.take<Unit>(pairs * s.Lp);
+    hid_r = a.take<Unit>(pairs * s.Fp), dpre_r = a.take<Unit>(pairs * s.GFp);
+    dpre = a.take<T>(most * s.GFp);
+    pre = a.take<float>(pre_in ? 0 : most * s.GFp), z = a.take<float>(most * s.Fp);
+    if (!pass) a = {scratch(a.used)};
+  }
+  pack_columns<T>(w_out, s.L, s.F, s.L, out_T, s.Fp);
+  for (long g = 0; g < s.G; ++g) {  // rows F … Fp of each half are zeros
+    const long F_units = pad(s.F, PER) / PER;
+    Unit* half = in_rows + g * s.Fp / PER * s.Lp;
+    pack_rows<T>(w_in + g * s.F * s.L, s.L, s.F, s.L, half, s.Lp);
+    memset(half + F_units * s.Lp, 0, (s.Fp / PER - F_units) * s.Lp * sizeof(Unit));
+  }
+  if (!pre_in) pack_in<T>(w_in, s, in_T);
+  for (long at = 0; at < rows; at += BLOCK) {
+    const long n = rows - at < BLOCK ? rows - at : BLOCK, row = first + at, nu = pad(n, PER) / PER;
+    gather(x, s.L, token + row, n, xs);
+    gather(d_out, s.L, token + row, n, dos);
+    pack_rows<T>(xs, Lu * PER, n, s.L, xi, s.Lp);
+    pack_rows<T>(dos, Lu * PER, n, s.L, doi, s.Lp);
+    product<T>(n, s.Fp, Lu, (Unit*)dos, Lu, 1, out_T, s.Fp, z, s.Fp);
+    if (!pre_in) product<T>(n, s.GFp, Lu, (Unit*)xs, Lu, 1, in_T, s.GFp, pre, s.GFp);
+    for (long r = 0; r < n; r += PER) {  // a pair of rows makes the units of the weight gradients
+      Vec dot[2] = {Vec{}, Vec{}};
+      const bool both = PER == 2 && r + 1 < n;
+      for (long f = 0; f < s.Fp; f += VL) {
+        Vec hid[2] = {}, d_first[2] = {}, d_second[2] = {};
+        for (int i = 0; i < 1 + both; ++i) {
+          Vec p, q;
+          if (pre_in) {
+            const T* kept = pre_in + (row + r + i) * s.GFp + f;
+            p = Elem<T>::load(kept), q = Elem<T>::load(kept + (s.GFp - s.Fp));
+          } else {
+            const float* made = pre + (r + i) * s.GFp + f;
+            p = load(made), q = load(made + (s.GFp - s.Fp));
+          }
+          const float gate = gate_R[row + r + i];
+          const Vec back = load(z + (r + i) * s.Fp + f), scaled = gate * back;
+          hid[i] = activate<true>(activation, p, q, d_first[i], d_second[i]);
+          dot[i] += hid[i] * back;
+          hid[i] *= gate;
+          d_first[i] *= scaled;
+          Elem<T>::store(dpre + (r + i) * s.GFp + f, d_first[i]);
+          if (s.G == 2) {
+            d_second[i] *= scaled;
+            Elem<T>::store(dpre + (r + i) * s.GFp + s.Fp + f, d_second[i]);
+          }
+        }
+        *(Int*)(hid_r + r / PER * s.Fp + f) = units_of<T>(hid[0], hid[1]);
+        *(Int*)(dpre_r + r / PER * s.GFp + f) = units_of<T>(d_first[0], d_first[1]);
+        if (s.G == 2) *(Int*)(dpre_r + r / PER * s.GFp + s.Fp + f) = units_of<T>(d_second[0], d_second[1]);
+      }
+      for (int i = 0; i < 1 + both; ++i) d_gate[row + r + i] = sum(dot[i]);
+    }
+    product<T>(s.F, s.L, nu, hid_r, 1, s.Fp, doi, s.Lp, dw_out, s.L, at > 0);
+    for (long g = 0; g < s.G; ++g)
+      product<T>(s.F, s.L, nu, dpre_r + g * s.Fp, 1, s.GFp, xi, s.Lp, dw_in + g * s.F * s.L, s.L, at > 0);
+    product<T>(n, s.L, s.GFp / PER, (Unit*)dpre, s.GFp / PER, 1, in_rows, s.Lp, dx + row * s.L, s.L);
+  }
+}
+
+// out[n] = Σ_k weight[n, k] · y[row[n, k]], slots in their order; rows from `taken` on are no expert's.
+template <class T>
+void combine(const float* y, const int64_t* row, const float* weight, long N, long K, long L, long taken,
+             T* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long n = 0; n < N; ++n) {
+    long l = 0;
+    for (; l + VL <= L; l += VL) {
+      Vec v = Vec{};
+      for (long k = 0; k < K; ++k) {
+        const long r = row[n * K + k];
+        if (r < taken) v += (weight ? weight[n * K + k] : 1.f) * load(y + r * L + l);
+      }
+      Elem<T>::store(out + n * L + l, v);
+    }
+    for (; l < L; ++l) {
+      float v = 0;
+      for (long k = 0; k < K; ++k) {
+        const long r = row[n * K + k];
+        if (r < taken) v += (weight ? weight[n * K + k] : 1.f) * y[r * L + l];
+      }
+      out[n * L + l] = Elem<T>::narrow(v);
+    }
+  }
+}
+
+template <class T>
+void run_forward(const T* x, const float* w_in, const float* w_out, const int64_t* token,
+                 const int64_t* counts, long groups, Shape s, int activation, T* pre, float* y, int threads) {
+  long* start = (long*)malloc((groups + 1) * sizeof(long));
+  start[0] = 0;
+  for (long e = 0; e < groups; ++e) start[e + 1] = start[e] + counts[e];
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long e = 0; e < groups; ++e)
+    if (counts[e])
+      forward<T>(x, w_in + e * s.G * s.F * s.L, w_out + e * s.F * s.L, token, s, activation, start[e],
+                 counts[e], pre, y);
+  free(start);
+}
+
+template <class T>
+void run_backward(const T* x, const T* d_out, const float* gate, const float* w_in, const float* w_out,
+                  const int64_t* token, const int64_t* slot, const int64_t* counts, long groups, Shape s,
+                  int activation, const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,
+                  int threads) {
+  long* start = (long*)malloc((groups + 1) * sizeof(long));
+  start[0] = 0;
+  for (long e = 0; e < groups; ++e) start[e + 1] = start[e] + counts[e];
+  const long taken = start[groups];
+  float* gate_R = (float*)malloc(2 * (taken + 1) * sizeof(float));
+  float* d_gate_R = gate_R + taken;
+  for (long r = 0; r < taken; ++r) gate_R[r] = gate[slot[r]];
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long e = 0; e < groups; ++e) {
+    const long in = s.G * s.F * s.L, out = s.F * s.L;
+    if (counts[e]) {
+      backward<T>(x, d_out, gate_R, w_in + e * in, w_out + e * out, token, s, activation, start[e], counts[e],
+                  pre, dx, d_gate_R, dw_in + e * in, dw_out + e * out);
+    } else {
+      memset(dw_in + e * in, 0, in * sizeof(float));
+      memset(dw_out + e * out, 0, out * sizeof(float));
+    }
+  }
+  for (long r = 0; r < taken; ++r) d_gate[slot[r]] = d_gate_R[r];  // the others were zeroed
+  free(gate_R);
+  free(start);
+}
+
+}  // namespace
+
+extern "C" {
+
+int headway_has_bfloat16() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#define HEADWAY_EXPERTS(T, name)                                                                         \
+  void headway_experts_forward_##name(                                                                   \
+      const T* x, const float* w_in, const float* w_out, const int64_t* token, const int64_t* counts,    \
+      long groups, long L, long F, long G, long activation, T* pre, float* y, int threads) {              \
+    run_forward<T>(x, w_in, w_out, token, counts, groups, Shape(L, F, G), activation, pre, y, threads);  \
+  }                                                                                                      \
+  void headway_experts_backward_##name(                                                                  \
+      const T* x, const T* d_out, const float* gate, const float* w_in, const float* w_out,              \
+      const int64_t* token, const int64_t* slot, const int64_t* counts, long groups, long L, long F,     \
+      long G, long activation, const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,       \
+      int threads) {                                                                                     \
+    run_backward<T>(x, d_out, gate, w_in, w_out, token, slot, counts, groups, Shape(L, F, G),            \
+                    activation, pre, dx, d_gate, dw_in, dw_out, threads);                                \
+  }                                                                                                      \
+  void headway_combine_##name(const float* y, const int64_t* row, const float* weight, long N, long K,   \
+                              long L, long taken, T* out, int threads) {                                 \
+    combine<T>(y, row, weight, N, K, L, taken, out, threads);                                            \
+  }
+
+HEADWAY_EXPERTS(float, float32)
+#ifdef __AVX512BF16__
+HEADWAY_EXPERTS(bf16, bfloat16)
+#endif
+}

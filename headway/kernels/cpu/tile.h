@@ -118,25 +118,40 @@ INLINE Vec dot<bf16>(Vec acc, Unit a, const Unit* b) {
 
 // ---- the product --------------------------------------------------------------------------------
 
+static __attribute__((noinline)) void part(const float* from, int rows, int from_row, int cols, float* c,
+                                           long c_row, bool add) {
+  for (int i = 0; i < rows; ++i, from += from_row, c += c_row)
+    for (int j = 0; j < cols; ++j) c[j] = add ? c[j] + from[j] : from[j];
+}
+
 template <class T, int M, int N>
-static void tile(long units, const Unit* a, long a_row, long a_unit, const Unit* b, long b_unit,
+static __attribute__((noinline)) void tile(long units, const Unit* a, long a_row, long a_unit, const Unit* b, long b_unit,
                  float* c, long c_row, bool add, int last) {
   Vec acc[M][N];
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) acc[i][j] = Vec{};
   for (long u = 0; u < units; ++u, a += a_unit, b += b_unit)
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) acc[i][j] = dot<T>(acc[i][j], a[i * a_row], b + j * VL);
-  for (int i = 0; i < M; ++i, c += c_row)
+  if (last < VL) {  // through memory: C ends within the last vector
+    float whole[M][N * VL];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) store(whole[i] + j * VL, acc[i][j]);
+    part(whole[0], M, N * VL, (N - 1) * VL + last, c, c_row, add);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      float* at = c + j * VL;
-      if (j < N - 1 || last == VL) {
-        store(at, add ? load(at) + acc[i][j] : acc[i][j]);
-      } else {
-        for (int l = 0; l < last; ++l) at[l] = (add ? at[l] : 0.f) + acc[i][j][l];
-      }
+      float* at = c + i * c_row + j * VL;
+      store(at, add ? load(at) + acc[i][j] : acc[i][j]);
     }
 }
 

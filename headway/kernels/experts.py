@@ -11,8 +11,9 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
     dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
 
 so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or
-better. In bfloat16 every matmul rounds its result, since torch has none with a float32 result on
-CPUs: 3e-3 to 5e-3 against float64.
+better. On CPUs with a compiler the kernels of cpu/experts.cpp run, else a loop of PyTorch matmuls.
+That loop rounds the result of every bfloat16 matmul: 3e-3 to 5e-3 against float64, where the
+kernels stay below 3e-3.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from headway.config import Activation
 from headway.kernels.activation import activate, activate_into, activate_with_slope
+from headway.kernels.native import native
 from headway.kernels.rows import Rows
 
 
@@ -82,11 +84,6 @@ def experts(
     return _forward(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *rows, activation, keep)[0]
 
 
-# One expert at a time: its rows (a few hundred) stay in the cache from the gather to the last
-# matmul, and every
-# intermediate lives in a scratch buffer that all experts share.
-
-
 @torch.library.custom_op("headway::experts", mutates_args=())
 def _forward(
     x_NL: Tensor,
@@ -100,23 +97,11 @@ def _forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
-    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
-    counts = counts_HE.flatten().tolist()
-    taken, most = sum(counts), max(counts, default=0)
-    y_RL = x_NL.new_empty(token_R.numel(), x_NL.shape[1])
-    y_RL[taken:] = 0  # slots without an expert
-    pre_R = x_NL.new_empty(token_R.numel() if keep else 0, w_in.shape[1])
-    pre_s = x_NL.new_empty(0 if keep else most, w_in.shape[1])
-    x_s = x_NL.new_empty(most, x_NL.shape[1])
-    hid_s = _Scratch(most, w_out.shape[1], x_NL)
-    w_in_T = w_in.transpose(1, 2)
-    for e, n, token, y, pre in _groups(counts, token_R, y_RL, pre_R if keep else None):
-        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
-        pre = torch.mm(x, w_in_T[e], out=pre_s[:n] if pre is None else pre)
-        hid = activate_into(_widen(pre), activation, hid_s.wide[:n])
-        torch.mm(hid_s.narrow(hid), w_out[e], out=y)
-    return _sum_slots(y_RL, row_NK, gate_NK), pre_R
+    """(out `[N, L]`, pre-activations `[R, …]`, or `[0, …]` unless `keep`)."""
+    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    tables = (token_R, slot_R, row_NK, counts_HE)
+    run = _forward_native if _is_native(*inputs) else _forward_loop
+    return run(*inputs, *tables, activation, keep)
 
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())
@@ -135,11 +120,149 @@ def _backward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
+    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    tables = (token_R, slot_R, row_NK, counts_HE)
+    run = _backward_native if _is_native(*inputs) else _backward_loop
+    return run(do_NL.contiguous(), *inputs, *tables, pre_R, activation, keep)
+
+
+@_forward.register_fake
+def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, token_R, slot_R, row_NK, counts_HE, activation, keep):
+    width = _pre_width(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    out_NL = torch.empty_like(x_NL, memory_format=torch.contiguous_format)
+    return out_NL, x_NL.new_empty(token_R.numel() if keep else 0, width)
+
+
+@_backward.register_fake
+def _(do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *tables):
+    like = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.activation, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _autograd(ctx, do_NL, _):
+    grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
+    return (*grads, None, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_save)
+
+
+# The kernels of cpu/experts.cpp: packed weights and every intermediate of an expert in the cache,
+# float32 from the first product to the last rounding.
+
+
+def _is_native(x: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    masters = (gate.dtype, w_in.dtype, w_out.dtype)
+    return native().takes(x, gate) and masters == (torch.float32,) * 3
+
+
+def _sizes(w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:
+    """Groups, L, F, G and the activation's number, as the kernels take them."""
+    H, E, G, Fh, L = w_in_HEGFL.shape
+    return H * E, L, Fh, G, ("swiglu", "relu2", "gelu").index(activation)
+
+
+def _forward_native(
+    x, gate, w_in, w_out, token_R, slot_R, row_NK, counts_HE, activation, keep
+) -> tuple[Tensor, Tensor]:
+    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
+    R = token_R.numel()
+    y_RL = x.new_empty(R, x.shape[1], dtype=torch.float32)
+    pre_R = x.new_empty(R if keep else 0, _pre_width(x, gate, w_in, w_out))
+    kept, sizes = pre_R if keep else None, _sizes(w_in, activation)
+    weights = (w_in, w_out, token_R, counts_HE)
+    native().call("experts_forward", x.dtype, x, *weights, *sizes, kept, y_RL)
+    return _combine_native(x, y_RL, row_NK, counts_HE, gate.contiguous()), pre_R
+
+
+def _backward_native(
+    do, x, gate, w_in, w_out, token_R, slot_R, row_NK, counts_HE, pre_R, activation, keep
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
+    dx_RL = x.new_empty(token_R.numel(), x.shape[1], dtype=torch.float32)
+    d_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    inputs = (x, do, gate.contiguous(), w_in, w_out, token_R, slot_R, counts_HE)
+    kept, sizes = pre_R if keep else None, _sizes(w_in, activation)
+    found = (dx_RL, d_gate, dw_in, dw_out)
+    native().call("experts_backward", x.dtype, *inputs, *sizes, kept, *found)
+    return _combine_native(x, dx_RL, row_NK, counts_HE, None), d_gate, dw_in, dw_out
+
+
+def _combine_native(
+    like: Tensor, y_RL: Tensor, row_NK: Tensor, counts_HE: Tensor, weight: Tensor | None
+) -> Tensor:
+    out, (N, K), taken = torch.empty_like(like), row_NK.shape, int(counts_HE.sum())
+    sizes = (N, K, like.shape[1], taken)
+    native().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
+    return out
+
+
+def _pre_width(x: Tensor, gate: Tensor, w_in_HEGFL: Tensor, w_out: Tensor) -> int:
+    """Columns of the kept pre-activations: the kernels pad F to whole vectors."""
+    G, Fh = w_in_HEGFL.shape[2:4]
+    vector = native().vector if _is_native(x, gate, w_in_HEGFL, w_out) else 1
+    return G * -(-Fh // vector) * vector
+
+
+# The same with PyTorch's operators, any dtype and device. One expert at a time: its rows (a few
+# hundred) stay in the cache from the gather to the last matmul, and every intermediate lives in a
+# scratch buffer that all experts share.
+
+
+def _forward_loop(
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    token_R: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
+    counts = counts_HE.flatten().tolist()
+    taken, most = sum(counts), max(counts, default=0)
+    y_RL = x_NL.new_empty(token_R.numel(), x_NL.shape[1])
+    y_RL[taken:] = 0  # slots without an expert
+    pre_R = x_NL.new_empty(token_R.numel() if keep else 0, w_in.shape[1])
+    pre_s = x_NL.new_empty(0 if keep else most, w_in.shape[1])
+    x_s = x_NL.new_empty(most, x_NL.shape[1])
+    hid_s = _Scratch(most, w_out.shape[1], x_NL)
+    w_in_T = w_in.transpose(1, 2)
+    for e, n, token, y, pre in _groups(counts, token_R, y_RL, pre_R if keep else None):
+        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
+        pre = torch.mm(x, w_in_T[e], out=pre_s[:n] if pre is None else pre)
+        hid = activate_into(_widen(pre), activation, hid_s.wide[:n])
+        torch.mm(hid_s.narrow(hid), w_out[e], out=y)
+    return _sum_slots(y_RL, row_NK, gate_NK), pre_R
+
+
+def _backward_loop(
+    do_NL: Tensor,
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    token_R: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    pre_R: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
     counts = counts_HE.flatten().tolist()
     taken, most = sum(counts), max(counts, default=0)
     L, (_, GF, _), Fh = x_NL.shape[1], w_in.shape, w_out.shape[1]
-    do_NL = do_NL.contiguous()
     gate_R1 = gate_NK.flatten()[slot_R].unsqueeze(1)
     d_gate_R = gate_NK.new_zeros(token_R.numel())
     dx_RL = x_NL.new_empty(token_R.numel(), L)
@@ -173,30 +296,6 @@ def _backward(
         _mm_into(dw_in_E[e], dpre.T, x)
         torch.mm(dpre, w_in[e], out=dx)
     return _sum_slots(dx_RL, row_NK, None), d_gate_R[row_NK], dw_in, dw_out
-
-
-@_forward.register_fake
-def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, token_R, slot_R, row_NK, counts_HE, activation, keep):
-    pre_width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
-    return torch.empty_like(x_NL), x_NL.new_empty(token_R.numel() if keep else 0, pre_width)
-
-
-@_backward.register_fake
-def _(do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *tables):
-    return tuple(torch.empty_like(t) for t in (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL))
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _autograd(ctx, do_NL, _):
-    grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
-    return (*grads, None, None, None, None, None, None)
-
-
-_forward.register_autograd(_autograd, setup_context=_save)
 
 
 def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:

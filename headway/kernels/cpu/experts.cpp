@@ -258,6 +258,8 @@ void run_backward(const T* x, const T* d_out, const float* gate, const float* w_
 
 extern "C" {
 
+int headway_vector_length() { return VL; }
+
 int headway_has_bfloat16() {
 #ifdef __AVX512BF16__
   return 1;

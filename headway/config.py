@@ -220,6 +220,10 @@ class OptimConfig:
     """Optimiser steps of the run; ≥ 1."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
+    muon_experts: bool = True
+    """Whether `muon` takes the stacked experts too. Without, AdamW does: a step costs less, since
+    Newton–Schulz orthogonalises every expert whatever the number of tokens.
+    """
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     muon_adjust: Literal["original", "match_rms_adamw"] = "original"

@@ -97,7 +97,7 @@ def _forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, …]`, or `[0, …]` unless `keep`)."""
+    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
     tables = (token_R, slot_R, row_NK, counts_HE)
     run = _forward_native if _is_native(*inputs) else _forward_loop
@@ -128,7 +128,7 @@ def _backward(
 
 @_forward.register_fake
 def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, token_R, slot_R, row_NK, counts_HE, activation, keep):
-    width = _pre_width(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
     out_NL = torch.empty_like(x_NL, memory_format=torch.contiguous_format)
     return out_NL, x_NL.new_empty(token_R.numel() if keep else 0, width)
 
@@ -173,7 +173,7 @@ def _forward_native(
     x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
     R = token_R.numel()
     y_RL = x.new_empty(R, x.shape[1], dtype=torch.float32)
-    pre_R = x.new_empty(R if keep else 0, _pre_width(x, gate, w_in, w_out))
+    pre_R = x.new_empty(R if keep else 0, w_in.shape[2] * w_in.shape[3])
     kept, sizes = pre_R if keep else None, _sizes(w_in, activation)
     weights = (w_in, w_out, token_R, counts_HE)
     native().call("experts_forward", x.dtype, x, *weights, *sizes, kept, y_RL)
@@ -201,13 +201,6 @@ def _combine_native(
     sizes = (N, K, like.shape[1], taken)
     native().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
     return out
-
-
-def _pre_width(x: Tensor, gate: Tensor, w_in_HEGFL: Tensor, w_out: Tensor) -> int:
-    """Columns of the kept pre-activations: the kernels pad F to whole vectors."""
-    G, Fh = w_in_HEGFL.shape[2:4]
-    vector = native().vector if _is_native(x, gate, w_in_HEGFL, w_out) else 1
-    return G * -(-Fh // vector) * vector
 
 
 # The same with PyTorch's operators, any dtype and device. One expert at a time: its rows (a few

@@ -33,8 +33,6 @@ class Native:
     """One line for people."""
     bfloat16: bool = False
     """Whether its kernels multiply bfloat16 (AVX512-BF16)."""
-    vector: int = 1
-    """Floats in a vector; rows of its scratch tensors are padded to a multiple."""
 
     def takes(self, *tensors: Tensor | None) -> bool:
         """Whether the kernels can work on these: all on the CPU, in float32, or bfloat16 where that
@@ -71,11 +69,9 @@ def native() -> Native:
     except (OSError, subprocess.SubprocessError) as error:
         words = str(getattr(error, "stderr", None) or error).strip().splitlines()
         return Native(None, f"{compiler} failed: {words[0] if words else error}")
-    bfloat16, vector = bool(library.headway_has_bfloat16()), library.headway_vector_length()
+    bfloat16 = bool(library.headway_has_bfloat16())
     kinds = "float32 and bfloat16" if bfloat16 else "float32"
-    return Native(
-        library, f"{kinds}, built by {Path(compiler).name} for this CPU", bfloat16, vector
-    )
+    return Native(library, f"{kinds}, built by {Path(compiler).name} for this CPU", bfloat16)
 
 
 def _built(compiler: str) -> Path:

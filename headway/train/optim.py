@@ -150,7 +150,9 @@ def build_optimizers(
         "vectors": 1.0,
     }
     no_decay = {"embed", "vectors", "router_vectors"}
-    for_muon = {"experts", "experts_out", "matrices"} if config.name == "muon" else set()
+    for_muon = {"matrices"} if config.name == "muon" else set()
+    if for_muon and config.muon_experts:
+        for_muon |= {"experts", "experts_out"}
     adam_groups, muon_groups = [], []
     for group, names in groups.items():
         peak = (config.muon_lr if group in for_muon else config.lr) * lr_scale[group]

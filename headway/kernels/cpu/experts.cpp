@@ -103,8 +103,12 @@ void forward(const T* x, const float* w_in, const float* w_out, const int64_t* t
         Elem<T>::store(hid + r * s.Fp + f,
                        activate<false>(activation, load(p + f), load(p + (s.GFp - s.Fp) + f), none, none));
       if (pre_out) {
-        T* kept = pre_out + (row + r) * s.GFp;
-        for (long f = 0; f < s.GFp; f += VL) Elem<T>::store(kept + f, load(p + f));
+        for (long g = 0; g < s.G; ++g) {
+          T* kept = pre_out + ((row + r) * s.G + g) * s.F;
+          long f = 0;
+          for (; f + VL <= s.F; f += VL) Elem<T>::store(kept + f, load(p + g * s.Fp + f));
+          if (f < s.F) store_part(kept + f, load(p + g * s.Fp + f), s.F - f);
+        }
       }
     }
     product<T>(n, s.L, Fu, (Unit*)hid, s.Fp / PER, 1, out, s.Lp, y + row * s.L, s.L);
@@ -155,8 +159,12 @@ void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in
         for (int i = 0; i < 1 + both; ++i) {
           Vec p, q;
           if (pre_in) {
-            const T* kept = pre_in + (row + r + i) * s.GFp + f;
-            p = Elem<T>::load(kept), q = Elem<T>::load(kept + (s.GFp - s.Fp));
+            const T* kept = pre_in + (row + r + i) * s.G * s.F + f;
+            const T* up = kept + (s.G - 1) * s.F;
+            if (f + VL <= s.F)
+              p = Elem<T>::load(kept), q = Elem<T>::load(up);
+            else
+              p = load_part(kept, s.F - f), q = load_part(up, s.F - f);
           } else {
             const float* made = pre + (r + i) * s.GFp + f;
             p = load(made), q = load(made + (s.GFp - s.Fp));
@@ -257,8 +265,6 @@ void run_backward(const T* x, const T* d_out, const float* gate, const float* w_
 }  // namespace
 
 extern "C" {
-
-int headway_vector_length() { return VL; }
 
 int headway_has_bfloat16() {
 #ifdef __AVX512BF16__

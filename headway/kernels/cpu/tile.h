@@ -116,6 +116,21 @@ INLINE Vec dot<bf16>(Vec acc, Unit a, const Unit* b) {
 }
 #endif
 
+// The first n < VL elements of a vector, zeros behind them.
+template <class T>
+static INLINE Vec load_part(const T* p, long n) {
+  T whole[VL] = {};
+  memcpy(whole, p, n * sizeof(T));
+  return Elem<T>::load(whole);
+}
+
+template <class T>
+static INLINE void store_part(T* p, Vec v, long n) {
+  T whole[VL];
+  Elem<T>::store(whole, v);
+  memcpy(p, whole, n * sizeof(T));
+}
+
 // ---- the product --------------------------------------------------------------------------------
 
 static __attribute__((noinline)) void part(const float* from, int rows, int from_row, int cols, float* c,

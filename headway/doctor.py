@@ -12,6 +12,7 @@ import torch
 
 from headway.config import DataConfig
 from headway.data.cache import root_of
+from headway.kernels.native import native as cpu_kernels
 from headway.report.provenance import provenance
 from headway.train.resolve import native_bfloat16
 
@@ -39,6 +40,7 @@ def examine() -> dict[str, Any]:
             name: {"missing": [m for m in modules if not _installed(m)], "adds": adds}
             for name, (modules, adds) in EXTRAS.items()
         },
+        "cpu_kernels": cpu_kernels().why,
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "browser": shutil.which("chromium") or shutil.which("google-chrome"),
         "shm_gib": _free_gib(Path("/dev/shm")),
@@ -110,8 +112,8 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         shm = f"{found['shm_gib']} GiB free"
     return {
         "matmuls": f"{found['dtype']} on {device}: {why}",
-        "experts": "rows sorted by expert, one matmul per expert, hand-written backward "
-        "(kernels/experts.py)",
+        "experts": "rows sorted by expert, hand-written backward (kernels/experts.py)",
+        "C++ kernels": found["cpu_kernels"] if device == "cpu" else "not on this device",
         "routing": "exact top-k on integer keys, stable counting sort (kernels/topk.py, rows.py)",
         "attention": "PyTorch's scaled_dot_product_attention",
         "run.compile": "possible" if can_compile else "not possible: there is no C++ compiler",

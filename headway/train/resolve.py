@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from headway.config import Config, RunConfig, UsageError
+from headway.kernels.native import native
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
 from headway.validate import validate
@@ -71,6 +72,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
         derived["run.checkpoint_every"] = f"{run.checkpoint_every}: only the last step"
     device = _device(run, derived)
     dtype, remarks = _dtype(run, device, derived)
+    remarks += _kernels(device, derived)
     if remarks and run.strict:
         raise UsageError(f"run.strict: {remarks[0]}")
     config = dataclasses.replace(config, model=model, data=data, run=run)
@@ -104,6 +106,17 @@ def _dtype(
         )
         return torch.bfloat16, (slow,)
     return (torch.bfloat16 if run.dtype == "bfloat16" else torch.float32), ()
+
+
+def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
+    """Builds the C++ kernels now, not in the middle of the first step."""
+    if device.type != "cpu":
+        return ()
+    found = native()
+    if found.library is None:
+        return (f"the C++ kernels will not run, the slower PyTorch paths do: {found.why}",)
+    derived["kernels"] = f"C++, {found.why}"
+    return ()
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def test_open_values_are_filled_in_and_explained():
     assert done.derived["run.eval_every"] == "5: a tenth of 57 steps"
     assert done.dtype == (torch.bfloat16 if native_bfloat16(done.device) else torch.float32)
     again = resolve(done.config, 257)
-    assert again.config == done.config and set(again.derived) == {"run.dtype"}
+    assert again.config == done.config and set(again.derived) - {"kernels"} == {"run.dtype"}
 
 
 def _changed(**parts):

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from headway.config import Config, ModelConfig, OptimConfig
 from headway.model import balance
 from headway.model.transformer import Transformer
+from headway.train.allocator import set_allocator
 from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
+from headway.train.resolve import native_bfloat16
 from headway.train.schedule import lr_factor
 
 TICKS = 100_000
@@ -100,7 +102,8 @@ class Trainer:
             text,
             after_step,
         )
-        self.optimizers = build_optimizers(model, optim)
+        dtype = model.dtype if isinstance(model, Transformer) else torch.float32
+        self.optimizers = build_optimizers(model, optim, newton_schulz_dtype=dtype)
         self.step, self.cpu, self.wall = 0, 0.0, 0.0
         self.curve: list[Point] = []
 
@@ -208,8 +211,12 @@ def trainer(
     seed: int = 0,
     rescale: Callable[[Transformer], None] | None = None,
 ) -> Trainer:
-    """Build the model of a config, ready to train; `rescale` may change its initial weights."""
-    model = Transformer(config.model, seed=seed)
+    """Build the model of a config, ready to train in this CPU's best dtype; `rescale` may change
+    its initial weights.
+    """
+    set_allocator(config.run.allocator)
+    dtype = torch.bfloat16 if native_bfloat16(torch.device("cpu")) else torch.float32
+    model = Transformer(config.model, dtype=dtype, seed=seed)
     if rescale is not None:
         with torch.no_grad():
             rescale(model)

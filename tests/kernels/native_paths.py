@@ -11,8 +11,8 @@ from headway.kernels.native import Native, native
 needs_native = pytest.mark.skipif(native().library is None, reason=native().why)
 NATIVE_DTYPES = [torch.float32, *([torch.bfloat16] if native().bfloat16 else [])]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-"""Of results in this dtype. A rounding to bfloat16 is wrong by at most 2⁻⁹ of the value's power of
-two, 1.7e-3 of the value rms; everything before it is float32."""
+"""Of results in this dtype. A rounding to bfloat16 is off by up to 2⁻⁸ of a power of two, 1.7e-3 of
+the value rms over many values; everything before it is float32."""
 
 
 def switch_off(monkeypatch: pytest.MonkeyPatch, module) -> None:

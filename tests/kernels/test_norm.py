@@ -41,6 +41,7 @@ def test_reference_equals_torch():
 
 
 def make(shape, weight_shape, dtype):
+    torch.manual_seed(0)
     x = torch.randn(shape).to(dtype).requires_grad_()
     weight = (1 + torch.randn(weight_shape)).requires_grad_()
     return x, weight, torch.randn(shape).to(dtype)

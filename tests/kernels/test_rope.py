@@ -52,6 +52,7 @@ def test_tables_are_float32_or_better():
 
 
 def make(shape, dtype):
+    torch.manual_seed(0)
     x, d_out = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
     weight = (1 + torch.randn(shape[-1])).requires_grad_()
     return x, weight, d_out, rope_tables(torch.arange(shape[-3]), shape[-1], 100.0, dtype)
@@ -73,7 +74,7 @@ def run_wide(x, weight, d_out, tables):
     return turned, dx, both, *torch.autograd.grad(both, (x, weight), d_out.double())
 
 
-SHAPES = [(2, 9, 6, 64), (40, 1, 1, 2), (3, 2, 5, 7, 18), (130, 2, 66), (4, 150, 3, 16)]
+SHAPES = [(2, 9, 6, 64), (9, 40, 1, 2), (3, 2, 5, 7, 18), (130, 2, 66), (4, 150, 3, 16)]
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)

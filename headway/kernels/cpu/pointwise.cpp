@@ -1,75 +1,16 @@
 // Elementwise work of a transformer, one pass over memory each way: RMSNorm, rotary embedding, both
 // at once, and the activation of dense feed-forward networks.
 //
-// The equations are in ../norm.py, ../rope.py and ../activation.py. Rows of L (or G·F) elements of T;
-// weights, tables and all arithmetic are float32, rounded once. A row does not depend on the thread
+// The equations are in ../norm.py, ../rope.py and ../activation.py. Rows of L (or G·F) elements of
+// T; weights, tables and all arithmetic are float32, rounded once. A row does not depend on the thread
 // that computed it, and weight gradients are summed over fixed chunks of rows, so results are the
 // same bits on any number of threads.
 #include "activation.h"
+#include "sweep.h"
 
 using namespace headway;
 
 namespace {
-
-constexpr long SMALL = 16384;  // elements below which waking threads costs more than the work
-
-// ---- vectors that may end early -----------------------------------------------------------------
-
-// The first n of VL elements, then zeros.
-template <class T>
-INLINE Vec get(const T* p, long n) {
-  if (n == VL) return Elem<T>::load(p);
-#ifdef __AVX512BF16__  // whose CPUs all have the masks of AVX512BW and VL
-  if constexpr (std::is_same_v<T, bf16>) {
-    __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-  }
-#endif
-#ifdef __AVX512F__
-  return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-#endif
-  T some[VL] = {};
-  memcpy(some, p, n * sizeof(T));
-  return Elem<T>::load(some);
-}
-
-template <class T>
-INLINE void put(T* p, Vec v, long n) {
-  if (n == VL) return Elem<T>::store(p, v);
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<T, float>)
-    return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
-#endif
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, bf16>)
-    return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-#endif
-  T some[VL];
-  Elem<T>::store(some, v);
-  memcpy(p, some, n * sizeof(T));
-}
-
-// f(i, n) for vectors of n ≤ VL elements from i.
-template <class F>
-INLINE void sweep(long size, F f) {
-  long i = 0;
-  for (; i + VL <= size; i += VL) f(i, VL);
-  if (i < size) f(i, size - i);
-}
-#define EACH [&](long i, long n) __attribute__((always_inline))
-
-// Halves added to halves: shorter than one after the other, which short rows would wait for.
-INLINE float total(Vec v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float s[VL];
-  store(s, v);
-  for (int half = VL / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  return s[0];
-#endif
-}
 
 // ---- rows ---------------------------------------------------------------------------------------
 
@@ -91,7 +32,8 @@ INLINE void norm_row(const T* x, const float* w, float scale, long L, T* out) {
 
 // x̂ = x·scale; dw += dy·x̂; dx = scale·(w·dy − x̂·mean(w·dy·x̂))
 template <class T>
-INLINE void norm_row_back(const T* dy, const T* x, const float* w, float scale, long L, T* dx, float* dw) {
+INLINE void norm_row_back(const T* dy, const T* x, const float* w, float scale, long L, T* dx,
+                          float* dw) {
   Vec dots = {};
   sweep(L, EACH {
     const Vec part = get(dy + i, n) * (get(x + i, n) * scale);
@@ -106,8 +48,8 @@ INLINE void norm_row_back(const T* dy, const T* x, const float* w, float scale, 
 
 // x, with NORM x·scale·w, rotated; turn −1 rotates back.
 template <bool NORM, class T>
-INLINE void turn_row(const T* x, const float* w, float scale, const float* cos, const float* sin, float turn,
-                     long half, T* out) {
+INLINE void turn_row(const T* x, const float* w, float scale, const float* cos, const float* sin,
+                     float turn, long half, T* out) {
   sweep(half, EACH {
     Vec a = get(x + i, n), b = get(x + half + i, n);
     const Vec c = get(cos + i, n), s = turn * get(sin + i, n);
@@ -119,11 +61,12 @@ INLINE void turn_row(const T* x, const float* w, float scale, const float* cos, 
 
 // norm_row_back of dy rotated back; the rotation is made twice rather than kept.
 template <class T>
-INLINE void norm_turn_row_back(const T* dy, const T* x, const float* w, float scale, const float* cos,
-                               const float* sin, long half, T* dx, float* dw) {
+INLINE void norm_turn_row_back(const T* dy, const T* x, const float* w, float scale,
+                               const float* cos, const float* sin, long half, T* dx, float* dw) {
   Vec dots = {};
   const auto back = [&](long i, long n, Vec& a, Vec& b) __attribute__((always_inline)) {
-    const Vec p = get(dy + i, n), q = get(dy + half + i, n), c = get(cos + i, n), s = get(sin + i, n);
+    const Vec p = get(dy + i, n), q = get(dy + half + i, n);
+    const Vec c = get(cos + i, n), s = get(sin + i, n);
     a = p * c + q * s, b = q * c - p * s;
   };
   sweep(half, EACH {
@@ -144,13 +87,6 @@ INLINE void norm_turn_row_back(const T* dy, const T* x, const float* w, float sc
 }
 
 // ---- all rows -----------------------------------------------------------------------------------
-
-// row(r) for every row
-template <class F>
-void over_rows(long rows, long row_size, int threads, F row) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * row_size > SMALL)
-  for (long r = 0; r < rows; ++r) row(r);
-}
 
 // row(r, dw) for every row; dw [W] is summed over at most 64 chunks, whose rows start at a multiple
 // of `heads`, in their order.

@@ -2,9 +2,9 @@
 // at once, and the activation of dense feed-forward networks.
 //
 // The equations are in ../norm.py, ../rope.py and ../activation.py. Rows of L (or G·F) elements of
-// T; weights, tables and all arithmetic are float32, rounded once. A row does not depend on the thread
-// that computed it, and weight gradients are summed over fixed chunks of rows, so results are the
-// same bits on any number of threads.
+// T; weights, tables and all arithmetic are float32, rounded once. A row does not depend on the
+// thread that computed it, and weight gradients are summed over fixed chunks of rows, so results
+// are the same bits on any number of threads.
 #include "activation.h"
 #include "sweep.h"
 

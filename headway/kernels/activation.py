@@ -1,11 +1,14 @@
 """Activations of experts and feed-forward networks, with the derivative written out.
 
 F hidden width · G = 2 for SwiGLU (gate, then up), else 1. Pre-activations come as `[..., G·F]`.
+`activate` is one pass over memory each way in `cpu/pointwise.cpp` and keeps only its input.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from headway.kernels.native import native
 
 
 def n_inputs(activation: str) -> int:
@@ -13,18 +16,71 @@ def n_inputs(activation: str) -> int:
     return 2 if activation == "swiglu" else 1
 
 
-def activate(pre: Tensor, activation: str) -> Tensor:
-    """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU.
-    Autograd knows it.
-    """
+def activate_reference(pre: Tensor, activation: str) -> Tensor:
+    """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate) * up
     return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
 
 
+def activate(pre: Tensor, activation: str) -> Tensor:
+    """Equal to `activate_reference`, with autograd; float32 arithmetic, rounded once, on CPUs."""
+    if native().takes(pre):
+        return _forward(pre, activation)
+    return activate_reference(pre, activation)
+
+
+@torch.library.custom_op("headway::activate", mutates_args=())
+def _forward(pre: Tensor, activation: str) -> Tensor:
+    """The C++ path."""
+    pre = pre.contiguous()
+    width = pre.shape[-1] // n_inputs(activation)
+    hid = pre.new_empty(*pre.shape[:-1], width)
+    native().call("activation", pre.dtype, pre, *_sizes(pre, activation), hid)
+    return hid
+
+
+@torch.library.custom_op("headway::activate_backward", mutates_args=())
+def _backward(d_hid: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """The gradient of `pre`."""
+    d_hid, pre = d_hid.contiguous(), pre.contiguous()
+    d_pre = torch.empty_like(pre)
+    native().call("activation_backward", pre.dtype, d_hid, pre, *_sizes(pre, activation), d_pre)
+    return d_pre
+
+
+def _sizes(pre: Tensor, activation: str) -> tuple[int, int, int]:
+    """Rows, F and the activation's number in `cpu/activation.h`."""
+    number = ("swiglu", "relu2", "gelu").index(activation)
+    rows = pre.shape[:-1].numel()
+    return rows, pre.shape[-1] // n_inputs(activation), number
+
+
+@_forward.register_fake
+def _(pre, activation):
+    return pre.new_empty(*pre.shape[:-1], pre.shape[-1] // n_inputs(activation))
+
+
+@_backward.register_fake
+def _(d_hid, pre, activation):
+    return torch.empty_like(pre, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    pre, ctx.activation = inputs
+    ctx.save_for_backward(pre)
+
+
+def _autograd(ctx, d_hid):
+    return _backward(d_hid, *ctx.saved_tensors, ctx.activation), None
+
+
+_forward.register_autograd(_autograd, setup_context=_save)
+
+
 def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
-    """`activate` into `hid [..., F]`, without autograd."""
+    """`activate_reference` into `hid [..., F]`, without autograd."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return torch.ops.aten.silu.out(gate, out=hid).mul_(up)
@@ -34,8 +90,8 @@ def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
 
 
 def activate_with_slope(pre: Tensor, activation: str, hid: Tensor, slope: Tensor) -> None:
-    """`activate` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with one exponential
-    for both.
+    """`activate_reference` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with one
+    exponential for both.
     """
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.native import native
+
 CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
 
 
@@ -49,23 +51,11 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, x_TD.shape[0], rows):
             at = slice(start, start + rows)
             x, target = x_TD[at], target_T[at]
-            valid = target >= 0
-            picked = target.clamp(min=0).unsqueeze(1)
-            logits = (x @ w.T).to(wide)
-            if softcap:
-                logits.div_(softcap).tanh_()
-                slope = 1 - logits.square() if needs_x or needs_w else None
-                logits.mul_(softcap)
-            lse = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += ((lse - logits.gather(1, picked)).squeeze(1) * valid).sum()
-            if not (needs_x or needs_w):
+            logits = x @ w.T
+            loss, d_logits = _rows(logits, target, softcap, needs_x or needs_w)
+            total += loss.sum()
+            if d_logits is None:
                 continue
-            d_logits = logits.sub_(lse).exp_()
-            d_logits.scatter_add_(1, picked, torch.full_like(lse, -1.0))
-            d_logits.mul_(valid.unsqueeze(1))
-            if softcap:
-                d_logits.mul_(slope)
-            d_logits = d_logits.to(x_TD.dtype)
             if dx is not None:
                 torch.mm(d_logits, w, out=dx[at])
             if dw is not None:
@@ -79,3 +69,48 @@ class _CrossEntropy(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         scaled = [None if g is None else g * d_total.to(g.dtype) for g in (dx, dw)]
         return scaled[0], scaled[1], None, None
+
+
+def _rows(
+    logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of every row, float32 (or float64) `[T]`, and with `back` the gradient of its logits, in
+    their dtype and perhaps in their memory.
+    """
+    if native().takes(logits_TV):
+        loss_T = _rows_native(logits_TV, target_T, softcap, back)
+        return loss_T, logits_TV if back else None
+    logits = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    valid = target_T >= 0
+    picked = target_T.clamp(min=0).unsqueeze(1)
+    slope = None
+    if softcap:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if back else None
+        logits.mul_(softcap)
+    lse = torch.logsumexp(logits, dim=1, keepdim=True)
+    loss_T = (lse - logits.gather(1, picked)).squeeze(1) * valid
+    if not back:
+        return loss_T, None
+    d_logits = logits.sub_(lse).exp_()
+    d_logits.scatter_add_(1, picked, torch.full_like(lse, -1.0))
+    d_logits.mul_(valid.unsqueeze(1))
+    if slope is not None:
+        d_logits.mul_(slope)
+    return loss_T, d_logits.to(logits_TV.dtype)
+
+
+@torch.library.custom_op("headway::cross_entropy_rows", mutates_args=("logits_TV",))
+def _rows_native(logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool) -> Tensor:
+    """The C++ path; a target beyond the vocabulary gives NaN."""
+    loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
+    sizes = (*logits_TV.shape, float(softcap), int(back))
+    native().call(
+        "cross_entropy", logits_TV.dtype, logits_TV, target_T.contiguous(), *sizes, loss_T
+    )
+    return loss_T
+
+
+@_rows_native.register_fake
+def _(logits_TV, target_T, softcap, back):
+    return logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)

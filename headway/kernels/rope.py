@@ -1,29 +1,54 @@
 """Rotary position embedding (arXiv 2104.09864), half-split form as in GPT-NeoX and Hugging Face's
-Llama.
+Llama, alone and after an RMSNorm: one pass over memory each way in `cpu/pointwise.cpp`.
+
+S positions · H heads · d head width.
 """
 
 import torch
 from torch import Tensor
 
+from headway.kernels.native import native
+from headway.kernels.norm import rms_norm
+
 
 def rope_tables(
     positions_S: Tensor, d_head: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head)."""
+    """(cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head).
+
+    `dtype` is that of the queries and keys; for bfloat16 the tables are float32, since a rounded
+    table would turn by a wrong angle and change lengths.
+    """
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     i = torch.arange(d_head // 2, dtype=torch.float64, device=positions_S.device)
     angle = torch.outer(positions_S.double(), theta ** (-2 * i / d_head)).unsqueeze(1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x [..., S, H, d]` rotated by tables `[S, 1, d/2]`, in plain operations."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x [..., S, H, d]` by tables `[S, 1, d/2]`. The backward rotates back."""
+    """Equal to `rope_reference`; float32 arithmetic, rounded once. The backward rotates back."""
+    if _is_native(x, cos, sin):
+        return _turn(x, cos, sin, 1.0)
     return _Rope.apply(x, cos, sin)
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same in plain operations."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope(rms_norm(x, weight, eps), cos, sin)` for `weight [d]`, rounded once where it is one
+    kernel.
+    """
+    if _is_native(x, weight, cos, sin):
+        return _norm_turn(x, weight, eps, cos, sin)[0]
+    return rope(rms_norm(x, weight, eps), cos, sin)
+
+
+def _is_native(x: Tensor, *float32: Tensor) -> bool:
+    return native().takes(x, *float32) and all(t.dtype == torch.float32 for t in float32)
 
 
 class _Rope(torch.autograd.Function):
@@ -41,8 +66,90 @@ class _Rope(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: int) -> Tensor:
     """Four passes over halves, written in place; `turn` −1 rotates back."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    wide = x.to(cos.dtype)
+    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    (a, b), (out_a, out_b) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-turn)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=turn)
+    return out.to(x.dtype)
+
+
+def _sizes(x: Tensor, cos: Tensor) -> tuple[int, int, int, int]:
+    """(rows, S, H, d/2) of `x [..., S, H, d]`."""
+    S, H, d = x.shape[-3:]
+    assert cos.shape == (S, 1, d // 2), "one row of the tables per position"
+    return x.numel() // d, S, H, d // 2
+
+
+@torch.library.custom_op("headway::rope", mutates_args=())
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
+    """`turn` −1 rotates back."""
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = torch.empty_like(x)
+    native().call("rope", x.dtype, x, cos, sin, *_sizes(x, cos), turn, out)
     return out
+
+
+@_turn.register_fake
+def _(x, cos, sin, turn):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save_turn(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.turn = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _turn_back(ctx, dy):
+    return _turn(dy, *ctx.saved_tensors, -ctx.turn), None, None, None
+
+
+_turn.register_autograd(_turn_back, setup_context=_save_turn)
+
+
+@torch.library.custom_op("headway::norm_rope", mutates_args=())
+def _norm_turn(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out, 1/sqrt(mean(x²) + eps) of every row, float32 `[..., S, H]`)."""
+    assert weight.shape == x.shape[-1:]
+    x, weight, cos, sin = (t.contiguous() for t in (x, weight, cos, sin))
+    out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    sizes = _sizes(x, cos)
+    native().call("norm_rope", x.dtype, x, weight, cos, sin, *sizes, eps, out, scale)
+    return out, scale
+
+
+@torch.library.custom_op("headway::norm_rope_backward", mutates_args=())
+def _norm_turn_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    dy, x, weight, cos, sin = (t.contiguous() for t in (dy, x, weight, cos, sin))
+    dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
+    tensors = (dy, x, weight, scale, cos, sin)
+    native().call("norm_rope_backward", x.dtype, *tensors, *_sizes(x, cos), dx, d_weight)
+    return dx, d_weight
+
+
+@_norm_turn.register_fake
+def _(x, weight, eps, cos, sin):
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), scale
+
+
+@_norm_turn_backward.register_fake
+def _(dy, x, weight, scale, cos, sin):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, _, cos, sin = inputs
+    ctx.save_for_backward(x, weight, output[1], cos, sin)
+
+
+def _autograd(ctx, dy, _):
+    return (*_norm_turn_backward(dy, *ctx.saved_tensors), None, None, None)
+
+
+_norm_turn.register_autograd(_autograd, setup_context=_save)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
-from headway.kernels.rope import rope, rope_tables
+from headway.kernels.rope import norm_rope, rope, rope_tables
 from headway.model.linear import Linear, RMSNorm
 
 
@@ -84,14 +84,9 @@ class Attention(nn.Module):
         q, k, v = (
             proj(x_BSD).unflatten(-1, (-1, self.d_head)) for proj in (self.q, self.k, self.v)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rope_tables(positions_S, self.d_head, self.theta, x_BSD.dtype)
-        return (
-            rope(q, cos, sin).transpose(1, 2),
-            rope(k, cos, sin).transpose(1, 2),
-            v.transpose(1, 2),
-        )
+        q, k = _turned(q, self.q_norm, cos, sin), _turned(k, self.k_norm, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         grouped = self.n_kv_heads != self.n_heads
@@ -104,6 +99,12 @@ class Attention(nn.Module):
         if self.gate is not None:
             y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
         return self.o(y_BSNd.flatten(-2))
+
+
+def _turned(x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+    if norm is None:
+        return rope(x, cos, sin)
+    return norm_rope(x, norm.weight, norm.eps, cos, sin)
 
 
 def causal_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from headway.kernels import cross_entropy as module
 from headway.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from tests.compare import assert_close
+from tests.kernels.native_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -67,3 +68,47 @@ def test_logits_are_never_whole(monkeypatch):
     with Watch():
         cross_entropy(x, w, torch.randint(0, 500, (64,))).backward()
     assert largest <= 4 * 500
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("native_path", [True, False])
+@pytest.mark.parametrize("V", [1, 15, 64, 501])
+def test_rows_equal_float64(V, softcap, dtype, native_path, monkeypatch):
+    """Loss and gradient of given logits, some ignored, some far from 0."""
+    if not native_path:
+        switch_off(monkeypatch, module)
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(90, V)).to(dtype)
+    logits[:10] -= 200
+    target = torch.randint(0, V, (90,))
+    target[[2, 50]] = -1
+    wide = logits.double().requires_grad_()
+    bounded = softcap * torch.tanh(wide / softcap) if softcap else wide
+    want = torch.nn.functional.cross_entropy(bounded, target, ignore_index=-1, reduction="none")
+    d_want = torch.autograd.grad(want.sum(), wide)[0]
+    for back in (False, True):
+        loss, d_logits = module._rows(logits.clone(), target, softcap, back)
+        assert loss.dtype == torch.float32
+        assert_close(loss, want, 1e-5)
+    assert d_logits is not None and d_logits.dtype == dtype
+    assert_close(d_logits, d_want, BOUND[dtype])
+
+
+@needs_native
+def test_native_rows_nan_threads_and_a_target_beyond_the_vocabulary():
+    logits = torch.randn(300, 70)
+    logits[3, 69], logits[4, 2] = torch.nan, torch.inf
+    target = torch.randint(0, 70, (300,))
+    target[5] = 70
+    results = []
+    for n in (1, 2):
+        with threads(n):
+            results.append(module._rows(logits.clone(), target, 3.0, True))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    loss, d_logits = module._rows(logits.clone(), target, 0.0, True)
+    assert d_logits is not None and loss[3:6].isnan().all() and d_logits[3:5].isnan().any(1).all()
+    assert loss[[0, 1, 2, *range(6, 300)]].isfinite().all()
+    finite = (logits[6:9].clone(), target[6:9], 3.0, True)
+    torch.library.opcheck(torch.ops.headway.cross_entropy_rows.default, finite)

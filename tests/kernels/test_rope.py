@@ -1,7 +1,12 @@
+import pytest
 import torch
 
-from headway.kernels.rope import rope, rope_reference, rope_tables
+from headway.kernels import norm as norm_module
+from headway.kernels import rope as module
+from headway.kernels.norm import rms_norm_reference
+from headway.kernels.rope import norm_rope, rope, rope_reference, rope_tables
 from tests.compare import assert_close
+from tests.kernels.native_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
 
 def test_equals_reference_with_gradient():
@@ -35,3 +40,104 @@ def test_a_plane_turns_by_its_angle():
     out = rope(torch.tensor([1.0, 1.0, 0.0, 0.0]).double().view(1, 1, 1, 4), cos, sin).flatten()
     angle = torch.tensor([3.0, 3.0 / 10.0], dtype=torch.float64)
     assert_close(out, torch.cat((angle.cos(), angle.sin())), 1e-12)
+
+
+def test_tables_are_float32_or_better():
+    """A bfloat16 table would turn a vector by a wrong angle and shorten it."""
+    exact = rope_tables(torch.arange(50), 8, 100.0, torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        for got, want in zip(rope_tables(torch.arange(50), 8, 100.0, dtype), exact, strict=True):
+            assert got.dtype == torch.float32
+            assert_close(got, want, 1e-7)
+
+
+def make(shape, dtype):
+    torch.manual_seed(0)
+    x, d_out = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+    weight = (1 + torch.randn(shape[-1])).requires_grad_()
+    return x, weight, d_out, rope_tables(torch.arange(shape[-3]), shape[-1], 100.0, dtype)
+
+
+def run(x, weight, d_out, tables):
+    """Of both operators: outputs, gradients of x, and that of the weight."""
+    turned, both = rope(x, *tables), norm_rope(x, weight, 1e-6, *tables)
+    dx = torch.autograd.grad(turned, x, d_out)[0]
+    return turned, dx, both, *torch.autograd.grad(both, (x, weight), d_out)
+
+
+def run_wide(x, weight, d_out, tables):
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    cos, sin = (t.double() for t in tables)
+    turned = rope_reference(x, cos, sin)
+    both = rope_reference(rms_norm_reference(x, weight, 1e-6), cos, sin)
+    dx = torch.autograd.grad(turned, x, d_out.double())[0]
+    return turned, dx, both, *torch.autograd.grad(both, (x, weight), d_out.double())
+
+
+SHAPES = [(2, 9, 6, 64), (9, 40, 1, 2), (3, 2, 5, 7, 18), (130, 2, 66), (4, 150, 3, 16)]
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("native_path", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_paths_equal_float64(shape, dtype, native_path, monkeypatch):
+    if not native_path:
+        switch_off(monkeypatch, module)
+        switch_off(monkeypatch, norm_module)
+    inputs = make(shape, dtype)
+    got, want = run(*inputs), run_wide(*inputs)
+    assert [t.dtype for t in got] == [dtype] * 4 + [torch.float32]
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert_close(a, b, BOUND[dtype])
+    for a, b in zip(got[2:], want[2:], strict=True):  # two operators: the first rounds as well
+        assert_close(a, b, BOUND[a.dtype] if native_path else 2 * BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_the_same_bits_on_any_number_of_threads(dtype):
+    inputs = make((3, 101, 5, 36), dtype)
+    results = []
+    for n in (1, 2, 3):
+        with threads(n):
+            results.append(run(*inputs))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_non_contiguous_inputs_and_an_expanded_gradient():
+    x, weight, _, tables = make((2, 5, 3, 12), torch.float32)
+    want = run(x, weight, torch.ones(2, 5, 3, 12), tables)
+    far = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    tables_far = tuple(t.repeat_interleave(2, -1)[..., ::2] for t in tables)
+    assert not far.is_contiguous() and not tables_far[0].is_contiguous()
+    got = run(far, weight, torch.ones(()).expand(2, 5, 3, 12), tables_far)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_and_inf_stay_in_their_row():
+    x, weight, d_out, tables = make((1, 4, 1, 20), torch.float32)
+    x.data[0, 1, 0, 18], x.data[0, 2, 0, 3] = torch.nan, torch.inf
+    turned, _, both, dx, d_weight = run(x, weight, d_out, tables)
+    assert turned[0, 1, 0, 18].isnan() and not turned[0, 2, 0, 3].isfinite()
+    assert both[0, 1].isnan().all() and both[0, 2].isnan().any() and dx[0, 1:3].isnan().all()
+    for t in (turned, both, dx):
+        assert t[0, [0, 3]].isfinite().all()
+    assert d_weight.isnan().all()
+
+
+@needs_native
+def test_are_well_formed_custom_operators():
+    x, weight, d_out, tables = make((2, 4, 3, 20), torch.float32)
+    ops = torch.ops.headway
+    torch.library.opcheck(ops.rope.default, (x, *tables, 1.0))
+    torch.library.opcheck(ops.norm_rope.default, (x, weight, 1e-6, *tables))
+    flat = (d_out, x.detach(), weight.detach(), torch.rand(2, 4, 3), *tables)
+    torch.library.opcheck(ops.norm_rope_backward.default, flat)
+
+
+def test_compiles_whole_and_equals_eager():
+    x, weight, _, tables = make((2, 20, 3, 24), torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(norm_rope, fullgraph=True)(x, weight, 1e-6, *tables)
+    assert torch.equal(compiled, norm_rope(x, weight, 1e-6, *tables))

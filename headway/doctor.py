@@ -115,7 +115,8 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         "experts": "rows sorted by expert, hand-written backward (kernels/experts.py)",
         "C++ kernels": found["cpu_kernels"] if device == "cpu" else "not on this device",
         "routing": "exact top-k on integer keys, stable counting sort (kernels/topk.py, rows.py)",
-        "attention": "PyTorch's scaled_dot_product_attention",
+        "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
+        "scaled_dot_product_attention (kernels/attention.py)",
         "run.compile": "possible" if can_compile else "not possible: there is no C++ compiler",
         "browser": found["browser"] or "none: the report's browser tests are skipped",
         "/dev/shm": f"{shm}; nothing here needs it: data are memory-mapped in this process",

@@ -1,4 +1,4 @@
-"""Grouped-query attention over SDPA: the default token mixer.
+"""Grouped-query attention: the default token mixer.
 
 B sequences · S positions · D model width · N query heads · M key/value heads · d head width.
 A token mixer is a slot of the block: `forward` for training, `init_state` and `step` for decoding.
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
+from headway.kernels.attention import attention
 from headway.kernels.rope import norm_rope, rope, rope_tables
 from headway.model.linear import Linear, RMSNorm
 
@@ -51,12 +52,13 @@ class Attention(nn.Module):
         """
         S = x_BSD.shape[1]
         q, k, v = self._qkv(x_BSD, torch.arange(S, device=x_BSD.device))
-        mask = None
-        if doc_BS is not None or 0 < self.window < S:
-            mask = causal_mask(S, S, self.window, x_BSD.device)
-            if doc_BS is not None:
-                mask = (mask & (doc_BS.unsqueeze(2) == doc_BS.unsqueeze(1))).unsqueeze(1)
-        return self._output(self._attend(q, k, v, mask, causal=mask is None), x_BSD)
+        if doc_BS is None and not 0 < self.window < S:
+            return self._output(attention(q, k, v), x_BSD)
+        mask = causal_mask(S, S, self.window, x_BSD.device)
+        if doc_BS is not None:
+            mask = (mask & (doc_BS.unsqueeze(2) == doc_BS.unsqueeze(1))).unsqueeze(1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self._output(self._masked(q, k, v, mask), x_BSD)
 
     def init_state(
         self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
@@ -72,27 +74,30 @@ class Attention(nn.Module):
         """The next S positions (a prompt, or one token), appended to the cache; `[B, S, D]`."""
         S, start = x_BSD.shape[1], state.length
         end = start + S
-        q, k, v = self._qkv(x_BSD, torch.arange(start, end, device=x_BSD.device))
+        positions = torch.arange(start, end, device=x_BSD.device)
+        q, k, v = (t.transpose(1, 2) for t in self._qkv(x_BSD, positions))
         state.k[:, :, start:end], state.v[:, :, start:end], state.length = k, v, end
         mask = causal_mask(S, end, self.window, x_BSD.device)
-        return self._output(
-            self._attend(q, state.k[:, :, :end], state.v[:, :, :end], mask, False), x_BSD
-        )
+        y = self._masked(q, state.k[:, :, :end], state.v[:, :, :end], mask)
+        return self._output(y, x_BSD)
 
     def _qkv(self, x_BSD: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and rotated queries, keys, values: `[B, heads, S, d]`."""
+        """Normed and rotated queries, keys, values: `[B, S, heads, d]`."""
         q, k, v = (
             proj(x_BSD).unflatten(-1, (-1, self.d_head)) for proj in (self.q, self.k, self.v)
         )
         cos, sin = rope_tables(positions_S, self.d_head, self.theta, x_BSD.dtype)
+<<<<<<< HEAD
         q, k = _turned(q, self.q_norm, cos, sin), _turned(k, self.k_norm, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+=======
+        return rope(q, cos, sin), rope(k, cos, sin), v
+>>>>>>> attn
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """From `[B, heads, S, d]`; `[B, S, N, d]`."""
         grouped = self.n_kv_heads != self.n_heads
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return y.transpose(1, 2)
 
     def _output(self, y_BSNd: Tensor, x_BSD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def build(window=0, **options):
 
 def plain(layer, x, mask_SS):
     """Attention by its definition, one query at a time, from the layer's own projections."""
-    q, k, v = layer._qkv(x, torch.arange(x.shape[1]))
+    q, k, v = (t.transpose(1, 2) for t in layer._qkv(x, torch.arange(x.shape[1])))
     repeat = layer.n_heads // layer.n_kv_heads
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     score = (q @ k.transpose(-1, -2)) / layer.d_head**0.5

@@ -1,0 +1,101 @@
+"""Causal softmax attention on `[B, S, heads, d]`, as FlashAttention-2 (arXiv 2307.08691): the
+backward recomputes the weights from the row sums, nothing of size S × S is kept.
+
+B sequences · S positions · N query heads · M key/value heads · d head width.
+
+    s = q·kᵀ/√d;  lse = log Σ_{j ≤ i} exp s;  P = exp(s − lse);  out = P·v
+
+Backward, given do:
+
+    δ = Σ_d do·out;  dS = P·(do·vᵀ − δ)/√d;  dq = dS·k;  dk = dSᵀ·q;  dv = Pᵀ·do
+
+On CPUs with a C++ compiler `cpu/attention.cpp` does both, in float32 and bfloat16; everywhere else
+PyTorch's SDPA does. Scores and sums are float32; P and dS are rounded to q's dtype for the matmuls,
+which accumulate in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels.native import native
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by its definition, any dtype; arguments and result as in `attention`."""
+    S, N, d = q.shape[1:]
+    q, k, v = (t.transpose(1, 2).repeat_interleave(N // t.shape[2], 1) for t in (q, k, v))
+    later = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+    score = (q @ k.transpose(2, 3) / d**0.5).masked_fill(later, -torch.inf)
+    return (torch.softmax(score, -1) @ v).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention: position i sees 0 … i.
+
+    Args:
+        q: `[B, S, N, d]`; its dtype is the dtype of the matmuls.
+        k, v: `[B, S, M, d]` in q's dtype; N is a multiple of M, and N/M successive query heads
+        share a key/value head.
+    Returns: `[B, S, N, d]` in q's dtype.
+    """
+    if native().takes(q, k, v) and q.shape[-1] % 2 == 0:  # bfloat16 is multiplied in pairs
+        return _forward(q, k, v)[0]
+    q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+@torch.library.custom_op("headway::attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp of the scores `[B, N, S]` float32)."""
+    (q, k, v), sizes = _arguments(q, k, v)
+    out, lse = torch.empty_like(q), _row_sums(q)
+    native().call("attention_forward", q.dtype, q, k, v, *sizes, out, lse)
+    return out, lse
+
+
+@torch.library.custom_op("headway::attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    (q, k, v), sizes = _arguments(q, k, v)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    tensors = (q, k, v, out, d_out.contiguous(), lse)
+    native().call("attention_backward", q.dtype, *tensors, *sizes, dq, dk, dv)
+    return dq, dk, dv
+
+
+@_forward.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape), _row_sums(q)
+
+
+@_backward.register_fake
+def _(d_out, q, k, v, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _autograd(ctx, d_out, _):
+    return _backward(d_out, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_autograd, setup_context=_save)
+
+
+def _row_sums(q: Tensor) -> Tensor:
+    B, S, N, _ = q.shape
+    return q.new_empty(B, N, S, dtype=torch.float32)
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], tuple]:
+    """Contiguous tensors, and the numbers that the C++ functions take: B, S, N, M, d, 1/√d."""
+    (B, S, N, d), M = q.shape, k.shape[2]
+    assert q.dtype == k.dtype == v.dtype and k.shape == v.shape == (B, S, M, d) and N % M == 0
+    return [t.contiguous() for t in (q, k, v)], (B, S, N, M, d, d**-0.5)

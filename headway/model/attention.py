@@ -87,12 +87,7 @@ class Attention(nn.Module):
             proj(x_BSD).unflatten(-1, (-1, self.d_head)) for proj in (self.q, self.k, self.v)
         )
         cos, sin = rope_tables(positions_S, self.d_head, self.theta, x_BSD.dtype)
-<<<<<<< HEAD
-        q, k = _turned(q, self.q_norm, cos, sin), _turned(k, self.k_norm, cos, sin)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-=======
-        return rope(q, cos, sin), rope(k, cos, sin), v
->>>>>>> attn
+        return _turned(q, self.q_norm, cos, sin), _turned(k, self.k_norm, cos, sin), v
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """From `[B, heads, S, d]`; `[B, S, N, d]`."""

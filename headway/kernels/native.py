@@ -68,7 +68,8 @@ def native() -> Native:
     try:
         library = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        words = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+        words = str(said or error).strip().splitlines()
         return Native(None, f"{compiler} failed: {words[0] if words else error}")
     bfloat16 = bool(library.headway_has_bfloat16())
     kinds = "float32 and bfloat16" if bfloat16 else "float32"

@@ -44,15 +44,15 @@ INLINE void ask(const T* row, long n) {
   for (long l = 0; l < n; l += 64 / (long)sizeof(T)) __builtin_prefetch(row + l, WRITE);
 }
 
-// out = factor · in, n elements, in T.
+// out = factor · in, n elements, in T; `in` is padded to VL.
 template <class T>
 INLINE void narrow(const float* in, float factor, long n, T* out) {
   long l = 0;
   for (; l + VL <= n; l += VL) Elem<T>::store(out + l, factor * load(in + l));
-  for (; l < n; ++l) out[l] = Elem<T>::narrow(factor * in[l]);
+  if (l < n) store_part<T>(out + l, factor * load(in + l), n - l);
 }
 
-// The same for `rows` rows, from rows of pad(n, VL) floats.
+// The same for `rows` rows.
 template <class T>
 void narrow_rows(const float* in, float factor, long rows, long n, T* out, long out_row) {
   for (long r = 0; r < rows; ++r, in += pad(n, VL), out += out_row) {
@@ -66,9 +66,8 @@ INLINE float inner(const T* a, const T* b, long n) {
   Vec whole = Vec{};
   long l = 0;
   for (; l + VL <= n; l += VL) whole += Elem<T>::load(a + l) * Elem<T>::load(b + l);
-  float rest = sum(whole);
-  for (; l < n; ++l) rest += Elem<T>::wide(a[l]) * Elem<T>::wide(b[l]);
-  return rest;
+  if (l < n) whole += load_part(a + l, n - l) * load_part(b + l, n - l);
+  return sum(whole);
 }
 
 // Turns a row of scores into exp(scale · (s − max)) in T, in place (T is no wider than float), zeros

@@ -14,7 +14,7 @@ from headway.kernels.native import Native, native
 def fresh(monkeypatch, **environment) -> Native:
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    return module._native.__wrapped__()
+    return native.__wrapped__()
 
 
 def test_switched_off(monkeypatch):

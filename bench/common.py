@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "docs" / "numbers"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """--data, --json, --save."""
-    parser.add_argument(
-        "--data",
-        default="",
-        help="text file, folder or glob; default: the standard library's sources",
-    )
+def add_options(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    """--data (of a bench that reads a text), --json, --save."""
+    if data:
+        parser.add_argument(
+            "--data",
+            default="",
+            help="text file, folder or glob; default: the standard library's sources",
+        )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument(
         "--save", action="store_true", help=f"write {NUMBERS.relative_to(ROOT)}/BENCH.json"

@@ -53,7 +53,7 @@ def activations(
         Item(
             "dense networks",
             s.n_dense * T * b * _dense(model.activation, s.F_dense),
-            "T·b·F·(4 with SwiGLU, else 2)",
+            "T·b·F·(3 with SwiGLU, else 2)",
         ),
         Item("routers", s.n_sparse * _router(model, s, T, b, recompute), _ROUTER),
         Item(
@@ -74,7 +74,7 @@ def activations(
         Item(
             "shared experts",
             s.n_sparse * T * b * _dense(model.moe.activation, s.F_shared),
-            "T·b·F_shared·(4 with SwiGLU, else 2)",
+            "T·b·F_shared·(3 with SwiGLU, else 2)",
         ),
         Item(
             "gradients of the loss",
@@ -97,7 +97,7 @@ _ROUTER = "layers·(8·T·H·E + 12·R), with recompute 4·R"
 def _attention(model: ModelConfig, s: Shape, T: int, seq_len: int, b: int) -> int:
     """Queries, keys, values, output, log-sum-exp; inputs and scales of QK-norm; the rotary
     tables."""
-    kept = T * b * s.d * (2 * s.N + 2 * s.M) + 4 * T * s.N + 2 * seq_len * s.d * b
+    kept = T * b * s.d * (2 * s.N + 2 * s.M) + 4 * T * s.N + 4 * seq_len * s.d
     if model.qk_norm:
         kept += T * (s.N + s.M) * (s.d * b + 4)
     if model.attn_gate:
@@ -112,9 +112,8 @@ def _masks(s: Shape, batch: int, seq_len: int, b: int, doc_mask: bool) -> int:
 
 
 def _dense(activation: str, width: int) -> int:
-    """Values per token: both halves before the activation, silu(gate) and the product; else input
-    and output."""
-    return (4 if activation == "swiglu" else 2) * width
+    """Values per token: what the activation reads and what it gives."""
+    return (3 if activation == "swiglu" else 2) * width
 
 
 def _router(model: ModelConfig, s: Shape, T: int, b: int, recompute: bool) -> int:

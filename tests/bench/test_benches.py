@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from bench import cpu_step, quality, shakespeare
+from bench import cpu_kernels, cpu_step, quality, shakespeare
 from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
+from headway.kernels.native import native
 
 KEYS = {"bench", "machine", "versions", "commit", "rows", "targets"}
 
@@ -50,6 +51,18 @@ def test_shakespeare(path, capsys, monkeypatch):
         "headway, equal time",
     ]
     assert found["rows"][0]["step"] == 6
+
+
+@pytest.mark.skipif(native().library is None, reason=native().why)
+def test_cpu_kernels(capsys, monkeypatch):
+    found = last_line(cpu_kernels.main, capsys, monkeypatch, "--small", "--repetitions", "1")
+    assert len(found["rows"]) == 7 * (2 if native().bfloat16 else 1)
+    for row in found["rows"]:
+        ours, theirs = (
+            row[f"{side} forward ms"] + row[f"{side} backward ms"] for side in ("ours", "pytorch")
+        )
+        assert row["speedup"] == pytest.approx(theirs / ours)
+    assert cpu_kernels.MODULES[0].native is native
 
 
 def test_interval_is_students():

@@ -43,8 +43,23 @@ def expert_flops(x_shape, gate_shape, w_in_shape, w_out_shape, token_shape, *_, 
     return 2 * token_shape[0] * (L * G * F + F * L)
 
 
+def attention_flops(q_shape, *_, **__) -> int:
+    """Two matmuls of every query with every key, causal or not, as torch counts SDPA."""
+    B, S, N, d = q_shape
+    return 4 * B * N * S * S * d
+
+
+def attention_backward_flops(d_out_shape, *_, **__) -> int:
+    """Twice the forward, as for every matmul; recomputed scores are not useful work."""
+    return 2 * attention_flops(d_out_shape)
+
+
 def counted(model: Transformer, backward: bool) -> int:
-    mapping = {torch.ops.headway.experts: expert_flops}
+    mapping = {
+        torch.ops.headway.experts: expert_flops,
+        torch.ops.headway.attention: attention_flops,
+        torch.ops.headway.attention_backward: attention_backward_flops,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     tokens = torch.randint(0, model.config.vocab_size, (B, S))
     # the plain form of attention, whose matmuls the counter knows

@@ -79,6 +79,7 @@ def _(d_out, q, k, v, out, lse):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
     ctx.save_for_backward(*inputs, *output)
 
 

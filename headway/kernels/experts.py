@@ -140,6 +140,7 @@ def _(do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *tables):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
     *tensors, ctx.activation, ctx.keep = inputs
     ctx.save_for_backward(*tensors, output[1])
 

@@ -60,6 +60,7 @@ def _(dy, x, weight, scale):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
 

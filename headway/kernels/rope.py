@@ -144,6 +144,7 @@ def _(dy, x, weight, scale, cos, sin):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
     x, weight, _, cos, sin = inputs
     ctx.save_for_backward(x, weight, output[1], cos, sin)
 

@@ -25,7 +25,7 @@ from bench import common
 from bench.learn import Budget, Point, Sparse, Trainer, evaluate, trainer
 from bench.nanogpt import NanoGPT
 from bench.texts import Characters
-from headway.config import Config, OptimConfig
+from headway.config import Config, MoEConfig, OptimConfig
 from headway.recipes.cpu import shakespeare
 
 PUBLISHED = 1.886
@@ -42,6 +42,17 @@ CONTROL = OptimConfig(
 CONTROL_SHAPE = (12, 64)
 SHARE = 0.38
 """Of the control's time; the bound is 0.4, the rest is for the noise of the clock."""
+
+
+DENSE = "headway dense with the same optimiser, equal time"
+
+
+def dense(config: Config) -> Config:
+    """The same without experts: a dense network of width 4·D, to tell the layer's share of the gain
+    from that of the rest of the recipe.
+    """
+    model = replace(config.model, d_ff=4 * config.model.d_model, moe=MoEConfig(kind="dense"))
+    return replace(config, model=model)
 
 
 def smallest(config: Config) -> Config:
@@ -96,10 +107,14 @@ def main() -> None:
         theirs = control(path, seed, args.steps, 16 if args.quick else 128)
         budget = theirs[-1].cpu_seconds
         rows.append(_row("control", seed, theirs, theirs[-1].nats))
-        for name, share in (("headway, 38% of the time", SHARE), ("headway, equal time", 1.0)):
-            curve, short = sparse(path, config, seed, share * budget)
+        for name, ours, share in (
+            ("headway, 38% of the time", config, SHARE),
+            ("headway, equal time", config, 1.0),
+            (DENSE, dense(config), 1.0),
+        ):
+            curve, short = sparse(path, ours, seed, share * budget)
             rows.append(_row(name, seed, curve, short))
-        common.print_rows([{k: v for k, v in row.items() if k != "curve"} for row in rows[-3:]])
+        common.print_rows([{k: v for k, v in row.items() if k != "curve"} for row in rows[-4:]])
     common.report("shakespeare", rows, targets(rows), args)
 
 

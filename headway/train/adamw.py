@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.kernels.native import native
+
 
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW(fused=True), plus bfloat16 moments and a clip factor inside the step.
 
-    bfloat16 moments (DeepSeek-V3, arXiv 2412.19437 §3.3.3) are read and written in slices: each
-    slice is widened, updated by the same fused kernel in float32 and rounded back, so no temporary
-    is larger than `chunk` elements. `updates` counts the steps taken; every parameter shares it.
+    bfloat16 moments (DeepSeek-V3, arXiv 2412.19437 §3.3.3) are widened, updated in float32 and
+    rounded back: in one pass where the C++ kernels run, else in slices of `chunk` elements through
+    the fused kernel, so that no temporary is larger. `updates` counts the steps taken; every
+    parameter shares it.
 
     Args:
         params: parameters or groups of them, float32 (or float64); contiguous when moments are
@@ -108,6 +111,14 @@ class AdamW(torch.optim.Optimizer):
         second: Tensor,
         grad_scale: float,
     ) -> None:
+        if native().takes(param, grad, first) and param.dtype == grad.dtype == torch.float32:
+            beta1, beta2 = self.betas
+            rates = (group["lr"], beta1, beta2, self.eps, group["weight_decay"])
+            corrections = (1 - beta1**self.updates, 1 - beta2**self.updates)
+            tensors = (param, grad.contiguous(), first, second)
+            sizes = (param.numel(), *rates, *corrections, float(grad_scale))
+            native().call("adamw", first.dtype, *tensors, *sizes)
+            return
         wide_first, wide_second = torch.empty(2, self.chunk, dtype=param.dtype, device=param.device)
         slices = (t.view(-1).split(self.chunk) for t in (param, grad.contiguous(), first, second))
         for p, g, m, v in zip(*slices, strict=True):

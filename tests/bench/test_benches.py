@@ -49,6 +49,7 @@ def test_shakespeare(path, capsys, monkeypatch):
         "control",
         "headway, 38% of the time",
         "headway, equal time",
+        shakespeare.DENSE,
     ]
     assert found["rows"][0]["step"] == 6
 

@@ -4,7 +4,9 @@ step."""
 import pytest
 import torch
 
+from headway.train import adamw as module
 from headway.train.adamw import AdamW
+from tests.kernels.native_paths import needs_native, switch_off
 
 
 def _params(seed=0):
@@ -38,12 +40,14 @@ def test_equals_torch_adamw(scale):
         assert torch.equal(mine.state[a]["exp_avg_sq"], peer.state[b]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("chunk", [64, 1 << 18])
-def test_bfloat16_moments_follow_float32_ones(chunk):
+@pytest.mark.parametrize("chunk", [0, 64, 1 << 18])
+def test_bfloat16_moments_follow_float32_ones(chunk, monkeypatch):
+    if chunk:  # else the C++ kernel, where it runs
+        switch_off(monkeypatch, module)
     wide, narrow = _params(), _params()
     start = [p.detach().clone() for p in wide]
     reference = AdamW(wide, lr=1e-2, weight_decay=0.0)
-    mine = AdamW(narrow, lr=1e-2, weight_decay=0.0, state_dtype=torch.bfloat16, chunk=chunk)
+    mine = AdamW(narrow, lr=1e-2, weight_decay=0.0, state_dtype=torch.bfloat16, chunk=chunk or 64)
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         _set_grads(wide, generator)
@@ -60,7 +64,29 @@ def test_bfloat16_moments_follow_float32_ones(chunk):
             assert (exact - rounded).norm() / exact.norm() < 1e-2
 
 
-def test_slices_do_not_change_a_bit():
+@needs_native
+def test_cpp_equals_the_fused_kernel(monkeypatch):
+    """Up to a last bit of a bfloat16 moment, which the two may round apart."""
+    found = []
+    for off in (False, True):
+        if off:
+            switch_off(monkeypatch, module)
+        params = _params()
+        optimizer = AdamW(params, lr=1e-2, state_dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(20):
+            _set_grads(params, generator)
+            optimizer.step(0.5)
+        found.append((params, optimizer))
+    for p, q in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        for key in ("exp_avg", "exp_avg_sq"):
+            ours, theirs = (found[i][1].state[x][key].float() for i, x in ((0, p), (1, q)))
+            assert (ours - theirs).norm() / theirs.norm() < 1e-3
+
+
+def test_slices_do_not_change_a_bit(monkeypatch):
+    switch_off(monkeypatch, module)
     one, many = _params(), _params()
     whole = AdamW(one, state_dtype=torch.bfloat16)
     sliced = AdamW(many, state_dtype=torch.bfloat16, chunk=64)

@@ -49,7 +49,7 @@ template <class T>
 INLINE void narrow(const float* in, float factor, long n, T* out) {
   long l = 0;
   for (; l + VL <= n; l += VL) Elem<T>::store(out + l, factor * load(in + l));
-  if (l < n) store_part<T>(out + l, factor * load(in + l), n - l);
+  if (l < n) put<T>(out + l, factor * load(in + l), n - l);
 }
 
 // The same for `rows` rows.
@@ -66,7 +66,7 @@ INLINE float inner(const T* a, const T* b, long n) {
   Vec whole = Vec{};
   long l = 0;
   for (; l + VL <= n; l += VL) whole += Elem<T>::load(a + l) * Elem<T>::load(b + l);
-  if (l < n) whole += load_part(a + l, n - l) * load_part(b + l, n - l);
+  if (l < n) whole += get(a + l, n - l) * get(b + l, n - l);
   return sum(whole);
 }
 

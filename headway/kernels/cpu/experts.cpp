@@ -75,7 +75,7 @@ void forward(const T* x, const float* w_in, const float* w_out, const int64_t* t
           T* kept = pre_out + ((row + r) * s.G + g) * s.F;
           long f = 0;
           for (; f + VL <= s.F; f += VL) Elem<T>::store(kept + f, load(p + g * s.Fp + f));
-          if (f < s.F) store_part(kept + f, load(p + g * s.Fp + f), s.F - f);
+          if (f < s.F) put(kept + f, load(p + g * s.Fp + f), s.F - f);
         }
       }
     }
@@ -132,7 +132,7 @@ void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in
             if (f + VL <= s.F)
               p = Elem<T>::load(kept), q = Elem<T>::load(up);
             else
-              p = load_part(kept, s.F - f), q = load_part(up, s.F - f);
+              p = get(kept, s.F - f), q = get(up, s.F - f);
           } else {
             const float* made = pre + (r + i) * s.GFp + f;
             p = load(made), q = load(made + (s.GFp - s.Fp));

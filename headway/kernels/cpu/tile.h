@@ -116,19 +116,39 @@ INLINE Vec dot<bf16>(Vec acc, Unit a, const Unit* b) {
 }
 #endif
 
-// The first n < VL elements of a vector, zeros behind them.
+// The first n of VL elements, then zeros.
 template <class T>
-static INLINE Vec load_part(const T* p, long n) {
-  T whole[VL] = {};
-  memcpy(whole, p, n * sizeof(T));
-  return Elem<T>::load(whole);
+static INLINE Vec get(const T* p, long n) {
+  if (n == VL) return Elem<T>::load(p);
+#ifdef __AVX512BF16__  // whose CPUs all have the masks of AVX512BW and VL
+  if constexpr (std::is_same_v<T, bf16>) {
+    __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  }
+#endif
+#ifdef __AVX512F__
+  return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#endif
+  T some[VL] = {};
+  memcpy(some, p, n * sizeof(T));
+  return Elem<T>::load(some);
 }
 
 template <class T>
-static INLINE void store_part(T* p, Vec v, long n) {
-  T whole[VL];
-  Elem<T>::store(whole, v);
-  memcpy(p, whole, n * sizeof(T));
+static INLINE void put(T* p, Vec v, long n) {
+  if (n == VL) return Elem<T>::store(p, v);
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#endif
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, bf16>)
+    return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1),
+                                    (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#endif
+  T some[VL];
+  Elem<T>::store(some, v);
+  memcpy(p, some, n * sizeof(T));
 }
 
 // ---- the product --------------------------------------------------------------------------------

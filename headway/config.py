@@ -16,13 +16,14 @@ class UsageError(ValueError):
 
 
 Activation = Literal["swiglu", "relu2", "gelu"]
+RouterGate = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
 class RouterConfig:
     """scores → selection → gates. One router per head; scores, gates and reductions are float32."""
 
-    gate: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "topk_softmax"
+    gate: RouterGate = "topk_softmax"
     """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs
     top-k ≥ 2, else the gate is the constant 1). `softmax_topk`: softmax over all experts, then
     select. `sigmoid`: each score alone.

@@ -114,7 +114,7 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         "matmuls": f"{found['dtype']} on {device}: {why}",
         "experts": "rows sorted by expert, hand-written backward (kernels/experts.py)",
         "C++ kernels": found["cpu_kernels"] if device == "cpu" else "not on this device",
-        "routing": "exact top-k on integer keys, stable counting sort (kernels/topk.py, rows.py)",
+        "routing": "exact top-k on integer keys, stable counting sort (kernels/route.py, rows.py)",
         "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
         "scaled_dot_product_attention (kernels/attention.py)",
         "run.compile": "possible" if can_compile else "not possible: there is no C++ compiler",

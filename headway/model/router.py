@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headway.config import BalanceConfig, RouterConfig, UsageError
-from headway.kernels.rows import count, drop_over_capacity
-from headway.kernels.topk import top_k
+from headway.kernels.route import route
+from headway.kernels.rows import drop_over_capacity
 from headway.model.balance import RouteStats, quantile_margin
 
 
@@ -88,65 +88,31 @@ class Router(nn.Module):
         return logits_THE
 
     def _route(self, x: Tensor, index_THK: Tensor | None) -> Route:
-        logits_THE = self.logits(x)
-        sigmoid = self.config.gate == "sigmoid"
-        score_THE = torch.sigmoid(logits_THE) if sigmoid else logits_THE
-        if index_THK is None:
-            index_THK = top_k((score_THE + self.bias_HE).detach(), self.top_k)
-        if sigmoid:
-            prob_THE = score_THE / score_THE.sum(-1, keepdim=True).clamp(min=1e-20)
-        else:
-            prob_THE = torch.softmax(logits_THE, dim=-1)
-        gate_THK = self._gates(logits_THE, score_THE, prob_THE, index_THK)
-        kept_THK, dropped = index_THK, gate_THK.new_zeros(())
+        logits_THE, c = self.logits(x), self.config
+        options = (self.top_k, c.gate, c.renormalize, c.scale)
+        routed = route(logits_THE, self.bias_HE, index_THK, *options)
+        kept_THK, dropped = routed.index_THK, routed.gate_THK.new_zeros(())
         if self.capacity_factor:
-            kept_THK = drop_over_capacity(index_THK, self.n_experts, self.capacity(x.shape[0]))
-            dropped = (kept_THK == self.n_experts).to(gate_THK.dtype).mean()
-        return Route(
-            kept_THK, gate_THK, self._stats(logits_THE, score_THE, prob_THE, index_THK, dropped)
+            kept_THK = drop_over_capacity(kept_THK, self.n_experts, self.capacity(x.shape[0]))
+            dropped = (kept_THK == self.n_experts).to(dropped.dtype).mean()
+        quantile_HE = None
+        if self.wants_quantile:
+            raw_THE = logits_THE.detach()
+            score_THE = torch.sigmoid(raw_THE) if c.gate == "sigmoid" else raw_THE
+            quantile_HE = quantile_margin(score_THE, self.bias_HE, self.top_k)
+        stats = RouteStats(
+            counts_HE=routed.counts_HE,
+            prob_HE=routed.prob_HE,
+            z_H=routed.z_H,
+            entropy_H=routed.entropy_H,
+            dropped=dropped,
+            quantile_HE=quantile_HE,
         )
+        return Route(kept_THK, routed.gate_THK, stats)
 
     def capacity(self, n_tokens: int) -> int:
         """Most rows an expert takes: ⌈factor · T · K / E⌉."""
         return -int(-self.capacity_factor * n_tokens * self.top_k // self.n_experts)
-
-    def _gates(
-        self, logits_THE: Tensor, score_THE: Tensor, prob_THE: Tensor, index_THK: Tensor
-    ) -> Tensor:
-        match self.config.gate:
-            case "topk_softmax":
-                gate_THK = torch.softmax(logits_THE.gather(-1, index_THK), dim=-1)
-            case "softmax_topk":
-                gate_THK = prob_THE.gather(-1, index_THK)
-            case "sigmoid":
-                gate_THK = score_THE.gather(-1, index_THK)
-        if self.config.renormalize:
-            gate_THK = gate_THK / gate_THK.sum(-1, keepdim=True).clamp(min=1e-20)
-        return gate_THK * self.config.scale if self.config.scale != 1.0 else gate_THK
-
-    def _stats(
-        self,
-        logits_THE: Tensor,
-        score_THE: Tensor,
-        prob_THE: Tensor,
-        index_THK: Tensor,
-        dropped: Tensor,
-    ) -> RouteStats:
-        T, H, _ = index_THK.shape
-        E = self.n_experts
-        group = index_THK + torch.arange(H, device=index_THK.device).view(1, H, 1) * E
-        counts_HE = count(group, H * E).view(H, E).to(prob_THE.dtype)
-        prob = prob_THE.detach()
-        return RouteStats(
-            counts_HE=counts_HE,
-            prob_HE=prob_THE.sum(0) / max(T, 1),
-            z_H=torch.logsumexp(logits_THE, dim=-1).square().sum(0) / max(T, 1),
-            entropy_H=-torch.special.xlogy(prob, prob).sum((0, 2)) / (max(T, 1) * _log(E)),
-            dropped=dropped,
-            quantile_HE=quantile_margin(score_THE, self.bias_HE, self.top_k)
-            if self.wants_quantile
-            else None,
-        )
 
 
 def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
@@ -175,7 +141,3 @@ def _heads(x: Tensor, w_HEL: Tensor) -> Tensor:
     if x.dim() == 2:
         return F.linear(x, w_HEL.flatten(0, 1)).unflatten(-1, w_HEL.shape[:2])
     return torch.bmm(x.transpose(0, 1), w_HEL.transpose(1, 2)).transpose(0, 1)
-
-
-def _log(n: int) -> float:
-    return float(torch.log(torch.tensor(float(max(n, 2)))))

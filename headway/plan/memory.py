@@ -91,7 +91,7 @@ def activations(
 
 
 _ATTENTION = "layers·T·b·d·(3N + 3M), of it N + M for QK-norm"
-_ROUTER = "layers·(8·T·H·E + 12·R), with recompute 4·R"
+_ROUTER = "layers·(4·T·H·E + 12·R), with recompute 4·R"
 
 
 def _attention(model: ModelConfig, s: Shape, T: int, seq_len: int, b: int) -> int:
@@ -120,9 +120,7 @@ def _router(model: ModelConfig, s: Shape, T: int, b: int, recompute: bool) -> in
     rows = T * s.H * s.K
     if recompute:
         return 4 * rows
-    scores = 8 * T * s.H * s.E + 12 * rows + 4 * T * s.H
-    if model.moe.router.renormalize:
-        scores += 4 * rows + 8 * T * s.H
+    scores = 4 * T * s.H * s.E + 12 * rows
     if model.moe.router.noisy:
         scores += 8 * T * s.H * s.E
     if b != 4:  # the float32 copy of what it reads

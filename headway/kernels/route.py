@@ -1,0 +1,207 @@
+"""A router after its logits: which experts a sub-token visits, with what gates, and how evenly; one
+pass over `[T, H, E]` each way in `cpu/route.cpp`, some forty operators in PyTorch.
+
+T tokens · H heads · E experts per head · K chosen. Scores and gates are float32 (float64 in
+references).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.config import RouterGate
+from headway.kernels.native import native
+from headway.kernels.rows import count
+from headway.kernels.topk import top_k
+
+
+class Routed(NamedTuple):
+    """What `route` returns."""
+
+    index_THK: Tensor
+    """int64 `[T, H, K]`, best first."""
+    gate_THK: Tensor
+    """`[T, H, K]`, with gradient."""
+    prob_HE: Tensor
+    """Mean over tokens of the scores normalised to sum 1; `[H, E]`, with gradient."""
+    z_H: Tensor
+    """Mean over tokens of logsumexp(logits)²; `[H]`, with gradient."""
+    entropy_H: Tensor
+    """Mean over tokens of the entropy of the normalised scores, over log E; `[H]`."""
+    counts_HE: Tensor
+    """Rows that chose each expert; `[H, E]` in the dtype of the logits."""
+
+
+def route_reference(
+    logits_THE: Tensor,
+    bias_HE: Tensor,
+    index_THK: Tensor | None,
+    k: int,
+    gate: RouterGate,
+    renormalize: bool,
+    scale: float,
+) -> Routed:
+    """The definition, in PyTorch and with autograd's gradient. Arguments as in `route`, of any
+    float dtype.
+    """
+    T, H, E = logits_THE.shape
+    sigmoid = gate == "sigmoid"
+    score_THE = torch.sigmoid(logits_THE) if sigmoid else logits_THE
+    if index_THK is None:
+        index_THK = top_k((score_THE + bias_HE).detach(), k)
+    if sigmoid:
+        prob_THE = score_THE / score_THE.sum(-1, keepdim=True).clamp(min=1e-20)
+    else:
+        prob_THE = torch.softmax(logits_THE, dim=-1)
+    match gate:
+        case "topk_softmax":
+            gate_THK = torch.softmax(logits_THE.gather(-1, index_THK), dim=-1)
+        case "softmax_topk":
+            gate_THK = prob_THE.gather(-1, index_THK)
+        case "sigmoid":
+            gate_THK = score_THE.gather(-1, index_THK)
+    if renormalize:
+        gate_THK = gate_THK / gate_THK.sum(-1, keepdim=True).clamp(min=1e-20)
+    group = index_THK + torch.arange(H, device=index_THK.device).view(1, H, 1) * E
+    prob = prob_THE.detach()
+    return Routed(
+        index_THK=index_THK,
+        gate_THK=gate_THK * scale if scale != 1.0 else gate_THK,
+        prob_HE=prob_THE.sum(0) / max(T, 1),
+        z_H=torch.logsumexp(logits_THE, dim=-1).square().sum(0) / max(T, 1),
+        entropy_H=-torch.special.xlogy(prob, prob).sum((0, 2)) / (max(T, 1) * math.log(max(E, 2))),
+        counts_HE=count(group, H * E).view(H, E).to(prob.dtype),
+    )
+
+
+def route(
+    logits_THE: Tensor,
+    bias_HE: Tensor,
+    index_THK: Tensor | None,
+    k: int,
+    gate: RouterGate,
+    renormalize: bool,
+    scale: float,
+) -> Routed:
+    """Equal to `route_reference`: the same experts chosen, the rest to 1e-6.
+
+    Args:
+        logits_THE: `[T, H, E]` float32 (float64).
+        bias_HE: `[H, E]` in the same dtype, added to the scores for the selection only.
+        index_THK: int64 `[T, H, K]` in 0 … E − 1 replays a selection; None selects the k largest of
+        score + bias, ties to the lowest index.
+        gate, renormalize, scale: see `RouterConfig`. The score is σ(logit) with `sigmoid`, else the
+        logit.
+    Raises: IndexError where a replayed index is no expert (RuntimeError on PyTorch's path).
+    """
+    arguments = (logits_THE, bias_HE, index_THK, k, gate, renormalize, float(scale))
+    if native().takes(logits_THE, bias_HE) and logits_THE.dtype == bias_HE.dtype == torch.float32:
+        *rest, chosen_THK = _forward(*arguments)
+        return Routed(chosen_THK, *rest)
+    return route_reference(*arguments)
+
+
+@torch.library.custom_op("headway::route", mutates_args=())
+def _forward(
+    logits_THE: Tensor,
+    bias_HE: Tensor,
+    index_THK: Tensor | None,
+    k: int,
+    gate: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Routed`, the index last."""
+    T, H, E = logits_THE.shape
+    K = k
+    if index_THK is not None:
+        K, index_THK = index_THK.shape[-1], index_THK.long().contiguous()
+        if index_THK.numel() and not 0 <= int(index_THK.min()) <= int(index_THK.max()) < E:
+            raise IndexError(f"a replayed index lies outside 0 … {E - 1}")
+    logits, token, head = _laid(logits_THE)
+    out = _empty(logits_THE, K)
+    inputs = (logits, bias_HE.contiguous(), index_THK, T, H, E, K, token, head)
+    native().call(
+        "route", torch.float32, *inputs, _GATES.index(gate), int(renormalize), scale, *out
+    )
+    return out
+
+
+@torch.library.custom_op("headway::route_backward", mutates_args=())
+def _backward(
+    logits_THE: Tensor,
+    index_THK: Tensor,
+    d_gate_THK: Tensor | None,
+    d_prob_HE: Tensor | None,
+    d_z_H: Tensor | None,
+    gate: str,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of the logits; a gradient that is None is 0."""
+    (T, H, E), K = logits_THE.shape, index_THK.shape[-1]
+    logits, token, head = _laid(logits_THE)
+    d_logits = _like(logits_THE)
+    grads = (None if d is None else d.contiguous() for d in (d_gate_THK, d_prob_HE, d_z_H))
+    sizes = (T, H, E, K, token, head, _GATES.index(gate), int(renormalize), scale)
+    inputs = (logits, index_THK.contiguous(), *grads)
+    native().call("route_backward", torch.float32, *inputs, *sizes, _laid(d_logits)[0])
+    return d_logits
+
+
+@_forward.register_fake
+def _(logits_THE, bias_HE, index_THK, k, gate, renormalize, scale):
+    return _empty(logits_THE, k if index_THK is None else index_THK.shape[-1])
+
+
+@_backward.register_fake
+def _(logits_THE, index_THK, d_gate_THK, d_prob_HE, d_z_H, gate, renormalize, scale):
+    return _like(logits_THE)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # the kernel skips what has no gradient
+    ctx.mark_non_differentiable(*output[3:])
+    logits_THE, _, _, _, *ctx.options = inputs
+    ctx.save_for_backward(logits_THE, output[-1])
+
+
+def _autograd(ctx, d_gate_THK, d_prob_HE, d_z_H, *_):
+    grads = (d_gate_THK, d_prob_HE, d_z_H)
+    return (_backward(*ctx.saved_tensors, *grads, *ctx.options), *(None,) * 6)
+
+
+_forward.register_autograd(_autograd, setup_context=_save)
+
+_GATES = ("topk_softmax", "softmax_topk", "sigmoid")  # in the order of cpu/route.cpp
+
+
+def _empty(logits_THE: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what `_forward` returns."""
+    T, H, E = logits_THE.shape
+    shapes = ((T, H, K), (H, E), (H,), (H,), (H, E))
+    gate_THK, prob_HE, z_H, entropy_H, counts_HE = (logits_THE.new_empty(s) for s in shapes)
+    index_THK = logits_THE.new_empty(T, H, K, dtype=torch.int64)
+    return gate_THK, prob_HE, z_H, entropy_H, counts_HE, index_THK
+
+
+def _by_head(logits_THE: Tensor) -> bool:
+    """Whether one head's tokens lie together, as a batched matmul over heads leaves them."""
+    return logits_THE.transpose(0, 1).is_contiguous()
+
+
+def _laid(logits_THE: Tensor) -> tuple[Tensor, int, int]:
+    """The same numbers contiguous, without a copy in either order, and the distance from a token
+    and from a head to the next."""
+    T, H, E = logits_THE.shape
+    if _by_head(logits_THE):
+        return logits_THE.transpose(0, 1), E, T * E
+    return logits_THE.contiguous(), H * E, E
+
+
+def _like(logits_THE: Tensor) -> Tensor:
+    """Memory for their gradient, in their own order."""
+    kept = torch.preserve_format if _by_head(logits_THE) else torch.contiguous_format
+    return torch.empty_like(logits_THE, memory_format=kept)

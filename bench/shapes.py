@@ -30,7 +30,7 @@ def equal_shape(
     d_latent: int = 0,
     top_k: int = 4,
     d_shared: int = 0,
-    latent_norm: bool = False,
+    latent_norm: bool = True,
     activation: Activation = "swiglu",
     router: RouterConfig = RouterConfig(),
     balance: BalanceConfig = BalanceConfig(),

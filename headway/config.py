@@ -100,9 +100,10 @@ class MoEConfig:
     """Of the experts and of the shared expert."""
     d_shared: int = 0
     """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
-    latent_norm: bool = False
-    """Learnable RMSNorm per head after the input projection. Off as published for Multi-Head
-    LatentMoE; whether it helps at small size is open (docs/negative-results.md).
+    latent_norm: bool = True
+    """Learnable RMSNorm per head after the input projection (`moe` has no projection, hence none).
+    On, unlike the published layer, since it was better at every size measured
+    (docs/negative-results.md).
     """
     capacity_factor: float = 0.0
     """0 is dropless. Otherwise an expert takes at most ⌈factor·T·K/E⌉ rows per micro-batch; later

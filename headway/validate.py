@@ -132,10 +132,10 @@ def _check_moe(model: ModelConfig, moe: MoEConfig) -> dict[str, str]:
             "use n_heads=1 or that kind"
         )
     if moe.kind == "moe":
-        if moe.d_latent or moe.latent_norm:
+        if moe.d_latent:
             raise UsageError(
-                f"model.moe.d_latent={moe.d_latent} and latent_norm={moe.latent_norm} "
-                "have no effect with kind=moe; use d_latent=0 and latent_norm=False, or kind=latent"
+                f"model.moe.d_latent={moe.d_latent} has no effect with kind=moe; "
+                "use d_latent=0, or kind=latent"
             )
         return {}
     d_latent = moe.d_latent or model.d_model

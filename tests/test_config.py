@@ -55,7 +55,7 @@ MISTAKES = {
     "jitter=1.5": moe(router=RouterConfig(jitter=1.5)),
     "n_heads=3 must divide the latent width 64; use n_heads=2 or 4": moe(n_heads=3),
     "n_heads=8 needs kind=multi_head_latent, and kind=latent": moe(kind="latent"),
-    "have no effect with kind=moe": moe(kind="moe", n_heads=1, d_latent=32),
+    "has no effect with kind=moe": moe(kind="moe", n_heads=1, d_latent=32),
     "n_dense_layers=3 exceeds model.n_layers=2": moe(n_dense_layers=3),
     "capacity_factor=-1.0 is below 0": moe(capacity_factor=-1.0),
     "balance.aux=-0.1 is below 0": moe(balance=BalanceConfig(aux=-0.1)),

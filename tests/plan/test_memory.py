@@ -1,4 +1,4 @@
-"""Formulas of memory against bytes counted in the running model."""
+"""Formulas of memory against bytes counted in the running model, on the default CPU path."""
 
 from dataclasses import replace
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from headway.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.kernels.native import native
 from headway.model.transformer import Transformer
 from headway.plan.memory import activations, states
 from headway.plan.shape import total
 from headway.train.optim import build_optimizers
+from tests.kernels.native_paths import needs_native
 
 SPARSE = MoEConfig(n_heads=2, n_experts=8, top_k=3, d_expert=20)
 BASE = ModelConfig(
@@ -69,6 +71,7 @@ def saved_bytes(model: Transformer, doc: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@needs_native
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_activation_bytes_match_saved_tensors(name, recompute):
@@ -78,6 +81,7 @@ def test_activation_bytes_match_saved_tensors(name, recompute):
     assert formula == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.skipif(not native().bfloat16, reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize(
     "name", ["multi-head latent", "shared, latent norm, wider latent", "whole token", "flat"]
 )
@@ -87,6 +91,7 @@ def test_activation_bytes_in_bfloat16(name):
     assert total(activations(config, B, S, bytes_per_value=2)) == pytest.approx(measured, rel=0.02)
 
 
+@needs_native
 def test_document_masks_are_counted():
     measured = saved_bytes(Transformer(BASE, seed=0), doc=True)
     assert total(activations(BASE, B, S, doc_mask=True)) == pytest.approx(measured, rel=0.02)
@@ -125,6 +130,7 @@ def test_states_match_the_optimiser(name, optim):
     )
 
 
+@needs_native
 def test_balance_rule_does_not_change_memory_much():
     quantile = replace(BASE, moe=replace(SPARSE, balance=BalanceConfig(aux=0, bias="quantile")))
     measured = saved_bytes(Transformer(quantile, seed=0), doc=False)

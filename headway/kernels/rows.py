@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.native import native
+
 
 class Rows(NamedTuple):
     """Where each (token, slot) pair stands when the rows are sorted by (head, expert)."""
@@ -36,10 +38,18 @@ def count(key: Tensor, n_keys: int) -> Tensor:
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
-    """Stable sort of all slots by (head, expert).
+    """Stable sort of all slots by (head, expert): a counting sort in C++ on CPUs, else a radix
+    sort.
 
-    Args: index_THK: integer `[T, H, K]`, 0 … E; E means that the slot takes no expert.
+    Args: index_THK: int64 `[T, H, K]`, 0 … E; E means that the slot takes no expert.
     """
+    if native().library is not None and index_THK.device.type == "cpu":
+        return Rows(*_sort(index_THK, n_experts))
+    return sort_rows_reference(index_THK, n_experts)
+
+
+def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
+    """The same with PyTorch's sort."""
     T, H, K = index_THK.shape
     head_H = torch.arange(H, device=index_THK.device).view(1, H, 1)
     # the sentinel E of head h must sort behind every head, not into head h + 1
@@ -50,6 +60,28 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
     row_NK[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
     counts = count(key_THK, H * n_experts + 1)[: H * n_experts]
     return Rows(slot_R // K, slot_R, row_NK.view(T * H, K), counts.view(H, n_experts))
+
+
+@torch.library.custom_op("headway::sort_rows", mutates_args=())
+def _sort(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Rows`."""
+    index_THK = index_THK.long().contiguous()
+    assert not index_THK.numel() or index_THK.min() >= 0, "an expert's number is negative"
+    token_R, slot_R, row_NK, counts_HE = out = _empty(index_THK, n_experts)
+    native().call("sort_rows", torch.float32, index_THK, *index_THK.shape, n_experts, *out)
+    return token_R, slot_R, row_NK, counts_HE
+
+
+@_sort.register_fake
+def _(index_THK, n_experts):
+    return _empty(index_THK, n_experts)
+
+
+def _empty(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (T, H, K), make = index_THK.shape, index_THK.new_empty
+    row, table = make(T * H, K, dtype=torch.int64), make(H, n_experts, dtype=torch.int64)
+    token, slot = (make(T * H * K, dtype=torch.int64) for _ in range(2))
+    return token, slot, row, table
 
 
 def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tensor:

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.kernels.rows import drop_over_capacity, sort_rows
+from headway.kernels.rows import drop_over_capacity, sort_rows, sort_rows_reference
 
 
 @settings(max_examples=60, deadline=None)
@@ -11,6 +11,8 @@ def test_rows_are_grouped_stable_and_invertible(T, H, E, data):
     K = data.draw(st.integers(1, E))
     index = torch.randint(0, E + 1, (T, H, K), generator=torch.Generator().manual_seed(T))
     rows = sort_rows(index, E)
+    for ours, theirs in zip(rows, sort_rows_reference(index, E), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype == torch.int64
     # the plain definition: all slots of (h, e) in slot order, heads outermost, those without an expert last
     slots = [(t * H + h) * K + k for t in range(T) for h in range(H) for k in range(K)]
     flat = index.flatten().tolist()
@@ -29,6 +31,12 @@ def test_more_groups_than_int16_holds():
     rows = sort_rows(index, 4001)
     keys = index.flatten() + (torch.arange(index.numel()) % index.shape[1]) * 4001
     assert torch.equal(rows.slot_R, torch.sort(keys, stable=True).indices)
+
+
+def test_is_a_well_formed_custom_operator():
+    torch.library.opcheck(
+        torch.ops.headway.sort_rows.default, (torch.tensor([[[0, 3], [1, 2]]]), 3)
+    )
 
 
 def test_capacity_keeps_the_first_rows():

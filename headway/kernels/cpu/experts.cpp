@@ -44,6 +44,81 @@ struct Item {  // rows first … first + rows of an expert
   long expert, first, rows;
 };
 
+// hid [rows, Fp] in T from pre [rows, G·Fp]; `kept` [rows, G·F], where there is one, is pre in T.
+template <int A, class T>
+void hidden(const float* pre, long rows, const Shape& s, T* hid, T* kept) {
+  const long up = s.GFp - s.Fp;
+  for (long r = 0; r < rows; ++r, pre += s.GFp, hid += s.Fp) {
+    Vec none;
+    for (long f = 0; f < s.Fp; f += VL)
+      Elem<T>::store(hid + f, activate<false>(A, load(pre + f), load(pre + up + f), none, none));
+    for (long g = 0; kept && g < s.G; ++g, kept += s.F)
+      for (long f = 0; f < s.F; f += VL)
+        put(kept + f, load(pre + g * s.Fp + f), s.F - f < VL ? s.F - f : VL);
+  }
+}
+
+// What lies between the products of a block of rows: z = do·W_outᵀ in, everything else out. The
+// units of a pair of rows (`hid_r`, `dpre_r`) are the operands of the weight gradients.
+template <class T>
+struct Middle {
+  const Shape& s;
+  long rows;
+  const float *gate, *z;
+  Unit* hid_r;
+  T* dpre;
+  Unit* dpre_r;
+  float* d_gate;
+};
+
+// ROWS rows from r on, the first in a pair; pre-activations of S, `width` of them before the padding.
+template <int A, int ROWS, class T, class S>
+INLINE void slopes_of_rows(long r, const S* pre, long pre_row, long up, long width, const Middle<T>& m) {
+  constexpr int PER = Elem<T>::PER;
+  constexpr bool TWO = A == SWIGLU;
+  const long Fp = m.s.Fp, GFp = m.s.GFp;
+  Vec dot[ROWS] = {};
+  for (long f = 0; f < Fp; f += VL) {
+    const long n = width - f < VL ? width - f : VL;
+    Vec hid[2] = {}, d_first[2] = {}, d_second[2] = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < ROWS; ++i) {
+      const S* p = pre + (r + i) * pre_row + f;
+      const Vec back = load(m.z + (r + i) * Fp + f), gate = splat(m.gate[r + i]), scaled = gate * back;
+      const Vec h = activate<true>(A, get(p, n), TWO ? get(p + up, n) : Vec{}, d_first[i], d_second[i]);
+      dot[i] += h * back;
+      hid[i] = h * gate;
+      d_first[i] *= scaled;
+      Elem<T>::store(m.dpre + (r + i) * GFp + f, d_first[i]);
+      if (TWO) {
+        d_second[i] *= scaled;
+        Elem<T>::store(m.dpre + (r + i) * GFp + Fp + f, d_second[i]);
+      }
+    }
+    *(Int*)(m.hid_r + r / PER * Fp + f) = units_of<T>(hid[0], hid[1]);
+    *(Int*)(m.dpre_r + r / PER * GFp + f) = units_of<T>(d_first[0], d_first[1]);
+    if (TWO) *(Int*)(m.dpre_r + r / PER * GFp + Fp + f) = units_of<T>(d_second[0], d_second[1]);
+  }
+  for (int i = 0; i < ROWS; ++i) m.d_gate[r + i] = sum(dot[i]);
+}
+
+template <int A, class T, class S>
+void slopes_of(const S* pre, long pre_row, long up, long width, const Middle<T>& m) {
+  constexpr int PER = Elem<T>::PER;
+  long r = 0;
+  for (; r + PER <= m.rows; r += PER) slopes_of_rows<A, PER, T>(r, pre, pre_row, up, width, m);
+  if (r < m.rows) slopes_of_rows<A, 1, T>(r, pre, pre_row, up, width, m);
+}
+
+template <class T, class S>
+void slopes(int activation, const S* pre, long pre_row, long up, long width, const Middle<T>& m) {
+  switch (activation) {
+    case SWIGLU: return slopes_of<SWIGLU, T>(pre, pre_row, up, width, m);
+    case RELU2: return slopes_of<RELU2, T>(pre, pre_row, up, width, m);
+    default: return slopes_of<GELU, T>(pre, pre_row, up, width, m);
+  }
+}
+
 template <class T>
 void forward(const T* x, const float* w_in, const float* w_out, const int64_t* token, const Shape& s,
              int activation, long first, long rows, T* pre_out, float* y) {
@@ -64,20 +139,11 @@ void forward(const T* x, const float* w_in, const float* w_out, const int64_t* t
     const long n = rows - at < BLOCK ? rows - at : BLOCK, row = first + at;
     gather(x, s.L, token + row, n, xs);
     product<T>(n, s.GFp, Lu, (Unit*)xs, Lu, 1, in, s.GFp, pre, s.GFp);
-    for (long r = 0; r < n; ++r) {
-      const float* p = pre + r * s.GFp;
-      Vec none;
-      for (long f = 0; f < s.Fp; f += VL)
-        Elem<T>::store(hid + r * s.Fp + f,
-                       activate<false>(activation, load(p + f), load(p + (s.GFp - s.Fp) + f), none, none));
-      if (pre_out) {
-        for (long g = 0; g < s.G; ++g) {
-          T* kept = pre_out + ((row + r) * s.G + g) * s.F;
-          long f = 0;
-          for (; f + VL <= s.F; f += VL) Elem<T>::store(kept + f, load(p + g * s.Fp + f));
-          if (f < s.F) put(kept + f, load(p + g * s.Fp + f), s.F - f);
-        }
-      }
+    T* kept = pre_out ? pre_out + row * s.G * s.F : nullptr;
+    switch (activation) {
+      case SWIGLU: hidden<SWIGLU, T>(pre, n, s, hid, kept); break;
+      case RELU2: hidden<RELU2, T>(pre, n, s, hid, kept); break;
+      default: hidden<GELU, T>(pre, n, s, hid, kept);
     }
     product<T>(n, s.L, Fu, (Unit*)hid, s.Fp / PER, 1, out, s.Lp, y + row * s.L, s.L);
   }
@@ -119,42 +185,11 @@ void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in
     pack_rows<T>(dos, Lu * PER, n, s.L, doi, s.Lp);
     product<T>(n, s.Fp, Lu, (Unit*)dos, Lu, 1, out_T, s.Fp, z, s.Fp);
     if (!pre_in) product<T>(n, s.GFp, Lu, (Unit*)xs, Lu, 1, in_T, s.GFp, pre, s.GFp);
-    for (long r = 0; r < n; r += PER) {  // a pair of rows makes the units of the weight gradients
-      Vec dot[2] = {Vec{}, Vec{}};
-      const bool both = PER == 2 && r + 1 < n;
-      for (long f = 0; f < s.Fp; f += VL) {
-        Vec hid[2] = {}, d_first[2] = {}, d_second[2] = {};
-        for (int i = 0; i < 1 + both; ++i) {
-          Vec p, q;
-          if (pre_in) {
-            const T* kept = pre_in + (row + r + i) * s.G * s.F + f;
-            const T* up = kept + (s.G - 1) * s.F;
-            if (f + VL <= s.F)
-              p = Elem<T>::load(kept), q = Elem<T>::load(up);
-            else
-              p = get(kept, s.F - f), q = get(up, s.F - f);
-          } else {
-            const float* made = pre + (r + i) * s.GFp + f;
-            p = load(made), q = load(made + (s.GFp - s.Fp));
-          }
-          const float gate = gate_R[row + r + i];
-          const Vec back = load(z + (r + i) * s.Fp + f), scaled = gate * back;
-          hid[i] = activate<true>(activation, p, q, d_first[i], d_second[i]);
-          dot[i] += hid[i] * back;
-          hid[i] *= gate;
-          d_first[i] *= scaled;
-          Elem<T>::store(dpre + (r + i) * s.GFp + f, d_first[i]);
-          if (s.G == 2) {
-            d_second[i] *= scaled;
-            Elem<T>::store(dpre + (r + i) * s.GFp + s.Fp + f, d_second[i]);
-          }
-        }
-        *(Int*)(hid_r + r / PER * s.Fp + f) = units_of<T>(hid[0], hid[1]);
-        *(Int*)(dpre_r + r / PER * s.GFp + f) = units_of<T>(d_first[0], d_first[1]);
-        if (s.G == 2) *(Int*)(dpre_r + r / PER * s.GFp + s.Fp + f) = units_of<T>(d_second[0], d_second[1]);
-      }
-      for (int i = 0; i < 1 + both; ++i) d_gate[row + r + i] = sum(dot[i]);
-    }
+    const Middle<T> m = {s, n, gate_R + row, z, hid_r, dpre, dpre_r, d_gate + row};
+    if (pre_in)
+      slopes<T, T>(activation, pre_in + row * s.G * s.F, s.G * s.F, (s.G - 1) * s.F, s.F, m);
+    else
+      slopes<T, float>(activation, pre, s.GFp, s.GFp - s.Fp, s.Fp, m);
     product<T>(s.F, s.L, nu, hid_r, 1, s.Fp, doi, s.Lp, dw_out, s.L, at > 0);
     for (long g = 0; g < s.G; ++g)
       product<T>(s.F, s.L, nu, dpre_r + g * s.Fp, 1, s.GFp, xi, s.Lp, dw_in + g * s.F * s.L, s.L, at > 0);

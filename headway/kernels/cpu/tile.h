@@ -318,8 +318,12 @@ static void pack_columns(const S* in, long in_row, long rows, long cols, Unit* o
 // e^x to 1e-7 relative, clamped where float32 ends; NaN stays NaN.
 static INLINE Vec exp(Vec x) {
   const float magic = 12582912.f;  // 1.5·2^23: adding it rounds to an integer
+#ifdef __AVX512F__  // these return their second operand where one is NaN
+  x = (Vec)_mm512_max_ps(_mm512_set1_ps(-87.3f), _mm512_min_ps(_mm512_set1_ps(88.7f), (__m512)x));
+#else
   x = x > 88.7f ? splat(88.7f) : x;
   x = x < -87.3f ? splat(-87.3f) : x;
+#endif
   Vec n = x * 1.44269504f + magic;
   Int bits = ((Int)n << 23) + 0x3f800000;
   n -= magic;

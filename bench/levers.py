@@ -1,7 +1,8 @@
 """What helps Multi-Head LatentMoE at small size: one lever at a time, at equal steps, data order
 and active FLOPs.
 
-    python bench/levers.py [--steps 200] [--seed 0] [--only NAME ...] [--save] [--json]
+    python bench/levers.py [--steps 250] [--batch 32] [--seed 0] [--only NAME ...] [--save]
+    [--json]
 
 Each run is short and its number is the validation bits/byte after a fixed number of steps, so the
 machine's load does not matter. With --save every finished run goes to docs/numbers/levers.json, and
@@ -48,71 +49,59 @@ def _scale(part: str, factor: float) -> Callable[[Transformer], None]:
     return rescale
 
 
-def _mhl(
-    width: int,
-    rescale: Callable[[Transformer], None] | None = None,
-    optim: dict | None = None,
-    **shape,
+def _heads(
+    rescale: Callable[[Transformer], None] | None = None, optim: dict | None = None, **shape
 ) -> Lever:
-    return Lever({"kind": "multi_head_latent", "head_width": width, **shape}, optim or {}, rescale)
+    """Two heads of width 64, the router reads the token, 8 narrow experts; `shape` changes that."""
+    base = {"kind": "multi_head_latent", "head_width": 64, "router": TOKEN, "top_k": 8}
+    return Lever({**base, **shape}, optim or {}, rescale)
+
+
+def _flat(optim: dict | None = None, **shape) -> Lever:
+    """A flat mixture of 8 narrow experts; `shape` changes that."""
+    return Lever({"kind": "moe", "top_k": 8, **shape}, optim or {})
+
+
+TOKEN = RouterConfig(reads="token")
 
 
 def levers() -> dict[str, Lever]:
-    """Every run by name, in the order in which they are run."""
-    token, adamw, fast = (
-        RouterConfig(reads="token"),
-        {"name": "adamw"},
-        {"muon_lr": 0.04, "lr": 6e-3},
-    )
-    flat, latent = (
-        {"kind": "moe"},
-        {"kind": "latent", "head_width": 64, "top_k": 7, "router": token},
-    )
+    """Every run by name, in the order in which they are run: two bases, and one change each."""
     sign = BalanceConfig(aux=0.0, bias="sign", bias_rate=0.02)
-    one_by_one = {
-        "gate scale 2": _mhl(32, router=replace(token, scale=2.0)),
-        "norm": _mhl(32, router=token, latent_norm=True),
-        "k 8": _mhl(32, router=token, top_k=8),
-        "k 2": _mhl(32, router=token, top_k=2),
-        "W_out x2": _mhl(32, _scale("ffn.w_out.weight", 2.0), router=token),
-        "W_in x2": _mhl(32, _scale("ffn.w_in.weight", 2.0), router=token),
-        "router init x0.1": _mhl(32, _scale("router.w_HEL", 0.1), router=token),
-        "router lr x3": _mhl(32, optim={"router_lr_scale": 3.0}, router=token),
-        "router lr x0.3": _mhl(32, optim={"router_lr_scale": 0.3}, router=token),
-        "expert lr x2": _mhl(32, optim={"expert_lr_scale": 2.0}, router=token),
-        "expert lr x0.5": _mhl(32, optim={"expert_lr_scale": 0.5}, router=token),
-        "muon lr x2": _mhl(32, optim=fast, router=token),
-        "D_L 256 (8x32)": _mhl(32, router=token, d_latent=256),
-        "aux 0.001": _mhl(32, router=token, balance=BalanceConfig(aux=0.001)),
-        "sign bias": _mhl(32, router=token, balance=sign),
-        "quantile bias": _mhl(32, router=token, balance=BalanceConfig(aux=0.0, bias="quantile")),
-        "relu2": _mhl(32, router=token, activation="relu2"),
-        "gelu": _mhl(32, router=token, activation="gelu"),
-        "sigmoid": _mhl(32, router=replace(token, gate="sigmoid", renormalize=True)),
-        "softmax_topk": _mhl(32, router=replace(token, gate="softmax_topk")),
-        "softmax_topk scale 4": _mhl(32, router=replace(token, gate="softmax_topk", scale=4.0)),
-    }
+    quantile = BalanceConfig(aux=0.0, bias="quantile")
     return {
-        "moe": Lever(flat),
-        "4x32": _mhl(32),
-        "4x32 token": _mhl(32, router=token),
-        "4x32 shared 128": _mhl(32, d_shared=128),
-        "4x32 token shared 128": _mhl(32, router=token, d_shared=128),
-        "2x64 token": _mhl(64, router=token),
-        "2x64 token norm": _mhl(64, router=token, latent_norm=True),
-        "moe shared 128": Lever({**flat, "d_shared": 128}),
-        "4x32 token gate scale 2": one_by_one.pop("gate scale 2"),
         "dense": Lever({"kind": "dense"}),
-        "2x64 token shared 128": _mhl(64, router=token, d_shared=128),
-        **{f"4x32 token {name}": lever for name, lever in one_by_one.items()},
-        "2x64": _mhl(64),
-        "1x128 token": _mhl(128, router=token),
-        "latent 64": Lever(latent),
-        "moe muon lr x2": Lever(flat, fast),
-        "moe gate scale 2": Lever({**flat, "router": RouterConfig(scale=2.0)}),
-        "moe adamw": Lever(flat, adamw),
-        "4x32 adamw": _mhl(32, optim=adamw),
-        "4x32 token adamw": _mhl(32, optim=adamw, router=token),
+        "moe": _flat(),
+        "2x64": _heads(),
+        "2x64 no norm": _heads(latent_norm=False),
+        "2x64 k 4": _heads(top_k=4),
+        "2x64 k 16": _heads(top_k=16),
+        "2x64 router reads its sub-token": _heads(router=RouterConfig()),
+        "2x64 shared 128": _heads(d_shared=128),
+        "4x32": _heads(head_width=32),
+        "1x128": _heads(head_width=128),
+        "4x64 (D_L 256)": _heads(d_latent=256),
+        "moe k 4": _flat(top_k=4),
+        "moe k 16": _flat(top_k=16),
+        "moe aux 0.001": _flat(balance=BalanceConfig(aux=0.001)),
+        "moe sign bias": _flat(balance=sign),
+        "moe quantile bias": _flat(balance=quantile),
+        "moe router lr x3": _flat(optim={"router_lr_scale": 3.0}),
+        "moe expert lr x2": _flat(optim={"expert_lr_scale": 2.0}),
+        "moe expert lr x0.5": _flat(optim={"expert_lr_scale": 0.5}),
+        "moe muon lr x0.5": _flat(optim={"muon_lr": 0.01}),
+        "moe experts by AdamW": _flat(optim={"muon_experts": False}),
+        "moe adamw": _flat(optim={"name": "adamw"}),
+        "moe gate scale 2": _flat(router=RouterConfig(scale=2.0)),
+        "moe sigmoid": _flat(router=RouterConfig(gate="sigmoid", renormalize=True)),
+        "moe softmax_topk": _flat(router=RouterConfig(gate="softmax_topk")),
+        "moe shared 128": _flat(d_shared=128),
+        "moe relu2": _flat(activation="relu2"),
+        "2x64 expert lr x2": _heads(optim={"expert_lr_scale": 2.0}),
+        "2x64 W_out x2": _heads(_scale("ffn.w_out.weight", 2.0)),
+        "2x64 W_in x2": _heads(_scale("ffn.w_in.weight", 2.0)),
+        "2x64 router init x0.1": _heads(_scale("router.w_HEL", 0.1)),
+        "2x64 gate scale 3": _heads(router=replace(TOKEN, scale=3.0)),
     }
 
 
@@ -121,16 +110,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=32, help="windows of 128 bytes per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], help="names of runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    text = StreamText(data_config(args, seq_len=128, batch_size=6), seed=args.seed)
+    text = StreamText(data_config(args, seq_len=128, batch_size=args.batch), seed=args.seed)
     rows = load_rows("levers") if args.save else []
     wanted = {name: lever for name, lever in levers().items() if not args.only or name in args.only}
     for name, lever in wanted.items():
-        key = {"name": name, "steps": args.steps, "seed": args.seed}
+        key = {"name": name, "steps": args.steps, "batch": args.batch, "seed": args.seed}
         if any(all(row[k] == v for k, v in key.items()) for row in rows):
             continue
         model = equal_shape(vocab_size=text.vocab_size, **lever.shape)

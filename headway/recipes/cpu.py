@@ -26,9 +26,9 @@ def demo() -> Config:
             moe=MoEConfig(
                 kind="multi_head_latent",
                 n_heads=4,
-                n_experts=16,
-                top_k=4,
-                d_expert=128,
+                n_experts=32,
+                top_k=8,
+                d_expert=64,
                 router=RouterConfig(reads="token"),
             ),
         ),
@@ -47,27 +47,28 @@ def dense() -> Config:
         model=ModelConfig(
             n_layers=4, d_model=128, n_heads=4, d_ff=512, moe=MoEConfig(kind="dense")
         ),
-        data=DataConfig(seq_len=128, batch_size=8),
-        optim=OptimConfig(name="muon", steps=1000, lr=3e-3, beta2=0.99, warmup=0.05),
+        # a large batch: Newton–Schulz costs the same whatever the number of tokens
+        data=DataConfig(seq_len=128, batch_size=32),
+        optim=OptimConfig(name="muon", steps=500, lr=3e-3, beta2=0.99, warmup=0.05, decay=0.4),
     )
 
 
 def moe() -> Config:
-    """Flat mixture: four of 16 experts do the work of the dense network."""
-    return _sparse("moe", MoEConfig(kind="moe", n_experts=16, top_k=4, d_expert=128))
+    """Flat mixture: eight of 32 narrow experts do the work of the dense network."""
+    return _sparse("moe", MoEConfig(kind="moe", n_experts=32, top_k=8, d_expert=64))
 
 
 def latent() -> Config:
     """LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as the
     FLOPs allow."""
-    n_experts, top_k = latent_acc(16, 4, alpha=2, d_expert=128, d_model=128, activation="swiglu")
+    n_experts, top_k = latent_acc(32, 8, alpha=2, d_expert=64, d_model=128, activation="swiglu")
     return _sparse(
         "latent",
         MoEConfig(
             kind="latent",
             n_experts=n_experts,
             top_k=top_k,
-            d_expert=128,
+            d_expert=64,
             d_latent=64,
             router=RouterConfig(reads="token"),
         ),
@@ -75,11 +76,18 @@ def latent() -> Config:
 
 
 def multi_head_latent() -> Config:
-    """Multi-Head LatentMoE: two heads of width 64; narrower experts (F 107, not 128) pay for the
-    projections."""
+    """Multi-Head LatentMoE: two heads of width 64 whose routers read the whole token; narrower
+    experts (F 50, not 64) pay for projections and routers."""
     return _sparse(
         "multi_head_latent",
-        MoEConfig(kind="multi_head_latent", n_heads=2, n_experts=16, top_k=4, d_expert=107),
+        MoEConfig(
+            kind="multi_head_latent",
+            n_heads=2,
+            n_experts=40,
+            top_k=8,
+            d_expert=50,
+            router=RouterConfig(reads="token"),
+        ),
     )
 
 

@@ -136,7 +136,9 @@ def flops_per_token(model: Transformer, seq_len: int) -> float:
     """
     c = model.config
     active = count_parameters(model)[1]
-    no_matmul = sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    # a latent norm is a matrix by its shape, one row per head
+    named = model.named_parameters()
+    no_matmul = sum(p.numel() for name, p in named if p.ndim < 2 or "norm" in name)
     no_matmul += 0 if c.tied else model.embed.weight.numel()
     width = c.n_heads * (c.d_head or c.d_model // c.n_heads)
     windows = [

@@ -81,7 +81,7 @@ def test_counts_of_a_small_model():
     dense = 3 * 16 * 10
     sparse = 2 * 16 * 16 + 2 * 8 * 8 + experts * 3 // 8
     matrices = 2 * 4 * 16 * 16 + dense + sparse + 64 * 16
-    norms = 2 * 2 * 16 + 16 + 2 * 2 * 8
+    norms = 2 * 2 * 16 + 16 + 2 * 2 * 8 + 16  # of the blocks, the end, QK-norm, the latent
     assert active == matrices + norms + 64 * 16
     assert flops_per_token(model, 32) == 6 * matrices + 12 * 16 * 2 * 16
     windowed = Transformer(dataclasses.replace(config, window=(4, 0)))

@@ -53,19 +53,30 @@ def models(vocab_size: int, small: bool = False) -> dict[str, ModelConfig]:
         if small
         else {"vocab_size": vocab_size}
     )
-    widths = (8, 16, 32) if small else (32, 64, 128)
+    # F is a multiple of 16, which fills the vectors of the kernels, where sizes stay within 3%
+    widths = {8: 2, 16: 2, 32: 2} if small else {32: 2, 64: 16, 128: 2}
     heads = {
         f"multi-head latent L={L}": equal_shape(
-            "multi_head_latent", head_width=L, top_k=TOP_K, router=token, **size
+            "multi_head_latent",
+            head_width=L,
+            top_k=TOP_K,
+            multiple=multiple,
+            router=token,
+            **size,
         )
-        for L in widths
+        for L, multiple in widths.items()
     }
     return {
         "dense": equal_shape("dense", **size),
         "moe": equal_shape("moe", top_k=TOP_K, **size),
-        # K' = αK − 2 with α = 2: two experts per token pay for the projections
+        # K' = αK − 1 with α = 2 and K = 4: one expert per token pays for the projections
         "latent-acc": equal_shape(
-            "latent", head_width=widths[1], top_k=2 * TOP_K - 2, router=token, **size
+            "latent",
+            head_width=list(widths)[1],
+            top_k=7,
+            multiple=2 if small else 16,
+            router=token,
+            **size,
         ),
         **heads,
     }

@@ -29,6 +29,7 @@ def equal_shape(
     head_width: int = 128,
     d_latent: int = 0,
     top_k: int = 4,
+    multiple: int = 2,
     d_shared: int = 0,
     latent_norm: bool = True,
     activation: Activation = "swiglu",
@@ -39,7 +40,7 @@ def equal_shape(
 
     Active per token: as the dense network with a SwiGLU of width 4·D. In all: as if its
     feed-forward layers were four times as large, which is a flat MoE of 16 experts and top-4. K is
-    given; F follows from the active size and E from the total. The projections, the router and the
+    given; F, a multiple of `multiple`, follows from the active size and E from the total. The projections, the router and the
     shared expert are paid for by the experts.
     """
     model = ModelConfig(
@@ -79,7 +80,9 @@ def equal_shape(
 
     n_experts, d_expert = 4 * top_k, 4
     for _ in range(3):  # E and F depend on each other a little, through the router
-        d_expert = _nearest(lambda f, e=n_experts: parameters(shape(e, f))[1], active, 2, 2)
+        d_expert = _nearest(
+            lambda f, e=n_experts: parameters(shape(e, f))[1], active, multiple, multiple
+        )
         n_experts = _nearest(lambda e, f=d_expert: parameters(shape(e, f))[0], total, top_k, 1)
     return shape(n_experts, d_expert)
 

@@ -40,8 +40,8 @@ def equal_shape(
 
     Active per token: as the dense network with a SwiGLU of width 4·D. In all: as if its
     feed-forward layers were four times as large, which is a flat MoE of 16 experts and top-4. K is
-    given; F, a multiple of `multiple`, follows from the active size and E from the total. The projections, the router and the
-    shared expert are paid for by the experts.
+    given; F, a multiple of `multiple`, follows from the active size and E from the total. The
+    projections, the router and the shared expert are paid for by the experts.
     """
     model = ModelConfig(
         vocab_size=vocab_size,

@@ -33,9 +33,9 @@ def demo() -> Config:
             ),
         ),
         data=DataConfig(seq_len=256, batch_size=8),
-        optim=OptimConfig(name="muon", steps=260, lr=3e-3, warmup=0.05),
+        optim=OptimConfig(name="muon", steps=400, lr=3e-3, warmup=0.05),
         # on a machine slower than expected it stops in time, and says so
-        run=RunConfig(eval_every=52, eval_batches=8, log_every=10, max_seconds=240),
+        run=RunConfig(eval_every=80, eval_batches=8, log_every=10, max_seconds=240),
     )
 
 

@@ -56,6 +56,7 @@ def test_both_paths_equal_float64(shape, activation, dtype, native_path, monkeyp
         assert_close(a, b, bound)
 
 
+@needs_native
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_large_values_nan_and_inf(activation):
     """Every value where float32 or an exponential ends."""
@@ -83,6 +84,7 @@ def test_the_same_bits_on_any_number_of_threads(activation):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@needs_native
 def test_non_contiguous_input_and_an_expanded_gradient():
     pre, _ = make((6, 20), "swiglu", torch.float32)
     far = pre.detach().T.contiguous().T.requires_grad_()
@@ -102,6 +104,7 @@ def test_is_a_well_formed_custom_operator(activation):
     torch.library.opcheck(backward, (d_hid, pre.detach(), activation))
 
 
+@needs_native
 def test_compiles_whole_and_equals_eager():
     pre, _ = make((20, 24), "swiglu", torch.float32)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from headway.kernels.native import Native, native
 
 
 def fresh(monkeypatch, **environment) -> Native:
-    for name, value in environment.items():
+    for name, value in {"HEADWAY_NATIVE": 1, **environment}.items():
         monkeypatch.setenv(name, str(value))
     return native.__wrapped__()
 

@@ -136,6 +136,7 @@ def test_are_well_formed_custom_operators():
     torch.library.opcheck(ops.norm_rope_backward.default, flat)
 
 
+@needs_native
 def test_compiles_whole_and_equals_eager():
     x, weight, _, tables = make((2, 20, 3, 24), torch.float32)
     with torch.no_grad():

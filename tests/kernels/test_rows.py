@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.kernels.rows import drop_over_capacity, sort_rows, sort_rows_reference
+from tests.kernels.native_paths import needs_native
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,6 +34,7 @@ def test_more_groups_than_int16_holds():
     assert torch.equal(rows.slot_R, torch.sort(keys, stable=True).indices)
 
 
+@needs_native
 def test_is_a_well_formed_custom_operator():
     torch.library.opcheck(
         torch.ops.headway.sort_rows.default, (torch.tensor([[[0, 3], [1, 2]]]), 3)

@@ -102,7 +102,7 @@ class MoEConfig:
     """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
     latent_norm: bool = True
     """Learnable RMSNorm per head after the input projection (`moe` has no projection, hence none).
-    On, unlike the published layer, since it was better at every size measured
+    On, unlike the published layer, since it was better in each comparison made
     (docs/negative-results.md).
     """
     capacity_factor: float = 0.0

@@ -19,7 +19,8 @@ def states(config: Config) -> tuple[Item, ...]:
     n = sum(groups.values())
     adamw = n
     if config.optim.name == "muon":
-        adamw = sum(value for name, value in groups.items() if name in _BY_ADAMW)
+        by_adamw = _BY_ADAMW if config.optim.muon_experts else (*_BY_ADAMW, "experts")
+        adamw = sum(value for name, value in groups.items() if name in by_adamw)
     moment = 2 if config.optim.state_dtype == "bfloat16" else 4
     items = (
         Item("weights", 4 * n, "4 bytes per parameter"),

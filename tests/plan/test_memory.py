@@ -109,6 +109,7 @@ def test_recompute_saves_what_the_experts_keep():
         OptimConfig(),
         OptimConfig(state_dtype="bfloat16"),
         OptimConfig(name="muon"),
+        OptimConfig(name="muon", muon_experts=False),
     ],
 )
 @pytest.mark.parametrize(

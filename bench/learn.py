@@ -200,7 +200,7 @@ class Sparse:
         with torch.no_grad():
             for layer, s in zip(model.sparse_layers(), self.stats, strict=True):
                 layer.router.bias_HE.copy_(
-                    balance.new_bias(layer.router.bias_HE, balance.merge_stats([s]), self.balance)
+                    balance.new_bias(layer.router.bias_HE, s.detach(), self.balance)
                 )
 
 

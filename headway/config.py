@@ -175,6 +175,20 @@ class MeshConfig:
     """Head Parallel: ranks that share the heads of a Multi-Head LatentMoE; divides moe.n_heads."""
     ep: int = 1
     """Expert Parallel: ranks that share the experts of a head; divides moe.n_experts."""
+    ep_scheme: Literal["auto", "all_to_all", "all_gather"] = "auto"
+    """How sub-tokens travel on the ep axis. `all_to_all`: to the ranks of their experts, sizes
+    follow the router. `all_gather`: to all ranks, sizes known in advance. `auto`: fewer bytes.
+    """
+    dedup: bool = True
+    """With ep_scheme `all_to_all`: send a sub-token once to a rank that holds several of its
+    experts (off: once per expert, as simple Expert Parallel does; for comparisons).
+    """
+    chunks: int = 1
+    """Pieces in which a micro-batch passes a sparse layer, 1 to 4: one travels while the next is
+    computed. More chunks are smaller matmuls.
+    """
+    timeout: float = 600.0
+    """Seconds after which a collective that does not finish ends the run; > 0."""
 
 
 @dataclass(frozen=True)

@@ -61,17 +61,19 @@ class Stream:
         """Batches of the whole validation split; the last one may have fewer rows."""
         return -(-sum(self._val_windows) // self.config.batch_size)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows rank·B … of the global batch of `step`, B = batch_size / world; the union over ranks
-        does not depend on `world`. UsageError if `world` does not divide batch_size."""
+    def batch(self, step: int, rank: int = 0, world: int = 1, micro: int = 0) -> Batch:
+        """The rows of the global batch of `step` that `rank` takes: with micro-batches of `micro`
+        rows (0: one), the i-th of all ranks together are rows i·world·micro … of the batch, in rank
+        order, so that `world` ranks see what one process with micro-batches of world·micro rows
+        sees. UsageError if the sizes do not divide."""
         size = self.config.batch_size
         if size % world:
             fit = -(-size // world) * world
             raise UsageError(f"{world} ranks do not divide batch_size={size}; use batch_size {fit}")
-        assert 0 <= rank < world and step >= 0
-        rows = size // world
-        first = step * size + rank * rows
-        source_B, start_B = self.locate(np.arange(first, first + rows, dtype=_U64))
+        micro = micro or size // world
+        assert 0 <= rank < world and step >= 0 and size % (world * micro) == 0
+        row_B = np.arange(size, dtype=_U64).reshape(-1, world, micro)[:, rank].flatten()
+        source_B, start_B = self.locate(_U64(step * size) + row_B)
         return self._read([self.dataset.sources[s].train for s in source_B], start_B)
 
     def val_batch(self, i: int) -> Batch:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
+from headway.model.moe import Ranks
 from headway.model.transformer import Transformer
 
 
@@ -53,13 +54,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[str], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> str:
     """The continuation of `prompt`, without it: at most `max_tokens` tokens, fewer when the
     document ends.
 
     The same seed gives the same text; the global random number generator is not touched. `on_token`
     gets each piece of text as it becomes whole (a character may take several tokens). An empty
-    prompt starts a document.
+    prompt starts a document. With `ranks`, all of them draw the same text together.
     """
     check_sampling(temperature, top_k, top_p)
     device = model.embed.weight.device
@@ -73,9 +75,10 @@ def generate(
         shown = ""
         following = torch.tensor([ids], device=device)
         for _ in range(max_tokens):
-            logits_V = model.step(following, state)[
-                0, : tokenizer.vocab_size
-            ].cpu()  # no padded ids
+            logits_V = model.step(following, state, ranks)[0]
+            if ranks is not None:
+                logits_V = ranks.agree(logits_V)
+            logits_V = logits_V[: tokenizer.vocab_size].cpu()  # no padded ids
             drawn = probabilities(logits_V, temperature, top_k, top_p)
             token = int(torch.multinomial(drawn, 1, generator=generator))
             if token == tokenizer.eos:

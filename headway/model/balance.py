@@ -32,6 +32,10 @@ class RouteStats(NamedTuple):
     quantile_HE: Tensor | None
     """Quantile balancing's correction c_e, `[H, E]`; None under other rules."""
 
+    def detach(self) -> "RouteStats":
+        """The same numbers without gradient."""
+        return RouteStats(*(None if value is None else value.detach() for value in self))
+
 
 def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:
     """E · Σ_e f_e·P_e, averaged over heads; 1.0 when balanced (Switch Transformer, arXiv 2101.03961
@@ -106,12 +110,13 @@ def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tenso
 
 
 def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
-    """The statistics of one layer over several micro-batches: counts summed, the rest averaged;
-    detached.
-    """
+    """The statistics of one layer over several equal parts of a batch: counts summed, the rest
+    averaged."""
+    if len(parts) == 1:
+        return parts[0]
 
     def mean(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([v.detach() for v in values]).mean(0)
+        return torch.stack(list(values)).mean(0)
 
     return RouteStats(
         counts_HE=torch.stack([p.counts_HE for p in parts]).sum(0),

@@ -34,14 +34,19 @@ class Experts(nn.Module):
         self.w_out_HEFL = nn.Parameter(torch.empty(n_heads, n_experts, d_expert, d_in))
 
     def forward(self, x_THL: Tensor, route: Route) -> Tensor:
-        """`[T, H, L]` → `[T, H, L]` in x's dtype."""
-        rows = sort_rows(route.index_THK, self.w_in_HEGFL.shape[1])
+        """`[T, H, L]` → `[T, H, L]` in x's dtype.
+
+        Or `[T, 1, L]` where each sub-token has a head of its own (Expert Parallel): the indices
+        then count all H·E experts, expert e of head h being h·E + e.
+        """
+        H = x_THL.shape[1]
+        w_in, w_out = (w.view(H, -1, *w.shape[2:]) for w in (self.w_in_HEGFL, self.w_out_HEFL))
         y_NL = experts(
             x_THL.flatten(0, 1),
             route.gate_THK.flatten(0, 1),
-            rows,
-            self.w_in_HEGFL,
-            self.w_out_HEFL,
+            sort_rows(route.index_THK, w_in.shape[1]),
+            w_in,
+            w_out,
             self.activation,
             self.recompute,
         )

@@ -15,7 +15,7 @@ from headway.model.attention import Attention, KVState
 from headway.model.balance import RouteStats
 from headway.model.init import init_weights
 from headway.model.linear import FeedForward, Linear, RMSNorm
-from headway.model.moe import MoE, build_moe
+from headway.model.moe import MoE, Ranks, build_moe
 
 
 class Output(NamedTuple):
@@ -40,20 +40,22 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x_BSD: Tensor, doc_BS: Tensor | None = None
+        self, x_BSD: Tensor, doc_BS: Tensor | None = None, ranks: Ranks | None = None
     ) -> tuple[Tensor, RouteStats | None]:
         x_BSD = x_BSD + self.mixer(self.norm1(x_BSD), doc_BS)
-        return self._feed_forward(x_BSD)
+        return self._feed_forward(x_BSD, ranks)
 
-    def step(self, x_BSD: Tensor, state: KVState) -> Tensor:
+    def step(self, x_BSD: Tensor, state: KVState, ranks: Ranks | None = None) -> Tensor:
         """Decode the next positions."""
         x_BSD = x_BSD + self.mixer.step(self.norm1(x_BSD), state)
-        return self._feed_forward(x_BSD)[0]
+        return self._feed_forward(x_BSD, ranks)[0]
 
-    def _feed_forward(self, x_BSD: Tensor) -> tuple[Tensor, RouteStats | None]:
+    def _feed_forward(
+        self, x_BSD: Tensor, ranks: Ranks | None
+    ) -> tuple[Tensor, RouteStats | None]:
         z_BSD = self.norm2(x_BSD)
         if isinstance(self.ffn, MoE):
-            y_BSD, stats = self.ffn(z_BSD)
+            y_BSD, stats = self.ffn(z_BSD, ranks=ranks)
             return x_BSD + y_BSD, stats
         return x_BSD + self.ffn(z_BSD), None
 
@@ -90,17 +92,21 @@ class Transformer(nn.Module):
         init_weights(self, n_layers=config.n_layers, embed_std=config.init_std, seed=seed)
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, doc_BS: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        doc_BS: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Output:
         """Loss of `targets_BS` (−1 is ignored), or all logits without targets.
 
         Args: tokens_BS, targets_BS: int64 `[B, S]`. doc_BS: int32 `[B, S]` document numbers, to
-        keep documents apart.
+        keep documents apart. ranks: the processes over which the sparse layers are spread.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         stats = []
         for block in self.layers:
-            x_BSD, s = block(x_BSD, doc_BS)
+            x_BSD, s = block(x_BSD, doc_BS, ranks)
             if s is not None:
                 stats.append(s)
         x_BSD = self.norm(x_BSD)
@@ -130,13 +136,15 @@ class Transformer(nn.Module):
         ]
 
     @torch.no_grad()
-    def step(self, tokens_BS: Tensor, state: list[KVState]) -> Tensor:
+    def step(
+        self, tokens_BS: Tensor, state: list[KVState], ranks: Ranks | None = None
+    ) -> Tensor:
         """Append tokens (a prompt, or one per sequence) and return the logits after the last,
         float32 `[B, V]`.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         for block, s in zip(self.blocks(), state, strict=True):
-            x_BSD = block.step(x_BSD, s)
+            x_BSD = block.step(x_BSD, s, ranks)
         return self._logits(self.norm(x_BSD[:, -1]))
 
     def _head_weight(self) -> Tensor:

@@ -53,6 +53,7 @@ def save(
     config: ModelConfig,
     state: dict[str, Any],
     keep: int = 2,
+    layout: Layout | None = None,
 ) -> Path:
     """Writes `checkpoints/step-{step:06d}`, then removes all but the newest `keep`; returns its
     path.

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from headway.data.stream import Batch, Stream
 from headway.model.transformer import Transformer
+from headway.parallel.exchange import ALONE, Spread
+from headway.parallel.reduce import sum_over
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,43 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, stream: Stream, token_bytes_V: Tensor, n_batches: int, micro_batch_size: int
+    model: Transformer,
+    stream: Stream,
+    token_bytes_V: Tensor,
+    n_batches: int,
+    micro_batch_size: int,
+    spread: Spread = ALONE,
 ) -> Evaluation:
     """The first `n_batches` validation batches (0: all of them), always the same ones.
 
-    Sums in float64 and divides once, so the result does not depend on the micro-batch beyond
-    float32 rounding.
+    Sums in float64 and divides once, so the result depends neither on the micro-batch nor on the
+    number of ranks beyond float32 rounding.
     """
     wanted = min(n_batches or stream.n_val_batches, stream.n_val_batches)
-    device = model.embed.weight.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    targets = n_bytes = 0
+    device, mesh = model.embed.weight.device, spread.mesh
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     for i in range(wanted):
-        batch = stream.val_batch(i)
+        batch = share(stream.val_batch(i), mesh.rank, mesh.size)
         for micro in micro_batches(batch, micro_batch_size, device):
-            nats = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS).nats
-            total += nats
-        counted = count_targets(batch, token_bytes_V)
-        targets, n_bytes = targets + counted[0], n_bytes + counted[1]
+            sums[0] += model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange).nats
+        sums[1:] += torch.tensor(count_targets(batch, token_bytes_V), device=device)
     model.train(was_training)
-    nats = float(total)
-    return Evaluation(nats / targets, bits_per_byte(nats, n_bytes))
+    nats, targets, n_bytes = sum_over(mesh.world, sums, mesh, "evaluation").tolist()
+    return Evaluation(nats / targets, bits_per_byte(nats, int(n_bytes)))
+
+
+def share(batch: Batch, rank: int, world: int) -> Batch:
+    """The rows of one rank, as many on each; rows without targets fill up the last ones."""
+    if world == 1:
+        return batch
+    missing = -len(batch.tokens_BS) % world
+    each = (len(batch.tokens_BS) + missing) // world
+
+    def rows(part_BS: Tensor, fill: int) -> Tensor:
+        filled = torch.cat([part_BS, part_BS.new_full((missing, part_BS.shape[1]), fill)])
+        return filled[rank * each : (rank + 1) * each]
+
+    doc_BS = None if batch.doc_BS is None else rows(batch.doc_BS, 0)
+    return Batch(rows(batch.tokens_BS, 0), rows(batch.targets_BS, -1), doc_BS)

@@ -1,0 +1,1 @@
+"""Where tensors live: the mesh, and every collective of the code base."""

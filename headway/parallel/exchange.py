@@ -1,0 +1,126 @@
+"""How the tokens of one sparse layer travel on a mesh: Head Parallel around Expert Parallel.
+
+This is what `model.moe.MoE.forward` takes as `ranks`: `scatter` and `gather` on the hp axis, before
+routing and after the experts; `dispatch` and `combine` on the ep axis inside them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from headway.model.moe import Arriving
+from headway.model.transformer import Transformer
+from headway.model.router import Route
+from headway.parallel import expert, head
+from headway.parallel.collectives import Ready, Wire
+from headway.parallel.mesh import Mesh
+from headway.parallel.shard import Layout, split
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The travel of all sparse layers of a model on a mesh."""
+
+    mesh: Mesh
+    n_chunks: int
+    """Pieces of the tokens, so that one travels while the next is computed."""
+    gathers: bool
+    """On ep: all-gather and reduce-scatter in place of the all-to-all that follows the router."""
+    dedup: bool
+    """On ep: one copy per rank and not per slot."""
+
+    @property
+    def early(self) -> bool:
+        """Whether tokens leave before routing, so that a shared expert belongs there."""
+        return self.mesh.hp.size > 1
+
+    def chunks(self, x_TD: Tensor) -> Sequence[Tensor]:
+        """`[T, D]` in equal pieces: as many as wanted, or the next smaller number that divides
+        T."""
+        n = max(n for n in range(1, self.n_chunks + 1) if len(x_TD) % n == 0)
+        return x_TD.chunk(n)
+
+    def scatter(
+        self, z_THL: Tensor, route: Route | None
+    ) -> Arriving[tuple[Tensor, Route | None]]:
+        """Sub-tokens to the ranks of their heads, with their route if there is one already."""
+        if self.mesh.hp.size == 1:
+            return Ready((z_THL, route))
+        return head.Scattering(z_THL, route, self._wire("hp", "scatter"))
+
+    def dispatch(self, z_THL: Tensor, route: Route, n_experts: int) -> Arriving[expert.Arrival]:
+        """Sub-tokens to the ranks of their experts."""
+        if self.mesh.ep.size == 1:
+            return Ready(expert.Arrival(z_THL, route, None))
+        return expert.dispatch(
+            z_THL,
+            route,
+            n_experts,
+            self._wire("ep", "dispatch"),
+            gathers=self.gathers,
+            dedup=self.dedup,
+        )
+
+    def combine(self, y_THL: Tensor, trip: expert.Trip | None) -> Arriving[Tensor]:
+        """Outputs of the experts back to the rank of the head, summed."""
+        return Ready(y_THL) if trip is None else trip.back(y_THL)
+
+    def gather(self, y_THL: Tensor) -> Arriving[Tensor]:
+        """Sub-tokens back to the ranks of their tokens."""
+        if self.mesh.hp.size == 1:
+            return Ready(y_THL)
+        return head.Gathering(y_THL, self._wire("hp", "gather"))
+
+    def agree(self, x: Tensor) -> Tensor:
+        """Rank 0's values, for decisions that all ranks must take alike."""
+        dist.broadcast(x, src=0)
+        return x
+
+    def _wire(self, axis: str, purpose: str) -> Wire:
+        return Wire(self.mesh.hp if axis == "hp" else self.mesh.ep, self.mesh.traffic, purpose)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A model on a mesh: what lies where, and how tokens travel."""
+
+    layout: Layout
+    exchange: Exchange | None
+    """None in a single process."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.layout.mesh
+
+
+ALONE = Spread(Layout(Mesh(), {}), None)
+"""A single process."""
+
+
+def spread(model: Transformer, mesh: Mesh) -> Spread:
+    """Leaves on this rank its part of a whole model, in place."""
+    if mesh.size == 1:
+        return Spread(Layout(mesh, {}), None)
+    exchange = Exchange(
+        mesh, mesh.config.chunks, _gathers(mesh, model.config.moe.top_k), mesh.config.dedup
+    )
+    return Spread(split(model, mesh), exchange)
+
+
+def _gathers(mesh: Mesh, top_k: int) -> bool:
+    """Whether ep travels by all-gather; `auto` takes the scheme with fewer bytes.
+
+    All-gather sends P−1 copies of a sub-token. The all-to-all sends it to each other rank that has
+    one of its K experts, (P−1)·(1 − (1 − 1/P)^K) of them when choices are independent, or
+    K·(P−1)/P times without de-duplication.
+    """
+    config, size = mesh.config, mesh.ep.size
+    if config.ep_scheme != "auto":
+        return config.ep_scheme == "all_gather"
+    copies = (
+        (size - 1) * (1 - (1 - 1 / size) ** top_k) if config.dedup else top_k * (size - 1) / size
+    )
+    return size - 1 <= 1.02 * copies  # nearly equal: sizes known in advance are worth 2%

@@ -1,0 +1,175 @@
+"""The ranks of a job as a mesh of named axes: dp × hp × ep.
+
+Rank r stands at dp = r // (HP·EP), hp = r // EP % HP, ep = r % EP, so the ranks of an `ep` axis are
+neighbours (one machine, where it can be) and the replicas lie farthest apart. The batch is split
+over all ranks. The mesh is a frozen object that is passed to what needs it; nothing reads a global.
+
+| part of the model | split over | replicated over |
+|---|---|---|
+| experts | heads over hp, experts of a head over ep | dp |
+| routers that read their sub-token | heads over hp | dp × ep |
+| everything else | | dp × hp × ep |
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from headway.config import MeshConfig, UsageError
+from headway.parallel.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ranks that act together, and where this one stands among them."""
+
+    name: str
+    size: int = 1
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+    """None where there is nobody else."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands. `Mesh()` is a single process; `launch` and `fake` make the
+    others."""
+
+    config: MeshConfig = MeshConfig()
+    rank: int = 0
+    dp: Axis = Axis("dp")
+    hp: Axis = Axis("hp")
+    ep: Axis = Axis("ep")
+    world: Axis = Axis("world")
+    """All ranks: they share the replicated parameters."""
+    routers: Axis = Axis("routers")
+    """dp × ep: the ranks that hold the same heads."""
+    device_mesh: DeviceMesh | None = None
+    device: torch.device = torch.device("cpu")
+    """Where this rank's tensors lie, for small reductions."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.world.size
+
+    def __str__(self) -> str:
+        return f"dp={self.dp.size}, hp={self.hp.size}, ep={self.ep.size}"
+
+
+def launched() -> bool:
+    """Whether torchrun (or Slurm through it) started this process as one of several."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def launch(config: MeshConfig, device: torch.device = torch.device("cpu")) -> Iterator[Mesh]:
+    """The mesh of this job: of one process when none was launched, else over NCCL or gloo.
+
+    Raises: UsageError where the sizes and the processes do not fit, or the rendezvous fails.
+    """
+    wanted = config.dp * config.hp * config.ep
+    world = _world_size()
+    if wanted != world:
+        raise UsageError(
+            f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {wanted} processes and "
+            f"there {'is 1' if world == 1 else f'are {world}'}; "
+            + (
+                f"start it with: torchrun --nproc-per-node {wanted} -m headway train …"
+                if world == 1
+                else f"use --mesh with a product of {world}"
+            )
+        )
+    if world == 1:
+        yield Mesh(config, device=device)
+        return
+    rank = int(os.environ["RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=config.timeout),
+        )
+    except (RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UsageError(
+            f"rank {rank} found no rendezvous at {where} ({text}); "
+            "use a free port (torchrun --master-port) and an address that all hosts reach"
+        ) from None
+    try:
+        yield place(config, rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake(config: MeshConfig, rank: int = 0) -> Iterator[Mesh]:
+    """The mesh as `rank` would see it, with collectives that move nothing: a dry run of any size
+    in one process, on the meta device or with small tensors."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    world = config.dp * config.hp * config.ep
+    assert 0 <= rank < world
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield place(config, rank, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    """Of the launcher's environment, which must be whole."""
+    if not launched():
+        return 1
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE") != "1":
+        raise UsageError(
+            f"{missing[0]} is not set, and RANK or WORLD_SIZE is; start with torchrun, "
+            f"which sets {', '.join(needed)}"
+        )
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def place(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
+    """The mesh of a process group that is there already, as `rank` sees it."""
+    names = ("dp", "hp", "ep")
+    sizes = (config.dp, config.hp, config.ep)
+    whole = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    heads = rank // config.ep % config.hp
+
+    def axis(name: str) -> Axis:
+        part = whole[name]
+        return Axis(name, part.size(), part.get_local_rank(), part.get_group())
+
+    # new_group is collective: every rank makes every group, in the same order
+    table = whole.mesh
+    mine = None
+    for h in range(config.hp):
+        ranks = table[:, h].flatten().tolist()
+        group = dist.new_group(ranks) if len(ranks) < table.numel() else dist.group.WORLD
+        mine = group if h == heads else mine
+    place = rank // (config.hp * config.ep) * config.ep + rank % config.ep
+    return Mesh(
+        config,
+        rank,
+        dp=axis("dp"),
+        hp=axis("hp"),
+        ep=axis("ep"),
+        world=Axis("world", table.numel(), rank, dist.group.WORLD),
+        routers=Axis("routers", config.dp * config.ep, place, mine),
+        device_mesh=whole,
+        device=device,
+    )

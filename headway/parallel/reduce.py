@@ -1,0 +1,129 @@
+"""One loss, one token count, one gradient, one norm, whatever the mesh.
+
+Every rank's loss is its part of a sum over the global batch (its nats over the *global* number of
+targets, its balance loss over the number of ranks). Gradients are therefore sums over ranks, and
+nothing is divided afterwards: an expert's gradient has arrived through the exchange from all ranks
+whose tokens it saw, and what is left to add lies with its replicas (arXiv 2602.04870's code forgets
+to divide there, and clips every rank by another norm).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from headway.model.balance import RouteStats
+from headway.parallel.mesh import Axis, Mesh
+from headway.parallel.shard import Layout
+
+
+def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
+    """Σ of `x` over the ranks of an axis, in place; the same bits on each of them."""
+    if axis.size > 1:
+        # a ring sends each of P pieces P−1 times to be added up, and P−1 times to be known
+        n_bytes = 2 * (axis.size - 1) * x.numel() * x.element_size() // axis.size
+        mesh.traffic.add(axis.name, purpose, n_bytes)
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def sum_gradients(model: nn.Module, layout: Layout) -> None:
+    """Adds up the gradients of every parameter over its replicas."""
+    mesh = layout.mesh
+    if mesh.size == 1:
+        return
+    buckets: dict[tuple[str, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+    axes: dict[str, Axis] = {}
+    for name, p in model.named_parameters():
+        axis = layout.placements[name].replicas
+        if axis.size > 1:
+            axes[axis.name] = axis
+            # A parameter without gradient (no token came by) still takes its part in the sum.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            buckets[axis.name, p.grad.dtype].append(p)
+    for (name, _), parameters in buckets.items():
+        flat = torch.cat([_grad(p).flatten() for p in parameters])
+        sum_over(axes[name], flat, mesh, "gradients")
+        pieces = flat.split([p.numel() for p in parameters])
+        for p, piece in zip(parameters, pieces, strict=True):
+            _grad(p).copy_(piece.view_as(p))
+
+
+def grad_norm(model: nn.Module, layout: Layout) -> Tensor:
+    """‖g‖₂ over the gradients of the whole model, each slice counted once; a scalar, the same bits
+    on every rank. 0 without gradients."""
+    mesh = layout.mesh
+    mine = [
+        p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None and (mesh.size == 1 or layout.placements[name].first)
+    ]
+    norm = nn.utils.get_total_norm(mine)
+    if mesh.size == 1:
+        return norm
+    square = norm.to(device=mesh.device, dtype=torch.float64).square()
+    return sum_over(mesh.world, square, mesh, "norm").sqrt()  # float64: `mine` may be empty
+
+
+def with_global_counts(
+    stats: Sequence[RouteStats], layout: Layout, reads_token: bool
+) -> Sequence[RouteStats]:
+    """The statistics of all layers with their counts summed over the ranks that hold the same
+    heads, in one reduction."""
+    mesh = layout.mesh
+    if mesh.size == 1 or not stats:
+        return stats
+    split = mesh.hp.size > 1 and not reads_token
+    counts = torch.stack([s.counts_HE for s in stats])
+    sum_over(mesh.routers if split else mesh.world, counts, mesh, "counts")
+    return [s._replace(counts_HE=c) for s, c in zip(stats, counts, strict=True)]
+
+
+def global_stats(
+    routes: Sequence[RouteStats], sums: Tensor, layout: Layout, reads_token: bool
+) -> tuple[list[RouteStats], Tensor]:
+    """Statistics of all heads over the whole batch, and `sums` (float64 `[n]`) added up over the
+    ranks: one reduction of everything that a step has to tell.
+
+    Counts are summed, the rest is averaged over the ranks that routed tokens of a head.
+    """
+    mesh = layout.mesh
+    if mesh.size == 1:
+        return list(routes), sums
+    split = mesh.hp.size > 1 and not reads_token
+    hp = mesh.hp.size if split else 1
+    share = hp / mesh.size  # of one rank in a mean over the ranks that hold its heads
+
+    def place(x: Tensor) -> Tensor:
+        """`[H_local, …]` among all heads `[H, …]`."""
+        if not split or x.dim() == 0:
+            return x
+        whole = x.new_zeros(hp, *x.shape)
+        whole[mesh.hp.index] = x
+        return whole.flatten(0, 1)
+
+    parts: list[Tensor] = []
+    for route in routes:
+        for name, value in route._asdict().items():
+            if value is not None:
+                scale = 1.0 if name == "counts_HE" else share if value.dim() else 1 / mesh.size
+                parts.append(place(value.detach().double() * scale))
+    flat = torch.cat([sums.to(mesh.device), *(p.flatten() for p in parts)])
+    sum_over(mesh.world, flat, mesh, "statistics")
+    pieces = iter(flat[len(sums) :].split([p.numel() for p in parts]))
+    shapes = iter(parts)
+    found = []
+    for route in routes:
+        values = {
+            name: None if value is None else next(pieces).view_as(next(shapes)).to(value.dtype)
+            for name, value in route._asdict().items()
+        }
+        found.append(RouteStats(**values))  # type: ignore[arg-type]
+    return found, flat[: len(sums)]
+
+
+def _grad(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return p.grad

@@ -1,0 +1,82 @@
+"""Which part of a parameter or buffer lies on which rank.
+
+Every tensor has a global name and a global shape, whatever the mesh; a rank holds a slice of it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headway.model.balance import RouteStats
+from headway.model.moe import MoE
+from headway.model.transformer import Transformer
+from headway.parallel.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Of one tensor."""
+
+    axes: tuple[Axis, ...]
+    """Dim i is split evenly over axes[i]; further dims are whole."""
+    replicas: Axis
+    """The ranks that hold the same slice; their gradients are added up."""
+    first: bool
+    """Whether this rank is the first of them: it counts the slice in global sums."""
+
+    def local(self, whole: Tensor) -> Tensor:
+        """This rank's slice, a view."""
+        for dim, axis in enumerate(self.axes):
+            each = whole.shape[dim] // axis.size
+            whole = whole.narrow(dim, axis.index * each, each)
+        return whole
+
+    def global_shape(self, local: torch.Size) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        sizes = [axis.size for axis in self.axes] + [1] * (len(local) - len(self.axes))
+        return tuple(n * size for n, size in zip(local, sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placement of every parameter and buffer of a model, by name."""
+
+    mesh: Mesh
+    placements: dict[str, Placement]
+
+    def local_heads(self, stats: RouteStats, layer: MoE) -> RouteStats:
+        """Of statistics of all heads, those of the heads whose router is here."""
+        H = layer.router.w_HEL.shape[0]
+        if stats.counts_HE.shape[0] == H:
+            return stats
+        mine = slice(self.mesh.hp.index * H, (self.mesh.hp.index + 1) * H)
+        return RouteStats(*(x if x is None or x.dim() == 0 else x[mine] for x in stats))
+
+
+def split(model: Transformer, mesh: Mesh) -> Layout:
+    """Leaves on this rank its slices of a whole model, in place, and says what lies where."""
+    first = mesh.dp.index == 0
+    whole = Placement((), mesh.world, mesh.rank == 0)
+    experts = Placement((mesh.hp, mesh.ep), mesh.dp, first)
+    routers = Placement((mesh.hp,), mesh.routers, mesh.routers.index == 0)
+    placements = {name: whole for name, _ in _tensors(model)}
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, MoE):
+            continue
+        parts: list[tuple[str, nn.Module, Placement]] = [("experts", layer.experts, experts)]
+        if mesh.hp.size > 1 and not layer.reads_token:
+            parts.append(("router", layer.router, routers))
+        for part, module, placement in parts:
+            for name, tensor in _tensors(module):
+                placements[f"{prefix}.{part}.{name}"] = placement
+                with torch.no_grad():
+                    # a copy, so that the memory of the whole is given back
+                    tensor.set_(placement.local(tensor).clone())  # type: ignore[call-overload]
+    return Layout(mesh, placements)
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from headway.config import UsageError
+from headway.config import RankError, UsageError
 from headway.options import override, parse, print_json, take, take_switch
 from headway.train_command import recipe_names, recipe_word, train
 
@@ -32,7 +32,9 @@ VERBS = {
 
 
 def run() -> None:
-    """Entry point of the `headway` command."""
+    """Entry point of the `headway` command. Under torchrun only rank 0 speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.exit(main())
 
 
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verb(args)
     except UsageError as error:
-        print(f"headway: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"headway: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("headway: interrupted", file=sys.stderr)

@@ -15,6 +15,10 @@ class UsageError(ValueError):
     """A mistake of the user: the command line prints its text as one line and exits with code 2."""
 
 
+class RankError(UsageError):
+    """A mistake that only one rank of a mesh met: that rank prints it."""
+
+
 Activation = Literal["swiglu", "relu2", "gelu"]
 RouterGate = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 

@@ -210,28 +210,41 @@ def _check_run(config: Config) -> None:
 
 
 def _check_mesh(config: Config) -> None:
-    mesh, moe = config.mesh, config.model.moe
+    mesh, moe, data = config.mesh, config.model.moe, config.data
     _at_least(("mesh.dp", mesh.dp, 1), ("mesh.hp", mesh.hp, 1), ("mesh.ep", mesh.ep, 1))
+    _above_zero(("mesh.timeout", mesh.timeout))
+    if not 1 <= mesh.chunks <= 4:
+        raise UsageError(f"mesh.chunks={mesh.chunks} is outside 1 to 4; use 1, 2 or 4")
     if mesh.hp > 1 and moe.kind != "multi_head_latent":
         raise UsageError(
             f"mesh hp={mesh.hp} shares the heads of a Multi-Head LatentMoE, and kind={moe.kind}; "
             "use hp=1"
         )
+    if mesh.ep > 1 and moe.kind == "dense":
+        raise UsageError(f"mesh ep={mesh.ep} shares experts, and kind=dense has none; use dp")
     for axis, size, name, parts in (
         ("hp", mesh.hp, "n_heads", moe.n_heads),
         ("ep", mesh.ep, "n_experts", moe.n_experts),
-        ("dp", mesh.dp, "batch_size", config.data.batch_size),
     ):
-        if parts % size and not (axis == "ep" and moe.kind == "dense"):
+        if parts % size:
+            more = "; more ranks go to ep or dp" if axis == "hp" and size > parts else ""
             raise UsageError(
                 f"mesh needs {axis}={size} to divide {name}={parts}; "
-                f"use {axis}={_list(_divisors(parts))}"
+                f"use {axis}={_list(_divisors(parts))}{more}"
             )
-    wanted = mesh.dp * mesh.hp * mesh.ep
-    if wanted != 1:
+    world = mesh.dp * mesh.hp * mesh.ep
+    at_once = world * (data.micro_batch_size or 1)
+    if data.batch_size % at_once:
+        fit = -(-data.batch_size // at_once) * at_once
+        micro = f" × micro_batch_size={data.micro_batch_size}" if data.micro_batch_size else ""
         raise UsageError(
-            f"mesh dp={mesh.dp}, hp={mesh.hp}, ep={mesh.ep} needs {wanted} processes; "
-            "this version runs 1 process: use dp=1, hp=1 and ep=1"
+            f"a mesh of {world} ranks{micro} must divide batch_size={data.batch_size}, so that "
+            f"every rank has as many rows; use batch_size {fit}"
+        )
+    if world > 1 and config.run.compile:
+        raise UsageError(
+            f"run.compile=True and a mesh of {world} ranks: the collectives are not traced yet; "
+            "use run.compile=False"
         )
 
 

@@ -64,8 +64,17 @@ MISTAKES = {
         BASE, mesh=MeshConfig(hp=3)
     ),
     "mesh needs ep=3 to divide n_experts=8": replace(BASE, mesh=MeshConfig(ep=3)),
-    "mesh needs dp=3 to divide batch_size=8": replace(BASE, mesh=MeshConfig(dp=3)),
-    "needs 4 processes; this version runs 1": replace(BASE, mesh=MeshConfig(hp=2, ep=2)),
+    "a mesh of 3 ranks must divide batch_size=8": replace(BASE, mesh=MeshConfig(dp=3)),
+    "4 ranks × micro_batch_size=4 must divide batch_size=8": replace(
+        BASE, mesh=MeshConfig(dp=4), data=DataConfig(micro_batch_size=4)
+    ),
+    "more ranks go to ep or dp": replace(BASE, mesh=MeshConfig(hp=64)),
+    "kind=dense has none": replace(moe(kind="dense"), mesh=MeshConfig(ep=2)),
+    "mesh.chunks=5 is outside 1 to 4": replace(BASE, mesh=MeshConfig(chunks=5)),
+    "mesh.timeout=0": replace(BASE, mesh=MeshConfig(timeout=0)),
+    "the collectives are not traced": replace(
+        BASE, mesh=MeshConfig(dp=2), run=RunConfig(compile=True)
+    ),
     "shares the heads": replace(moe(kind="moe", n_heads=1), mesh=MeshConfig(hp=2)),
     "mesh.dp=0 is below 1": replace(BASE, mesh=MeshConfig(dp=0)),
     "micro_batch_size=3 must divide data.batch_size=8; use 1, 2, 4 or 8": replace(
@@ -217,7 +226,13 @@ def test_the_fix_for_a_mesh_works(heads, hp):
     )
     with pytest.raises(UsageError) as caught:
         validate(config)
-    proposed = str(caught.value).rpartition("use hp=")[2].replace(" or ", ", ").replace(", …", "")
+    proposed = (
+        str(caught.value)
+        .rpartition("use hp=")[2]
+        .partition(";")[0]
+        .replace(" or ", ", ")
+        .replace(", …", "")
+    )
     assert all(heads % int(n) == 0 for n in proposed.split(", "))
 
 

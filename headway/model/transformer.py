@@ -50,9 +50,7 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.mixer.step(self.norm1(x_BSD), state)
         return self._feed_forward(x_BSD, ranks)[0]
 
-    def _feed_forward(
-        self, x_BSD: Tensor, ranks: Ranks | None
-    ) -> tuple[Tensor, RouteStats | None]:
+    def _feed_forward(self, x_BSD: Tensor, ranks: Ranks | None) -> tuple[Tensor, RouteStats | None]:
         z_BSD = self.norm2(x_BSD)
         if isinstance(self.ffn, MoE):
             y_BSD, stats = self.ffn(z_BSD, ranks=ranks)
@@ -136,9 +134,7 @@ class Transformer(nn.Module):
         ]
 
     @torch.no_grad()
-    def step(
-        self, tokens_BS: Tensor, state: list[KVState], ranks: Ranks | None = None
-    ) -> Tensor:
+    def step(self, tokens_BS: Tensor, state: list[KVState], ranks: Ranks | None = None) -> Tensor:
         """Append tokens (a prompt, or one per sequence) and return the logits after the last,
         float32 `[B, V]`.
         """

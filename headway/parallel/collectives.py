@@ -10,7 +10,7 @@ P ranks on the axis · N rows. Several tensors of the same rows travel as one me
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,11 @@ from torch import Tensor
 
 from headway.parallel.mesh import Axis
 from headway.parallel.traffic import Traffic
+
+try:
+    from torch.distributed import all_gather_single as _all_gather
+except ImportError:  # before torch 2.13
+    from torch.distributed import all_gather_into_tensor as _all_gather
 
 T = TypeVar("T")
 
@@ -102,7 +107,7 @@ def _collect(x: Tensor, wire: Wire) -> _Message:
     x, axis = x.contiguous(), wire.axis
     received = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     wire.traffic.add(axis.name, wire.purpose, (axis.size - 1) * x.shape[0] * _row_bytes(x))
-    work = dist.all_gather_into_tensor(received, x, group=axis.group, async_op=True)
+    work = _all_gather(received, x, group=axis.group, async_op=True)
     return _Message(wire, received, work)
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headway.model.moe import Arriving
-from headway.model.transformer import Transformer
 from headway.model.router import Route
+from headway.model.transformer import Transformer
 from headway.parallel import expert, head
 from headway.parallel.collectives import Ready, Wire
 from headway.parallel.mesh import Mesh
@@ -42,9 +42,7 @@ class Exchange:
         n = max(n for n in range(1, self.n_chunks + 1) if len(x_TD) % n == 0)
         return x_TD.chunk(n)
 
-    def scatter(
-        self, z_THL: Tensor, route: Route | None
-    ) -> Arriving[tuple[Tensor, Route | None]]:
+    def scatter(self, z_THL: Tensor, route: Route | None) -> Arriving[tuple[Tensor, Route | None]]:
         """Sub-tokens to the ranks of their heads, with their route if there is one already."""
         if self.mesh.hp.size == 1:
             return Ready((z_THL, route))

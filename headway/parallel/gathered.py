@@ -1,5 +1,7 @@
 """Whole tensors from the slices of all ranks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,16 +10,20 @@ from headway.parallel.exchange import Spread
 from headway.parallel.mesh import Axis
 
 
-def whole(slices: dict[str, Tensor], spread: Spread) -> dict[str, Tensor]:
-    """Every tensor at its global shape, on every rank; names as they are. Collective."""
-    return {name: _whole(name, x, spread) for name, x in slices.items()}
+def whole(
+    slices: dict[str, Tensor], spread: Spread, owner: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """Every tensor at its global shape, on every rank; names as they are. Collective.
 
-
-def _whole(name: str, x: Tensor, spread: Spread) -> Tensor:
-    placement = spread.layout.placements.get(name)
-    for dim, axis in enumerate(placement.axes if placement else ()):
-        x = _join(x, dim, axis)
-    return x
+    `owner` gives the parameter in whose place a tensor lies, for optimiser states.
+    """
+    found = {}
+    for name, x in slices.items():
+        placement = spread.layout.placements.get(owner(name))
+        for dim, axis in enumerate(placement.axes if placement else ()):
+            x = _join(x, dim, axis)
+        found[name] = x
+    return found
 
 
 def _join(x: Tensor, dim: int, axis: Axis) -> Tensor:

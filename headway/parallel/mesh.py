@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from headway.config import MeshConfig, UsageError
 from headway.parallel.traffic import Traffic
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Mesh:
     """Where this process stands. `Mesh()` is a single process; `launch` and `fake` make the
     others."""
 
-    config: MeshConfig = MeshConfig()
+    config: MeshConfig = field(default_factory=MeshConfig)
     rank: int = 0
     dp: Axis = Axis("dp")
     hp: Axis = Axis("hp")
@@ -51,7 +54,7 @@ class Mesh:
     routers: Axis = Axis("routers")
     """dp × ep: the ranks that hold the same heads."""
     device_mesh: DeviceMesh | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this rank's tensors lie, for small reductions."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
@@ -59,6 +62,41 @@ class Mesh:
     def size(self) -> int:
         """Number of ranks."""
         return self.world.size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes the files and speaks to people."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.world.group)
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, for decisions that all ranks must take alike."""
+        if self.size == 1:
+            return value
+        agreed = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(agreed, src=0)
+        return float(agreed)
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, in rank order; anything that can be pickled."""
+        found: list[T] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    @contextmanager
+    def one_per_host(self) -> Iterator[None]:
+        """The first rank of every host runs the body before the others do: it fills caches."""
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if not first:
+            self.barrier()
+        yield
+        if first:
+            self.barrier()
 
     def __str__(self) -> str:
         return f"dp={self.dp.size}, hp={self.hp.size}, ep={self.ep.size}"
@@ -82,7 +120,7 @@ def launch(config: MeshConfig, device: torch.device = torch.device("cpu")) -> It
             f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {wanted} processes and "
             f"there {'is 1' if world == 1 else f'are {world}'}; "
             + (
-                f"start it with: torchrun --nproc-per-node {wanted} -m headway train …"
+                f"start it with: torchrun --nproc-per-node {wanted} -m -- headway train …"
                 if world == 1
                 else f"use --mesh with a product of {world}"
             )

@@ -46,6 +46,11 @@ class Layout:
     mesh: Mesh
     placements: dict[str, Placement]
 
+    def slice(self, name: str, whole: Tensor) -> Tensor:
+        """What of a whole tensor lies here; a view."""
+        placement = self.placements.get(name)
+        return whole if placement is None else placement.local(whole)
+
     def local_heads(self, stats: RouteStats, layer: MoE) -> RouteStats:
         """Of statistics of all heads, those of the heads whose router is here."""
         H = layer.router.w_HEL.shape[0]

@@ -150,3 +150,20 @@ class JsonlSink:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NoSink:
+    """The sink of a rank that writes no records."""
+
+    def write(self, record: Mapping) -> None:
+        """Nothing."""
+
+    def resume_at(self, step: int) -> int:
+        """Nothing to drop."""
+        return 0
+
+    def __enter__(self) -> "NoSink":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

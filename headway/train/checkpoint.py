@@ -30,6 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from headway.config import ModelConfig, UsageError, from_dict
+from headway.parallel.exchange import ALONE, Spread
+from headway.parallel.gathered import whole
+from headway.parallel.shard import Layout
 from headway.train.optim import Optimizers
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "state.json")
@@ -53,7 +56,7 @@ def save(
     config: ModelConfig,
     state: dict[str, Any],
     keep: int = 2,
-    layout: Layout | None = None,
+    spread: Spread = ALONE,
 ) -> Path:
     """Writes `checkpoints/step-{step:06d}`, then removes all but the newest `keep`; returns its
     path.
@@ -62,20 +65,53 @@ def save(
     when the disk is full or cannot be written; then nothing of this checkpoint is left and the
     earlier ones are untouched.
     """
+    mesh = spread.mesh
     parent = folder(run_dir)
     final = parent / f"step-{step:06d}"
+    # every rank brings its slices, the first one writes
+    weights = whole(_model_tensors(model), spread)
+    moments = whole(optimizers.tensors(), spread, owner=_parameter_of)
+    random = mesh.collect(_rng_state())
+    problem = ""
+    if mesh.leads:
+        counts = {"step": step, "updates": optimizers.adamw.updates}
+        try:
+            _write(final, weights, moments, config, {**state, **counts, "rng": random})
+        except CheckpointError as error:
+            problem = str(error)
+    problem = mesh.collect(problem)[0]
+    if problem:
+        raise CheckpointError(problem)
+    if mesh.leads:
+        _remove_old(parent, keep)
+    return final
+
+
+def _parameter_of(moment: str) -> str:
+    """`layers.0.norm1.weight.exp_avg` → `layers.0.norm1.weight`."""
+    return moment.rpartition(".")[0]
+
+
+def _write(
+    final: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    config: ModelConfig,
+    state: dict[str, Any],
+) -> None:
+    """The folder of a checkpoint, whole or not at all."""
+    parent = final.parent
     temporary = parent / f".tmp-{final.name}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.glob(".tmp-*"):  # of a process that was killed while it wrote
             shutil.rmtree(stale)
         temporary.mkdir()
-        save_file(_model_tensors(model), temporary / FILES[0], metadata={"format": "pt"})
+        save_file(weights, temporary / FILES[0], metadata={"format": "pt"})
         _write_json(temporary / FILES[1], {"model_type": "headway", **dataclasses.asdict(config)})
-        tensors = {name: t.contiguous() for name, t in optimizers.tensors().items()}
+        tensors = {name: t.contiguous() for name, t in moments.items()}
         save_file(tensors, temporary / FILES[2], metadata={"format": "pt"})
-        counts = {"step": step, "updates": optimizers.adamw.updates}
-        _write_json(temporary / FILES[3], {**state, **counts, "rng": _rng_state()})
+        _write_json(temporary / FILES[3], state)
         manifest = {name: _fingerprint(temporary / name) for name in FILES}
         _write_json(temporary / "manifest.json", {"files": manifest})
         for path in (*temporary.iterdir(), temporary):
@@ -90,9 +126,8 @@ def save(
         _sync(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        step = state["step"]
         raise CheckpointError(f"checkpoint at step {step} was not written: {error}") from error
-    _remove_old(parent, keep)
-    return final
 
 
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -144,9 +179,9 @@ def read_config(path: Path) -> ModelConfig:
     return from_dict(ModelConfig, values)
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def load_model(path: Path, model: nn.Module, layout: Layout = ALONE.layout) -> None:
     """Copies the weights and buffers of a checkpoint into `model`, whose names and shapes must be
-    the same."""
+    the same; of each tensor the slice that lies here, whatever mesh wrote it."""
     targets = _model_tensors(model)
     with safe_open(path / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
@@ -157,7 +192,7 @@ def load_model(path: Path, model: nn.Module) -> None:
             )
         with torch.no_grad():
             for name, target in targets.items():
-                value = file.get_tensor(name)
+                value = layout.slice(name, file.get_tensor(name))
                 if value.shape != target.shape:
                     raise CheckpointError(
                         f"{path.name}: {name} is {tuple(value.shape)} in the file and "
@@ -167,17 +202,24 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 
 def load(
-    path: Path, model: nn.Module, optimizers: Optimizers, config: ModelConfig
+    path: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    config: ModelConfig,
+    layout: Layout = ALONE.layout,
 ) -> dict[str, Any]:
     """Restores model, optimisers and random number generators; returns the rest of the state.
 
     Raises `UsageError` naming the first field in which the architecture differs from `config`.
     """
     check_architecture(read_config(path), config)
-    load_model(path, model)
+    load_model(path, model, layout)
     state = json.loads((path / "state.json").read_text())
-    optimizers.load_tensors(load_file(path / "optimizer.safetensors"), state["updates"])
-    _set_rng_state(state["rng"])
+    moments = load_file(path / "optimizer.safetensors")
+    here = {name: layout.slice(_parameter_of(name), x) for name, x in moments.items()}
+    optimizers.load_tensors(here, state["updates"])
+    if len(state["rng"]) == layout.mesh.size:  # on another mesh the random numbers are others
+        _set_rng_state(state["rng"][layout.mesh.rank])
     return state
 
 

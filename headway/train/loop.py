@@ -1,19 +1,23 @@
 """The training loop, from a config to a result."""
 
+import dataclasses
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from headway.config import Config
+from headway.config import Config, RankError, UsageError
 from headway.data.shards import prepare
 from headway.data.stream import Stream
-from headway.data.tokenizer import load_tokenizer
+from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.model.transformer import Transformer
+from headway.parallel.exchange import spread
+from headway.parallel.mesh import Mesh, launch
 from headway.report.provenance import provenance
-from headway.report.sinks import JsonlSink
+from headway.report.sinks import JsonlSink, NoSink
 from headway.train import checkpoint, folder
 from headway.train.allocator import set_allocator
 from headway.train.evaluate import count_targets, micro_batches
@@ -52,8 +56,32 @@ def train(
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     resolved = resolve(config, tokenizer.vocab_size)
+    with launch(resolved.config.mesh, resolved.device) as mesh:
+        resolved = dataclasses.replace(resolved, device=mesh.device)
+        try:
+            return _train(mesh, resolved, tokenizer, resume, overwrite, recipe_source, log)
+        except UsageError as error:
+            raise RankError(f"rank {mesh.rank}: {error}") if mesh.rank else error from None
+
+
+def _train(
+    mesh: Mesh,
+    resolved: Resolved,
+    tokenizer: Tokenizer,
+    resume: Path | None,
+    overwrite: bool,
+    recipe_source: str,
+    log: Log,
+) -> dict[str, Any]:
+    """`train` on one of the ranks of a mesh."""
+    log = log if mesh.leads else _silent
     config = resolved.config
-    run, optim, balance = config.run, config.optim, config.model.moe.balance
+    run, optim, balance, micro = (
+        config.run,
+        config.optim,
+        config.model.moe.balance,
+        config.data.micro_batch_size,
+    )
     run_dir = resume or Path(run.dir or f"runs/{config.recipe or 'run'}")
     found = folder.find_checkpoint(run_dir) if resume else (None, [])
     if found[0] is not None:
@@ -64,20 +92,27 @@ def train(
         set_allocator(run.allocator)
 
     # before the run folder is touched: a wrong --data must not clear a run
-    stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
+    with mesh.one_per_host():
+        stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
     model = Transformer(
         config.model, dtype=resolved.dtype, recompute=run.recompute, seed=run.seed
     ).to(resolved.device)
-    folder.open_folder(run_dir, resume is not None, overwrite)
-    if resume is None:
-        folder.write_run(run_dir, _run_info(resolved, model, recipe_source))
-    _announce(resolved, model, run_dir, log)
+    apart = spread(model, mesh)
+    if mesh.leads:
+        folder.open_folder(run_dir, resume is not None, overwrite)
+        if resume is None:
+            folder.write_run(run_dir, _run_info(resolved, model, recipe_source))
+    _announce(resolved, mesh, model, run_dir, log)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype)
-    torch.manual_seed(run.seed)  # of router noise and jitter; weights and samples have their own
+    # of router noise and jitter, other ones on every rank; weights and samples have their own
+    torch.manual_seed(run.seed + (mesh.rank << 32))
     progress = Progress(SpikeDetector(optim.spike))
 
-    with JsonlSink(run_dir / "metrics.jsonl") as sink, Interrupt() as interrupt:
-        side = Run(config, run_dir, model, optimizers, stream, tokenizer, progress, sink, log)
+    sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.leads else NoSink()
+    with sink, Interrupt() as interrupt:
+        side = Run(
+            config, run_dir, model, optimizers, stream, tokenizer, progress, sink, log, apart
+        )
         if resume is not None:
             progress = side.restore(*found)
         if run.compile:
@@ -85,26 +120,37 @@ def train(
                 block.compile()
         if progress.step == 0:
             side.evaluate()
+        asked = ""
 
         while progress.step < optim.steps and not progress.why_stop(run):
             started = time.perf_counter()
-            batch = stream.batch(progress.step)
+            batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
             targets, n_bytes = count_targets(batch, side.token_bytes_V)
-            micros = micro_batches(batch, config.data.micro_batch_size, resolved.device)
+            micros = micro_batches(batch, micro, resolved.device)
             rate = lr_factor(progress.step, optim)
-            got = gradient(model, micros, targets, balance)
-            reason = _reason_to_skip(got, targets, progress.spikes)
+            got = gradient(
+                model,
+                micros,
+                targets,
+                balance,
+                apart,
+                n_bytes=n_bytes,
+                signal=bool(interrupt.requested),
+            )
+            reason = _reason_to_skip(got, progress.spikes)
             if not reason:
-                update(model, optimizers, got, rate, optim, balance)
-                progress.spikes.add(got.nats / targets)
+                update(model, optimizers, got, rate, optim, balance, apart)
+                progress.spikes.add(got.nats / got.targets)
                 progress.interval.add_step(
-                    got.nats, targets, n_bytes, got.balance, got.norm, got.routes
+                    got.nats, got.targets, got.bytes, got.balance, got.norm, got.routes
                 )
             optimizers.zero_grad()
             progress.step += 1
             elapsed = time.perf_counter() - started
+            if run.max_seconds:  # all ranks must stop at the same step
+                elapsed = mesh.agree(elapsed)
             progress.seconds += elapsed
-            progress.interval.add_time(batch.tokens_BS.numel(), elapsed)
+            progress.interval.add_time(batch.tokens_BS.numel() * mesh.size, elapsed)
 
             side.count_skip(reason)
             last = progress.step == optim.steps or progress.out_of_time(run)
@@ -115,17 +161,27 @@ def train(
             last = last or bool(progress.why_stop(run))
             if last or progress.step % run.sample_every == 0:
                 side.sample()
-            if last or interrupt.requested or progress.step % run.checkpoint_every == 0:
+            asked = interrupt.requested if mesh.size == 1 else _asked(got.signals, interrupt)
+            if last or asked or progress.step % run.checkpoint_every == 0:
                 side.save()
-            if interrupt.requested:
+            if asked:
                 break
-        return side.finish(interrupt.requested)
+        return side.finish(asked)
 
 
-def _reason_to_skip(got: Gradient, targets: int, spikes: SpikeDetector) -> str:
+def _asked(signals: int, interrupt: Interrupt) -> str:
+    """The signal after which all ranks end together: one that came before this step began."""
+    return (interrupt.requested or "a signal to another rank") if signals else ""
+
+
+def _silent(_: str) -> None:
+    """The log of the ranks that do not lead."""
+
+
+def _reason_to_skip(got: Gradient, spikes: SpikeDetector) -> str:
     """Why the update of a step is not applied; empty for an ordinary step."""
-    loss = got.nats / targets if targets else math.nan
-    if not targets:
+    loss = got.nats / got.targets if got.targets else math.nan
+    if not got.targets:
         return "no valid targets"
     if not math.isfinite(loss + got.balance):
         return f"loss {loss}"
@@ -147,7 +203,7 @@ def _run_info(resolved: Resolved, model: Transformer, recipe_source: str) -> dic
     }
 
 
-def _announce(resolved: Resolved, model: Transformer, run_dir: Path, log: Log) -> None:
+def _announce(resolved: Resolved, mesh: Mesh, model: Transformer, run_dir: Path, log: Log) -> None:
     """What will run, before step 0."""
     for name, sentence in resolved.derived.items():
         log(f"{name} = {sentence}")
@@ -162,3 +218,5 @@ def _announce(resolved: Resolved, model: Transformer, run_dir: Path, log: Log) -
         f"{str(resolved.dtype).removeprefix('torch.')}, expert activations {kept}, "
         f"{'compiled' if run.compile else 'not compiled'}"
     )
+    if mesh.size > 1:
+        log(f"mesh: {mesh.size} ranks, {mesh}, over {dist.get_backend()}")

@@ -58,8 +58,11 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
             f"use {vocab_size} or more, or 0"
         )
     if not data.micro_batch_size:
-        data = dataclasses.replace(data, micro_batch_size=data.batch_size)
-        derived["data.micro_batch_size"] = f"{data.batch_size}: the whole batch in one pass"
+        world = config.mesh.dp * config.mesh.hp * config.mesh.ep
+        data = dataclasses.replace(data, micro_batch_size=data.batch_size // world)
+        derived["data.micro_batch_size"] = f"{data.micro_batch_size}: " + (
+            "the whole batch in one pass" if world == 1 else f"one pass on each of {world} ranks"
+        )
     if not run.eval_every:
         every = max(1, config.optim.steps // 10)
         run = dataclasses.replace(run, eval_every=every)

@@ -15,9 +15,10 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
+from headway.parallel.exchange import ALONE, Spread
 from headway.report.html import write_report
 from headway.report.metrics import progress_line
-from headway.report.sinks import JsonlSink
+from headway.report.sinks import JsonlSink, NoSink
 from headway.train import checkpoint
 from headway.train.checkpoint import CheckpointError
 from headway.train.evaluate import evaluate
@@ -45,8 +46,9 @@ class Run:
     stream: Stream
     tokenizer: Tokenizer
     progress: Progress
-    sink: JsonlSink
+    sink: JsonlSink | NoSink
     log: Log
+    spread: Spread = ALONE
     saved: Path | None = None
     saved_step: int = -1
     error: str = ""
@@ -68,7 +70,9 @@ class Run:
             self.sink.resume_at(-1)
             self.log(f"resume: {self.dir} has no checkpoint yet; starting over at step 0")
             return self.progress
-        state = checkpoint.load(path, self.model, self.optimizers, self.config.model)
+        state = checkpoint.load(
+            path, self.model, self.optimizers, self.config.model, self.spread.layout
+        )
         for name, value in self._identity().items():
             if state[name] != value:
                 raise UsageError(
@@ -77,7 +81,8 @@ class Run:
                 )
         self.progress = Progress.from_dict(state["progress"], self.config.optim.spike)
         self.saved, self.saved_step = path, self.progress.step
-        checkpoint.set_aside_after(self.dir, self.progress.step)
+        if self.spread.mesh.leads:
+            checkpoint.set_aside_after(self.dir, self.progress.step)
         self.sink.resume_at(self.progress.step)
         self.event("resumed", "; ".join([f"from {path.name}", *problems]))
         self.log(f"resumed from {path} at step {self.progress.step}")
@@ -141,7 +146,12 @@ class Run:
         """Validation, always on the same batches."""
         data, n_batches = self.config.data, self.config.run.eval_batches
         found = evaluate(
-            self.model, self.stream, self.token_bytes_V, n_batches, data.micro_batch_size
+            self.model,
+            self.stream,
+            self.token_bytes_V,
+            n_batches,
+            data.micro_batch_size,
+            self.spread,
         )
         self.progress.evaluated(found)
         self.write(dataclasses.asdict(found))
@@ -156,7 +166,14 @@ class Run:
         if not run.sample_tokens:
             return
         text = generate(
-            self.model, self.tokenizer, run.sample_prompt, run.sample_tokens, 0.8, 50, seed=run.seed
+            self.model,
+            self.tokenizer,
+            run.sample_prompt,
+            run.sample_tokens,
+            0.8,
+            50,
+            seed=run.seed,
+            ranks=self.spread.exchange,
         )
         self.progress.sample = text
         self.write({"prompt": run.sample_prompt, "sample": text})
@@ -177,6 +194,7 @@ class Run:
                 self.config.model,
                 state,
                 self.config.run.keep_checkpoints,
+                self.spread,
             )
             self.saved_step, self.error = self.progress.step, ""
         except CheckpointError as error:
@@ -223,6 +241,8 @@ class Run:
 
     def report(self) -> str | None:
         """Writes report.html; returns its path, None when it could not be written."""
+        if not self.spread.mesh.leads:
+            return None
         try:
             return str(write_report([self.dir], self.dir / "report.html"))
         except (OSError, UsageError) as error:

@@ -83,9 +83,7 @@ def gradient(
     sum_gradients(model, layout)
     norm = grad_norm(model, layout)
     sums = torch.stack([nats, balance_sum])
-    merged, sums = global_stats(
-        [merge_stats(parts) for parts in routes], sums, layout, reads_token
-    )
+    merged, sums = global_stats([merge_stats(parts) for parts in routes], sums, layout, reads_token)
     # The one wait for the device in a step.
     values = torch.cat([sums, sizes, norm.double().unsqueeze(0)]).tolist()
     nats_sum, even_sum, targets, text_bytes, signals, norm_value = values

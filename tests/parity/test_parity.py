@@ -1,9 +1,6 @@
 """N ranks equal one process: loss, every gradient, the norm, the clip factor and five updates, in
 float64."""
 
-import dataclasses
-import itertools
-
 import pytest
 import torch
 
@@ -17,7 +14,7 @@ from headway.config import (
 )
 from headway.data.stream import Batch
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import ALONE, spread
+from headway.parallel.exchange import spread
 from headway.parallel.gathered import whole
 from headway.train.evaluate import micro_batches
 from headway.train.optim import build_optimizers, clip_factor
@@ -29,8 +26,13 @@ ROWS = 16
 
 
 def model_config(kind="multi_head_latent", **changes):
-    values = {"n_heads": 4 if kind == "multi_head_latent" else 1, "n_experts": 8, "top_k": 3,
-              "d_expert": 8, "balance": BalanceConfig(aux=0.05, z=1e-3)}
+    values = {
+        "n_heads": 4 if kind == "multi_head_latent" else 1,
+        "n_experts": 8,
+        "top_k": 3,
+        "d_expert": 8,
+        "balance": BalanceConfig(aux=0.05, z=1e-3),
+    }
     moe = MoEConfig(kind=kind, **(values | changes))
     return ModelConfig(vocab_size=32, n_layers=2, d_model=32, n_heads=2, d_ff=32, moe=moe)
 
@@ -47,26 +49,36 @@ def train(mesh, config, optim, micro, whole_micro, skew=False):
     found = []
     for step in range(STEPS):
         at_once = mesh.size * micro
-        mine = [
-            r for i in range(0, ROWS, at_once)
-            for r in range(i + mesh.rank * micro, i + (mesh.rank + 1) * micro)
-        ] if mesh.size > 1 else list(range(ROWS))
+        mine = (
+            [
+                r
+                for i in range(0, ROWS, at_once)
+                for r in range(i + mesh.rank * micro, i + (mesh.rank + 1) * micro)
+            ]
+            if mesh.size > 1
+            else list(range(ROWS))
+        )
         generator = torch.Generator().manual_seed(step)
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
         targets[0, :5] = -1
         batch = Batch(tokens[mine], targets[mine], None)
         micros = micro_batches(batch, micro if mesh.size > 1 else whole_micro, torch.device("cpu"))
-        got = gradient(
-            model, micros, int((batch.targets_BS >= 0).sum()), config.moe.balance, apart
+        got = gradient(model, micros, int((batch.targets_BS >= 0).sum()), config.moe.balance, apart)
+        grads = whole(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, apart
         )
-        grads = whole({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, apart)
-        found.append({
-            "nats": got.nats, "balance": got.balance, "norm": got.norm, "targets": got.targets,
-            "clip": clip_factor(got.norm, optim.clip),
-            "counts": [r.counts_HE for r in got.routes],
-            "entropy": [r.entropy_H for r in got.routes],
-            "grads": grads,
-        })
+        found.append(
+            {
+                "nats": got.nats,
+                "balance": got.balance,
+                "norm": got.norm,
+                "targets": got.targets,
+                "clip": clip_factor(got.norm, optim.clip),
+                "counts": [r.counts_HE for r in got.routes],
+                "entropy": [r.entropy_H for r in got.routes],
+                "grads": grads,
+            }
+        )
         update(model, optimizers, got, 1.0, optim, config.moe.balance, apart)
         optimizers.zero_grad()
     return found, whole(dict(model.state_dict()), apart), mesh.traffic.total()
@@ -104,8 +116,21 @@ def check(ranks, mesh, config, optim=OPTIM, micro=None, one_micro=None, skew=Fal
         compare(one, answer)
 
 
-@pytest.mark.parametrize("axes", [(1, 2, 1), (1, 1, 2), (2, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2)],
-                         ids=lambda a: "dp{}-hp{}-ep{}".format(*a))
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (1, 2, 1),
+        (1, 1, 2),
+        (2, 1, 1),
+        (1, 4, 1),
+        (1, 1, 4),
+        (2, 2, 1),
+        (1, 2, 2),
+        (2, 1, 2),
+        (2, 2, 2),
+    ],
+    ids=lambda a: "dp{}-hp{}-ep{}".format(*a),
+)
 @pytest.mark.parametrize("reads", ["sub_token", "token"])
 def test_multi_head(ranks, axes, reads):
     check(ranks, MeshConfig(*axes), model_config(router=RouterConfig(reads=reads)))

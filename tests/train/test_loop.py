@@ -71,9 +71,9 @@ def _spoil(monkeypatch, at, **values):
     """Replaces what steps `at` (from 1) measured; returns the weights before each step."""
     inner, weights = loop.gradient, []
 
-    def spoiled(model, *rest):
+    def spoiled(model, *rest, **options):
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
-        got = inner(model, *rest)
+        got = inner(model, *rest, **options)
         return dataclasses.replace(got, **values) if len(weights) in at else got
 
     monkeypatch.setattr(loop, "gradient", spoiled)

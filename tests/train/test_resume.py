@@ -24,11 +24,11 @@ def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, a
     inner = loop.gradient
     calls = []
 
-    def interrupting(*arguments):
+    def interrupting(*arguments, **options):
         calls.append(None)
         if len(calls) == at:
             signal.raise_signal(signal.SIGINT)
-        return inner(*arguments)
+        return inner(*arguments, **options)
 
     monkeypatch.setattr(loop, "gradient", interrupting)
     lines = []
@@ -44,7 +44,7 @@ def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, a
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):
-    def twice(*_):
+    def twice(*_, **options):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still running")

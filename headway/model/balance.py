@@ -5,7 +5,7 @@ H heads · E experts per head · K chosen. Nothing here is attached by side effe
 `balance_loss` to the loss in one line and calls `update_bias` once per optimiser step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,18 @@ class RouteStats(NamedTuple):
 
     def detach(self) -> "RouteStats":
         """The same numbers without gradient."""
-        return RouteStats(*(None if value is None else value.detach() for value in self))
+        return self.map(Tensor.detach)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "RouteStats":
+        """Every tensor changed."""
+        return RouteStats(
+            counts_HE=change(self.counts_HE),
+            prob_HE=change(self.prob_HE),
+            z_H=change(self.z_H),
+            entropy_H=change(self.entropy_H),
+            dropped=change(self.dropped),
+            quantile_HE=None if self.quantile_HE is None else change(self.quantile_HE),
+        )
 
 
 def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:

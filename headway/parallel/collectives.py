@@ -115,6 +115,10 @@ def _row_bytes(x: Tensor) -> int:
     return math.prod(x.shape[1:]) * x.element_size()
 
 
+def _dense(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class _Layout:
     """How several tensors `[N, …]` lie in the rows of one message."""
 
@@ -129,7 +133,7 @@ class _Layout:
         n = parts[0].shape[0]
         rows = torch.empty(n, sum(self.bytes), dtype=torch.uint8, device=parts[0].device)
         for piece, part in zip(rows.split(self.bytes, 1), parts, strict=True):
-            piece.copy_(part.reshape(n, math.prod(part.shape[1:])).contiguous().view(torch.uint8))
+            piece.copy_(_dense(part.reshape(n, math.prod(part.shape[1:]))).view(torch.uint8))
         return rows
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -137,7 +141,8 @@ class _Layout:
         if len(self.kinds) == 1:
             return (rows,)
         return tuple(
-            piece.contiguous().view(dtype).view(rows.shape[0], *shape)
+            # a clone, since a piece of no rows or one is "contiguous" with the wide row's stride
+            _dense(piece).view(dtype).view(rows.shape[0], *shape)
             for piece, (dtype, shape) in zip(rows.split(self.bytes, 1), self.kinds, strict=True)
         )
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -194,10 +194,9 @@ def place(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
 
     # new_group is collective: every rank makes every group, in the same order
     table = whole.mesh
-    mine = None
-    for h in range(config.hp):
-        ranks = table[:, h].flatten().tolist()
-        group = dist.new_group(ranks) if len(ranks) < table.numel() else dist.group.WORLD
+    mine = dist.group.WORLD
+    for h in range(config.hp if config.hp > 1 else 0):
+        group = dist.new_group(table[:, h].flatten().tolist())
         mine = group if h == heads else mine
     place = rank // (config.hp * config.ep) * config.ep + rank % config.ep
     return Mesh(
@@ -207,7 +206,7 @@ def place(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
         hp=axis("hp"),
         ep=axis("ep"),
         world=Axis("world", table.numel(), rank, dist.group.WORLD),
-        routers=Axis("routers", config.dp * config.ep, place, mine),
+        routers=Axis("routers", config.dp * config.ep, place, cast(dist.ProcessGroup, mine)),
         device_mesh=whole,
         device=device,
     )

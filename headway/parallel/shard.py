@@ -57,7 +57,7 @@ class Layout:
         if stats.counts_HE.shape[0] == H:
             return stats
         mine = slice(self.mesh.hp.index * H, (self.mesh.hp.index + 1) * H)
-        return RouteStats(*(x if x is None or x.dim() == 0 else x[mine] for x in stats))
+        return stats.map(lambda x: x[mine] if x.dim() else x)
 
 
 def split(model: Transformer, mesh: Mesh) -> Layout:

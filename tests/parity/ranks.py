@@ -5,6 +5,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ class Pool:
     """Up to `size` gloo ranks on this machine."""
 
     def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
@@ -31,18 +36,26 @@ class Pool:
             self.processes.append(process)
 
     def run(self, mesh: MeshConfig, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(mesh, *args)` on every rank; what each returned."""
+        """`function(mesh, *args)` on every rank; what each returned. When one fails the others may
+        wait for it for ever, so all are started anew."""
         world = mesh.dp * mesh.hp * mesh.ep
+        answers: dict[int, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes[:world]:
                 pipe.send((os.path.join(folder, "store"), world, mesh, function, args))
-            answers = []
-            for rank, pipe in enumerate(self.pipes[:world]):
-                assert pipe.poll(TIMEOUT), f"rank {rank} does not answer"
-                answers.append(pipe.recv())
-        failed = [text for text, _ in answers if text]
-        assert not failed, "\n".join(failed)
-        return [value for _, value in answers]
+            while len(answers) < world:
+                missing = [rank for rank in range(world) if rank not in answers]
+                ready = wait([self.pipes[rank] for rank in missing], TIMEOUT)
+                problem = "" if ready else f"ranks {missing} do not answer"
+                for rank in missing:
+                    if self.pipes[rank] in ready:
+                        text, answers[rank] = self.pipes[rank].recv()
+                        problem = problem or text
+                if problem:
+                    self.close()
+                    self._start()
+                    raise AssertionError(problem)
+        return [answers[rank] for rank in range(world)]
 
     def close(self) -> None:
         for process in self.processes:

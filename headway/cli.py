@@ -17,6 +17,7 @@ import tyro
 
 from headway.config import UsageError
 from headway.options import override, parse, print_json, take, take_switch
+from headway.plan_command import plan
 from headway.train_command import recipe_names, recipe_word, train
 
 VERBS = {
@@ -27,6 +28,7 @@ VERBS = {
     "tokenize": "train a BPE tokenizer on your text",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
+    "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
 
@@ -72,6 +74,8 @@ def _verb(args: list[str]) -> int:
             return report(parse(Report, rest, "headway report"))
         case "describe":
             return describe(rest)
+        case "plan":
+            return plan(rest)
         case "--help" | "-h" | "help":
             print(_help())
             return 0

@@ -97,12 +97,25 @@ def _verb(args: list[str]) -> int:
 class Doctor:
     """What is here, which paths will run, and what each missing extra would add."""
 
+    measure: str = ""
+    """Measure this machine instead, for `headway plan --machine FILE`: matmuls, experts, attention,
+    memory and, under torchrun, the network. The file to write.
+    """
     json: bool = False
     """End with one JSON object."""
 
 
 def doctor(options: Doctor) -> int:
     """`headway doctor`."""
+    if options.measure:
+        from headway.measure import measure
+
+        found = measure(Path(options.measure), lambda line: print(line, flush=True))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{options.measure}: use it with `headway plan RECIPE --gpus N --machine FILE`")
+            print_json(options.json, found)
+        return 0
+
     from headway.doctor import examine, render
 
     found = examine()

@@ -34,7 +34,9 @@ class Machine:
     latency: float
     """Seconds per message of a collective, whatever its size."""
     efficiency: float = 0.6
-    """Share of the peak that large matmuls reach."""
+    """Share of the peak that matmuls of a model of D ≥ 1024 reach."""
+    narrow_efficiency: float = 0.3
+    """The same where D < 1024."""
     experts_efficiency: float = 0.4
     """Share of the peak that the experts reach, forward and backward."""
     attention_efficiency: float = 0.4
@@ -48,10 +50,12 @@ class Machine:
         """Where a number comes from."""
         return self.origin.get(name, "assumed" if name in _ASSUMED else "vendor")
 
-    def rate(self, kind: Literal["matmul", "experts", "attention"], bytes_per_value: int) -> float:
+    def rate(
+        self, kind: Literal["matmul", "experts", "attention"], bytes_per_value: int, d_model: int
+    ) -> float:
         """FLOP/s that are reached: the peak of the dtype times the share of it."""
         share = {
-            "matmul": self.efficiency,
+            "matmul": self.efficiency if d_model >= WIDE else self.narrow_efficiency,
             "experts": self.experts_efficiency,
             "attention": self.attention_efficiency,
         }[kind]
@@ -62,7 +66,15 @@ class Machine:
         return self.peak if bytes_per_value == 2 else self.peak_float32
 
 
-_ASSUMED = ("efficiency", "experts_efficiency", "attention_efficiency", "latency")
+WIDE = 1024
+"""Width D from which matmuls count as large."""
+_ASSUMED = (
+    "efficiency",
+    "narrow_efficiency",
+    "experts_efficiency",
+    "attention_efficiency",
+    "latency",
+)
 NUMBERS = tuple(f.name for f in fields(Machine) if f.name not in ("name", "origin", "dtype"))
 """The fields that are numbers."""
 
@@ -83,7 +95,7 @@ MACHINES: dict[str, Machine] = {
     "a100": Machine("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, _NDR, 5e-6),
     # Nobody's data sheet: a process with a few cores, gloo within a machine, 10 Gbit/s between.
     "cpu": Machine(
-        "a CPU process", 1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 0.8, 0.5, 0.3, _GUESSED
+        "a CPU process", 1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3, _GUESSED
     ),
 }
 """`--gpu` → the machine. Memory in decimal bytes, some 6 % less than the device reports: room for

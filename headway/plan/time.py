@@ -14,6 +14,8 @@
 comm = bytes / bandwidth + latency · messages, of the axis: the bandwidth within a node where every
 group of the axis lies in one, else that between nodes, for all of its bytes.
 
+The efficiency of matmuls is `narrow_efficiency` where D < 1024.
+
 What it leaves out, and why it still ranks: kernel launches, the data loader, stragglers, congestion
 and the checkpoint cost every mesh the same or are unknown. Memory traffic is a lower bound: what is
 kept for backward is written and read once, weights are read once forward and twice backward.
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from headway.config import Config
 from headway.plan.cost import flops
 from headway.plan.layout import Axis, Layout, used_parameters
-from headway.plan.machine import Machine
+from headway.plan.machine import WIDE, Machine
 from headway.plan.memory import by_muon
 from headway.plan.rank_memory import CAST, GATHERED
 from headway.plan.shape import Item, shape_of, total
@@ -84,11 +86,10 @@ def seconds(
     """The parts. `memory` and `wires` are the rank's, from `rank_memory.memory` and
     `wire.sent`."""
     config, machine, b = setting.config, setting.machine, setting.bytes_per_value
-    matmul, experts, attention = (
-        machine.rate("matmul", b),
-        machine.rate("experts", b),
-        machine.rate("attention", b),
-    )
+    D = config.model.d_model
+    share = "efficiency" if D >= WIDE else "narrow_efficiency"
+    matmul, experts = machine.rate("matmul", b, D), machine.rate("experts", b, D)
+    attention = machine.rate("attention", b, D)
     uneven = setting.imbalance if layout.ep > 1 else 1.0
     done = work(config, n_tokens, uneven)
     kept = sum(item.value for item in memory if item.name not in _NOT_KEPT)
@@ -97,7 +98,7 @@ def seconds(
         Item(
             "matmuls",
             done["matmuls"].value / matmul,
-            f"{done['matmuls'].formula} / (peak·efficiency)",
+            f"{done['matmuls'].formula} / (peak·{share})",
         ),
         Item(
             "attention scores",
@@ -177,8 +178,8 @@ def _optimiser(setting: Setting, layout: Layout, memory: tuple[Item, ...]) -> tu
         ),
         Item(
             "Newton–Schulz",
-            ortho / machine.rate("matmul", setting.bytes_per_value),
-            "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / (peak·efficiency)",
+            ortho / machine.rate("matmul", setting.bytes_per_value, setting.config.model.d_model),
+            "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / rate of matmuls",
         ),
     )
 

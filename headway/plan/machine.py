@@ -149,7 +149,8 @@ def read(path: str, gpu: str = "") -> Machine:
     for name, value in measured.items():
         if name not in NUMBERS:
             raise UsageError(f"--machine {path} measures {name!r}; use {', '.join(NUMBERS)}")
-        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < float("inf"):
             raise UsageError(f"--machine {path}: {name}={value!r} is not above 0; {again}")
     dtype = found.get("dtype", "")
     if dtype not in ("", "float32", "bfloat16"):

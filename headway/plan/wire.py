@@ -136,7 +136,7 @@ def _groups(model: ModelConfig, layout: Layout) -> dict[Share, int]:
     for item in parameters(model):
         share = by_name[item.name]
         found[share] = found.get(share, 0) + int(item.value) // share.parts
-    return found
+    return {share: n for share, n in found.items() if n}
 
 
 def _parameters(

@@ -17,6 +17,7 @@ import tyro
 
 from headway.config import RankError, UsageError
 from headway.options import override, parse, print_json, take, take_switch
+from headway.plan_command import plan
 from headway.train_command import recipe_names, recipe_word, train
 
 VERBS = {
@@ -27,6 +28,7 @@ VERBS = {
     "tokenize": "train a BPE tokenizer on your text",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
+    "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
 
@@ -75,6 +77,8 @@ def _verb(args: list[str]) -> int:
             return report(parse(Report, rest, "headway report"))
         case "describe":
             return describe(rest)
+        case "plan":
+            return plan(rest)
         case "--help" | "-h" | "help":
             print(_help())
             return 0
@@ -96,12 +100,25 @@ def _verb(args: list[str]) -> int:
 class Doctor:
     """What is here, which paths will run, and what each missing extra would add."""
 
+    measure: str = ""
+    """Measure this machine instead, for `headway plan --machine FILE`: matmuls, experts, attention,
+    memory and, under torchrun, the network. The file to write.
+    """
     json: bool = False
     """End with one JSON object."""
 
 
 def doctor(options: Doctor) -> int:
     """`headway doctor`."""
+    if options.measure:
+        from headway.measure import measure
+
+        found = measure(Path(options.measure), lambda line: print(line, flush=True))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{options.measure}: use it with `headway plan RECIPE --gpus N --machine FILE`")
+            print_json(options.json, found)
+        return 0
+
     from headway.doctor import examine, render
 
     found = examine()

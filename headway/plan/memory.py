@@ -6,7 +6,7 @@ counted tensor by tensor; short-lived buffers (one expert's rows, one chunk of l
 and do not grow with depth.
 """
 
-from headway.config import Config, ModelConfig
+from headway.config import Config, ModelConfig, OptimConfig
 from headway.plan.cost import parameters
 from headway.plan.shape import Item, Shape, shape_of, total
 
@@ -15,13 +15,15 @@ _BY_ADAMW = ("embedding and output head", "norms", "routers")  # the rest are Mu
 
 def states(config: Config) -> tuple[Item, ...]:
     """Weights, gradients and optimiser state on one process, independent of the batch."""
-    groups = {item.name: item.value for item in parameters(config.model)}
+    return states_of(parameters(config.model), config.optim)
+
+
+def states_of(held: tuple[Item, ...], optim: OptimConfig) -> tuple[Item, ...]:
+    """The same for the parameters that one rank holds, in the groups of `cost.parameters`."""
+    groups = {item.name: item.value for item in held}
     n = sum(groups.values())
-    adamw = n
-    if config.optim.name == "muon":
-        by_adamw = _BY_ADAMW if config.optim.muon_experts else (*_BY_ADAMW, "experts")
-        adamw = sum(value for name, value in groups.items() if name in by_adamw)
-    moment = 2 if config.optim.state_dtype == "bfloat16" else 4
+    adamw = n - sum(value for name, value in groups.items() if by_muon(name, optim))
+    moment = 2 if optim.state_dtype == "bfloat16" else 4
     items = (
         Item("weights", 4 * n, "4 bytes per parameter"),
         Item("gradients", 4 * n, "4 bytes per parameter"),
@@ -29,6 +31,13 @@ def states(config: Config) -> tuple[Item, ...]:
         Item("Muon momentum", 4 * (n - adamw), "4 bytes per parameter of the blocks' matrices"),
     )
     return tuple(item for item in items if item.value)
+
+
+def by_muon(group: str, optim: OptimConfig) -> bool:
+    """Whether Muon updates a group of `cost.parameters`; AdamW does otherwise."""
+    if optim.name != "muon" or group in _BY_ADAMW:
+        return False
+    return optim.muon_experts or group != "experts"
 
 
 def activations(

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import cpu_kernels, cpu_step, quality, shakespeare
+from bench import cpu_kernels, cpu_step, plan_step, quality, shakespeare
 from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
 from headway.kernels.native import native
@@ -144,3 +144,12 @@ def test_cpu_step(path, capsys, monkeypatch):
         "headway moe float32",
         "headway multi_head_latent float32 lean",
     }
+
+
+@pytest.mark.slow
+def test_plan_step(path, capsys, monkeypatch):
+    small = ("--repetitions", "1", "--steps", "3", "--seconds", "0.01", "--recipes", "dense")
+    found = last_line(plan_step.main, capsys, monkeypatch, *small, "--data", str(path))
+    (row,) = found["rows"]
+    assert row["recipe"] == "dense" and row["ratio"] == row["predicted"][0] / row["measured"][0]
+    assert sum(row["parts"][0].values()) == pytest.approx(row["predicted"][0])

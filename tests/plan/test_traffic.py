@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from headway.config import ModelConfig, MoEConfig, RouterConfig
+from headway.plan import traffic as t
 from headway.plan.traffic import traffic
 
 MODEL = ModelConfig(
@@ -18,14 +19,18 @@ def items(model, **options):
 
 
 def test_by_hand():
+    """D_L 256 = 8·32 in bfloat16, P = 8, K = 4, indices of 2 bytes."""
     found = items(MODEL, n_ranks=8)
     assert found["Head Parallel"] == 4 * 256 * 2 * 7 / 8
-    assert found["Expert Parallel"] == 4 * found["Head Parallel"]
+    assert found["Expert Parallel"] == 4 * found["Head Parallel"] + 8 * 4 * 2 * 7 / 8
+    assert found["Expert Parallel, all-gather"] == 8 * 7 * (4 * 32 * 2 + 4 * (2 + 8))
     # research: P = 8, k = 4 → 3.31 ranks
-    assert found["Expert Parallel, one copy per rank"] / found["Head Parallel"] == pytest.approx(
-        3.31, abs=0.005
-    )
-    assert items(MODEL, n_ranks=8, training=False)["Head Parallel"] == found["Head Parallel"] / 2
+    once = found["Expert Parallel, one copy per rank"]
+    assert once == pytest.approx(3.31 * 8 * 7 / 8 * (4 * 32 * 2 + 4 * 10), rel=0.002)
+    forward = items(MODEL, n_ranks=8, training=False)
+    assert forward["Head Parallel"] == found["Head Parallel"] / 2
+    assert forward["Expert Parallel"] == 8 * 4 * (2 * 32 * 2 + 2) * 7 / 8
+    assert forward["Expert Parallel, all-gather"] == 8 * 7 * (2 * 32 * 2 + 4 * (2 + 4))
 
 
 def test_head_parallel_does_not_grow_with_k():
@@ -39,7 +44,7 @@ def test_head_parallel_does_not_grow_with_k():
 def test_router_on_the_whole_token_sends_indices_and_gates():
     token = replace(MODEL, moe=replace(MODEL.moe, router=RouterConfig(reads="token")))
     extra = items(token, n_ranks=8)["Head Parallel"] - items(MODEL, n_ranks=8)["Head Parallel"]
-    assert extra == 12 * 8 * 4 * 7 / 8
+    assert extra == 10 * 8 * 4 * 7 / 8  # 2 of an index, 4 of a gate, 4 of its gradient
 
 
 def test_expected_copies_by_simulation():
@@ -48,17 +53,85 @@ def test_expected_copies_by_simulation():
     ranks = np.random.default_rng(0).integers(0, P, (100_000, K))
     ranks.sort(axis=1)
     distinct = 1 + (np.diff(ranks, axis=1) > 0).sum(1)
-    found = items(MODEL, n_ranks=P)
-    assert found["Expert Parallel, one copy per rank"] == pytest.approx(
-        4 * 256 * 2 * 7 / 8 * distinct.mean(), rel=0.01
+    assert t.expected_ranks(K, P) == pytest.approx(distinct.mean(), rel=0.01)
+    assert t.expected_rows(100, K, P, "all_to_all") == pytest.approx(
+        100 * distinct.mean() * 7 / 8, rel=0.01
     )
+    assert t.expected_rows(100, K, P, "all_to_all_per_slot") == 100 * 4 * 7 / 8
 
 
 def test_latent_and_flat_and_dense():
     flat = replace(MODEL, moe=MoEConfig(kind="moe", n_experts=64, top_k=4))
     latent = replace(MODEL, moe=MoEConfig(kind="latent", n_experts=64, top_k=4, d_latent=64))
-    assert (
-        items(flat, n_ranks=8)["Expert Parallel"] == 4 * items(latent, n_ranks=8)["Expert Parallel"]
-    )
+    wide, narrow = items(flat, n_ranks=8), items(latent, n_ranks=8)
+    indices = 4 * 2 * 7 / 8
+    assert wide["Expert Parallel"] - indices == 4 * (narrow["Expert Parallel"] - indices)
     assert "Head Parallel" not in items(flat, n_ranks=8)
     assert traffic(replace(MODEL, moe=MoEConfig(kind="dense")), 8) == ()
+
+
+# per rank, from plain integers
+
+
+def test_heads_in_integers():
+    """6 tokens, 4 heads of width 8, K = 3, P = 2, float32: 6·32·4 bytes, half of them leave."""
+    trips = t.head_bytes(6, 4, 8, 3, 16, 2, 4)
+    assert trips == (384, 384, 384, 384) and all(isinstance(n, int) for n in trips)
+    token = t.head_bytes(6, 4, 8, 3, 16, 2, 4, reads_token=True)
+    slots = 6 * 4 * 3 // 2
+    assert token == (384 + slots * 6, 384, 384, 384 + slots * 4)
+    assert token.total == 4 * 384 + slots * 10 and token.forward == 2 * 384 + slots * 6
+    assert all(isinstance(n, int) for n in token)
+
+
+def test_heads_in_float64_and_with_many_experts():
+    """Gates are as wide as float64 values; an index needs 4 bytes from 32768 experts on."""
+    slots = 6 * 4 * 3 // 2
+    wide = t.head_bytes(6, 4, 8, 3, 16, 2, 8, reads_token=True)
+    assert wide == (768 + slots * (2 + 8), 768, 768, 768 + slots * 8)
+    many = t.head_bytes(6, 4, 8, 3, 8192, 2, 4, reads_token=True)
+    assert many.dispatch == 384 + slots * 8
+    assert [t.index_bytes(4, 8191), t.index_bytes(4, 8192)] == [2, 4]
+
+
+def test_rows_that_leave():
+    """7 rows of width 8 in bfloat16 with K = 3."""
+    assert t.rank_rows_bytes(7, 8, 3, 2, 2) == (
+        7 * (16 + 3 * 6),
+        7 * 16,
+        7 * 16,
+        7 * (16 + 3 * 4),
+    )
+    assert t.slot_rows_bytes(7, 8, 2, 2) == (7 * 18, 7 * 16, 7 * 16, 7 * 16)
+    assert t.count_bytes(4) == 24
+
+
+def test_all_gather_in_integers():
+    """10 sub-tokens to each of 3 others."""
+    trips = t.gather_bytes(10, 8, 3, 4, 4, 2)
+    assert trips == (30 * (32 + 18), 30 * 32, 30 * 32, 30 * (32 + 12))
+    assert all(isinstance(n, int) for n in trips)
+
+
+def test_expected_bytes_use_the_expected_rows():
+    rows = t.expected_rows(40, 3, 4, "all_to_all")
+    assert t.expected_bytes("all_to_all", 40, 8, 3, 4, 2, 2) == t.rank_rows_bytes(rows, 8, 3, 2, 2)
+    assert t.expected_bytes("all_to_all_per_slot", 40, 8, 3, 4, 2, 2) == t.slot_rows_bytes(
+        40 * 3 * 3 / 4, 8, 2, 2
+    )
+    assert t.expected_bytes("all_gather", 40, 8, 3, 4, 2, 2) == t.gather_bytes(40, 8, 3, 4, 2, 2)
+
+
+def test_the_all_gather_wins_where_ranks_are_few_beside_k():
+    """Sub-tokens alone: P − 1 against c·(P−1)/P, so as soon as c = P."""
+    few = {s: t.expected_bytes(s, 64, 512, 16, 2, 2, 2).total for s in t.SCHEMES}
+    many = {s: t.expected_bytes(s, 64, 512, 2, 16, 2, 2).total for s in t.SCHEMES}
+    assert few["all_gather"] == pytest.approx(few["all_to_all"], rel=1e-3)
+    assert few["all_gather"] < few["all_to_all_per_slot"] / 7
+    assert many["all_to_all"] < many["all_gather"] / 5
+
+
+def test_rings():
+    assert t.all_reduce_bytes(100, 4) == 2 * 4 * 100 * 3 // 4
+    assert t.scatter_bytes(100, 4) == 4 * 100 * 3 // 4
+    assert t.scatter_bytes(10, 3, 2) == pytest.approx(2 * 10 * 2 / 3)

@@ -1,0 +1,179 @@
+"""`headway plan`: every mesh of N ranks for a recipe and a machine, ranked by predicted step time.
+
+A mesh that cannot run the model gets a reason; one that does not fit in memory comes last, with
+both numbers of bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+from headway.config import UsageError
+from headway.plan.cost import training_flops
+from headway.plan.describe import summary
+from headway.plan.layout import (
+    Axis,
+    Layout,
+    held_parameters,
+    illegal,
+    meshes,
+    micro_batch,
+    used_parameters,
+)
+from headway.plan.machine import NUMBERS
+from headway.plan.rank_memory import memory
+from headway.plan.shape import total
+from headway.plan.time import Setting, seconds, work
+from headway.plan.traffic import Scheme
+from headway.plan.wire import ep_totals, sent
+
+SchemeChoice = Literal["auto", "all_to_all", "all_to_all_per_slot", "all_gather"]
+_AXES: tuple[Axis, ...] = ("hp", "ep", "dp", "routers", "world")
+
+
+def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[str, Any]:
+    """Everything that `headway plan` shows, JSON-ready.
+
+    `scheme` of the ep axis: `auto` lists the all-to-all that sends fewer bytes and the all-gather
+    beside each other. Raises UsageError where no mesh of N ranks can run, whatever its axes.
+    """
+    config = setting.config
+    if n_ranks < 1:
+        raise UsageError(f"--gpus {n_ranks} is below 1; use 1 or more")
+    micro, passes = micro_batch(config, n_ranks)
+    rows, refused = [], []
+    formulas: dict[str, dict[str, str]] = {}
+    for mesh in meshes(n_ranks):
+        reason = illegal(config.model, mesh)
+        if reason:
+            refused.append({"dp": mesh.dp, "hp": mesh.hp, "ep": mesh.ep, "reason": reason})
+            continue
+        for layout in _variants(setting, mesh, micro, passes, scheme):
+            rows.append(_row(setting, layout, micro, passes, formulas))
+    rows.sort(key=lambda row: (not row["fits"], row["step_seconds"]))
+    machine = setting.machine
+    return {
+        "recipe": config.recipe,
+        "model": summary(config),
+        "gpus": n_ranks,
+        "gpus_per_node": setting.per_node,
+        "dtype": {2: "bfloat16", 4: "float32"}[setting.bytes_per_value],
+        "chunks": setting.chunks,
+        "imbalance": setting.imbalance,
+        "machine": {
+            "name": machine.name,
+            **{n: {"value": vars(machine)[n], "origin": machine.origin_of(n)} for n in NUMBERS},
+        },
+        "batch_size": config.data.batch_size,
+        "tokens_per_step": config.data.batch_size * config.data.seq_len,
+        "tokens_per_rank": micro * passes * config.data.seq_len,
+        "micro_batch_size": micro,
+        "passes": passes,
+        "best": next((row for row in rows if row["fits"]), None),
+        "best_replicated": next(
+            (row for row in rows if row["fits"] and row["replicas"] == "replicate"), None
+        ),
+        "meshes": rows,
+        "illegal": refused,
+        "formulas": _SINGLE | formulas,
+    }
+
+
+def _variants(
+    setting: Setting, mesh: Layout, micro: int, passes: int, wanted: SchemeChoice
+) -> Iterator[Layout]:
+    """With the schemes of an ep axis, and with replicas or sharded."""
+    schemes: list[Scheme | None] = [None]
+    if mesh.ep > 1 and wanted == "auto":
+        sizes = _by_scheme(setting, mesh, micro, passes)
+        dedup, slots = sizes["all_to_all"], sizes["all_to_all_per_slot"]
+        schemes = ["all_to_all" if dedup <= slots else "all_to_all_per_slot", "all_gather"]
+    elif mesh.ep > 1 and wanted != "auto":
+        schemes = [wanted]
+    for scheme in schemes:
+        for shard in (False, True) if mesh.ranks > 1 else (False,):
+            yield replace(mesh, scheme=scheme, shard=shard)
+
+
+def _by_scheme(setting: Setting, layout: Layout, micro: int, passes: int) -> dict[Scheme, float]:
+    config, calls = setting.config, passes * setting.chunks
+    n_tokens = micro * passes * config.data.seq_len
+    return ep_totals(config.model, layout, n_tokens, calls, setting.bytes_per_value)
+
+
+def _row(
+    setting: Setting,
+    layout: Layout,
+    micro: int,
+    passes: int,
+    formulas: dict[str, dict[str, str]],
+) -> dict[str, Any]:
+    config, b = setting.config, setting.bytes_per_value
+    n_tokens = micro * passes * config.data.seq_len
+    uneven = setting.imbalance if layout.ep > 1 else 1.0
+    held = memory(config, layout, micro, b, uneven)
+    wires = sent(
+        config.model,
+        layout,
+        n_tokens,
+        passes,
+        b,
+        chunks=setting.chunks,
+        imbalance=uneven,
+    )
+    parts = seconds(setting, layout, n_tokens, passes, held, wires)
+    flops = work(config, n_tokens)
+    done = [flops[name] for name in ("matmuls", "attention scores", "experts")]
+    for group, items in (("memory", held), ("bytes_sent", wires), ("seconds", parts)):
+        formulas.setdefault(group, {}).update({i.name: i.formula for i in items})
+    formulas.setdefault("flops", {}).update({i.name: i.formula for i in done})
+    bytes_held, step = round(total(held)), total(parts)
+    fits = bytes_held <= setting.machine.memory
+    useful = training_flops(config.model, config.data.seq_len) * n_tokens
+    by_scheme = _by_scheme(setting, layout, micro, passes) if layout.ep > 1 else {}
+    return {
+        "mesh": str(layout),
+        "dp": layout.dp,
+        "hp": layout.hp,
+        "ep": layout.ep,
+        "scheme": layout.scheme,
+        "fewest_bytes": layout.scheme is None
+        or by_scheme[layout.scheme] == min(by_scheme.values()),
+        "replicas": "fsdp" if layout.shard else "replicate",
+        "fits": fits,
+        "reason": ""
+        if fits
+        else f"needs {bytes_held:,} bytes and {setting.machine.name} has "
+        f"{round(setting.machine.memory):,}",
+        "parameters": round(total(used_parameters(config.model, layout))),
+        "parameters_held": round(total(held_parameters(config.model, layout))),
+        "flops": {i.name: round(i.value) for i in done},
+        "flops_total": round(sum(i.value for i in done)),
+        "bytes_sent": {w.name: round(w.bytes) for w in wires},
+        "bytes_sent_total": round(sum(w.bytes for w in wires)),
+        "messages": {w.name: w.messages for w in wires},
+        "ep_bytes_by_scheme": {name: round(value) for name, value in by_scheme.items()},
+        "links": {
+            axis: "within a node" if layout.in_one_node(axis, setting.per_node) else "between nodes"
+            for axis in _AXES
+            if layout.size(axis) > 1
+        },
+        "memory": {i.name: round(i.value) for i in held},
+        "memory_bytes": bytes_held,
+        "seconds": {i.name: i.value for i in parts},
+        "step_seconds": step,
+        "tokens_per_second": n_tokens * layout.ranks / step,
+        "mfu": useful / (step * setting.machine.peak_of(b)),
+    }
+
+
+_SINGLE: dict[str, Any] = {
+    "parameters": "replicated + routers (/ hp where they read sub-tokens) + experts / (hp·ep)",
+    "parameters_held": "the same; with fsdp replicated / N, routers / (dp·ep), experts / dp",
+    "flops_total": "Σ flops",
+    "bytes_sent_total": "Σ bytes_sent",
+    "memory_bytes": "Σ memory",
+    "step_seconds": "Σ seconds",
+    "tokens_per_second": "T·N / step_seconds",
+    "mfu": "3·T·FLOPs forward / (step_seconds·peak)",
+}

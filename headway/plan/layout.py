@@ -1,0 +1,162 @@
+"""Where the parts of a model lie: every mesh of N ranks, why some cannot run, what a rank holds.
+
+Rank r stands at dp = r // (HP·EP), hp = r // EP % HP, ep = r % EP. The batch is split over all
+ranks, so each has its own T = batch_size·seq_len / N tokens of a step.
+
+| parameters | split over | replicated over |
+|---|---|---|
+| experts | heads over hp, experts of a head over ep | dp |
+| routers that read their sub-token | heads over hp | dp × ep |
+| everything else | | all N ranks |
+
+With `shard` (FSDP) weights, gradients and optimiser state are also split over the ranks that
+replicate them otherwise, and the weights are gathered where they are used.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from headway.config import Config, ModelConfig, UsageError
+from headway.plan.cost import parameters
+from headway.plan.shape import Item, shape_of
+from headway.plan.traffic import Scheme
+
+Axis = Literal["dp", "hp", "ep", "routers", "world"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, how sub-tokens travel on its `ep` axis, and whether replicas are sharded."""
+
+    dp: int = 1
+    hp: int = 1
+    ep: int = 1
+    scheme: Scheme | None = None
+    """None where ep = 1."""
+    shard: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.hp * self.ep
+
+    def size(self, axis: Axis) -> int:
+        """Ranks of an axis; `routers` are those that hold the same heads, dp × ep."""
+        return {
+            "dp": self.dp,
+            "hp": self.hp,
+            "ep": self.ep,
+            "routers": self.dp * self.ep,
+            "world": self.ranks,
+        }[axis]
+
+    def in_one_node(self, axis: Axis, per_node: int) -> bool:
+        """Whether every group of the axis lies in one node of `per_node` ranks: the block of
+        consecutive ranks that it spans must divide the node."""
+        span = {"ep": self.ep, "hp": self.hp * self.ep}.get(axis, self.ranks)
+        return self.ranks <= per_node or per_node % span == 0
+
+    def __str__(self) -> str:
+        return f"dp={self.dp},hp={self.hp},ep={self.ep}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters of one rank that are replicated over the same axis."""
+
+    name: Literal["replicated", "routers", "experts"]
+    axis: Axis
+    """The ranks that hold the same ones."""
+    parts: int
+    """The pieces that all such parameters are cut into: hp for routers, hp·ep for experts."""
+
+
+def shares(model: ModelConfig, layout: Layout) -> dict[str, Share]:
+    """Group of `cost.parameters` → how it is split."""
+    moved = layout.hp > 1 and model.moe.router.reads == "sub_token"
+    split = {
+        "experts": Share("experts", "dp", layout.hp * layout.ep),
+        "routers": Share("routers", "routers", layout.hp) if moved else None,
+    }
+    whole = Share("replicated", "world", 1)
+    return {item.name: split.get(item.name) or whole for item in parameters(model)}
+
+
+def used_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
+    """What one rank computes with, in groups."""
+    by_name = shares(model, layout)
+    found = []
+    for item in parameters(model):
+        parts = by_name[item.name].parts
+        cut = {"experts": " / (hp·ep)", "routers": " / hp"}.get(item.name, "") if parts > 1 else ""
+        found.append(Item(item.name, item.value / parts, f"({item.formula}){cut}"))
+    return tuple(found)
+
+
+def held_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
+    """What one rank stores: the same, or with `shard` its piece of it."""
+    if not layout.shard:
+        return used_parameters(model, layout)
+    by_name = shares(model, layout)
+    words = {"world": " / N", "routers": " / (dp·ep)", "dp": " / dp"}
+    return tuple(
+        Item(
+            item.name,
+            item.value / layout.size(by_name[item.name].axis),
+            item.formula + words[by_name[item.name].axis],
+        )
+        for item in used_parameters(model, layout)
+    )
+
+
+def meshes(n_ranks: int) -> Iterator[Layout]:
+    """Every dp × hp × ep of N ranks, legal or not."""
+    for hp in _divisors(n_ranks):
+        for ep in _divisors(n_ranks // hp):
+            yield Layout(n_ranks // (hp * ep), hp, ep)
+
+
+def illegal(model: ModelConfig, layout: Layout) -> str:
+    """Why a mesh cannot run the model, in a line; empty where it can."""
+    s, moe = shape_of(model), model.moe
+    if layout.hp > 1 and (moe.kind != "multi_head_latent" or not s.n_sparse):
+        kind = moe.kind if s.n_sparse else "dense"
+        return f"hp needs multi_head_latent: hp={layout.hp} and kind={kind}"
+    if s.H % layout.hp:
+        return f"hp={layout.hp} does not divide n_heads={s.H}; use hp={_list(_divisors(s.H))}"
+    if layout.ep > 1 and not s.n_sparse:
+        return f"ep needs experts: ep={layout.ep} and every layer is dense; use ep=1"
+    if s.E % layout.ep:
+        return f"ep={layout.ep} does not divide n_experts={s.E}; use ep={_list(_divisors(s.E))}"
+    return ""
+
+
+def micro_batch(config: Config, n_ranks: int) -> tuple[int, int]:
+    """(sequences of a forward pass, forward passes of a step) of one rank: the largest divisor of
+    batch_size / N that is at most data.micro_batch_size.
+
+    Raises UsageError where N ranks cannot share the batch, which no mesh of them can change.
+    """
+    batch = config.data.batch_size
+    if batch % n_ranks:
+        near = -(-batch // n_ranks) * n_ranks
+        raise UsageError(
+            f"data.batch_size={batch} does not divide among --gpus {n_ranks}; "
+            f"use --data.batch-size {near}, or --gpus {_list(_divisors(batch))}"
+        )
+    own = batch // n_ranks
+    most = min(config.data.micro_batch_size or own, own)
+    micro = max(d for d in _divisors(own) if d <= most)
+    return micro, own // micro
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _list(numbers: list[int], most: int = 8) -> str:
+    """`1, 2, 4 or 8`."""
+    names = [str(n) for n in numbers]
+    if len(names) > most:
+        return f"{', '.join(names[:most])}, …"
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

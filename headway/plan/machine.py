@@ -1,0 +1,163 @@
+"""What one rank of a cluster can do: public numbers of vendors, assumptions, or measurements.
+
+Rates are per rank and in one direction. A number is `vendor` (a data sheet), `assumed` (nobody
+measured it) or `measured` (`headway doctor --measure FILE` on the machine itself).
+"""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from headway.config import UsageError
+
+Origin = Literal["vendor", "assumed", "measured", "given"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank: its arithmetic, its memory, and its share of the network."""
+
+    name: str
+    peak: float
+    """FLOP/s of dense bfloat16 matmuls."""
+    peak_float32: float
+    """FLOP/s of float32 matmuls, without TF32, as PyTorch runs them."""
+    memory: float
+    """Bytes that a rank may fill."""
+    memory_bandwidth: float
+    """Bytes/s, read and written bytes together."""
+    intra_node: float
+    """Bytes/s that leave a rank for others of its node."""
+    inter_node: float
+    """Bytes/s that leave a rank for other nodes."""
+    latency: float
+    """Seconds per message of a collective, whatever its size."""
+    efficiency: float = 0.6
+    """Share of the peak that matmuls of a model of D ≥ 1024 reach."""
+    narrow_efficiency: float = 0.3
+    """The same where D < 1024."""
+    experts_efficiency: float = 0.4
+    """Share of the peak that the experts reach, forward and backward."""
+    attention_efficiency: float = 0.4
+    """Share of the peak that attention reaches, forward and backward, on what causality leaves."""
+    origin: dict[str, Origin] = field(default_factory=dict)
+    """Field → where its number comes from; see `origin_of`."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """Of the matmuls that were measured; empty where nothing was."""
+
+    def origin_of(self, name: str) -> Origin:
+        """Where a number comes from."""
+        return self.origin.get(name, "assumed" if name in _ASSUMED else "vendor")
+
+    def rate(
+        self, kind: Literal["matmul", "experts", "attention"], bytes_per_value: int, d_model: int
+    ) -> float:
+        """FLOP/s that are reached: the peak of the dtype times the share of it."""
+        share = {
+            "matmul": self.efficiency if d_model >= WIDE else self.narrow_efficiency,
+            "experts": self.experts_efficiency,
+            "attention": self.attention_efficiency,
+        }[kind]
+        return share * self.peak_of(bytes_per_value)
+
+    def peak_of(self, bytes_per_value: int) -> float:
+        """FLOP/s of matmuls in the dtype: 2 bytes bfloat16, 4 bytes float32."""
+        return self.peak if bytes_per_value == 2 else self.peak_float32
+
+
+WIDE = 1024
+"""Width D from which matmuls count as large."""
+_ASSUMED = (
+    "efficiency",
+    "narrow_efficiency",
+    "experts_efficiency",
+    "attention_efficiency",
+    "latency",
+)
+NUMBERS = tuple(f.name for f in fields(Machine) if f.name not in ("name", "origin", "dtype"))
+"""The fields that are numbers."""
+
+_NDR = 50e9  # 400 Gbit/s InfiniBand NDR, one port per GPU as in DGX H100, in bytes/s
+_GUESSED: dict[str, Origin] = dict.fromkeys(NUMBERS, "assumed")
+
+MACHINES: dict[str, Machine] = {
+    # NVIDIA H100 data sheet, SXM: 989 TFLOP/s bfloat16 without sparsity, 67 float32, 80 GB HBM3 at
+    # 3.35 TB/s, NVLink 900 GB/s both ways.
+    "h100": Machine("H100 SXM", 989e12, 67e12, 80e9, 3.35e12, 450e9, _NDR, 5e-6),
+    # NVIDIA H200 data sheet, SXM: arithmetic and NVLink of the H100, 141 GB HBM3e at 4.8 TB/s.
+    "h200": Machine("H200 SXM", 989e12, 67e12, 141e9, 4.8e12, 450e9, _NDR, 5e-6),
+    # NVIDIA HGX B200 data sheet, an eighth of it: 2.25 PFLOP/s bfloat16 without sparsity, 75
+    # TFLOP/s float32, 180 GB (of 192) at 8 TB/s, NVLink 5 with 1.8 TB/s both ways.
+    "b200": Machine("B200", 2.25e15, 75e12, 180e9, 8e12, 900e9, _NDR, 5e-6),
+    # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s bfloat16, 19.5 float32, 2.0 TB/s, NVLink 600
+    # GB/s both ways. (A DGX A100 has 200 Gbit/s per GPU: --network hdr.)
+    "a100": Machine("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, _NDR, 5e-6),
+    # Nobody's data sheet: a process with a few cores, gloo within a machine, 10 Gbit/s between.
+    "cpu": Machine(
+        "a CPU process", 1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3, _GUESSED
+    ),
+}
+"""`--gpu` → the machine. Memory in decimal bytes, some 6 % less than the device reports: room for
+CUDA's context and the buffers of NCCL."""
+
+NETWORKS = {"10gbe": 10, "25gbe": 25, "100gbe": 100, "edr": 100, "hdr": 200, "ndr": 400, "xdr": 800}
+"""Preset of `--network` → Gbit/s per rank and direction: Ethernet, and InfiniBand by generation."""
+
+
+def named(name: str) -> Machine:
+    """The machine of `--gpu`. Raises UsageError for an unknown one."""
+    machine = MACHINES.get(name.lower())
+    if machine is None:
+        raise UsageError(f"--gpu {name} is unknown; use {', '.join(MACHINES)}, or --machine FILE")
+    return machine
+
+
+def with_network(machine: Machine, network: str) -> Machine:
+    """The machine with another network between nodes: Gbit/s per rank, or a preset."""
+    gbit: float | None = NETWORKS.get(network.lower())
+    if gbit is None:
+        try:
+            gbit = float(network)
+        except ValueError:
+            gbit = 0.0
+    if not 0 < gbit < float("inf"):
+        raise UsageError(
+            f"--network {network} is neither Gbit/s above 0 nor one of {', '.join(NETWORKS)}; "
+            "use 400 or ndr"
+        )
+    origin: dict[str, Origin] = {**machine.origin, "inter_node": "given"}
+    return replace(machine, inter_node=gbit * 1e9 / 8, origin=origin)
+
+
+def read(path: str, gpu: str = "") -> Machine:
+    """The machine that `headway doctor --measure` wrote to a file: what was measured there, and the
+    rest from the table, as `gpu` or the file says.
+
+    Raises UsageError for a file that is none, or numbers that are not above 0.
+    """
+    again = f"make one with `headway doctor --measure {path}`"
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except OSError:
+        raise UsageError(f"--machine {path}: there is no such file; {again}") from None
+    except ValueError:
+        raise UsageError(f"--machine {path} is no JSON; {again}") from None
+    measured = found.get("measured") if isinstance(found, dict) else None
+    if not isinstance(measured, dict):
+        raise UsageError(f"--machine {path} has no `measured`; {again}")
+    for name, value in measured.items():
+        if name not in NUMBERS:
+            raise UsageError(f"--machine {path} measures {name!r}; use {', '.join(NUMBERS)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < float("inf"):
+            raise UsageError(f"--machine {path}: {name}={value!r} is not above 0; {again}")
+    dtype = found.get("dtype", "")
+    if dtype not in ("", "float32", "bfloat16"):
+        raise UsageError(f"--machine {path}: dtype={dtype!r} is neither float32 nor bfloat16")
+    base = named(gpu or str(found.get("based_on", "cpu")))
+    origin: dict[str, Origin] = {name: base.origin_of(name) for name in NUMBERS}
+    origin |= dict.fromkeys(measured, "measured")
+    numbers = {name: float(value) for name, value in measured.items()}
+    name = str(found.get("name") or base.name)
+    return replace(base, **{**numbers, "name": name, "origin": origin, "dtype": dtype})

@@ -1,0 +1,80 @@
+"""Bytes that one rank of a mesh holds: `plan.memory` for its share, and what parallelism adds.
+
+On one rank this is `memory.states` and `memory.activations`. Not counted: short-lived buffers,
+CUDA's context, NCCL's buffers and fragmentation; `plan.machine` leaves some 6 % for them.
+"""
+
+from headway.config import Config
+from headway.plan.layout import Layout, held_parameters, used_parameters
+from headway.plan.memory import activations, states_of
+from headway.plan.shape import Item, shape_of
+from headway.plan.traffic import expected_ranks, gate_bytes, index_bytes
+
+CAST = "weights cast to the matmul's dtype"
+GATHERED = "weights gathered for use"
+
+
+def memory(
+    config: Config,
+    layout: Layout,
+    micro: int,
+    bytes_per_value: int,
+    imbalance: float = 1.0,
+) -> tuple[Item, ...]:
+    """In groups; `micro` sequences per forward pass of the rank. `layout.shard` divides weights,
+    gradients and optimiser state over the ranks that replicate them."""
+    kept = activations(
+        config.model,
+        micro,
+        config.data.seq_len,
+        bytes_per_value=bytes_per_value,
+        recompute=config.run.recompute,
+        doc_mask=config.data.doc_mask,
+    )
+    if layout.shard:  # casts are gathered and freed layer by layer
+        kept = tuple(item for item in kept if item.name != CAST)
+    items = (
+        *states_of(held_parameters(config.model, layout), config.optim),
+        *kept,
+        _received(config, layout, micro * config.data.seq_len, bytes_per_value),
+        _gathered(config, layout, bytes_per_value),
+        _uneven(kept, layout, imbalance),
+    )
+    return tuple(item for item in items if item.value)
+
+
+def _received(config: Config, layout: Layout, n_tokens: int, b: int) -> Item:
+    """Expert Parallel keeps what it received beside what it sent; Head Parallel keeps as many
+    sub-tokens as one process does, those of its heads."""
+    s = shape_of(config.model)
+    name, n = "sub-tokens received from the ep axis", n_tokens * s.H
+    if layout.ep == 1:
+        return Item(name, 0, "")
+    slots = s.K * (index_bytes(s.H, s.E) + gate_bytes(b))
+    if layout.scheme == "all_gather":
+        value, formula = layout.ep * (s.L * b + slots), "layers·T·H·ep·(L·b + K·(i+g))"
+    elif layout.scheme == "all_to_all":
+        value = expected_ranks(s.K, layout.ep) * (s.L * b + slots)
+        formula = "layers·T·H·c·(L·b + K·(i+g))"
+    else:
+        value, formula = s.K * s.L * b, "layers·T·H·K·L·b"
+    return Item(name, s.n_sparse * n * value, formula)
+
+
+def _gathered(config: Config, layout: Layout, b: int) -> Item:
+    """FSDP: the weights of two layers of this rank (the one in use and the next), and a layer's
+    whole gradients; or the embedding and the head where that is more."""
+    if not layout.shard:
+        return Item(GATHERED, 0, "")
+    used = {item.name: item.value for item in used_parameters(config.model, layout)}
+    ends = used.pop("embedding and output head")
+    widest = max(2 * sum(used.values()) / config.model.n_layers, ends)
+    return Item(
+        GATHERED, widest * (b + 2), "(b + 2)·max(parameters of two layers, embedding and head)"
+    )
+
+
+def _uneven(kept: tuple[Item, ...], layout: Layout, imbalance: float) -> Item:
+    rows = sum(item.value for item in kept if item.name in ("experts", "sorted rows"))
+    more = (imbalance - 1) * rows if layout.ep > 1 else 0
+    return Item("rows of the busiest rank", more, "(imbalance − 1)·(experts + sorted rows)")

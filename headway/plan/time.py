@@ -1,0 +1,211 @@
+"""Predicted seconds of one optimiser step on the slowest rank: a sum of parts, each one formula.
+
+| part | seconds |
+|---|---|
+| matmuls | 3·T·FLOPs forward, without experts and attention scores / (peak · efficiency) |
+| attention scores | 3·T·FLOPs forward / (peak · attention efficiency) |
+| experts | (3 + G/(G+1) with recompute)·T·FLOPs forward · imbalance / (peak · experts efficiency) |
+| memory traffic | passes · (2·kept bytes + 3·b·parameters used) / memory bandwidth |
+| hp, ep | max(comm / chunks, comm − sparse layers) |
+| weights (FSDP) | max(comm / (2·layers·passes), comm − the four parts of compute) |
+| gradients | comm |
+| optimiser | (2·weights + gradients + 2·state) bytes / memory bandwidth + Newton–Schulz |
+
+comm = bytes / bandwidth + latency · messages, of the axis: the bandwidth within a node where every
+group of the axis lies in one, else that between nodes, for all of its bytes.
+
+The efficiency of matmuls is `narrow_efficiency` where D < 1024.
+
+What it leaves out, and why it still ranks: kernel launches, the data loader, stragglers, congestion
+and the checkpoint cost every mesh the same or are unknown. Memory traffic is a lower bound: what is
+kept for backward is written and read once, weights are read once forward and twice backward.
+Overlap: a micro-batch in `chunks` pieces hides the exchange of one piece behind the sparse layers'
+work on another, but never the first, hence comm / chunks; and never more than that work. One chunk
+hides nothing. Weights of the next layer come while a layer computes. Gradients hide nothing: they
+are summed after the last backward pass.
+"""
+
+from dataclasses import dataclass
+
+from headway.config import Config
+from headway.plan.cost import flops
+from headway.plan.layout import Axis, Layout, used_parameters
+from headway.plan.machine import WIDE, Machine
+from headway.plan.memory import by_muon
+from headway.plan.rank_memory import CAST, GATHERED
+from headway.plan.shape import Item, shape_of, total
+from headway.plan.wire import Sent
+
+COMM = "bytes / bandwidth + latency·messages"
+_NOT_KEPT = ("weights", "gradients", "AdamW moments", "Muon momentum", CAST, GATHERED)
+_SPARSE = ("latent projections", "shared experts", "routers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a prediction is made for, beside the mesh."""
+
+    config: Config
+    machine: Machine
+    per_node: int = 8
+    bytes_per_value: int = 2
+    chunks: int = 1
+    imbalance: float = 1.0
+
+
+def work(config: Config, n_tokens: int, imbalance: float = 1.0) -> dict[str, Item]:
+    """FLOPs of one rank and step: `matmuls`, `attention scores`, `experts`; the last with what
+    `recompute` does again. `sparse` is the part of the matmuls that lies in sparse layers."""
+    s = shape_of(config.model)
+    forward = {item.name: item.value for item in flops(config.model, config.data.seq_len)}
+    experts, scores = forward.pop("experts", 0), forward.pop("attention scores", 0)
+    again = s.G / (s.G + 1) if config.run.recompute else 0
+    words = "(3 + G/(G+1))" if again else "3"
+    uneven = "·imbalance" if imbalance != 1 else ""
+    sparse = sum(forward.get(name, 0) for name in _SPARSE)
+    return {
+        "matmuls": Item("matmuls", 3 * n_tokens * sum(forward.values()), "3·T·FLOPs forward"),
+        "attention scores": Item("attention scores", 3 * n_tokens * scores, "3·T·FLOPs forward"),
+        "experts": Item(
+            "experts",
+            (3 + again) * n_tokens * experts * imbalance,
+            f"{words}·T·FLOPs forward{uneven}",
+        ),
+        "sparse": Item("sparse", 3 * n_tokens * sparse, "3·T·FLOPs forward"),
+    }
+
+
+def seconds(
+    setting: Setting,
+    layout: Layout,
+    n_tokens: int,
+    passes: int,
+    memory: tuple[Item, ...],
+    wires: tuple[Sent, ...],
+) -> tuple[Item, ...]:
+    """The parts. `memory` and `wires` are the rank's, from `rank_memory.memory` and
+    `wire.sent`."""
+    config, machine, b = setting.config, setting.machine, setting.bytes_per_value
+    D = config.model.d_model
+    share = "efficiency" if D >= WIDE else "narrow_efficiency"
+    matmul, experts = machine.rate("matmul", b, D), machine.rate("experts", b, D)
+    attention = machine.rate("attention", b, D)
+    uneven = setting.imbalance if layout.ep > 1 else 1.0
+    done = work(config, n_tokens, uneven)
+    kept = sum(item.value for item in memory if item.name not in _NOT_KEPT)
+    used = total(used_parameters(config.model, layout))
+    compute = (
+        Item(
+            "matmuls",
+            done["matmuls"].value / matmul,
+            f"{done['matmuls'].formula} / (peak·{share})",
+        ),
+        Item(
+            "attention scores",
+            done["attention scores"].value / attention,
+            f"{done['attention scores'].formula} / (peak·attention_efficiency)",
+        ),
+        Item(
+            "experts",
+            done["experts"].value / experts,
+            f"{done['experts'].formula} / (peak·experts_efficiency)",
+        ),
+        Item(
+            "memory traffic",
+            passes * (2 * kept + 3 * b * used) / machine.memory_bandwidth,
+            "passes·(2·kept bytes + 3·b·parameters used) / memory bandwidth",
+        ),
+    )
+    sparse = done["experts"].value / experts + done["sparse"].value / matmul
+    exposed = (
+        *(_tokens(setting, layout, wires, axis, sparse) for axis in ("hp", "ep")),
+        _weights(setting, layout, wires, passes, total(compute)),
+        _gradients(setting, layout, wires),
+    )
+    items = (*compute, *exposed, *_optimiser(setting, layout, memory))
+    return tuple(item for item in items if item.value)
+
+
+def _comm(setting: Setting, layout: Layout, sent: Sent) -> float:
+    machine = setting.machine
+    inside = layout.in_one_node(sent.axis, setting.per_node)
+    bandwidth = machine.intra_node if inside else machine.inter_node
+    return sent.bytes / bandwidth + machine.latency * sent.messages
+
+
+def _tokens(
+    setting: Setting, layout: Layout, wires: tuple[Sent, ...], axis: Axis, sparse: float
+) -> Item:
+    comm = sum(_comm(setting, layout, w) for w in wires if w.kind == "tokens" and w.axis == axis)
+    formula = COMM if setting.chunks == 1 else "max(comm/chunks, comm − sparse layers)"
+    name = {"hp": "Head Parallel, exposed", "ep": "Expert Parallel, exposed"}[axis]
+    return Item(name, _exposed(comm, setting.chunks, sparse), formula)
+
+
+def _weights(
+    setting: Setting, layout: Layout, wires: tuple[Sent, ...], passes: int, compute: float
+) -> Item:
+    comm = sum(_comm(setting, layout, w) for w in wires if w.kind == "weights")
+    pieces = 2 * setting.config.model.n_layers * passes
+    formula = "max(comm/(2·layers·passes), comm − compute)"
+    return Item("weights gathered, exposed", _exposed(comm, pieces, compute), formula)
+
+
+def _gradients(setting: Setting, layout: Layout, wires: tuple[Sent, ...]) -> Item:
+    comm = sum(_comm(setting, layout, w) for w in wires if w.kind == "gradients")
+    return Item("gradients summed", comm, COMM)
+
+
+def _exposed(comm: float, pieces: int, work: float) -> float:
+    """Seconds of `comm` in `pieces` that `work` does not hide."""
+    return max(comm / pieces, comm - work) if comm else 0.0
+
+
+def _optimiser(setting: Setting, layout: Layout, memory: tuple[Item, ...]) -> tuple[Item, Item]:
+    held = {item.name: item.value for item in memory}
+    moved = (
+        2 * held["weights"]
+        + held["gradients"]
+        + 2 * (held.get("AdamW moments", 0) + held.get("Muon momentum", 0))
+    )
+    machine = setting.machine
+    ortho = newton_schulz(setting.config, layout)
+    return (
+        Item(
+            "optimiser",
+            moved / machine.memory_bandwidth,
+            "(2·weights + gradients + 2·state) / memory bandwidth",
+        ),
+        Item(
+            "Newton–Schulz",
+            ortho / machine.rate("matmul", setting.bytes_per_value, setting.config.model.d_model),
+            "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / rate of matmuls",
+        ),
+    )
+
+
+def newton_schulz(config: Config, layout: Layout) -> float:
+    """FLOPs of Muon's orthogonalisation on one rank and step: five steps of three matmuls per m × n
+    matrix, m ≤ n. Every rank does the matrices that it holds; with `shard` the ranks share out
+    those that they would hold together."""
+    s, model = shape_of(config.model), config.model
+    attention = [(s.D, s.N * s.d)] * 2 + [(s.D, s.M * s.d)] * 2
+    if model.attn_gate:
+        attention.append((s.D, s.N))
+    stacks = (
+        ("attention", s.n_layers, attention),
+        ("dense networks", s.n_dense, [(s.G_dense * s.F_dense, s.D), (s.D, s.F_dense)]),
+        ("latent projections", s.n_sparse * s.projected, [(s.D, s.D_L)] * 2),
+        ("shared experts", s.n_sparse, [(s.G * s.F_shared, s.D), (s.D, s.F_shared)]),
+        ("experts", s.n_sparse * s.H * s.E, [(s.F, s.L)] * (s.G + 1)),
+    )
+    found = 0.0
+    for name, count, matrices in stacks:
+        if not count or not by_muon(name, config.optim):
+            continue
+        split = layout.hp * layout.ep if name == "experts" else 1
+        if layout.shard:
+            split = layout.ranks
+        for m, n in (sorted(shape) for shape in matrices):
+            found += count / split * 5 * (4 * m * m * n + 2 * m**3)
+    return found

@@ -1,0 +1,160 @@
+"""What one rank sends in an optimiser step: sub-tokens, gradients and, with FSDP, weights.
+
+Letters as in `plan.traffic`; T is all tokens of the rank in a step. A message is what a rank sends
+to one other: P−1 in an exchange or a ring of gathering, 2·(P−1) in a ring all-reduce. n is the
+number of parameters that the rank computes with; passes are its micro-batches.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headway.config import ModelConfig
+from headway.plan import traffic as t
+from headway.plan.cost import parameters
+from headway.plan.layout import Axis, Layout, Share, shares
+from headway.plan.shape import Shape, shape_of
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes of one kind that leave a rank in a step."""
+
+    name: str
+    kind: Literal["tokens", "weights", "gradients"]
+    axis: Axis
+    bytes: float
+    messages: int
+    formula: str
+
+
+def sent(
+    model: ModelConfig,
+    layout: Layout,
+    n_tokens: int,
+    passes: int,
+    bytes_per_value: int,
+    *,
+    chunks: int = 1,
+    imbalance: float = 1.0,
+) -> tuple[Sent, ...]:
+    """All of it, over all sparse layers.
+
+    Args:
+        n_tokens: T, of this rank in a step.
+        passes: forward passes (micro-batches) of a step.
+        bytes_per_value: b, of the matmuls' dtype.
+        chunks: pieces that a micro-batch is cut into for overlap; more messages, the same bytes.
+        imbalance: rows of the busiest rank of an ep axis over the mean; an all-gather does not
+            depend on it.
+    """
+    s, b = shape_of(model), bytes_per_value
+    found = []
+    if layout.hp > 1:
+        found.append(_heads(model, s, layout, n_tokens, b, s.n_sparse * passes * chunks))
+    if layout.ep > 1:
+        found += _experts(s, layout, n_tokens, b, s.n_sparse * passes * chunks, imbalance)
+    for share, n in _groups(model, layout).items():
+        if layout.size(share.axis) > 1:
+            found += _parameters(share, n, layout, s.n_layers, passes, b)
+    return tuple(found)
+
+
+def ep_totals(
+    model: ModelConfig, layout: Layout, n_tokens: int, calls: int, bytes_per_value: int
+) -> dict[t.Scheme, float]:
+    """Bytes on the ep axis under each scheme, per step, with even choices; `calls` exchanges of
+    counts per layer. One copy per rank never sends more sub-tokens than an all-gather, c ≤ P; but
+    it needs the counts, and the host waits for them."""
+    s = shape_of(model)
+    found = {}
+    for scheme in t.SCHEMES:
+        counts = 0 if scheme == "all_gather" else calls * t.count_bytes(layout.ep)
+        trips = _trips(s, scheme, layout.ep, n_tokens, bytes_per_value)
+        found[scheme] = s.n_sparse * (trips.total + counts)
+    return found
+
+
+def _trips(s: Shape, scheme: t.Scheme, n_ranks: int, n_tokens: int, b: int) -> t.Trips:
+    index = t.index_bytes(s.H, s.E)
+    return t.expected_bytes(scheme, n_tokens * s.H, s.L, s.K, n_ranks, b, index)
+
+
+def _heads(model: ModelConfig, s: Shape, layout: Layout, n_tokens: int, b: int, calls: int) -> Sent:
+    token = model.moe.router.reads == "token"
+    trips = t.head_bytes(n_tokens, s.H, s.L, s.K, s.E, layout.hp, b, reads_token=token)
+    extra = " + H·K·(i+2g)" if token else ""
+    formula = f"layers·T·(4·D_L·b{extra})·(hp−1)/hp"
+    messages = 4 * calls * (layout.hp - 1)
+    return Sent("Head Parallel", "tokens", "hp", s.n_sparse * trips.total, messages, formula)
+
+
+_EXPERTS: dict[t.Scheme, tuple[str, str]] = {
+    "all_to_all": (
+        "Expert Parallel, one copy per rank",
+        "layers·T·H·c·(4·L·b + K·(i+2g))·(ep−1)/ep, c = ep·(1−(1−1/ep)^K)",
+    ),
+    "all_to_all_per_slot": (
+        "Expert Parallel, one copy per slot",
+        "layers·T·H·K·(4·L·b + i)·(ep−1)/ep",
+    ),
+    "all_gather": (
+        "Expert Parallel, all-gather",
+        "layers·T·H·(4·L·b + K·(i+2g))·(ep−1)",
+    ),
+}
+
+
+def _experts(
+    s: Shape, layout: Layout, n_tokens: int, b: int, calls: int, imbalance: float
+) -> list[Sent]:
+    assert layout.scheme is not None
+    name, formula = _EXPERTS[layout.scheme]
+    value = s.n_sparse * _trips(s, layout.scheme, layout.ep, n_tokens, b).total
+    others = layout.ep - 1
+    if layout.scheme == "all_gather":
+        return [Sent(name, "tokens", "ep", value, 4 * calls * others, formula)]
+    if imbalance != 1.0:
+        value, formula = value * imbalance, f"imbalance·{formula}"
+    counts = calls * t.count_bytes(layout.ep)
+    return [
+        Sent(name, "tokens", "ep", value, 4 * calls * others, formula),
+        Sent(
+            "counts of rows",
+            "tokens",
+            "ep",
+            counts,
+            calls * others,
+            "layers·passes·chunks·8·(ep−1)",
+        ),
+    ]
+
+
+def _groups(model: ModelConfig, layout: Layout) -> dict[Share, int]:
+    """Parameters of a rank, added up by how they are split."""
+    by_name = shares(model, layout)
+    found: dict[Share, int] = {}
+    for item in parameters(model):
+        share = by_name[item.name]
+        found[share] = found.get(share, 0) + int(item.value) // share.parts
+    return {share: n for share, n in found.items() if n}
+
+
+def _parameters(
+    share: Share, n: int, layout: Layout, n_layers: int, passes: int, b: int
+) -> list[Sent]:
+    """Gradients by all-reduce once a step; with `shard`, weights are gathered for each forward and
+    each backward pass, and gradients reduce-scattered after each, so that none stay whole."""
+    axis, P = share.axis, layout.size(share.axis)
+    size = {"world": "N", "routers": "(dp·ep)", "dp": "dp"}[axis]
+    leaves = f"n·({size}−1)/{size}"
+    if not layout.shard:
+        name, value = f"gradients all-reduced, {share.name}", t.all_reduce_bytes(n, P)
+        return [Sent(name, "gradients", axis, value, 2 * (P - 1), f"2·4·{leaves}")]
+    weights, gradients = 2 * passes * t.scatter_bytes(n, P, b), passes * t.scatter_bytes(n, P)
+    calls = passes * n_layers * (P - 1)
+    gathered = f"weights gathered, {share.name}"
+    name = f"gradients reduce-scattered, {share.name}"
+    return [
+        Sent(gathered, "weights", axis, weights, 2 * calls, f"passes·2·b·{leaves}"),
+        Sent(name, "gradients", axis, gradients, calls, f"passes·4·{leaves}"),
+    ]

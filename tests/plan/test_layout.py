@@ -1,0 +1,123 @@
+"""Meshes against brute force, and what a rank holds against hand counts."""
+
+from dataclasses import replace
+
+import pytest
+
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
+from headway.plan.cost import parameters
+from headway.plan.layout import (
+    Layout,
+    held_parameters,
+    illegal,
+    meshes,
+    micro_batch,
+    used_parameters,
+)
+from headway.plan.shape import total
+from tests.plan.test_memory import MODELS
+
+WIDE = ModelConfig(
+    vocab_size=64, n_layers=2, d_model=48, moe=MoEConfig(n_heads=12, n_experts=10, top_k=2)
+)
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 24, 64])
+def test_every_mesh_once(n):
+    brute = {
+        (dp, hp, ep)
+        for dp in range(1, n + 1)
+        for hp in range(1, n + 1)
+        for ep in range(1, n + 1)
+        if dp * hp * ep == n
+    }
+    found = [(m.dp, m.hp, m.ep) for m in meshes(n)]
+    assert len(found) == len(brute) and set(found) == brute
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_legal_meshes_divide_heads_and_experts(n):
+    legal = {(m.dp, m.hp, m.ep) for m in meshes(n) if not illegal(WIDE, m)}
+    brute = {(m.dp, m.hp, m.ep) for m in meshes(n) if 12 % m.hp == 0 and 10 % m.ep == 0}
+    assert legal == brute and 1 < len(legal) < len(list(meshes(n)))
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "words"),
+    [
+        (WIDE, Layout(hp=5), "hp=5 does not divide n_heads=12; use hp=1, 2, 3, 4, 6 or 12"),
+        (WIDE, Layout(hp=24), "hp=24 does not divide n_heads=12"),
+        (WIDE, Layout(ep=4), "ep=4 does not divide n_experts=10; use ep=1, 2, 5 or 10"),
+        (MODELS["flat"], Layout(hp=2), "hp needs multi_head_latent: hp=2 and kind=moe"),
+        (MODELS["dense"], Layout(ep=2), "ep needs experts: ep=2 and every layer is dense"),
+        (MODELS["dense"], Layout(hp=2), "hp needs multi_head_latent: hp=2 and kind=dense"),
+        (
+            replace(WIDE, moe=replace(WIDE.moe, n_dense_layers=2)),
+            Layout(hp=2),
+            "hp needs multi_head_latent: hp=2 and kind=dense",
+        ),
+    ],
+)
+def test_reasons(model, layout, words):
+    assert illegal(model, layout).startswith(words)
+
+
+def test_axes_and_nodes():
+    """ep innermost: 2·4·4 ranks in nodes of 8 keep ep inside and nothing else."""
+    layout = Layout(dp=2, hp=4, ep=4)
+    axes = ("dp", "hp", "ep", "routers", "world")
+    assert [layout.size(a) for a in axes] == [2, 4, 4, 8, 32]
+    assert [layout.in_one_node(a, 8) for a in axes] == [False, False, True, False, False]
+    assert [layout.in_one_node(a, 16) for a in axes] == [False, True, True, False, False]
+    assert [layout.in_one_node(a, 32) for a in axes] == [True] * 5
+    # blocks of 3 in nodes of 8: the third block lies in two nodes
+    assert not Layout(dp=4, ep=3).in_one_node("ep", 8) and Layout(dp=2, ep=3).in_one_node("ep", 8)
+
+
+def groups(items):
+    return {i.name: i.value for i in items}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_rank_holds_the_model(name):
+    for layout in (Layout(), Layout(shard=True)):
+        assert total(used_parameters(MODELS[name], layout)) == total(parameters(MODELS[name]))
+        assert total(held_parameters(MODELS[name], layout)) == total(parameters(MODELS[name]))
+
+
+def test_what_a_rank_holds():
+    """dp 3 · hp 4 · ep 5: experts / 20, sub-token routers / 4; sharded by 60, 15 and 3 besides."""
+    whole = groups(parameters(WIDE))
+    layout = Layout(3, 4, 5, "all_to_all")
+    used = groups(used_parameters(WIDE, layout))
+    held = groups(held_parameters(WIDE, replace(layout, shard=True)))
+    assert groups(held_parameters(WIDE, layout)) == used
+    for name, n in whole.items():
+        split = {"experts": 20, "routers": 4}.get(name, 1)
+        assert used[name] == n / split
+        assert held[name] == pytest.approx(n / 60)
+    token = replace(WIDE, moe=replace(WIDE.moe, router=RouterConfig(reads="token")))
+    assert groups(used_parameters(token, layout))["routers"] == groups(parameters(token))["routers"]
+
+
+def config(batch: int, micro: int) -> Config:
+    return Config(data=DataConfig(batch_size=batch, micro_batch_size=micro))
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "expected"),
+    [
+        (64, 0, 4, (16, 1)),
+        (64, 4, 4, (4, 4)),
+        (64, 8, 16, (4, 1)),  # no more than a rank has
+        (24, 4, 4, (3, 2)),  # 6 sequences in threes, not in fours
+        (8, 8, 1, (8, 1)),
+    ],
+)
+def test_micro_batch(batch, micro, ranks, expected):
+    assert micro_batch(config(batch, micro), ranks) == expected
+
+
+def test_a_batch_that_ranks_cannot_share():
+    with pytest.raises(UsageError, match=r"batch_size=8 does not divide among --gpus 3; use .* 9"):
+        micro_batch(config(8, 0), 3)

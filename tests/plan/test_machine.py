@@ -1,0 +1,84 @@
+"""The table, networks, and machine files."""
+
+import json
+
+import pytest
+
+from headway.config import UsageError
+from headway.plan.machine import MACHINES, NUMBERS, named, read, with_network
+
+
+def test_public_numbers():
+    h100, h200, b200, a100 = (MACHINES[n] for n in ("h100", "h200", "b200", "a100"))
+    assert (h100.peak, h100.memory_bandwidth, h100.intra_node) == (989e12, 3.35e12, 450e9)
+    assert (h200.peak, h200.memory, h200.memory_bandwidth) == (989e12, 141e9, 4.8e12)
+    assert (b200.peak, b200.memory, b200.intra_node) == (2.25e15, 180e9, 900e9)
+    assert (a100.peak, a100.memory_bandwidth, a100.intra_node) == (312e12, 2e12, 300e9)
+    assert all(m.inter_node == 50e9 for m in (h100, h200, b200, a100))  # 400 Gbit/s
+
+
+def test_origins():
+    assert MACHINES["h100"].origin_of("peak") == "vendor"
+    assert MACHINES["h100"].origin_of("experts_efficiency") == "assumed"
+    assert {MACHINES["cpu"].origin_of(n) for n in NUMBERS} == {"assumed"}
+
+
+def test_rates():
+    h100 = MACHINES["h100"]
+    assert h100.rate("matmul", 2, 2048) == pytest.approx(0.6 * 989e12)
+    assert h100.rate("matmul", 2, 512) == pytest.approx(0.3 * 989e12)
+    assert h100.rate("experts", 4, 2048) == pytest.approx(0.4 * 67e12)
+
+
+def test_network():
+    assert with_network(named("H100"), "200").inter_node == 25e9
+    edr = with_network(named("h100"), "edr")
+    assert edr.inter_node == 12.5e9 and edr.origin_of("inter_node") == "given"
+    assert edr.origin_of("latency") == "assumed" and edr.intra_node == 450e9
+    for word in ("-1", "nan", "fast", "0", "inf"):
+        with pytest.raises(UsageError, match="--network"):
+            with_network(named("h100"), word)
+
+
+def test_a_machine_file(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(
+        json.dumps(
+            {
+                "name": "box",
+                "based_on": "a100",
+                "dtype": "bfloat16",
+                "measured": {"peak": 2e14, "latency": 7e-6},
+            }
+        )
+    )
+    found = read(str(path))
+    assert (found.name, found.peak, found.latency, found.dtype) == ("box", 2e14, 7e-6, "bfloat16")
+    assert found.memory_bandwidth == 2e12
+    assert found.origin_of("peak") == found.origin_of("latency") == "measured"
+    assert found.origin_of("memory") == "vendor" and found.origin_of("efficiency") == "assumed"
+    assert read(str(path), "h200").memory == 141e9
+    measured = with_network(found, "hdr")
+    assert measured.origin_of("inter_node") == "given" and measured.origin_of("peak") == "measured"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "has no `measured`"),
+        ('{"measured": {"speed": 1}}', "measures 'speed'"),
+        ('{"measured": {"peak": 0}}', "peak=0 is not above 0"),
+        ('{"measured": {"peak": "fast"}}', "peak='fast'"),
+        ('{"measured": {"peak": true}}', "peak=True"),
+        ('{"measured": {}, "dtype": "int8"}', "dtype='int8'"),
+        ('{"measured": {}, "based_on": "v100"}', "v100"),
+    ],
+)
+def test_files_that_are_none(tmp_path, text, words):
+    path = tmp_path / "machine.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words.replace("`", ".")):
+        read(str(path))
+    with pytest.raises(UsageError, match="there is no such file"):
+        read(str(tmp_path / "none.json"))

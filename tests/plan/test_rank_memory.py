@@ -1,0 +1,81 @@
+"""Memory of a rank: on one rank that of `plan.memory`, on several a share of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from headway.config import Config, DataConfig, OptimConfig, RunConfig
+from headway.plan.layout import Layout
+from headway.plan.memory import activations, states
+from headway.plan.rank_memory import CAST, GATHERED, memory
+from headway.plan.shape import total
+from tests.plan.test_memory import MODELS
+
+DATA = DataConfig(seq_len=32, batch_size=16)
+RECEIVED = "sub-tokens received from the ep axis"
+
+
+def config(name: str, **options) -> Config:
+    return Config(model=MODELS[name], data=DATA, optim=OptimConfig(name="muon"), **options)
+
+
+def items(found):
+    return {i.name: i.value for i in found}
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_rank_is_one_process(name, b):
+    one = config(name, run=RunConfig(recompute=b == 2))
+    kept = activations(MODELS[name], 4, 32, bytes_per_value=b, recompute=b == 2)
+    found = memory(one, Layout(), 4, b)
+    assert items(found) == items((*states(one), *kept))
+
+
+def test_states_follow_the_parameters():
+    whole = items(memory(config("multi-head latent"), Layout(), 4, 4))
+    heads = items(memory(config("multi-head latent"), Layout(hp=2), 4, 4))
+    experts = 3 * 2 * 8 * 3 * 20 * 16  # layers, heads, experts, matrices, F, L
+    routers = 3 * 2 * 8 * 16
+    assert whole["weights"] - heads["weights"] == 4 * (experts + routers) / 2
+    assert whole["Muon momentum"] - heads["Muon momentum"] == 4 * experts / 2
+    assert whole["AdamW moments"] - heads["AdamW moments"] == 8 * routers / 2
+    for name in ("experts", "attention", "sub-tokens and expert outputs"):
+        assert whole[name] == heads[name]  # as many sub-tokens, of fewer heads
+
+
+def test_sharding_divides_states_and_gathers_two_layers():
+    one = config("multi-head latent")
+    whole = items(memory(one, Layout(), 4, 2))
+    shard = items(memory(one, Layout(dp=4, shard=True), 4, 2))
+    for name in ("weights", "gradients", "AdamW moments", "Muon momentum"):
+        assert shard[name] == pytest.approx(whole[name] / 4)
+    assert CAST in whole and CAST not in shard
+    n = whole["weights"] / 4
+    ends = 2 * 64 * 32  # embedding and head
+    assert shard[GATHERED] == max(2 * (n - ends) / 3, ends) * (2 + 2)
+    replicated = items(memory(one, Layout(dp=4), 4, 2))
+    assert replicated == whole
+
+
+def test_received_sub_tokens():
+    """3 layers · 128 tokens · 2 heads · width 16, K = 3, float32, indices of 2 and gates of 4."""
+    one, n = config("multi-head latent"), 3 * 128 * 2
+    found = {
+        scheme: items(memory(one, Layout(ep=2, scheme=scheme), 4, 4))[RECEIVED]
+        for scheme in ("all_to_all", "all_to_all_per_slot", "all_gather")
+    }
+    assert found["all_gather"] == n * 2 * (64 + 18)
+    assert found["all_to_all_per_slot"] == n * 3 * 64
+    assert found["all_to_all"] == n * 2 * (1 - 0.5**3) * (64 + 18)
+    assert RECEIVED not in items(memory(one, Layout(hp=2), 4, 4))
+
+
+def test_a_busy_rank_keeps_more_rows():
+    one = config("multi-head latent")
+    layout = Layout(ep=2, scheme="all_gather")
+    even, busy = memory(one, layout, 4, 4), memory(one, layout, 4, 4, 1.25)
+    rows = items(even)["experts"] + items(even)["sorted rows"]
+    assert total(busy) - total(even) == pytest.approx(rows / 4)
+    dp = replace(layout, dp=2, ep=1, scheme=None)
+    assert memory(one, dp, 4, 4, 1.25) == memory(one, dp, 4, 4)

@@ -1,0 +1,139 @@
+"""Predicted seconds against hand numbers, on a machine of round numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
+from headway.model.transformer import Transformer
+from headway.plan.cost import flops
+from headway.plan.layout import Layout
+from headway.plan.machine import Machine
+from headway.plan.rank_memory import memory
+from headway.plan.shape import Item, total
+from headway.plan.time import Setting, newton_schulz, seconds, work
+from headway.plan.wire import sent
+from headway.train.optim import build_optimizers
+from tests.plan.test_memory import MODELS
+
+MACHINE = Machine(
+    "round", 1e9, 1e8, 1e12, 1e8, 1e6, 1e5, 1e-3, 0.5, 0.25, 0.2, 0.1
+)  # bytes/s: 1e8 memory, 1e6 inside, 1e5 between nodes
+MODEL = ModelConfig(
+    vocab_size=64,
+    n_layers=2,
+    d_model=32,
+    n_heads=4,
+    moe=MoEConfig(n_heads=4, n_experts=8, top_k=2, d_expert=8),
+)
+CONFIG = Config(model=MODEL, data=DataConfig(seq_len=16, batch_size=8))
+T, PASSES = 64, 2  # of one rank: 4 sequences in 2 passes
+
+
+def parts(layout, config=CONFIG, per_node=8, chunks=1, imbalance=1.0, b=2):
+    setting = Setting(config, MACHINE, per_node, b, chunks, imbalance)
+    uneven = imbalance if layout.ep > 1 else 1.0
+    held = memory(config, layout, 2, b, uneven)
+    wires = sent(config.model, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
+    found = seconds(setting, layout, T, PASSES, held, wires)
+    return {i.name: i.value for i in found}
+
+
+def test_compute():
+    """One rank, D = 32 < 1024: narrow matmuls at a quarter of 1e9 FLOP/s, experts at a fifth."""
+    forward = {i.name: i.value for i in flops(MODEL, 16)}
+    found = parts(Layout())
+    experts, scores = forward.pop("experts"), forward.pop("attention scores")
+    assert experts == 2 * 2 * 2 * 3 * 8 * 32
+    assert found["experts"] == pytest.approx(3 * T * experts / 2e8)
+    assert found["attention scores"] == pytest.approx(3 * T * scores / 1e8)
+    assert found["matmuls"] == pytest.approx(3 * T * sum(forward.values()) / 2.5e8)
+    slow = parts(Layout(), b=4)
+    assert slow["experts"] == pytest.approx(10 * found["experts"])  # float32's own peak
+    wide = Config(model=replace(MODEL, d_model=1024), data=CONFIG.data)
+    assert parts(Layout(), wide)["matmuls"] == pytest.approx(
+        work(wide, T)["matmuls"].value / 5e8  # large matmuls reach a half
+    )
+
+
+def test_recompute_does_the_first_matmul_of_experts_again():
+    again = replace(CONFIG, run=RunConfig(recompute=True))
+    ratio = work(again, T)["experts"].value / work(CONFIG, T)["experts"].value
+    assert ratio == pytest.approx(11 / 9)  # 2/9 more with SwiGLU, as kernels/experts.py says
+
+
+def test_imbalance_slows_experts_of_an_ep_axis_alone():
+    ep, hp = Layout(ep=2, scheme="all_gather"), Layout(hp=2)
+    assert parts(ep, imbalance=1.5)["experts"] == pytest.approx(1.5 * parts(ep)["experts"])
+    assert parts(hp, imbalance=1.5) == parts(hp)
+
+
+def test_exchange_and_its_overlap():
+    """2 layers · 64 tokens · 32 values · 2 bytes · ½ · 4 ways over 1e6 bytes/s, and 16 messages."""
+    name = "Head Parallel, exposed"
+    comm = 4 * 2 * 64 * 32 * 2 / 2 / 1e6 + 1e-3 * 4 * 2 * PASSES
+    assert parts(Layout(hp=2))[name] == pytest.approx(comm)
+    between = 4 * 2 * 64 * 32 * 2 / 2 / 1e5 + 1e-3 * 4 * 2 * PASSES
+    assert parts(Layout(hp=2), per_node=1)[name] == pytest.approx(between)
+    # in 4 chunks: 4 times the messages; the sparse layers hide what they can, but not the first
+    more = comm + 3 * 1e-3 * 4 * 2 * PASSES
+    done = work(CONFIG, T)
+    hides = done["experts"].value / 2e8 + done["sparse"].value / 2.5e8
+    assert parts(Layout(hp=2), chunks=4)[name] == pytest.approx(max(more / 4, more - hides))
+
+
+def test_the_first_chunk_is_never_hidden():
+    quick = replace(MACHINE, latency=1e-12, intra_node=1e9)
+    setting = Setting(CONFIG, quick, chunks=4)
+    wires = sent(MODEL, Layout(hp=2), T, PASSES, 2, chunks=4)
+    held = memory(CONFIG, Layout(hp=2), 2, 2)
+    found = seconds(setting, Layout(hp=2), T, PASSES, held, wires)
+    comm = {i.name: i.value for i in found}["Head Parallel, exposed"]
+    assert comm == pytest.approx(4 * 2 * 64 * 32 * 2 / 2 / 1e9 / 4, rel=1e-3)
+
+
+def test_gradients_by_axis():
+    """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all."""
+    layout = Layout(dp=2, hp=2)
+    wires = {w.name: w for w in sent(MODEL, layout, T, PASSES, 2)}
+    summed = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
+    assert len(wires) == 4
+    assert parts(layout, per_node=2)["gradients summed"] == pytest.approx(summed)
+
+
+def test_memory_traffic_and_optimiser():
+    held = memory(CONFIG, Layout(), 2, 2)
+    by_name = {i.name: i.value for i in held}
+    n = by_name["weights"] / 4
+    found = parts(Layout())
+    assert found["optimiser"] == pytest.approx((8 * n + 4 * n + 16 * n) / 1e8)
+    kept = total(held) - 16 * n - by_name["weights cast to the matmul's dtype"]
+    assert found["memory traffic"] == pytest.approx(PASSES * (2 * kept + 6 * n) / 1e8)
+    assert "Newton–Schulz" not in found
+
+
+@pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_newton_schulz_of_the_built_model(name, experts):
+    """Every matrix that Muon has: five times two m·m·n and one m·m·m matmul."""
+    optim = OptimConfig(name="muon", muon_experts=experts)
+    muon = build_optimizers(Transformer(MODELS[name], seed=0), optim).muon
+    assert muon is not None
+    expected = 0
+    for p in (p for group in muon.param_groups for p in group["params"]):
+        m, n = sorted(p.shape[-2:])
+        expected += p.numel() // (m * n) * 5 * (4 * m * m * n + 2 * m**3)
+    config = Config(model=MODELS[name], optim=optim)
+    assert newton_schulz(config, Layout()) == expected
+    sharded = newton_schulz(config, Layout(dp=2, shard=True))
+    assert sharded == pytest.approx(expected / 2)
+
+
+def test_parts_are_items_with_formulas():
+    layout = Layout(dp=2, hp=2, ep=2, scheme="all_to_all", shard=True)
+    setting = Setting(CONFIG, MACHINE)
+    held, wires = memory(CONFIG, layout, 2, 2), sent(MODEL, layout, T, PASSES, 2)
+    found = seconds(setting, layout, T, PASSES, held, wires)
+    assert all(isinstance(i, Item) and i.formula and i.value > 0 for i in found)
+    assert not torch.is_tensor(found[0].value)

@@ -1,0 +1,60 @@
+"""What `doctor --measure` counts and writes; the rates themselves belong to the machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from headway import measure as m
+from headway.plan.machine import NUMBERS, read
+
+CPU = torch.device("cpu")
+
+
+def test_best_leaves_the_first_call_out():
+    times = iter([0.05, 0.002, 0.01])
+    assert 0.002 <= m.best(lambda: time.sleep(next(times)), CPU, 0.0) < 0.009
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    """With a clock that says half a second for everything."""
+
+    def half_a_second(run, device, seconds):
+        run()
+        return 0.5
+
+    monkeypatch.setattr(m, "best", half_a_second)
+    assert m.matmul_flops(CPU, torch.float32, 4, 8, 16, 0) == 2 * 4 * 8 * 16 / 0.5
+    assert m.copy_bandwidth(CPU, 1000, 0) == 2000 / 0.5
+    monkeypatch.setattr(m, "_SMALL_EXPERTS", (8, 2, 16, 4, 2, 8))
+    rate, what = m.experts_flops(CPU, torch.float32, 0)
+    # forward 3 matmuls of 16 × 8 per row, backward twice that
+    assert rate == 3 * 2 * (8 * 2 * 2) * 3 * 8 * 16 / 0.5 and "T 8, H 2" in what
+    rate, _ = m.attention_flops(CPU, torch.float32, 0)
+    assert rate == 3 * 4 * 4 * 4 * 64 * (256 * 257 / 2) / 0.5
+
+
+@pytest.mark.slow
+def test_the_network_under_torchrun(tmp_path):
+    """Two processes on this machine: bandwidth within the node and latency; rank 0 writes and
+    speaks."""
+    root = Path(__file__).resolve().parents[1]
+    file = tmp_path / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "headway", "doctor", "--measure", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--json"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found == json.loads(file.read_text()) and found["ranks"] == 2
+    assert done.stdout.count("\nall-to-all") == 1
+    assert {"intra_node", "latency"} <= set(found["measured"]) <= set(NUMBERS)
+    machine = read(str(file))
+    assert machine.origin_of("intra_node") == "measured" and 1e-7 < machine.latency < 0.1

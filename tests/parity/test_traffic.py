@@ -1,0 +1,107 @@
+"""The ledger counts what the formulas of plan.traffic predict, byte for byte."""
+
+import pytest
+import torch
+
+from headway.config import MeshConfig, RouterConfig
+from headway.data.stream import Batch
+from headway.model.transformer import Transformer
+from headway.parallel.exchange import spread
+from headway.plan import traffic
+from headway.plan.cost import parameters
+from headway.plan.shape import shape_of
+from headway.plan.shape import total as sum_of
+from headway.train.step import gradient
+from tests.parity.test_parity import ROWS, Case, flat, heads, latent, rows_of
+
+S = 8
+"""Tokens of a row."""
+
+
+def count(mesh, case: Case):
+    """One step in float32; the ledger, and the rows that left for other ranks by the route."""
+    model = Transformer(case.model, seed=0)
+    apart = spread(model, mesh)
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(32, (2, ROWS, S), generator=generator)
+    mine = rows_of(mesh, ROWS // mesh.size)
+    batch = Batch(tokens[mine], targets[mine], None)
+    gradient(model, [batch], batch.targets_BS.numel(), case.model.moe.balance, apart)
+    return {key: c["bytes"] for key, c in mesh.traffic.take().items()}
+
+
+def tokens_of(mesh: MeshConfig) -> int:
+    return ROWS * S // (mesh.dp * mesh.hp * mesh.ep)
+
+
+def trips(found, axis, there, back):
+    """In the order of `traffic.Trips`."""
+    keys = (there, back, f"{back} backward", f"{there} backward")
+    return tuple(found[f"{axis} {key}"] for key in keys)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("reads", ["sub_token", "token"])
+@pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(dp=2, hp=2)], ids=str)
+def test_head_parallel(ranks, mesh, reads, chunks):
+    model = heads(router=RouterConfig(reads=reads), top_k=3)
+    mesh = MeshConfig(mesh.dp, mesh.hp, mesh.ep, chunks=chunks)
+    s = shape_of(model)
+    want = traffic.head_bytes(
+        tokens_of(mesh), s.H, s.L, s.K, s.E, mesh.hp, 4, reads_token=reads == "token"
+    )
+    for found in ranks.run(mesh, count, Case(model, mesh)):
+        assert trips(found, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+
+
+def test_head_parallel_does_not_grow_with_k(ranks):
+    mesh = MeshConfig(hp=4)
+    once, often = (ranks.run(mesh, count, Case(heads(top_k=k), mesh))[0] for k in (2, 8))
+    assert trips(once, "hp", "scatter", "gather") == trips(often, "hp", "scatter", "gather")
+
+
+@pytest.mark.parametrize("model", [flat(), latent(), heads()], ids=["flat", "latent", "heads"])
+def test_all_gather(ranks, model):
+    mesh = MeshConfig(ep=4, ep_scheme="all_gather")
+    s = shape_of(model)
+    index = traffic.index_bytes(s.H, s.E)
+    want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, 4, index)
+    for found in ranks.run(mesh, count, Case(model, mesh)):
+        assert trips(found, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
+
+
+@pytest.mark.parametrize("dedup", [True, False])
+@pytest.mark.parametrize("model", [flat(), latent(), heads()], ids=["flat", "latent", "heads"])
+def test_all_to_all_follows_the_rows(ranks, model, dedup):
+    """The rows are read off one trip; the other three and their sum over ranks must agree."""
+    mesh = MeshConfig(ep=4, ep_scheme="all_to_all", dedup=dedup)
+    s = shape_of(model)
+    index = traffic.index_bytes(s.H, s.E)
+    answers = ranks.run(mesh, count, Case(model, mesh))
+    leaving = 0
+    for found in answers:
+        row = s.L * 4 + (s.K * (index + 4) if dedup else index)
+        rows, rest = divmod(found["ep dispatch"], row)
+        assert rest == 0
+        leaving += rows
+        assert found["ep counts"] == s.n_sparse * traffic.count_bytes(4)
+        if dedup:
+            want = traffic.rank_rows_bytes(rows, s.L, s.K, 4, index)
+        else:
+            want = traffic.slot_rows_bytes(rows, s.L, 4, index)
+        got = trips(found, "ep", "dispatch", "combine")
+        # a rank sends its rows there and their gradients; outputs leave from where rows arrived
+        assert (got[0], got[2]) == (want.dispatch, want.combine_backward)
+    both = sum(f["ep combine"] for f in answers), sum(f["ep combine backward"] for f in answers)
+    assert both == (leaving * s.L * 4, leaving * s.L * 4)
+    slots = ROWS * S * s.H * s.n_sparse
+    most = s.K if not dedup else min(s.K, 3)
+    assert 0 < leaving <= slots * most
+
+
+def test_gradients_of_replicated_parameters(ranks):
+    mesh, model = MeshConfig(hp=4), heads()
+    groups = {item.name: item.value for item in parameters(model)}
+    shared = sum_of(parameters(model)) - groups["experts"] - groups["routers"]
+    for found in ranks.run(mesh, count, Case(model, mesh)):
+        assert found["world gradients"] == traffic.all_reduce_bytes(int(shared), 4)

@@ -6,6 +6,7 @@ routing and after the experts; `dispatch` and `combine` on the ep axis inside th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +36,13 @@ class Exchange:
     def early(self) -> bool:
         """Whether tokens leave before routing, so that a shared expert belongs there."""
         return self.mesh.hp.size > 1
+
+    @property
+    def scheme(self) -> Literal["all_to_all", "all_to_all_per_slot", "all_gather"]:
+        """How sub-tokens travel on ep, under the name that `plan` gives it."""
+        if self.gathers:
+            return "all_gather"
+        return "all_to_all" if self.dedup else "all_to_all_per_slot"
 
     def chunks(self, x_TD: Tensor) -> Sequence[Tensor]:
         """`[T, D]` in equal pieces: as many as wanted, or the next smaller number that divides

@@ -4,6 +4,8 @@ Sizes are known to the host when a collective starts, so counting costs no wait 
 Bytes are those that leave the rank: what it keeps for itself is not on the wire.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -37,6 +39,15 @@ class Traffic:
     def total(self, axis: str = "") -> int:
         """Bytes so far, of one axis or of all."""
         return sum(c.bytes for key, c in self.counts.items() if key.startswith(axis))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is sent in the body is not counted: an evaluation, a text sample, a checkpoint."""
+        kept, self.counts = self.counts, {}
+        try:
+            yield
+        finally:
+            self.counts = kept
 
     def take(self) -> dict[str, dict[str, float]]:
         """`{"hp dispatch": {"bytes": …, "calls": …, "wait": …}, …}` since the last call."""

@@ -8,7 +8,7 @@ number of parameters that the rank computes with; passes are its micro-batches.
 from dataclasses import dataclass
 from typing import Literal
 
-from headway.config import ModelConfig
+from headway.config import Config, ModelConfig
 from headway.plan import traffic as t
 from headway.plan.cost import parameters
 from headway.plan.layout import Axis, Layout, Share, shares
@@ -77,6 +77,23 @@ def ep_totals(
 def _trips(s: Shape, scheme: t.Scheme, n_ranks: int, n_tokens: int, b: int) -> t.Trips:
     index = t.index_bytes(s.H, s.E)
     return t.expected_bytes(scheme, n_tokens * s.H, s.L, s.K, n_ranks, b, index)
+
+
+def exchanged(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
+    """Bytes of sub-tokens and outputs that a rank is expected to send in an optimiser step of a
+    run, over all sparse layers."""
+    mesh, data = config.mesh, config.data
+    layout = Layout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None)
+    rows = data.batch_size // layout.ranks
+    found = sent(
+        config.model,
+        layout,
+        rows * data.seq_len,
+        rows // (data.micro_batch_size or rows),
+        bytes_per_value,
+        chunks=mesh.chunks,
+    )
+    return sum(part.bytes for part in found if part.kind == "tokens")
 
 
 def _heads(model: ModelConfig, s: Shape, layout: Layout, n_tokens: int, b: int, calls: int) -> Sent:

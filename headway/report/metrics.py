@@ -93,6 +93,28 @@ METRICS: tuple[Metric, ...] = (
         "The largest amount held so far.",
     ),
     Metric(
+        "wire_bytes",
+        "Bytes on the wire",
+        "bytes/step",
+        "bytes that leave rank 0 in the exchanges of sub-tokens and outputs, forward and backward",
+        "Counted at each collective of the hp and ep axes; gradients and statistics left out.",
+    ),
+    Metric(
+        "wire_expected",
+        "Bytes by formula",
+        "bytes/step",
+        "plan.wire: fixed in advance for Head Parallel, even and independent choices for Expert "
+        "Parallel",
+        "What `headway plan` says of this mesh.",
+    ),
+    Metric(
+        "wire_wait",
+        "Waiting for the wire",
+        "of the step",
+        "time in which the host of rank 0 stood still in a collective / training time",
+        "What overlap has not hidden, and the time that other ranks were late.",
+    ),
+    Metric(
         "skipped",
         "Skipped steps",
         "steps",
@@ -199,6 +221,14 @@ def _text(record: Mapping, name: str, spec: str, scale: float = 1.0) -> str:
     return "-" if value is None else format(value * scale, spec)
 
 
+def _wire(record: Mapping) -> tuple[str, ...]:
+    """Nothing in a single process."""
+    if record.get("wire_bytes") is None:
+        return ()
+    sent, wait = _text(record, "wire_bytes", ".2f", 1e-6), _text(record, "wire_wait", ".0%")
+    return (f"wire {sent} MB/step wait {wait}",)
+
+
 def progress_line(
     record: Mapping,
     total_steps: int,
@@ -227,6 +257,7 @@ def progress_line(
             f"tokens/s {_text(record, 'tokens_per_second', '.0f'):>6}",
             speed,
             f"mem {_text(record, 'memory_gib', '.2f')} GiB",
+            *_wire(record),
             f"load min {_text(record, 'load_min', '.2f')} p95 {_text(record, 'load_p95', '.2f')}"
             f" max {_text(record, 'load_max', '.2f')}",
             f"dead {_text(record, 'dead', 'd', 1)}",

@@ -16,6 +16,7 @@ from headway.data.tokenizer import Tokenizer
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import ALONE, Spread
+from headway.plan.wire import exchanged
 from headway.report.html import write_report
 from headway.report.metrics import progress_line
 from headway.report.sinks import JsonlSink, NoSink
@@ -56,6 +57,9 @@ class Run:
     def __post_init__(self) -> None:
         self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes)
         self.flops_per_token = flops_per_token(self.model, self.config.data.seq_len)
+        self.expected_bytes = 0.0
+        if (exchange := self.spread.exchange) is not None:
+            self.expected_bytes = exchanged(self.config, exchange.scheme, self.model.dtype.itemsize)
 
     @property
     def tokens(self) -> int:
@@ -135,6 +139,7 @@ class Run:
             "flops_per_second": self.flops_per_token * speed,
             "memory_gib": _memory_gib(self.model.embed.weight.device),
             "skipped": progress.skipped,
+            **self._wire(interval),
         }
         progress.loss = record["loss"] if interval.steps else None
         self.write(record)
@@ -142,17 +147,34 @@ class Run:
         eta = (steps - progress.step) * per_step
         self.log(progress_line({"step": progress.step, **record}, steps, eta))
 
+    def _wire(self, interval: Interval) -> dict[str, Any]:
+        """What this rank sent in the interval; nothing in a single process."""
+        mesh, data = self.spread.mesh, self.config.data
+        if mesh.size == 1:
+            return {}
+        taken = mesh.traffic.take()
+        steps = interval.tokens / (data.batch_size * data.seq_len)
+        exchanged = [c["bytes"] for key, c in taken.items() if key[:3] in ("hp ", "ep ")]
+        waited = sum(c["wait"] for c in taken.values())
+        return {
+            "wire": {key: c | {"bytes": c["bytes"] / steps} for key, c in taken.items()},
+            "wire_bytes": sum(exchanged) / steps,
+            "wire_expected": self.expected_bytes,
+            "wire_wait": waited / max(interval.seconds, 1e-9),
+        }
+
     def evaluate(self) -> None:
         """Validation, always on the same batches."""
         data, n_batches = self.config.data, self.config.run.eval_batches
-        found = evaluate(
-            self.model,
-            self.stream,
-            self.token_bytes_V,
-            n_batches,
-            data.micro_batch_size,
-            self.spread,
-        )
+        with self.spread.mesh.traffic.aside():
+            found = evaluate(
+                self.model,
+                self.stream,
+                self.token_bytes_V,
+                n_batches,
+                data.micro_batch_size,
+                self.spread,
+            )
         self.progress.evaluated(found)
         self.write(dataclasses.asdict(found))
         self.log(
@@ -165,16 +187,17 @@ class Run:
         run = self.config.run
         if not run.sample_tokens:
             return
-        text = generate(
-            self.model,
-            self.tokenizer,
-            run.sample_prompt,
-            run.sample_tokens,
-            0.8,
-            50,
-            seed=run.seed,
-            ranks=self.spread.exchange,
-        )
+        with self.spread.mesh.traffic.aside():
+            text = generate(
+                self.model,
+                self.tokenizer,
+                run.sample_prompt,
+                run.sample_tokens,
+                0.8,
+                50,
+                seed=run.seed,
+                ranks=self.spread.exchange,
+            )
         self.progress.sample = text
         self.write({"prompt": run.sample_prompt, "sample": text})
 

@@ -36,6 +36,7 @@ def make_run(
     floor: float = 1.55,
     sample: str | None = None,
     events: bool = True,
+    wire: bool = False,
 ) -> Path:
     """Write run.json and metrics.jsonl; `layers=0` makes a dense run. Returns the folder."""
     rng = np.random.default_rng(seed)
@@ -143,6 +144,12 @@ def make_run(
                     "balance_loss": 0.01 * (1 + 0.4 * uneven + 0.01 * rng.normal()),
                     "entropy": entropy,
                     "load": load,
+                }
+            if wire:
+                record |= {
+                    "wire_bytes": 6.1e6 * (1 + 0.02 * rng.normal()),
+                    "wire_expected": 6.0e6,
+                    "wire_wait": 0.25 + 0.03 * rng.normal(),
                 }
             sink.write(record)
             if step % config.run.eval_every == 0 or step == steps:

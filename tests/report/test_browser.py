@@ -71,6 +71,7 @@ def runs(tmp_path_factory):
     return {
         "one": make("one", layers=LAYERS, experts=EXPERTS),
         "two": make("two", layers=2, experts=16, seed=1, lr=1e-3, floor=1.7),
+        "wire": make("wire", layers=LAYERS, experts=EXPERTS, wire=True),
         "dense": make("dense", layers=0, seed=2),
         "hostile": make("<i>hostile", layers=1, experts=4, sample=HOSTILE),
     }
@@ -108,6 +109,12 @@ def points(browser):
 
 def js(browser, code, *arguments):
     return browser.execute_script(f"const $ = (s) => document.querySelector(s); {code}", *arguments)
+
+
+def test_counted_bytes_stand_beside_the_formula(browser, runs, tmp_path):
+    show(browser, tmp_path, runs["wire"])
+    assert points(browser) == POINTS | {"wire_bytes": 2 * 60, "wire_wait": 60}
+    quiet(browser)
 
 
 def test_each_chart_is_drawn_with_its_points(browser, runs, tmp_path):

@@ -97,7 +97,7 @@ def test_the_table_names_each_recorded_number_once(tmp_path):
     assert len(set(names)) == len(names)
     from headway.report.sinks import read_metrics
 
-    run = make_run(tmp_path / "run", steps=20)
+    run = make_run(tmp_path / "run", steps=20, wire=True)
     recorded = {
         k
         for r in read_metrics(run / "metrics.jsonl")

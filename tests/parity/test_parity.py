@@ -45,7 +45,7 @@ def train(mesh, config, optim, micro, whole_micro, skew=False):
             for layer in model.sparse_layers():
                 layer.router.bias_HE[:, : layer.router.top_k] = 1e3
     apart = spread(model, mesh)
-    optimizers = build_optimizers(model, optim, torch.float64)
+    optimizers = build_optimizers(model, optim, torch.float64, apart.layout)
     found = []
     for step in range(STEPS):
         at_once = mesh.size * micro

@@ -235,8 +235,8 @@ def _check_mesh(config: Config) -> None:
     world = mesh.dp * mesh.hp * mesh.ep
     if mesh.shard == "fsdp" and world == 1:
         raise UsageError(
-            "mesh.shard=fsdp shares parameters among ranks, and there is 1; use mesh.shard=replicate "
-            "or more ranks"
+            "mesh.shard=fsdp shares parameters among ranks, and there is 1; "
+            "use mesh.shard=replicate or more ranks"
         )
     if mesh.shard == "hsdp" and (mesh.dp == 1 or world == mesh.dp):
         other, why = ("dp", "replicas") if mesh.dp == 1 else ("hp × ep", "ranks to share among")

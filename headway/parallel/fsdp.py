@@ -79,8 +79,8 @@ def rest(model: nn.Module) -> None:
 
 
 def last_micro_batch(model: nn.Module, last: bool) -> None:
-    """Before each backward. Gradients are added up over the ranks that share a parameter after every
-    micro-batch, so that they never lie whole; over the replicas of `hsdp` after the last one."""
+    """Before each backward. Gradients are added up over the ranks that share a parameter after
+    every micro-batch, so that they never lie whole; over the replicas of `hsdp` after the last."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 

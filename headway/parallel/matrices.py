@@ -1,4 +1,4 @@
-"""Something to be done to whole matrices that lie in pieces: each on one rank, all ranks at once."""
+"""What needs whole matrices where they lie in pieces: each on one rank, all ranks at once."""
 
 from collections.abc import Callable, Sequence
 

@@ -113,7 +113,7 @@ def split(model: Transformer, mesh: Mesh) -> Layout:
 def local(x: Tensor) -> Tensor:
     """What of a tensor lies in this process: all of a plain one, this rank's piece of one that FSDP
     has cut. It shares memory with `x`."""
-    return x.detach().to_local() if isinstance(x, DTensor) else x
+    return x.to_local().detach() if isinstance(x, DTensor) else x
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -245,8 +245,8 @@ def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Views of what lies here of parameters and persistent buffers; a tensor shared by two names (tied head) appears
-    once."""
+    """Views of what lies here of parameters and persistent buffers; a tensor shared by two names
+    (tied head) appears once."""
     tensors, seen = {}, set()
     for name, value in model.state_dict().items():
         value = local(value)

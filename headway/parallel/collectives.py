@@ -137,7 +137,8 @@ class _Layout:
         if len(self.kinds) == 1:
             return (rows,)
         return tuple(
-            piece.contiguous().view(dtype).view(rows.shape[0], *shape)
+            # a copy always: a single row counts as contiguous, whatever its stride and offset
+            piece.clone(memory_format=torch.contiguous_format).view(dtype).view(len(rows), *shape)
             for piece, (dtype, shape) in zip(rows.split(self.bytes, 1), self.kinds, strict=True)
         )
 

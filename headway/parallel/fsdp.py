@@ -20,6 +20,7 @@ the piece. Stacked experts are cut between matrices where their numbers allow, s
 every matrix whole.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
+
+try:  # the names that torch is moving to
+    from torch.distributed import all_gather_single as _all_gather
+    from torch.distributed import reduce_scatter_single as _reduce_scatter
+except ImportError:
+    from torch.distributed import all_gather_into_tensor as _all_gather
+    from torch.distributed import reduce_scatter_tensor as _reduce_scatter
 
 from headway.model.experts import Experts
 from headway.model.transformer import Transformer
@@ -104,6 +112,8 @@ def _cut_experts(experts: Experts, mesh: Mesh) -> dict[str, Pieces]:
     dims = (0, 0) if H % size == 0 else (1, 1) if E % size == 0 else within
     of = {experts.w_in_HEGFL: dims[0], experts.w_out_HEFL: dims[1]}
     cuts = {name: Pieces(of[p], p.shape[of[p]], mesh.dp) for name, p in experts.named_parameters()}
+    # a view, and nothing writes to it in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .*Experts.* returned a view")
     fully_shard(
         experts,
         mesh=mesh.device_mesh["dp"],
@@ -159,7 +169,7 @@ class _Gather(_Buffers, AllGather):
     ) -> dist.Work | None:
         n_bytes = (self.axis.size - 1) * input_tensor.numel() * input_tensor.element_size()
         self.traffic.add(self.axis.name, "fsdp all-gather", n_bytes)
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Scatter(_Buffers, ReduceScatter):
@@ -178,9 +188,7 @@ class _Scatter(_Buffers, ReduceScatter):
     ) -> dist.Work | None:
         n_bytes = (self.axis.size - 1) * output_tensor.numel() * output_tensor.element_size()
         self.traffic.add(self.axis.name, "fsdp reduce-scatter", n_bytes)
-        return dist.reduce_scatter_tensor(
-            output_tensor, input_tensor, dist.ReduceOp.SUM, group, async_op
-        )
+        return _reduce_scatter(output_tensor, input_tensor, op, group=group, async_op=async_op)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ Those routers are one matrix per head, a few MiB per layer: they stay whole, and
 `reduce.sum_gradients` adds up their gradients (and with `hsdp` the experts'). A loss is one rank's
 part of a global sum, so FSDP too must add up, and divide nothing.
 
+Every collective is in the mesh's ledger, counted when it is issued: its bytes are computed from the
+size of the message as a ring would send them, not observed on the wire.
+
 Parameters are plain tensors within `forward` and `step`, and DTensors outside; `shard.local` gives
 the piece. Stacked experts are cut between matrices where their numbers allow, so that Muon finds
 every matrix whole.
@@ -32,10 +35,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
 
-try:  # the names that torch is moving to
+try:
     from torch.distributed import all_gather_single as _all_gather
     from torch.distributed import reduce_scatter_single as _reduce_scatter
-except ImportError:
+except ImportError:  # before torch 2.13
     from torch.distributed import all_gather_into_tensor as _all_gather
     from torch.distributed import reduce_scatter_tensor as _reduce_scatter
 

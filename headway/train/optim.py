@@ -202,6 +202,6 @@ def _cut_matrices(named: dict[str, nn.Parameter], layout: Layout) -> dict[Tensor
     found: dict[Tensor, Pieces] = {}
     for name, p in named.items():
         pieces = layout.placements[name].pieces if layout.placements else None
-        if pieces is not None and pieces.dim >= p.ndim - 2:
+        if p.ndim >= 2 and pieces is not None and pieces.dim >= p.ndim - 2:
             found[p] = pieces
     return found

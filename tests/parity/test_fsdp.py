@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from headway import recipes
-from headway.config import DataConfig, MeshConfig, OptimConfig, RouterConfig, UsageError
+from headway.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RouterConfig,
+    UsageError,
+)
 from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
@@ -18,6 +26,7 @@ from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
 from headway.parallel.gathered import whole
+from headway.parallel.mesh import fake
 from headway.parallel.shard import local
 from headway.train import checkpoint
 from headway.train.evaluate import evaluate, micro_batches
@@ -106,8 +115,9 @@ def _story(mesh, config, optim, data, folder, steps):
     for step in range(steps):
         seen = evaluate(model, stream, token_bytes, 2, 4, apart)
         text = generate(model, tokenizer, "ab", 12, seed=step, ranks=apart.exchange)
-        batch = stream.batch(step, mesh.rank, mesh.size)
-        micros = micro_batches(batch, 1, torch.device("cpu"))
+        micro = 4 // mesh.size  # all ranks together always see four rows
+        batch = stream.batch(step, mesh.rank, mesh.size, micro)
+        micros = micro_batches(batch, micro, torch.device("cpu"))
         got = gradient(model, micros, batch.targets_BS.numel(), config.moe.balance, apart)
         update(model, optimizers, got, 1.0, optim, config.moe.balance, apart)
         optimizers.zero_grad()
@@ -179,3 +189,31 @@ def test_nothing_to_share(mesh, words):
     config = dataclasses.replace(recipes.load("demo"), mesh=mesh)
     with pytest.raises(UsageError, match=words):
         validate(config)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp"])
+def test_a_model_for_512_ranks(kind):
+    """Split and cut on the meta device, as rank 77 of 512 would see it."""
+    moe = MoEConfig(
+        kind="multi_head_latent", n_heads=8, n_experts=256, top_k=8, d_expert=2048, d_latent=4096
+    )
+    config = ModelConfig(
+        vocab_size=128_000, n_layers=8, d_model=8192, n_heads=64, n_kv_heads=8, moe=moe
+    )
+    mesh_config = MeshConfig(8, 8, 8, shard=kind)
+    with fake(mesh_config, rank=77) as mesh, torch.device("meta"):
+        model = Transformer(config)
+        total = sum(p.numel() for p in model.parameters())
+        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        apart = spread(model, mesh)
+        optimizers = build_optimizers(model, MUON, torch.bfloat16, apart.layout)
+    here = sum(local(p).numel() for p in model.parameters())
+    routers = sum(p.numel() for n, p in model.named_parameters() if ".router." in n)
+    if kind == "fsdp":
+        expected = (total - 8 * routers) / 512 + routers
+    else:
+        expected = experts / 64 + (total - experts - 8 * routers) / 64 + routers
+    assert total > 50e9 and abs(here / expected - 1) < 1e-3
+    assert optimizers.muon is not None
+    cut = {len(p.shape) for p in optimizers.muon.cuts}
+    assert cut == {2}, "stacked experts are cut between matrices"

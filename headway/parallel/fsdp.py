@@ -191,7 +191,8 @@ class _Scatter(_Buffers, ReduceScatter):
     ) -> dist.Work | None:
         n_bytes = (self.axis.size - 1) * output_tensor.numel() * output_tensor.element_size()
         self.traffic.add(self.axis.name, "fsdp reduce-scatter", n_bytes)
-        return _reduce_scatter(output_tensor, input_tensor, op, group=group, async_op=async_op)
+        assert op == dist.ReduceOp.SUM
+        return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 @dataclass(frozen=True)

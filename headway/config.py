@@ -187,6 +187,13 @@ class MeshConfig:
     """With ep_scheme `all_to_all`: send a sub-token once to a rank that holds several of its
     experts (off: once per expert, as simple Expert Parallel does; for comparisons).
     """
+    shard: Literal["replicate", "fsdp", "hsdp"] = "replicate"
+    """Where the parameters that several ranks need lie between their uses, with their gradients and
+    optimiser state. `replicate`: whole on each of those ranks; least traffic. `fsdp`: in equal
+    pieces over all ranks (experts: over dp), gathered block by block; take it when memory runs out,
+    for about half as many bytes again. `hsdp`: in pieces over the hp × ep ranks, the dp replicas
+    being whole; take it when gathers should stay within a machine.
+    """
     chunks: int = 1
     """Pieces in which a micro-batch passes a sparse layer, 1 to 4: one travels while the next is
     computed. More chunks are smaller matmuls.

@@ -233,6 +233,16 @@ def _check_mesh(config: Config) -> None:
                 f"use {axis}={_list(_divisors(parts))}{more}"
             )
     world = mesh.dp * mesh.hp * mesh.ep
+    if mesh.shard == "fsdp" and world == 1:
+        raise UsageError(
+            "mesh.shard=fsdp shares parameters among ranks, and there is 1; "
+            "use mesh.shard=replicate or more ranks"
+        )
+    if mesh.shard == "hsdp" and (mesh.dp == 1 or world == mesh.dp):
+        other, why = ("dp", "replicas") if mesh.dp == 1 else ("hp × ep", "ranks to share among")
+        raise UsageError(
+            f"mesh.shard=hsdp needs {why}, and {other}=1; use mesh.shard=fsdp or {other} ≥ 2"
+        )
     at_once = world * (data.micro_batch_size or 1)
     if data.batch_size % at_once:
         fit = -(-data.batch_size // at_once) * at_once

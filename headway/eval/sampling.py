@@ -9,6 +9,7 @@ from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
 from headway.model.moe import Ranks
 from headway.model.transformer import Transformer
+from headway.parallel.fsdp import rest
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -97,4 +98,5 @@ def generate(
             on_token(text[len(shown) :])
         return text
     finally:
+        rest(model)
         model.train(was_training)

@@ -34,6 +34,8 @@ def init_weights(
     depth = 1 / math.sqrt(2 * n_layers) if n_layers else 1.0
     with torch.no_grad():
         for name, p in parameters.items():
+            if p.is_meta:  # nothing to initialise: a dry run
+                continue
             std = _std(name, p, parameters, depth, embed_std)
             if std is None:
                 p.fill_(1.0)

@@ -16,6 +16,7 @@ from headway.model.router import Route
 from headway.model.transformer import Transformer
 from headway.parallel import expert, head
 from headway.parallel.collectives import Ready, Wire
+from headway.parallel.fsdp import shard
 from headway.parallel.mesh import Mesh
 from headway.parallel.shard import Layout, split
 
@@ -113,7 +114,7 @@ def spread(model: Transformer, mesh: Mesh) -> Spread:
     exchange = Exchange(
         mesh, mesh.config.chunks, _gathers(mesh, model.config.moe.top_k), mesh.config.dedup
     )
-    return Spread(split(model, mesh), exchange)
+    return Spread(shard(model, split(model, mesh)), exchange)
 
 
 def _gathers(mesh: Mesh, top_k: int) -> bool:

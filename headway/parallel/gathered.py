@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headway.parallel.exchange import Spread
 from headway.parallel.mesh import Axis
+from headway.parallel.shard import Pieces, local
 
 
 def whole(
@@ -19,7 +20,10 @@ def whole(
     """
     found = {}
     for name, x in slices.items():
+        x = local(x)
         placement = spread.layout.placements.get(owner(name))
+        if placement is not None and placement.pieces is not None:
+            x = _join_pieces(x, placement.pieces)
         for dim, axis in enumerate(placement.axes if placement else ()):
             x = _join(x, dim, axis)
         found[name] = x
@@ -32,3 +36,11 @@ def _join(x: Tensor, dim: int, axis: Axis) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
     dist.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts, dim)
+
+
+def _join_pieces(x: Tensor, pieces: Pieces) -> Tensor:
+    """The slice that FSDP cut; the last pieces travel filled up."""
+    dim, missing = pieces.dim, pieces.each - x.shape[pieces.dim]
+    if missing:
+        x = torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim)
+    return _join(x, dim, pieces.axis).narrow(dim, 0, pieces.rows)

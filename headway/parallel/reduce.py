@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headway.model.balance import RouteStats
 from headway.parallel.mesh import Axis, Mesh
-from headway.parallel.shard import Layout
+from headway.parallel.shard import Layout, local
 
 
 def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
@@ -33,7 +33,8 @@ def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
 
 
 def sum_gradients(model: nn.Module, layout: Layout) -> None:
-    """Adds up the gradients of every parameter over its replicas."""
+    """Adds up the gradients of every parameter over its replicas, but for those that FSDP has
+    added up in backward."""
     mesh = layout.mesh
     if mesh.size == 1:
         return
@@ -41,7 +42,7 @@ def sum_gradients(model: nn.Module, layout: Layout) -> None:
     axes: dict[str, Axis] = {}
     for name, p in model.named_parameters():
         axis = layout.placements[name].replicas
-        if axis.size > 1:
+        if axis.size > 1 and layout.placements[name].pieces is None:
             axes[axis.name] = axis
             # A parameter without gradient (no token came by) still takes its part in the sum.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -59,7 +60,7 @@ def grad_norm(model: nn.Module, layout: Layout) -> Tensor:
     on every rank. 0 without gradients."""
     mesh = layout.mesh
     mine = [
-        p.grad
+        local(p.grad)
         for name, p in model.named_parameters()
         if p.grad is not None and (mesh.size == 1 or layout.placements[name].first)
     ]

@@ -8,11 +8,37 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from headway.model.balance import RouteStats
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
 from headway.parallel.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How FSDP cuts a slice further: rows of one dim, in equal pieces of which the last may be
+    shorter or empty (`torch.chunk`)."""
+
+    dim: int
+    rows: int
+    """Of the slice, along `dim`."""
+    axis: Axis
+
+    @property
+    def each(self) -> int:
+        """Rows of every piece but the last."""
+        return -(-self.rows // self.axis.size)
+
+    def length(self, index: int) -> int:
+        """Rows of one piece."""
+        return max(0, min(self.each, self.rows - index * self.each))
+
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's piece, a view."""
+        start = min(self.axis.index * self.each, self.rows)
+        return x.narrow(self.dim, start, self.length(self.axis.index))
 
 
 @dataclass(frozen=True)
@@ -25,18 +51,20 @@ class Placement:
     """The ranks that hold the same slice; their gradients are added up."""
     first: bool
     """Whether this rank is the first of them: it counts the slice in global sums."""
+    pieces: Pieces | None = None
+    """How FSDP cuts the slice. It then adds up the gradients itself."""
 
-    def local(self, whole: Tensor) -> Tensor:
-        """This rank's slice, a view."""
+    def slice(self, whole: Tensor) -> Tensor:
+        """This rank's slice before FSDP cuts it, a view."""
         for dim, axis in enumerate(self.axes):
             each = whole.shape[dim] // axis.size
             whole = whole.narrow(dim, axis.index * each, each)
         return whole
 
-    def global_shape(self, local: torch.Size) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-        sizes = [axis.size for axis in self.axes] + [1] * (len(local) - len(self.axes))
-        return tuple(n * size for n, size in zip(local, sizes, strict=True))
+    def local(self, whole: Tensor) -> Tensor:
+        """What of a whole tensor lies on this rank, a view."""
+        part = self.slice(whole)
+        return part if self.pieces is None else self.pieces.local(part)
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,12 @@ def split(model: Transformer, mesh: Mesh) -> Layout:
                     # a copy, so that the memory of the whole is given back
                     tensor.set_(placement.local(tensor).clone())  # type: ignore[call-overload]
     return Layout(mesh, placements)
+
+
+def local(x: Tensor) -> Tensor:
+    """What of a tensor lies in this process: all of a plain one, this rank's piece of one that FSDP
+    has cut. It shares memory with `x`."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

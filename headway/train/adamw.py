@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.native import native
+from headway.parallel.shard import local
 
 
 class AdamW(torch.optim.Optimizer):
@@ -57,19 +58,20 @@ class AdamW(torch.optim.Optimizer):
                 if not self.state[p]:
                     dtype = self.state_dtype or p.dtype
                     for name in ("exp_avg", "exp_avg_sq"):
-                        self.state[p][name] = torch.zeros_like(p, dtype=dtype)
+                        self.state[p][name] = torch.zeros_like(local(p), dtype=dtype)
             by_place: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
             for p in params:
                 key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
                 by_place.setdefault(key, []).append(p)
             for same in by_place.values():
-                grads = [p.grad for p in same if p.grad is not None]
+                grads = [local(p.grad) for p in same if p.grad is not None]
+                here = [local(p) for p in same]
                 first = [self.state[p]["exp_avg"] for p in same]
                 second = [self.state[p]["exp_avg_sq"] for p in same]
                 if first[0].dtype == same[0].dtype:
-                    self._fused(group, same, grads, first, second, grad_scale)
+                    self._fused(group, here, grads, first, second, grad_scale)
                 else:
-                    for four in zip(same, grads, first, second, strict=True):
+                    for four in zip(here, grads, first, second, strict=True):
                         self._sliced(group, *four, grad_scale)
 
     def _fused(

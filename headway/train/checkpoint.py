@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from headway.config import ModelConfig, UsageError, from_dict
 from headway.parallel.exchange import ALONE, Spread
 from headway.parallel.gathered import whole
-from headway.parallel.shard import Layout
+from headway.parallel.shard import Layout, local
 from headway.train.optim import Optimizers
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "state.json")
@@ -245,10 +245,11 @@ def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Views of parameters and persistent buffers; a tensor shared by two names (tied head) appears
-    once."""
+    """Views of what lies here of parameters and persistent buffers; a tensor shared by two names
+    (tied head) appears once."""
     tensors, seen = {}, set()
     for name, value in model.state_dict().items():
+        value = local(value)
         if value.numel() and value.data_ptr() in seen:
             continue
         seen.add(value.data_ptr())

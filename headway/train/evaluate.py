@@ -9,6 +9,7 @@ from torch import Tensor
 from headway.data.stream import Batch, Stream
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import ALONE, Spread
+from headway.parallel.fsdp import rest
 from headway.parallel.reduce import sum_over
 
 
@@ -70,6 +71,7 @@ def evaluate(
         for micro in micro_batches(batch, micro_batch_size, device):
             sums[0] += model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange).nats
         sums[1:] += torch.tensor(count_targets(batch, token_bytes_V), device=device)
+    rest(model)
     model.train(was_training)
     nats, targets, n_bytes = sum_over(mesh.world, sums, mesh, "evaluation").tolist()
     return Evaluation(nats / targets, bits_per_byte(nats, int(n_bytes)))

@@ -103,7 +103,7 @@ def _train(
         if resume is None:
             folder.write_run(run_dir, _run_info(resolved, model, recipe_source))
     _announce(resolved, mesh, model, run_dir, log)
-    optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype)
+    optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
     torch.manual_seed(run.seed + (mesh.rank << 32))
     progress = Progress(SpikeDetector(optim.spike))
@@ -219,4 +219,9 @@ def _announce(resolved: Resolved, mesh: Mesh, model: Transformer, run_dir: Path,
         f"{'compiled' if run.compile else 'not compiled'}"
     )
     if mesh.size > 1:
-        log(f"mesh: {mesh.size} ranks, {mesh}, over {dist.get_backend()}")
+        kept = (
+            ""
+            if mesh.config.shard == "replicate"
+            else f", parameters in pieces ({mesh.config.shard})"
+        )
+        log(f"mesh: {mesh.size} ranks, {mesh}, over {dist.get_backend()}{kept}")

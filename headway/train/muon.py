@@ -2,11 +2,15 @@
 §2.2)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from headway.parallel.matrices import on_whole
+from headway.parallel.shard import Pieces, local
+from headway.parallel.traffic import Traffic
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero; as in torch.optim.Muon
 STEPS = 5
@@ -63,6 +67,9 @@ class Muon(torch.optim.Optimizer):
             slow there).
         chunk: largest number of elements orthogonalised at once; bounds the temporaries to about
             four times that.
+        cuts: parameters whose matrices lie in pieces on several ranks. Each is orthogonalised on
+            one of them in turn, and `step` is collective.
+        traffic: counts what travels for that.
     """
 
     def __init__(
@@ -76,11 +83,14 @@ class Muon(torch.optim.Optimizer):
         adjust: Literal["original", "match_rms_adamw"] = "original",
         dtype: torch.dtype = torch.bfloat16,
         chunk: int = 1 << 20,
+        cuts: Mapping[Tensor, Pieces] | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "transposed": False})
         self.momentum, self.nesterov = momentum, nesterov
         self.adjust: Literal["original", "match_rms_adamw"] = adjust
         self.dtype, self.chunk = dtype, chunk
+        self.cuts, self.traffic = cuts or {}, traffic or Traffic()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
@@ -90,26 +100,72 @@ class Muon(torch.optim.Optimizer):
     def step(self, grad_scale: float = 1.0) -> None:  # type: ignore[override]
         """One update with the gradients times `grad_scale` (the clip factor), which are left as
         they are."""
+        in_pieces: dict[str, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is None:
+                    continue
+                if p in self.cuts:
+                    in_pieces.setdefault(self.cuts[p].axis.name, []).append((p, group))
+                else:
                     self._update(p, p.grad, group, grad_scale)
+        for several in in_pieces.values():
+            self._update_pieces(several, grad_scale)
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        """Of matrices that are whole here."""
         rows, columns = p.shape[-2:]
-        outs, ins = (columns, rows) if group["transposed"] else (rows, columns)
-        rate = group["lr"] * shape_factor(outs, ins, self.adjust)
+        rate = self._rate(p, group)
         # Chunks of whole matrices keep every temporary small, however many experts are stacked.
         at_once = max(1, self.chunk // (rows * columns))
-        views = (p, grad.contiguous(), state["momentum"])
-        stacks = (t.view(-1, rows, columns).split(at_once) for t in views)
+        views = (local(p), local(grad).contiguous(), self._momentum(p))
+        n = views[0].numel() // (rows * columns)
+        stacks = (t.view(n, rows, columns).split(at_once) for t in views)
         for p_n, g_n, m_n in zip(*stacks, strict=True):
-            g_n = g_n if grad_scale == 1.0 else g_n * grad_scale
-            m_n.lerp_(g_n, 1 - self.momentum)
-            update = g_n.lerp(m_n, self.momentum) if self.nesterov else m_n
-            update = newton_schulz(update, self.dtype)
+            update = newton_schulz(self._direction(g_n, m_n, grad_scale), self.dtype)
             p_n.mul_(1 - group["lr"] * group["weight_decay"])
             p_n.add_(update, alpha=-rate)
+
+    def _update_pieces(
+        self, several: list[tuple[Tensor, dict[str, Any]]], grad_scale: float
+    ) -> None:
+        """Of matrices cut over the same ranks: as many at once as there are ranks, one on each."""
+        several.sort(key=lambda one: -one[0].numel())  # the ranks have as much to do
+        size = self.cuts[several[0][0]].axis.size
+        for i in range(0, len(several), size):
+            batch = several[i : i + size]
+            directions = [
+                self._direction(local(p.grad), self._momentum(p), grad_scale)
+                for p, _ in batch
+                if p.grad is not None
+            ]
+            cuts = [self.cuts[p] for p, _ in batch]
+            updates = on_whole(
+                directions, cuts, self._newton_schulz, self.dtype, self.traffic, "muon"
+            )
+            for (p, group), update in zip(batch, updates, strict=True):
+                local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                local(p).add_(update, alpha=-self._rate(p, group))
+
+    def _newton_schulz(self, x: Tensor) -> Tensor:
+        """`newton_schulz` of a stack with any number of leading dims, in chunks."""
+        rows, columns = x.shape[-2:]
+        stack = x.reshape(-1, rows, columns).split(max(1, self.chunk // (rows * columns)))
+        return torch.cat([newton_schulz(part, self.dtype) for part in stack]).view(x.shape)
+
+    def _rate(self, p: Tensor, group: dict[str, Any]) -> float:
+        rows, columns = p.shape[-2:]
+        outs, ins = (columns, rows) if group["transposed"] else (rows, columns)
+        return group["lr"] * shape_factor(outs, ins, self.adjust)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+        return state["momentum"]
+
+    def _direction(self, grad: Tensor, momentum: Tensor, grad_scale: float) -> Tensor:
+        """Moves the momentum; what is to be orthogonalised."""
+        grad = grad if grad_scale == 1.0 else grad * grad_scale
+        momentum.lerp_(grad, 1 - self.momentum)
+        return grad.lerp(momentum, self.momentum) if self.nesterov else momentum

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from headway.config import OptimConfig, UsageError
+from headway.parallel.exchange import ALONE
+from headway.parallel.shard import Layout, Pieces, local
 from headway.train.adamw import AdamW
 from headway.train.muon import Muon
 
@@ -80,7 +82,8 @@ class Optimizers:
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state, `<parameter>.<moment>` → tensor of the parameter's shape (no copies)."""
+        """All state, `<parameter>.<moment>` → tensor of the shape that the parameter has here (no
+        copies)."""
         return {
             f"{name}.{key}": value
             for optimizer in self.all()
@@ -105,7 +108,7 @@ class Optimizers:
         for key, value in tensors.items():
             name, _, moment = key.rpartition(".")
             p = self.named.get(name)
-            if p is None or p.shape != value.shape:
+            if p is None or local(p).shape != value.shape:
                 raise UsageError(
                     f"resume: the checkpoint's optimiser state {key} fits no parameter; "
                     "resume with the run's own recipe"
@@ -123,12 +126,15 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimConfig, newton_schulz_dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: OptimConfig,
+    newton_schulz_dtype: torch.dtype = torch.float32,
+    layout: Layout = ALONE.layout,
 ) -> Optimizers:
     """Puts every parameter of `model` into exactly one group of one optimiser.
 
     `newton_schulz_dtype` is the run's matmul dtype: bfloat16 where the hardware multiplies it
-    natively.
+    natively. `layout` says which parameters lie in pieces.
     """
     if config.state_dtype == "bfloat16" and config.beta2 > 0.99:
         raise UsageError(
@@ -185,5 +191,17 @@ def build_optimizers(
             momentum=config.momentum,
             adjust=config.muon_adjust,
             dtype=newton_schulz_dtype,
+            cuts=_cut_matrices(named, layout),
+            traffic=layout.mesh.traffic,
         )
     return Optimizers(named, groups, adamw, muon)
+
+
+def _cut_matrices(named: dict[str, nn.Parameter], layout: Layout) -> dict[Tensor, Pieces]:
+    """The parameters of which a matrix (the last two dims) lies on several ranks."""
+    found: dict[Tensor, Pieces] = {}
+    for name, p in named.items():
+        pieces = layout.placements[name].pieces if layout.placements else None
+        if p.ndim >= 2 and pieces is not None and pieces.dim >= p.ndim - 2:
+            found[p] = pieces
+    return found

@@ -10,6 +10,7 @@ from headway.data.stream import Batch
 from headway.model.balance import RouteStats, balance_loss, merge_stats, new_bias
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import ALONE, Spread
+from headway.parallel.fsdp import last_micro_batch
 from headway.parallel.reduce import (
     global_stats,
     grad_norm,
@@ -68,7 +69,8 @@ def gradient(
     balance_sum = torch.zeros((), dtype=torch.float64, device=device)
     running: list[Tensor] = [torch.zeros((), device=device) for _ in model.sparse_layers()]
     routes: list[list[RouteStats]] = [[] for _ in running]
-    for micro in micros:
+    for i, micro in enumerate(micros):
+        last_micro_batch(model, i == len(micros) - 1)
         out = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange)
         stats = out.stats
         if balance.aux and balance.aux_scope == "global_batch":

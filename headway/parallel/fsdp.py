@@ -1,0 +1,207 @@
+"""Parameters in pieces: FSDP2 (`torch.distributed.fsdp.fully_shard`) around a model that is split.
+
+What several ranks hold alike need not lie whole on each of them. With `mesh.shard` other than
+`replicate` a rank keeps one piece of every such parameter, with its gradient and its optimiser
+state. A block's parameters are gathered when it begins, in forward and again in backward, and its
+gradients are added up and cut while backward goes on:
+
+| part of the model | `fsdp`: pieces over | `hsdp`: pieces over | and replicated over |
+|---|---|---|---|
+| experts | dp | | dp |
+| routers that read their sub-token, hp > 1 | | | dp × ep |
+| everything else | dp × hp × ep | hp × ep | dp |
+
+Those routers are one matrix per head, a few MiB per layer: they stay whole, and
+`reduce.sum_gradients` adds up their gradients (and with `hsdp` the experts'). A loss is one rank's
+part of a global sum, so FSDP too must add up, and divide nothing.
+
+Every collective is in the mesh's ledger, counted when it is issued: its bytes are computed from the
+size of the message as a ring would send them, not observed on the wire.
+
+Parameters are plain tensors within `forward` and `step`, and DTensors outside; `shard.local` gives
+the piece. Stacked experts are cut between matrices where their numbers allow, so that Muon finds
+every matrix whole.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import Shard
+
+try:
+    from torch.distributed import all_gather_single as _all_gather
+    from torch.distributed import reduce_scatter_single as _reduce_scatter
+except ImportError:  # before torch 2.13
+    from torch.distributed import all_gather_into_tensor as _all_gather
+    from torch.distributed import reduce_scatter_tensor as _reduce_scatter
+
+from headway.model.experts import Experts
+from headway.model.transformer import Transformer
+from headway.parallel.mesh import Axis, Mesh
+from headway.parallel.shard import Layout, Pieces
+from headway.parallel.traffic import Traffic
+
+
+def shard(model: Transformer, layout: Layout) -> Layout:
+    """Cuts the parameters of a split model into pieces, in place, as `mesh.shard` wants it, and
+    says where they lie now."""
+    mesh = layout.mesh
+    kind = mesh.config.shard
+    if kind == "replicate" or mesh.size == 1:
+        return layout
+    assert mesh.device_mesh is not None
+    device_mesh, axis = _ranks_of_blocks(mesh)
+    cuts: dict[str, Pieces] = {}
+    left: set[nn.Parameter] = set()
+    for name, p in model.named_parameters():
+        placement = layout.placements[name]
+        if placement.replicas is mesh.world:
+            cuts[name] = Pieces(0, p.shape[0], axis)
+        elif kind == "hsdp" or placement.replicas is mesh.routers or mesh.dp.size == 1:
+            left.add(p)
+    if kind == "fsdp" and mesh.dp.size > 1:
+        for prefix, module in model.named_modules():
+            if isinstance(module, Experts):
+                found = _cut_experts(module, mesh)
+                cuts |= {f"{prefix}.{name}": pieces for name, pieces in found.items()}
+    for block in model.blocks():
+        _wrap(block, device_mesh, axis, mesh, left)
+    _wrap(model, device_mesh, axis, mesh, left)
+    first = mesh.dp.index == 0 if kind == "hsdp" else True
+    placements = {
+        name: replace(old, first=first, pieces=cuts[name]) if name in cuts else old
+        for name, old in layout.placements.items()
+    }
+    return Layout(mesh, placements)
+
+
+def rest(model: nn.Module) -> None:
+    """Frees what FSDP keeps gathered after a forward pass without backward: the embedding and the
+    head, which training needs at once again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Before each backward. Gradients are added up over the ranks that share a parameter after
+    every micro-batch, so that they never lie whole; over the replicas of `hsdp` after the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
+def _ranks_of_blocks(mesh: Mesh) -> tuple[DeviceMesh, Axis]:
+    """Over whom replicated parameters are cut: FSDP's mesh, and the axis of the pieces."""
+    kind, size = mesh.device.type, mesh.size // mesh.dp.size
+    if mesh.config.shard == "fsdp":
+        return init_device_mesh(kind, (mesh.size,), mesh_dim_names=("world",)), mesh.world
+    both = init_device_mesh(kind, (mesh.dp.size, size), mesh_dim_names=("dp", "replica"))
+    return both, Axis("replica", size, mesh.rank % size, both.get_group("replica"))
+
+
+def _cut_experts(experts: Experts, mesh: Mesh) -> dict[str, Pieces]:
+    """Experts are cut over dp: between heads, else between experts, else within them."""
+    assert mesh.device_mesh is not None
+    size = mesh.dp.size
+    H, E, _, F, _ = experts.w_in_HEGFL.shape
+    # uneven pieces are possible along dim 0 alone
+    within = (3, 2) if F % size == 0 else (0, 0)
+    dims = (0, 0) if H % size == 0 else (1, 1) if E % size == 0 else within
+    of = {experts.w_in_HEGFL: dims[0], experts.w_out_HEFL: dims[1]}
+    cuts = {name: Pieces(of[p], p.shape[of[p]], mesh.dp) for name, p in experts.named_parameters()}
+    # a view, and nothing writes to it in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .*Experts.* returned a view")
+    fully_shard(
+        experts,
+        mesh=mesh.device_mesh["dp"],
+        reshard_after_forward=True,
+        shard_placement_fn=lambda p: Shard(of[p]),
+    )
+    _add_up(experts, mesh.dp, mesh)
+    return cuts
+
+
+def _wrap(
+    module: nn.Module, device_mesh: DeviceMesh, axis: Axis, mesh: Mesh, left: set[nn.Parameter]
+) -> None:
+    """One group of parameters that are gathered together: those of `module` without the groups
+    within it."""
+    fully_shard(module, mesh=device_mesh, ignored_params=left)
+    register_fsdp_forward_method(module, "step")
+    _add_up(module, axis, mesh)
+
+
+def _add_up(module: nn.Module, axis: Axis, mesh: Mesh) -> None:
+    """Sums in place of FSDP's means, and every collective in the ledger."""
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no other; on NCCL nothing is lost
+    module.set_custom_all_gather(_Gather(axis, mesh.traffic))
+    module.set_custom_reduce_scatter(_Scatter(axis, mesh.traffic))
+    if mesh.config.shard == "hsdp":
+        module.set_all_reduce_hook(_Replicas(mesh.dp, mesh.traffic))
+
+
+class _Buffers:
+    """Memory for a collective, from torch's allocator."""
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Buffers, AllGather):
+    """FSDP's all-gather, counted."""
+
+    def __init__(self, axis: Axis, traffic: Traffic) -> None:
+        self.axis, self.traffic = axis, traffic
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        n_bytes = (self.axis.size - 1) * input_tensor.numel() * input_tensor.element_size()
+        self.traffic.add(self.axis.name, "fsdp all-gather", n_bytes)
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Scatter(_Buffers, ReduceScatter):
+    """FSDP's reduce-scatter, counted."""
+
+    def __init__(self, axis: Axis, traffic: Traffic) -> None:
+        self.axis, self.traffic = axis, traffic
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        n_bytes = (self.axis.size - 1) * output_tensor.numel() * output_tensor.element_size()
+        self.traffic.add(self.axis.name, "fsdp reduce-scatter", n_bytes)
+        assert op == dist.ReduceOp.SUM
+        return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """Counts the all-reduce of `hsdp` over the replicas, which FSDP has just issued."""
+
+    axis: Axis
+    traffic: Traffic
+
+    def __call__(self, reduced: Tensor) -> None:
+        n_bytes = 2 * (self.axis.size - 1) * reduced.numel() * reduced.element_size()
+        self.traffic.add(self.axis.name, "fsdp all-reduce", n_bytes // self.axis.size)

@@ -1,0 +1,219 @@
+"""Parameters in pieces (`mesh.shard`) equal one process in everything that training, evaluation,
+sampling and checkpoints show."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headway import recipes
+from headway.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RouterConfig,
+    UsageError,
+)
+from headway.data.shards import prepare
+from headway.data.stream import Stream
+from headway.data.tokenizer import load_tokenizer
+from headway.eval.sampling import generate
+from headway.model.transformer import Transformer
+from headway.parallel.exchange import spread
+from headway.parallel.gathered import whole
+from headway.parallel.mesh import fake
+from headway.parallel.shard import local
+from headway.train import checkpoint
+from headway.train.evaluate import evaluate, micro_batches
+from headway.train.optim import build_optimizers
+from headway.train.step import gradient, update
+from headway.validate import validate
+from tests.parity.test_parity import Case, check, close, dense, flat, heads
+
+ADAMW = OptimConfig(lr=1e-3, clip=0.5)
+MUON = OptimConfig(name="muon", lr=1e-3, clip=0.5)
+optims = pytest.mark.parametrize("optim", [ADAMW, MUON], ids=["adamw", "muon"])
+
+
+def fsdp(dp=1, hp=1, ep=1, **changes):
+    return MeshConfig(dp, hp, ep, shard="fsdp", **changes)
+
+
+def name(value):
+    return f"{value.shard}-dp{value.dp}-hp{value.hp}-ep{value.ep}"
+
+
+MESHES = [
+    fsdp(2),
+    fsdp(4),
+    fsdp(2, 2),
+    fsdp(1, 2, 2),
+    fsdp(2, 2, 2),  # 8 ranks: more than a norm has rows, so that some pieces are empty
+    MeshConfig(2, 1, 2, shard="hsdp"),
+    MeshConfig(2, 2, 1, shard="hsdp"),
+]
+
+
+@optims
+@pytest.mark.parametrize("mesh", MESHES, ids=name)
+def test_multi_head(ranks, mesh, optim):
+    check(ranks, Case(heads(), mesh, optim))
+
+
+@optims
+@pytest.mark.parametrize("mesh", [fsdp(2, 2), MeshConfig(2, 2, shard="hsdp")], ids=name)
+def test_routers_that_read_the_token_and_micro_batches(ranks, mesh, optim):
+    config = heads(router=RouterConfig(reads="token"))
+    check(ranks, Case(config, mesh, optim, micro=2, one_micro=8))
+
+
+@optims
+@pytest.mark.parametrize("mesh", [fsdp(2, 1, 2), MeshConfig(2, 1, 2, shard="hsdp")], ids=name)
+def test_flat(ranks, mesh, optim):
+    check(ranks, Case(flat(), mesh, optim, micro=2, one_micro=8))
+
+
+@optims
+@pytest.mark.parametrize("d_expert", [8, 7], ids=["within_experts", "one_rank_has_all"])
+def test_experts_that_do_not_divide(ranks, d_expert, optim):
+    check(ranks, Case(flat(n_experts=7, d_expert=d_expert), fsdp(2), optim))
+
+
+@optims
+def test_dense(ranks, optim):
+    check(ranks, Case(dense(), fsdp(4), optim, micro=2, one_micro=8))
+
+
+@pytest.mark.parametrize("mesh", [fsdp(2, 2, chunks=2), fsdp(2, 1, 2, chunks=2)], ids=name)
+def test_chunks(ranks, mesh):
+    check(ranks, Case(heads(), mesh, MUON))
+
+
+def test_experts_without_tokens(ranks):
+    check(ranks, Case(flat(), fsdp(2, 1, 2), MUON, skew=True))
+
+
+def story(mesh, config, optim, data, folder, steps=3):
+    """Trains, evaluates and samples after every step, saves; what people see of it, and the
+    tensors of a second model that loaded the checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return _story(mesh, config, optim, data, folder, steps)
+
+
+def _story(mesh, config, optim, data, folder, steps):
+    tokenizer = load_tokenizer("bytes")
+    stream = Stream(prepare(data, tokenizer, print), data, 0)
+    model, apart, optimizers = build(mesh, config, optim)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes)
+    found = []
+    for step in range(steps):
+        seen = evaluate(model, stream, token_bytes, 2, 4, apart)
+        text = generate(model, tokenizer, "ab", 12, seed=step, ranks=apart.exchange)
+        micro = 4 // mesh.size  # all ranks together always see four rows
+        batch = stream.batch(step, mesh.rank, mesh.size, micro)
+        micros = micro_batches(batch, micro, torch.device("cpu"))
+        got = gradient(model, micros, batch.targets_BS.numel(), config.moe.balance, apart)
+        update(model, optimizers, got, 1.0, optim, config.moe.balance, apart)
+        optimizers.zero_grad()
+        found.append(((seen.val_loss, seen.val_bits_per_byte, got.norm), text))
+    folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
+    path = checkpoint.save(folder, steps, model, optimizers, config, {}, spread=apart)
+    for p in model.parameters():
+        local(p).detach().zero_()
+    again, apart, optimizers = build(mesh, config, optim)
+    checkpoint.load(path, again, optimizers, config, apart.layout)
+    owner = checkpoint._parameter_of
+    loaded = (
+        whole(dict(again.state_dict()), apart),
+        whole(optimizers.tensors(), apart, owner=owner),
+    )
+    held = sum(local(p).numel() for p in again.parameters())
+    return found, str(path), loaded, held, mesh.traffic.take()
+
+
+def build(mesh, config, optim):
+    model = Transformer(config, dtype=torch.float64, seed=0).double()
+    apart = spread(model, mesh)
+    return model, apart, build_optimizers(model, optim, torch.float64, apart.layout)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "optim"),
+    [(fsdp(2, 2), MUON), (fsdp(4), ADAMW), (MeshConfig(2, 1, 2, shard="hsdp"), MUON)],
+    ids=lambda v: name(v) if isinstance(v, MeshConfig) else v.name,
+)
+def test_evaluation_samples_checkpoints(ranks, tmp_path, mesh, optim):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000)))
+    data = DataConfig(source=(str(text),), seq_len=16, batch_size=8, cache_dir=str(tmp_path))
+    prepare(data, load_tokenizer("bytes"), print)
+    config = dataclasses.replace(heads(), vocab_size=320)
+    args = (config, optim, data, str(tmp_path))
+    one = ranks.run(MeshConfig(), story, *args)[0]
+    many = ranks.run(mesh, story, *args)
+    files = [load_file(Path(one[1]) / f) for f in ("model.safetensors", "optimizer.safetensors")]
+    for found, path, loaded, held, traffic in many:
+        for (numbers, sample), (expected, text_of_one) in zip(found, one[0], strict=True):
+            for x, y in zip(numbers, expected, strict=True):
+                close(x, y, "evaluation and norm")
+            assert sample == text_of_one
+        for file, reference, here in zip(
+            ("model.safetensors", "optimizer.safetensors"), files, loaded, strict=True
+        ):
+            written = load_file(Path(path) / file)
+            assert written.keys() == reference.keys() == here.keys()
+            for key, value in reference.items():
+                if value.numel():
+                    close(written[key], value, f"{key} in {file}")
+                assert torch.equal(written[key], here[key]), f"{key} after loading"
+        assert held <= 0.55 * one[3]
+        axis = "world" if mesh.shard == "fsdp" else "replica"
+        assert traffic[f"{axis} fsdp all-gather"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (MeshConfig(shard="fsdp"), "mesh.shard=fsdp shares parameters among ranks, and there is 1"),
+        (MeshConfig(hp=2, shard="hsdp"), "mesh.shard=hsdp needs replicas, and dp=1"),
+        (MeshConfig(dp=2, shard="hsdp"), "needs ranks to share among, and hp × ep=1"),
+    ],
+)
+def test_nothing_to_share(mesh, words):
+    config = dataclasses.replace(recipes.load("demo"), mesh=mesh)
+    with pytest.raises(UsageError, match=words):
+        validate(config)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp"])
+def test_a_model_for_512_ranks(kind):
+    """Split and cut on the meta device, as rank 77 of 512 would see it."""
+    moe = MoEConfig(
+        kind="multi_head_latent", n_heads=8, n_experts=256, top_k=8, d_expert=2048, d_latent=4096
+    )
+    config = ModelConfig(
+        vocab_size=128_000, n_layers=8, d_model=8192, n_heads=64, n_kv_heads=8, moe=moe
+    )
+    mesh_config = MeshConfig(8, 8, 8, shard=kind)
+    with fake(mesh_config, rank=77) as mesh, torch.device("meta"):
+        model = Transformer(config)
+        total = sum(p.numel() for p in model.parameters())
+        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        apart = spread(model, mesh)
+        optimizers = build_optimizers(model, MUON, torch.bfloat16, apart.layout)
+    here = sum(local(p).numel() for p in model.parameters())
+    routers = sum(p.numel() for n, p in model.named_parameters() if ".router." in n)
+    if kind == "fsdp":
+        expected = (total - 8 * routers) / 512 + routers
+    else:
+        expected = experts / 64 + (total - experts - 8 * routers) / 64 + routers
+    assert total > 50e9 and abs(here / expected - 1) < 1e-3
+    assert optimizers.muon is not None
+    cut = {len(p.shape) for p in optimizers.muon.cuts}
+    assert cut == {2}, "stacked experts are cut between matrices"

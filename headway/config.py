@@ -8,7 +8,7 @@ file imports nothing but the standard library, so layers and kernels can read it
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 class UsageError(ValueError):
@@ -380,3 +380,12 @@ def from_dict(cls: type, values: dict):
         else:
             made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from headway.config import Config, UsageError
-from headway.options import SHORTHANDS, leaves, override, print_json, take, take_switch
+from headway.config import Config, UsageError, leaves
+from headway.options import SHORTHANDS, override, print_json, take, take_switch
 
 
 def train(args: list[str]) -> int:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 
 from headway import cli, options
-from headway.config import Config
-from headway.options import leaves, override, take
+from headway.config import Config, leaves
+from headway.options import override, take
 
 RECIPE = """
 from headway.config import Config, DataConfig, MoEConfig, ModelConfig, OptimConfig, RunConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.config import Config, UsageError, from_dict
-from headway.train import checkpoint
+from headway.train import saved
 
 
 def open_folder(path: Path, resume: bool, overwrite: bool) -> None:
@@ -64,7 +64,7 @@ def find_checkpoint(path: Path) -> tuple[Path | None, list[str]]:
     (None, []) when none was ever finished: the run then starts over. Raises `UsageError` when all
     are damaged.
     """
-    found, problems = checkpoint.latest(path)
+    found, problems = saved.latest(path)
     if found is None and problems:
         raise UsageError(
             f"resume: no whole checkpoint in {path}: {'; '.join(problems)}; start another --run"

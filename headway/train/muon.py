@@ -95,16 +95,20 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update(p, p.grad, group, grad_scale)
 
+    def init_state(self, p: Tensor) -> None:
+        """A zero momentum for a parameter that has none yet."""
+        if not self.state[p]:
+            zeros = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            self.state[p]["momentum"] = zeros
+
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        self.init_state(p)
         rows, columns = p.shape[-2:]
         outs, ins = (columns, rows) if group["transposed"] else (rows, columns)
         rate = group["lr"] * shape_factor(outs, ins, self.adjust)
         # Chunks of whole matrices keep every temporary small, however many experts are stacked.
         at_once = max(1, self.chunk // (rows * columns))
-        views = (p, grad.contiguous(), state["momentum"])
+        views = (p, grad.contiguous(), self.state[p]["momentum"])
         stacks = (t.view(-1, rows, columns).split(at_once) for t in views)
         for p_n, g_n, m_n in zip(*stacks, strict=True):
             g_n = g_n if grad_scale == 1.0 else g_n * grad_scale

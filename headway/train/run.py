@@ -19,13 +19,13 @@ from headway.parallel.exchange import ALONE, Spread
 from headway.report.html import write_report
 from headway.report.metrics import progress_line
 from headway.report.sinks import JsonlSink, NoSink
-from headway.train import checkpoint
-from headway.train.checkpoint import CheckpointError
+from headway.train import checkpoint, saved
 from headway.train.evaluate import evaluate
 from headway.train.interval import Interval
 from headway.train.optim import Optimizers
 from headway.train.progress import Progress
 from headway.train.resolve import count_parameters, flops_per_token
+from headway.train.saved import CheckpointError
 
 Log = Callable[[str], None]
 
@@ -82,7 +82,7 @@ class Run:
         self.progress = Progress.from_dict(state["progress"], self.config.optim.spike)
         self.saved, self.saved_step = path, self.progress.step
         if self.spread.mesh.leads:
-            checkpoint.set_aside_after(self.dir, self.progress.step)
+            saved.set_aside_after(self.dir, self.progress.step)
         self.sink.resume_at(self.progress.step)
         self.event("resumed", "; ".join([f"from {path.name}", *problems]))
         self.log(f"resumed from {path} at step {self.progress.step}")

@@ -14,9 +14,9 @@ from headway.config import (
     UsageError,
 )
 from headway.report.sinks import read_metrics
-from headway.train import checkpoint, folder, loop, run
-from headway.train.checkpoint import CheckpointError
+from headway.train import checkpoint, folder, loop, run, saved
 from headway.train.run import RunError
+from headway.train.saved import CheckpointError
 from tests.train.tiny_run import events, records, tiny, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
@@ -47,7 +47,7 @@ def test_result_and_run_folder(whole):
     assert result["steps"] == 20 and result["tokens"] == 20 * 4 * 32 and result["skipped"] == 0
     assert result["val_bits_per_byte"] < result["first_val_bits_per_byte"] - 1
     assert not result["interrupted"] and result["error"] == "" and result["stopped"] == ""
-    assert Path(result["report"]).is_file() and checkpoint.verify(Path(result["checkpoint"])) == ""
+    assert Path(result["report"]).is_file() and saved.verify(Path(result["checkpoint"])) == ""
     found = records(root)
     assert [r["step"] for r in found if "loss" in r] == [3, 6, 9, 12, 15, 18, 20]
     assert [r["step"] for r in found if "val_loss" in r] == [0, 5, 10, 15, 20]

@@ -8,7 +8,7 @@ file imports nothing but the standard library, so layers and kernels can read it
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 
 class UsageError(ValueError):
@@ -17,6 +17,15 @@ class UsageError(ValueError):
 
 class RankError(UsageError):
     """A mistake that only one rank of a mesh met: that rank prints it."""
+
+
+class ToldError(UsageError):
+    """A mistake that another rank of the mesh prints."""
+
+
+class RunError(RuntimeError):
+    """The run failed by itself, not by a mistake of the user: the command line prints its text,
+    where there is one, and exits with code 1."""
 
 
 Activation = Literal["swiglu", "relu2", "gelu"]
@@ -330,6 +339,10 @@ class RunConfig:
     """Length of a text sample, in tokens."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 means only the last."""
+    async_checkpoint: bool = False
+    """Write checkpoints in a thread while training goes on: costs a copy of weights and optimiser
+    state in host memory. The end of the run waits for the last one.
+    """
     keep_checkpoints: int = 2
     """Older checkpoints are deleted; ≥ 1."""
     stop_bits_per_byte: float = 0.0
@@ -380,12 +393,3 @@ def from_dict(cls: type, values: dict):
         else:
             made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat

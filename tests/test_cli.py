@@ -16,8 +16,9 @@ from typing import NamedTuple
 import pytest
 
 from headway import cli, options
-from headway.config import Config, leaves
+from headway.config import Config
 from headway.options import override, take
+from headway.parallel.agreement import leaves
 
 RECIPE = """
 from headway.config import Config, DataConfig, MoEConfig, ModelConfig, OptimConfig, RunConfig

@@ -7,6 +7,7 @@ whose tokens it saw, and what is left to add lies with its replicas (arXiv 2602.
 to divide there, and clips every rank by another norm).
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -25,7 +26,9 @@ def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
         # a ring sends each of P pieces P−1 times to be added up, and P−1 times to be known
         n_bytes = 2 * (axis.size - 1) * x.numel() * x.element_size() // axis.size
         mesh.traffic.add(axis.name, purpose, n_bytes)
+        started = time.perf_counter()
         dist.all_reduce(x, group=axis.group)
+        mesh.traffic.waited(axis.name, purpose, time.perf_counter() - started)
     return x
 
 

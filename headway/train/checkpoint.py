@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.config import ModelConfig, UsageError, from_dict, leaves
+from headway.config import ModelConfig, UsageError, from_dict
+from headway.parallel.agreement import leaves
 from headway.parallel.exchange import ALONE, Spread
 from headway.parallel.pieces import Piece, piece, window
 from headway.parallel.shard import Layout
@@ -107,7 +108,7 @@ def take(
             **state,
             "step": step,
             "updates": optimizers.adamw.updates,
-            "mesh": {axis.name: axis.size for axis in (mesh.dp, mesh.hp, mesh.ep)},
+            "mesh": mesh.sizes,
             "rng": [random for random, _ in found],
         },
     }

@@ -6,6 +6,7 @@ on while that thread waits. A rank that lives and is behind still beats; one tha
 whose host is gone, does not.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -101,14 +102,44 @@ class Heartbeat:
         _: TracebackType | None,
     ) -> None:
         try:
+            if isinstance(error, RuntimeError) and _of_a_collective(error):
+                raise RunError(self._last_words(error)) from None
             if error is not None:
-                first = self.tells()
-                if isinstance(error, RuntimeError) and _of_a_collective(error):
-                    raise RunError(self.explain(error) if first else "") from None
+                self.tells()
+        except dist.DistError:  # the store is gone, and with it what could be said here
+            return
         finally:
             self._ended = True
             self._moved.set()
             self._thread.join(BEAT * 4)
+            self._see_others_off()
+
+    def _last_words(self, error: RuntimeError) -> str:
+        """`explain`, on one rank; the others give it time, since a launcher ends all when one
+        ends."""
+        try:
+            if self.tells():
+                text = self.explain(error)
+                self.store.set("said", "")
+                return text
+            deadline = time.monotonic() + 10 * BEAT
+            while not self.store.check(["said"]) and time.monotonic() < deadline:
+                time.sleep(BEAT / 5)
+            time.sleep(BEAT)
+            return ""
+        except dist.DistError:
+            return f"rank {self.rank} is at step {self.step}, and rank 0, which served all, left"
+
+    def _see_others_off(self) -> None:
+        """Rank 0 serves the store where no agent does: it leaves last, if the others leave soon."""
+        if self.rank or "TORCHELASTIC_RUN_ID" in os.environ:
+            return
+        deadline = time.monotonic() + 10 * BEAT
+        with contextlib.suppress(dist.DistError):
+            while time.monotonic() < deadline:
+                if all(p.ended for p in self.positions().values()):
+                    return
+                time.sleep(BEAT / 10)
 
     def _publish(self) -> None:
         self.beats += 1
@@ -130,7 +161,7 @@ class Heartbeat:
                     since = time.monotonic()
                 time.sleep(min(BEAT, 5e-5 * self.size))  # the store serves all ranks
             self._publish()
-        except RuntimeError:  # the store went away: with rank 0, or with the job
+        except dist.DistError:  # the store went away: with rank 0, or with the job
             return
 
     def _give_up(self) -> None:
@@ -139,6 +170,7 @@ class Heartbeat:
         if len({p.place for p in found.values()}) == 1:
             return  # something long that all do alike, such as preparing data
         time.sleep(2.5 * BEAT)
+        self._publish()
         if self.tells():
             fate = f"did not join a collective within {self.timeout:g} s"
             text = who_is_behind(found, self.positions(), fate)

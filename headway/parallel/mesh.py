@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from headway.config import MeshConfig, ToldError, UsageError
+from headway.config import MeshConfig, RankError, ToldError, UsageError
 from headway.parallel.agreement import check
 from headway.parallel.heartbeat import Heartbeat
 from headway.parallel.traffic import Traffic
@@ -170,7 +170,7 @@ def launch(
     """
     world = _world_size()
     if world == 1:
-        _check_product(config, 1)
+        _check_product(config, 1, 0)
         yield Mesh(config, device=device)
         return
     rank = _number("RANK")
@@ -181,7 +181,8 @@ def launch(
     # NCCL ends the process from a thread of its own: the heartbeat has time to say why before
     timeout = timedelta(seconds=config.timeout + (30 if cuda else 0))
     try:
-        wait = timedelta(seconds=config.timeout)
+        # importing torch takes its time on a busy host
+        wait = timedelta(seconds=max(config.timeout, 60.0))
         served, _, _ = next(rendezvous("env://", timeout=wait))
         attempt = f"headway {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = dist.PrefixStore(attempt, served)
@@ -191,7 +192,7 @@ def launch(
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UsageError(
+        raise RankError(
             f"rank {rank} found no rendezvous at {where} ({text}); "
             "use a free port (torchrun --master-port) and an address that all hosts reach"
         ) from None
@@ -204,17 +205,17 @@ def launch(
             found: list[Any] = [None] * world
             dist.all_gather_object(found, facts())
             check(rank, found)
-            _check_product(config, world)
+            _check_product(config, world, rank)
             yield replace(place(config, rank, device), traffic=traffic, heart=heart)
     finally:
         dist.destroy_process_group()
 
 
-def _check_product(config: MeshConfig, world: int) -> None:
+def _check_product(config: MeshConfig, world: int, rank: int) -> None:
     """As many ranks in the mesh as there are processes."""
     wanted = config.dp * config.hp * config.ep
     if wanted != world:
-        raise UsageError(
+        raise (ToldError if rank else UsageError)(
             f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {wanted} processes and "
             f"there {'is 1' if world == 1 else f'are {world}'}; "
             + (

@@ -6,6 +6,8 @@ from headway.parallel.mesh import Mesh
 
 LIMIT = 1.5
 """A rank is slow when its work takes this many times the median of the others."""
+LEAST = 0.2
+"""Seconds of work in an interval by which a slow rank exceeds that median: less is noise."""
 
 
 class Busy:
@@ -27,11 +29,12 @@ class Busy:
 
 
 def slowest(busy: list[float]) -> str:
-    """Of the busy seconds of all ranks; empty when none takes `LIMIT` times the others' median."""
+    """Of the busy seconds of all ranks; empty when none exceeds the others' median by
+    `LIMIT` and `LEAST`."""
     rank = max(range(len(busy)), key=busy.__getitem__)
     median = statistics.median(busy[:rank] + busy[rank + 1 :])
     ratio = busy[rank] / max(median, 1e-9)
-    if ratio < LIMIT:
+    if ratio < LIMIT or busy[rank] - median < LEAST:
         return ""
     return (
         f"slow rank: {rank} takes {ratio:.1f} times the median of the others "

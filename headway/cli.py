@@ -8,6 +8,7 @@ line of stdout is one JSON object. PyTorch is imported inside the verbs that nee
 import difflib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from headway.config import RankError, UsageError
+from headway.config import RankError, ToldError, UsageError
 from headway.options import override, parse, print_json, take, take_switch
 from headway.plan_command import plan
 from headway.train_command import recipe_names, recipe_word, train
@@ -47,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verb(args)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"headway: {' '.join(str(error).split())}", file=sys.stderr)
+        if _speaks(error):
+            rank = os.environ.get("RANK", "0")
+            who = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
+            print(f"headway: {who}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("headway: interrupted", file=sys.stderr)
@@ -58,6 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as end:  # tyro has printed help
         return int(end.code or 0)
+
+
+def _speaks(error: UsageError) -> bool:
+    """Whether this rank prints a mistake. What all ranks met, rank 0 prints, and the launcher ends
+    the others while they wait here; a mistake that only this rank met is not lost."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        return True
+    if isinstance(error, ToldError):
+        return False
+    time.sleep(3.0)
+    return True
 
 
 def _verb(args: list[str]) -> int:

@@ -19,6 +19,15 @@ class RankError(UsageError):
     """A mistake that only one rank of a mesh met: that rank prints it."""
 
 
+class ToldError(UsageError):
+    """A mistake that another rank of the mesh prints."""
+
+
+class RunError(RuntimeError):
+    """The run failed by itself, not by a mistake of the user: the command line prints its text,
+    where there is one, and exits with code 1."""
+
+
 Activation = Literal["swiglu", "relu2", "gelu"]
 RouterGate = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 
@@ -184,9 +193,8 @@ class MeshConfig:
     follow the router. `all_gather`: to all ranks, sizes known in advance. `auto`: fewer bytes.
     """
     dedup: bool = True
-    """With ep_scheme `all_to_all`: send a sub-token once to a rank that holds several of its
-    experts (off: once per expert, as simple Expert Parallel does; for comparisons).
-    """
+    """With `all_to_all`: a sub-token goes once to a rank that holds several of its experts (off:
+    once per expert, as simple Expert Parallel does; for comparisons)."""
     shard: Literal["replicate", "fsdp", "hsdp"] = "replicate"
     """Where the parameters that several ranks need lie between their uses, with their gradients and
     optimiser state. `replicate`: whole on each of those ranks; least traffic. `fsdp`: in equal
@@ -196,8 +204,7 @@ class MeshConfig:
     """
     chunks: int = 1
     """Pieces in which a micro-batch passes a sparse layer, 1 to 4: one travels while the next is
-    computed. More chunks are smaller matmuls.
-    """
+    computed. More chunks are smaller matmuls."""
     timeout: float = 600.0
     """Seconds after which a collective that does not finish ends the run; > 0."""
 
@@ -337,6 +344,10 @@ class RunConfig:
     """Length of a text sample, in tokens."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 means only the last."""
+    async_checkpoint: bool = False
+    """Write checkpoints in a thread while training goes on: costs a copy of weights and optimiser
+    state in host memory. The end of the run waits for the last one.
+    """
     keep_checkpoints: int = 2
     """Older checkpoints are deleted; ≥ 1."""
     stop_bits_per_byte: float = 0.0

@@ -73,15 +73,6 @@ def take_switch(args: list[str], flag: str) -> tuple[bool, list[str]]:
     return flag in args, [word for word in args if word != flag]
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat
-
-
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known word most like `word`, by its last part or as a whole; empty when none is close."""
     by_tail = {name.rpartition(".")[2].strip("-"): name for name in reversed(known)}

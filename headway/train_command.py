@@ -1,10 +1,12 @@
 """`headway train`: from the words of the command line to a run and its exit code."""
 
+import os
 import sys
 from pathlib import Path
 
 from headway.config import Config, UsageError
-from headway.options import SHORTHANDS, leaves, override, print_json, take, take_switch
+from headway.options import SHORTHANDS, override, print_json, take, take_switch
+from headway.parallel.agreement import leaves
 
 
 def train(args: list[str]) -> int:
@@ -27,6 +29,10 @@ def train(args: list[str]) -> int:
     from headway.validate import remarks, validate
 
     base = recipes.load(recipe) if recipe is not None else None
+    if resume is None and base is not None:
+        resume = _restarted(override(base, args, f"headway train {recipe}"))
+        if resume is not None:  # everything that was asked for is in its run.json
+            base, args, overwrite = None, [], False
     if resume is not None:
         config = _resumed(Path(resume), base, args)
     else:
@@ -39,8 +45,8 @@ def train(args: list[str]) -> int:
     for remark in remarks(config):
         print(f"note: {remark}")
 
+    from headway.config import RunError
     from headway.train.loop import train as run_training
-    from headway.train.run import RunError
 
     try:
         result = run_training(
@@ -50,7 +56,8 @@ def train(args: list[str]) -> int:
             recipe_source="" if recipe is None else recipes.source(recipe),
         )
     except RunError as error:
-        print(f"headway: {error}", file=sys.stderr)
+        if str(error):
+            print(f"headway: {error}", file=sys.stderr)
         return 1
     from headway.summary import train_summary
 
@@ -64,12 +71,23 @@ def train(args: list[str]) -> int:
     return 130 if result["interrupted"] else 0
 
 
-_MAY_CHANGE = ("optim.steps", "optim.spike", "optim.max_skipped")
+def _restarted(config: Config) -> str | None:
+    """The run folder, when torchrun started this job again after a fault."""
+    from headway.train.folder import restarted
+
+    run_dir = config.run.dir or f"runs/{config.recipe or 'run'}"
+    if not restarted(Path(run_dir)):
+        return None
+    print(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']} by torchrun: resume {run_dir}")
+    return run_dir
+
+
+_MAY_CHANGE = ("optim.steps", "optim.spike", "optim.max_skipped", "data.micro_batch_size")
 
 
 def _resumed(run_dir: Path, recipe: Config | None, args: list[str]) -> Config:
-    """The config of a run, with overrides of what may change within a run (`run.*` and the
-    length)."""
+    """The config of a run, with overrides of what may change within a run (`run.*`, the
+    mesh, the micro-batch and the length)."""
     from headway.train.folder import read_config
 
     saved = read_config(run_dir)
@@ -78,8 +96,10 @@ def _resumed(run_dir: Path, recipe: Config | None, args: list[str]) -> Config:
     config = override(saved, args, f"headway train --resume {run_dir}")
     before, after = leaves(saved.to_dict()), leaves(config.to_dict())
     for name, value in after.items():
-        free = name in _MAY_CHANGE or (
-            name.startswith("run.") and name not in ("run.seed", "run.dir")
+        free = (
+            name.startswith("mesh.")
+            or name in _MAY_CHANGE
+            or (name.startswith("run.") and name not in ("run.seed", "run.dir"))
         )
         if value != before[name] and not free:
             raise UsageError(

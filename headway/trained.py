@@ -8,7 +8,7 @@ import torch
 from headway.config import Config, UsageError
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.model.transformer import Transformer
-from headway.train import checkpoint, folder
+from headway.train import checkpoint, folder, saved
 from headway.train.resolve import resolve
 
 
@@ -42,7 +42,7 @@ def load_trained(path: str | Path) -> Trained:
             )
     elif (path / "manifest.json").is_file() or path.name.startswith("step-"):
         run_dir, found = path.parent.parent, path
-        if problem := checkpoint.verify(path):
+        if problem := saved.verify(path):
             raise UsageError(
                 f"checkpoint {path} is damaged: {problem}; give the run folder for the one before"
             )

@@ -17,7 +17,8 @@ import pytest
 
 from headway import cli, options
 from headway.config import Config
-from headway.options import leaves, override, take
+from headway.options import override, take
+from headway.parallel.agreement import leaves
 
 RECIPE = """
 from headway.config import Config, DataConfig, MoEConfig, ModelConfig, OptimConfig, RunConfig
@@ -167,7 +168,7 @@ def test_take():
         ("train demo extra", "unrecognized options: extra"),
         ("train demo --model.moe.top-k 33", "top_k=33 must lie between 1 and n_experts=32"),
         ("train demo --mesh hp=3", "mesh needs hp=3 to divide n_heads=4; use hp=1, 2 or 4"),
-        ("train demo --mesh hp=2", "needs 2 processes; this version runs 1"),
+        ("train demo --mesh hp=2", "needs 2 processes and there is 1; start it with: torchrun"),
         ("train demo --mesh xp=2", "no AXIS=N[,AXIS=N]"),
         ("train demo --resume", "--resume needs a value"),
         ("train demo --resume /nowhere/run", "/nowhere/run"),

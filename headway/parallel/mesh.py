@@ -12,17 +12,20 @@ over all ranks. The mesh is a frozen object that is passed to what needs it; not
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
-from headway.config import MeshConfig, UsageError
+from headway.config import MeshConfig, RankError, ToldError, UsageError
+from headway.parallel.agreement import check
+from headway.parallel.heartbeat import Heartbeat
 from headway.parallel.traffic import Traffic
 
 T = TypeVar("T")
@@ -57,11 +60,18 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this rank's tensors lie, for small reductions."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    heart: Heartbeat | None = field(default=None, compare=False)
+    """Tells the others where this rank stands; None in a single process."""
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return self.world.size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes."""
+        return {axis.name: axis.size for axis in (self.dp, self.hp, self.ep)}
 
     @property
     def leads(self) -> bool:
@@ -88,6 +98,45 @@ class Mesh:
             dist.all_gather_object(found, value)
         return found
 
+    def collector(self) -> Callable[[Any], list[Any]]:
+        """A `collect` over a connection of its own, for a thread beside training. Collective."""
+        if self.size == 1:
+            return self.collect
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout))
+
+        def collect(value: Any) -> list[Any]:
+            found = [value] * self.size
+            dist.all_gather_object(found, value, group=group)
+            return found
+
+        return collect
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What `act` gives on rank 0, on every rank. Its UsageError is one on every rank, and rank
+        0 prints it."""
+        if self.size == 1:
+            return act()
+        found: list[Any] = [None, ""]
+        problem: UsageError | None = None
+        if self.leads:
+            try:
+                found[0] = act()
+            except UsageError as error:
+                problem, found[1] = error, str(error)
+        dist.broadcast_object_list(found, src=0)
+        if found[1]:
+            raise problem or ToldError(found[1])
+        return found[0]
+
+    def agree_on(self, facts: dict[str, Any]) -> None:
+        """Raises UsageError where a fact is another one on another rank. Collective."""
+        check(self.rank, self.collect(facts))
+
+    def at(self, step: int) -> None:
+        """A step begins."""
+        if self.heart is not None:
+            self.heart.at(step)
+
     @contextmanager
     def one_per_host(self) -> Iterator[None]:
         """The first rank of every host runs the body before the others do: it fills caches."""
@@ -99,7 +148,7 @@ class Mesh:
             self.barrier()
 
     def __str__(self) -> str:
-        return f"dp={self.dp.size}, hp={self.hp.size}, ep={self.ep.size}"
+        return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
 
 
 def launched() -> bool:
@@ -108,15 +157,65 @@ def launched() -> bool:
 
 
 @contextmanager
-def launch(config: MeshConfig, device: torch.device = torch.device("cpu")) -> Iterator[Mesh]:
+def launch(
+    config: MeshConfig,
+    device: torch.device = torch.device("cpu"),
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> Iterator[Mesh]:
     """The mesh of this job: of one process when none was launched, else over NCCL or gloo.
 
-    Raises: UsageError where the sizes and the processes do not fit, or the rendezvous fails.
+    `facts` gives what must be alike on all ranks, such as the options; they are compared first.
+    Raises: UsageError where facts differ, the sizes and the processes do not fit, or the rendezvous
+    fails; RunError, which names a rank, where a collective fails inside the context.
     """
-    wanted = config.dp * config.hp * config.ep
     world = _world_size()
+    if world == 1:
+        _check_product(config, 1, 0)
+        yield Mesh(config, device=device)
+        return
+    rank = _number("RANK")
+    cuda = device.type == "cuda"
+    if cuda:
+        device = torch.device("cuda", _number("LOCAL_RANK"))
+        torch.cuda.set_device(device)
+    # NCCL ends the process from a thread of its own: the heartbeat has time to say why before
+    timeout = timedelta(seconds=config.timeout + (30 if cuda else 0))
+    try:
+        # importing torch takes its time on a busy host
+        wait = timedelta(seconds=max(config.timeout, 60.0))
+        served, _, _ = next(rendezvous("env://", timeout=wait))
+        attempt = f"headway {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(attempt, served)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankError(
+            f"rank {rank} found no rendezvous at {where} ({text}); "
+            "use a free port (torchrun --master-port) and an address that all hosts reach"
+        ) from None
+    traffic = Traffic()
+    # a connection of its own: a thread that waits for a key blocks the one that it uses
+    where = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+    beats = dist.PrefixStore(attempt, dist.TCPStore(*where, timeout=wait, wait_for_workers=False))
+    try:
+        with Heartbeat(beats, rank, world, config.timeout, traffic) as heart:
+            found: list[Any] = [None] * world
+            dist.all_gather_object(found, facts())
+            check(rank, found)
+            _check_product(config, world, rank)
+            yield replace(place(config, rank, device), traffic=traffic, heart=heart)
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_product(config: MeshConfig, world: int, rank: int) -> None:
+    """As many ranks in the mesh as there are processes."""
+    wanted = config.dp * config.hp * config.ep
     if wanted != world:
-        raise UsageError(
+        raise (ToldError if rank else UsageError)(
             f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {wanted} processes and "
             f"there {'is 1' if world == 1 else f'are {world}'}; "
             + (
@@ -125,31 +224,6 @@ def launch(config: MeshConfig, device: torch.device = torch.device("cpu")) -> It
                 else f"use --mesh with a product of {world}"
             )
         )
-    if world == 1:
-        yield Mesh(config, device=device)
-        return
-    rank = int(os.environ["RANK"])
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=config.timeout),
-        )
-    except (RuntimeError, ValueError) as error:
-        text = str(error).splitlines()[0]
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UsageError(
-            f"rank {rank} found no rendezvous at {where} ({text}); "
-            "use a free port (torchrun --master-port) and an address that all hosts reach"
-        ) from None
-    try:
-        yield place(config, rank, device)
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -178,7 +252,21 @@ def _world_size() -> int:
             f"{missing[0]} is not set, and RANK or WORLD_SIZE is; start with torchrun, "
             f"which sets {', '.join(needed)}"
         )
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    world, rank, port = _number("WORLD_SIZE"), _number("RANK"), _number("MASTER_PORT")
+    if world > 1 and not (0 <= rank < world and 0 < port < 2**16):
+        raise UsageError(
+            f"RANK={rank}, WORLD_SIZE={world}, MASTER_PORT={port} cannot be; use ranks from 0 to "
+            f"{world - 1} and a port below 65536, or start with torchrun"
+        )
+    return world
+
+
+def _number(name: str) -> int:
+    """A variable of the launcher; 0 where it is not set, 1 for WORLD_SIZE."""
+    text = os.environ.get(name, "1" if name == "WORLD_SIZE" else "0")
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text!r} is no number; start with torchrun, which sets it")
+    return int(text)
 
 
 def place(config: MeshConfig, rank: int, device: torch.device) -> Mesh:

@@ -35,10 +35,14 @@ class Pieces:
         """Rows of one piece."""
         return max(0, min(self.each, self.rows - index * self.each))
 
+    @property
+    def start(self) -> int:
+        """First row of this rank's piece."""
+        return min(self.axis.index * self.each, self.rows)
+
     def local(self, x: Tensor) -> Tensor:
         """This rank's piece, a view."""
-        start = min(self.axis.index * self.each, self.rows)
-        return x.narrow(self.dim, start, self.length(self.axis.index))
+        return x.narrow(self.dim, self.start, self.length(self.axis.index))
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,24 @@ class Traffic:
     """The ledger of a mesh. `take` returns the sums since the last `take`."""
 
     counts: dict[str, Count] = field(default_factory=dict)
+    calls: int = 0
+    """Collectives begun since the start of the job; `take` leaves it."""
+    last: str = ""
+    """Axis and purpose of the last of them."""
+    wait: float = 0.0
+    """Seconds that the host stood still in all of them."""
 
     def add(self, axis: str, purpose: str, n_bytes: int) -> None:
         """One collective that sends `n_bytes` from this rank."""
-        count = self.counts.setdefault(f"{axis} {purpose}", Count())
+        self.last = f"{axis} {purpose}"
+        self.calls += 1
+        count = self.counts.setdefault(self.last, Count())
         count.bytes += n_bytes
         count.calls += 1
 
     def waited(self, axis: str, purpose: str, seconds: float) -> None:
         """The host waited for a collective."""
+        self.wait += seconds
         self.counts.setdefault(f"{axis} {purpose}", Count()).wait += seconds
 
     def total(self, axis: str = "") -> int:

@@ -55,10 +55,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                if not self.state[p]:
-                    dtype = self.state_dtype or p.dtype
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        self.state[p][name] = torch.zeros_like(local(p), dtype=dtype)
+                self.init_state(p)
             by_place: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
             for p in params:
                 key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
@@ -73,6 +70,12 @@ class AdamW(torch.optim.Optimizer):
                 else:
                     for four in zip(here, grads, first, second, strict=True):
                         self._sliced(group, *four, grad_scale)
+
+    def init_state(self, p: Tensor) -> None:
+        """Zeros for a parameter that has no moments yet."""
+        if not self.state[p]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[p][name] = torch.zeros_like(local(p), dtype=self.state_dtype or p.dtype)
 
     def _fused(
         self,

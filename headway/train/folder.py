@@ -7,7 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from headway.config import Config, UsageError, from_dict
-from headway.train import checkpoint
+from headway.train import saved
+
+
+def job() -> str:
+    """The torchrun job that this process belongs to, the same after each of its restarts; empty
+    without one."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return ""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"agent {os.getppid()}" if name == "none" else name
+
+
+def restarted(path: Path) -> bool:
+    """Whether torchrun has started this job again after a fault and `path` holds its run, so that
+    it goes on."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    try:
+        return json.loads((path / "run.json").read_text("utf-8"))["job"] == job()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def open_run(path: Path, info: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Makes the folder of a new run with its run.json, or checks the one of a run to resume."""
+    open_folder(path, resume, overwrite)
+    if not resume:
+        write_run(path, info)
 
 
 def open_folder(path: Path, resume: bool, overwrite: bool) -> None:
@@ -64,7 +91,7 @@ def find_checkpoint(path: Path) -> tuple[Path | None, list[str]]:
     (None, []) when none was ever finished: the run then starts over. Raises `UsageError` when all
     are damaged.
     """
-    found, problems = checkpoint.latest(path)
+    found, problems = saved.latest(path)
     if found is None and problems:
         raise UsageError(
             f"resume: no whole checkpoint in {path}: {'; '.join(problems)}; start another --run"

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from headway.config import Config, RankError, UsageError
+from headway.config import Config, RankError, ToldError, UsageError
 from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.model.transformer import Transformer
+from headway.parallel.agreement import leaves
 from headway.parallel.exchange import spread
 from headway.parallel.mesh import Mesh, launch
-from headway.report.provenance import provenance
+from headway.report.provenance import commit, provenance, versions
 from headway.report.sinks import JsonlSink, NoSink
 from headway.train import checkpoint, folder
 from headway.train.allocator import set_allocator
@@ -56,11 +57,17 @@ def train(
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     resolved = resolve(config, tokenizer.vocab_size)
-    with launch(resolved.config.mesh, resolved.device) as mesh:
+
+    def facts() -> dict[str, Any]:
+        return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
+
+    with launch(resolved.config.mesh, resolved.device, facts) as mesh:
         resolved = dataclasses.replace(resolved, device=mesh.device)
         try:
             return _train(mesh, resolved, tokenizer, resume, overwrite, recipe_source, log)
         except UsageError as error:
+            if isinstance(error, ToldError):
+                raise
             raise RankError(f"rank {mesh.rank}: {error}") if mesh.rank else error from None
 
 
@@ -83,7 +90,7 @@ def _train(
         config.data.micro_batch_size,
     )
     run_dir = resume or Path(run.dir or f"runs/{config.recipe or 'run'}")
-    found = folder.find_checkpoint(run_dir) if resume else (None, [])
+    found = mesh.first(lambda: folder.find_checkpoint(run_dir)) if resume else (None, [])
     if found[0] is not None:
         checkpoint.check_architecture(checkpoint.read_config(found[0]), config.model)
     if run.threads:
@@ -94,14 +101,13 @@ def _train(
     # before the run folder is touched: a wrong --data must not clear a run
     with mesh.one_per_host():
         stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
+    mesh.agree_on({"the fingerprint of the data": stream.dataset.fingerprint})
     model = Transformer(
         config.model, dtype=resolved.dtype, recompute=run.recompute, seed=run.seed
     ).to(resolved.device)
     apart = spread(model, mesh)
-    if mesh.leads:
-        folder.open_folder(run_dir, resume is not None, overwrite)
-        if resume is None:
-            folder.write_run(run_dir, _run_info(resolved, model, recipe_source))
+    info = _run_info(resolved, model, recipe_source)
+    mesh.first(lambda: folder.open_run(run_dir, info, resume is not None, overwrite))
     _announce(resolved, mesh, model, run_dir, log)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
@@ -123,6 +129,7 @@ def _train(
         asked = ""
 
         while progress.step < optim.steps and not progress.why_stop(run):
+            mesh.at(progress.step)
             started = time.perf_counter()
             batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
             targets, n_bytes = count_targets(batch, side.token_bytes_V)
@@ -152,6 +159,7 @@ def _train(
             progress.seconds += elapsed
             progress.interval.add_time(batch.tokens_BS.numel() * mesh.size, elapsed)
 
+            side.landed()
             side.count_skip(reason)
             last = progress.step == optim.steps or progress.out_of_time(run)
             if last or progress.step % run.log_every == 0:
@@ -196,6 +204,7 @@ def _run_info(resolved: Resolved, model: Transformer, recipe_source: str) -> dic
     total, active = count_parameters(model)
     return {
         "config": resolved.config.to_dict(),
+        "job": folder.job(),
         "recipe_source": recipe_source,
         "derived": resolved.derived,
         **provenance(),

@@ -112,6 +112,12 @@ class Muon(torch.optim.Optimizer):
         for several in in_pieces.values():
             self._update_pieces(several, grad_scale)
 
+    def init_state(self, p: Tensor) -> None:
+        """A zero momentum for a parameter that has none yet."""
+        if not self.state[p]:
+            zeros = torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+            self.state[p]["momentum"] = zeros
+
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
         """Of matrices that are whole here."""
         rows, columns = p.shape[-2:]
@@ -159,10 +165,8 @@ class Muon(torch.optim.Optimizer):
         return group["lr"] * shape_factor(outs, ins, self.adjust)
 
     def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(local(p), memory_format=torch.contiguous_format)
-        return state["momentum"]
+        self.init_state(p)
+        return self.state[p]["momentum"]
 
     def _direction(self, grad: Tensor, momentum: Tensor, grad_scale: float) -> Tensor:
         """Moves the momentum; what is to be orthogonalised."""

@@ -92,6 +92,19 @@ class Optimizers:
             for key, value in optimizer.state[p].items()
         }
 
+    def without_state(self) -> list[str]:
+        """Parameters that were never updated, as one that no gradient has reached."""
+        held = {p for optimizer in self.all() for p, state in optimizer.state.items() if state}
+        return [name for name, p in self.named.items() if p not in held]
+
+    def add_state(self, names: set[str]) -> None:
+        """State as before the first update, where there is none; changes no update."""
+        for optimizer in self.all():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if any(self.named[name] is p for name in names):
+                        optimizer.init_state(p)
+
     def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Inverse of `tensors`; `updates` is the number of steps behind them.
 

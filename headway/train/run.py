@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headway.config import Config, UsageError
+from headway.config import Config, RunError, UsageError
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
 from headway.eval.sampling import generate
@@ -20,20 +20,17 @@ from headway.plan.wire import exchanged
 from headway.report.html import write_report
 from headway.report.metrics import progress_line
 from headway.report.sinks import JsonlSink, NoSink
-from headway.train import checkpoint
-from headway.train.checkpoint import CheckpointError
+from headway.train import checkpoint, saved
+from headway.train.background import Writing
+from headway.train.busy import Busy
 from headway.train.evaluate import evaluate
 from headway.train.interval import Interval
 from headway.train.optim import Optimizers
 from headway.train.progress import Progress
 from headway.train.resolve import count_parameters, flops_per_token
+from headway.train.saved import CheckpointError
 
 Log = Callable[[str], None]
-
-
-class RunError(RuntimeError):
-    """The run failed by itself, not by a mistake of the user: the command line exits with code
-    1."""
 
 
 @dataclasses.dataclass
@@ -53,8 +50,13 @@ class Run:
     saved: Path | None = None
     saved_step: int = -1
     error: str = ""
+    writing: Writing | None = None
+    """A checkpoint that is being written beside training."""
 
     def __post_init__(self) -> None:
+        mesh = self.spread.mesh
+        self.busy = Busy(mesh)
+        self.beside = mesh.collector() if self.config.run.async_checkpoint else mesh.collect
         self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes)
         self.flops_per_token = flops_per_token(self.model, self.config.data.seq_len)
         self.expected_bytes = 0.0
@@ -83,10 +85,14 @@ class Run:
                     f"resume: {name} is {state[name]} in the checkpoint and {value} now; "
                     "restore it, or start another run with --run"
                 )
+        before, now = state.get("mesh"), self.spread.mesh.sizes
+        if before and before != now:
+            was, goes = (", ".join(f"{k}={n}" for k, n in m.items()) for m in (before, now))
+            self.log(f"resume: saved on {was}, goes on with {goes}")
         self.progress = Progress.from_dict(state["progress"], self.config.optim.spike)
         self.saved, self.saved_step = path, self.progress.step
         if self.spread.mesh.leads:
-            checkpoint.set_aside_after(self.dir, self.progress.step)
+            saved.set_aside_after(self.dir, self.progress.step)
         self.sink.resume_at(self.progress.step)
         self.event("resumed", "; ".join([f"from {path.name}", *problems]))
         self.log(f"resumed from {path} at step {self.progress.step}")
@@ -126,7 +132,9 @@ class Run:
             text = f"{most} steps in a row were skipped, the last at step {progress.step}: {reason}"
             self.event("stopped", text)
             self.report()
-            raise RunError(f"{text}; lower optim.lr or look at the data (limit optim.max_skipped)")
+            self.landed(wait=True)
+            advice = f"{text}; lower optim.lr or look at the data (limit optim.max_skipped)"
+            raise RunError(advice if self.spread.mesh.leads else "")
 
     def record_interval(self, lr: float) -> None:
         """The progress line, and its record."""
@@ -146,6 +154,8 @@ class Run:
         per_step = self.config.data.batch_size * self.config.data.seq_len / speed
         eta = (steps - progress.step) * per_step
         self.log(progress_line({"step": progress.step, **record}, steps, eta))
+        if slow := self.busy.slow_rank(interval.seconds):
+            self.log(slow)
 
     def _wire(self, interval: Interval) -> dict[str, Any]:
         """What this rank sent in the interval; nothing in a single process."""
@@ -208,25 +218,40 @@ class Run:
             "tokens": self.tokens,
             **self._identity(),
         }
+        self.landed(wait=True)  # at most one is under way
+        parts = (self.model, self.optimizers, self.config.model, state)
+        target = (self.dir, self.progress.step)
+        keep, run = self.config.run.keep_checkpoints, self.config.run
+        if run.async_checkpoint:
+            snapshot = checkpoint.take(*target, *parts, keep, self.spread).copied()
+            self.writing = Writing(snapshot, self.beside)
+            return
         try:
-            self.saved = checkpoint.save(
-                self.dir,
-                self.progress.step,
-                self.model,
-                self.optimizers,
-                self.config.model,
-                state,
-                self.config.run.keep_checkpoints,
-                self.spread,
-            )
-            self.saved_step, self.error = self.progress.step, ""
+            self._saved(checkpoint.save(*target, *parts, keep, self.spread), self.progress.step)
         except CheckpointError as error:
-            self.error = str(error)
-            self.log(f"{error}; the run goes on, {self.saved or 'nothing'} is the last one saved")
-            self.event("checkpoint failed", str(error))
+            self._not_saved(error)
+
+    def landed(self, wait: bool = False) -> None:
+        """Takes note of a checkpoint that was written beside training, if it is done."""
+        if self.writing is None or not (wait or self.writing.done):
+            return
+        writing, self.writing = self.writing, None
+        try:
+            self._saved(writing.result(), writing.step)
+        except CheckpointError as error:
+            self._not_saved(error)
+
+    def _saved(self, path: Path, step: int) -> None:
+        self.saved, self.saved_step, self.error = path, step, ""
+
+    def _not_saved(self, error: CheckpointError) -> None:
+        self.error = str(error)
+        self.log(f"{error}; the run goes on, {self.saved or 'nothing'} is the last one saved")
+        self.event("checkpoint failed", str(error))
 
     def finish(self, signal_name: str) -> dict[str, Any]:
         """Says how it ended, writes the report, returns the result of `train`."""
+        self.landed(wait=True)
         progress, config = self.progress, self.config
         stopped = progress.why_stop(config.run) if progress.step < config.optim.steps else ""
         interrupted = bool(signal_name) and not stopped and progress.step < config.optim.steps

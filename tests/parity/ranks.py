@@ -1,6 +1,7 @@
 """Worker processes that become the ranks of one small job after another: torch is imported once."""
 
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -36,9 +37,21 @@ class Pool:
             self.processes.append(process)
 
     def run(self, mesh: MeshConfig, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(mesh, *args)` on every rank; what each returned. When one fails the others may
-        wait for it for ever, so all are started anew."""
-        world = mesh.dp * mesh.hp * mesh.ep
+        """`function(mesh, *args)` on every rank; what each returned."""
+        return self._run(mesh.dp * mesh.hp * mesh.ep, mesh, function, args)
+
+    def launched(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(rank, world, *args)` in processes whose environment is as torchrun leaves
+        it."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return self._run(world, None, _as_torchrun, (port, function, *args))
+
+    def _run(
+        self, world: int, mesh: MeshConfig | None, function: Callable[..., Any], args: Any
+    ) -> list[Any]:
+        """When one fails the others may wait for it for ever, so all are started anew."""
         answers: dict[int, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes[:world]:
@@ -62,11 +75,25 @@ class Pool:
             process.kill()
 
 
+def _as_torchrun(rank: int, world: int, port: int, function: Callable[..., Any], *args: Any) -> Any:
+    before = dict(os.environ)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        return function(rank, world, *args)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _serve(rank: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     while True:
         store, world, config, function, args = pipe.recv()
         try:
+            if config is None:  # the function makes its own group
+                pipe.send(("", function(rank, world, *args)))
+                continue
             dist.init_process_group(
                 "gloo",
                 store=dist.FileStore(store, world),
@@ -79,4 +106,5 @@ def _serve(rank: int, pipe: Any) -> None:
         except BaseException:
             pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -8,17 +8,19 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headway.config import ModelConfig, MoEConfig, OptimConfig, UsageError
-from headway.train import checkpoint
-from headway.train.checkpoint import CheckpointError, latest
+from headway.parallel.exchange import ALONE
+from headway.parallel.pieces import piece
+from headway.train import checkpoint, saved
 from headway.train.optim import build_optimizers
+from headway.train.saved import CheckpointError, latest
+from headway.train.tensor_files import TensorFile, TensorReader, plan
 
 CONFIG = ModelConfig(vocab_size=64, d_model=128)
 
@@ -90,6 +92,49 @@ def test_files_are_plain_safetensors_with_names_of_parameters(tmp_path):
     assert checkpoint.read_config(path) == CONFIG
 
 
+def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path):
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+    tensors = {f"b.{i}": torch.randn(3, 5).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"a.ü": torch.tensor([True, False, True]), "empty": torch.zeros(0, 4)}
+    tensors |= {
+        "scalar": torch.tensor(2.0),
+        "turned": torch.randn(4, 6).T,
+        "u": torch.ones(3).byte(),
+    }
+    pieces = {name: piece(name, x, ALONE.layout) for name, x in tensors.items()}
+    [file] = plan("model", pieces)
+    file.create(tmp_path)
+    file.write(tmp_path, pieces)
+    contiguous = {name: x.contiguous() for name, x in tensors.items()}
+    save_file(contiguous, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    theirs = (tmp_path / "theirs.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == theirs
+
+
+def test_large_files_are_several_with_an_index(tmp_path):
+    model, optimizers = _trained()
+    snapshot = checkpoint.take(tmp_path, 1, model, optimizers, CONFIG, {}, largest=3250)
+    path = checkpoint.write(snapshot, lambda value: [value])
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert [p.name for p in sorted(path.glob("model-*"))] == names and saved.verify(path) == ""
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["embed.weight"] == names[0] != index["weight_map"]["body.weight"]
+    assert index["metadata"]["total_size"] == sum(
+        x.numel() * 4 for n, x in model.state_dict().items() if n != "head.weight"
+    )
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(path / file)[name], model.state_dict()[name])
+    other, others = _trained(seed=1)
+    checkpoint.load(path, other, others, CONFIG)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    with TensorReader(path, "model") as reader:
+        part = reader.read("embed.weight", (slice(10, 20), slice(4, 8)))
+    assert torch.equal(part, model.embed.weight[10:20, 4:8])
+
+
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizers = _trained()
     for step in (999_999, 1_000_000, 1_000_001):
@@ -133,7 +178,7 @@ def test_damage_is_named_and_the_previous_one_is_used(tmp_path, damage, words):
         and problems[0].startswith("step-000020 is damaged")
         and words in problems[0]
     )
-    assert checkpoint.set_aside_after(tmp_path, 10) == ["step-000020.damaged"]
+    assert saved.set_aside_after(tmp_path, 10) == ["step-000020.damaged"]
     assert latest(tmp_path) == (good, [])
 
 
@@ -192,28 +237,27 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_disk):
     assert latest(small_disk)[0] != _save(small_disk, 20, model, optimizers)
 
 
-@pytest.mark.parametrize("file", [*checkpoint.FILES, "manifest.json"])
+FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_an_error_in_any_file_leaves_the_previous_checkpoint(tmp_path, monkeypatch, file):
     model, optimizers = _trained()
     good = _save(tmp_path, 10, model, optimizers)
+    real_write, real_json = TensorFile.write, saved.write_json
 
-    def full(*arguments, **_):
-        path = next(a for a in arguments if isinstance(a, Path))
-        if path.name == file:
-            path.write_bytes(b"torn")
-            raise OSError(28, "No space left on device")
-        return (
-            real_save(*arguments, metadata={"format": "pt"})
-            if file_is_tensor(path)
-            else real_json(*arguments)
-        )
+    def torn(path):
+        path.write_bytes(b"torn")
+        raise OSError(28, "No space left on device")
 
-    def file_is_tensor(path):
-        return path.suffix == ".safetensors"
+    def write(self, folder, pieces):
+        return torn(folder / file) if self.name == file else real_write(self, folder, pieces)
 
-    real_save, real_json = checkpoint.save_file, checkpoint._write_json
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr(checkpoint, "_write_json", full)
+    def write_json(path, value):
+        return torn(path) if path.name == file else real_json(path, value)
+
+    monkeypatch.setattr(TensorFile, "write", write)
+    monkeypatch.setattr(saved, "write_json", write_json)
     with pytest.raises(CheckpointError, match="No space left"):
         _save(tmp_path, 20, model, optimizers)
     assert _names(tmp_path) == ["step-000010"]
@@ -232,7 +276,7 @@ def test_kill_between_the_two_renames_of_a_replacement(tmp_path):
     os.replace(path, path.with_name("step-000010.replaced"))
     found, problems = latest(tmp_path)
     assert found is not None and found.name == "step-000010.replaced" and problems == []
-    assert checkpoint.verify(found) == ""
+    assert saved.verify(found) == ""
     _save(tmp_path, 10, model, optimizers)
     assert _names(tmp_path) == ["step-000010"]
 
@@ -242,7 +286,7 @@ def test_kill_after_the_two_renames_of_a_replacement(tmp_path):
     path = _save(tmp_path, 10, model, optimizers)
     shutil.copytree(path, path.with_name("step-000010.replaced"))
     assert _save(tmp_path, 10, model, optimizers) == path
-    assert _names(tmp_path) == ["step-000010"] and checkpoint.verify(path) == ""
+    assert _names(tmp_path) == ["step-000010"] and saved.verify(path) == ""
 
 
 def test_kill_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from headway.config import (
     UsageError,
 )
 from headway.report.sinks import read_metrics
-from headway.train import checkpoint, folder, loop, run
-from headway.train.checkpoint import CheckpointError
+from headway.train import checkpoint, folder, loop, run, saved
 from headway.train.run import RunError
-from tests.train.tiny_run import events, records, tiny, train
+from headway.train.saved import CheckpointError
+from tests.train.tiny_run import assert_same_run, events, records, tiny, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 
@@ -47,7 +48,7 @@ def test_result_and_run_folder(whole):
     assert result["steps"] == 20 and result["tokens"] == 20 * 4 * 32 and result["skipped"] == 0
     assert result["val_bits_per_byte"] < result["first_val_bits_per_byte"] - 1
     assert not result["interrupted"] and result["error"] == "" and result["stopped"] == ""
-    assert Path(result["report"]).is_file() and checkpoint.verify(Path(result["checkpoint"])) == ""
+    assert Path(result["report"]).is_file() and saved.verify(Path(result["checkpoint"])) == ""
     found = records(root)
     assert [r["step"] for r in found if "loss" in r] == [3, 6, 9, 12, 15, 18, 20]
     assert [r["step"] for r in found if "val_loss" in r] == [0, 5, 10, 15, 20]
@@ -151,6 +152,43 @@ def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch):
     assert any(
         "step 8 was not written" in line and "step-000004 is the last" in line for line in lines
     )
+
+
+def test_checkpoints_beside_training(whole, tmp_path, monkeypatch):
+    """Slow ones and a failing one: the same run, and what failed is reported at a later step."""
+    inner, under_way, most = checkpoint.write, [], []
+
+    def slow(snapshot, collect):
+        under_way.append(snapshot.step)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        under_way.pop()
+        if snapshot.step == 8:
+            raise CheckpointError("checkpoint at step 8 was not written: no space")
+        if snapshot.step == 12:
+            raise RuntimeError("rank 3\nwent away")
+        return inner(snapshot, collect)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    lines = []
+    result = train(tiny(tmp_path, run={"async_checkpoint": True}), log=lines.append)
+    assert result["error"] == "" and most == [1] * 5
+    assert_same_run(whole[0], tmp_path, whole[1], result)
+    failed = events(tmp_path)
+    assert [name for _, name in failed] == ["checkpoint failed"] * 2
+    assert 8 < failed[0][0] <= 12 < failed[1][0] <= 16
+    assert any("step 8 was not written: no space" in x and "step-000004 is the" in x for x in lines)
+    assert any("step 12 was not written: RuntimeError: rank 3 went away;" in x for x in lines)
+
+
+def test_the_last_checkpoint_beside_training_counts(tmp_path, monkeypatch):
+    def failing(snapshot, collect):
+        raise CheckpointError(f"checkpoint at step {snapshot.step} was not written: no space")
+
+    monkeypatch.setattr(checkpoint, "write", failing)
+    config = tiny(tmp_path, run={"async_checkpoint": True, "checkpoint_every": 20})
+    result = train(config)
+    assert result["error"].startswith("checkpoint at step 20") and result["checkpoint"] is None
 
 
 def test_a_full_disk_during_the_run(tmp_path):

@@ -54,7 +54,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):
         train(tiny(tmp_path))
 
 
-def test_killed_at_random_moments_is_the_same_run(whole, tmp_path):
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_killed_at_random_moments_is_the_same_run(whole, tmp_path, how):
     """SIGKILL a training process three times, wherever it is, and let the fourth one finish."""
     drawn = random.Random(1)
     root = tmp_path / "killed"
@@ -68,7 +69,7 @@ def test_killed_at_random_moments_is_the_same_run(whole, tmp_path):
     for _ in range(3):
         mode = "resume" if (root / "run" / "run.json").exists() else "new"
         with subprocess.Popen(
-            [*command, mode], env=environment, stdout=subprocess.PIPE, text=True
+            [*command, mode, how], env=environment, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
             started = next((line for line in process.stdout if line.startswith("path:")), None)

@@ -1,6 +1,6 @@
 """A tiny model that the loop's tests train in a second, and what they compare.
 
-Run as a script it trains that model: `python tiny_run.py FOLDER new|resume`; a test kills that process.
+Run as a script it trains that model: `python tiny_run.py FOLDER new|resume [async]`; a test kills that process.
 """
 
 import dataclasses
@@ -133,7 +133,8 @@ def assert_same_run(a: Path, b: Path, one: dict, other: dict) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     resuming = sys.argv[2] == "resume"
-    made = folder.read_config(target / "run") if resuming else tiny(target)
+    beside = {"async_checkpoint": "async" in sys.argv}
+    made = folder.read_config(target / "run") if resuming else tiny(target, run=beside)
     loop.train(
         made,
         resume=target / "run" if resuming else None,

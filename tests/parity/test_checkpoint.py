@@ -1,0 +1,166 @@
+"""A run saved on one mesh goes on with another: the same loss, the same files; on the same mesh the
+same bits."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
+from headway.model.transformer import Transformer
+from headway.parallel.exchange import spread
+from headway.train import checkpoint, saved
+from headway.train.optim import build_optimizers
+from headway.train.saved import CheckpointError
+from headway.train.step import gradient, update
+from headway.train.tensor_files import TensorFile
+from tests.parity.test_parity import ROWS, close, heads
+
+ONE = MeshConfig()
+CHAIN = (
+    MeshConfig(hp=4),
+    MeshConfig(hp=2, ep=2),
+    MeshConfig(dp=2, ep=2, shard="fsdp"),
+    ONE,
+    MeshConfig(dp=2, hp=2, shard="hsdp"),
+    MeshConfig(dp=2, hp=2),
+)
+
+
+def config(noisy=False, bias: Literal["none", "sign"] = "sign"):
+    return heads(
+        router=RouterConfig(noisy=noisy), balance=BalanceConfig(aux=0.05, bias=bias, bias_rate=0.1)
+    )
+
+
+def batches(mesh, step):
+    from headway.data.stream import Batch
+    from headway.train.evaluate import micro_batches
+
+    generator = torch.Generator().manual_seed(step)
+    tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
+    each = ROWS // mesh.size
+    mine = slice(mesh.rank * each, (mesh.rank + 1) * each)
+    batch = Batch(tokens[mine], targets[mine], None)
+    return micro_batches(batch, each, torch.device("cpu")), batch.targets_BS.numel()
+
+
+def go_on(mesh, folder, first, last, model, optim, save_at=()):
+    """Steps first … last − 1 after the newest checkpoint, on this rank; the loss of each step."""
+    net = Transformer(model, dtype=torch.float64, seed=0).double()
+    apart = spread(net, mesh)
+    optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
+    torch.manual_seed(mesh.rank)
+    if first:
+        path, _ = saved.latest(Path(folder))
+        assert path is not None and path.name == f"step-{first:06d}"
+        torch.manual_seed(1234)
+        checkpoint.load(path, net, optimizers, model, apart.layout)
+    losses = []
+    for step in range(first, last):
+        micros, targets = batches(mesh, step)
+        got = gradient(net, micros, targets, model.moe.balance, apart)
+        losses.append(got.nats / got.targets)
+        update(net, optimizers, got, 1.0, optim, model.moe.balance, apart)
+        optimizers.zero_grad()
+        if step + 1 in save_at:
+            checkpoint.save(Path(folder), step + 1, net, optimizers, model, {}, 9, apart)
+    return losses
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim):
+    optim, model = OptimConfig(name=optim, lr=1e-3, clip=0.5), config()
+    reference = ranks.run(ONE, go_on, tmp_path / "one", 0, 2 * len(CHAIN), model, optim, (6,))[0]
+    found = []
+    for i, mesh in enumerate(CHAIN):
+        at = 2 * i
+        answers = ranks.run(mesh, go_on, tmp_path / "many", at, at + 2, model, optim, (at + 2,))
+        assert all(answer == answers[0] for answer in answers)
+        found += answers[0]
+    for step, (a, b) in enumerate(zip(found, reference, strict=True)):
+        close(a, b, f"loss of step {step}")
+    one, many = (saved.folder(tmp_path / name) / "step-000006" for name in ("one", "many"))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        # names, shapes, places: the header, byte for byte
+        a, b = ((path / file).read_bytes() for path in (one, many))
+        n = int.from_bytes(a[:8], "little") + 8
+        assert a[:n] == b[:n] and len(a) == len(b), file
+    assert (one / "config.json").read_bytes() == (many / "config.json").read_bytes()
+
+
+def resave(mesh, source, target, model, optim):
+    """Loads a checkpoint and writes it again."""
+    net = Transformer(model, dtype=torch.float64, seed=1).double()
+    apart = spread(net, mesh)
+    optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
+    path, _ = saved.latest(Path(source))
+    assert path is not None
+    checkpoint.load(path, net, optimizers, model, apart.layout)
+    checkpoint.save(Path(target), 2, net, optimizers, model, {}, 9, apart)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(2, 2, 2)], ids=str)
+def test_the_files_of_every_mesh_are_the_same_byte_for_byte(ranks, tmp_path, mesh):
+    model, optim = config(), OptimConfig(name="muon", lr=1e-3)
+    ranks.run(ONE, go_on, tmp_path / "one", 0, 2, model, optim, (2,))
+    ranks.run(mesh, resave, tmp_path / "one", tmp_path / "many", model, optim)
+    one, many = (saved.latest(tmp_path / name)[0] for name in ("one", "many"))
+    assert one and many
+    manifests = [json.loads((path / "manifest.json").read_text())["files"] for path in (one, many)]
+    assert manifests[0].keys() == manifests[1].keys()
+    assert [k for k in manifests[0] if manifests[0][k] != manifests[1][k]] == ["state.json"]
+    state = json.loads((many / "state.json").read_text())
+    assert state["mesh"] == {"dp": mesh.dp, "hp": mesh.hp, "ep": mesh.ep}
+
+
+def test_on_the_same_mesh_the_bits_are_the_same(ranks, tmp_path):
+    """With noise in the routers, which is drawn by every rank for itself."""
+    mesh, model, optim = MeshConfig(hp=2, ep=2), config(noisy=True), OptimConfig(lr=1e-3)
+    whole = ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim, (2,))
+    again = ranks.run(mesh, go_on, tmp_path, 2, 4, model, optim)
+    assert again == [losses[2:] for losses in whole]
+    (saved.folder(tmp_path) / "step-000002" / "manifest.json").unlink()
+    assert ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim) == whole
+
+
+def fails_once(mesh, folder, model, optim):
+    """Rank 1 has no space at its first save; what every rank saw."""
+    net = Transformer(model, dtype=torch.float64, seed=0).double()
+    apart = spread(net, mesh)
+    optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
+    write, seen = TensorFile.write, []
+
+    def full(self, folder, pieces):
+        raise OSError(28, "No space left on device")
+
+    def save(step):
+        try:
+            checkpoint.save(Path(folder), step, net, optimizers, model, {}, 9, apart)
+        except CheckpointError as error:
+            seen.append(str(error))
+
+    save(1)
+    try:
+        if mesh.rank == 1:
+            TensorFile.write = full
+        save(2)
+    finally:
+        TensorFile.write = write
+    newest = saved.latest(Path(folder))
+    mesh.barrier()
+    save(3)
+    return seen, newest
+
+
+def test_a_rank_that_cannot_write_fails_the_save_and_not_the_run(ranks, tmp_path):
+    text = "checkpoint at step 2 was not written: rank 1: [Errno 28] No space left on device"
+    answers = ranks.run(MeshConfig(hp=2), fails_once, tmp_path, config(), OptimConfig())
+    for seen, newest in answers:
+        assert seen == [text]
+        assert newest == (saved.folder(tmp_path) / "step-000001", [])
+    assert saved.latest(tmp_path) == (saved.folder(tmp_path) / "step-000003", [])
+    names = {path.name for path in saved.folder(tmp_path).iterdir()}
+    assert names == {"step-000001", "step-000003"}

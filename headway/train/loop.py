@@ -26,7 +26,7 @@ from headway.train.interrupt import Interrupt
 from headway.train.interval import SpikeDetector
 from headway.train.optim import build_optimizers
 from headway.train.progress import Progress
-from headway.train.resolve import Resolved, count_parameters, resolve
+from headway.train.resolve import Resolved, Sizes, resolve
 from headway.train.run import Log, Run
 from headway.train.schedule import lr_factor
 from headway.train.step import Gradient, gradient, update
@@ -105,10 +105,11 @@ def _train(
     model = Transformer(
         config.model, dtype=resolved.dtype, recompute=run.recompute, seed=run.seed
     ).to(resolved.device)
+    sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
     apart = spread(model, mesh)
-    info = _run_info(resolved, model, recipe_source)
+    info = _run_info(resolved, sizes, recipe_source)
     mesh.first(lambda: folder.open_run(run_dir, info, resume is not None, overwrite))
-    _announce(resolved, mesh, model, run_dir, log)
+    _announce(resolved, mesh, sizes, run_dir, log)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
     torch.manual_seed(run.seed + (mesh.rank << 32))
@@ -117,7 +118,7 @@ def _train(
     sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.leads else NoSink()
     with sink, Interrupt() as interrupt:
         side = Run(
-            config, run_dir, model, optimizers, stream, tokenizer, progress, sink, log, apart
+            config, run_dir, model, sizes, optimizers, stream, tokenizer, progress, sink, log, apart
         )
         if resume is not None:
             progress = side.restore(*found)
@@ -200,28 +201,28 @@ def _reason_to_skip(got: Gradient, spikes: SpikeDetector) -> str:
     return ""
 
 
-def _run_info(resolved: Resolved, model: Transformer, recipe_source: str) -> dict[str, Any]:
-    total, active = count_parameters(model)
+def _run_info(resolved: Resolved, sizes: Sizes, recipe_source: str) -> dict[str, Any]:
     return {
         "config": resolved.config.to_dict(),
         "job": folder.job(),
         "recipe_source": recipe_source,
         "derived": resolved.derived,
         **provenance(),
-        "parameters": {"total": total, "active": active},
+        "parameters": {"total": sizes.total, "active": sizes.active},
     }
 
 
-def _announce(resolved: Resolved, mesh: Mesh, model: Transformer, run_dir: Path, log: Log) -> None:
+def _announce(resolved: Resolved, mesh: Mesh, sizes: Sizes, run_dir: Path, log: Log) -> None:
     """What will run, before step 0."""
     for name, sentence in resolved.derived.items():
         log(f"{name} = {sentence}")
     for remark in resolved.remarks:
         log(f"slow: {remark}")
-    total, active = count_parameters(model)
     run = resolved.config.run
     kept = "recomputed in backward" if run.recompute else "kept for backward"
-    log(f"parameters {total:,} total, {active:,} active per token; run folder {run_dir}")
+    log(
+        f"parameters {sizes.total:,} total, {sizes.active:,} active per token; run folder {run_dir}"
+    )
     log(
         f"path: {resolved.device.type}, {torch.get_num_threads()} threads, matmuls in "
         f"{str(resolved.dtype).removeprefix('torch.')}, expert activations {kept}, "

@@ -122,6 +122,21 @@ def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
     return ()
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a whole model, on whatever mesh it will lie."""
+
+    total: int
+    active: int
+    """Parameters that one token visits."""
+    flops_per_token: float
+
+    @classmethod
+    def of(cls, model: Transformer, seq_len: int) -> "Sizes":
+        """Counted on the model before it is spread over ranks."""
+        return cls(*count_parameters(model), flops_per_token(model, seq_len))
+
+
 def count_parameters(model: Transformer) -> tuple[int, int]:
     """(total, active): all parameters, and those that one token visits (K of E experts per
     head)."""

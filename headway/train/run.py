@@ -27,7 +27,7 @@ from headway.train.evaluate import evaluate
 from headway.train.interval import Interval
 from headway.train.optim import Optimizers
 from headway.train.progress import Progress
-from headway.train.resolve import count_parameters, flops_per_token
+from headway.train.resolve import Sizes
 from headway.train.saved import CheckpointError
 
 Log = Callable[[str], None]
@@ -40,6 +40,7 @@ class Run:
     config: Config
     dir: Path
     model: Transformer
+    sizes: Sizes
     optimizers: Optimizers
     stream: Stream
     tokenizer: Tokenizer
@@ -58,7 +59,6 @@ class Run:
         self.busy = Busy(mesh)
         self.beside = mesh.collector() if self.config.run.async_checkpoint else mesh.collect
         self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes)
-        self.flops_per_token = flops_per_token(self.model, self.config.data.seq_len)
         self.expected_bytes = 0.0
         if (exchange := self.spread.exchange) is not None:
             self.expected_bytes = exchanged(self.config, exchange.scheme, self.model.dtype.itemsize)
@@ -144,7 +144,7 @@ class Run:
         speed = record["tokens_per_second"]
         record |= {
             "lr": lr,
-            "flops_per_second": self.flops_per_token * speed,
+            "flops_per_second": self.sizes.flops_per_token * speed,
             "memory_gib": _memory_gib(self.model.embed.weight.device),
             "skipped": progress.skipped,
             **self._wire(interval),
@@ -265,7 +265,6 @@ class Run:
         elif stopped:
             self.event("stopped", stopped)
             self.log(f"stopped early: {stopped}")
-        total, active = count_parameters(self.model)
         return {
             "val_bits_per_byte": progress.last and progress.last.val_bits_per_byte,
             "val_loss": progress.last and progress.last.val_loss,
@@ -277,8 +276,8 @@ class Run:
             "tokens": self.tokens,
             "seconds": progress.seconds,
             "skipped": progress.skipped,
-            "parameters_total": total,
-            "parameters_active": active,
+            "parameters_total": self.sizes.total,
+            "parameters_active": self.sizes.active,
             "sample": progress.sample,
             "checkpoint": str(self.saved) if self.saved else None,
             "report": self.report(),

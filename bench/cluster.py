@@ -98,6 +98,13 @@ class Cluster:
         """One step."""
         return Sample(self._all("step", key=case.key))
 
+    def probe(self, repetitions: int = 5, n_bytes: int = 1 << 22) -> float:
+        """Mbit/s per host of an all-to-all as large as those of the models, with nothing else to
+        do. Several flows meet on every link and TCP does not share it evenly: less than the link's
+        rate."""
+        found = [self._all("probe", n_bytes=n_bytes) for _ in range(repetitions)]
+        return statistics.median(min(a["rate"] for a in each) for each in found) * 8e-6
+
     def _all(self, do: str, **arguments: Any) -> list[dict]:
         return self.workers.ask([{"do": do, **arguments} for _ in range(HOSTS)])
 
@@ -132,17 +139,17 @@ def sweep(
     base: dict[str, dict] = {}
     for i, mbit in enumerate([UNLIMITED, *rates]):
         left = repetitions * sum(
-            predict(base[c.key]["step_ms"], base[c.key]["ledger_bytes_max"], rate) / 1000
-            for c, rate in itertools.product(found, rates[max(i - 1, 0) :])
-            if base
+            predict(b["step_ms"], b["busiest_bytes"], 0, rate, rate) / 1000
+            for b, rate in itertools.product(base.values(), rates[max(i - 1, 0) :])
         )
         progress.say(f"links at {mbit:g} Mbit/s" if mbit else "links without a limit", left)
         cluster.limit(mbit)
+        reached = cluster.probe()
         calls = {c.key: lambda c=c: {"sample": cluster.step(c)} for c in found}
         kept = common.interleaved(calls, repetitions, warmup=0)
         for case in found:
             samples = [r["sample"] for r in kept[case.key]]
-            row = sweep_row(case, mbit, samples, cluster.size, base.get(case.key))
+            row = sweep_row(case, mbit, reached, samples, cluster.size, base.get(case.key))
             base.setdefault(case.key, row)
             rows.append(row)
     return rows

@@ -56,7 +56,7 @@ class Size:
     d_head: int = 32
     """Of attention, with one key/value head."""
     seq_len: int = 256
-    batch: int = 16
+    batch: int = 8
     """Sequences per host and step."""
 
     @property
@@ -113,7 +113,7 @@ class _Model:
 
 
 class Host:
-    """One rank: answers `join`, `build`, `step` and `drop`."""
+    """One rank: answers `join`, `build`, `step` and `probe`."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -135,6 +135,8 @@ class Host:
                 return self.build(**command)
             case "step":
                 return self.step(**command)
+            case "probe":
+                return self.probe(**command)
             case other:
                 raise ValueError(f"no command {other}")
 
@@ -196,6 +198,17 @@ class Host:
             "ledger": mesh.traffic.take(),
             "loss": found.nats / found.targets,
         }
+
+    def probe(self, n_bytes: int) -> dict:
+        """An all-to-all of `n_bytes` per host and nothing else: the bytes per second that leave a
+        host."""
+        sent = torch.zeros(n_bytes, dtype=torch.uint8)
+        received = torch.empty_like(sent)
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_to_all_single(received, sent)
+        seconds = time.perf_counter() - started
+        return {"rate": n_bytes * (self.world - 1) / self.world / seconds}
 
     def _batch(self, step: int, size: Size) -> Batch:
         """Windows of the standard library's text: other ones on every host and in every step."""

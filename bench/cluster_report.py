@@ -7,7 +7,6 @@ layers (the ledger's axes hp and ep), the rest being sums of gradients and stati
 """
 
 import dataclasses
-import math
 import statistics
 
 from bench import common
@@ -62,14 +61,47 @@ def _sum(ledger: dict[str, dict[str, float]], what: str, axes: tuple[str, ...]) 
     return sum(v[what] for key, v in ledger.items() if not axes or key.split()[0] in axes)
 
 
-def predict(compute_ms: float, n_bytes: float, mbit: float, n_calls: int = 0, latency_ms=0.0):
-    """Milliseconds of a step: the step over links without a limit (compute, and what the host does
-    to send), and every byte that the busiest link carries, at its rate, and a latency per message.
+def predict(
+    compute_ms: float,
+    exchange_bytes: float,
+    sum_bytes: float,
+    mbit: float,
+    exchange_mbit: float,
+    n_calls: int = 0,
+    latency_ms: float = 0.0,
+) -> float:
+    """Milliseconds of a step.
 
-    Nothing is hidden: collectives that follow one another wait for each other. `mbit` 0: no limit.
+    Args:
+        compute_ms: a step over links without a limit: compute, and what a host does to send.
+        exchange_bytes: what the busiest link carries for the sparse layers.
+        sum_bytes: what every link carries to add up gradients and statistics.
+        mbit: rate of a link; 0 is no limit.
+        exchange_mbit: what an all-to-all reaches of it (`probe`), Mbit/s.
+        n_calls, latency_ms: collectives, and the network's part of the latency of one.
+    Nothing is hidden: collectives and compute follow one another.
     """
-    travels = n_bytes * 8 / (mbit * 1e6) * 1000 if mbit else 0.0
-    return compute_ms + travels + n_calls * latency_ms
+    if not mbit:
+        return compute_ms
+    travels = exchange_bytes / exchange_mbit + sum_bytes / mbit  # bytes per Mbit/s
+    return compute_ms + travels * 8e-6 * 1000 + n_calls * latency_ms
+
+
+def busiest_bytes(sample: Sample) -> float:
+    """What the busiest link carries, one exchange after the other.
+
+    A host that gets more rows than others in a dispatch sends as many more back in the combine, so
+    in both the link of the fullest host, in one of its directions, is what all wait for.
+    """
+    found = 0.0
+    for key in {key for a in sample.answers for key in a["ledger"]}:
+        axis, purpose = key.split(maxsplit=1)
+        if axis not in ("hp", "ep"):
+            continue
+        back = purpose.replace("dispatch", "?").replace("combine", "dispatch")
+        pair = {key, f"{axis} {back.replace('?', 'combine')}"}
+        found += max(a["ledger"].get(k, {"bytes": 0})["bytes"] for a in sample.answers for k in pair)
+    return found
 
 
 def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
@@ -89,18 +121,21 @@ def _formula(case: Case, ranks: int, width: int, scheme: str) -> float:
 
 
 def sweep_row(
-    case: Case, mbit: float, samples: list[Sample], size: Size, base: dict | None
+    case: Case,
+    mbit: float,
+    exchange_mbit: float,
+    samples: list[Sample],
+    size: Size,
+    base: dict | None,
 ) -> dict:
     """Medians over the repetitions; `base` is the row of the same case without a limit."""
     step = statistics.median(s.ms for s in samples)
     wire = statistics.median(s.mean("sent") for s in samples)
     ledger = statistics.median(statistics.mean(s.ledger()) for s in samples)
     exchange = statistics.median(statistics.mean(s.ledger("hp", "ep")) for s in samples)
-    # the busiest direction of the busiest link
-    busiest = statistics.median(
-        max(max(a["sent"], a["received"]) for a in s.answers) for s in samples
-    )
-    predicted = predict((base or {"step_ms": step})["step_ms"], busiest, mbit)
+    busiest = statistics.median(busiest_bytes(s) for s in samples)
+    compute = base["step_ms"] if base else step
+    predicted = predict(compute, busiest, ledger - exchange, mbit, exchange_mbit)
     total, active = parameters(case.model)
     moe = case.model.moe
     return {
@@ -115,6 +150,7 @@ def sweep_row(
         "hosts": case.mesh.hp * case.mesh.ep,
         "tokens": size.tokens,
         "mbit": mbit,
+        "exchange_mbit": exchange_mbit,
         "step_ms": step,
         "repetitions": [s.ms for s in samples],
         "wire_bytes": wire,
@@ -124,7 +160,6 @@ def sweep_row(
             for s in samples
         ),
         "ledger_bytes": ledger,
-        "ledger_bytes_max": statistics.median(max(s.ledger()) for s in samples),
         "exchange_bytes": exchange,
         "exchange_wire_bytes": wire - (ledger - exchange),
         "exchange_formula": exchange_formula(case, size),
@@ -245,7 +280,3 @@ def _at(rows: list[dict], name: str, k: int, mbit: float) -> dict:
     assert len(found) == 1, (name, k, mbit)
     return found[0]
 
-
-def nearest_whole(value: float) -> int:
-    """For people."""
-    return math.floor(value + 0.5)

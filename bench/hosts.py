@@ -7,21 +7,25 @@ whose rate can be changed while jobs run.
 what the host sends, on the bridge's end what it receives. The bridge has no address, so nothing
 reaches the machine's own network. Needs Linux, root and iproute2.
 
-Jumbo frames (9,000 bytes) keep headers under 1% of what the counters read. A bucket holds 5 ms
-of traffic, so bursts are short beside a step. The queue behind it is long enough that nothing is
-ever dropped, as on a network with flow control: several hosts that send to one wait for each other,
-they do not lose packets. Congestion control is cubic, without a slow start after idle times.
+Jumbo frames (9,000 bytes) keep headers under 1% of what the counters read. A bucket holds 5 ms of
+traffic, and two packets before segmentation (64 KiB each) at least: a packet that is larger than
+the bucket, left over from a faster phase, would wait for ever. The queue behind it is so long that
+nothing is dropped, as on a network with flow control: hosts that send to the same one wait for each
+other. Congestion control is Reno, which a namespace may always choose;
+windows are open from the start and stay so.
 """
 
 import contextlib
 import ctypes
 import json
 import os
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +67,7 @@ def sent_and_received() -> tuple[int, int]:
 
 def bucket(mbit: float) -> list[str]:
     """tbf's parameters for a rate in Mbit/s."""
-    burst = max(int(mbit * 1e6 / 8 * 0.005), 2 * MTU)
+    burst = max(int(mbit * 1e6 / 8 * 0.005), 128 << 10)
     return ["rate", f"{mbit:g}mbit", "burst", str(burst), "limit", str(64 << 20)]
 
 
@@ -116,7 +120,12 @@ class Hosts:
 
     @staticmethod
     def _tune(name: str) -> None:
-        settings = {"tcp_congestion_control": "cubic", "tcp_slow_start_after_idle": "0"}
+        settings = {
+            "tcp_congestion_control": "reno",
+            "tcp_slow_start_after_idle": "0",
+            "tcp_rmem": "4096 4194304 16777216",
+            "tcp_wmem": "4096 4194304 16777216",
+        }
         for key, value in settings.items():
             path = f"/proc/sys/net/ipv4/{key}"
             _quietly("ip", "netns", "exec", name, "sh", "-c", f"echo {value} > {path}")
@@ -187,15 +196,20 @@ class Workers:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(command) + "\n")
                 process.stdin.flush()
-        answers = []
-        for rank, process in enumerate(self.processes):
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            answer = json.loads(line) if line else {"error": self._last_words(rank)}
-            if "error" in answer:
-                raise RuntimeError(f"host {rank}: {answer['error']}")
-            answers.append(answer)
-        return answers
+        answers: dict[int, dict] = {}
+        with selectors.DefaultSelector() as selector:
+            for rank, process in enumerate(self.processes):
+                assert process.stdout is not None
+                selector.register(process.stdout, selectors.EVENT_READ, rank)
+            while len(answers) < len(self.processes):
+                for ready, _ in selector.select():
+                    line = ready.fileobj.readline()  # type: ignore[union-attr]
+                    selector.unregister(ready.fileobj)
+                    answer = json.loads(line) if line else {"error": self._last_words(ready.data)}
+                    if "error" in answer:  # the others may wait for this one until they time out
+                        raise RuntimeError(f"host {ready.data}: {answer['error']}")
+                    answers[ready.data] = answer
+        return [answers[rank] for rank in range(len(self.processes))]
 
     def close(self) -> None:
         """End them."""
@@ -219,6 +233,7 @@ def serve(answer: Callable[[dict], dict[str, Any]]) -> None:
         try:
             found = answer(json.loads(line))
         except Exception as error:
+            traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), file=out, flush=True)
 

@@ -136,8 +136,11 @@ class _Layout:
         """The inverse."""
         if len(self.kinds) == 1:
             return (rows,)
+        # clone: a slice of one row or none is contiguous as it is, and need not be aligned
         return tuple(
-            piece.contiguous().view(dtype).view(rows.shape[0], *shape)
+            piece.clone(memory_format=torch.contiguous_format)
+            .view(dtype)
+            .view(rows.shape[0], *shape)
             for piece, (dtype, shape) in zip(rows.split(self.bytes, 1), self.kinds, strict=True)
         )
 

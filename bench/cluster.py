@@ -26,7 +26,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import cluster_plot, common
 from bench.cluster_host import FULL, SMALL, Size, model_of
-from bench.cluster_report import Case, Sample, predict, scaling_row, sweep_row, targets
+from bench.cluster_report import (
+    Case,
+    Sample,
+    scaling_row,
+    sweep_row,
+    targets,
+    with_efficiency,
+)
 from bench.hosts import Hosts, Workers, address, hosts
 from headway.config import MeshConfig
 
@@ -98,7 +105,7 @@ class Cluster:
         """One step."""
         return Sample(self._all("step", key=case.key))
 
-    def probe(self, repetitions: int = 5, n_bytes: int = 1 << 22) -> float:
+    def probe(self, repetitions: int = 3, n_bytes: int = 1 << 21) -> float:
         """Mbit/s per host of an all-to-all as large as those of the models, with nothing else to
         do. Several flows meet on every link and TCP does not share it evenly: less than the link's
         rate."""
@@ -131,27 +138,36 @@ class Progress:
 def sweep(
     cluster: Cluster, found: list[Case], rates: list[float], repetitions: int, progress: Progress
 ) -> list[dict]:
-    """Every case at every rate; the rates go down, from no limit at all."""
-    progress.say(f"building {len(found)} models", 4.0 * len(found))
+    """Every case at every rate, a step each, again and again: what else the machine does meanwhile
+    falls on all of them."""
+    progress.say(f"building {len(found)} models", 2.0 * len(found))
     for case in found:
         cluster.build(case)
+    rates = [UNLIMITED, *rates]
+    took: dict[float, float] = {}
+    reached: dict[float, list[float]] = {mbit: [] for mbit in rates}
+    kept: dict[tuple[str, float], list[Sample]] = {(c.key, m): [] for c in found for m in rates}
+    for turn, mbit in itertools.product(range(repetitions), rates):
+        last = max(took.values(), default=1.0 * len(found))
+        round_ = sum(took.get(m, last) for m in rates)
+        left = round_ * (repetitions - turn - 1) + sum(
+            took.get(m, last) for m in rates[rates.index(mbit) :]
+        )
+        progress.say(f"round {turn + 1} of {repetitions}, {mbit or 'no'} Mbit/s limit", left)
+        started = time.perf_counter()
+        cluster.limit(mbit)
+        reached[mbit].append(cluster.probe())
+        for case in found:
+            kept[case.key, mbit].append(cluster.step(case))
+        took[mbit] = time.perf_counter() - started
     rows: list[dict] = []
     base: dict[str, dict] = {}
-    for i, mbit in enumerate([UNLIMITED, *rates]):
-        left = repetitions * sum(
-            predict(b["step_ms"], b["busiest_bytes"], 0, rate, rate) / 1000
-            for b, rate in itertools.product(base.values(), rates[max(i - 1, 0) :])
-        )
-        progress.say(f"links at {mbit:g} Mbit/s" if mbit else "links without a limit", left)
-        cluster.limit(mbit)
-        reached = cluster.probe()
-        calls = {c.key: lambda c=c: {"sample": cluster.step(c)} for c in found}
-        kept = common.interleaved(calls, repetitions, warmup=0)
-        for case in found:
-            samples = [r["sample"] for r in kept[case.key]]
-            row = sweep_row(case, mbit, reached, samples, cluster.size, base.get(case.key))
-            base.setdefault(case.key, row)
-            rows.append(row)
+    for mbit, case in itertools.product(rates, found):
+        probed = statistics.median(reached[mbit])
+        samples = kept[case.key, mbit]
+        row = sweep_row(case, mbit, probed, samples, cluster.size, base.get(case.key))
+        base.setdefault(case.key, row)
+        rows.append(row)
     return rows
 
 
@@ -202,7 +218,7 @@ def main() -> None:
             rows += weak_scaling(cluster, rates[len(rates) // 2], repetitions, progress)
         finally:
             workers.close()
-    rows = [row | {"dtype": dtype} for row in rows]
+    rows = [row | {"dtype": dtype} for row in with_efficiency(rows)]
     common.print_rows([{k: v for k, v in row.items() if k in SHOWN} for row in rows])
     common.report("cluster", rows, targets(rows), args)
     if args.save:

@@ -100,7 +100,9 @@ def busiest_bytes(sample: Sample) -> float:
             continue
         back = purpose.replace("dispatch", "?").replace("combine", "dispatch")
         pair = {key, f"{axis} {back.replace('?', 'combine')}"}
-        found += max(a["ledger"].get(k, {"bytes": 0})["bytes"] for a in sample.answers for k in pair)
+        found += max(
+            a["ledger"].get(k, {"bytes": 0})["bytes"] for a in sample.answers for k in pair
+        )
     return found
 
 
@@ -253,7 +255,7 @@ def with_efficiency(rows: list[dict]) -> list[dict]:
 
 
 def _scaling(rows: list[dict]) -> list[dict]:
-    weak = {(r["name"], r["hosts"]): r for r in with_efficiency(rows) if r["bench"] == "weak"}
+    weak = {(r["name"], r["hosts"]): r for r in rows if r["bench"] == "weak"}
     if not weak:
         return []
     hosts = max(h for _, h in weak)
@@ -279,4 +281,3 @@ def _at(rows: list[dict], name: str, k: int, mbit: float) -> dict:
     found = [r for r in rows if (r["name"], r["k"], r["mbit"]) == (name, k, mbit)]
     assert len(found) == 1, (name, k, mbit)
     return found[0]
-

@@ -205,7 +205,7 @@ def main() -> None:
     ks = args.ks or ([1, 4, 8] if args.quick else [1, 2, 4, 8])
     rates = args.rates or ([1000, 250, 100] if args.quick else [2000, 1000, 500, 250, 125])
     rates = sorted(rates, reverse=True)
-    repetitions = args.repetitions or (2 if args.quick else 4)
+    repetitions = args.repetitions or (2 if args.quick else 3)
     progress = Progress(args.small)
     command = [sys.executable, str(Path(__file__).with_name("cluster_host.py"))]
     with hosts(HOSTS) as where:

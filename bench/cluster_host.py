@@ -1,9 +1,9 @@
 """What `bench/cluster.py` runs on each host, and the models that it compares.
 
-A step is `headway.train.step.gradient` and `update`: forward, backward, all-reduce of gradients, one
-norm, AdamW. The sparse layers of all models have as many active parameters per token, hence FLOPs,
-and as many in all, as nearly as whole sizes allow; k·F is constant, so more chosen experts are
-narrower ones. Projections are paid for by the experts.
+A step is `headway.train.step.gradient` and `update`: forward, backward, all-reduce of gradients,
+one norm, AdamW. The sparse layers of all models have as many active parameters per token, hence
+FLOPs, and as many in all, as nearly as whole sizes allow; k·F is constant, so more chosen experts
+are narrower ones. Projections are paid for by the experts.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""docs/cluster.svg: step times over the rate of the links for each k, and bytes over k. Plain SVG."""
+"""docs/cluster.svg: step times over the rate of the links for each k, and bytes over k, as
+plain SVG."""
 
 import math
 from html import escape

@@ -15,6 +15,7 @@ matters. Ratios are compared, not times.
 import argparse
 import dataclasses
 import itertools
+import os
 import socket
 import statistics
 import sys
@@ -52,6 +53,7 @@ def cases(ks: list[int], size: Size, ranks: int = HOSTS) -> list[Case]:
         found += [
             Case("EP", k, dataclasses.replace(apart, dedup=False), flat),
             Case("EP dedup", k, apart, flat),
+            Case("EP dedup, 2 chunks", k, dataclasses.replace(apart, chunks=2), flat),
             Case("LatentMoE EP", k, apart, model_of("latent", k, size, ranks)),
             Case("HP", k, MeshConfig(hp=ranks), heads),
         ]
@@ -162,10 +164,11 @@ def sweep(
         took[mbit] = time.perf_counter() - started
     rows: list[dict] = []
     base: dict[str, dict] = {}
+    cores = len(os.sched_getaffinity(0))
     for mbit, case in itertools.product(rates, found):
         probed = statistics.median(reached[mbit])
         samples = kept[case.key, mbit]
-        row = sweep_row(case, mbit, probed, samples, cluster.size, base.get(case.key))
+        row = sweep_row(case, mbit, probed, samples, cluster.size, cores, base.get(case.key))
         base.setdefault(case.key, row)
         rows.append(row)
     return rows
@@ -203,7 +206,9 @@ def main() -> None:
     args = parser.parse_args()
     size = SMALL if args.small else FULL
     ks = args.ks or ([1, 4, 8] if args.quick else [1, 2, 4, 8])
-    rates = args.rates or ([1000, 250, 100] if args.quick else [2000, 1000, 500, 250, 125])
+    rates: list[float] = args.rates or (
+        [1000, 250, 100] if args.quick else [2000, 1000, 500, 250, 125]
+    )
     rates = sorted(rates, reverse=True)
     repetitions = args.repetitions or (2 if args.quick else 3)
     progress = Progress(args.small)

@@ -7,6 +7,7 @@ from html import escape
 COLORS = {
     "EP": "#b0b0b0",
     "EP dedup": "#d95f02",
+    "EP dedup, 2 chunks": "#e6ab02",
     "LatentMoE EP": "#7570b3",
     "HP×EP": "#66a61e",
     "HP": "#1b6ca8",
@@ -36,8 +37,8 @@ def svg(rows: list[dict]) -> str:
     panels.append(_panel(len(ks), "on the wire", "k", "MB per host and step", sent))
     width = LEFT + len(panels) * (WIDTH + GAP) - GAP + 20
     legend = "".join(
-        f'<line x1="{LEFT + i * 130}" y1="20" x2="{LEFT + 22 + i * 130}" y2="20" stroke="{color}" '
-        f'stroke-width="3"/><text x="{LEFT + 28 + i * 130}" y="24">{escape(name)}</text>'
+        f'<line x1="{LEFT + i * 150}" y1="20" x2="{LEFT + 22 + i * 150}" y2="20" stroke="{color}" '
+        f'stroke-width="3"/><text x="{LEFT + 28 + i * 150}" y="24">{escape(name)}</text>'
         for i, (name, color) in enumerate(COLORS.items())
     )
     return (

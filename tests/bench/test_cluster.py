@@ -19,6 +19,7 @@ from bench.cluster_report import (
     exchange_formula,
     predict,
     scaling_row,
+    shared_compute,
     sweep_row,
     targets,
     with_efficiency,
@@ -63,9 +64,10 @@ def test_the_models_are_equally_large_and_k_times_f_is_constant(k):
 
 
 def test_a_prediction_is_compute_and_bytes_over_the_rate():
-    assert predict(100.0, 5e6, 1e6, 0.0, 0.0) == 100.0
-    assert predict(100.0, 5e6, 1e6, 80.0, 80.0) == pytest.approx(700.0)
-    assert predict(100.0, 5e6, 1e6, 80.0, 40.0, n_calls=10, latency_ms=2.0) == pytest.approx(1220.0)
+    assert predict(100.0, 6e6, 0.0) == 100.0
+    assert predict(100.0, 6e6, 80.0) == pytest.approx(700.0)
+    assert predict(100.0, 6e6, 80.0, n_calls=10, latency_ms=2.0) == pytest.approx(720.0)
+    assert shared_compute(50.0, 4, 2) == 100.0 and shared_compute(50.0, 4, 64) == 50.0
 
 
 def test_the_busiest_link_of_a_dispatch_is_that_of_its_combine():
@@ -103,9 +105,9 @@ def rows():
                     [answer(seconds, n + 50, n + 50, **{axis: n, "world_gradients": 50})] * 4
                 )
 
-            first = sweep_row(c, 0.0, 0.0, [one(base)], FULL, None)
+            first = sweep_row(c, 0.0, 0.0, [one(base)], FULL, 2, None)
             limited = [one(0.5 if name == "HP" else 0.5 * slower)]
-            made += [first, sweep_row(c, 100.0, 100.0, limited, FULL, first)]
+            made += [first, sweep_row(c, 100.0, 100.0, limited, FULL, 2, first)]
     for n in (1, 2, 4):
         for name, seconds in (("HP", 0.2), ("EP dedup", 0.2 * n)):
             made.append(scaling_row(case(name, 4), 100.0, n, [Sample([answer(seconds, 1, 1)])]))
@@ -117,19 +119,19 @@ def test_targets_compare_bytes_times_and_scaling():
     assert found["HP: bytes on the wire vary over k by"]["value"] == 0.0
     per_k = [t["value"] for name, t in found.items() if "per k" in name]
     assert per_k == [1.0, 1.0]
-    assert found["k = 4: step time of the better EP over HP, network-bound"]["value"] == (
+    assert found["k = 4: step time of the best EP over HP, network-bound"]["value"] == (
         pytest.approx(2.0)
     )
-    assert found["k = 8: step time of the better EP over HP, network-bound"]["value"] == (
+    assert found["k = 8: step time of the best EP over HP, network-bound"]["value"] == (
         pytest.approx(3.0)
     )
-    assert found["k = 8: step time of the better EP over HP, compute-bound"]["value"] == 1.0
+    assert found["k = 8: step time of the best EP over HP, compute-bound"]["value"] == 1.0
     assert found["weak scaling to 4 hosts: efficiency of HP over EP with dedup"]["value"] == 4.0
 
 
 def test_the_picture_has_a_line_per_rival():
     picture = cluster_plot.svg(rows())
-    assert picture.count("<polyline") == 3 * 5 and ">HP×EP</text>" in picture
+    assert picture.count("<polyline") == 3 * 6 and ">HP×EP</text>" in picture
     assert cluster_plot.ticks(90, 2100) == [100, 200, 500, 1000, 2000]
 
 
@@ -164,7 +166,7 @@ def test_a_tiny_run_on_four_hosts(capsys, monkeypatch):
     cluster.main()
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     swept = [r for r in found["rows"] if r["bench"] == "sweep"]
-    assert len(swept) == 5 * 2 * 2
+    assert len(swept) == 6 * 2 * 2
     for row in swept:
         # the interface counts headers, barriers and acknowledgements too
         assert row["ledger_bytes"] < row["wire_bytes"] < 1.5 * row["ledger_bytes"] + 50_000

@@ -1,0 +1,223 @@
+"""What `bench/cluster.py` runs on each host, and the models that it compares.
+
+A step is `headway.train.step.gradient` and `update`: forward, backward, all-reduce of gradients,
+one norm, AdamW. The sparse layers of all models have as many active parameters per token, hence
+FLOPs, and as many in all, as nearly as whole sizes allow; k·F is constant, so more chosen experts
+are narrower ones. Projections are paid for by the experts.
+"""
+
+import dataclasses
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.hosts import sent_and_received, serve
+from headway.config import (
+    BalanceConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RouterConfig,
+    from_dict,
+)
+from headway.data.stream import Batch
+from headway.model.transformer import Transformer
+from headway.parallel.exchange import Spread, spread
+from headway.parallel.mesh import Mesh, place
+from headway.parallel.traffic import Traffic
+from headway.train.allocator import set_allocator
+from headway.train.optim import Optimizers, build_optimizers
+from headway.train.resolve import native_bfloat16
+from headway.train.step import gradient, update
+
+CPU = torch.device("cpu")
+OPTIM = OptimConfig(lr=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the models and of a step."""
+
+    d_model: int = 192
+    """D; 2·D/3 whole, so that the experts can pay for two projections exactly."""
+    n_layers: int = 2
+    active: int = 512
+    """k·F of the flat mixture."""
+    total: int = 8
+    """E/k of the flat mixture."""
+    n_heads: int = 4
+    """H, and query heads of attention."""
+    d_head: int = 32
+    """Of attention, with one key/value head."""
+    seq_len: int = 256
+    batch: int = 8
+    """Sequences per host and step."""
+
+    @property
+    def tokens(self) -> int:
+        """Per host and step."""
+        return self.seq_len * self.batch
+
+
+FULL = Size()
+SMALL = Size(d_model=48, n_layers=1, active=128, total=4, d_head=8, seq_len=32, batch=2)
+
+
+def model_of(kind: str, k: int, size: Size, multiple: int) -> ModelConfig:
+    """The model whose sparse layers are flat (`moe`), `latent` (ℓ = D/2) or `multi_head_latent`.
+
+    `multiple` divides E: the ranks that share the experts of a head.
+    """
+    D = size.d_model
+    width = D // 2 if kind == "latent" else D
+    projections = 0 if kind == "moe" else 2 * D * width
+    active, total = 3 * size.active * D, 3 * size.active * D * size.total
+    F = max(round((active - projections) / (3 * width * k)), 1)
+    E = max(round((total - projections) / (3 * width * F) / multiple) * multiple, multiple, k)
+    return ModelConfig(
+        vocab_size=256,
+        n_layers=size.n_layers,
+        d_model=D,
+        n_heads=size.n_heads,
+        n_kv_heads=1,
+        d_head=size.d_head,
+        tied=True,
+        moe=MoEConfig(
+            kind=kind,  # type: ignore[arg-type]
+            n_experts=E,
+            top_k=k,
+            d_expert=F,
+            n_heads=size.n_heads if kind == "multi_head_latent" else 1,
+            d_latent=width if kind == "latent" else 0,
+            router=RouterConfig(
+                gate="softmax_topk", reads="sub_token" if "multi" in kind else "token"
+            ),
+            balance=BalanceConfig(),
+        ),
+    )
+
+
+@dataclasses.dataclass
+class _Model:
+    model: Transformer
+    apart: Spread
+    optimizers: Optimizers
+    size: Size
+    steps: int = 0
+
+
+class Host:
+    """One rank: answers `join`, `build`, `step` and `probe`."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        set_allocator("keep")
+        self.rank, self.world = 0, 1
+        self.models: dict[str, _Model] = {}
+        self.meshes: dict[tuple[int, int, int], Mesh] = {}
+        self.dtype = torch.bfloat16 if native_bfloat16(CPU) else torch.float32
+        sources = sorted(Path(dataclasses.__file__).parent.glob("*.py"))
+        text = b"".join(path.read_bytes() for path in sources)
+        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def answer(self, command: dict) -> dict:
+        """One command."""
+        match command.pop("do"):
+            case "join":
+                return self.join(**command)
+            case "build":
+                return self.build(**command)
+            case "step":
+                return self.step(**command)
+            case "probe":
+                return self.probe(**command)
+            case other:
+                raise ValueError(f"no command {other}")
+
+    def join(self, rank: int, world: int, address: str, port: int) -> dict:
+        """Become a rank of a job, out of another one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.rank, self.world = rank, world
+        self.models.clear()
+        self.meshes.clear()
+        if world > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"tcp://{address}:{port}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=120),
+            )
+        return {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    def build(self, key: str, model: dict, mesh: dict, size: dict) -> dict:
+        """A model on a mesh."""
+        config = from_dict(ModelConfig, model)
+        built = Transformer(config, dtype=self.dtype, seed=0)
+        apart = spread(built, self._mesh(from_dict(MeshConfig, mesh)))
+        optimizers = build_optimizers(built, OPTIM)
+        self.models[key] = _Model(built, apart, optimizers, Size(**size))
+        return {}
+
+    def _mesh(self, config: MeshConfig) -> Mesh:
+        """Processes are grouped once per shape; each model has its own ledger."""
+        if self.world == 1:
+            return Mesh(config)
+        sizes = config.dp, config.hp, config.ep
+        if sizes not in self.meshes:
+            self.meshes[sizes] = place(config, self.rank, CPU)
+        return dataclasses.replace(self.meshes[sizes], config=config, traffic=Traffic())
+
+    def step(self, key: str) -> dict:
+        """One training step, timed from a barrier; bytes are read around it."""
+        at = self.models[key]
+        mesh, balance = at.apart.mesh, at.model.config.moe.balance
+        batch = self._batch(at.steps, at.size)
+        mesh.barrier()
+        mesh.traffic.take()
+        sent, received = sent_and_received()
+        cpu, started = time.process_time(), time.perf_counter()
+        found = gradient(at.model, [batch], batch.targets_BS.numel(), balance, at.apart)
+        update(at.model, at.optimizers, found, 1.0, OPTIM, balance, at.apart)
+        at.optimizers.zero_grad()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        after = sent_and_received()
+        at.steps += 1
+        return {
+            "seconds": seconds,
+            "cpu": cpu,
+            "sent": after[0] - sent,
+            "received": after[1] - received,
+            "ledger": mesh.traffic.take(),
+            "loss": found.nats / found.targets,
+        }
+
+    def probe(self, n_bytes: int) -> dict:
+        """An all-to-all of `n_bytes` per host and nothing else: the bytes per second that leave a
+        host."""
+        sent = torch.zeros(n_bytes, dtype=torch.uint8)
+        received = torch.empty_like(sent)
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_to_all_single(received, sent)
+        seconds = time.perf_counter() - started
+        return {"rate": n_bytes * (self.world - 1) / self.world / seconds}
+
+    def _batch(self, step: int, size: Size) -> Batch:
+        """Windows of the standard library's text: other ones on every host and in every step."""
+        n = size.seq_len + 1
+        first = (step * self.world + self.rank) * size.batch
+        rows = [(first + i) * n % (len(self.text) - n) for i in range(size.batch)]
+        tokens = torch.stack([self.text[at : at + n] for at in rows]).long()
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+
+if __name__ == "__main__":
+    serve(Host().answer)

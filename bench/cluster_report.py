@@ -1,0 +1,286 @@
+"""From the answers of the hosts to rows and targets of `bench/cluster.py`; nothing here runs
+anything.
+
+Bytes are per host and step. *Wire* is what the interface counted, headers and acknowledgements
+included; *ledger* what Headway's own count says; *exchange* the part that travels for the sparse
+layers (the ledger's axes hp and ep), the rest being sums of gradients and statistics.
+"""
+
+import dataclasses
+import statistics
+
+from bench import common
+from bench.cluster_host import Size
+from bench.shapes import parameters
+from headway.config import MeshConfig, ModelConfig
+from headway.plan.traffic import traffic
+
+BEST = "the best EP"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model on a mesh."""
+
+    name: str
+    k: int
+    mesh: MeshConfig
+    model: ModelConfig
+
+    @property
+    def key(self) -> str:
+        """Its name among the hosts' models."""
+        return f"{self.name}, k = {self.k}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One step: an answer per host."""
+
+    answers: list[dict]
+
+    @property
+    def ms(self) -> float:
+        """Of the slowest host."""
+        return 1000 * max(a["seconds"] for a in self.answers)
+
+    def mean(self, key: str) -> float:
+        """Of a number that every host gave."""
+        return statistics.mean(a[key] for a in self.answers)
+
+    def ledger(self, *axes: str) -> list[float]:
+        """Bytes on these axes, per host; of all without axes."""
+        return [_sum(a["ledger"], "bytes", axes) for a in self.answers]
+
+    def wait_ms(self) -> float:
+        """Time that a host stood still for the exchange, mean over hosts."""
+        return 1000 * statistics.mean(_sum(a["ledger"], "wait", ()) for a in self.answers)
+
+
+def _sum(ledger: dict[str, dict[str, float]], what: str, axes: tuple[str, ...]) -> float:
+    return sum(v[what] for key, v in ledger.items() if not axes or key.split()[0] in axes)
+
+
+def predict(
+    compute_ms: float, n_bytes: float, mbit: float, n_calls: int = 0, latency_ms: float = 0.0
+) -> float:
+    """Milliseconds of a step.
+
+    Args:
+        compute_ms: a step over links without a limit (`shared_compute`).
+        n_bytes: what the busiest link carries, one collective after the other.
+        mbit: rate of a link; 0 is no limit.
+        n_calls, latency_ms: collectives, and the network's part of the latency of one.
+    Nothing is hidden: collectives and compute follow one another, at the link's full rate.
+    """
+    travels = n_bytes * 8 / (mbit * 1e3) if mbit else 0.0  # bits over bits per ms
+    return compute_ms + travels + n_calls * latency_ms
+
+
+def shared_compute(cpu_ms: float, hosts: int, cores: int) -> float:
+    """Milliseconds in which `hosts` processes of `cpu_ms` each get their work done on the cores
+    that they share."""
+    return cpu_ms * max(hosts / cores, 1.0)
+
+
+def busiest_bytes(sample: Sample) -> float:
+    """What the busiest link carries, one exchange after the other.
+
+    A host that gets more rows than others in a dispatch sends as many more back in the combine, so
+    in both the link of the fullest host, in one of its directions, is what all wait for.
+    """
+    found = 0.0
+    for key in {key for a in sample.answers for key in a["ledger"]}:
+        axis, purpose = key.split(maxsplit=1)
+        if axis not in ("hp", "ep"):
+            continue
+        back = purpose.replace("dispatch", "?").replace("combine", "dispatch")
+        pair = {key, f"{axis} {back.replace('?', 'combine')}"}
+        found += max(
+            a["ledger"].get(k, {"bytes": 0})["bytes"] for a in sample.answers for k in pair
+        )
+    return found
+
+
+def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
+    """Bytes per host and step of the sparse layers by `headway.plan.traffic`: for HP×EP, Head
+    Parallel over hp and then Expert Parallel over ep on the sub-tokens."""
+    layers, found = size.n_layers, 0.0
+    if case.mesh.hp > 1:
+        found += _formula(case, case.mesh.hp, width, "Head Parallel")
+    if case.mesh.ep > 1:
+        scheme = "Expert Parallel" + (", one copy per rank" if case.mesh.dedup else "")
+        found += _formula(case, case.mesh.ep, width, scheme)
+    return found * size.tokens * layers
+
+
+def _formula(case: Case, ranks: int, width: int, scheme: str) -> float:
+    return next(i.value for i in traffic(case.model, ranks, width) if i.name == scheme)
+
+
+def sweep_row(
+    case: Case,
+    mbit: float,
+    exchange_mbit: float,
+    samples: list[Sample],
+    size: Size,
+    cores: int,
+    base: dict | None,
+) -> dict:
+    """Medians over the repetitions; `base` is the row of the same case without a limit. What is
+    predicted, and what the network's share is, concerns the fastest repetitions."""
+    step = statistics.median(s.ms for s in samples)
+    wire = statistics.median(s.mean("sent") for s in samples)
+    ledger = statistics.median(statistics.mean(s.ledger()) for s in samples)
+    exchange = statistics.median(statistics.mean(s.ledger("hp", "ep")) for s in samples)
+    busiest = statistics.median(busiest_bytes(s) for s in samples)
+    # other programs only add time, so the fastest repetitions say best what a step needs
+    fastest = min(s.ms for s in samples)
+    alone = base["fastest_ms"] if base else fastest
+    cpu = 1000 * statistics.median(s.mean("cpu") for s in samples)
+    compute = shared_compute(base["cpu_ms"] if base else cpu, len(samples[0].answers), cores)
+    predicted = predict(compute, busiest + ledger - exchange, mbit)
+    total, active = parameters(case.model)
+    moe = case.model.moe
+    return {
+        "bench": "sweep",
+        "name": case.name,
+        "mesh": _mesh(case.mesh),
+        "k": case.k,
+        "n_experts": moe.n_experts,
+        "d_expert": moe.d_expert,
+        "parameters": total,
+        "active": active,
+        "hosts": case.mesh.hp * case.mesh.ep,
+        "tokens": size.tokens,
+        "mbit": mbit,
+        "exchange_mbit": exchange_mbit,
+        "step_ms": step,
+        "fastest_ms": fastest,
+        "repetitions": [s.ms for s in samples],
+        "wire_bytes": wire,
+        "wire_bytes_of_hosts": [a["sent"] for a in samples[-1].answers],
+        "spread": statistics.median(
+            max(a["sent"] for a in s.answers) / min(a["sent"] for a in s.answers) - 1
+            for s in samples
+        ),
+        "ledger_bytes": ledger,
+        "exchange_bytes": exchange,
+        "exchange_wire_bytes": wire - (ledger - exchange),
+        "exchange_formula": exchange_formula(case, size),
+        "busiest_bytes": busiest,
+        "wait_ms": statistics.median(s.wait_ms() for s in samples),
+        "cpu_ms": cpu,
+        "predicted_ms": predicted,
+        "error": predicted / fastest - 1,
+        "network_share": 1 - alone / fastest,
+        "ledger": samples[-1].answers[0]["ledger"],
+    }
+
+
+def scaling_row(case: Case, mbit: float, hosts: int, samples: list[Sample]) -> dict:
+    """A row of the weak scaling; `efficiency` comes later, when all are there."""
+    return {
+        "bench": "weak",
+        "name": case.name,
+        "mesh": _mesh(case.mesh),
+        "k": case.k,
+        "hosts": hosts,
+        "mbit": mbit,
+        "step_ms": statistics.median(s.ms for s in samples),
+        "repetitions": [s.ms for s in samples],
+        "wire_bytes": statistics.median(s.mean("sent") for s in samples),
+    }
+
+
+def _mesh(mesh: MeshConfig) -> str:
+    return f"dp={mesh.dp}, hp={mesh.hp}, ep={mesh.ep}"
+
+
+def targets(rows: list[dict]) -> list[dict]:
+    """What is demanded of the rows, and what is only said."""
+    found = [r for r in rows if r["bench"] == "sweep"]
+    return [*_bytes(found), *_speed(found), *_scaling(rows), *_prediction(found)]
+
+
+def _bytes(rows: list[dict]) -> list[dict]:
+    hp = [r for r in rows if r["name"] == "HP"]
+    made = []
+    by_k = {k: statistics.median(r["wire_bytes"] for r in hp if r["k"] == k) for k in _ks(rows)}
+    constant = max(by_k.values()) / min(by_k.values()) - 1
+    made.append(common.target("HP: bytes on the wire vary over k by", constant, 0.02, False))
+    for k in _ks(rows):
+        ratio = statistics.median(
+            ep["exchange_wire_bytes"] / _at(rows, "HP", k, ep["mbit"])["exchange_wire_bytes"]
+            for ep in rows
+            if ep["name"] == "EP" and ep["k"] == k
+        )
+        name = f"k = {k}: bytes on the wire of EP without dedup over HP, sparse layers, per k"
+        made.append(common.target(name, ratio / k, 0.95, True))
+    spread = max(r["spread"] for r in hp)
+    made.append(common.target("HP: largest host over smallest, bytes sent", spread, 0.01, False))
+    return made
+
+
+def _speed(rows: list[dict]) -> list[dict]:
+    """Ratios of step times, geometric means over the rates of each half."""
+    made = []
+    for k, bound in ((4, 1.61), (8, 1.82)):
+        near, far = [], []
+        for mbit in {r["mbit"] for r in rows if r["k"] == k}:
+            best = best_ep(rows, k, mbit)
+            ratio = best["step_ms"] / _at(rows, "HP", k, mbit)["step_ms"]
+            (far if best["network_share"] > 0.5 else near).append(ratio)
+        name = f"k = {k}: step time of {BEST} over HP"
+        if far:
+            made.append(
+                common.target(f"{name}, network-bound", statistics.geometric_mean(far), bound, True)
+            )
+        if near:
+            value = statistics.geometric_mean(near)
+            made.append(common.target(f"{name}, compute-bound", value, 0.97, True))
+    return made
+
+
+def best_ep(rows: list[dict], k: int, mbit: float) -> dict:
+    """The flat mixture's fastest row, of all ways in which Expert Parallel travels."""
+    flat = [r for r in rows if r["name"].startswith("EP") and (r["k"], r["mbit"]) == (k, mbit)]
+    return min(flat, key=lambda r: r["step_ms"])
+
+
+def with_efficiency(rows: list[dict]) -> list[dict]:
+    """Weak scaling rows with the time of one host over theirs."""
+    alone = {r["name"]: r["step_ms"] for r in rows if r["bench"] == "weak" and r["hosts"] == 1}
+    return [
+        r | {"efficiency": alone[r["name"]] / r["step_ms"]} if r["bench"] == "weak" else r
+        for r in rows
+    ]
+
+
+def _scaling(rows: list[dict]) -> list[dict]:
+    weak = {(r["name"], r["hosts"]): r for r in rows if r["bench"] == "weak"}
+    if not weak:
+        return []
+    hosts = max(h for _, h in weak)
+    gain = weak["HP", hosts]["efficiency"] / weak["EP dedup", hosts]["efficiency"]
+    name = f"weak scaling to {hosts} hosts: efficiency of HP over EP with dedup"
+    return [common.target(name, gain, 1.0, True)]
+
+
+def _prediction(rows: list[dict]) -> list[dict]:
+    limited = [abs(r["error"]) for r in rows if r["mbit"]]
+    within = sum(e <= 0.2 for e in limited) / max(len(limited), 1)
+    return [
+        common.target("largest error of predicted step times", max(limited), 0.2, False),
+        common.target("share of rows predicted within 20%", within, 1.0, True),
+    ]
+
+
+def _ks(rows: list[dict]) -> list[int]:
+    return sorted({r["k"] for r in rows})
+
+
+def _at(rows: list[dict], name: str, k: int, mbit: float) -> dict:
+    found = [r for r in rows if (r["name"], r["k"], r["mbit"]) == (name, k, mbit)]
+    assert len(found) == 1, (name, k, mbit)
+    return found[0]

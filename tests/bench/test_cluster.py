@@ -1,0 +1,225 @@
+"""The emulated hosts of `bench/cluster.py`, and what it makes of their answers."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench import cluster, cluster_plot, hosts
+from bench.cluster_host import FULL, model_of
+from bench.cluster_report import (
+    Case,
+    Sample,
+    busiest_bytes,
+    exchange_formula,
+    predict,
+    scaling_row,
+    shared_compute,
+    sweep_row,
+    targets,
+    with_efficiency,
+)
+from bench.common import ROOT
+from bench.shapes import parameters
+from headway.config import MeshConfig
+
+WHY_NOT = hosts.why_not()
+
+
+def answer(seconds, sent, received, **ledger):
+    return {
+        "seconds": seconds,
+        "cpu": seconds / 2,
+        "sent": sent,
+        "received": received,
+        "ledger": {key.replace("_", " "): {"bytes": n, "wait": 0.001} for key, n in ledger.items()},
+    }
+
+
+def case(name, k, **mesh):
+    kind = "multi_head_latent" if name == "HP" else "moe"
+    return Case(name, k, MeshConfig(**mesh), model_of(kind, k, FULL, 4))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_the_models_are_equally_large_and_k_times_f_is_constant(k):
+    flat, latent, heads = (
+        model_of(kind, k, FULL, 4) for kind in ("moe", "latent", "multi_head_latent")
+    )
+    assert (flat.moe.d_expert * k, latent.moe.d_expert * k, heads.moe.d_expert * k) == (
+        512,
+        896,
+        384,
+    )
+    active = [parameters(m)[1] for m in (flat, latent, heads)]
+    total = [parameters(m)[0] for m in (flat, latent, heads)]
+    assert max(active) < 1.02 * min(active)
+    assert k == 1 or max(total) < 1.2 * min(total)  # of few wide experts whole numbers are coarse
+    assert all(m.moe.n_experts % 4 == 0 for m in (flat, latent, heads))
+
+
+def test_a_prediction_is_compute_and_bytes_over_the_rate():
+    assert predict(100.0, 6e6, 0.0) == 100.0
+    assert predict(100.0, 6e6, 80.0) == pytest.approx(700.0)
+    assert predict(100.0, 6e6, 80.0, n_calls=10, latency_ms=2.0) == pytest.approx(720.0)
+    assert shared_compute(50.0, 4, 2) == 100.0 and shared_compute(50.0, 4, 64) == 50.0
+
+
+def test_the_busiest_link_of_a_dispatch_is_that_of_its_combine():
+    sample = Sample(
+        [
+            answer(1.0, 0, 0, ep_dispatch=100, ep_combine=300, world_gradients=7),
+            answer(1.0, 0, 0, ep_dispatch=120, ep_combine=60, world_gradients=7),
+        ]
+    )
+    assert busiest_bytes(sample) == 300 + 300
+    even = Sample([answer(1.0, 0, 0, hp_scatter=50, hp_gather=40)] * 2)
+    assert busiest_bytes(even) == 90
+
+
+def test_formulas_count_layers_and_tokens():
+    per_value = FULL.tokens * FULL.n_layers * FULL.d_model * 2 * 4 * 3 / 4  # 4 ways, 3 of 4 leave
+    assert exchange_formula(case("HP", 4, hp=4), FULL) == per_value
+    assert exchange_formula(case("EP", 4, ep=4, dedup=False), FULL) == 4 * per_value
+    copies = 4 * (1 - (3 / 4) ** 4)
+    assert exchange_formula(case("EP dedup", 4, ep=4), FULL) == pytest.approx(copies * per_value)
+
+
+def rows():
+    """k = 4 and 8 without and with a limit; EP sends k times as much and takes 2 and 3 times as
+    long, HP once."""
+    made = []
+    for k, slower in ((4, 2.0), (8, 3.0)):
+        for name, factor, base in (("EP", k, 0.3), ("EP dedup", k - 1, 0.3), ("HP", 1, 0.3)):
+            c = case(name, k, hp=4) if name == "HP" else case(name, k, ep=4, dedup=name != "EP")
+            axis = "hp_scatter" if name == "HP" else "ep_dispatch"
+            n = 1000 * factor
+
+            def one(seconds, n=n, axis=axis):
+                return Sample(
+                    [answer(seconds, n + 50, n + 50, **{axis: n, "world_gradients": 50})] * 4
+                )
+
+            first = sweep_row(c, 0.0, 0.0, [one(base)], FULL, 2, None)
+            limited = [one(0.5 if name == "HP" else 0.5 * slower)]
+            made += [first, sweep_row(c, 100.0, 100.0, limited, FULL, 2, first)]
+    for n in (1, 2, 4):
+        for name, seconds in (("HP", 0.2), ("EP dedup", 0.2 * n)):
+            made.append(scaling_row(case(name, 4), 100.0, n, [Sample([answer(seconds, 1, 1)])]))
+    return with_efficiency(made)
+
+
+def test_targets_compare_bytes_times_and_scaling():
+    found = {t["name"]: t for t in targets(rows())}
+    assert found["HP: bytes on the wire vary over k by"]["value"] == 0.0
+    per_k = [t["value"] for name, t in found.items() if "per k" in name]
+    assert per_k == [1.0, 1.0]
+    assert found["k = 4: step time of the best EP over HP, network-bound"]["value"] == (
+        pytest.approx(2.0)
+    )
+    assert found["k = 8: step time of the best EP over HP, network-bound"]["value"] == (
+        pytest.approx(3.0)
+    )
+    assert found["k = 8: step time of the best EP over HP, compute-bound"]["value"] == 1.0
+    assert found["weak scaling to 4 hosts: efficiency of HP over EP with dedup"]["value"] == 4.0
+
+
+def test_the_picture_has_a_line_per_rival():
+    picture = cluster_plot.svg(rows())
+    assert picture.count("<polyline") == 3 * 6 and ">HP×EP</text>" in picture
+    assert cluster_plot.ticks(90, 2100) == [100, 200, 500, 1000, 2000]
+
+
+def test_a_bucket_holds_five_milliseconds_and_the_largest_packets():
+    assert hosts.bucket(1000)[3] == "625000" and hosts.bucket(20)[3] == str(128 << 10)
+
+
+def test_without_namespaces_there_is_one_line_and_exit_code_2(tmp_path):
+    """As where iproute2 is missing."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "cluster.py"), "--quick"],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert (
+        done.stderr.strip()
+        == "cluster.py: ip is missing; install iproute2 (apt-get install iproute2)"
+    )
+
+
+def names():
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    return {line.split()[0] for line in listed.splitlines() if line.startswith(hosts.PREFIX)}
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "namespaces")
+def test_a_tiny_run_on_four_hosts(capsys, monkeypatch):
+    options = "--small --repetitions 1 --rates 200 --ks 4 8 --json".split()
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    cluster.main()
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    swept = [r for r in found["rows"] if r["bench"] == "sweep"]
+    assert len(swept) == 6 * 2 * 2
+    for row in swept:
+        # the interface counts headers, barriers and acknowledgements too
+        assert row["ledger_bytes"] < row["wire_bytes"] < 1.5 * row["ledger_bytes"] + 50_000
+        assert row["exchange_bytes"] == pytest.approx(row["exchange_formula"], rel=0.6)
+    hp = {r["k"]: r["exchange_bytes"] for r in swept if r["name"] == "HP"}
+    assert (
+        hp[4]
+        == hp[8]
+        == exchange_formula(
+            Case("HP", 4, MeshConfig(hp=4), model_of("multi_head_latent", 4, cluster.SMALL, 2)),
+            cluster.SMALL,
+            width=2 if swept[0]["dtype"] == "bfloat16" else 4,
+        )
+    )
+    assert not any(f"-{os.getpid()}-" in name for name in names())
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "namespaces")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_run_that_is_ended(how):
+    """SIGTERM cleans up; after SIGKILL the next run does."""
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "bench" / "cluster.py"), "--small"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    mine = f"-{run.pid}-"
+    for _ in range(300):
+        if sum(mine in name for name in names()) == cluster.HOSTS:
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    run.send_signal(how)
+    code = run.wait(30)
+    if how == signal.SIGTERM:
+        assert code == 130
+    else:
+        left = [name for name in hosts.remove_leftovers() if mine in name]
+        assert len(left) == cluster.HOSTS
+    assert not any(mine in name for name in names())
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
+    assert f"hwb{run.pid}" not in links
+
+
+def test_sizes_are_what_the_documentation_says():
+    assert dataclasses.asdict(FULL) | {"tokens": FULL.tokens} == {
+        "d_model": 192,
+        "n_layers": 2,
+        "active": 512,
+        "total": 8,
+        "n_heads": 4,
+        "d_head": 32,
+        "seq_len": 256,
+        "batch": 8,
+        "tokens": 2048,
+    }

@@ -1,0 +1,21 @@
+"""How several tensors travel as one message."""
+
+import pytest
+import torch
+
+from headway.parallel.collectives import _Layout
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+def test_a_message_of_any_number_of_rows_is_unpacked(n):
+    """Also of one row or none, where the slice of a part is not aligned to its numbers."""
+    parts = (
+        torch.randn(n, 3, 4).bfloat16(),
+        torch.arange(n, dtype=torch.int16).view(n, 1),
+        torch.randn(n, 1),
+    )
+    layout = _Layout(parts)
+    rows = layout.pack(parts)
+    assert rows.shape == (n, 24 + 2 + 4)
+    for found, part in zip(layout.unpack(rows), parts, strict=True):
+        assert found.dtype == part.dtype and torch.equal(found, part)

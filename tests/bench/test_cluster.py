@@ -83,11 +83,15 @@ def test_the_busiest_link_of_a_dispatch_is_that_of_its_combine():
 
 
 def test_formulas_count_layers_and_tokens():
-    per_value = FULL.tokens * FULL.n_layers * FULL.d_model * 2 * 4 * 3 / 4  # 4 ways, 3 of 4 leave
-    assert exchange_formula(case("HP", 4, hp=4), FULL) == per_value
-    assert exchange_formula(case("EP", 4, ep=4, dedup=False), FULL) == 4 * per_value
+    sub_tokens = FULL.tokens * FULL.n_layers * 3 / 4  # of 4 ranks 3 are elsewhere
+    values = 4 * FULL.d_model * 2  # bytes of one sub-token on its 4 ways
+    assert exchange_formula(case("HP", 4, hp=4), FULL) == sub_tokens * values
+    # each copy has an index of 2 bytes; one per rank has 4 of them, and gates there and back
+    per_slot = sub_tokens * 4 * (values + 2)
+    assert exchange_formula(case("EP", 4, ep=4, dedup=False), FULL) == pytest.approx(per_slot)
     copies = 4 * (1 - (3 / 4) ** 4)
-    assert exchange_formula(case("EP dedup", 4, ep=4), FULL) == pytest.approx(copies * per_value)
+    per_rank = sub_tokens * copies * (values + 4 * (2 + 2 * 4))
+    assert exchange_formula(case("EP dedup", 4, ep=4), FULL) == pytest.approx(per_rank)
 
 
 def rows():

@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests run in two processes of one thread each: small matmuls gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+# Tests run in two processes of one thread each: small matmuls gain nothing from more. Those of
+# tests/parity, which start ranks of their own, stay in one of the two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 .PHONY: demo test test-all test-gpu lint clean
 

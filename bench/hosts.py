@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -163,8 +164,11 @@ def remove_leftovers() -> list[str]:
     ]
     for name in dead:
         _quietly("ip", "netns", "del", name)
-    for number in {name.split("-")[1] for name in dead}:
-        _quietly("ip", "link", "del", f"hwb{number}")
+    # a link outlives its namespace as long as a process in there takes to die
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
+    for link, number in re.findall(r"^\d+: (hw(?:b|v)(\d+)(?:r\d)?)[@:]", links, re.MULTILINE):
+        if not _alive(number):
+            _quietly("ip", "link", "del", link)
     return dead
 
 

@@ -208,7 +208,7 @@ def test_nothing_is_left_of_a_run_that_is_ended(how):
         assert len(left) == cluster.HOSTS
     assert not any(mine in name for name in names())
     links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
-    assert f"hwb{run.pid}" not in links
+    assert f"hwb{run.pid}" not in links and f"hwv{run.pid}" not in links
 
 
 def test_sizes_are_what_the_documentation_says():

@@ -174,7 +174,7 @@ def sweep_row(
         "predicted_ms": predicted,
         "error": predicted / fastest - 1,
         "network_share": 1 - alone / fastest,
-        "ledger": samples[-1].answers[0]["ledger"],
+        "ledger": {key: v["bytes"] for key, v in samples[-1].answers[0]["ledger"].items()},
     }
 
 

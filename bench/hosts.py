@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -35,6 +36,7 @@ from headway.config import UsageError
 MTU = 9000
 INTERFACE = "eth0"
 PREFIX = "headway-"
+PR_SET_PDEATHSIG = 1
 
 
 def why_not() -> str:
@@ -163,18 +165,23 @@ def remove_leftovers() -> list[str]:
     ]
     for name in dead:
         _quietly("ip", "netns", "del", name)
-    for number in {name.split("-")[1] for name in dead}:
-        _quietly("ip", "link", "del", f"hwb{number}")
+    # a link outlives its namespace as long as a process in there takes to die
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
+    for link, number in re.findall(r"^\d+: (hw(?:b|v)(\d+)(?:r\d)?)[@:]", links, re.MULTILINE):
+        if not _alive(number):
+            _quietly("ip", "link", "del", link)
     return dead
 
 
 class Workers:
-    """One process on every host that answers commands, a line of JSON each."""
+    """One process on every host that answers commands, a line of JSON each, and dies with the
+    process that made it, however that dies."""
 
     def __init__(self, where: Hosts, command: list[str]) -> None:
         self.processes: list[subprocess.Popen[str]] = []
         self.errors = [tempfile.TemporaryFile("w+") for _ in range(where.size)]  # noqa: SIM115
         environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
+        prctl = ctypes.CDLL(None).prctl
         for rank in range(where.size):
             self.processes.append(
                 subprocess.Popen(
@@ -185,6 +192,8 @@ class Workers:
                     text=True,
                     env=environment,
                     start_new_session=True,  # Ctrl-C is the parent's to handle
+                    # between fork and exec: no time in which a worker could outlive this process
+                    preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
                 )
             )
 
@@ -226,8 +235,7 @@ class Workers:
 
 
 def serve(answer: Callable[[dict], dict[str, Any]]) -> None:
-    """The worker's end of `Workers`; it dies with its parent, however that dies."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """The worker's end of `Workers`."""
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     for line in sys.stdin:
         try:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -188,6 +189,14 @@ def test_a_tiny_run_on_four_hosts(capsys, monkeypatch):
     assert not any(f"-{os.getpid()}-" in name for name in names())
 
 
+def running(number):
+    try:
+        status = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "namespaces")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_run_that_is_ended(how):
@@ -203,6 +212,8 @@ def test_nothing_is_left_of_a_run_that_is_ended(how):
             break
         time.sleep(0.1)
     time.sleep(0.5)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert children
     run.send_signal(how)
     code = run.wait(30)
     if how == signal.SIGTERM:
@@ -210,9 +221,14 @@ def test_nothing_is_left_of_a_run_that_is_ended(how):
     else:
         left = [name for name in hosts.remove_leftovers() if mine in name]
         assert len(left) == cluster.HOSTS
+    for _ in range(200):
+        if not any(running(child) for child in children):
+            break
+        time.sleep(0.1)
+    assert not any(running(child) for child in children)
     assert not any(mine in name for name in names())
     links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
-    assert f"hwb{run.pid}" not in links
+    assert f"hwb{run.pid}" not in links and f"hwv{run.pid}" not in links
 
 
 def test_sizes_are_what_the_documentation_says():

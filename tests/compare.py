@@ -13,7 +13,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float(error / norm) if norm > 0 else float(error)
 
 
-def assert_close(got: Tensor, want: Tensor, bound: float) -> None:
-    """Fail unless the relative error is at most `bound`."""
+def assert_close(got: Tensor, want: Tensor, bound: float, typical: float = 0.0) -> None:
+    """Fail unless the relative error is at most `bound`. Where the entries of `want` are sums that may
+    cancel, `typical` is the norm to expect without luck, and the error is relative to it at least.
+    """
     error = relative_error(got, want)
+    norm = float(torch.linalg.vector_norm(want.detach().double()))
+    if 0 < norm < typical:
+        error *= norm / typical
     assert error <= bound, f"relative error {error:.3g} exceeds {bound:.3g}"

@@ -43,17 +43,16 @@ def render(found: dict[str, Any]) -> str:
 
 
 def _options(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What makes the mesh on the command line. Replicas that are sharded have no option yet."""
+    """What makes the mesh on the command line."""
+    mesh = f"--mesh dp={row['dp']},hp={row['hp']},ep={row['ep']}"
+    micro = f"--data.micro-batch-size {found['micro_batch_size']}"
+    if row["replicas"] != "fsdp":
+        return [f"options: {mesh} {micro}"]
     best = found["best_replicated"]
-    lines = []
-    if row["replicas"] == "fsdp":
-        lines = ["fsdp is predicted here, and no option of `headway train` yet"]
-        if best is None:
-            return [*lines, "without it no mesh fits"]
-        lines.append(f"fastest without it: {_name(best)}, {1e3 * best['step_seconds']:,.1f} ms")
-    assert best is not None
-    mesh = f"--mesh dp={best['dp']},hp={best['hp']},ep={best['ep']}"
-    return [*lines, f"options: {mesh} --data.micro-batch-size {found['micro_batch_size']}"]
+    lines = ["without fsdp no mesh fits"]
+    if best is not None:
+        lines = [f"fastest without fsdp: {_name(best)}, {1e3 * best['step_seconds']:,.1f} ms"]
+    return [*lines, f"options: {mesh} --mesh.shard fsdp {micro}"]
 
 
 def _machine(machine: dict[str, Any]) -> list[str]:

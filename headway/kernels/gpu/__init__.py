@@ -1,0 +1,61 @@
+"""The Triton kernels: where they run, and why not elsewhere.
+
+They are faster and never different: without a CUDA device and Triton the other paths of each kernel
+file run, and `gpu().why` says so. `HEADWAY_TRITON=0` asks for those paths; `HEADWAY_TRITON=interpret`
+runs the kernels on the CPU through Triton's interpreter, thousands of times slower, to test or
+debug them. Nothing here imports Triton before a kernel is wanted.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAKEN = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
+class Gpu:
+    """Whether the kernels run in this process."""
+
+    device: str
+    """`cuda`, `cpu` under the interpreter, or empty: nowhere."""
+    why: str
+    """One line for people."""
+
+    def takes(self, *tensors: Tensor | None) -> bool:
+        """Whether the kernels can work on these: all on the device, in bfloat16 or float32."""
+        return bool(self.device) and all(
+            t is None or (t.device.type == self.device and t.dtype in TAKEN) for t in tensors
+        )
+
+
+@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
+def gpu() -> Gpu:
+    """Where the Triton kernels run in this process."""
+    wish = os.environ.get("HEADWAY_TRITON", "1")
+    if wish == "0":
+        return Gpu("", "switched off by HEADWAY_TRITON=0")
+    if importlib.util.find_spec("triton") is None:
+        return Gpu("", "Triton is not installed: pip install 'headway[gpu]'")
+    if wish == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
+        return Gpu("cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only")
+    if not torch.cuda.is_available():
+        return Gpu("", "there is no CUDA device")
+    if torch.version.hip:
+        return Gpu("", "never tried on AMD devices")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return Gpu("", f"compute capability {major}.{minor} has no bfloat16 tensor cores")
+    return Gpu("cuda", f"compiled by Triton for compute capability {major}.{minor}")
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -7,6 +7,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_configure(config) -> None:
+    """Triton decides when it is imported whether it interprets kernels on the CPU: so it does, but on
+    a GPU (`-m gpu`)."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """Tokenised data go to a temporary folder: tests never write to the user's cache."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,9 @@ def gpu() -> Gpu:
     if importlib.util.find_spec("triton") is None:
         return Gpu("", "Triton is not installed: pip install 'headway[gpu]'")
     if wish == "interpret":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            return Gpu("", "Triton is loaded already: start Python with TRITON_INTERPRET=1")
+        os.environ["TRITON_INTERPRET"] = "1"
         return Gpu("cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only")
     if not torch.cuda.is_available():
         return Gpu("", "there is no CUDA device")

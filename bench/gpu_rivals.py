@@ -138,6 +138,12 @@ def _mask(expert_HB: Tensor, per_expert: int, n_kv: int, q_len: int, kv_len: int
     own = torch.arange(per_expert, device=device, dtype=torch.int32)
     full = torch.zeros(1, H, n_q, n_kv, dtype=torch.int32, device=device)
     full[0, :, :, :per_expert] = expert_HB[..., None].to(torch.int32) * per_expert + own
+    width = per_expert * block
+
+    def same_expert(b, h, q, kv):
+        """What the tables say, for code that does not read them."""
+        return kv // width == expert_HB[h, q // block]
+
     count = torch.full((1, H, n_q), per_expert, dtype=torch.int32, device=device)
     return BlockMask.from_kv_blocks(
         torch.zeros_like(count),
@@ -145,6 +151,7 @@ def _mask(expert_HB: Tensor, per_expert: int, n_kv: int, q_len: int, kv_len: int
         count,
         full,
         BLOCK_SIZE=block,
+        mask_mod=same_expert,
         seq_lengths=(q_len, kv_len),
     )
 

@@ -45,20 +45,23 @@ RIVALS = {
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_a_rival_equals_the_reference(name):
+def test_a_rival_equals_the_reference(name, monkeypatch):
+    monkeypatch.setenv("LIGER_FUSED_MOE_AUTOTUNE", "0")  # read at import; tuning needs a GPU
     if name == "liger" and not importlib.util.find_spec("liger_kernel"):
         pytest.skip("liger-kernel is not installed")
     from bench import gpu_rivals
 
     activation, dtype, bound = RIVALS[name]
     made, index, d_out = inputs(24, 2, 3, 2, 32, 128, activation, dtype)
-    out = getattr(gpu_rivals, name)(made[0], made[1], index, *made[2:], activation)
-    grads = torch.autograd.grad(out, made, d_out.to(out.dtype))
+    forward_only = name == "flex" and not torch.cuda.is_available()  # torch has no backward of it on CPUs
+    given = [t.detach() if forward_only else t for t in made]
+    out = getattr(gpu_rivals, name)(given[0], given[1], index, *given[2:], activation)
+    grads = () if forward_only else torch.autograd.grad(out, made, d_out.to(out.dtype))
     wide = [t.detach().double().requires_grad_() for t in made]
     args = (wide[0].flatten(0, 1), wide[1].flatten(0, 1), index, *wide[2:], activation)
     expected = experts_reference(*args).view(d_out.shape)
     expected_grads = torch.autograd.grad(expected, wide, d_out.to(out.dtype).double())
-    for got, want in zip((out, *grads), (expected, *expected_grads), strict=True):
+    for got, want in zip((out, *grads), (expected, *expected_grads), strict=not forward_only):
         assert_close(got, want, bound)
 
 

@@ -138,9 +138,8 @@ def main() -> None:
     common.add_options(parser, data=False)
     args = parser.parse_args()
     if args.repeats < 1 or args.minutes <= 0:
-        raise UsageError(
-            f"--repeats {args.repeats} and --minutes {args.minutes:g} must be at least 1 and above 0"
-        )
+        got = f"{args.repeats} and {args.minutes:g}"
+        raise UsageError(f"--repeats and --minutes must be at least 1 and above 0; got {got}")
     if args.check:
         if not torch.cuda.is_available():
             os.environ["HEADWAY_TRITON"] = "interpret"

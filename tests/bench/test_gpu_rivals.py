@@ -53,7 +53,9 @@ def test_a_rival_equals_the_reference(name, monkeypatch):
 
     activation, dtype, bound = RIVALS[name]
     made, index, d_out = inputs(24, 2, 3, 2, 32, 128, activation, dtype)
-    forward_only = name == "flex" and not torch.cuda.is_available()  # torch has no backward of it on CPUs
+    forward_only = (
+        name == "flex" and not torch.cuda.is_available()
+    )  # torch has no backward of it on CPUs
     given = [t.detach() if forward_only else t for t in made]
     out = getattr(gpu_rivals, name)(given[0], given[1], index, *given[2:], activation)
     grads = () if forward_only else torch.autograd.grad(out, made, d_out.to(out.dtype))

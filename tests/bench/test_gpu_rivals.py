@@ -21,7 +21,10 @@ def interpreted(monkeypatch):
 
 def inputs(T, H, E, K, L, F, activation, dtype):
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
     G = 2 if activation == "swiglu" else 1
     tensors = (
         draw(T, H, L),

@@ -25,7 +25,7 @@ every matrix whole.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,9 @@ except ImportError:  # before torch 2.13
     from torch.distributed import reduce_scatter_tensor as _reduce_scatter
 
 from headway.model.experts import Experts
+from headway.model.moe import MoE
 from headway.model.transformer import Transformer
+from headway.parallel.collectives import Wire
 from headway.parallel.mesh import Axis, Mesh
 from headway.parallel.shard import Layout, Pieces
 from headway.parallel.traffic import Traffic
@@ -66,13 +68,11 @@ def shard(model: Transformer, layout: Layout) -> Layout:
             cuts[name] = Pieces(0, p.shape[0], axis)
         elif kind == "hsdp" or placement.replicas is mesh.routers or mesh.dp.size == 1:
             left.add(p)
-    if kind == "fsdp" and mesh.dp.size > 1:
-        for prefix, module in model.named_modules():
-            if isinstance(module, Experts):
-                found = _cut_experts(module, mesh)
-                cuts |= {f"{prefix}.{name}": pieces for name, pieces in found.items()}
-    for block in model.blocks():
-        _wrap(block, device_mesh, axis, mesh, left)
+    for i, block in enumerate(model.blocks()):
+        if kind == "fsdp" and mesh.dp.size > 1 and isinstance(block.ffn, MoE):
+            found = _cut_experts(block.ffn.experts, mesh, i)
+            cuts |= {f"layers.{i}.ffn.experts.{name}": pieces for name, pieces in found.items()}
+        _wrap(block, device_mesh, axis, mesh, left, i)
     _wrap(model, device_mesh, axis, mesh, left)
     first = mesh.dp.index == 0 if kind == "hsdp" else True
     placements = {
@@ -105,7 +105,7 @@ def _ranks_of_blocks(mesh: Mesh) -> tuple[DeviceMesh, Axis]:
     return both, Axis("replica", size, mesh.rank % size, both.get_group("replica"))
 
 
-def _cut_experts(experts: Experts, mesh: Mesh) -> dict[str, Pieces]:
+def _cut_experts(experts: Experts, mesh: Mesh, layer: int) -> dict[str, Pieces]:
     """Experts are cut over dp: between heads, else between experts, else within them."""
     assert mesh.device_mesh is not None
     size = mesh.dp.size
@@ -123,29 +123,34 @@ def _cut_experts(experts: Experts, mesh: Mesh) -> dict[str, Pieces]:
         reshard_after_forward=True,
         shard_placement_fn=lambda p: Shard(of[p]),
     )
-    _add_up(experts, mesh.dp, mesh)
+    _add_up(experts, mesh.dp, mesh, layer)
     return cuts
 
 
 def _wrap(
-    module: nn.Module, device_mesh: DeviceMesh, axis: Axis, mesh: Mesh, left: set[nn.Parameter]
+    module: nn.Module,
+    device_mesh: DeviceMesh,
+    axis: Axis,
+    mesh: Mesh,
+    left: set[nn.Parameter],
+    layer: int | None = None,
 ) -> None:
     """One group of parameters that are gathered together: those of `module` without the groups
     within it."""
     fully_shard(module, mesh=device_mesh, ignored_params=left)
     register_fsdp_forward_method(module, "step")
-    _add_up(module, axis, mesh)
+    _add_up(module, axis, mesh, layer)
 
 
-def _add_up(module: nn.Module, axis: Axis, mesh: Mesh) -> None:
+def _add_up(module: nn.Module, axis: Axis, mesh: Mesh, layer: int | None) -> None:
     """Sums in place of FSDP's means, and every collective in the ledger."""
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other; on NCCL nothing is lost
-    module.set_custom_all_gather(_Gather(axis, mesh.traffic))
-    module.set_custom_reduce_scatter(_Scatter(axis, mesh.traffic))
+    module.set_custom_all_gather(_Gather(axis, mesh.traffic, layer))
+    module.set_custom_reduce_scatter(_Scatter(axis, mesh.traffic, layer))
     if mesh.config.shard == "hsdp":
-        module.set_all_reduce_hook(_Replicas(mesh.dp, mesh.traffic))
+        module.set_all_reduce_hook(_Replicas(mesh.dp, mesh.traffic, layer))
 
 
 class _Buffers:
@@ -160,8 +165,8 @@ class _Buffers:
 class _Gather(_Buffers, AllGather):
     """FSDP's all-gather, counted."""
 
-    def __init__(self, axis: Axis, traffic: Traffic) -> None:
-        self.axis, self.traffic = axis, traffic
+    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
+        self.wire = Wire(axis, traffic, "fsdp all-gather", layer)
 
     def __call__(
         self,
@@ -170,16 +175,15 @@ class _Gather(_Buffers, AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        n_bytes = (self.axis.size - 1) * input_tensor.numel() * input_tensor.element_size()
-        self.traffic.add(self.axis.name, "fsdp all-gather", n_bytes)
+        self.wire.add((self.wire.axis.size - 1) * input_tensor.nbytes)
         return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Scatter(_Buffers, ReduceScatter):
     """FSDP's reduce-scatter, counted."""
 
-    def __init__(self, axis: Axis, traffic: Traffic) -> None:
-        self.axis, self.traffic = axis, traffic
+    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
+        self.wire = Wire(axis, traffic, "fsdp reduce-scatter", layer)
 
     def __call__(
         self,
@@ -189,19 +193,17 @@ class _Scatter(_Buffers, ReduceScatter):
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work | None:
-        n_bytes = (self.axis.size - 1) * output_tensor.numel() * output_tensor.element_size()
-        self.traffic.add(self.axis.name, "fsdp reduce-scatter", n_bytes)
+        self.wire.add((self.wire.axis.size - 1) * output_tensor.nbytes)
         assert op == dist.ReduceOp.SUM
         return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-@dataclass(frozen=True)
 class _Replicas:
     """Counts the all-reduce of `hsdp` over the replicas, which FSDP has just issued."""
 
-    axis: Axis
-    traffic: Traffic
+    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
+        self.wire = Wire(axis, traffic, "fsdp all-reduce", layer)
 
     def __call__(self, reduced: Tensor) -> None:
-        n_bytes = 2 * (self.axis.size - 1) * reduced.numel() * reduced.element_size()
-        self.traffic.add(self.axis.name, "fsdp all-reduce", n_bytes // self.axis.size)
+        size = self.wire.axis.size
+        self.wire.add(2 * (size - 1) * reduced.nbytes // size)

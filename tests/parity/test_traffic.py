@@ -1,5 +1,7 @@
 """The ledger counts what the formulas of plan.traffic predict, byte for byte."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ S = 8
 
 
 def count(mesh, case: Case):
-    """One step in float32; the ledger, and the rows that left for other ranks by the route."""
+    """One step in float32; bytes by purpose, and the ledger's counts."""
     model = Transformer(case.model, seed=0)
     apart = spread(model, mesh)
     generator = torch.Generator().manual_seed(0)
@@ -27,7 +29,8 @@ def count(mesh, case: Case):
     mine = rows_of(mesh, ROWS // mesh.size)
     batch = Batch(tokens[mine], targets[mine], None)
     gradient(model, [batch], batch.targets_BS.numel(), case.model.moe.balance, apart)
-    return {key: c["bytes"] for key, c in mesh.traffic.take().items()}
+    entries = {tuple(key): c.bytes for key, c in mesh.traffic.counts.items()}
+    return {key: c["bytes"] for key, c in mesh.traffic.take().items()}, entries
 
 
 def tokens_of(mesh: MeshConfig) -> int:
@@ -40,6 +43,18 @@ def trips(found, axis, there, back):
     return tuple(found[f"{axis} {key}"] for key in keys)
 
 
+def by_layer(found, entries, axis, there, back, want):
+    """Each layer sent what the formula says of one layer, in both directions, and all of them what
+    was counted without layers."""
+    keys = (there, back, f"{back} backward", f"{there} backward")
+    for key, n_bytes in zip(keys, want, strict=True):
+        layers = {layer: n for (a, k, layer), n in entries.items() if (a, k) == (axis, key)}
+        assert layers == {0: n_bytes, 1: n_bytes}, key
+        assert sum(layers.values()) == found[f"{axis} {key}"]
+    for (a, key, layer), _ in entries.items():
+        assert (layer is None) == (a not in ("hp", "ep")), key
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("reads", ["sub_token", "token"])
 @pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(dp=2, hp=2)], ids=str)
@@ -50,13 +65,14 @@ def test_head_parallel(ranks, mesh, reads, chunks):
     want = traffic.head_bytes(
         tokens_of(mesh), s.H, s.L, s.K, s.E, mesh.hp, 4, reads_token=reads == "token"
     )
-    for found in ranks.run(mesh, count, Case(model, mesh)):
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(found, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+        by_layer(found, entries, "hp", "scatter", "gather", want)
 
 
 def test_head_parallel_does_not_grow_with_k(ranks):
     mesh = MeshConfig(hp=4)
-    once, often = (ranks.run(mesh, count, Case(heads(top_k=k), mesh))[0] for k in (2, 8))
+    once, often = (ranks.run(mesh, count, Case(heads(top_k=k), mesh))[0][0] for k in (2, 8))
     assert trips(once, "hp", "scatter", "gather") == trips(often, "hp", "scatter", "gather")
 
 
@@ -66,8 +82,9 @@ def test_all_gather(ranks, model):
     s = shape_of(model)
     index = traffic.index_bytes(s.H, s.E)
     want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, 4, index)
-    for found in ranks.run(mesh, count, Case(model, mesh)):
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(found, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
+        by_layer(found, entries, "ep", "dispatch", "combine", want)
 
 
 @pytest.mark.parametrize("dedup", [True, False])
@@ -77,7 +94,7 @@ def test_all_to_all_follows_the_rows(ranks, model, dedup):
     mesh = MeshConfig(ep=4, ep_scheme="all_to_all", dedup=dedup)
     s = shape_of(model)
     index = traffic.index_bytes(s.H, s.E)
-    answers = ranks.run(mesh, count, Case(model, mesh))
+    answers = [found for found, _ in ranks.run(mesh, count, Case(model, mesh))]
     leaving = 0
     for found in answers:
         row = s.L * 4 + (s.K * (index + 4) if dedup else index)
@@ -103,5 +120,27 @@ def test_gradients_of_replicated_parameters(ranks):
     mesh, model = MeshConfig(hp=4), heads()
     groups = {item.name: item.value for item in parameters(model)}
     shared = sum_of(parameters(model)) - groups["experts"] - groups["routers"]
-    for found in ranks.run(mesh, count, Case(model, mesh)):
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert {key[2] for key in entries if key[:2] == ("world", "gradients")} == {None}
         assert found["world gradients"] == traffic.all_reduce_bytes(int(shared), 4)
+
+
+def test_the_first_layer_may_be_dense(ranks):
+    """Layers are counted as blocks of the model are numbered."""
+    model = heads()
+    model = replace(model, n_layers=3, moe=replace(model.moe, n_dense_layers=1))
+    mesh = MeshConfig(hp=2)
+    for _, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert {layer for _, _, layer in entries} == {None, 1, 2}
+
+
+@pytest.mark.parametrize("shard", ["fsdp", "hsdp"])
+def test_what_fsdp_sends_belongs_to_the_block(ranks, shard):
+    mesh = MeshConfig(dp=2, hp=2, shard=shard)
+    for found, entries in ranks.run(mesh, count, Case(heads(), mesh)):
+        sums = [
+            sum(n for (_, key, at), n in entries.items() if key.startswith("fsdp") and at == layer)
+            for layer in (None, 0, 1)
+        ]
+        assert sums[1] == sums[2] > 0 and sums[0] > 0
+        assert sum(sums) == sum(n for key, n in found.items() if " fsdp " in key)

@@ -11,8 +11,11 @@ from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
 from headway.plan import traffic
 from headway.plan.cost import parameters
+from headway.plan.layout import Layout
 from headway.plan.shape import shape_of
 from headway.plan.shape import total as sum_of
+from headway.plan.wire import sent
+from headway.train.evaluate import micro_batches
 from headway.train.step import gradient
 from tests.parity.test_parity import ROWS, Case, flat, heads, latent, rows_of
 
@@ -20,15 +23,16 @@ S = 8
 """Tokens of a row."""
 
 
-def count(mesh, case: Case):
-    """One step in float32; bytes by purpose, and the ledger's counts."""
-    model = Transformer(case.model, seed=0)
+def count(mesh, case: Case, dtype=torch.float32):
+    """One step; bytes by purpose, and the ledger's counts."""
+    model = Transformer(case.model, dtype=dtype, seed=0)
     apart = spread(model, mesh)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, S), generator=generator)
     mine = rows_of(mesh, ROWS // mesh.size)
     batch = Batch(tokens[mine], targets[mine], None)
-    gradient(model, [batch], batch.targets_BS.numel(), case.model.moe.balance, apart)
+    micros = micro_batches(batch, case.micro or len(mine), torch.device("cpu"))
+    gradient(model, micros, batch.targets_BS.numel(), case.model.moe.balance, apart)
     entries = {tuple(key): c.bytes for key, c in mesh.traffic.counts.items()}
     return {key: c["bytes"] for key, c in mesh.traffic.take().items()}, entries
 
@@ -144,3 +148,42 @@ def test_what_fsdp_sends_belongs_to_the_block(ranks, shard):
         ]
         assert sums[1] == sums[2] > 0 and sums[0] > 0
         assert sum(sums) == sum(n for key, n in found.items() if " fsdp " in key)
+
+
+PREFIX = {
+    "weights gathered": "fsdp all-gather",
+    "gradients reduce-scattered": "fsdp reduce-scatter",
+}
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("micro", [0, 2])
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        (heads(), MeshConfig(dp=4)),
+        (heads(), MeshConfig(dp=2, hp=2)),
+        (heads(router=RouterConfig(reads="token"), d_shared=16), MeshConfig(dp=2, hp=2)),
+        (heads(), MeshConfig(hp=4)),
+        (flat(), MeshConfig(dp=2, ep=2, ep_scheme="all_gather", chunks=2)),
+    ],
+    ids=str,
+)
+def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
+    """Weights, gradients and tokens of a step, byte for byte, by axis."""
+    mesh = replace(mesh, shard="fsdp")
+    layout = Layout(mesh.dp, mesh.hp, mesh.ep, "all_gather" if mesh.ep > 1 else None, shard=True)
+    T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
+    want: dict[tuple[str, str], float] = {}
+    for part in sent(model, layout, T, passes, b, chunks=mesh.chunks):
+        purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
+        key = (part.axis, "" if part.kind == "tokens" else purpose)
+        want[key] = want.get(key, 0) + part.bytes
+    dtype = {2: torch.bfloat16, 4: torch.float32}[b]
+    for _, entries in ranks.run(mesh, count, Case(model, mesh, micro=micro), dtype):
+        got: dict[tuple[str, str], float] = {}
+        for (axis, purpose, _), n in entries.items():
+            key = (axis, "" if axis in ("hp", "ep") else purpose)
+            if purpose not in ("targets", "norm", "statistics", "counts") and n:
+                got[key] = got.get(key, 0) + n
+        assert got == want

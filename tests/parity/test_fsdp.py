@@ -25,7 +25,6 @@ from headway.data.tokenizer import load_tokenizer
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
-from headway.parallel.gathered import whole
 from headway.parallel.mesh import fake
 from headway.parallel.shard import local
 from headway.train import checkpoint
@@ -33,6 +32,7 @@ from headway.train.evaluate import evaluate, micro_batches
 from headway.train.optim import build_optimizers
 from headway.train.step import gradient, update
 from headway.validate import validate
+from tests.parity.gathered import whole
 from tests.parity.test_parity import ROWS, Case, check, close, dense, flat, heads, rows_of
 
 ADAMW = OptimConfig(lr=1e-3, clip=0.5)

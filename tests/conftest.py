@@ -1,8 +1,11 @@
-"""What every test gets: a cache of its own session, and no machine-wide settings."""
+"""What every test gets: a cache of its own session, no machine-wide settings; for those that ask, a
+folder with a recipe."""
 
 import os
 
 import pytest
+
+from tests.command import write_recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,3 +28,11 @@ def cache_folder(tmp_path_factory):
         del os.environ["HEADWAY_CACHE"]
     else:
         os.environ["HEADWAY_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a text and `tiny.py:tiny`, a recipe that trains on it."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_recipe(folder)
+    return folder

@@ -166,6 +166,10 @@ class Ranks(Protocol):
     """What a sparse layer asks of the processes it is spread over; `parallel.exchange.Exchange` is
     the one there is."""
 
+    def at(self, layer: int) -> "Ranks":
+        """The same for one layer of a model, under whose number its traffic is counted."""
+        ...
+
     @property
     def early(self) -> bool:
         """Whether sub-tokens leave before routing."""

@@ -103,8 +103,8 @@ class Transformer(nn.Module):
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         stats = []
-        for block in self.layers:
-            x_BSD, s = block(x_BSD, doc_BS, ranks)
+        for i, block in enumerate(self.layers):
+            x_BSD, s = block(x_BSD, doc_BS, ranks and ranks.at(i))
             if s is not None:
                 stats.append(s)
         x_BSD = self.norm(x_BSD)
@@ -139,8 +139,8 @@ class Transformer(nn.Module):
         float32 `[B, V]`.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
-        for block, s in zip(self.blocks(), state, strict=True):
-            x_BSD = block.step(x_BSD, s, ranks)
+        for i, (block, s) in enumerate(zip(self.blocks(), state, strict=True)):
+            x_BSD = block.step(x_BSD, s, ranks and ranks.at(i))
         return self._logits(self.norm(x_BSD[:, -1]))
 
     def _head_weight(self) -> Tensor:

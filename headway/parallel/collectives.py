@@ -9,7 +9,8 @@ P ranks on the axis · N rows. Several tensors of the same rows travel as one me
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -55,6 +56,20 @@ class Wire(NamedTuple):
     axis: Axis
     traffic: Traffic
     purpose: str
+    layer: int | None = None
+    """Whose exchange it is; None for one that belongs to no layer."""
+
+    def add(self, n_bytes: int) -> None:
+        """Counts a collective that begins."""
+        self.traffic.add(self.axis.name, self.purpose, n_bytes, self.layer)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time that the host stands still in the body."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.traffic.waited(self.axis.name, self.purpose, seconds, self.layer)
 
     def back(self) -> "Wire":
         """The same for the gradients."""
@@ -70,12 +85,9 @@ class _Message(NamedTuple):
 
     def land(self) -> Tensor:
         """Wait for it."""
-        started = time.perf_counter()
-        if self.work is not None:
-            self.work.wait()
-        self.wire.traffic.waited(
-            self.wire.axis.name, self.wire.purpose, time.perf_counter() - started
-        )
+        with self.wire.waiting():
+            if self.work is not None:
+                self.work.wait()
         return self.received
 
 
@@ -94,7 +106,7 @@ def _exchange(splits: Splits | None) -> Callable[[Tensor, Wire], _Message]:
         n, axis = x.shape[0], wire.axis
         received = x.new_empty(n if splits is None else sum(splits.receive), *x.shape[1:])
         stays = n // axis.size if splits is None else splits.send[axis.index]
-        wire.traffic.add(axis.name, wire.purpose, (n - stays) * _row_bytes(x))
+        wire.add((n - stays) * _row_bytes(x))
         sizes = (None, None) if splits is None else (splits.receive, splits.send)
         work = dist.all_to_all_single(received, x, *sizes, group=axis.group, async_op=True)
         return _Message(wire, received, work)
@@ -106,7 +118,7 @@ def _collect(x: Tensor, wire: Wire) -> _Message:
     """All-gather `[N, …]` → `[P·N, …]`."""
     x, axis = x.contiguous(), wire.axis
     received = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    wire.traffic.add(axis.name, wire.purpose, (axis.size - 1) * x.shape[0] * _row_bytes(x))
+    wire.add((axis.size - 1) * x.shape[0] * _row_bytes(x))
     work = _all_gather(received, x, group=axis.group, async_op=True)
     return _Message(wire, received, work)
 
@@ -239,9 +251,10 @@ def exchange_counts(send_P: Tensor, wire: Wire) -> Splits:
     device, since the sizes of what follows must be known."""
     axis = wire.axis
     receive_P = torch.empty_like(send_P)
-    wire.traffic.add(axis.name, wire.purpose, (axis.size - 1) * send_P.element_size())
-    dist.all_to_all_single(receive_P, send_P, group=axis.group)
-    both = torch.stack([send_P, receive_P]).tolist()
+    wire.add((axis.size - 1) * send_P.element_size())
+    with wire.waiting():
+        dist.all_to_all_single(receive_P, send_P, group=axis.group)
+        both = torch.stack([send_P, receive_P]).tolist()
     return Splits(both[0], both[1])
 
 

@@ -5,7 +5,7 @@ routing and after the experts; `dispatch` and `combine` on the ep axis inside th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.distributed as dist
@@ -32,6 +32,12 @@ class Exchange:
     """On ep: all-gather and reduce-scatter in place of the all-to-all that follows the router."""
     dedup: bool
     """On ep: one copy per rank and not per slot."""
+    layer: int | None = None
+    """Index of the block whose exchange this is, for the ledger."""
+
+    def at(self, layer: int) -> "Exchange":
+        """The same for one block."""
+        return replace(self, layer=layer)
 
     @property
     def early(self) -> bool:
@@ -86,7 +92,8 @@ class Exchange:
         return x
 
     def _wire(self, axis: str, purpose: str) -> Wire:
-        return Wire(self.mesh.hp if axis == "hp" else self.mesh.ep, self.mesh.traffic, purpose)
+        mesh = self.mesh
+        return Wire(mesh.hp if axis == "hp" else mesh.ep, mesh.traffic, purpose, self.layer)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ gradients are added up and cut while backward goes on:
 | part of the model | `fsdp`: pieces over | `hsdp`: pieces over | and replicated over |
 |---|---|---|---|
 | experts | dp | | dp |
-| routers that read their sub-token, hp > 1 | | | dp × ep |
+| norms and routers | | | as without FSDP |
 | everything else | dp × hp × ep | hp × ep | dp |
 
-Those routers are one matrix per head, a few MiB per layer: they stay whole, and
-`reduce.sum_gradients` adds up their gradients (and with `hsdp` the experts'). A loss is one rank's
-part of a global sum, so FSDP too must add up, and divide nothing.
+Norms and routers are used in float32 and small, a few MiB per layer: they stay whole, and
+`reduce.sum_gradients` adds up their gradients (and with `hsdp` the experts'). All the rest is used
+in the dtype of the matmuls and travels in it, so that a gather in bfloat16 sends half the bytes and
+changes no bit of the result. Gradients are added up in float32. A loss is one rank's part of a
+global sum, so FSDP too must add up, and divide nothing.
 
 Every collective is in the mesh's ledger, counted when it is issued: its bytes are computed from the
 size of the message as a ring would send them, not observed on the wire.
@@ -25,13 +27,18 @@ every matrix whole.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
 
@@ -43,7 +50,11 @@ except ImportError:  # before torch 2.13
     from torch.distributed import reduce_scatter_tensor as _reduce_scatter
 
 from headway.model.experts import Experts
+from headway.model.linear import RMSNorm
+from headway.model.moe import MoE
+from headway.model.router import Router
 from headway.model.transformer import Transformer
+from headway.parallel.collectives import Wire
 from headway.parallel.mesh import Axis, Mesh
 from headway.parallel.shard import Layout, Pieces
 from headway.parallel.traffic import Traffic
@@ -59,21 +70,25 @@ def shard(model: Transformer, layout: Layout) -> Layout:
     assert mesh.device_mesh is not None
     device_mesh, axis = _ranks_of_blocks(mesh)
     cuts: dict[str, Pieces] = {}
-    left: set[nn.Parameter] = set()
+    whole: set[nn.Parameter] = set()
+    small = {p for m in model.modules() if isinstance(m, RMSNorm | Router) for p in m.parameters()}
     for name, p in model.named_parameters():
-        placement = layout.placements[name]
-        if placement.replicas is mesh.world:
+        if layout.placements[name].replicas is mesh.world and p not in small:
             cuts[name] = Pieces(0, p.shape[0], axis)
-        elif kind == "hsdp" or placement.replicas is mesh.routers or mesh.dp.size == 1:
-            left.add(p)
-    if kind == "fsdp" and mesh.dp.size > 1:
-        for prefix, module in model.named_modules():
-            if isinstance(module, Experts):
-                found = _cut_experts(module, mesh)
-                cuts |= {f"{prefix}.{name}": pieces for name, pieces in found.items()}
-    for block in model.blocks():
-        _wrap(block, device_mesh, axis, mesh, left)
-    _wrap(model, device_mesh, axis, mesh, left)
+        else:
+            whole.add(p)
+    for i, block in enumerate(model.blocks()):
+        if kind == "fsdp" and mesh.dp.size > 1 and isinstance(block.ffn, MoE):
+            found = _cut_experts(block.ffn.experts, mesh, model.dtype, i)
+            cuts |= {f"layers.{i}.ffn.experts.{name}": pieces for name, pieces in found.items()}
+        # its layers cast their weights to the dtype of the matmul, which is then no work
+        policy = MixedPrecisionPolicy(model.dtype, _stored(block), cast_forward_inputs=False)
+        fully_shard(block, mesh=device_mesh, mp_policy=policy, ignored_params=whole)
+        register_fsdp_forward_method(block, "step")
+        _add_up(block, axis, mesh, model.dtype, i)
+    fully_shard(model, mesh=device_mesh, ignored_params=whole)
+    register_fsdp_forward_method(model, "step")
+    _add_up(model, axis, mesh, model.dtype, None)
     first = mesh.dp.index == 0 if kind == "hsdp" else True
     placements = {
         name: replace(old, first=first, pieces=cuts[name]) if name in cuts else old
@@ -105,7 +120,7 @@ def _ranks_of_blocks(mesh: Mesh) -> tuple[DeviceMesh, Axis]:
     return both, Axis("replica", size, mesh.rank % size, both.get_group("replica"))
 
 
-def _cut_experts(experts: Experts, mesh: Mesh) -> dict[str, Pieces]:
+def _cut_experts(experts: Experts, mesh: Mesh, dtype: torch.dtype, layer: int) -> dict[str, Pieces]:
     """Experts are cut over dp: between heads, else between experts, else within them."""
     assert mesh.device_mesh is not None
     size = mesh.dp.size
@@ -123,29 +138,26 @@ def _cut_experts(experts: Experts, mesh: Mesh) -> dict[str, Pieces]:
         reshard_after_forward=True,
         shard_placement_fn=lambda p: Shard(of[p]),
     )
-    _add_up(experts, mesh.dp, mesh)
+    _add_up(experts, mesh.dp, mesh, dtype, layer)
     return cuts
 
 
-def _wrap(
-    module: nn.Module, device_mesh: DeviceMesh, axis: Axis, mesh: Mesh, left: set[nn.Parameter]
+def _stored(module: nn.Module) -> torch.dtype:
+    """Of the parameters."""
+    return next(module.parameters()).dtype
+
+
+def _add_up(
+    module: nn.Module, axis: Axis, mesh: Mesh, dtype: torch.dtype, layer: int | None
 ) -> None:
-    """One group of parameters that are gathered together: those of `module` without the groups
-    within it."""
-    fully_shard(module, mesh=device_mesh, ignored_params=left)
-    register_fsdp_forward_method(module, "step")
-    _add_up(module, axis, mesh)
-
-
-def _add_up(module: nn.Module, axis: Axis, mesh: Mesh) -> None:
     """Sums in place of FSDP's means, and every collective in the ledger."""
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other; on NCCL nothing is lost
-    module.set_custom_all_gather(_Gather(axis, mesh.traffic))
-    module.set_custom_reduce_scatter(_Scatter(axis, mesh.traffic))
+    module.set_custom_all_gather(_Gather(axis, mesh.traffic, dtype, layer))
+    module.set_custom_reduce_scatter(_Scatter(axis, mesh.traffic, layer))
     if mesh.config.shard == "hsdp":
-        module.set_all_reduce_hook(_Replicas(mesh.dp, mesh.traffic))
+        module.set_all_reduce_hook(_Replicas(mesh.dp, mesh.traffic, layer))
 
 
 class _Buffers:
@@ -158,10 +170,14 @@ class _Buffers:
 
 
 class _Gather(_Buffers, AllGather):
-    """FSDP's all-gather, counted."""
+    """FSDP's all-gather, counted, in `dtype` on the wire.
 
-    def __init__(self, axis: Axis, traffic: Traffic) -> None:
-        self.axis, self.traffic = axis, traffic
+    Experts, embedding and head are stored and arrive in float32: they are cast where they are used,
+    and their gradients, which add up over rows there, come in the dtype in which they arrived.
+    """
+
+    def __init__(self, axis: Axis, traffic: Traffic, dtype: torch.dtype, layer: int | None) -> None:
+        self.wire, self.dtype = Wire(axis, traffic, "fsdp all-gather", layer), dtype
 
     def __call__(
         self,
@@ -170,16 +186,23 @@ class _Gather(_Buffers, AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        n_bytes = (self.axis.size - 1) * input_tensor.numel() * input_tensor.element_size()
-        self.traffic.add(self.axis.name, "fsdp all-gather", n_bytes)
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        sent, received = input_tensor, output_tensor
+        if narrow := self.dtype.itemsize < sent.dtype.itemsize:
+            assert not async_op
+            sent = sent.to(self.dtype)
+            received = sent.new_empty(output_tensor.shape)
+        self.wire.add((self.wire.axis.size - 1) * sent.nbytes)
+        work = _all_gather(received, sent, group=group, async_op=async_op)
+        if narrow:
+            output_tensor.copy_(received)
+        return work
 
 
 class _Scatter(_Buffers, ReduceScatter):
     """FSDP's reduce-scatter, counted."""
 
-    def __init__(self, axis: Axis, traffic: Traffic) -> None:
-        self.axis, self.traffic = axis, traffic
+    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
+        self.wire = Wire(axis, traffic, "fsdp reduce-scatter", layer)
 
     def __call__(
         self,
@@ -189,19 +212,17 @@ class _Scatter(_Buffers, ReduceScatter):
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work | None:
-        n_bytes = (self.axis.size - 1) * output_tensor.numel() * output_tensor.element_size()
-        self.traffic.add(self.axis.name, "fsdp reduce-scatter", n_bytes)
+        self.wire.add((self.wire.axis.size - 1) * output_tensor.nbytes)
         assert op == dist.ReduceOp.SUM
         return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-@dataclass(frozen=True)
 class _Replicas:
     """Counts the all-reduce of `hsdp` over the replicas, which FSDP has just issued."""
 
-    axis: Axis
-    traffic: Traffic
+    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
+        self.wire = Wire(axis, traffic, "fsdp all-reduce", layer)
 
     def __call__(self, reduced: Tensor) -> None:
-        n_bytes = 2 * (self.axis.size - 1) * reduced.numel() * reduced.element_size()
-        self.traffic.add(self.axis.name, "fsdp all-reduce", n_bytes // self.axis.size)
+        size = self.wire.axis.size
+        self.wire.add(2 * (size - 1) * reduced.nbytes // size)

@@ -9,8 +9,9 @@ ranks, so each has its own T = batch_size·seq_len / N tokens of a step.
 | routers that read their sub-token | heads over hp | dp × ep |
 | everything else | | all N ranks |
 
-With `shard` (FSDP) weights, gradients and optimiser state are also split over the ranks that
-replicate them otherwise, and the weights are gathered where they are used.
+With `shard` (FSDP) weights, gradients and optimiser state of all but norms and routers are also
+split over the ranks that replicate them otherwise, and the weights are gathered where they are
+used.
 """
 
 from collections.abc import Iterator
@@ -64,22 +65,26 @@ class Layout:
 class Share:
     """Parameters of one rank that are replicated over the same axis."""
 
-    name: Literal["replicated", "routers", "experts"]
+    name: Literal["replicated", "embedding and head", "norms and routers", "routers", "experts"]
     axis: Axis
     """The ranks that hold the same ones."""
     parts: int
     """The pieces that all such parameters are cut into: hp for routers, hp·ep for experts."""
+    gathers: int = 0
+    """With FSDP: how often a forward and backward pass gathers them; 0 where they stay whole."""
 
 
 def shares(model: ModelConfig, layout: Layout) -> dict[str, Share]:
     """Group of `cost.parameters` → how it is split."""
-    moved = layout.hp > 1 and model.moe.router.reads == "sub_token"
-    split = {
-        "experts": Share("experts", "dp", layout.hp * layout.ep),
-        "routers": Share("routers", "routers", layout.hp) if moved else None,
-    }
-    whole = Share("replicated", "world", 1)
-    return {item.name: split.get(item.name) or whole for item in parameters(model)}
+    cut = layout.shard
+    split = {"experts": Share("experts", "dp", layout.hp * layout.ep, 2 if cut else 0)}
+    if cut:
+        split["norms"] = split["routers"] = Share("norms and routers", "world", 1)
+        split["embedding and output head"] = Share("embedding and head", "world", 1, 1)
+    if layout.hp > 1 and model.moe.router.reads == "sub_token":
+        split["routers"] = Share("routers", "routers", layout.hp)
+    rest = Share("replicated", "world", 1, 2 if cut else 0)
+    return {item.name: split.get(item.name, rest) for item in parameters(model)}
 
 
 def used_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
@@ -98,13 +103,15 @@ def held_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
     if not layout.shard:
         return used_parameters(model, layout)
     by_name = shares(model, layout)
-    words = {"world": " / N", "routers": " / (dp·ep)", "dp": " / dp"}
+    words = {"world": " / N", "dp": " / dp"}
     return tuple(
         Item(
             item.name,
             item.value / layout.size(by_name[item.name].axis),
             item.formula + words[by_name[item.name].axis],
         )
+        if by_name[item.name].gathers
+        else item
         for item in used_parameters(model, layout)
     )
 

@@ -5,7 +5,7 @@ CUDA's context, NCCL's buffers and fragmentation; `plan.machine` leaves some 6 %
 """
 
 from headway.config import Config
-from headway.plan.layout import Layout, held_parameters, used_parameters
+from headway.plan.layout import Layout, held_parameters, shares, used_parameters
 from headway.plan.memory import activations, states_of
 from headway.plan.shape import Item, shape_of
 from headway.plan.traffic import expected_ranks, gate_bytes, index_bytes
@@ -63,14 +63,18 @@ def _received(config: Config, layout: Layout, n_tokens: int, b: int) -> Item:
 
 def _gathered(config: Config, layout: Layout, b: int) -> Item:
     """FSDP: the weights of two layers of this rank (the one in use and the next), and a layer's
-    whole gradients; or the embedding and the head where that is more."""
-    if not layout.shard:
-        return Item(GATHERED, 0, "")
-    used = {item.name: item.value for item in used_parameters(config.model, layout)}
-    ends = used.pop("embedding and output head")
-    widest = max(2 * sum(used.values()) / config.model.n_layers, ends)
+    whole gradients; or the embedding and the head where that is more. Experts, embedding and head
+    travel in b bytes and arrive in float32."""
+    by_name = shares(config.model, layout)
+    found = {"replicated": 0.0, "experts": 0.0, "embedding and head": 0.0}
+    for item in used_parameters(config.model, layout):
+        share = by_name[item.name]
+        if share.gathers and layout.size(share.axis) > 1:
+            found[share.name] += item.value
+    blocks, experts, ends = found.values()
+    layers = (3 * b * blocks + 12 * experts) / config.model.n_layers
     return Item(
-        GATHERED, widest * (b + 2), "(b + 2)·max(parameters of two layers, embedding and head)"
+        GATHERED, max(layers, 8 * ends), "max((3·b·n + 12·experts)/layers, 8·(embedding and head))"
     )
 
 

@@ -55,7 +55,7 @@ def sent(
         found += _experts(s, layout, n_tokens, b, s.n_sparse * passes * chunks, imbalance)
     for share, n in _groups(model, layout).items():
         if layout.size(share.axis) > 1:
-            found += _parameters(share, n, layout, s.n_layers, passes, b)
+            found += _parameters(share, n, layout, s, passes, b, chunks)
     return tuple(found)
 
 
@@ -157,21 +157,26 @@ def _groups(model: ModelConfig, layout: Layout) -> dict[Share, int]:
 
 
 def _parameters(
-    share: Share, n: int, layout: Layout, n_layers: int, passes: int, b: int
+    share: Share, n: int, layout: Layout, s: Shape, passes: int, b: int, chunks: int
 ) -> list[Sent]:
-    """Gradients by all-reduce once a step; with `shard`, weights are gathered for each forward and
-    each backward pass, and gradients reduce-scattered after each, so that none stay whole."""
+    """Gradients by all-reduce once a step. With `shard` weights are gathered where they are used,
+    in forward and in backward (experts for every chunk of tokens; embedding and head once for
+    both), and gradients reduce-scattered after each pass, so that none stay whole. Exact where P
+    divides the first dim of each parameter; pieces are filled up otherwise."""
     axis, P = share.axis, layout.size(share.axis)
     size = {"world": "N", "routers": "(dp·ep)", "dp": "dp"}[axis]
     leaves = f"n·({size}−1)/{size}"
-    if not layout.shard:
+    if not share.gathers:
         name, value = f"gradients all-reduced, {share.name}", t.all_reduce_bytes(n, P)
         return [Sent(name, "gradients", axis, value, 2 * (P - 1), f"2·4·{leaves}")]
-    weights, gradients = 2 * passes * t.scatter_bytes(n, P, b), passes * t.scatter_bytes(n, P)
-    calls = passes * n_layers * (P - 1)
+    groups = {"experts": s.n_sparse, "embedding and head": 1}.get(share.name, s.n_layers)
+    gathers = share.gathers * (chunks if share.name == "experts" else 1)
+    times = "passes·" + (f"{gathers}·" if gathers > 1 else "")
+    weights, gradients = passes * t.scatter_bytes(n, P, b), passes * t.scatter_bytes(n, P)
+    calls = passes * groups * (P - 1)
     gathered = f"weights gathered, {share.name}"
     name = f"gradients reduce-scattered, {share.name}"
     return [
-        Sent(gathered, "weights", axis, weights, 2 * calls, f"passes·2·b·{leaves}"),
+        Sent(gathered, "weights", axis, gathers * weights, gathers * calls, f"{times}b·{leaves}"),
         Sent(name, "gradients", axis, gradients, calls, f"passes·4·{leaves}"),
     ]

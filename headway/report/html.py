@@ -15,7 +15,16 @@ from headway.config import UsageError
 from headway.report.metrics import METRICS
 from headway.report.runs import defaults, load_run
 
-SCRIPTS = ("format.js", "plot.js", "chart.js", "heat.js", "panels.js", "facts.js", "page.js")
+SCRIPTS = (
+    "format.js",
+    "plot.js",
+    "chart.js",
+    "heat.js",
+    "panels.js",
+    "facts.js",
+    "wire.js",
+    "page.js",
+)
 """In the order in which the page runs them."""
 
 

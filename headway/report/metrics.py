@@ -115,6 +115,14 @@ METRICS: tuple[Metric, ...] = (
         "What overlap has not hidden, and the time that other ranks were late.",
     ),
     Metric(
+        "wire_layers",
+        "The wire, layer by layer",
+        "bytes/step",
+        "columns over blocks: layer; bytes and expected (sub-tokens, counted and by formula); "
+        "weights (of FSDP, and gradients); wait (of the step)",
+        "A backward exchange belongs to the layer of its forward; sums over all layers to none.",
+    ),
+    Metric(
         "skipped",
         "Skipped steps",
         "steps",

@@ -138,6 +138,19 @@ def _entropy(records: Sequence[dict]) -> list[dict]:
     return out
 
 
+def _wire_layers(records: Sequence[dict]) -> list[dict]:
+    """One row per layer that sends: means over the intervals of the run."""
+    rows: dict[int, list[dict]] = {}
+    for columns in (r["wire_layers"] for r in records if r.get("wire_layers")):
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            rows.setdefault(int(row["layer"]), []).append(row)
+    return [
+        {name: short(sum(row[name] for row in found) / len(found)) for name in found[0]}
+        for _, found in sorted(rows.items())
+    ]
+
+
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
     """`{"model": {"moe": {"top_k": 4}}}` → `{"model.moe.top_k": 4}`; an empty mapping is left
     out."""
@@ -232,6 +245,7 @@ def load_run(folder: str | Path) -> dict:
         "series": series,
         "entropy": _entropy(train),
         "load": _load(train),
+        "wire_layers": _wire_layers(train),
         "samples": [
             {
                 "step": samples[i]["step"],

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from headway.config import OptimConfig, UsageError
 from headway.parallel.exchange import ALONE
+from headway.parallel.reduce import total_norm
 from headway.parallel.shard import Layout, Pieces, local
 from headway.train.adamw import AdamW
 from headway.train.muon import Muon
 
 
 def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """‖g‖₂ over all gradients together, a scalar (float32 for float32 gradients); 0 without
-    gradients."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """‖g‖₂ over all gradients together, a float64 scalar; 0 without gradients."""
+    return total_norm(p.grad for p in parameters if p.grad is not None)
 
 
 def clip_factor(norm: float, limit: float) -> float:

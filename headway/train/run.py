@@ -14,6 +14,7 @@ from headway.config import Config, RunError, UsageError
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
 from headway.eval.sampling import generate
+from headway.model.moe import MoE
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import ALONE, Spread
 from headway.plan.wire import exchanged
@@ -162,8 +163,9 @@ class Run:
         mesh, data = self.spread.mesh, self.config.data
         if mesh.size == 1:
             return {}
-        taken = mesh.traffic.take()
         steps = interval.tokens / (data.batch_size * data.seq_len)
+        layers = self._wire_layers(steps, interval.seconds)
+        taken = mesh.traffic.take()
         exchanged = [c["bytes"] for key, c in taken.items() if key[:3] in ("hp ", "ep ")]
         waited = sum(c["wait"] for c in taken.values())
         return {
@@ -171,7 +173,25 @@ class Run:
             "wire_bytes": sum(exchanged) / steps,
             "wire_expected": self.expected_bytes,
             "wire_wait": waited / max(interval.seconds, 1e-9),
+            "wire_layers": layers,
         }
+
+    def _wire_layers(self, steps: float, seconds: float) -> dict[str, list[float]]:
+        """The same by block, as columns: what report/metrics.py says of `wire_layers`."""
+        expected = self.expected_bytes / max(1, len(self.model.sparse_layers()))
+        columns: dict[str, list[float]] = {}
+        for layer, axes in self.spread.mesh.traffic.by_layer().items():
+            tokens = sum(c.bytes for axis, c in axes.items() if axis in ("hp", "ep"))
+            row = {
+                "layer": layer,
+                "bytes": tokens / steps,
+                "expected": expected if isinstance(self.model.blocks()[layer].ffn, MoE) else 0.0,
+                "weights": (sum(c.bytes for c in axes.values()) - tokens) / steps,
+                "wait": round(sum(c.wait for c in axes.values()) / max(seconds, 1e-9), 6),
+            }
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+        return columns
 
     def evaluate(self) -> None:
         """Validation, always on the same batches."""

@@ -20,12 +20,11 @@ from headway.config import (
     UsageError,
 )
 from headway.data.shards import prepare
-from headway.data.stream import Stream
+from headway.data.stream import Batch, Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
-from headway.parallel.gathered import whole
 from headway.parallel.mesh import fake
 from headway.parallel.shard import local
 from headway.train import checkpoint
@@ -33,7 +32,8 @@ from headway.train.evaluate import evaluate, micro_batches
 from headway.train.optim import build_optimizers
 from headway.train.step import gradient, update
 from headway.validate import validate
-from tests.parity.test_parity import Case, check, close, dense, flat, heads
+from tests.parity.gathered import whole
+from tests.parity.test_parity import ROWS, Case, check, close, dense, flat, heads, rows_of
 
 ADAMW = OptimConfig(lr=1e-3, clip=0.5)
 MUON = OptimConfig(name="muon", lr=1e-3, clip=0.5)
@@ -209,11 +209,49 @@ def test_a_model_for_512_ranks(kind):
         optimizers = build_optimizers(model, MUON, torch.bfloat16, apart.layout)
     here = sum(local(p).numel() for p in model.parameters())
     routers = sum(p.numel() for n, p in model.named_parameters() if ".router." in n)
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
     if kind == "fsdp":
-        expected = (total - 8 * routers) / 512 + routers
+        expected = (total - 8 * routers - norms) / 512 + routers + norms
     else:
-        expected = experts / 64 + (total - experts - 8 * routers) / 64 + routers
+        expected = experts / 64 + (total - experts - 8 * routers - norms) / 64 + routers + norms
     assert total > 50e9 and abs(here / expected - 1) < 1e-3
     assert optimizers.muon is not None
     cut = {len(p.shape) for p in optimizers.muon.cuts}
     assert cut == {2}, "stacked experts are cut between matrices"
+
+
+def bits(mesh, config, optim):
+    """Three steps with matmuls in bfloat16: nats, gradients and parameters, whole."""
+    model = Transformer(config, dtype=torch.bfloat16, seed=0)
+    apart = spread(model, mesh)
+    optimizers = build_optimizers(model, optim, torch.float32, apart.layout)
+    found = []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
+        mine = rows_of(mesh, 8)
+        batch = Batch(tokens[mine], targets[mine], None)
+        got = gradient(model, [batch], batch.targets_BS.numel(), config.moe.balance, apart)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        update(model, optimizers, got, 1.0, optim, config.moe.balance, apart)
+        optimizers.zero_grad()
+        found.append((got.nats, whole(grads, apart)))
+    return found, whole(dict(model.state_dict()), apart)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2), MeshConfig(1, 2), MeshConfig(1, 1, 2)], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_gathered_in_bfloat16_change_no_bit(ranks, mesh, tied):
+    """Two ranks, one micro-batch each, so that the order of a sum is no matter."""
+    config = dataclasses.replace(heads(d_shared=16), tied=tied)
+    optim = OptimConfig(lr=1e-2, clip=0.0)  # the norm itself adds up in another order
+    cut = dataclasses.replace(mesh, shard="fsdp")
+    for (steps, last), (expected, end) in zip(
+        *(ranks.run(m, bits, config, optim) for m in (cut, mesh)), strict=True
+    ):
+        for (nats, grads), (nats_whole, grads_whole) in zip(steps, expected, strict=True):
+            assert nats == nats_whole
+            for key, grad in grads_whole.items():
+                assert torch.equal(grads[key], grad), key
+        for key, value in end.items():
+            assert torch.equal(last[key], value), key

@@ -17,10 +17,10 @@ from headway.config import (
 from headway.data.stream import Batch
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
-from headway.parallel.gathered import whole
 from headway.train.evaluate import micro_batches
 from headway.train.optim import build_optimizers, clip_factor
 from headway.train.step import gradient, update
+from tests.parity.gathered import whole
 
 BOUND = 1e-12
 STEPS = 5

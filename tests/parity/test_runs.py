@@ -11,6 +11,7 @@ import pytest
 
 from headway import cli
 from headway.config import MeshConfig, UsageError
+from headway.report.sinks import read_metrics
 from headway.train.loop import train
 from tests.train.tiny_run import quiet, records, tiny
 
@@ -68,6 +69,20 @@ def test_asynchronous_checkpoints_of_a_mesh_resume_to_the_same_bits(ranks, tmp_p
     for file in ("model.safetensors", "optimizer.safetensors"):
         whole, cut = (tmp_path / name / last / file for name in ("whole", "cut"))
         assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_the_metrics_file_tells_what_each_layer_sent(ranks, tmp_path):
+    ranks.launched(2, runs, on_mesh(tiny(tmp_path)))
+    found = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "wire" in r]
+    for record in found:
+        layers = record["wire_layers"]
+        assert layers["layer"] == [0, 1] and layers["weights"] == [0, 0]
+        assert layers["bytes"] == layers["expected"]
+        assert sum(layers["bytes"]) == record["wire_bytes"] == record["wire_expected"]
+        waited = sum(c["wait"] for key, c in record["wire"].items() if key.startswith("hp "))
+        every = sum(c["wait"] for c in record["wire"].values())
+        assert sum(layers["wait"]) == pytest.approx(record["wire_wait"] * waited / every, abs=1e-5)
+    assert len(found) > 1
 
 
 def with_own_text(rank, world, root):

@@ -1,5 +1,7 @@
 """The ledger counts what the formulas of plan.traffic predict, byte for byte."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,11 @@ from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
 from headway.plan import traffic
 from headway.plan.cost import parameters
+from headway.plan.layout import Layout
 from headway.plan.shape import shape_of
 from headway.plan.shape import total as sum_of
+from headway.plan.wire import sent
+from headway.train.evaluate import micro_batches
 from headway.train.step import gradient
 from tests.parity.test_parity import ROWS, Case, flat, heads, latent, rows_of
 
@@ -18,16 +23,18 @@ S = 8
 """Tokens of a row."""
 
 
-def count(mesh, case: Case):
-    """One step in float32; the ledger, and the rows that left for other ranks by the route."""
-    model = Transformer(case.model, seed=0)
+def count(mesh, case: Case, dtype=torch.float32):
+    """One step; bytes by purpose, and the ledger's counts."""
+    model = Transformer(case.model, dtype=dtype, seed=0)
     apart = spread(model, mesh)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, S), generator=generator)
     mine = rows_of(mesh, ROWS // mesh.size)
     batch = Batch(tokens[mine], targets[mine], None)
-    gradient(model, [batch], batch.targets_BS.numel(), case.model.moe.balance, apart)
-    return {key: c["bytes"] for key, c in mesh.traffic.take().items()}
+    micros = micro_batches(batch, case.micro or len(mine), torch.device("cpu"))
+    gradient(model, micros, batch.targets_BS.numel(), case.model.moe.balance, apart)
+    entries = {tuple(key): c.bytes for key, c in mesh.traffic.counts.items()}
+    return {key: c["bytes"] for key, c in mesh.traffic.take().items()}, entries
 
 
 def tokens_of(mesh: MeshConfig) -> int:
@@ -40,6 +47,18 @@ def trips(found, axis, there, back):
     return tuple(found[f"{axis} {key}"] for key in keys)
 
 
+def by_layer(found, entries, axis, there, back, want):
+    """Each layer sent what the formula says of one layer, in both directions, and all of them what
+    was counted without layers."""
+    keys = (there, back, f"{back} backward", f"{there} backward")
+    for key, n_bytes in zip(keys, want, strict=True):
+        layers = {layer: n for (a, k, layer), n in entries.items() if (a, k) == (axis, key)}
+        assert layers == {0: n_bytes, 1: n_bytes}, key
+        assert sum(layers.values()) == found[f"{axis} {key}"]
+    for (a, key, layer), _ in entries.items():
+        assert (layer is None) == (a not in ("hp", "ep")), key
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("reads", ["sub_token", "token"])
 @pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(dp=2, hp=2)], ids=str)
@@ -50,13 +69,14 @@ def test_head_parallel(ranks, mesh, reads, chunks):
     want = traffic.head_bytes(
         tokens_of(mesh), s.H, s.L, s.K, s.E, mesh.hp, 4, reads_token=reads == "token"
     )
-    for found in ranks.run(mesh, count, Case(model, mesh)):
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(found, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+        by_layer(found, entries, "hp", "scatter", "gather", want)
 
 
 def test_head_parallel_does_not_grow_with_k(ranks):
     mesh = MeshConfig(hp=4)
-    once, often = (ranks.run(mesh, count, Case(heads(top_k=k), mesh))[0] for k in (2, 8))
+    once, often = (ranks.run(mesh, count, Case(heads(top_k=k), mesh))[0][0] for k in (2, 8))
     assert trips(once, "hp", "scatter", "gather") == trips(often, "hp", "scatter", "gather")
 
 
@@ -66,8 +86,9 @@ def test_all_gather(ranks, model):
     s = shape_of(model)
     index = traffic.index_bytes(s.H, s.E)
     want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, 4, index)
-    for found in ranks.run(mesh, count, Case(model, mesh)):
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(found, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
+        by_layer(found, entries, "ep", "dispatch", "combine", want)
 
 
 @pytest.mark.parametrize("dedup", [True, False])
@@ -77,7 +98,7 @@ def test_all_to_all_follows_the_rows(ranks, model, dedup):
     mesh = MeshConfig(ep=4, ep_scheme="all_to_all", dedup=dedup)
     s = shape_of(model)
     index = traffic.index_bytes(s.H, s.E)
-    answers = ranks.run(mesh, count, Case(model, mesh))
+    answers = [found for found, _ in ranks.run(mesh, count, Case(model, mesh))]
     leaving = 0
     for found in answers:
         row = s.L * 4 + (s.K * (index + 4) if dedup else index)
@@ -103,5 +124,66 @@ def test_gradients_of_replicated_parameters(ranks):
     mesh, model = MeshConfig(hp=4), heads()
     groups = {item.name: item.value for item in parameters(model)}
     shared = sum_of(parameters(model)) - groups["experts"] - groups["routers"]
-    for found in ranks.run(mesh, count, Case(model, mesh)):
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert {key[2] for key in entries if key[:2] == ("world", "gradients")} == {None}
         assert found["world gradients"] == traffic.all_reduce_bytes(int(shared), 4)
+
+
+def test_the_first_layer_may_be_dense(ranks):
+    """Layers are counted as blocks of the model are numbered."""
+    model = heads()
+    model = replace(model, n_layers=3, moe=replace(model.moe, n_dense_layers=1))
+    mesh = MeshConfig(hp=2)
+    for _, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert {layer for _, _, layer in entries} == {None, 1, 2}
+
+
+@pytest.mark.parametrize("shard", ["fsdp", "hsdp"])
+def test_what_fsdp_sends_belongs_to_the_block(ranks, shard):
+    mesh = MeshConfig(dp=2, hp=2, shard=shard)
+    for found, entries in ranks.run(mesh, count, Case(heads(), mesh)):
+        sums = [
+            sum(n for (_, key, at), n in entries.items() if key.startswith("fsdp") and at == layer)
+            for layer in (None, 0, 1)
+        ]
+        assert sums[1] == sums[2] > 0 and sums[0] > 0
+        assert sum(sums) == sum(n for key, n in found.items() if " fsdp " in key)
+
+
+PREFIX = {
+    "weights gathered": "fsdp all-gather",
+    "gradients reduce-scattered": "fsdp reduce-scatter",
+}
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("micro", [0, 2])
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        (heads(), MeshConfig(dp=4)),
+        (heads(), MeshConfig(dp=2, hp=2)),
+        (heads(router=RouterConfig(reads="token"), d_shared=16), MeshConfig(dp=2, hp=2)),
+        (heads(), MeshConfig(hp=4)),
+        (flat(), MeshConfig(dp=2, ep=2, ep_scheme="all_gather", chunks=2)),
+    ],
+    ids=str,
+)
+def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
+    """Weights, gradients and tokens of a step, byte for byte, by axis."""
+    mesh = replace(mesh, shard="fsdp")
+    layout = Layout(mesh.dp, mesh.hp, mesh.ep, "all_gather" if mesh.ep > 1 else None, shard=True)
+    T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
+    want: dict[tuple[str, str], float] = {}
+    for part in sent(model, layout, T, passes, b, chunks=mesh.chunks):
+        purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
+        key = (part.axis, "" if part.kind == "tokens" else purpose)
+        want[key] = want.get(key, 0) + part.bytes
+    dtype = {2: torch.bfloat16, 4: torch.float32}[b]
+    for _, entries in ranks.run(mesh, count, Case(model, mesh, micro=micro), dtype):
+        got: dict[tuple[str, str], float] = {}
+        for (axis, purpose, _), n in entries.items():
+            key = (axis, "" if axis in ("hp", "ep") else purpose)
+            if purpose not in ("targets", "norm", "statistics", "counts") and n:
+                got[key] = got.get(key, 0) + n
+        assert got == want

@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from tests.test_cli import call
+from tests.command import call
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEXT = (DOCS / "plan.md").read_text("utf-8")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from headway.config import Config, DataConfig, OptimConfig, RunConfig
+from headway.plan.cost import parameters
 from headway.plan.layout import Layout
 from headway.plan.memory import activations, states
 from headway.plan.rank_memory import CAST, GATHERED, memory
@@ -48,12 +49,19 @@ def test_sharding_divides_states_and_gathers_two_layers():
     one = config("multi-head latent")
     whole = items(memory(one, Layout(), 4, 2))
     shard = items(memory(one, Layout(dp=4, shard=True), 4, 2))
-    for name in ("weights", "gradients", "AdamW moments", "Muon momentum"):
-        assert shard[name] == pytest.approx(whole[name] / 4)
+    n = {item.name: item.value for item in parameters(MODELS["multi-head latent"])}
+    small = n["norms"] + n["routers"]  # stay whole, and are AdamW's
+    for name, b in {"weights": 4, "gradients": 4, "AdamW moments": 8, "Muon momentum": 4}.items():
+        kept = 0 if name == "Muon momentum" else b * small
+        assert shard[name] == pytest.approx((whole[name] - kept) / 4 + kept)
     assert CAST in whole and CAST not in shard
-    n = whole["weights"] / 4
-    ends = 2 * 64 * 32  # embedding and head
-    assert shard[GATHERED] == max(2 * (n - ends) / 3, ends) * (2 + 2)
+    ends = n["embedding and output head"]
+    blocks = sum(n.values()) - small - ends - n["experts"]
+    # two layers of weights and one of gradients: 2 bytes each, of experts 4
+    layers = (2 * 2 * blocks + 2 * blocks + 2 * 4 * n["experts"] + 4 * n["experts"]) / 3
+    assert shard[GATHERED] == max(layers, 8 * ends)
+    heads = items(memory(one, Layout(hp=4, shard=True), 4, 2))
+    assert heads[GATHERED] == max(2 * blocks, 8 * ends)  # nobody else has these experts
     replicated = items(memory(one, Layout(dp=4), 4, 2))
     assert replicated == whole
 

@@ -83,12 +83,20 @@ def test_totals_by_scheme_include_the_counts():
 def test_fsdp_gathers_twice_and_scatters_once_a_pass():
     found = by_name(Layout(dp=2, hp=2, shard=True))
     whole = sum(int(i.value) for i in parameters(MODEL))
-    n = whole - n_of("experts") - n_of("routers")
+    ends, small = n_of("embedding and output head"), n_of("norms")
+    n = whole - n_of("experts") - n_of("routers") - small - ends
     assert found["weights gathered, replicated"].bytes == 4 * 2 * 2 * n * 3 // 4
+    assert found["weights gathered, replicated"].messages == 4 * 2 * 3 * 3
     assert found["gradients reduce-scattered, replicated"].bytes == 4 * 4 * n * 3 // 4
+    assert found["weights gathered, embedding and head"].bytes == 4 * 2 * ends * 3 // 4
+    assert found["gradients reduce-scattered, embedding and head"].bytes == 4 * 4 * ends * 3 // 4
     assert found["weights gathered, experts"].bytes == 4 * 2 * 2 * (n_of("experts") // 2) // 2
-    assert found["weights gathered, routers"].bytes == 4 * 2 * 2 * (n_of("routers") // 2) // 2
-    assert found["weights gathered, routers"].axis == "routers"
+    assert found["weights gathered, experts"].messages == 4 * 2 * 2
+    routers = found["gradients all-reduced, routers"]
+    assert (routers.bytes, routers.axis) == (2 * 4 * (n_of("routers") // 2) // 2, "routers")
+    assert found["gradients all-reduced, norms and routers"].bytes == 2 * 4 * small * 3 // 4
+    again = by_name(Layout(dp=2, hp=2, shard=True), chunks=2)["weights gathered, experts"]
+    assert again.bytes == 2 * found["weights gathered, experts"].bytes
 
 
 def test_a_dense_model_sends_gradients_alone():

@@ -150,6 +150,13 @@ def make_run(
                     "wire_bytes": 6.1e6 * (1 + 0.02 * rng.normal()),
                     "wire_expected": 6.0e6,
                     "wire_wait": 0.25 + 0.03 * rng.normal(),
+                    "wire_layers": {
+                        "layer": list(range(layers)),
+                        "bytes": [6.1e6 / layers + i for i in range(layers)],
+                        "expected": [6.0e6 / layers] * layers,
+                        "weights": [0.0] * layers,
+                        "wait": [0.01 * (i + 1) for i in range(layers)],
+                    },
                 }
             sink.write(record)
             if step % config.run.eval_every == 0 or step == steps:

@@ -113,7 +113,16 @@ def js(browser, code, *arguments):
 
 def test_counted_bytes_stand_beside_the_formula(browser, runs, tmp_path):
     show(browser, tmp_path, runs["wire"])
-    assert points(browser) == POINTS | {"wire_bytes": 2 * 60, "wire_wait": 60}
+    sent = {"wire_bytes": 2 * 60, "wire_wait": 60, "wire_layers": LAYERS}
+    assert points(browser) == POINTS | sent
+    cells = "return [...document.querySelectorAll('#chart-wire_layers tbody tr')].map(r => [...r.children].map(c => c.textContent))"
+    rows = browser.execute_script(cells)
+    first = f"{6.1e6 / LAYERS:,.7g}", f"{6.0e6 / LAYERS:,.7g}"
+    assert rows[0] == ["0", *first, "1.00 %"] and rows[-1][-1] == f"{LAYERS}.00 %"
+    widths = "return [...document.querySelectorAll('#chart-wire_layers tbody tr:first-child .bar')].map(b => parseFloat(b.style.width))"
+    counted, formula, wait = browser.execute_script(widths)
+    assert 0.99 < counted / 100 < 1.01 and abs(formula / counted - 6.0 / 6.1) < 1e-3
+    assert abs(wait - 100 / LAYERS) < 1e-3
     quiet(browser)
 
 

@@ -144,7 +144,7 @@ function chooser() {
   return el(
     "p",
     { class: "lead" },
-    el("label", { for: "routing-run" }, "Map, strip and entropy show the run "),
+    el("label", { for: "routing-run" }, "Map, strip, entropy and the wire by layer show the run "),
     choice,
   );
 }
@@ -232,20 +232,6 @@ function drawAll(what) {
       chart.draw();
 }
 
-// Counted bytes beside those of the formula, and what waiting for them costs.
-function wire() {
-  const lines = () =>
-    RUNS.flatMap((run, i) => [
-      ...one(run, i, "wire_bytes", many ? `${run.name} counted` : "counted"),
-      ...one(run, i, "wire_expected", many ? `${run.name} by formula` : "by formula", {
-        thin: true,
-        ...(many ? {} : { colour: runColour(1) }),
-      }),
-    ]);
-  const sent = metric("wire_bytes", { zero: true, height: 190, billion: "G", series: lines });
-  return grid(lineChart(sent), lineChart(metric("wire_wait", { zero: true, height: 190 })));
-}
-
 const sparse = RUNS.some((r) => r.load || r.entropy.length || r.series.load_max);
 headline();
 controls();
@@ -327,7 +313,7 @@ document.getElementById("main").append(
       lineChart(metric("flops_per_second", { zero: true, height: 190, billion: "G" })),
       lineChart(metric("memory_gib", { zero: true, height: 190 })),
     ),
-    ...(RUNS.some((r) => r.series.wire_bytes) ? [wire()] : []),
+    ...(RUNS.some((r) => r.series.wire_bytes) ? [wire(), wireLayers()] : []),
   ),
   events(),
   configuration(),

@@ -1,0 +1,56 @@
+"""`headway plan`."""
+
+import json
+
+from tests.command import call, mistake
+
+
+def test_plan_lists_meshes():
+    done = call("plan", "large", "--gpus", 64, "--gpu", "h100", "--json")
+    found = done.json
+    assert done.code == 0 and len(found["meshes"]) > 20 and found["best"]["fits"]
+    assert found["dtype"] == "bfloat16" and "ms per step" in done.out
+    assert "hp=16 does not divide n_heads=8" in done.out
+    assert "assumed, not measured: latency" in done.out and "vendor's: peak" in done.out
+    slow = call("plan", "large", "--gpus", 64, "--network", 10, "--json").json
+    for row in slow["meshes"]:
+        if "between nodes" in row["links"].values():
+            twin = next(
+                r
+                for r in found["meshes"]
+                if all(r[key] == row[key] for key in ("mesh", "scheme", "replicas"))
+            )
+            assert row["step_seconds"] > twin["step_seconds"]
+
+
+def test_plan_takes_overrides_and_exits_1_when_nothing_fits():
+    args = ("plan", "demo", "--gpus", 2, "--gpu", "cpu", "--json")
+    found = call(*args).json
+    assert found["dtype"] == "float32"
+    assert {r["mesh"] for r in found["meshes"]} == {
+        "dp=2,hp=1,ep=1",
+        "dp=1,hp=2,ep=1",
+        "dp=1,hp=1,ep=2",
+    }
+    wider = call(*args, "--model.moe.d-expert", 128).json
+    before, after = found["best"]["parameters"], wider["best"]["parameters"]
+    assert after - before == 4 * 4 * 32 * 3 * 64 * 48 // 2
+    big = call("plan", "large", "--gpus", 1, "--gpu", "cpu", "--json")
+    assert big.code == 1 and big.json["best"] is None and "no mesh fits" in big.out
+
+
+def test_plan_reads_what_doctor_measured(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "machine.json"
+    measured = call("doctor", "--measure", file, "--json")
+    assert measured.code == 0 and measured.json == json.loads(file.read_text())
+    done = call("plan", "demo", "--gpus", 2, "--machine", file, "--json")
+    assert done.code == 0 and done.json["dtype"] == measured.json["dtype"]
+    machine = done.json["machine"]
+    for name, value in measured.json["measured"].items():
+        assert machine[name] == {"value": value, "origin": "measured"}
+    assert machine["inter_node"]["origin"] in ("assumed", "vendor") and "measured: " in done.out
+    other = "float32" if measured.json["dtype"] == "bfloat16" else "bfloat16"
+    words = mistake("plan", "demo", "--gpus", 2, "--machine", file, "--run.dtype", other)
+    assert f"was measured in {measured.json['dtype']}" in words

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from headway.parallel.float8 import narrow, widen
 from headway.parallel.mesh import Axis
 from headway.parallel.traffic import Traffic
 
@@ -58,6 +59,8 @@ class Wire(NamedTuple):
     purpose: str
     layer: int | None = None
     """Whose exchange it is; None for one that belongs to no layer."""
+    float8: bool = False
+    """The first tensor of a message, the sub-tokens, travels as `parallel.float8` makes it."""
 
     def add(self, n_bytes: int) -> None:
         """Counts a collective that begins."""
@@ -166,11 +169,15 @@ class Flight:
         self.wire, self.forward, self.adjoint = wire, forward, adjoint
         self.message: _Message | None = None
         self.layout = _Layout(())
+        self.dtype = torch.float32
         self.token = torch.empty(0)
 
     def depart(self, parts: Sequence[Tensor], way: _Way, wire: Wire) -> None:
         """Start a collective, in either direction."""
         assert self.message is None
+        self.dtype = parts[0].dtype
+        if wire.float8:
+            parts = (*narrow(parts[0]), *parts[1:])
         self.layout = _Layout(parts)
         self.message = way.send(self.layout.pack(parts), wire)
 
@@ -179,6 +186,8 @@ class Flight:
         assert self.message is not None
         parts = self.layout.unpack(self.message.land())
         self.message = None
+        if self.wire.float8:
+            parts = (widen(parts[0], parts[1], self.dtype), *parts[2:])
         return tuple(_rank_sum(p, self.wire.axis.size) for p in parts) if way.sums else parts
 
     def wait(self) -> tuple[Tensor, ...]:

@@ -93,7 +93,9 @@ class Exchange:
 
     def _wire(self, axis: str, purpose: str) -> Wire:
         mesh = self.mesh
-        return Wire(mesh.hp if axis == "hp" else mesh.ep, mesh.traffic, purpose, self.layer)
+        float8 = mesh.config.payload == "float8"
+        among = mesh.hp if axis == "hp" else mesh.ep
+        return Wire(among, mesh.traffic, purpose, self.layer, float8)
 
 
 @dataclass(frozen=True)

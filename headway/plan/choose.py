@@ -24,7 +24,7 @@ from headway.plan.machine import NUMBERS
 from headway.plan.rank_memory import memory
 from headway.plan.shape import total
 from headway.plan.time import Setting, seconds, work
-from headway.plan.traffic import Scheme
+from headway.plan.traffic import payload_bytes, Scheme
 from headway.plan.wire import ep_totals, sent
 
 SchemeChoice = Literal["auto", "all_to_all", "all_to_all_per_slot", "all_gather"]
@@ -98,7 +98,8 @@ def _variants(
 def _by_scheme(setting: Setting, layout: Layout, micro: int, passes: int) -> dict[Scheme, float]:
     config, calls = setting.config, passes * setting.chunks
     n_tokens = micro * passes * config.data.seq_len
-    return ep_totals(config.model, layout, n_tokens, calls, setting.bytes_per_value)
+    b = payload_bytes(config.mesh, setting.bytes_per_value)
+    return ep_totals(config.model, layout, n_tokens, calls, b)
 
 
 def _row(
@@ -118,6 +119,7 @@ def _row(
         n_tokens,
         passes,
         b,
+        payload=payload_bytes(config.mesh, b),
         chunks=setting.chunks,
         imbalance=uneven,
     )

@@ -2,7 +2,7 @@
 
 T tokens of the rank · H heads · L width of a head (D_L = H·L) · E experts per head · K chosen ·
 N sub-tokens of the rank (T·H, which the exchange of heads leaves as many) · P ranks of the axis ·
-b bytes of a value (2 bfloat16, 4 float32, 8 float64) · g bytes of a gate (4; 8 where b is 8) ·
+b bytes of a value (1 float8, 2 bfloat16, 4 float32, 8 float64) · g bytes of a gate (4; 8 where b is 8) ·
 i bytes of an index (2 where H·E < 32768, else 4). What a rank keeps for itself is not on the wire.
 
 | scheme | dispatch | combine | backward of combine | backward of dispatch |
@@ -16,12 +16,13 @@ i bytes of an index (2 where H·E < 32768, else 4). What a rank keeps for itself
 The R rows that leave follow the router: N·K·(P−1)/P with a copy per slot and even choices, and
 N·c·(P−1)/P with a copy per rank, c = P·(1 − (1 − 1/P)^K) being the expected number of ranks among K
 independent choices; an exchange of their counts, 8·(P−1) bytes, comes first. The other schemes have
-sizes that are fixed in advance. One copy per rank is what DeepEP does.
+sizes that are fixed in advance. One copy per rank is what DeepEP does. A sub-token in float8 brings
+its float32 scale: L + 4 bytes in place of L·b.
 """
 
 from typing import Literal, NamedTuple
 
-from headway.config import ModelConfig
+from headway.config import MeshConfig, ModelConfig
 from headway.plan.shape import Item, shape_of
 
 Scheme = Literal["all_to_all", "all_to_all_per_slot", "all_gather"]
@@ -52,6 +53,16 @@ class Trips(NamedTuple):
 def index_bytes(n_heads: int, n_experts: int) -> int:
     """i: the width of an index among H·E experts."""
     return 2 if n_heads * n_experts < 32768 else 4
+
+
+def payload_bytes(mesh: MeshConfig, bytes_per_value: int) -> int:
+    """b of sub-tokens on the wire, where the matmuls have `bytes_per_value`."""
+    return 1 if mesh.payload == "float8" else bytes_per_value
+
+
+def row_bytes(width: int, bytes_per_value: int) -> int:
+    """Of a sub-token: L·b, and 4 for its scale where b is 1 (`mesh.payload=float8`)."""
+    return width * bytes_per_value + (4 if bytes_per_value == 1 else 0)
 
 
 def gate_bytes(bytes_per_value: int) -> int:
@@ -86,7 +97,7 @@ def head_bytes(
 
     `reads_token`: the router reads the whole token, so that indices and gates ride along.
     """
-    values = _leaving(n_tokens * n_heads * width * bytes_per_value, n_ranks)
+    values = _leaving(n_tokens * n_heads * row_bytes(width, bytes_per_value), n_ranks)
     slots = n_tokens * n_heads * top_k if reads_token else 0
     gate, index = gate_bytes(bytes_per_value), index_bytes(n_heads, n_experts)
     return Trips(
@@ -100,14 +111,14 @@ def head_bytes(
 def slot_rows_bytes(rows: float, width: int, bytes_per_value: int, index: int) -> Trips:
     """Expert Parallel with one copy per slot: `rows` of width L leave, each with its `index` bytes;
     the gates stay at home."""
-    row = width * bytes_per_value
+    row = row_bytes(width, bytes_per_value)
     return Trips(rows * (row + index), rows * row, rows * row, rows * row)
 
 
 def rank_rows_bytes(rows: float, width: int, top_k: int, bytes_per_value: int, index: int) -> Trips:
     """Expert Parallel with one copy per rank: `rows` of width L leave, each with K indices and
     gates."""
-    row, gate = width * bytes_per_value, gate_bytes(bytes_per_value)
+    row, gate = row_bytes(width, bytes_per_value), gate_bytes(bytes_per_value)
     return Trips(
         rows * (row + top_k * (index + gate)), rows * row, rows * row, rows * (row + top_k * gate)
     )
@@ -117,7 +128,7 @@ def gather_bytes(
     n_sub_tokens: int, width: int, top_k: int, n_ranks: int, bytes_per_value: int, index: int
 ) -> Trips:
     """Expert Parallel by all-gather and reduce-scatter of N sub-tokens per rank; exact."""
-    row, gate = width * bytes_per_value, gate_bytes(bytes_per_value)
+    row, gate = row_bytes(width, bytes_per_value), gate_bytes(bytes_per_value)
     sent = n_sub_tokens * (n_ranks - 1)
     return Trips(
         sent * (row + top_k * (index + gate)), sent * row, sent * row, sent * (row + top_k * gate)

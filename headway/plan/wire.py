@@ -34,6 +34,7 @@ def sent(
     passes: int,
     bytes_per_value: int,
     *,
+    payload: int | None = None,
     chunks: int = 1,
     imbalance: float = 1.0,
 ) -> tuple[Sent, ...]:
@@ -43,16 +44,18 @@ def sent(
         n_tokens: T, of this rank in a step.
         passes: forward passes (micro-batches) of a step.
         bytes_per_value: b, of the matmuls' dtype.
+        payload: b of sub-tokens on the wire; None: the same.
         chunks: pieces that a micro-batch is cut into for overlap; more messages, the same bytes.
         imbalance: rows of the busiest rank of an ep axis over the mean; an all-gather does not
             depend on it.
     """
     s, b = shape_of(model), bytes_per_value
-    found = []
+    found, calls = [], s.n_sparse * passes * chunks
+    on_wire = b if payload is None else payload
     if layout.hp > 1:
-        found.append(_heads(model, s, layout, n_tokens, b, s.n_sparse * passes * chunks))
+        found.append(_heads(model, s, layout, n_tokens, on_wire, calls))
     if layout.ep > 1:
-        found += _experts(s, layout, n_tokens, b, s.n_sparse * passes * chunks, imbalance)
+        found += _experts(s, layout, n_tokens, on_wire, calls, imbalance)
     for share, n in _groups(model, layout).items():
         if layout.size(share.axis) > 1:
             found += _parameters(share, n, layout, s, passes, b, chunks)
@@ -91,6 +94,7 @@ def exchanged(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
         rows * data.seq_len,
         rows // (data.micro_batch_size or rows),
         bytes_per_value,
+        payload=t.payload_bytes(mesh, bytes_per_value),
         chunks=mesh.chunks,
     )
     return sum(part.bytes for part in found if part.kind == "tokens")
@@ -100,7 +104,8 @@ def _heads(model: ModelConfig, s: Shape, layout: Layout, n_tokens: int, b: int, 
     token = model.moe.router.reads == "token"
     trips = t.head_bytes(n_tokens, s.H, s.L, s.K, s.E, layout.hp, b, reads_token=token)
     extra = " + H·K·(i+2g)" if token else ""
-    formula = f"layers·T·(4·D_L·b{extra})·(hp−1)/hp"
+    values = "H·(L+4)" if b == 1 else "D_L·b"
+    formula = f"layers·T·(4·{values}{extra})·(hp−1)/hp"
     messages = 4 * calls * (layout.hp - 1)
     return Sent("Head Parallel", "tokens", "hp", s.n_sparse * trips.total, messages, formula)
 
@@ -126,6 +131,7 @@ def _experts(
 ) -> list[Sent]:
     assert layout.scheme is not None
     name, formula = _EXPERTS[layout.scheme]
+    formula = formula.replace("L·b", "(L+4)") if b == 1 else formula
     value = s.n_sparse * _trips(s, layout.scheme, layout.ep, n_tokens, b).total
     others = layout.ep - 1
     if layout.scheme == "all_gather":

@@ -74,18 +74,33 @@ def test_head_parallel(ranks, mesh, reads, chunks):
         by_layer(found, entries, "hp", "scatter", "gather", want)
 
 
+@pytest.mark.parametrize("reads", ["sub_token", "token"])
+def test_head_parallel_in_float8(ranks, reads):
+    """One byte a value and four a sub-token, in all four exchanges."""
+    model = heads(router=RouterConfig(reads=reads), top_k=3)
+    mesh = MeshConfig(hp=4, payload="float8")
+    s = shape_of(model)
+    want = traffic.head_bytes(
+        tokens_of(mesh), s.H, s.L, s.K, s.E, 4, 1, reads_token=reads == "token"
+    )
+    assert want.combine == tokens_of(mesh) * s.H * (s.L + 4) * 3 // 4
+    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert trips(found, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+
+
 def test_head_parallel_does_not_grow_with_k(ranks):
     mesh = MeshConfig(hp=4)
     once, often = (ranks.run(mesh, count, Case(heads(top_k=k), mesh))[0][0] for k in (2, 8))
     assert trips(once, "hp", "scatter", "gather") == trips(often, "hp", "scatter", "gather")
 
 
+@pytest.mark.parametrize("payload", ["matmul", "float8"])
 @pytest.mark.parametrize("model", [flat(), latent(), heads()], ids=["flat", "latent", "heads"])
-def test_all_gather(ranks, model):
-    mesh = MeshConfig(ep=4, ep_scheme="all_gather")
+def test_all_gather(ranks, model, payload):
+    mesh = MeshConfig(ep=4, ep_scheme="all_gather", payload=payload)
     s = shape_of(model)
-    index = traffic.index_bytes(s.H, s.E)
-    want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, 4, index)
+    index, b = traffic.index_bytes(s.H, s.E), traffic.payload_bytes(mesh, 4)
+    want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, b, index)
     for found, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(found, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
         by_layer(found, entries, "ep", "dispatch", "combine", want)

@@ -202,9 +202,9 @@ class MeshConfig:
     for about half as many bytes again. `hsdp`: in pieces over the hp × ep ranks, the dp replicas
     being whole; take it when gathers should stay within a machine.
     """
-    chunks: int = 1
-    """Pieces in which a micro-batch passes a sparse layer, 1 to 4: one travels while the next is
-    computed. More chunks are smaller matmuls."""
+    chunks: int = 0
+    """Pieces in which a micro-batch passes a sparse layer, 0 to 4: one travels while another is
+    computed, same result. 0 chooses: 2 where an all-to-all of the ep axis spans nodes, else 1."""
     timeout: float = 600.0
     """Seconds after which a collective that does not finish ends the run; > 0."""
 

@@ -112,12 +112,11 @@ class Cluster:
 
     def rates(self) -> dict[str, float]:
         """What a host computes while the others do the same: fields of `plan.machine.Machine`."""
-        return self._all("rates", seconds=0.2)[0]
+        return self._all("rates", seconds=0.2, wide=512)[0]
 
     def curves(self) -> list[Curve]:
         """Plain collectives of several sizes with nothing else to do (`headway.measure`)."""
-        sizes = [1 << n for n in (12, 18, 20, 22)]
-        found = self._all("curves", sizes=sizes, repeats=3)
+        found = self._all("curves", sizes=self.size.collectives, repeats=3)
         return [curve(values) for values in found[0]["curves"]]
 
     def _all(self, do: str, **arguments: Any) -> list[dict]:

@@ -59,6 +59,8 @@ class Size:
     seq_len: int = 256
     batch: int = 8
     """Sequences per host and step."""
+    collectives: tuple[int, ...] = (1 << 12, 1 << 18, 1 << 20, 1 << 22)
+    """Bytes that leave a host in the plain collectives that are measured."""
 
     @property
     def tokens(self) -> int:
@@ -67,7 +69,7 @@ class Size:
 
 
 FULL = Size()
-SMALL = Size(d_model=48, n_layers=1, active=128, total=4, d_head=8, seq_len=32, batch=2)
+SMALL = Size(48, 1, 128, 4, d_head=8, seq_len=32, batch=2, collectives=(1 << 10, 1 << 16))
 
 
 def share_of(model: ModelConfig, hosts: int) -> ModelConfig:

@@ -107,14 +107,18 @@ Note = Callable[[str, float, str, str], None]
 
 
 def rates(
-    device: torch.device, seconds: float, note: Note = lambda key, value, unit, what: None
+    device: torch.device,
+    seconds: float,
+    note: Note = lambda key, value, unit, what: None,
+    wide: int = 0,
 ) -> dict[str, float]:
     """What one process computes: fields of `plan.machine.Machine`. `note` gets each number with its
-    unit and shape."""
+    unit and shape; `wide` is the size of the square matmul, 0 the usual one."""
     dtype = _dtype(device)
     name = str(dtype).removeprefix("torch.")
     big = device.type == "cuda"
-    wide, rows = (8192, 16384) if big else (2048, 2048)
+    usual, rows = (8192, 16384) if big else (2048, 2048)
+    wide = wide or usual
     measured: dict[str, float] = {}
     for kind in dict.fromkeys((dtype, torch.float32)):
         large = matmul_flops(device, kind, wide, wide, wide, seconds)

@@ -84,7 +84,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         return []
     head = (
         f"  {'mesh':<20} {'ep scheme':<19} {'replicas':<9} {'chunks':>6} {'step ms':>9} "
-        f"{'compute':>9} {'exposed':>9} {'gradients':>9} {'optimiser':>9} {'GB sent':>8} {'GB held':>8} {'MFU':>5}"
+        f"{'compute':>9} {'exposed':>9} {'gradients':>9} {'optimiser':>9} {'GB sent':>8} "
+        f"{'GB held':>8} {'MFU':>5}"
     )
     return [head, *(_line(row) for row in rows)]
 

@@ -17,19 +17,22 @@ import dataclasses
 import itertools
 import os
 import socket
-import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import cluster_plot, common
-from bench.cluster_host import FULL, SMALL, Size, model_of
+from bench.cluster_host import FULL, SMALL, Size, model_of, share_of
+from bench.cluster_predict import HOSTS, alone_name, median_curves, with_predictions
 from bench.cluster_report import (
     Case,
     Sample,
+    alone_row,
+    prediction_table,
     scaling_row,
     sweep_row,
     targets,
@@ -37,8 +40,8 @@ from bench.cluster_report import (
 )
 from bench.hosts import Hosts, Workers, address, hosts
 from headway.config import MeshConfig
+from headway.plan.link import Curve, curve
 
-HOSTS = 4
 UNLIMITED = 0.0
 WEAK_K = 4
 
@@ -107,12 +110,14 @@ class Cluster:
         """One step."""
         return Sample(self._all("step", key=case.key))
 
-    def probe(self, repetitions: int = 3, n_bytes: int = 1 << 21) -> float:
-        """Mbit/s per host of an all-to-all as large as those of the models, with nothing else to
-        do. Several flows meet on every link and TCP does not share it evenly: less than the link's
-        rate."""
-        found = [self._all("probe", n_bytes=n_bytes) for _ in range(repetitions)]
-        return statistics.median(min(a["rate"] for a in each) for each in found) * 8e-6
+    def rates(self) -> dict[str, float]:
+        """What a host computes while the others do the same: fields of `plan.machine.Machine`."""
+        return self._all("rates", seconds=0.2, wide=512)[0]
+
+    def curves(self) -> list[Curve]:
+        """Plain collectives of several sizes with nothing else to do (`headway.measure`)."""
+        found = self._all("curves", sizes=self.size.collectives, repeats=3)
+        return [curve(values) for values in found[0]["curves"]]
 
     def _all(self, do: str, **arguments: Any) -> list[dict]:
         return self.workers.ask([{"do": do, **arguments} for _ in range(HOSTS)])
@@ -138,17 +143,27 @@ class Progress:
 
 
 def sweep(
-    cluster: Cluster, found: list[Case], rates: list[float], repetitions: int, progress: Progress
+    cluster: Cluster,
+    found: list[Case],
+    rates: list[float],
+    repetitions: int,
+    dtype: str,
+    progress: Progress,
 ) -> list[dict]:
-    """Every case at every rate, a step each, again and again: what else the machine does meanwhile
-    falls on all of them."""
-    progress.say(f"building {len(found)} models", 2.0 * len(found))
-    for case in found:
+    """Every case at every rate, a step each, again and again, and what the prediction needs in
+    between: what else the machine does meanwhile falls on all of them."""
+    single = [Case(alone_name(c), c.k, MeshConfig(), share_of(c.model, HOSTS)) for c in found]
+    alone = list({case.key: case for case in single}.values())
+    progress.say(f"building {len(found) + len(alone)} models", 2.0 * len(found))
+    for case in found + alone:
         cluster.build(case)
+    cluster.limit(UNLIMITED)
+    crowd = HOSTS / len(os.sched_getaffinity(0))
+    rates_row = {"bench": "rates", "measured": cluster.rates(), "crowd": crowd, "dtype": dtype}
     rates = [UNLIMITED, *rates]
     took: dict[float, float] = {}
-    reached: dict[float, list[float]] = {mbit: [] for mbit in rates}
-    kept: dict[tuple[str, float], list[Sample]] = {(c.key, m): [] for c in found for m in rates}
+    measured: dict[float, list[list[Curve]]] = {mbit: [] for mbit in rates}
+    kept: dict[tuple[str, float], list[Sample]] = defaultdict(list)
     for turn, mbit in itertools.product(range(repetitions), rates):
         last = max(took.values(), default=1.0 * len(found))
         round_ = sum(took.get(m, last) for m in rates)
@@ -158,20 +173,21 @@ def sweep(
         progress.say(f"round {turn + 1} of {repetitions}, {mbit or 'no'} Mbit/s limit", left)
         started = time.perf_counter()
         cluster.limit(mbit)
-        reached[mbit].append(cluster.probe())
-        for case in found:
+        measured[mbit].append(cluster.curves())
+        for case in found if mbit else found + alone:
             kept[case.key, mbit].append(cluster.step(case))
         took[mbit] = time.perf_counter() - started
-    rows: list[dict] = []
+    rows: list[dict] = [rates_row]
+    for mbit in rates:
+        curves = [dataclasses.asdict(c) for c in median_curves(measured[mbit])]
+        rows.append({"bench": "network", "mbit": mbit, "curves": curves})
+    rows += [alone_row(case, kept[case.key, UNLIMITED]) for case in alone]
     base: dict[str, dict] = {}
-    cores = len(os.sched_getaffinity(0))
     for mbit, case in itertools.product(rates, found):
-        probed = statistics.median(reached[mbit])
-        samples = kept[case.key, mbit]
-        row = sweep_row(case, mbit, probed, samples, cluster.size, cores, base.get(case.key))
+        row = sweep_row(case, mbit, kept[case.key, mbit], cluster.size, base.get(case.key))
         base.setdefault(case.key, row)
         rows.append(row)
-    return rows
+    return with_predictions(rows, found, cluster.size)
 
 
 def weak_scaling(
@@ -219,12 +235,14 @@ def main() -> None:
             cluster = Cluster(where, workers, size)
             progress.say(f"starting {HOSTS} hosts", 15.0)
             dtype = cluster.form(HOSTS)
-            rows = sweep(cluster, cases(ks, size), rates, repetitions, progress)
+            rows = sweep(cluster, cases(ks, size), rates, repetitions, dtype, progress)
             rows += weak_scaling(cluster, rates[len(rates) // 2], repetitions, progress)
         finally:
             workers.close()
     rows = [row | {"dtype": dtype} for row in with_efficiency(rows)]
-    common.print_rows([{k: v for k, v in row.items() if k in SHOWN} for row in rows])
+    shown = [row for row in rows if "step_ms" in row]
+    common.print_rows([{k: v for k, v in row.items() if k in SHOWN} for row in shown])
+    print(prediction_table(rows))
     common.report("cluster", rows, targets(rows), args)
     if args.save:
         path = common.ROOT / "docs" / "cluster.svg"
@@ -233,7 +251,7 @@ def main() -> None:
 
 
 SHOWN = """bench name mesh k hosts mbit step_ms wire_bytes ledger_bytes spread wait_ms predicted_ms
-error efficiency""".split()
+ratio efficiency""".split()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from headway.config import (
     from_dict,
 )
 from headway.data.stream import Batch
+from headway.measure import curves, rates
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import Spread, spread
 from headway.parallel.mesh import Mesh, place
@@ -58,6 +59,8 @@ class Size:
     seq_len: int = 256
     batch: int = 8
     """Sequences per host and step."""
+    collectives: tuple[int, ...] = (1 << 12, 1 << 18, 1 << 20, 1 << 22)
+    """Bytes that leave a host in the plain collectives that are measured."""
 
     @property
     def tokens(self) -> int:
@@ -66,7 +69,14 @@ class Size:
 
 
 FULL = Size()
-SMALL = Size(d_model=48, n_layers=1, active=128, total=4, d_head=8, seq_len=32, batch=2)
+SMALL = Size(48, 1, 128, 4, d_head=8, seq_len=32, batch=2, collectives=(1 << 10, 1 << 16))
+
+
+def share_of(model: ModelConfig, hosts: int) -> ModelConfig:
+    """What one of several hosts computes, as a model for one process: as many of the heads' experts
+    as a host has, so that each gets as many rows."""
+    each = max(round(model.moe.n_experts / hosts), model.moe.top_k)
+    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, n_experts=each))
 
 
 def model_of(kind: str, k: int, size: Size, multiple: int) -> ModelConfig:
@@ -113,12 +123,13 @@ class _Model:
 
 
 class Host:
-    """One rank: answers `join`, `build`, `step` and `probe`."""
+    """One rank: answers `join`, `build`, `step`, `rates` and `curves`."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
         set_allocator("keep")
         self.rank, self.world = 0, 1
+        self.pair: dist.ProcessGroup | None = None
         self.models: dict[str, _Model] = {}
         self.meshes: dict[tuple[int, int, int], Mesh] = {}
         self.dtype = torch.bfloat16 if native_bfloat16(CPU) else torch.float32
@@ -135,8 +146,10 @@ class Host:
                 return self.build(**command)
             case "step":
                 return self.step(**command)
-            case "probe":
-                return self.probe(**command)
+            case "rates":
+                return rates(CPU, **command)
+            case "curves":
+                return self.curves(**command)
             case other:
                 raise ValueError(f"no command {other}")
 
@@ -147,6 +160,7 @@ class Host:
         self.rank, self.world = rank, world
         self.models.clear()
         self.meshes.clear()
+        self.pair = None
         if world > 1:
             dist.init_process_group(
                 "gloo",
@@ -155,6 +169,10 @@ class Host:
                 world_size=world,
                 timeout=timedelta(seconds=120),
             )
+        if world > 2:  # the neighbours of HP×EP
+            for first in range(0, world, 2):
+                group = dist.new_group([first, first + 1])
+                self.pair = group if rank // 2 == first // 2 else self.pair
         return {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def build(self, key: str, model: dict, mesh: dict, size: dict) -> dict:
@@ -167,10 +185,11 @@ class Host:
         return {}
 
     def _mesh(self, config: MeshConfig) -> Mesh:
-        """Processes are grouped once per shape; each model has its own ledger."""
-        if self.world == 1:
-            return Mesh(config)
+        """Processes are grouped once per shape; each model has its own ledger. A mesh of one is a
+        process that works alone beside the others."""
         sizes = config.dp, config.hp, config.ep
+        if sizes == (1, 1, 1):
+            return Mesh(config)
         if sizes not in self.meshes:
             self.meshes[sizes] = place(config, self.rank, CPU)
         return dataclasses.replace(self.meshes[sizes], config=config, traffic=Traffic())
@@ -199,16 +218,12 @@ class Host:
             "loss": found.nats / found.targets,
         }
 
-    def probe(self, n_bytes: int) -> dict:
-        """An all-to-all of `n_bytes` per host and nothing else: the bytes per second that leave a
-        host."""
-        sent = torch.zeros(n_bytes, dtype=torch.uint8)
-        received = torch.empty_like(sent)
-        dist.barrier()
-        started = time.perf_counter()
-        dist.all_to_all_single(received, sent)
-        seconds = time.perf_counter() - started
-        return {"rate": n_bytes * (self.world - 1) / self.world / seconds}
+    def curves(self, sizes: list[int], repeats: int) -> dict:
+        """Plain collectives and nothing else, among all hosts and among pairs of them."""
+        found = curves(CPU, self.world, False, sizes, repeats)
+        if self.pair is not None:
+            found += curves(CPU, 2, False, sizes, repeats, self.pair)
+        return {"curves": [dataclasses.asdict(curve) for curve in found]}
 
     def _batch(self, step: int, size: Size) -> Batch:
         """Windows of the standard library's text: other ones on every host and in every step."""

@@ -61,28 +61,6 @@ def _sum(ledger: dict[str, dict[str, float]], what: str, axes: tuple[str, ...]) 
     return sum(v[what] for key, v in ledger.items() if not axes or key.split()[0] in axes)
 
 
-def predict(
-    compute_ms: float, n_bytes: float, mbit: float, n_calls: int = 0, latency_ms: float = 0.0
-) -> float:
-    """Milliseconds of a step.
-
-    Args:
-        compute_ms: a step over links without a limit (`shared_compute`).
-        n_bytes: what the busiest link carries, one collective after the other.
-        mbit: rate of a link; 0 is no limit.
-        n_calls, latency_ms: collectives, and the network's part of the latency of one.
-    Nothing is hidden: collectives and compute follow one another, at the link's full rate.
-    """
-    travels = n_bytes * 8 / (mbit * 1e3) if mbit else 0.0  # bits over bits per ms
-    return compute_ms + travels + n_calls * latency_ms
-
-
-def shared_compute(cpu_ms: float, hosts: int, cores: int) -> float:
-    """Milliseconds in which `hosts` processes of `cpu_ms` each get their work done on the cores
-    that they share."""
-    return cpu_ms * max(hosts / cores, 1.0)
-
-
 def busiest_bytes(sample: Sample) -> float:
     """What the busiest link carries, one exchange after the other.
 
@@ -100,6 +78,14 @@ def busiest_bytes(sample: Sample) -> float:
             a["ledger"].get(k, {"bytes": 0})["bytes"] for a in sample.answers for k in pair
         )
     return found
+
+
+def imbalance(sample: Sample) -> float:
+    """What the busiest link of the ep axis carries over what a host sends on it on average."""
+    kept = [{k: v for k, v in a["ledger"].items() if k[:3] == "ep "} for a in sample.answers]
+    only = Sample([a | {"ledger": ledger} for a, ledger in zip(sample.answers, kept, strict=True)])
+    mean = statistics.mean(only.ledger("ep"))
+    return max(busiest_bytes(only) / mean, 1.0) if mean else 1.0
 
 
 def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
@@ -121,14 +107,11 @@ def _formula(case: Case, ranks: int, width: int, scheme: str) -> float:
 def sweep_row(
     case: Case,
     mbit: float,
-    exchange_mbit: float,
     samples: list[Sample],
     size: Size,
-    cores: int,
     base: dict | None,
 ) -> dict:
-    """Medians over the repetitions; `base` is the row of the same case without a limit. What is
-    predicted, and what the network's share is, concerns the fastest repetitions."""
+    """Medians over the repetitions; `base` is the row of the same case without a limit."""
     step = statistics.median(s.ms for s in samples)
     wire = statistics.median(s.mean("sent") for s in samples)
     ledger = statistics.median(statistics.mean(s.ledger()) for s in samples)
@@ -137,9 +120,6 @@ def sweep_row(
     # other programs only add time, so the fastest repetitions say best what a step needs
     fastest = min(s.ms for s in samples)
     alone = base["fastest_ms"] if base else fastest
-    cpu = 1000 * statistics.median(s.mean("cpu") for s in samples)
-    compute = shared_compute(base["cpu_ms"] if base else cpu, len(samples[0].answers), cores)
-    predicted = predict(compute, busiest + ledger - exchange, mbit)
     total, active = parameters(case.model)
     moe = case.model.moe
     return {
@@ -154,7 +134,6 @@ def sweep_row(
         "hosts": case.mesh.hp * case.mesh.ep,
         "tokens": size.tokens,
         "mbit": mbit,
-        "exchange_mbit": exchange_mbit,
         "step_ms": step,
         "fastest_ms": fastest,
         "repetitions": [s.ms for s in samples],
@@ -169,12 +148,23 @@ def sweep_row(
         "exchange_wire_bytes": wire - (ledger - exchange),
         "exchange_formula": exchange_formula(case, size),
         "busiest_bytes": busiest,
+        "imbalance": statistics.median(imbalance(s) for s in samples),
         "wait_ms": statistics.median(s.wait_ms() for s in samples),
-        "cpu_ms": cpu,
-        "predicted_ms": predicted,
-        "error": predicted / fastest - 1,
+        "cpu_ms": 1000 * statistics.median(s.mean("cpu") for s in samples),
         "network_share": 1 - alone / fastest,
         "ledger": {key: v["bytes"] for key, v in samples[-1].answers[0]["ledger"].items()},
+    }
+
+
+def alone_row(case: Case, samples: list[Sample]) -> dict:
+    """What one host computes, as a model of one process; all hosts at once."""
+    return {
+        "bench": "alone",
+        "name": case.name,
+        "k": case.k,
+        "n_experts": case.model.moe.n_experts,
+        "step_ms": statistics.median(s.ms for s in samples),
+        "repetitions": [s.ms for s in samples],
     }
 
 
@@ -268,12 +258,27 @@ def _scaling(rows: list[dict]) -> list[dict]:
 
 
 def _prediction(rows: list[dict]) -> list[dict]:
-    limited = [abs(r["error"]) for r in rows if r["mbit"]]
-    within = sum(e <= 0.2 for e in limited) / max(len(limited), 1)
+    errors = [abs(r["ratio"] - 1) for r in rows]
+    within = sum(e <= 0.2 for e in errors) / len(errors)
+    name = "headway plan: share of steps predicted within 20%"
     return [
-        common.target("largest error of predicted step times", max(limited), 0.2, False),
-        common.target("share of rows predicted within 20%", within, 1.0, True),
+        common.target("headway plan: largest error of a step", max(errors), 0.2, False),
+        common.target(name, within, 1.0, True),
     ]
+
+
+def prediction_table(rows: list[dict]) -> str:
+    """A line per case: predicted over measured at every rate."""
+    found = [r for r in rows if r["bench"] == "sweep"]
+    rates = sorted({r["mbit"] for r in found}, key=lambda mbit: mbit or float("inf"))
+    heads = (f"{mbit:>7g}" if mbit else " no limit" for mbit in reversed(rates))
+    lines = [f"predicted / measured     k {''.join(heads)}  Mbit/s"]
+    for k in _ks(found):
+        for name in dict.fromkeys(r["name"] for r in found):
+            ratios = [_at(found, name, k, mbit)["ratio"] for mbit in reversed(rates)]
+            cells = "".join(f"{ratio:>{7 if i else 9}.2f}" for i, ratio in enumerate(ratios))
+            lines.append(f"{name:<24} {k} {cells}")
+    return "\n".join(lines)
 
 
 def _ks(rows: list[dict]) -> list[int]:

@@ -202,9 +202,9 @@ class MeshConfig:
     for about half as many bytes again. `hsdp`: in pieces over the hp × ep ranks, the dp replicas
     being whole; take it when gathers should stay within a machine.
     """
-    chunks: int = 1
-    """Pieces in which a micro-batch passes a sparse layer, 1 to 4: one travels while the next is
-    computed. More chunks are smaller matmuls."""
+    chunks: int = 0
+    """Pieces in which a micro-batch passes a sparse layer, 0 to 4: one travels while another is
+    computed, same result. 0 chooses: 2 where an all-to-all of the ep axis spans nodes, else 1."""
     payload: Literal["matmul", "float8"] = "matmul"
     """How sub-tokens and their gradients travel on hp and ep. `matmul`: in the dtype of the
     matmuls, exact. `float8`: e4m3 with one float32 scale per sub-token, half the bytes of bfloat16

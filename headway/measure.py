@@ -1,13 +1,16 @@
 """`headway doctor --measure FILE`: what this machine really does, for `headway plan --machine`.
 
-Every rate is the best of several repetitions. Under torchrun all ranks measure at the same time, as
-in training, rank 0 writes what it saw, and the network is measured too.
+Every rate is the best of several repetitions, a collective's time their median. Under torchrun all
+ranks measure at the same time, as in training, rank 0 writes what it saw, and the network is
+measured too.
 """
 
 import json
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from headway.kernels.attention import attention
 from headway.model.experts import Experts
 from headway.model.router import Router
 from headway.plan.cost import mean_keys
+from headway.plan.link import Curve
 from headway.report.provenance import provenance
 from headway.train.resolve import native_bfloat16
 
@@ -44,7 +48,7 @@ def measure(path: Path, show: Show = lambda text: None, seconds: float = 0.5) ->
     if ranks > 1:
         _rendezvous("nccl" if cuda else "gloo")
     try:
-        found = _all(device, rank, ranks, local, show if rank == 0 else lambda text: None, seconds)
+        found = _all(device, ranks, local, show if rank == 0 else lambda text: None, seconds)
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -56,21 +60,66 @@ def measure(path: Path, show: Show = lambda text: None, seconds: float = 0.5) ->
 
 
 def _all(
-    device: torch.device, rank: int, ranks: int, local: int, show: Show, seconds: float
+    device: torch.device, ranks: int, local: int, show: Show, seconds: float
 ) -> dict[str, Any]:
-    dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
-    name = str(dtype).removeprefix("torch.")
     origin = provenance()
     machine = origin["machine"]
     big = device.type == "cuda"
-    wide, rows = (8192, 16384) if big else (2048, 2048)
-    measured: dict[str, float] = {}
     details: dict[str, Any] = {}
 
     def note(key: str, value: float, unit: str, what: str) -> None:
         details[key] = {"value": value, "unit": unit, "what": what}
         show(f"{key:<22} {value:>12,.4g} {unit:<8} {what}")
 
+    measured = rates(device, seconds, note)
+    if big:
+        measured["memory"] = float(torch.cuda.mem_get_info(device)[0])
+        note("memory", measured["memory"] / 1e9, "GB", "free on the device")
+    elif machine["memory_gib"]:
+        measured["memory"] = machine["memory_gib"] * 2**30 / local
+        note("memory", measured["memory"] / 1e9, "GB", f"of the machine / {local} processes")
+    found: list[Curve] = []
+    if ranks > 1:
+        sizes = [1 << n for n in ((12, 20, 24, 28) if big else (12, 18, 20, 22, 23))]
+        repeats = max(3, min(50, int(50 * seconds)))
+        found = curves(device, ranks, ranks == local, sizes, repeats)
+        bandwidth, latency = two_numbers(found[0])
+        measured["intra_node" if ranks == local else "inter_node"] = bandwidth
+        measured["latency"] = latency
+        what = f"{sizes[0]:,} to {sizes[-1]:,} bytes leave each of {ranks} ranks"
+        note("all-to-all", bandwidth / 1e9, "GB/s", what)
+        note("latency", latency * 1e6, "µs", "per message")
+        ring = found[-1].points[-1]
+        note("all-reduce", ring[0] / ring[1] / 1e9, "GB/s", f"{ring[0]:,} bytes leave each rank")
+    return {
+        "name": machine["gpu"] if big else f"{machine['cpu']}, {torch.get_num_threads()} threads",
+        "based_on": _nearest(machine["gpu"]) if big else "cpu",
+        "dtype": str(_dtype(device)).removeprefix("torch."),
+        "ranks": ranks,
+        "measured": measured,
+        "curves": [asdict(curve) for curve in found],
+        "details": details,
+        **origin,
+    }
+
+
+Note = Callable[[str, float, str, str], None]
+
+
+def rates(
+    device: torch.device,
+    seconds: float,
+    note: Note = lambda key, value, unit, what: None,
+    wide: int = 0,
+) -> dict[str, float]:
+    """What one process computes: fields of `plan.machine.Machine`. `note` gets each number with its
+    unit and shape; `wide` is the size of the square matmul, 0 the usual one."""
+    dtype = _dtype(device)
+    name = str(dtype).removeprefix("torch.")
+    big = device.type == "cuda"
+    usual, rows = (8192, 16384) if big else (2048, 2048)
+    wide = wide or usual
+    measured: dict[str, float] = {}
     for kind in dict.fromkeys((dtype, torch.float32)):
         large = matmul_flops(device, kind, wide, wide, wide, seconds)
         small = matmul_flops(device, kind, rows, 256, 1024, seconds)
@@ -91,27 +140,15 @@ def _all(
     n = 1 << (30 if big else 27)
     measured["memory_bandwidth"] = copy_bandwidth(device, n, seconds)
     note("memory copy", measured["memory_bandwidth"] / 1e9, "GB/s", f"{n >> 20} MiB, both ways")
-    if big:
-        measured["memory"] = float(torch.cuda.mem_get_info(device)[0])
-        note("memory", measured["memory"] / 1e9, "GB", "free on the device")
-    elif machine["memory_gib"]:
-        measured["memory"] = machine["memory_gib"] * 2**30 / local
-        note("memory", measured["memory"] / 1e9, "GB", f"of the machine / {local} processes")
-    if ranks > 1:
-        bandwidth, latency, what = exchange(device, ranks, seconds)
-        measured["intra_node" if ranks == local else "inter_node"] = bandwidth
-        measured["latency"] = latency
-        note("all-to-all", bandwidth / 1e9, "GB/s", what)
-        note("latency", latency * 1e6, "µs", "per message")
-    return {
-        "name": machine["gpu"] if big else f"{machine['cpu']}, {torch.get_num_threads()} threads",
-        "based_on": _nearest(machine["gpu"]) if big else "cpu",
-        "dtype": name,
-        "ranks": ranks,
-        "measured": measured,
-        "details": details,
-        **origin,
-    }
+    speed, what = rows_bandwidth(device, dtype, seconds)
+    measured["rows_efficiency"] = min(speed / measured["memory_bandwidth"], 1.0)
+    note("rows", speed / 1e9, "GB/s", what)
+    return measured
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """Of the matmuls: as a run takes it."""
+    return torch.bfloat16 if native_bfloat16(device) else torch.float32
 
 
 def best(run: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -186,35 +223,97 @@ def attention_flops(device: torch.device, dtype: torch.dtype, seconds: float) ->
     return flops / best(step, device, seconds), what
 
 
-def exchange(device: torch.device, ranks: int, seconds: float) -> tuple[float, float, str]:
-    """(bytes/s leaving a rank, seconds per message, sizes) of the all-to-all over all ranks: time =
-    bytes / bandwidth + latency·(P−1) through two sizes."""
-    sizes = (1 << 10, 1 << (28 if device.type == "cuda" else 23))
-    times = []
-    for size in sizes:
-        a = torch.zeros(size // ranks * ranks, dtype=torch.uint8, device=device)
-        b = torch.empty_like(a)
-        times.append(_best_together(a, b, device, seconds))
-    small, large = (size // ranks * (ranks - 1) for size in sizes)
-    rate = (times[1] - times[0]) / (large - small)
-    if rate <= 0:  # noise: the large one was not slower
-        rate = times[1] / large
-    latency = max(times[0] - small * rate, 1e-9) / (ranks - 1)
-    return 1 / rate, latency, f"{sizes[0]:,} and {sizes[1]:,} bytes over {ranks} ranks"
+def rows_bandwidth(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, str]:
+    """Bytes/s of what stands around an exchange, counted as in `plan.layer`: rows gathered into the
+    order of their tokens, weighed and summed in float32, and the gradients of that."""
+    T, K, L = (16384, 8, 2048) if device.type == "cuda" else (2048, 4, 192)
+    torch.manual_seed(0)
+    y_RL = torch.randn(T * K, L, device=device).to(dtype).requires_grad_()
+    gate_TK = torch.rand(T, K, device=device).requires_grad_()
+    row_TK = torch.randperm(T * K, device=device).view(T, K)
+    upstream = torch.ones(T, L, device=device, dtype=dtype)
+
+    def step() -> None:
+        y_TKL = torch.cat([y_RL, y_RL.new_zeros(1, L)])[row_TK].float()
+        (gate_TK.unsqueeze(-1) * y_TKL).sum(1).to(dtype).backward(upstream)
+
+    n_bytes = T * K * L * (12 * dtype.itemsize + 44)
+    what = f"{T * K} rows of {L}, gathered, weighed and summed, forward and backward"
+    return n_bytes / best(step, device, seconds), what
 
 
-def _best_together(a: Tensor, b: Tensor, device: torch.device, seconds: float) -> float:
-    """As `best`, with the same number of repetitions on every rank."""
+def curves(
+    device: torch.device,
+    ranks: int,
+    inside: bool,
+    sizes: Sequence[int],
+    repeats: int,
+    group: dist.ProcessGroup | None = None,
+) -> list[Curve]:
+    """Times of plain collectives in which about `sizes` bytes leave each rank: an all-to-all, two
+    of half the size at once, an all-reduce. Medians over the repetitions, of the slowest rank;
+    the same on every rank. `ranks` is the size of the group."""
+
+    def exchange(at_once: int) -> tuple[tuple[float, float], ...]:
+        points = []
+        for size in sizes:
+            each = size // at_once // (ranks - 1)
+            a = [
+                torch.zeros(each * ranks, dtype=torch.uint8, device=device) for _ in range(at_once)
+            ]
+            b = [torch.empty_like(x) for x in a]
+
+            def run(a: Sequence[Tensor] = a, b: Sequence[Tensor] = b) -> None:
+                pairs = zip(b, a, strict=True)
+                works = [dist.all_to_all_single(y, x, group=group, async_op=True) for y, x in pairs]
+                for work in works:
+                    assert work is not None
+                    work.wait()
+
+            seconds = _together(run, device, repeats, group)
+            points.append((float(each * at_once * (ranks - 1)), seconds))
+        return tuple(points)
+
+    def ring() -> tuple[tuple[float, float], ...]:
+        points = []
+        for size in sizes:
+            x = torch.zeros(size // 8 * ranks // (ranks - 1), device=device)
+            seconds = _together(lambda x=x: dist.all_reduce(x, group=group), device, repeats, group)
+            points.append((2 * 4 * x.numel() * (ranks - 1) / ranks, seconds))
+        return tuple(points)
+
+    return [
+        Curve("all_to_all", ranks, inside, 1, exchange(1)),
+        Curve("all_to_all", ranks, inside, 2, exchange(2)),
+        Curve("all_reduce", ranks, inside, 1, ring()),
+    ]
+
+
+def two_numbers(curve: Curve) -> tuple[float, float]:
+    """(bytes/s leaving a rank, seconds per message) of an all-to-all: of its largest size, and of
+    its smallest."""
+    (_, least), (n_bytes, seconds) = curve.points[0], curve.points[-1]
+    return n_bytes / seconds, least / (curve.ranks - 1)
+
+
+def _together(
+    run: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    group: dist.ProcessGroup | None,
+) -> float:
+    """Median seconds of the slowest rank, after one call that does not count."""
     times = []
-    repeats = max(3, min(50, int(50 * seconds)))
-    for _ in range(repeats):
-        dist.barrier()
+    for _ in range(repeats + 1):
+        dist.barrier()  # of all: groups measure at the same time, as in training
         began = time.perf_counter()
-        dist.all_to_all_single(b, a)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    return min(times[1:])
+    slowest = torch.tensor(times[1:], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+    return statistics.median(slowest.tolist())
 
 
 def _rendezvous(backend: str) -> None:

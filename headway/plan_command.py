@@ -15,7 +15,7 @@ HELP = """usage: headway plan RECIPE --gpus N [options of the config]
   --machine FILE      numbers measured by `headway doctor --measure FILE`, in place of the table's
   --gpus-per-node N   default 8
   --scheme NAME       of the ep axis: auto, {schemes}; default auto
-  --chunks N          pieces of a micro-batch, for overlap; default 1, no overlap
+  --chunks N          pieces of a micro-batch, for overlap; default auto, as mesh.chunks=0 has it
   --imbalance X       rows of the busiest rank of an ep axis over the mean; default 1.0
   --json              end with one JSON object that has every mesh and every formula
 """
@@ -73,7 +73,7 @@ def plan(args: list[str]) -> int:
         machine,
         _count("--gpus-per-node", words["--gpus-per-node"] or "8"),
         2 if dtype == "bfloat16" else 4,
-        _count("--chunks", words["--chunks"] or "1"),
+        0 if words["--chunks"] in (None, "auto") else _count("--chunks", words["--chunks"]),
         _imbalance(words["--imbalance"] or "1"),
     )
     found = choose(setting, n_ranks, scheme)

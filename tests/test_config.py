@@ -70,7 +70,7 @@ MISTAKES = {
     ),
     "more ranks go to ep or dp": replace(BASE, mesh=MeshConfig(hp=64)),
     "kind=dense has none": replace(moe(kind="dense"), mesh=MeshConfig(ep=2)),
-    "mesh.chunks=5 is outside 1 to 4": replace(BASE, mesh=MeshConfig(chunks=5)),
+    "mesh.chunks=5 is outside 0 to 4": replace(BASE, mesh=MeshConfig(chunks=5)),
     "mesh.timeout=0": replace(BASE, mesh=MeshConfig(timeout=0)),
     "the collectives are not traced": replace(
         BASE, mesh=MeshConfig(dp=2), run=RunConfig(compile=True)

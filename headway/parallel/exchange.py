@@ -11,6 +11,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from headway.config import MeshConfig
 from headway.model.moe import Arriving
 from headway.model.router import Route
 from headway.model.transformer import Transformer
@@ -120,20 +121,21 @@ def spread(model: Transformer, mesh: Mesh) -> Spread:
     """Leaves on this rank its part of a whole model, in place."""
     if mesh.size == 1:
         return Spread(Layout(mesh, {}), None)
-    exchange = Exchange(
-        mesh, mesh.config.chunks, _gathers(mesh, model.config.moe.top_k), mesh.config.dedup
-    )
+    config = mesh.config
+    # 0 is chosen by who knows the nodes (`train.resolve`); tokens pass whole where nobody did
+    n_chunks = max(config.chunks, 1)
+    exchange = Exchange(mesh, n_chunks, gathers(config, model.config.moe.top_k), config.dedup)
     return Spread(shard(model, split(model, mesh)), exchange)
 
 
-def _gathers(mesh: Mesh, top_k: int) -> bool:
+def gathers(config: MeshConfig, top_k: int) -> bool:
     """Whether ep travels by all-gather; `auto` takes the scheme with fewer bytes.
 
     All-gather sends P−1 copies of a sub-token. The all-to-all sends it to each other rank that has
     one of its K experts, (P−1)·(1 − (1 − 1/P)^K) of them when choices are independent, or
     K·(P−1)/P times without de-duplication.
     """
-    config, size = mesh.config, mesh.ep.size
+    size = config.ep
     if config.ep_scheme != "auto":
         return config.ep_scheme == "all_gather"
     copies = (

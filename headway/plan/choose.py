@@ -14,6 +14,7 @@ from headway.plan.describe import summary
 from headway.plan.layout import (
     Axis,
     Layout,
+    auto_chunks,
     held_parameters,
     illegal,
     meshes,
@@ -58,7 +59,7 @@ def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[
         "gpus": n_ranks,
         "gpus_per_node": setting.per_node,
         "dtype": {2: "bfloat16", 4: "float32"}[setting.bytes_per_value],
-        "chunks": setting.chunks,
+        "chunks": setting.chunks or "auto",
         "imbalance": setting.imbalance,
         "machine": {
             "name": machine.name,
@@ -96,7 +97,7 @@ def _variants(
 
 
 def _by_scheme(setting: Setting, layout: Layout, micro: int, passes: int) -> dict[Scheme, float]:
-    config, calls = setting.config, passes * setting.chunks
+    config, calls = setting.config, passes * setting.chunks_on(layout)
     n_tokens = micro * passes * config.data.seq_len
     b = payload_bytes(config.mesh, setting.bytes_per_value)
     return ep_totals(config.model, layout, n_tokens, calls, b)
@@ -120,7 +121,7 @@ def _row(
         passes,
         b,
         payload=payload_bytes(config.mesh, b),
-        chunks=setting.chunks,
+        chunks=setting.chunks_on(layout),
         imbalance=uneven,
     )
     parts = seconds(setting, layout, n_tokens, passes, held, wires)
@@ -139,6 +140,10 @@ def _row(
         "hp": layout.hp,
         "ep": layout.ep,
         "scheme": layout.scheme,
+        "chunks": setting.chunks_on(layout),
+        "chunks_because": f"--chunks {setting.chunks}"
+        if setting.chunks
+        else auto_chunks(layout, setting.per_node)[1],
         "fewest_bytes": layout.scheme is None
         or by_scheme[layout.scheme] == min(by_scheme.values()),
         "replicas": "fsdp" if layout.shard else "replicate",

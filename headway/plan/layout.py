@@ -138,6 +138,19 @@ def illegal(model: ModelConfig, layout: Layout) -> str:
     return ""
 
 
+def auto_chunks(layout: Layout, per_node: int) -> tuple[int, str]:
+    """What `mesh.chunks=0` becomes, and why: 2 where sub-tokens follow the router to other nodes.
+    There is work to hide behind then, and two exchanges at once use a link better than one;
+    elsewhere two small ones cost more than they hide (docs/cluster.md)."""
+    if layout.ep == 1:
+        return 1, "no ep axis"
+    if layout.scheme == "all_gather":
+        return 1, f"ep={layout.ep} travels by all-gather"
+    if layout.in_one_node("ep", per_node):
+        return 1, f"ep={layout.ep} lies within a node"
+    return 2, f"ep={layout.ep} spans nodes: one half travels while the other is computed"
+
+
 def micro_batch(config: Config, n_ranks: int) -> tuple[int, int]:
     """(sequences of a forward pass, forward passes of a step) of one rank: the largest divisor of
     batch_size / N that is at most data.micro_batch_size.

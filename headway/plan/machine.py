@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from headway.config import UsageError
+from headway.plan.link import Curve, curve
 
 Origin = Literal["vendor", "assumed", "measured", "given"]
 
@@ -41,10 +42,20 @@ class Machine:
     """Share of the peak that the experts reach, forward and backward."""
     attention_efficiency: float = 0.4
     """Share of the peak that attention reaches, forward and backward, on what causality leaves."""
+    rows_efficiency: float = 0.5
+    """Share of the memory's bandwidth at which rows are gathered, weighed and summed around an
+    exchange, forward and backward."""
     origin: dict[str, Origin] = field(default_factory=dict)
     """Field → where its number comes from; see `origin_of`."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Of the matmuls that were measured; empty where nothing was."""
+    curves: tuple[Curve, ...] = ()
+    """Collectives that were measured; they count more than bandwidth and latency."""
+    by_hand: bool = False
+    """Whether the processor that computes moves the bytes of an exchange too: gloo on CPUs. On GPUs
+    copy engines and network cards do."""
+    crowd: float = 1.0
+    """Ranks per core that they share, as emulated hosts do; 1 where each has its own."""
 
     def origin_of(self, name: str) -> Origin:
         """Where a number comes from."""
@@ -61,6 +72,11 @@ class Machine:
         }[kind]
         return share * self.peak_of(bytes_per_value)
 
+    def uneven(self, imbalance: float) -> float:
+        """By how much the busiest rank's experts take longer than the mean; on shared cores the
+        others leave theirs to it."""
+        return max(imbalance / self.crowd, 1.0)
+
     def peak_of(self, bytes_per_value: int) -> float:
         """FLOP/s of matmuls in the dtype: 2 bytes bfloat16, 4 bytes float32."""
         return self.peak if bytes_per_value == 2 else self.peak_float32
@@ -73,9 +89,11 @@ _ASSUMED = (
     "narrow_efficiency",
     "experts_efficiency",
     "attention_efficiency",
+    "rows_efficiency",
     "latency",
 )
-NUMBERS = tuple(f.name for f in fields(Machine) if f.name not in ("name", "origin", "dtype"))
+_OTHER = ("name", "origin", "dtype", "curves", "by_hand", "crowd")
+NUMBERS = tuple(f.name for f in fields(Machine) if f.name not in _OTHER)
 """The fields that are numbers."""
 
 _NDR = 50e9  # 400 Gbit/s InfiniBand NDR, one port per GPU as in DGX H100, in bytes/s
@@ -95,7 +113,10 @@ MACHINES: dict[str, Machine] = {
     "a100": Machine("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, _NDR, 5e-6),
     # Nobody's data sheet: a process with a few cores, gloo within a machine, 10 Gbit/s between.
     "cpu": Machine(
-        "a CPU process", 1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3, _GUESSED
+        "a CPU process",
+        *(1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3),
+        origin=_GUESSED,
+        by_hand=True,
     ),
 }
 """`--gpu` → the machine. Memory in decimal bytes, some 6 % less than the device reports: room for
@@ -127,7 +148,8 @@ def with_network(machine: Machine, network: str) -> Machine:
             "use 400 or ndr"
         )
     origin: dict[str, Origin] = {**machine.origin, "inter_node": "given"}
-    return replace(machine, inter_node=gbit * 1e9 / 8, origin=origin)
+    inside = tuple(c for c in machine.curves if c.inside)
+    return replace(machine, inter_node=gbit * 1e9 / 8, origin=origin, curves=inside)
 
 
 def read(path: str, gpu: str = "") -> Machine:
@@ -155,9 +177,14 @@ def read(path: str, gpu: str = "") -> Machine:
     dtype = found.get("dtype", "")
     if dtype not in ("", "float32", "bfloat16"):
         raise UsageError(f"--machine {path}: dtype={dtype!r} is neither float32 nor bfloat16")
+    try:
+        curves = tuple(curve(c) for c in found.get("curves", []))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--machine {path}: its curves are damaged ({error}); {again}") from None
     base = named(gpu or str(found.get("based_on", "cpu")))
     origin: dict[str, Origin] = {name: base.origin_of(name) for name in NUMBERS}
     origin |= dict.fromkeys(measured, "measured")
     numbers = {name: float(value) for name, value in measured.items()}
     name = str(found.get("name") or base.name)
-    return replace(base, **{**numbers, "name": name, "origin": origin, "dtype": dtype})
+    more = {"name": name, "origin": origin, "dtype": dtype, "curves": curves}
+    return replace(base, **{**numbers, **more})

@@ -83,8 +83,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     head = (
-        f"  {'mesh':<20} {'ep scheme':<19} {'replicas':<9} {'step ms':>9} {'compute':>9} "
-        f"{'exposed':>9} {'gradients':>9} {'optimiser':>9} {'GB sent':>8} {'GB held':>8} {'MFU':>5}"
+        f"  {'mesh':<20} {'ep scheme':<19} {'replicas':<9} {'chunks':>6} {'step ms':>9} "
+        f"{'compute':>9} {'exposed':>9} {'gradients':>9} {'optimiser':>9} {'GB sent':>8} "
+        f"{'GB held':>8} {'MFU':>5}"
     )
     return [head, *(_line(row) for row in rows)]
 
@@ -93,6 +94,7 @@ def _line(row: dict[str, Any]) -> str:
     ms = {name: 1e3 * value for name, value in _groups(row["seconds"]).items()}
     return (
         f"  {row['mesh']:<20} {row['scheme'] or '–':<19} {row['replicas']:<9} "
+        f"{row['chunks']:>6} "
         f"{1e3 * row['step_seconds']:>9,.1f} {ms['compute']:>9,.1f} {ms['exposed']:>9,.1f} "
         f"{ms['gradients']:>9,.1f} {ms['optimiser']:>9,.1f} {row['bytes_sent_total'] / 1e9:>8,.2f} "
         f"{row['memory_bytes'] / 1e9:>8,.2f} {row['mfu']:>5.1%}"
@@ -105,7 +107,7 @@ def _groups(seconds: dict[str, float]) -> dict[str, float]:
     for name, value in seconds.items():
         if name.endswith("exposed"):
             found["exposed"] += value
-        elif name == "gradients summed":
+        elif name in ("gradients summed", "small sums"):
             found["gradients"] += value
         elif name in ("optimiser", "Newton–Schulz"):
             found["optimiser"] += value
@@ -158,6 +160,7 @@ def _explained(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
         f"  {formulas['parameters']}",
     ]
     if row["links"]:
+        lines.append(f"chunks: {row['chunks']}, {row['chunks_because']}")
         lines.append(
             f"links: {', '.join(f'{axis} {place}' for axis, place in row['links'].items())}"
         )

@@ -6,30 +6,33 @@
 | attention scores | 3·T·FLOPs forward / (peak · attention efficiency) |
 | experts | (3 + G/(G+1) with recompute)·T·FLOPs forward · imbalance / (peak · experts efficiency) |
 | memory traffic | passes · (2·kept bytes + 3·b·parameters used) / memory bandwidth |
-| hp, ep | max(comm / chunks, comm − sparse layers) |
+| copies | bytes of `plan.layer` / (memory bandwidth · rows efficiency) |
+| hp, ep | what `plan.pipeline` does not hide |
 | weights (FSDP) | max(comm / (2·layers·passes), comm − the four parts of compute) |
 | gradients | comm |
+| small sums | (3 + passes) · latency · 2·(N−1) |
 | optimiser | (2·weights + gradients + 2·state) bytes / memory bandwidth + Newton–Schulz |
 
-comm = bytes / bandwidth + latency · messages, of the axis: the bandwidth within a node where every
-group of the axis lies in one, else that between nodes, for all of its bytes.
+comm = bytes / bandwidth + latency · messages, of the axis, or what was measured (`plan.link`): that
+within a node where every group of the axis lies in one, else that between nodes, for all of its
+bytes.
 
 The efficiency of matmuls is `narrow_efficiency` where D < 1024.
 
 What it leaves out, and why it still ranks: kernel launches, the data loader, stragglers, congestion
 and the checkpoint cost every mesh the same or are unknown. Memory traffic is a lower bound: what is
 kept for backward is written and read once, weights are read once forward and twice backward.
-Overlap: a micro-batch in `chunks` pieces hides the exchange of one piece behind the sparse layers'
-work on another, but never the first, hence comm / chunks; and never more than that work. One chunk
-hides nothing. Weights of the next layer come while a layer computes. Gradients hide nothing: they
-are summed after the last backward pass.
+Overlap: stages of a sparse layer and its exchanges run in `plan.pipeline` as the code runs them.
+Weights of the next layer come while a layer computes. Gradients hide nothing: they are summed after
+the last backward pass (`GRADIENT_PIECES`).
 """
 
 from dataclasses import dataclass
 
 from headway.config import Config
 from headway.plan.cost import flops
-from headway.plan.layout import Axis, Layout, used_parameters
+from headway.plan.layer import costs, link
+from headway.plan.layout import Layout, auto_chunks, used_parameters
 from headway.plan.machine import WIDE, Machine
 from headway.plan.memory import by_muon
 from headway.plan.rank_memory import CAST, GATHERED
@@ -37,8 +40,11 @@ from headway.plan.shape import Item, shape_of, total
 from headway.plan.wire import Sent
 
 COMM = "bytes / bandwidth + latency·messages"
+COPIED = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
+HIDDEN = "comm − what stages of other chunks hide (plan/pipeline.py)"
+GRADIENT_PIECES = 1
+"""Pieces in which gradients are summed while the last backward pass goes on; 1 is after it."""
 _NOT_KEPT = ("weights", "gradients", "AdamW moments", "Muon momentum", CAST, GATHERED)
-_SPARSE = ("latent projections", "shared experts", "routers")
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,24 @@ class Setting:
     machine: Machine
     per_node: int = 8
     bytes_per_value: int = 2
-    chunks: int = 1
+    chunks: int = 0
+    """0 is chosen for each mesh, `layout.auto_chunks`."""
     imbalance: float = 1.0
+
+    def chunks_on(self, layout: Layout) -> int:
+        """Pieces of a micro-batch on a mesh."""
+        return self.chunks or auto_chunks(layout, self.per_node)[0]
 
 
 def work(config: Config, n_tokens: int, imbalance: float = 1.0) -> dict[str, Item]:
     """FLOPs of one rank and step: `matmuls`, `attention scores`, `experts`; the last with what
-    `recompute` does again. `sparse` is the part of the matmuls that lies in sparse layers."""
+    `recompute` does again."""
     s = shape_of(config.model)
     forward = {item.name: item.value for item in flops(config.model, config.data.seq_len)}
     experts, scores = forward.pop("experts", 0), forward.pop("attention scores", 0)
     again = s.G / (s.G + 1) if config.run.recompute else 0
     words = "(3 + G/(G+1))" if again else "3"
     uneven = "·imbalance" if imbalance != 1 else ""
-    sparse = sum(forward.get(name, 0) for name in _SPARSE)
     return {
         "matmuls": Item("matmuls", 3 * n_tokens * sum(forward.values()), "3·T·FLOPs forward"),
         "attention scores": Item("attention scores", 3 * n_tokens * scores, "3·T·FLOPs forward"),
@@ -71,7 +81,6 @@ def work(config: Config, n_tokens: int, imbalance: float = 1.0) -> dict[str, Ite
             (3 + again) * n_tokens * experts * imbalance,
             f"{words}·T·FLOPs forward{uneven}",
         ),
-        "sparse": Item("sparse", 3 * n_tokens * sparse, "3·T·FLOPs forward"),
     }
 
 
@@ -90,7 +99,7 @@ def seconds(
     share = "efficiency" if D >= WIDE else "narrow_efficiency"
     matmul, experts = machine.rate("matmul", b, D), machine.rate("experts", b, D)
     attention = machine.rate("attention", b, D)
-    uneven = setting.imbalance if layout.ep > 1 else 1.0
+    uneven = machine.uneven(setting.imbalance) if layout.ep > 1 else 1.0
     done = work(config, n_tokens, uneven)
     kept = sum(item.value for item in memory if item.name not in _NOT_KEPT)
     used = total(used_parameters(config.model, layout))
@@ -116,11 +125,11 @@ def seconds(
             "passes·(2·kept bytes + 3·b·parameters used) / memory bandwidth",
         ),
     )
-    sparse = done["experts"].value / experts + done["sparse"].value / matmul
     exposed = (
-        *(_tokens(setting, layout, wires, axis, sparse) for axis in ("hp", "ep")),
+        *_exchanges(setting, layout, n_tokens, passes),
         _weights(setting, layout, wires, passes, total(compute)),
-        _gradients(setting, layout, wires),
+        _gradients(setting, layout, wires, passes, total(compute)),
+        _small_sums(setting, layout, passes),
     )
     items = (*compute, *exposed, *_optimiser(setting, layout, memory))
     return tuple(item for item in items if item.value)
@@ -133,15 +142,6 @@ def _comm(setting: Setting, layout: Layout, sent: Sent) -> float:
     return sent.bytes / bandwidth + machine.latency * sent.messages
 
 
-def _tokens(
-    setting: Setting, layout: Layout, wires: tuple[Sent, ...], axis: Axis, sparse: float
-) -> Item:
-    comm = sum(_comm(setting, layout, w) for w in wires if w.kind == "tokens" and w.axis == axis)
-    formula = COMM if setting.chunks == 1 else "max(comm/chunks, comm − sparse layers)"
-    name = {"hp": "Head Parallel, exposed", "ep": "Expert Parallel, exposed"}[axis]
-    return Item(name, _exposed(comm, setting.chunks, sparse), formula)
-
-
 def _weights(
     setting: Setting, layout: Layout, wires: tuple[Sent, ...], passes: int, compute: float
 ) -> Item:
@@ -151,9 +151,57 @@ def _weights(
     return Item("weights gathered, exposed", _exposed(comm, pieces, compute), formula)
 
 
-def _gradients(setting: Setting, layout: Layout, wires: tuple[Sent, ...]) -> Item:
-    comm = sum(_comm(setting, layout, w) for w in wires if w.kind == "gradients")
-    return Item("gradients summed", comm, COMM)
+def _exchanges(
+    setting: Setting, layout: Layout, n_tokens: int, passes: int
+) -> tuple[Item, Item, Item]:
+    """Copies around the exchanges of the sparse layers, and what of them nothing hides."""
+    names = "copies around exchanges", "Head Parallel, exposed", "Expert Parallel, exposed"
+    formulas = COPIED, HIDDEN, HIDDEN
+    layers = shape_of(setting.config.model).n_sparse * passes
+    found = (0.0, 0.0, 0.0)
+    if layout.hp * layout.ep > 1:
+        found = costs(
+            setting.config,
+            setting.machine,
+            layout,
+            n_tokens // passes,
+            setting.chunks_on(layout),
+            per_node=setting.per_node,
+            bytes_per_value=setting.bytes_per_value,
+            imbalance=setting.imbalance if layout.ep > 1 else 1.0,
+        )
+    items = zip(names, found, formulas, strict=True)
+    a, b, c = (Item(name, layers * value, formula) for name, value, formula in items)
+    return a, b, c
+
+
+def _gradients(
+    setting: Setting, layout: Layout, wires: tuple[Sent, ...], passes: int, compute: float
+) -> Item:
+    comm = 0.0
+    for sent in wires:
+        if sent.kind != "gradients":
+            continue
+        if layout.shard:
+            comm += _comm(setting, layout, sent)
+        else:
+            way = link(setting.machine, layout, sent.axis, setting.per_node)
+            comm += way.ring(sent.bytes)
+    hiding = compute * 2 / 3 / passes  # the last backward pass
+    return Item("gradients summed", _exposed(comm, GRADIENT_PIECES, hiding), COMM)
+
+
+def _small_sums(setting: Setting, layout: Layout, passes: int) -> Item:
+    """Of `train/step.py` and `parallel/reduce.py`: targets, norm and statistics once per step, and
+    the counts of experts in every pass where the balance loss reads the whole batch's."""
+    config = setting.config
+    balance = config.model.moe.balance
+    counts = shape_of(config.model).n_sparse and balance.aux and balance.aux_scope == "global_batch"
+    calls = 3 + (passes if counts else 0)
+    seconds = 0.0
+    if layout.ranks > 1:
+        seconds = calls * link(setting.machine, layout, "world", setting.per_node).ring(0)
+    return Item("small sums", seconds, "(3 + passes)·latency·2·(N−1)")
 
 
 def _exposed(comm: float, pieces: int, work: float) -> float:

@@ -82,6 +82,19 @@ def _trips(s: Shape, scheme: t.Scheme, n_ranks: int, n_tokens: int, b: int) -> t
     return t.expected_bytes(scheme, n_tokens * s.H, s.L, s.K, n_ranks, b, index)
 
 
+def exchanges(model: ModelConfig, layout: Layout, n_tokens: int, b: int) -> dict[Axis, t.Trips]:
+    """The four exchanges of one sparse layer on each axis that has any, T tokens of the rank."""
+    s = shape_of(model)
+    found: dict[Axis, t.Trips] = {}
+    if layout.hp > 1:
+        token = model.moe.router.reads == "token"
+        sizes = n_tokens, s.H, s.L, s.K, s.E, layout.hp, b
+        found["hp"] = t.head_bytes(*sizes, reads_token=token)
+    if layout.scheme is not None and layout.ep > 1:
+        found["ep"] = _trips(s, layout.scheme, layout.ep, n_tokens, b)
+    return found
+
+
 def exchanged(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
     """Bytes of sub-tokens and outputs that a rank is expected to send in an optimiser step of a
     run, over all sparse layers."""
@@ -95,15 +108,14 @@ def exchanged(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
         rows // (data.micro_batch_size or rows),
         bytes_per_value,
         payload=t.payload_bytes(mesh, bytes_per_value),
-        chunks=mesh.chunks,
+        chunks=max(mesh.chunks, 1),
     )
     return sum(part.bytes for part in found if part.kind == "tokens")
 
 
 def _heads(model: ModelConfig, s: Shape, layout: Layout, n_tokens: int, b: int, calls: int) -> Sent:
-    token = model.moe.router.reads == "token"
-    trips = t.head_bytes(n_tokens, s.H, s.L, s.K, s.E, layout.hp, b, reads_token=token)
-    extra = " + H·K·(i+2g)" if token else ""
+    trips = exchanges(model, layout, n_tokens, b)["hp"]
+    extra = " + H·K·(i+2g)" if model.moe.router.reads == "token" else ""
     values = "H·(L+4)" if b == 1 else "D_L·b"
     formula = f"layers·T·(4·{values}{extra})·(hp−1)/hp"
     messages = 4 * calls * (layout.hp - 1)

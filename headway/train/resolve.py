@@ -1,15 +1,18 @@
 """Values that a recipe leaves open, each with the sentence that says where it comes from."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from headway.config import Config, RunConfig, UsageError
+from headway.config import Config, MeshConfig, RunConfig, UsageError
 from headway.kernels.native import native
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
+from headway.parallel.exchange import gathers
+from headway.plan.layout import Layout, auto_chunks
 from headway.validate import validate
 
 
@@ -73,14 +76,29 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     if not run.checkpoint_every:
         run = dataclasses.replace(run, checkpoint_every=config.optim.steps)
         derived["run.checkpoint_every"] = f"{run.checkpoint_every}: only the last step"
+    mesh = config.mesh
+    if not mesh.chunks and mesh.dp * mesh.hp * mesh.ep > 1:
+        mesh = _chunks(mesh, model.moe.top_k, derived)
     device = _device(run, derived)
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
     if remarks and run.strict:
         raise UsageError(f"run.strict: {remarks[0]}")
-    config = dataclasses.replace(config, model=model, data=data, run=run)
+    config = dataclasses.replace(config, model=model, data=data, mesh=mesh, run=run)
     iteration = dtype if native_bfloat16(device) else torch.float32
     return Resolved(config, device, dtype, iteration, derived, remarks)
+
+
+def _chunks(mesh: MeshConfig, top_k: int, derived: dict[str, str]) -> MeshConfig:
+    """`headway plan`'s rule. Ranks compare their options before step 0, so that nodes of different
+    sizes, which might choose differently, are an error that names mesh.chunks."""
+    world = mesh.dp * mesh.hp * mesh.ep
+    scheme = "all_gather" if gathers(mesh, top_k) else "all_to_all"
+    layout = Layout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun sets it
+    chunks, why = auto_chunks(layout, per_node)
+    derived["mesh.chunks"] = f"{chunks}: {why}"
+    return dataclasses.replace(mesh, chunks=chunks)
 
 
 def _device(run: RunConfig, derived: dict[str, str]) -> torch.device:

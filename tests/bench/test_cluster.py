@@ -13,14 +13,15 @@ import pytest
 
 from bench import cluster, cluster_plot, hosts
 from bench.cluster_host import FULL, model_of
+from bench.cluster_predict import alone_name, calibrated, predicted, scaled, with_predictions
 from bench.cluster_report import (
     Case,
     Sample,
     busiest_bytes,
     exchange_formula,
-    predict,
+    imbalance,
+    prediction_table,
     scaling_row,
-    shared_compute,
     sweep_row,
     targets,
     with_efficiency,
@@ -64,13 +65,6 @@ def test_the_models_are_equally_large_and_k_times_f_is_constant(k):
     assert all(m.moe.n_experts % 4 == 0 for m in (flat, latent, heads))
 
 
-def test_a_prediction_is_compute_and_bytes_over_the_rate():
-    assert predict(100.0, 6e6, 0.0) == 100.0
-    assert predict(100.0, 6e6, 80.0) == pytest.approx(700.0)
-    assert predict(100.0, 6e6, 80.0, n_calls=10, latency_ms=2.0) == pytest.approx(720.0)
-    assert shared_compute(50.0, 4, 2) == 100.0 and shared_compute(50.0, 4, 64) == 50.0
-
-
 def test_the_busiest_link_of_a_dispatch_is_that_of_its_combine():
     sample = Sample(
         [
@@ -79,8 +73,9 @@ def test_the_busiest_link_of_a_dispatch_is_that_of_its_combine():
         ]
     )
     assert busiest_bytes(sample) == 300 + 300
+    assert imbalance(sample) == 600 / 290
     even = Sample([answer(1.0, 0, 0, hp_scatter=50, hp_gather=40)] * 2)
-    assert busiest_bytes(even) == 90
+    assert busiest_bytes(even) == 90 and imbalance(even) == 1.0
 
 
 def test_formulas_count_layers_and_tokens():
@@ -93,6 +88,62 @@ def test_formulas_count_layers_and_tokens():
     copies = 4 * (1 - (3 / 4) ** 4)
     per_rank = sub_tokens * copies * (values + 4 * (2 + 2 * 4))
     assert exchange_formula(case("EP dedup", 4, ep=4), FULL) == pytest.approx(per_rank)
+
+
+def network(mbit, rate):
+    """Collectives that take 1 ms and bytes over the rate."""
+    points = [[n, 1e-3 + n / rate] for n in (1, 1_000_000)]
+    kinds = [("all_to_all", 4, 1), ("all_to_all", 4, 2), ("all_reduce", 4, 1)]
+    curves = [
+        {"collective": what, "ranks": n, "inside": False, "at_once": at_once, "points": points}
+        for what, n, at_once in kinds
+    ]
+    return {"bench": "network", "mbit": mbit, "curves": curves}
+
+
+RATES = {"bench": "rates", "crowd": 2.0, "dtype": "bfloat16"}
+RATES["measured"] = {"peak": 1e11, "memory_bandwidth": 1e10, "experts_efficiency": 0.2}
+ALONE = [
+    {"bench": "alone", "name": name, "k": k, "step_ms": 250.0}
+    for name in ("moe", "multi_head_latent")
+    for k in (4, 8)
+]
+BESIDE = [RATES, network(0.0, 1e9), network(100.0, 12.5e6), *ALONE]
+CASES = [
+    case(name, k, **({"hp": 4} if name == "HP" else {"ep": 4, "dedup": name != "EP"}))
+    for name in ("EP", "EP dedup", "HP")
+    for k in (4, 8)
+]
+
+
+def test_the_machine_is_scaled_to_the_step_of_one_process():
+    """Half the time, twice the speed; and the plan of a mesh has that time without the network."""
+    hp = case("HP", 4, hp=4)
+    machine = calibrated(RATES, [], None)
+    slow, fast = (scaled(machine, hp.model, FULL, 2, ms) for ms in (250.0, 125.0))
+    assert fast.peak == pytest.approx(2 * slow.peak)
+    assert fast.memory_bandwidth == pytest.approx(2 * slow.memory_bandwidth)
+    parts = predicted(slow, hp, FULL, 2, 1.0)
+    away = ("exposed", "copies", "small sums", "gradients")
+    done = sum(ms for name, ms in parts.items() if not any(word in name for word in away))
+    # 10 of 40 experts per head in one process, 40 of one head on a host: more for the router alone
+    assert 250.0 < done < 260.0
+
+
+def test_predictions_come_from_rows_alone():
+    found = with_predictions([*BESIDE, *rows()], CASES, FULL)
+    hp = {r["mbit"]: r for r in found if r["bench"] == "sweep" and (r["name"], r["k"]) == ("HP", 4)}
+    for row in hp.values():
+        assert row["predicted_ms"] == pytest.approx(sum(row["parts"].values()))
+        assert row["ratio"] == row["predicted_ms"] / row["step_ms"]
+    # 8 exchanges of T · D · 2 bytes · 3/4, one after the other
+    n_bytes = 8 * FULL.tokens * FULL.d_model * 2 * 3 / 4
+    exposed = {mbit: row["parts"]["Head Parallel, exposed"] for mbit, row in hp.items()}
+    assert exposed[100.0] == pytest.approx(8 + 1000 * n_bytes / 12.5e6)
+    assert exposed[0.0] == pytest.approx(8 + 1000 * n_bytes / 1e9)
+    table = prediction_table(found).splitlines()
+    assert len(table) == 1 + len(CASES) and table[0].split()[-3:] == ["limit", "100", "Mbit/s"]
+    assert {alone_name(c) for c in CASES} == {"moe", "multi_head_latent"}
 
 
 def rows():
@@ -110,9 +161,9 @@ def rows():
                     [answer(seconds, n + 50, n + 50, **{axis: n, "world_gradients": 50})] * 4
                 )
 
-            first = sweep_row(c, 0.0, 0.0, [one(base)], FULL, 2, None)
+            first = sweep_row(c, 0.0, [one(base)], FULL, None)
             limited = [one(0.5 if name == "HP" else 0.5 * slower)]
-            made += [first, sweep_row(c, 100.0, 100.0, limited, FULL, 2, first)]
+            made += [first, sweep_row(c, 100.0, limited, FULL, first)]
     for n in (1, 2, 4):
         for name, seconds in (("HP", 0.2), ("EP dedup", 0.2 * n)):
             made.append(scaling_row(case(name, 4), 100.0, n, [Sample([answer(seconds, 1, 1)])]))
@@ -120,7 +171,7 @@ def rows():
 
 
 def test_targets_compare_bytes_times_and_scaling():
-    found = {t["name"]: t for t in targets(rows())}
+    found = {t["name"]: t for t in targets(with_predictions([*BESIDE, *rows()], CASES, FULL))}
     assert found["HP: bytes on the wire vary over k by"]["value"] == 0.0
     per_k = [t["value"] for name, t in found.items() if "per k" in name]
     assert per_k == [1.0, 1.0]
@@ -172,6 +223,8 @@ def test_a_tiny_run_on_four_hosts(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     swept = [r for r in found["rows"] if r["bench"] == "sweep"]
     assert len(swept) == 6 * 2 * 2
+    assert len([r for r in found["rows"] if r["bench"] == "alone"]) == 3 * 2
+    assert all(r["predicted_ms"] > 0 and r["imbalance"] >= 1 for r in swept)
     for row in swept:
         # the interface counts headers, barriers and acknowledgements too
         assert row["ledger_bytes"] < row["wire_bytes"] < 1.5 * row["ledger_bytes"] + 50_000
@@ -241,5 +294,6 @@ def test_sizes_are_what_the_documentation_says():
         "d_head": 32,
         "seq_len": 256,
         "batch": 8,
+        "collectives": (4096, 262144, 1048576, 4194304),
         "tokens": 2048,
     }

@@ -8,6 +8,7 @@ from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterCon
 from headway.plan.cost import parameters
 from headway.plan.layout import (
     Layout,
+    auto_chunks,
     held_parameters,
     illegal,
     meshes,
@@ -122,3 +123,25 @@ def test_micro_batch(batch, micro, ranks, expected):
 def test_a_batch_that_ranks_cannot_share():
     with pytest.raises(UsageError, match=r"batch_size=8 does not divide among --gpus 3; use .* 9"):
         micro_batch(config(8, 0), 3)
+
+
+def test_chunks_are_chosen_by_where_the_ep_axis_lies():
+    two = {
+        (layout, per_node)
+        for layout in (
+            Layout(dp=4),
+            Layout(hp=4),
+            Layout(ep=4, scheme="all_to_all"),
+            Layout(ep=4, scheme="all_to_all_per_slot"),
+            Layout(ep=4, scheme="all_gather"),
+            Layout(hp=2, ep=2, scheme="all_to_all"),
+        )
+        for per_node in (1, 2, 4)
+        if auto_chunks(layout, per_node)[0] == 2
+    }
+    assert two == {
+        *((Layout(ep=4, scheme="all_to_all"), n) for n in (1, 2)),
+        *((Layout(ep=4, scheme="all_to_all_per_slot"), n) for n in (1, 2)),
+        (Layout(hp=2, ep=2, scheme="all_to_all"), 1),
+    }
+    assert "spans nodes" in auto_chunks(Layout(ep=4, scheme="all_to_all"), 1)[1]

@@ -32,6 +32,23 @@ def test_open_values_are_filled_in_and_explained():
     assert again.config == done.config and set(again.derived) - {"kernels"} == {"run.dtype"}
 
 
+def test_chunks_follow_the_nodes(monkeypatch):
+    """As `headway plan` has it; one process has nothing to choose, and a given number stays."""
+    flat = MoEConfig(kind="moe", n_experts=8, top_k=2)
+    config = _changed(mesh=MeshConfig(ep=4), model=ModelConfig(moe=flat))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    done = resolve(config, 257)
+    assert done.config.mesh.chunks == 2
+    assert done.derived["mesh.chunks"].startswith("2: ep=4 spans nodes")
+    given = dataclasses.replace(config, mesh=MeshConfig(ep=4, chunks=1))
+    assert resolve(given, 257).config.mesh.chunks == 1
+    gathers = dataclasses.replace(config, mesh=MeshConfig(ep=4, ep_scheme="all_gather"))
+    assert resolve(gathers, 257).derived["mesh.chunks"] == "1: ep=4 travels by all-gather"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resolve(config, 257).derived["mesh.chunks"] == "1: ep=4 lies within a node"
+    assert "mesh.chunks" not in resolve(_changed(), 257).derived
+
+
 def _changed(**parts):
     return dataclasses.replace(Config(run=RunConfig(device="cpu")), **parts)
 

@@ -1,0 +1,180 @@
+"""One sparse layer on a mesh, as `plan.pipeline` wants it: seconds of its stages and exchanges.
+
+Rows are copied around an exchange: gathered into the order of the ranks, packed with their indices
+and gates, unpacked, summed. Counted from `parallel/head.py`, `parallel/expert.py` and
+`parallel/collectives.py`, in bytes read and written per value of b bytes; rows that stay at home
+are copied too.
+
+| exchange | before it: forward, backward | after it: forward, backward |
+|---|---|---|
+| scatter (with a token router's route) | 2b (4b), 2b (4b) | 0 (2b), 0 (2b) |
+| gather | 0, 0 | 2b, 2b |
+| dispatch, one copy per rank | 4b, 3b + 16 | 2b, 2b |
+| combine, one copy per rank | 0, 0 | b + 16, 2b |
+| dispatch, one copy per slot | 5b, 6b | 2b, 0 |
+| combine, one copy per slot | 0, 0 | 5b + 16, 7b + 28 |
+| dispatch, all-gather | 2b, 0 | 2b, b + 4 |
+| combine, all-gather | 0, 0 | b + 4, 0 |
+
+Backward of what stands before an exchange happens after the gradient's exchange, and the other way
+round. Sums are in float32. The rows of an all-gather are those that are received, but for its 2b
+before, which are of a rank's own.
+"""
+
+from typing import NamedTuple
+
+from headway.config import Config
+from headway.plan import traffic as t
+from headway.plan.cost import flops
+from headway.plan.layout import Axis, Layout
+from headway.plan.link import Link, Rates
+from headway.plan.machine import Machine
+from headway.plan.pipeline import Kind, Layer, Message, Work, exposed, program
+from headway.plan.shape import shape_of
+from headway.plan.wire import exchanges
+
+_KINDS: tuple[tuple[Axis, Kind, Kind], ...] = (
+    ("hp", "scatter", "gather"),
+    ("ep", "dispatch", "combine"),
+)
+
+
+class Costs(NamedTuple):
+    """Seconds of one sparse layer and pass beside the work that one process would do."""
+
+    copies: float
+    hp: float
+    """Exposed on the hp axis."""
+    ep: float
+
+
+def link(machine: Machine, layout: Layout, axis: Axis, per_node: int) -> Link:
+    """How the ranks of an axis are connected."""
+    inside = layout.in_one_node(axis, per_node)
+    within = Rates(machine.intra_node, machine.latency)
+    between = Rates(machine.inter_node, machine.latency)
+    return Link(
+        layout.size(axis),
+        inside,
+        within if inside else between,
+        within,
+        machine.curves,
+        machine.by_hand,
+    )
+
+
+def costs(
+    config: Config,
+    machine: Machine,
+    layout: Layout,
+    n_tokens: int,
+    chunks: int,
+    *,
+    per_node: int,
+    bytes_per_value: int,
+    imbalance: float,
+) -> Costs:
+    """Args:
+    n_tokens: T, of this rank in a pass.
+    imbalance: rows of the busiest rank of an ep axis over the mean.
+    """
+    copied = _copies(config, machine, layout, n_tokens, bytes_per_value)
+    layer = stages(config, machine, layout, n_tokens, bytes_per_value, imbalance, copied)
+    there: dict[Kind, Message] = {}
+    back: dict[Kind, Message] = {}
+    on_wire = t.payload_bytes(config.mesh, bytes_per_value)
+    found = exchanges(config.model, layout, n_tokens, on_wire)
+    for axis, out, home in _KINDS:
+        if axis not in found:
+            continue
+        way, trips = link(machine, layout, axis, per_node), found[axis]
+        uneven = imbalance if axis == "ep" and layout.scheme != "all_gather" else 1.0
+        there[out] = _message(axis, way, trips.dispatch / chunks, uneven)
+        there[home] = _message(axis, way, trips.combine / chunks, uneven)
+        back[home] = _message(axis, way, trips.combine_backward / chunks, uneven)
+        back[out] = _message(axis, way, trips.dispatch_backward / chunks, uneven)
+    counted = layout.ep > 1 and layout.scheme != "all_gather"
+    counts = Message("ep", 0.0)
+    if counted:
+        way = link(machine, layout, "ep", per_node)
+        counts = Message("ep", way.exchange(t.count_bytes(layout.ep)))
+    waits = exposed(program(layer, chunks, counted), there, back, counts)
+    extra = sum(w.forward + w.backward for w in (*copied[0].values(), *copied[1].values()))
+    return Costs(extra, waits.get("hp", 0.0), waits.get("ep", 0.0))
+
+
+def stages(
+    config: Config,
+    machine: Machine,
+    layout: Layout,
+    n_tokens: int,
+    b: int,
+    imbalance: float,
+    copied: tuple[dict[Kind, Work], dict[Kind, Work]] = ({}, {}),
+) -> Layer:
+    """The layer's own work, each stage at the rate of its matmuls; backward is twice forward, and
+    more with `recompute`."""
+    s = shape_of(config.model)
+    forward = {item.name: item.value for item in flops(config.model, config.data.seq_len)}
+    matmul = machine.rate("matmul", b, s.D)
+
+    def work(name: str, share: float = 1.0) -> Work:
+        seconds = share * n_tokens * forward.get(name, 0) / s.n_sparse / matmul
+        return Work(seconds, 2 * seconds)
+
+    rate = machine.rate("experts", b, s.D)
+    uneven = machine.uneven(imbalance) if layout.ep > 1 else 1.0
+    experts = uneven * n_tokens * forward.get("experts", 0) / s.n_sparse / rate
+    again = s.G / (s.G + 1) if config.run.recompute else 0
+    return Layer(
+        split=work("latent projections", 0.5),
+        router=work("routers"),
+        shared=work("shared experts"),
+        experts=Work(experts, (2 + again) * experts),
+        merge=work("latent projections", 0.5),
+        departing=copied[0],
+        arriving=copied[1],
+        early_route=config.model.moe.router.reads == "token",
+    )
+
+
+def _message(axis: str, way: Link, n_bytes: float, uneven: float) -> Message:
+    busiest = n_bytes * uneven
+    return Message(
+        axis,
+        way.exchange(n_bytes, busiest),
+        way.together(n_bytes, busiest),
+        way.share(n_bytes, busiest),
+    )
+
+
+def _copies(
+    config: Config, machine: Machine, layout: Layout, n_tokens: int, b: int
+) -> tuple[dict[Kind, Work], dict[Kind, Work]]:
+    """Before and after each exchange: bytes of the table above over the speed of rows."""
+    s = shape_of(config.model)
+    speed = machine.memory_bandwidth * machine.rows_efficiency
+    before: dict[Kind, Work] = {}
+    after: dict[Kind, Work] = {}
+
+    def note(kind: Kind, values: float, start: tuple[int, int], end: tuple[int, int]) -> None:
+        rate = speed / values
+        before[kind], after[kind] = (Work(f / rate, g / rate) for f, g in (start, end))
+
+    values = n_tokens * s.D_L
+    if layout.hp > 1:
+        packed = 2 * b if config.model.moe.router.reads == "token" else 0
+        note("scatter", values, (2 * b + packed, 2 * b + packed), (packed, packed))
+        note("gather", values, (0, 0), (2 * b, 2 * b))
+    if layout.ep > 1 and layout.scheme == "all_to_all":
+        rows = values * t.expected_ranks(s.K, layout.ep)
+        note("dispatch", rows, (4 * b, 3 * b + 16), (2 * b, 2 * b))
+        note("combine", rows, (0, 0), (b + 16, 2 * b))
+    elif layout.ep > 1 and layout.scheme == "all_to_all_per_slot":
+        note("dispatch", values * s.K, (5 * b, 6 * b), (2 * b, 0))
+        note("combine", values * s.K, (0, 0), (5 * b + 16, 7 * b + 28))
+    elif layout.ep > 1:
+        note("dispatch", values * layout.ep, (0, 0), (2 * b, b + 4))
+        before["dispatch"] = Work(2 * b * values / speed, 0.0)
+        note("combine", values * layout.ep, (0, 0), (b + 4, 0))
+    return before, after

@@ -1,0 +1,125 @@
+"""Seconds of a collective on one axis of a mesh: two numbers of a machine, or what was measured.
+
+An exchange (all-to-all) of n bytes that leave a rank takes n / bandwidth + latency·(P−1), a ring
+(all-reduce) n / bandwidth + latency·2·(P−1). Where `headway doctor --measure` has measured
+collectives of several sizes, their times are interpolated instead: small messages pass at another
+rate than large ones (switches and token buckets let bursts through, TCP loses more of a long
+exchange), and gloo's all-to-all stays below the link's rate, since the two directions between two
+ranks follow one another: a rank tells that it is ready to receive behind what it sends.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Collective = Literal["all_to_all", "all_reduce"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Measured times of one collective on P ranks."""
+
+    collective: Collective
+    ranks: int
+    inside: bool
+    """Whether all of them were in one node."""
+    at_once: int
+    """Collectives that were under way at the same time."""
+    points: tuple[tuple[float, float], ...]
+    """(bytes that leave a rank, seconds) of all of them together, by bytes."""
+
+    def seconds(self, n_bytes: float) -> float:
+        """Straight lines between the points and beyond the last; the first point is the least."""
+        points = self.points
+        if n_bytes <= points[0][0] or len(points) == 1:
+            return points[0][1]
+        after = next((i for i, (n, _) in enumerate(points) if n >= n_bytes), len(points) - 1)
+        (n0, t0), (n1, t1) = points[after - 1], points[after]
+        return t0 + (t1 - t0) * (n_bytes - n0) / (n1 - n0)
+
+
+def curve(values: dict[str, Any]) -> Curve:
+    """Of a machine file. ValueError, TypeError or KeyError where it is none."""
+    points = tuple((float(n), float(t)) for n, t in values["points"])
+    rising = all(a[0] < b[0] for a, b in itertools.pairwise(points))
+    if not points or not rising or any(t <= 0 for _, t in points):
+        raise ValueError("points must be (bytes, seconds), rising bytes and seconds above 0")
+    return Curve(
+        values["collective"],
+        int(values["ranks"]),
+        bool(values["inside"]),
+        int(values["at_once"]),
+        points,
+    )
+
+
+class Rates(NamedTuple):
+    """Two numbers in place of curves."""
+
+    bandwidth: float
+    """Bytes/s that leave a rank."""
+    latency: float
+    """Seconds per message."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """How the P ranks of an axis are connected."""
+
+    ranks: int
+    inside: bool
+    """Whether every group of the axis lies in one node."""
+    rates: Rates
+    within: Rates
+    """The same within a node."""
+    curves: Sequence[Curve] = ()
+    by_hand: bool = False
+    """Whether the processor that computes moves the bytes too (gloo), and no engine of its own."""
+
+    def exchange(self, n_bytes: float, busiest: float = 0.0) -> float:
+        """An all-to-all in which `n_bytes` leave a rank on average, and through the fullest link,
+        in one of its directions, `busiest`."""
+        return self._exchange(n_bytes, busiest, 1) or 0.0
+
+    def together(self, n_bytes: float, busiest: float = 0.0) -> float:
+        """How fast each of two such exchanges goes that are under way at once, over the speed of
+        one alone; 0 where nothing was measured: then they take turns."""
+        both = self._exchange(2 * n_bytes, 2 * busiest, 2)
+        return self.exchange(n_bytes, busiest) / both if both else 0.0
+
+    def ring(self, n_bytes: float) -> float:
+        """An all-reduce in which `n_bytes` leave a rank."""
+        curve = self._curve("all_reduce", 1)
+        if curve is not None:
+            return curve.seconds(n_bytes)
+        return n_bytes / self.rates.bandwidth + 2 * (self.ranks - 1) * self.rates.latency
+
+    def share(self, n_bytes: float, busiest: float = 0.0) -> float:
+        """Of the processor's time that an exchange takes while it is under way: all of it within a
+        node, where nothing else limits it; nothing where engines move the bytes."""
+        if not self.by_hand:
+            return 0.0
+        alone = Link(self.ranks, True, self.within, self.within, self.curves)
+        return min(alone.exchange(n_bytes) / self.exchange(n_bytes, busiest), 1.0)
+
+    def _exchange(self, n_bytes: float, busiest: float, at_once: int) -> float | None:
+        curve = self._curve("all_to_all", at_once)
+        if curve is not None:
+            even = curve.seconds(n_bytes)
+            # Where the load is uneven one link is full, and what crosses it has it for itself.
+            return max(even, self.ring(busiest)) if busiest > n_bytes else even
+        if at_once > 1:
+            return None
+        most = max(n_bytes, busiest)
+        return most / self.rates.bandwidth + (self.ranks - 1) * self.rates.latency
+
+    def _curve(self, collective: Collective, at_once: int) -> Curve | None:
+        """The one that was measured on the most similar number of ranks."""
+        fitting = [
+            c
+            for c in self.curves
+            if (c.collective, c.at_once, c.inside) == (collective, at_once, self.inside)
+        ]
+        return min(fitting, key=lambda c: abs(math.log(c.ranks / self.ranks)), default=None)

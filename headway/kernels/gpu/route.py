@@ -48,28 +48,21 @@ def load_w(parts, part: tl.constexpr, h, e, H, E, l0, L, BL: tl.constexpr):
 
 
 @triton.jit
-def _add_product(xt, parts, h, e, H, E, l0, L, acc, BL: tl.constexpr):
-    w0 = tl.trans(load_w(parts, 0, h, e, H, E, l0, L, BL))
-    w1 = tl.trans(load_w(parts, 1, h, e, H, E, l0, L, BL))
-    w2 = tl.trans(load_w(parts, 2, h, e, H, E, l0, L, BL))
-    if xt.dtype == tl.bfloat16:
-        return dot_exact(xt, w0, w1, w2, acc)
-    else:
-        return dot_split(xt, w0, w1, w2, acc)
-
-
-@triton.jit
 def scores(
-    x, xt, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL: tl.constexpr, WIDE: tl.constexpr
-):
-    """Logits `[BT, BE]`; 0 beyond the ends. `xt` is the tile of tokens unless WIDE."""
+    x, parts, t, T, h, e, H, E, L, stride_t, stride_l,
+    BL: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block."""
     acc = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
-    if WIDE:
-        for l0 in range(0, L, BL):
-            xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)
-            acc = _add_product(xt, parts, h, e, H, E, l0, L, acc, BL)
-    else:
-        acc = _add_product(xt, parts, h, e, H, E, 0, L, acc, BL)
+    for l0 in range(0, 1 if ONCE else L, BL):
+        xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)
+        w0 = tl.trans(load_w(parts, 0, h, e, H, E, l0, L, BL))
+        w1 = tl.trans(load_w(parts, 1, h, e, H, E, l0, L, BL))
+        w2 = tl.trans(load_w(parts, 2, h, e, H, E, l0, L, BL))
+        if xt.dtype == tl.bfloat16:
+            acc = dot_exact(xt, w0, w1, w2, acc)
+        else:
+            acc = dot_split(xt, w0, w1, w2, acc)
     return acc
 
 
@@ -82,7 +75,7 @@ def sigmoid(s):
 def normalised(s, lse, total, SIGMOID: tl.constexpr):
     """The scores of a row normalised to sum 1, given its logsumexp and its sum of σ."""
     if SIGMOID:
-        return sigmoid(s) / tl.maximum(total, 1e-20)[:, None]
+        return sigmoid(s) / tl.where(total < 1e-20, 1e-20, total)[:, None]  # keeps NaN
     else:
         lse = tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)  # as a softmax
         return tl.exp(s - lse[:, None])
@@ -165,7 +158,7 @@ def _choose(
     x, parts, bias, replay, gate, index, kept, rows, sums, sums_z,
     T, H, E, L, stride_t, stride_h, stride_l, walk, scale,
     K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
-    GATE: tl.constexpr, RENORMALIZE: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    GATE: tl.constexpr, RENORMALIZE: tl.constexpr, ONCE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Selection and gates of some tiles of tokens. WHOLE: all experts are one chunk, so the
     statistics over tokens come from the same scores."""
@@ -180,7 +173,6 @@ def _choose(
         row = t.to(tl.int64) * H + h
         slots = row[:, None] * K + slot[None, :]
         taken = (t < T)[:, None] & (slot < K)[None, :]
-        xt = load_x(x, t, T, 0, L, stride_t, stride_l, BL)
         most, mass, total = (
             tl.full((BT,), -float("inf"), tl.float32),
             tl.full((BT,), 0.0, tl.float32),
@@ -194,7 +186,7 @@ def _choose(
             e_k = tl.load(replay + slots, mask=taken, other=-1).to(tl.int32)
         for e0 in range(0, 1 if WHOLE else E, BE):
             e = e0 + column
-            s = scores(x, xt, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, WIDE)
+            s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
             s = tl.where((e < E)[None, :], s, -float("inf"))
             # logsumexp as it goes; a row's infinite maximum is not subtracted
             greater = tl.maximum(most, tl.max(s, 1))
@@ -209,7 +201,7 @@ def _choose(
                 score += tl.load(bias + h * E + e, mask=e < E, other=0.0)[None, :]
                 key = tl.where((e < E)[None, :], _order(score), TAKEN)
                 key_n, e_n, s_n = key_k, e_k, s_k
-                for j in tl.static_range(K):
+                for j in range(K):
                     top, at = _top(key, e[None, :])
                     here = e[None, :] == at[:, None]
                     found = _pick(s, here)
@@ -264,7 +256,7 @@ def _choose(
 def _columns(
     x, parts, index, rows, sums, T, H, E, L, stride_t, stride_h, stride_l, walk, chunks,
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
-    SIGMOID: tl.constexpr, WIDE: tl.constexpr,
+    SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """The statistics over tokens of one chunk of experts, where there are several: their scores a
     second time, now that each row's sum is known."""
@@ -275,8 +267,7 @@ def _columns(
     for tile in range(program * walk, tl.minimum((program + 1) * walk, (T + BT - 1) // BT)):
         t = tile * BT + tl.arange(0, BT)
         row = t.to(tl.int64) * H + h
-        xt = load_x(x, t, T, 0, L, stride_t, stride_l, BL)
-        s = scores(x, xt, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, WIDE)
+        s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
         lse = tl.load(rows + row, mask=t < T, other=0.0)
         total = lse
         if SIGMOID:
@@ -327,9 +318,9 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (x.stride(0), 0, x.stride(1)) if x.dim() == 2 else x.stride()
 
 
-def width(L: int) -> int:
-    """Columns of a tile of tokens."""
-    return min(max(triton.next_power_of_2(L), 16), 256)
+def width(L: int, most: int) -> int:
+    """Columns of a tile of tokens: a power of two."""
+    return min(max(triton.next_power_of_2(L), 16), most)
 
 
 def walks(n_tiles: int, per_tile: int) -> tuple[int, int]:
@@ -366,11 +357,11 @@ def forward(
         for statistic in (prob_HE, z_H, entropy_H, counts_HE):
             statistic.zero_()
         return
-    cut, BL = choose_tiles(L, E), width(L)
+    cut, BL = choose_tiles(L, E), width(L, 64)
     sizes = (T, H, E, L, *strides(x))
     n_tiles, chunks = triton.cdiv(T, cut.rows), triton.cdiv(E, cut.cols)
     programs_z, walk = walks(n_tiles, H)
-    shape = {"BT": cut.rows, "BE": cut.cols, "BL": BL, "WIDE": L > BL}
+    shape = {"BT": cut.rows, "BE": cut.cols, "BL": BL, "ONCE": L <= BL}
     launch = {"num_warps": cut.warps, "num_stages": cut.stages}
     programs, walk_columns = walks(n_tiles, H * chunks)
     sums = x.new_empty(programs, H, 2 * E + chunks, dtype=torch.float32)

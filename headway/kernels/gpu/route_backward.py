@@ -43,7 +43,7 @@ def _slots(
     x, parts, kept, rows, d_gate, d_prob, d_z, ds, c,
     T, H, E, L, stride_t, stride_h, stride_l, scale, per_token,
     K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
-    GATE: tl.constexpr, RENORMALIZE: tl.constexpr, WIDE: tl.constexpr,
+    GATE: tl.constexpr, RENORMALIZE: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """`ds [T, H, K]`, the gradient of the chosen logits through the gates alone, and `c [T, H]`."""
     t, h = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1)
@@ -58,31 +58,30 @@ def _slots(
     c_row = tl.full((BT,), 0.0, tl.float32)
     if d_gate is not None:
         d = tl.load(d_gate + slots, mask=taken, other=0.0) * scale
-        s = tl.load(kept + slots, mask=taken, other=0.0)
-        if GATE == 0:  # s is the gate
-            p = s / scale
-            d = p * (d - tl.sum(p * d, 1)[:, None])
+        kept_k = tl.load(kept + slots, mask=taken, other=0.0)
+        if GATE == 0:
+            p_k = kept_k / scale
+            d = p_k * (d - tl.sum(p_k * d, 1)[:, None])
         else:
-            p = sigmoid(s) if SIGMOID else normalised(s, lse, lse, False)
-            p = tl.where(taken, p, 0.0)
+            p_k = sigmoid(kept_k) if SIGMOID else normalised(kept_k, lse, lse, False)
+            p_k = tl.where(taken, p_k, 0.0)
             if RENORMALIZE:
-                chosen = tl.sum(p, 1)[:, None]
-                inner = tl.sum(p * d, 1)[:, None] / chosen
+                chosen = tl.sum(p_k, 1)[:, None]
+                inner = tl.sum(p_k * d, 1)[:, None] / chosen
                 d = tl.where(chosen < 1e-20, d * 1e20, (d - inner) / chosen)
-            d = p * d
+            d = p_k * d
             if SIGMOID:
-                d = d * sigmoid(-s)
+                d = d * sigmoid(-kept_k)
             else:
                 c_row += tl.sum(d, 1)
         tl.store(ds + slots, d, mask=taken)
     if c is not None:
         if d_prob is not None:
             x += h.to(tl.int64) * stride_h
-            xt = load_x(x, t, T, 0, L, stride_t, stride_l, BL)
             inner = tl.full((BT,), 0.0, tl.float32)
             for e0 in range(0, E, BE):
                 e = e0 + tl.arange(0, BE)
-                s = scores(x, xt, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, WIDE)
+                s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
                 dp = tl.load(d_prob + h * E + e, mask=e < E, other=0.0) * per_token
                 p = tl.where((e < E)[None, :], normalised(s, lse, total, SIGMOID), 0.0)
                 inner += tl.sum(p * dp[None, :], 1)
@@ -96,9 +95,9 @@ def _slots(
 
 @triton.jit
 def _d_logits(
-    x, xt, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+    x, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
     T, H, E, L, stride_t, stride_l, per_token,
-    K: tl.constexpr, BL: tl.constexpr, SIGMOID: tl.constexpr, WIDE: tl.constexpr,
+    K: tl.constexpr, BL: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """`[BT, BE]` float32; 0 beyond the ends. Without `ds` the gates have no gradient, without `c`
     there is no dense part."""
@@ -110,7 +109,7 @@ def _d_logits(
             value = tl.load(ds + row * K + j, mask=t < T, other=0.0)
             d += tl.where(at[:, None] == e[None, :], value[:, None], 0.0)
     if c is not None:
-        s = scores(x, xt, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, WIDE)
+        s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
         lse = tl.load(rows + row, mask=t < T, other=0.0)
         away = tl.load(c + row, mask=t < T, other=0.0)
         away = -away[:, None]
@@ -133,30 +132,29 @@ def _d_tokens(
     x, parts, index, ds, rows, c, d_prob, d_z, dx,
     T, H, E, L, stride_t, stride_h, stride_l, per_token, dx_t, dx_h, heads,
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
-    SIGMOID: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of tokens, some of its columns: over one head's experts, or over
     those of all heads that read the same token."""
-    t, l0 = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(2) * BL
-    acc = tl.full((BT, BL), 0.0, tl.float32)
+    t, l0 = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(2) * BC
+    acc = tl.full((BT, BC), 0.0, tl.float32)
     h0 = tl.program_id(1) * heads
     for i in range(heads):
         h = h0 + i
         xh = x + h.to(tl.int64) * stride_h
-        xt = load_x(xh, t, T, 0, L, stride_t, stride_l, BL)
         for e0 in range(0, E, BE):
             e = e0 + tl.arange(0, BE)
             d = _d_logits(
-                xh, xt, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
-                T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, WIDE,
+                xh, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+                T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, ONCE,
             )  # fmt: skip
-            w0 = load_w(parts, 0, h, e, H, E, l0, L, BL)
-            w1 = load_w(parts, 1, h, e, H, E, l0, L, BL)
-            if xt.dtype == tl.bfloat16:
+            w0 = load_w(parts, 0, h, e, H, E, l0, L, BC)
+            w1 = load_w(parts, 1, h, e, H, E, l0, L, BC)
+            if x.dtype.element_ty == tl.bfloat16:
                 acc = dot_rounded(d, w0, w1, acc)
             else:
-                acc = dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BL), acc)
-    column = l0 + tl.arange(0, BL)
+                acc = dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BC), acc)
+    column = l0 + tl.arange(0, BC)
     at = dx + t.to(tl.int64)[:, None] * dx_t + tl.program_id(1) * dx_h + column[None, :]
     tl.store(at, acc.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
 
@@ -166,21 +164,21 @@ def _d_weights(
     x, parts, index, ds, rows, c, d_prob, d_z, dw,
     T, H, E, L, stride_t, stride_h, stride_l, per_token, walk, columns,
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
-    SIGMOID: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the gradient of one chunk of a head's weights, some of its columns, over
     the tiles of tokens it walks; `dw [programs, H, E, L]`."""
     program, h, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e = block // columns * BE + tl.arange(0, BE)
-    l0 = block % columns * BL
+    l0 = block % columns * BC
     x += h.to(tl.int64) * stride_h
-    acc = tl.full((BE, BL), 0.0, tl.float32)
+    acc = tl.full((BE, BC), 0.0, tl.float32)
     for tile in range(program * walk, tl.minimum((program + 1) * walk, (T + BT - 1) // BT)):
         t = tile * BT + tl.arange(0, BT)
-        xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)
+        xt = load_x(x, t, T, l0, L, stride_t, stride_l, BC)
         d = _d_logits(
-            x, xt, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
-            T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, WIDE,
+            x, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+            T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, ONCE,
         )  # fmt: skip
         d = tl.trans(d)
         if xt.dtype == tl.bfloat16:
@@ -191,7 +189,7 @@ def _d_weights(
         else:
             x0, x1, x2 = split(xt)
             acc = dot_split(d, x0, x1, x2, acc)
-    column = l0 + tl.arange(0, BL)
+    column = l0 + tl.arange(0, BC)
     at = ((program * H + h).to(tl.int64) * E + e)[:, None] * L + column[None, :]
     tl.store(dw + at, acc, mask=(e < E)[:, None] & (column < L)[None, :])
 
@@ -224,9 +222,9 @@ def backward(
     )
     ds = x.new_empty(T, H, K, dtype=torch.float32) if gated else None
     c = x.new_empty(T, H, dtype=torch.float32) if dense else None
-    BL = width(L)
-    columns, sizes = triton.cdiv(L, BL), (T, H, E, L, *strides(x))
-    shape = {"BL": BL, "WIDE": L > BL}
+    BL, BC = width(L, 64), width(L, 256)
+    columns, sizes = triton.cdiv(L, BC), (T, H, E, L, *strides(x))
+    shape = {"BL": BL, "ONCE": L <= BL}
     with on(x):
         parts = split_w(w_HEL)
         cut = choose_tiles(L, E)
@@ -236,7 +234,7 @@ def backward(
             BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
         )  # fmt: skip
         tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
-        shape |= {"K": K, "SIGMOID": gate == "sigmoid"}
+        shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
 
         cut = fitting("route_dx", L, E, Tiles(64, 32, 4, 2))
         heads = H if x.dim() == 2 else 1

@@ -49,8 +49,8 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
     """`slot_R`, `row_NK` and `counts_HE` of `kernels.rows.Rows`, in int32. An index outside
     0 … E − 1 takes no expert.
 
-    Tiles are so long, 1024 slots at least, that the table of places is at most half as large as
-    `slot_R`.
+    Tiles are so long, 1024 slots at least, that the table of places is about half as large as
+    `slot_R` at most.
     """
     (T, H, K), R, G = index_THK.shape, index_THK.numel(), index_THK.shape[1] * n_experts
     assert R < 2**31, f"{R} rows are more than an int32 counts"

@@ -12,6 +12,7 @@ import torch
 
 from headway.config import DataConfig
 from headway.data.cache import root_of
+from headway.kernels.gpu import gpu
 from headway.kernels.native import native as cpu_kernels
 from headway.report.provenance import provenance
 from headway.train.resolve import native_bfloat16
@@ -114,13 +115,22 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         "matmuls": f"{found['dtype']} on {device}: {why}",
         "experts": "rows sorted by expert, hand-written backward (kernels/experts.py)",
         "C++ kernels": found["cpu_kernels"] if device == "cpu" else "not on this device",
-        "routing": "exact top-k on integer keys, stable counting sort (kernels/route.py, rows.py)",
+        "routing": f"exact top-k, stable counting sort: {_routing(found)}",
         "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
         "scaled_dot_product_attention (kernels/attention.py)",
         "run.compile": "possible" if can_compile else "not possible: there is no C++ compiler",
         "browser": found["browser"] or "none: the report's browser tests are skipped",
         "/dev/shm": f"{shm}; nothing here needs it: data are memory-mapped in this process",
     }
+
+
+def _routing(found: dict[str, Any]) -> str:
+    """Which kernels route, and why not those of the GPU."""
+    if gpu().device:
+        return f"Triton, no logits in memory; {gpu().why} (kernels/gpu/route.py)"
+    if found["device"] == "cpu":
+        return f"{found['cpu_kernels']} (kernels/route.py); no Triton: {gpu().why}"
+    return f"PyTorch (kernels/route.py); no Triton: {gpu().why}"
 
 
 def _installed(module: str) -> bool:

@@ -2,6 +2,7 @@
 folder with a recipe."""
 
 import os
+import sys
 
 import pytest
 
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config) -> None:
     """Triton decides when it is imported whether it interprets kernels on the CPU: so it does, but on
     a GPU (`-m gpu`)."""
+    assert "triton" not in sys.modules
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -1,17 +1,22 @@
-"""A router after its logits: which experts a sub-token visits, with what gates, and how evenly; one
-pass over `[T, H, E]` each way in `cpu/route.cpp`, some forty operators in PyTorch.
+"""A router: which experts a sub-token visits, with what gates, and how evenly.
 
-T tokens · H heads · E experts per head · K chosen. Scores and gates are float32 (float64 in
-references).
+On GPUs one pass over the tokens that writes nothing of size T×E (`gpu/route.py`). Elsewhere logits
+`[T, H, E]`, then one pass over them each way in `cpu/route.cpp`, some forty operators in PyTorch.
+
+T tokens · H heads · L width · E experts per head · K chosen. Scores and gates are float32 (float64
+in references).
 """
 
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import RouterGate
+from headway.kernels.gpu import gpu
+from headway.kernels.gpu.ops import route_tokens
 from headway.kernels.native import native
 from headway.kernels.rows import count
 from headway.kernels.topk import top_k
@@ -21,7 +26,7 @@ class Routed(NamedTuple):
     """What `route` returns."""
 
     index_THK: Tensor
-    """int64 `[T, H, K]`, best first."""
+    """int64 (int32 from the GPU kernels) `[T, H, K]`, best first."""
     gate_THK: Tensor
     """`[T, H, K]`, with gradient."""
     prob_HE: Tensor
@@ -43,8 +48,8 @@ def route_reference(
     renormalize: bool,
     scale: float,
 ) -> Routed:
-    """The definition, in PyTorch and with autograd's gradient. Arguments as in `route`, of any
-    float dtype.
+    """The definition, in PyTorch and with autograd's gradient. Arguments as in `route_logits`, of
+    any float dtype.
     """
     T, H, E = logits_THE.shape
     sigmoid = gate == "sigmoid"
@@ -77,6 +82,45 @@ def route_reference(
 
 
 def route(
+    x: Tensor,
+    w_HEL: Tensor,
+    bias_HE: Tensor,
+    index_THK: Tensor | None,
+    k: int,
+    gate: RouterGate,
+    renormalize: bool,
+    scale: float,
+) -> Routed:
+    """`route_logits` of `logits(x, w_HEL)`.
+
+    Args:
+        x: `[T, H, L]`, or `[T, L]` that every head reads; float32, bfloat16 (float64).
+        w_HEL: `[H, E, L]` float32 (float64).
+        the others as in `route_logits`. The GPU kernels cannot look at a replayed index without
+        waiting for the device: where it is no expert its gate is NaN.
+    """
+    arguments = (bias_HE, index_THK, k, gate, renormalize, float(scale))
+    if keeps_no_logits(x, w_HEL, bias_HE):
+        *rest, chosen_THK, _, _ = route_tokens(x, w_HEL, *arguments)
+        return Routed(chosen_THK, *rest)
+    return route_logits(logits(x, w_HEL), *arguments)
+
+
+def keeps_no_logits(x: Tensor, w_HEL: Tensor, bias_HE: Tensor) -> bool:
+    """Whether `route` keeps nothing of size T×E for backward."""
+    return gpu().takes(x, w_HEL, bias_HE) and w_HEL.dtype == bias_HE.dtype == torch.float32
+
+
+def logits(x: Tensor, w_HEL: Tensor) -> Tensor:
+    """`[T, H, L]` (or `[T, L]`, the same for all heads) times `[H, E, L]` → `[T, H, E]`, in float32
+    (float64)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.dim() == 2:
+        return F.linear(x, w_HEL.flatten(0, 1)).unflatten(-1, w_HEL.shape[:2])
+    return torch.bmm(x.transpose(0, 1), w_HEL.transpose(1, 2)).transpose(0, 1)
+
+
+def route_logits(
     logits_THE: Tensor,
     bias_HE: Tensor,
     index_THK: Tensor | None,

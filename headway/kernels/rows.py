@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.gpu import gpu
+from headway.kernels.gpu.ops import sort_rows as sort_rows_gpu
 from headway.kernels.native import native
 
 
@@ -38,11 +40,14 @@ def count(key: Tensor, n_keys: int) -> Tensor:
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
-    """Stable sort of all slots by (head, expert): a counting sort in C++ on CPUs, else a radix
-    sort.
+    """Stable sort of all slots by (head, expert): a counting sort in Triton on GPUs (int32 tables)
+    and in C++ on CPUs, else a radix sort.
 
-    Args: index_THK: int64 `[T, H, K]`, 0 … E; E means that the slot takes no expert.
+    Args: index_THK: int64 or int32 `[T, H, K]`, 0 … E; E means that the slot takes no expert.
     """
+    if gpu().device == index_THK.device.type:
+        slot_R, row_NK, counts_HE = sort_rows_gpu(index_THK, n_experts)
+        return Rows(slot_R // index_THK.shape[-1], slot_R, row_NK, counts_HE)
     if native().library is not None and index_THK.device.type == "cpu":
         return Rows(*_sort(index_THK, n_experts))
     return sort_rows_reference(index_THK, n_experts)

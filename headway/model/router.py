@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headway.config import BalanceConfig, RouterConfig, UsageError
-from headway.kernels.route import route
+from headway.kernels.route import keeps_no_logits, logits, route, route_logits
 from headway.kernels.rows import drop_over_capacity
 from headway.model.balance import RouteStats, quantile_margin
 
@@ -21,7 +21,7 @@ class Route(NamedTuple):
     """Which experts a sub-token visits, and how much each counts."""
 
     index_THK: Tensor
-    """int64 `[T, H, K]`, best first; E marks a slot dropped by the capacity."""
+    """int64 (int32 on GPUs) `[T, H, K]`, best first; E marks a slot dropped by the capacity."""
     gate_THK: Tensor
     """float32 `[T, H, K]`, with gradient."""
     stats: RouteStats
@@ -70,7 +70,8 @@ class Router(nn.Module):
 
         `index_THK` replays a selection: gates and statistics are then those of the given experts.
         """
-        if self.recompute and torch.is_grad_enabled():
+        lean = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
+        if self.recompute and torch.is_grad_enabled() and not lean:
             return checkpoint(self._route, x, index_THK, use_reentrant=False)
         return self._route(x, index_THK)
 
@@ -78,28 +79,38 @@ class Router(nn.Module):
         """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter
         in training.
         """
-        x = x if x.dtype == torch.float64 else x.float()
         if self.training and self.config.jitter:
+            x = x if x.dtype == torch.float64 else x.float()
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-        logits_THE = _heads(x, self.w_HEL)
+        logits_THE = logits(x, self.w_HEL)
         if self.training and self.w_noise_HEL is not None:
-            std_THE = F.softplus(_heads(x, self.w_noise_HEL))
+            std_THE = F.softplus(logits(x, self.w_noise_HEL))
             logits_THE = logits_THE + torch.randn_like(logits_THE) * std_THE
         return logits_THE
 
+    def _is_plain(self) -> bool:
+        """Whether nobody needs the logits themselves."""
+        changed = self.config.jitter or self.w_noise_HEL is not None
+        return not self.wants_quantile and not (self.training and changed)
+
     def _route(self, x: Tensor, index_THK: Tensor | None) -> Route:
-        logits_THE, c = self.logits(x), self.config
-        options = (self.top_k, c.gate, c.renormalize, c.scale)
-        routed = route(logits_THE, self.bias_HE, index_THK, *options)
+        c, bias_HE = self.config, self.bias_HE
+        options = (index_THK, self.top_k, c.gate, c.renormalize, c.scale)
+        if self._is_plain():
+            logits_THE, routed = None, route(x, self.w_HEL, bias_HE, *options)
+        else:
+            logits_THE = self.logits(x)
+            routed = route_logits(logits_THE, bias_HE, *options)
         kept_THK, dropped = routed.index_THK, routed.gate_THK.new_zeros(())
         if self.capacity_factor:
             kept_THK = drop_over_capacity(kept_THK, self.n_experts, self.capacity(x.shape[0]))
             dropped = (kept_THK == self.n_experts).to(dropped.dtype).mean()
         quantile_HE = None
         if self.wants_quantile:
+            assert logits_THE is not None
             raw_THE = logits_THE.detach()
             score_THE = torch.sigmoid(raw_THE) if c.gate == "sigmoid" else raw_THE
-            quantile_HE = quantile_margin(score_THE, self.bias_HE, self.top_k)
+            quantile_HE = quantile_margin(score_THE, bias_HE, self.top_k)
         stats = RouteStats(
             counts_HE=routed.counts_HE,
             prob_HE=routed.prob_HE,
@@ -134,10 +145,3 @@ def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
             f"router needs scale > 0 and 0 <= jitter < 1; "
             f"got scale={config.scale}, jitter={config.jitter}"
         )
-
-
-def _heads(x: Tensor, w_HEL: Tensor) -> Tensor:
-    """`[T, H, L]` (or `[T, D]`, the same for all heads) times `[H, E, L]` → `[T, H, E]`."""
-    if x.dim() == 2:
-        return F.linear(x, w_HEL.flatten(0, 1)).unflatten(-1, w_HEL.shape[:2])
-    return torch.bmm(x.transpose(0, 1), w_HEL.transpose(1, 2)).transpose(0, 1)

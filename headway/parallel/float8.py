@@ -13,8 +13,8 @@ SCALE_BYTES = 4
 
 
 def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`[..., L]` → e4m3 `[..., L]` and float32 scales `[..., 1]`. A row with NaN or infinity becomes
-    NaN, and 0 stays 0."""
+    """`[..., L]` → e4m3 `[..., L]` and float32 scales `[..., 1]`. A row with NaN or infinity
+    becomes NaN, and 0 stays 0."""
     scale = x.abs().amax(-1, keepdim=True).float() / LARGEST
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return (x.float() / scale).to(torch.float8_e4m3fn), scale

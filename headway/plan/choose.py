@@ -25,7 +25,7 @@ from headway.plan.machine import NUMBERS
 from headway.plan.rank_memory import memory
 from headway.plan.shape import total
 from headway.plan.time import Setting, seconds, work
-from headway.plan.traffic import payload_bytes, Scheme
+from headway.plan.traffic import Scheme, payload_bytes
 from headway.plan.wire import ep_totals, sent
 
 SchemeChoice = Literal["auto", "all_to_all", "all_to_all_per_slot", "all_gather"]

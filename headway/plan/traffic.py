@@ -2,8 +2,9 @@
 
 T tokens of the rank · H heads · L width of a head (D_L = H·L) · E experts per head · K chosen ·
 N sub-tokens of the rank (T·H, which the exchange of heads leaves as many) · P ranks of the axis ·
-b bytes of a value (1 float8, 2 bfloat16, 4 float32, 8 float64) · g bytes of a gate (4; 8 where b is 8) ·
-i bytes of an index (2 where H·E < 32768, else 4). What a rank keeps for itself is not on the wire.
+b bytes of a value (1 float8, 2 bfloat16, 4 float32, 8 float64) · g bytes of a gate (4; 8 where b is
+8) · i bytes of an index (2 where H·E < 32768, else 4). What a rank keeps for itself is not on the
+wire.
 
 | scheme | dispatch | combine | backward of combine | backward of dispatch |
 |---|---|---|---|---|

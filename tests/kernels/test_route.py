@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from headway.config import BalanceConfig, RouterConfig
 from headway.kernels import route as module
-from headway.kernels.route import Routed, route, route_reference
+from headway.kernels.route import Routed, route_logits, route_reference
 from headway.kernels.topk import top_k
 from headway.model.init import init_weights
 from headway.model.router import Router
@@ -34,9 +34,9 @@ def back(routed: Routed, logits, names=WITH_GRADIENT):
 
 
 def check(logits, bias, index, options, names=WITH_GRADIENT):
-    """`route` beside the reference in float64 with the same experts; where scores or differences
+    """`route_logits` beside the reference in float64 with the same experts; where scores or differences
     of them leave float32, at least as good as the reference in float32."""
-    got = route(logits, bias, index, *options)
+    got = route_logits(logits, bias, index, *options)
     wide = logits.detach().double().requires_grad_()
     want = route_reference(wide, bias.double(), got.index_THK, *options)
     rival = route_reference(logits, bias, got.index_THK, *options)
@@ -103,7 +103,7 @@ def test_sigmoid_chooses_as_pytorch():
     """Bit for bit the same scores: a last bit would choose differently in some of these rows."""
     logits = torch.randn(64 * 1024, 1, 16) * 0.01
     bias = torch.zeros(1, 16)
-    got = route(logits, bias, None, 5, "sigmoid", False, 1.0)
+    got = route_logits(logits, bias, None, 5, "sigmoid", False, 1.0)
     with threads(1):
         assert torch.equal(got.index_THK, top_k(torch.sigmoid(logits), 5))
 
@@ -118,7 +118,7 @@ def test_ties_nan_and_inf_are_chosen_as_by_top_k(n_experts, data):
     logits = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=20))).unsqueeze(1)
     k = data.draw(st.integers(1, n_experts))
     bias = torch.zeros(1, n_experts)
-    got = route(logits, bias, None, k, "softmax_topk", False, 1.0)
+    got = route_logits(logits, bias, None, k, "softmax_topk", False, 1.0)
     want = route_reference(logits, bias, None, k, "softmax_topk", False, 1.0)
     assert torch.equal(got.index_THK, want.index_THK)
     assert torch.equal(got.counts_HE, want.counts_HE)
@@ -128,14 +128,14 @@ def test_ties_nan_and_inf_are_chosen_as_by_top_k(n_experts, data):
 
 def test_ties_go_to_the_lowest_index():
     for gate in GATES:
-        got = route(torch.zeros(40, 2, 20), torch.zeros(2, 20), None, 11, gate, False, 1.0)
+        got = route_logits(torch.zeros(40, 2, 20), torch.zeros(2, 20), None, 11, gate, False, 1.0)
         assert torch.equal(got.index_THK, torch.arange(11).expand(40, 2, 11))
 
 
 def test_nan_stays_in_its_token():
     logits, bias = make(20, 2, 10)
     logits.data[3, 0, 7] = torch.nan
-    got = route(logits, bias, None, 3, "topk_softmax", False, 1.0)
+    got = route_logits(logits, bias, None, 3, "topk_softmax", False, 1.0)
     assert got.index_THK[3, 0, 0] == 7
     assert got.gate_THK[3, 0].isnan().all() and int(got.gate_THK.isnan().sum()) == 3
     assert got.prob_HE[0].isnan().all() and got.prob_HE[1].isfinite().all()
@@ -148,7 +148,7 @@ def test_an_expert_that_no_token_may_choose(gate):
     logits, bias = make(30, 2, 12)
     logits.data[..., 5] = -torch.inf
     check(logits, bias, None, (4, gate, False, 1.0))
-    got = route(logits, bias, None, 4, gate, False, 1.0)
+    got = route_logits(logits, bias, None, 4, gate, False, 1.0)
     assert (got.prob_HE[:, 5] == 0).all() and (back(got, logits)[..., 5] == 0).all()
 
 
@@ -168,13 +168,13 @@ def test_replays_an_index(gate):
     got = check(logits, bias, index, (4, gate, True, 2.0))
     assert torch.equal(got.index_THK, index)
     with pytest.raises((IndexError, RuntimeError)):
-        route(logits, bias, index + 5, 4, gate, True, 2.0)
+        route_logits(logits, bias, index + 5, 4, gate, True, 2.0)
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_one_expert(gate):
     logits, bias = make(40, 2, 1)
-    got = route(logits, bias, None, 1, gate, True, 3.0)
+    got = route_logits(logits, bias, None, 1, gate, True, 3.0)
     assert (got.index_THK == 0).all() and (got.gate_THK == 3).all()
     assert_close(got.prob_HE, torch.ones(2, 1), 1e-6)
     assert (got.counts_HE == 40).all() and (got.entropy_H.abs() < 1e-6).all()
@@ -184,7 +184,7 @@ def test_one_expert(gate):
 
 def test_no_tokens():
     logits, bias = make(0, 2, 5)
-    got = route(logits, bias, None, 2, "topk_softmax", False, 1.0)
+    got = route_logits(logits, bias, None, 2, "topk_softmax", False, 1.0)
     assert (got.counts_HE == 0).all() and (got.prob_HE == 0).all()
     assert got.index_THK.shape == (0, 2, 2)
     assert back(got, logits).shape == logits.shape
@@ -192,7 +192,7 @@ def test_no_tokens():
 
 def test_statistics_that_balance_nothing_have_no_gradient():
     logits, bias = make(6, 2, 5)
-    got = route(logits, bias, None, 2, "topk_softmax", False, 1.0)
+    got = route_logits(logits, bias, None, 2, "topk_softmax", False, 1.0)
     assert [t.requires_grad for t in got] == [False, True, True, True, False, False]
 
 
@@ -205,11 +205,11 @@ def test_the_same_bits_on_any_number_of_threads_and_in_both_layouts(gate, by_hea
     results = []
     for n in (1, 2, 2, 3):
         with threads(n):
-            got = route(logits, bias, None, *options)
+            got = route_logits(logits, bias, None, *options)
             results.append((*got, back(got, logits)))
     laid = logits.contiguous() if by_head else logits.transpose(0, 1).contiguous().transpose(0, 1)
     other = laid.detach().requires_grad_()
-    got = route(other, bias, None, *options)
+    got = route_logits(other, bias, None, *options)
     results.append((*got, back(got, other)))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
@@ -220,7 +220,7 @@ def test_keeps_logits_and_index_only():
     logits, bias = make(64, 2, 39)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        got = route(logits, bias, None, 8, "sigmoid", True, 1.0)
+        got = route_logits(logits, bias, None, 8, "sigmoid", True, 1.0)
     assert {t.data_ptr() for t in kept} == {logits.data_ptr(), got.index_THK.data_ptr()}
 
 

@@ -18,6 +18,10 @@ from torch import Tensor
 
 TAKEN = (torch.bfloat16, torch.float32)
 
+if os.environ.get("HEADWAY_TRITON") == "interpret":
+    # read when Triton is imported, which torch.compiler does below
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
 class Gpu:
@@ -47,7 +51,6 @@ def gpu() -> Gpu:
     if wish == "interpret":
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             return Gpu("", "Triton is loaded already: start Python with TRITON_INTERPRET=1")
-        os.environ["TRITON_INTERPRET"] = "1"
         return Gpu("cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only")
     if not torch.cuda.is_available():
         return Gpu("", "there is no CUDA device")

@@ -1,0 +1,256 @@
+"""Backward of routing: the gradient of the logits is made again tile by tile, on chip, and goes
+straight into the two products that need it.
+
+    d_logits[t, e] = Σ_j ds[t, j]·[e = index[t, j]] + dense[t, e]
+    dx_t = Σ_h Σ_e d_logits[t, h, e]·w[h, e];   dw[h, e] = Σ_t d_logits[t, h, e]·x[t, h]
+
+The dense part is that of the balance loss and the z-loss, and the normaliser of `softmax_topk`; it
+needs the scores a second time. Without it nothing but K comparisons per element is left. The two
+products run on the tensor cores over all experts: for E ≤ 64·K that moves fewer bytes than
+gathering K rows of width L per token would, needs no sort, and is the same code for both cases.
+
+Tokens normalised by a softmax (p, gradient dp of the normalised scores): dense = p·(dp − c). By
+their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsumexp. c is a number per row.
+No atomics; sums over tokens are partial sums per program, then added in the programs' order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headway.kernels.gpu import on
+from headway.kernels.gpu.product import dot, dot_rounded, dot_split, split
+from headway.kernels.gpu.route import (
+    GATES,
+    choose_tiles,
+    fitting,
+    load_w,
+    load_x,
+    normalised,
+    scores,
+    sigmoid,
+    split_w,
+    strides,
+    walks,
+    width,
+)
+from headway.kernels.gpu.tune import Tiles
+
+
+@triton.jit
+def _slots(
+    x, parts, kept, rows, d_gate, d_prob, d_z, ds, c,
+    T, H, E, L, stride_t, stride_h, stride_l, scale, per_token,
+    K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+    GATE: tl.constexpr, RENORMALIZE: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """`ds [T, H, K]`, the gradient of the chosen logits through the gates alone, and `c [T, H]`."""
+    t, h = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1)
+    SIGMOID: tl.constexpr = GATE == 2
+    row, slot = t.to(tl.int64) * H + h, tl.arange(0, BK)
+    taken = (t < T)[:, None] & (slot < K)[None, :]
+    slots = row[:, None] * K + slot[None, :]
+    lse = tl.load(rows + row, mask=t < T, other=0.0)
+    total = lse
+    if SIGMOID:
+        total = tl.load(rows + T * H + row, mask=t < T, other=1.0)
+    c_row = tl.full((BT,), 0.0, tl.float32)
+    if d_gate is not None:
+        d = tl.load(d_gate + slots, mask=taken, other=0.0) * scale
+        kept_k = tl.load(kept + slots, mask=taken, other=0.0)
+        if GATE == 0:
+            p_k = kept_k / scale
+            d = p_k * (d - tl.sum(p_k * d, 1)[:, None])
+        else:
+            p_k = sigmoid(kept_k) if SIGMOID else normalised(kept_k, lse, lse, False)
+            p_k = tl.where(taken, p_k, 0.0)
+            if RENORMALIZE:
+                chosen = tl.sum(p_k, 1)[:, None]
+                inner = tl.sum(p_k * d, 1)[:, None] / chosen
+                d = tl.where(chosen < 1e-20, d * 1e20, (d - inner) / chosen)
+            d = p_k * d
+            if SIGMOID:
+                d = d * sigmoid(-kept_k)
+            else:
+                c_row += tl.sum(d, 1)
+        tl.store(ds + slots, d, mask=taken)
+    if c is not None:
+        if d_prob is not None:
+            x += h.to(tl.int64) * stride_h
+            inner = tl.full((BT,), 0.0, tl.float32)
+            for e0 in range(0, E, BE):
+                e = e0 + tl.arange(0, BE)
+                s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
+                dp = tl.load(d_prob + h * E + e, mask=e < E, other=0.0) * per_token
+                p = tl.where((e < E)[None, :], normalised(s, lse, total, SIGMOID), 0.0)
+                inner += tl.sum(p * dp[None, :], 1)
+            if SIGMOID:
+                inner = tl.where(total < 1e-20, 0.0, inner)
+            c_row += inner
+        if d_z is not None and not SIGMOID:
+            c_row -= 2 * per_token * tl.load(d_z + h) * lse
+        tl.store(c + row, c_row, mask=t < T)
+
+
+@triton.jit
+def _d_logits(
+    x, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+    T, H, E, L, stride_t, stride_l, per_token,
+    K: tl.constexpr, BL: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """`[BT, BE]` float32; 0 beyond the ends. Without `ds` the gates have no gradient, without `c`
+    there is no dense part."""
+    row = t.to(tl.int64) * H + h
+    d = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
+    if ds is not None:
+        for j in tl.static_range(K):
+            at = tl.load(index + row * K + j, mask=t < T, other=-1)
+            value = tl.load(ds + row * K + j, mask=t < T, other=0.0)
+            d += tl.where(at[:, None] == e[None, :], value[:, None], 0.0)
+    if c is not None:
+        s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
+        lse = tl.load(rows + row, mask=t < T, other=0.0)
+        away = tl.load(c + row, mask=t < T, other=0.0)
+        away = -away[:, None]
+        if d_prob is not None:
+            away += tl.load(d_prob + h * E + e, mask=e < E, other=0.0)[None, :] * per_token
+        if SIGMOID:
+            total = tl.load(rows + T * H + row, mask=t < T, other=1.0)
+            d += normalised(s, lse, total, True) * sigmoid(-s) * away
+            if d_z is not None:
+                pull = 2 * per_token * tl.load(d_z + h) * lse
+                d += normalised(s, lse, lse, False) * pull[:, None]
+        else:
+            d += normalised(s, lse, lse, False) * away
+        d = tl.where((t < T)[:, None] & (e < E)[None, :], d, 0.0)
+    return d
+
+
+@triton.jit
+def _d_tokens(
+    x, parts, index, ds, rows, c, d_prob, d_z, dx,
+    T, H, E, L, stride_t, stride_h, stride_l, per_token, dx_t, dx_h, heads,
+    K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+    BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of tokens, some of its columns: over one head's experts, or over
+    those of all heads that read the same token."""
+    t, l0 = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(2) * BC
+    acc = tl.full((BT, BC), 0.0, tl.float32)
+    h0 = tl.program_id(1) * heads
+    for i in range(heads):
+        h = h0 + i
+        xh = x + h.to(tl.int64) * stride_h
+        for e0 in range(0, E, BE):
+            e = e0 + tl.arange(0, BE)
+            d = _d_logits(
+                xh, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+                T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, ONCE,
+            )  # fmt: skip
+            w0 = load_w(parts, 0, h, e, H, E, l0, L, BC)
+            w1 = load_w(parts, 1, h, e, H, E, l0, L, BC)
+            if x.dtype.element_ty == tl.bfloat16:
+                acc = dot_rounded(d, w0, w1, acc)
+            else:
+                acc = dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BC), acc)
+    column = l0 + tl.arange(0, BC)
+    at = dx + t.to(tl.int64)[:, None] * dx_t + tl.program_id(1) * dx_h + column[None, :]
+    tl.store(at, acc.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
+
+
+@triton.jit
+def _d_weights(
+    x, parts, index, ds, rows, c, d_prob, d_z, dw,
+    T, H, E, L, stride_t, stride_h, stride_l, per_token, walk, columns,
+    K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+    BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the gradient of one chunk of a head's weights, some of its columns, over
+    the tiles of tokens it walks; `dw [programs, H, E, L]`."""
+    program, h, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    e = block // columns * BE + tl.arange(0, BE)
+    l0 = block % columns * BC
+    x += h.to(tl.int64) * stride_h
+    acc = tl.full((BE, BC), 0.0, tl.float32)
+    for tile in range(program * walk, tl.minimum((program + 1) * walk, (T + BT - 1) // BT)):
+        t = tile * BT + tl.arange(0, BT)
+        xt = load_x(x, t, T, l0, L, stride_t, stride_l, BC)
+        d = _d_logits(
+            x, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+            T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, ONCE,
+        )  # fmt: skip
+        d = tl.trans(d)
+        if xt.dtype == tl.bfloat16:
+            d0, d1, d2 = split(d)
+            acc = dot(d2, xt, acc)
+            acc = dot(d1, xt, acc)
+            acc = dot(d0, xt, acc)
+        else:
+            x0, x1, x2 = split(xt)
+            acc = dot_split(d, x0, x1, x2, acc)
+    column = l0 + tl.arange(0, BC)
+    at = ((program * H + h).to(tl.int64) * E + e)[:, None] * L + column[None, :]
+    tl.store(dw + at, acc, mask=(e < E)[:, None] & (column < L)[None, :])
+
+
+def backward(
+    x: Tensor,
+    w_HEL: Tensor,
+    index_THK: Tensor,
+    kept_THK: Tensor,
+    rows_CTH: Tensor,
+    d_gate_THK: Tensor | None,
+    d_prob_HE: Tensor | None,
+    d_z_H: Tensor | None,
+    gate: str,
+    renormalize: bool,
+    scale: float,
+    dx: Tensor,
+    dw_HEL: Tensor,
+) -> None:
+    """Fills the gradients of the tokens and of the weights."""
+    (H, E, L), (T, _, K) = w_HEL.shape, index_THK.shape
+    gated = d_gate_THK is not None
+    dense = d_prob_HE is not None or d_z_H is not None or (gated and gate == "softmax_topk")
+    if T == 0 or not (gated or dense):
+        dx.zero_()
+        dw_HEL.zero_()
+        return
+    d_gate, d_prob, d_z = (
+        None if d is None else d.contiguous() for d in (d_gate_THK, d_prob_HE, d_z_H)
+    )
+    ds = x.new_empty(T, H, K, dtype=torch.float32) if gated else None
+    c = x.new_empty(T, H, dtype=torch.float32) if dense else None
+    BL, BC = width(L, 64), width(L, 256)
+    columns, sizes = triton.cdiv(L, BC), (T, H, E, L, *strides(x))
+    shape = {"BL": BL, "ONCE": L <= BL}
+    with on(x):
+        parts = split_w(w_HEL)
+        cut = choose_tiles(L, E)
+        _slots[(triton.cdiv(T, cut.rows), H)](
+            x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
+            K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
+            BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
+        )  # fmt: skip
+        tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
+        shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
+
+        cut = fitting("route_dx", L, E, Tiles(64, 32, 4, 2))
+        heads = H if x.dim() == 2 else 1
+        token, head = (L, 0) if x.dim() == 2 else (H * L, L)
+        _d_tokens[(triton.cdiv(T, cut.rows), H // heads, columns)](
+            *tensors, dx, *sizes, 1 / T, token, head, heads,
+            BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
+        )  # fmt: skip
+
+        cut = fitting("route_dw", L, E, Tiles(64, 32, 4, 2))
+        blocks = triton.cdiv(E, cut.cols) * columns
+        programs, walk = walks(triton.cdiv(T, cut.rows), 4 * H * blocks)
+        part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)
+        _d_weights[(programs, H, blocks)](
+            *tensors, part, *sizes, 1 / T, walk, columns,
+            BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
+        )  # fmt: skip
+        if programs > 1:
+            torch.sum(part, 0, out=dw_HEL)

@@ -192,7 +192,9 @@ class Flight:
 
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors, in the order in which they were sent."""
-        return _Land.apply(self, self.token)  # type: ignore[return-value]
+        # autograd keeps the flight, so the flight must not keep the token and autograd with it
+        token, self.token = self.token, torch.empty(0)
+        return _Land.apply(self, token)  # type: ignore[return-value]
 
 
 def _rank_sum(received: Tensor, size: int) -> Tensor:

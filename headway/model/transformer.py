@@ -3,6 +3,7 @@
 B sequences · S positions · T = B·S tokens · D model width · V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from headway.config import ModelConfig
 from headway.kernels.cross_entropy import cross_entropy
 from headway.model.attention import Attention, KVState
 from headway.model.balance import RouteStats
-from headway.model.init import init_weights
+from headway.model.init import init_weights, initial_weights
 from headway.model.linear import FeedForward, Linear, RMSNorm
 from headway.model.moe import MoE, Ranks, build_moe
 
@@ -88,6 +89,12 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size)
         init_weights(self, n_layers=config.n_layers, embed_std=config.init_std, seed=seed)
+
+    def initial(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole initial value of every parameter and buffer, one at a time: those that
+        the constructor gives with this seed. For a model on the meta device."""
+        c = self.config
+        return initial_weights(self, n_layers=c.n_layers, embed_std=c.init_std, seed=seed)
 
     def forward(
         self,

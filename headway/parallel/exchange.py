@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from headway.parallel import expert, head
 from headway.parallel.collectives import Ready, Wire
 from headway.parallel.fsdp import shard
 from headway.parallel.mesh import Mesh
-from headway.parallel.shard import Layout, split
+from headway.parallel.shard import Layout, local, split
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,19 @@ def spread(model: Transformer, mesh: Mesh) -> Spread:
     n_chunks = max(config.chunks, 1)
     exchange = Exchange(mesh, n_chunks, gathers(config, model.config.moe.top_k), config.dedup)
     return Spread(shard(model, split(model, mesh)), exchange)
+
+
+def begin(model: Transformer, mesh: Mesh, seed: int) -> Spread:
+    """Spreads a whole model that was built on the meta device, and gives this rank's part the
+    initial values that a single process would draw. No more than one parameter ever lies whole."""
+    drawn = model.initial(seed)
+    apart = spread(model, mesh)
+    model.to_empty(device=mesh.device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, whole in drawn:
+            local(tensors[name]).copy_(apart.layout.slice(name, whole))
+    return apart
 
 
 def gathers(config: MeshConfig, top_k: int) -> bool:

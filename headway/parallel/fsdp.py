@@ -12,10 +12,10 @@ gradients are added up and cut while backward goes on:
 | everything else | dp × hp × ep | hp × ep | dp |
 
 Norms and routers are used in float32 and small, a few MiB per layer: they stay whole, and
-`reduce.sum_gradients` adds up their gradients (and with `hsdp` the experts'). All the rest is used
-in the dtype of the matmuls and travels in it, so that a gather in bfloat16 sends half the bytes and
-changes no bit of the result. Gradients are added up in float32. A loss is one rank's part of a
-global sum, so FSDP too must add up, and divide nothing.
+`reduce.summed_gradients` adds up their gradients (and with `hsdp` the experts'). All the rest is
+used in the dtype of the matmuls and travels in it, so that a gather in bfloat16 sends half the
+bytes and changes no bit of the result. Gradients are added up in float32. A loss is one rank's part
+of a global sum, so FSDP too must add up, and divide nothing.
 
 Every collective is in the mesh's ledger, counted when it is issued: its bytes are computed from the
 size of the message as a ring would send them, not observed on the wire.

@@ -8,8 +8,10 @@ to divide there, and clips every rank by another norm).
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from headway.model.balance import RouteStats
 from headway.parallel.mesh import Axis, Mesh
 from headway.parallel.shard import Layout, local
 
+BUCKET = 4 << 20
+"""Bytes of gradients that are added up in one message."""
 ROW = 4096
 """Elements whose squares are added up in float32."""
 
@@ -26,36 +30,104 @@ ROW = 4096
 def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
     """Σ of `x` over the ranks of an axis, in place; the same bits on each of them."""
     if axis.size > 1:
-        # a ring sends each of P pieces P−1 times to be added up, and P−1 times to be known
-        n_bytes = 2 * (axis.size - 1) * x.numel() * x.element_size() // axis.size
-        mesh.traffic.add(axis.name, purpose, n_bytes)
+        mesh.traffic.add(axis.name, purpose, _ring_bytes(x, axis))
         started = time.perf_counter()
         dist.all_reduce(x, group=axis.group)
         mesh.traffic.waited(axis.name, purpose, time.perf_counter() - started)
     return x
 
 
-def sum_gradients(model: nn.Module, layout: Layout) -> None:
-    """Adds up the gradients of every parameter over its replicas, but for those that FSDP has
-    added up in backward."""
-    mesh = layout.mesh
-    if mesh.size == 1:
-        return
-    buckets: dict[tuple[str, torch.dtype], list[nn.Parameter]] = defaultdict(list)
-    axes: dict[str, Axis] = {}
-    for name, p in model.named_parameters():
-        axis = layout.placements[name].replicas
-        if axis.size > 1 and layout.placements[name].pieces is None:
-            axes[axis.name] = axis
-            # A parameter without gradient (no token came by) still takes its part in the sum.
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            buckets[axis.name, p.grad.dtype].append(p)
-    for (name, _), parameters in buckets.items():
-        flat = torch.cat([_grad(p).flatten() for p in parameters])
-        sum_over(axes[name], flat, mesh, "gradients")
-        pieces = flat.split([p.numel() for p in parameters])
-        for p, piece in zip(parameters, pieces, strict=True):
-            _grad(p).copy_(piece.view_as(p))
+@contextmanager
+def summed_gradients(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Adds up the gradients of every parameter over its replicas while the backward pass in the
+    body, the last of a step, goes on; but for those that FSDP adds up itself.
+
+    Parameters of one axis are joined in buckets of `BUCKET` bytes, last layer first. A bucket
+    leaves when its gradients are there and the bucket before it has left, so that all ranks send
+    the same in the same order; the end of the body waits for all of them.
+    """
+    buckets = _buckets(model, layout)
+    handles = []
+    leaving = _Leaving(buckets, layout.mesh)
+    for bucket in buckets:
+        for p in bucket.parameters:
+            handles.append(p.register_post_accumulate_grad_hook(partial(leaving.ready, bucket)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaving.land()
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """Gradients that travel as one message."""
+
+    axis: Axis
+    parameters: list[nn.Parameter]
+    missing: int
+    """Gradients that are not there yet."""
+    flat: Tensor | None = None
+    work: dist.Work | None = None
+
+
+class _Leaving:
+    """The buckets of one backward pass, in their order."""
+
+    def __init__(self, buckets: list[_Bucket], mesh: Mesh) -> None:
+        self.buckets, self.mesh, self.next = buckets, mesh, 0
+
+    def ready(self, bucket: _Bucket, _: Tensor) -> None:
+        """One more gradient of a bucket is there."""
+        bucket.missing -= 1
+        assert bucket.missing >= 0, "a gradient was added to after it had been sent"
+        while self.next < len(self.buckets) and not self.buckets[self.next].missing:
+            self._depart(self.buckets[self.next])
+            self.next += 1
+
+    def land(self) -> None:
+        """Sends what has not left (no token came by a parameter: it takes its part with zeros) and
+        waits for all."""
+        for bucket in self.buckets[self.next :]:
+            for p in bucket.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self._depart(bucket)
+        for bucket in self.buckets:
+            assert bucket.work is not None and bucket.flat is not None
+            started = time.perf_counter()
+            bucket.work.wait()
+            seconds = time.perf_counter() - started
+            self.mesh.traffic.waited(bucket.axis.name, "gradients", seconds)
+            pieces = bucket.flat.split([p.numel() for p in bucket.parameters])
+            for p, piece in zip(bucket.parameters, pieces, strict=True):
+                _grad(p).copy_(piece.view_as(p))
+            bucket.flat = None
+
+    def _depart(self, bucket: _Bucket) -> None:
+        flat = torch.cat([_grad(p).flatten() for p in bucket.parameters])
+        axis, bucket.flat = bucket.axis, flat
+        self.mesh.traffic.add(axis.name, "gradients", _ring_bytes(flat, axis))
+        bucket.work = dist.all_reduce(flat, group=axis.group, async_op=True)
+
+
+def _buckets(model: nn.Module, layout: Layout) -> list[_Bucket]:
+    """In the order in which backward is expected to fill them: the last layer first."""
+    open_: dict[tuple[str, torch.dtype], _Bucket] = {}
+    found: list[_Bucket] = []
+    for name, p in reversed(list(model.named_parameters())):
+        placement = layout.placements.get(name)
+        if placement is None or placement.replicas.size == 1 or placement.pieces is not None:
+            continue
+        key = (placement.replicas.name, p.dtype)
+        bucket = open_.get(key)
+        if bucket is None:
+            bucket = open_[key] = _Bucket(placement.replicas, [], 0)
+        bucket.parameters.append(p)
+        bucket.missing += 1
+        if sum(p.nbytes for p in bucket.parameters) >= BUCKET:
+            found.append(open_.pop(key))
+    return found + list(open_.values())
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -144,6 +216,11 @@ def global_stats(
         }
         found.append(RouteStats(**values))  # type: ignore[arg-type]
     return found, flat[: len(sums)]
+
+
+def _ring_bytes(x: Tensor, axis: Axis) -> int:
+    """A ring sends each of P pieces P−1 times to be added up, and P−1 times to be known."""
+    return 2 * (axis.size - 1) * x.nbytes // axis.size
 
 
 def _grad(p: nn.Parameter) -> Tensor:

@@ -15,7 +15,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.model.transformer import Transformer
 from headway.parallel.agreement import leaves
-from headway.parallel.exchange import spread
+from headway.parallel.exchange import begin
 from headway.parallel.mesh import Mesh, launch
 from headway.report.provenance import commit, provenance, versions
 from headway.report.sinks import JsonlSink, NoSink
@@ -102,11 +102,10 @@ def _train(
     with mesh.one_per_host():
         stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
     mesh.agree_on({"the fingerprint of the data": stream.dataset.fingerprint})
-    model = Transformer(
-        config.model, dtype=resolved.dtype, recompute=run.recompute, seed=run.seed
-    ).to(resolved.device)
+    with torch.device("meta"):
+        model = Transformer(config.model, dtype=resolved.dtype, recompute=run.recompute)
     sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
-    apart = spread(model, mesh)
+    apart = begin(model, mesh, run.seed)
     info = _run_info(resolved, sizes, recipe_source)
     mesh.first(lambda: folder.open_run(run_dir, info, resume is not None, overwrite))
     _announce(resolved, mesh, sizes, run_dir, log)

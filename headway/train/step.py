@@ -1,5 +1,6 @@
 """One optimiser step: the gradient of a batch, and what is done with it."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ from headway.parallel.fsdp import last_micro_batch
 from headway.parallel.reduce import (
     global_stats,
     grad_norm,
-    sum_gradients,
     sum_over,
+    summed_gradients,
     with_global_counts,
 )
 from headway.train.optim import Optimizers, clip_factor
@@ -70,19 +71,20 @@ def gradient(
     running: list[Tensor] = [torch.zeros((), device=device) for _ in model.sparse_layers()]
     routes: list[list[RouteStats]] = [[] for _ in running]
     for i, micro in enumerate(micros):
-        last_micro_batch(model, i == len(micros) - 1)
+        last = i == len(micros) - 1
+        last_micro_batch(model, last)
         out = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange)
         stats = out.stats
         if balance.aux and balance.aux_scope == "global_batch":
             stats = with_global_counts(stats, layout, reads_token)
         even = balance_loss(stats, balance, running)
         loss = out.nats / sizes[0].to(out.nats.dtype) + even / (len(micros) * mesh.size)
-        loss.backward()
+        with summed_gradients(model, layout) if last else nullcontext():
+            loss.backward()
         nats += out.nats.detach()
         balance_sum += even.detach()
         for kept, found in zip(routes, out.stats, strict=True):
             kept.append(found.detach())
-    sum_gradients(model, layout)
     norm = grad_norm(model, layout)
     sums = torch.stack([nats, balance_sum])
     merged, sums = global_stats([merge_stats(parts) for parts in routes], sums, layout, reads_token)

@@ -59,7 +59,8 @@ function wireLayers() {
         shown.map((c) => cell(row, c)),
       ),
     );
-    plot.replaceChildren(tableOf(["Layer", ...shown.map(([, title]) => title)], lines));
+    const heads = ["Layer", ...shown.map(([, title]) => title)];
+    plot.replaceChildren(tableOf(heads, lines, { class: "bars" }));
   }
   CHARTS.push({ figure, draw });
   return el("div", { class: "below" }, figure);

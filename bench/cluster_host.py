@@ -172,7 +172,8 @@ class Host:
         if world > 2:  # the neighbours of HP×EP
             for first in range(0, world, 2):
                 group = dist.new_group([first, first + 1])
-                self.pair = group if rank // 2 == first // 2 else self.pair
+                if isinstance(group, dist.ProcessGroup) and first // 2 == rank // 2:
+                    self.pair = group
         return {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def build(self, key: str, model: dict, mesh: dict, size: dict) -> dict:

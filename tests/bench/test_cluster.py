@@ -231,28 +231,23 @@ def names():
 
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "namespaces")
 def test_a_tiny_run_on_four_hosts(capsys, monkeypatch):
-    options = "--small --repetitions 1 --rates 200 --ks 4 8 --json".split()
+    options = "--small --repetitions 1 --rates 200 --ks 8 --json".split()
     monkeypatch.setattr(sys, "argv", ["bench", *options])
     cluster.main()
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     swept = [r for r in found["rows"] if r["bench"] == "sweep"]
-    assert len(swept) == 8 * 2 * 2
-    assert len([r for r in found["rows"] if r["bench"] == "alone"]) == 3 * 2 * 2
+    assert len(swept) == 8 * 2
+    assert len([r for r in found["rows"] if r["bench"] == "alone"]) == 3 * 2
     assert all(r["predicted_ms"] > 0 and r["imbalance"] >= 1 for r in swept)
     for row in swept:
         # the interface counts headers, barriers and acknowledgements too
         assert row["ledger_bytes"] < row["wire_bytes"] < 1.5 * row["ledger_bytes"] + 50_000
         assert row["exchange_bytes"] == pytest.approx(row["exchange_formula"], rel=0.6)
-    hp = {r["k"]: r["exchange_bytes"] for r in swept if r["name"] == "HP"}
-    assert (
-        hp[4]
-        == hp[8]
-        == exchange_formula(
-            Case("HP", 4, MeshConfig(hp=4), model_of("multi_head_latent", 4, cluster.SMALL, 2)),
-            cluster.SMALL,
-            width=2 if swept[0]["dtype"] == "bfloat16" else 4,
-        )
-    )
+    once = Case("HP", 1, MeshConfig(hp=4), model_of("multi_head_latent", 1, cluster.SMALL, 2))
+    width = 2 if swept[0]["dtype"] == "bfloat16" else 4
+    for row in swept:  # at k = 8 the bytes of k = 1, in one piece or two
+        if row["name"] in ("HP", "HP, 2 chunks"):
+            assert row["exchange_bytes"] == exchange_formula(once, cluster.SMALL, width)
     assert not any(f"-{os.getpid()}-" in name for name in names())
 
 

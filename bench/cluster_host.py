@@ -27,7 +27,8 @@ from headway.config import (
     from_dict,
 )
 from headway.data.stream import Batch
-from headway.measure import curves, rates
+from headway.measure import rates
+from headway.measure_links import curves
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import Spread, spread
 from headway.parallel.mesh import Mesh, place

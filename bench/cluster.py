@@ -48,7 +48,7 @@ WEAK_K = 4
 
 def cases(ks: list[int], size: Size, ranks: int = HOSTS) -> list[Case]:
     """The rivals at every k, on `ranks` hosts."""
-    apart = MeshConfig(ep=ranks, ep_scheme="all_to_all")
+    apart = MeshConfig(ep=ranks, ep_scheme="all_to_all", chunks=1)
     found = []
     for k in ks:
         flat = model_of("moe", k, size, ranks)
@@ -58,10 +58,14 @@ def cases(ks: list[int], size: Size, ranks: int = HOSTS) -> list[Case]:
             Case("EP dedup", k, apart, flat),
             Case("EP dedup, 2 chunks", k, dataclasses.replace(apart, chunks=2), flat),
             Case("LatentMoE EP", k, apart, model_of("latent", k, size, ranks)),
-            Case("HP", k, MeshConfig(hp=ranks), heads),
+            Case("HP", k, MeshConfig(hp=ranks, chunks=1), heads),
+            Case("HP, 2 chunks", k, MeshConfig(hp=ranks, chunks=2), heads),
         ]
         if ranks == HOSTS:
-            found.append(Case("HP×EP", k, MeshConfig(hp=2, ep=2), heads))
+            both = MeshConfig(hp=2, ep=2, ep_scheme="all_to_all", chunks=1)
+            found.append(Case("HP×EP", k, both, heads))
+            two = dataclasses.replace(both, chunks=2)
+            found.append(Case("HP×EP, 2 chunks", k, two, heads))
     return found
 
 
@@ -174,14 +178,14 @@ def sweep(
         started = time.perf_counter()
         cluster.limit(mbit)
         measured[mbit].append(cluster.curves())
-        for case in found if mbit else found + alone:
+        for case in found + alone:
             kept[case.key, mbit].append(cluster.step(case))
         took[mbit] = time.perf_counter() - started
     rows: list[dict] = [rates_row]
     for mbit in rates:
         curves = [dataclasses.asdict(c) for c in median_curves(measured[mbit])]
         rows.append({"bench": "network", "mbit": mbit, "curves": curves})
-    rows += [alone_row(case, kept[case.key, UNLIMITED]) for case in alone]
+        rows += [alone_row(case, mbit, kept[case.key, mbit]) for case in alone]
     base: dict[str, dict] = {}
     for mbit, case in itertools.product(rates, found):
         row = sweep_row(case, mbit, kept[case.key, mbit], cluster.size, base.get(case.key))
@@ -226,7 +230,7 @@ def main() -> None:
         [1000, 250, 100] if args.quick else [2000, 1000, 500, 250, 125]
     )
     rates = sorted(rates, reverse=True)
-    repetitions = args.repetitions or (2 if args.quick else 3)
+    repetitions = args.repetitions or (2 if args.quick else 5)
     progress = Progress(args.small)
     command = [sys.executable, str(Path(__file__).with_name("cluster_host.py"))]
     with hosts(HOSTS) as where:

@@ -27,7 +27,8 @@ from headway.config import (
     from_dict,
 )
 from headway.data.stream import Batch
-from headway.measure import curves, rates
+from headway.measure import rates
+from headway.measure_links import curves
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import Spread, spread
 from headway.parallel.mesh import Mesh, place
@@ -172,7 +173,8 @@ class Host:
         if world > 2:  # the neighbours of HP×EP
             for first in range(0, world, 2):
                 group = dist.new_group([first, first + 1])
-                self.pair = group if rank // 2 == first // 2 else self.pair
+                if isinstance(group, dist.ProcessGroup) and first // 2 == rank // 2:
+                    self.pair = group
         return {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def build(self, key: str, model: dict, mesh: dict, size: dict) -> dict:

@@ -4,9 +4,9 @@ beside them; nothing here runs anything.
 Three measurements, none of them of a spread step, make the machine:
 
 - `rates` of `headway doctor --measure`, on all hosts at once, since they share the cores;
-- `alone`: what one host computes, as a model of one process, on all hosts at once. The rates are
-  scaled so that plan predicts this step rightly: formulas know FLOPs and bytes, not how well a
-  kernel of this shape runs;
+- `alone`: what one host computes, as a model of one process, on all hosts at once and in the same
+  rounds. The rates are scaled so that plan predicts this step rightly: formulas know FLOPs and
+  bytes, not how well a kernel of this shape runs;
 - `network`: plain collectives at each rate of the links, and without a limit, where nothing but
   the hosts' own cores limits them.
 
@@ -34,7 +34,7 @@ def with_predictions(rows: list[dict], cases: Iterable[Case], size: Size) -> lis
     in ms; from rows alone, so that a saved file can be predicted again."""
     by_key = {(c.name, c.k): c for c in cases}
     rates = next(r for r in rows if r["bench"] == "rates")
-    alone = {(r["name"], r["k"]): r["step_ms"] for r in rows if r["bench"] == "alone"}
+    alone = {(r["name"], r["k"], r["mbit"]): r["step_ms"] for r in rows if r["bench"] == "alone"}
     network = {r["mbit"]: [curve(c) for c in r["curves"]] for r in rows if r["bench"] == "network"}
     found = []
     for row in rows:
@@ -42,7 +42,7 @@ def with_predictions(rows: list[dict], cases: Iterable[Case], size: Size) -> lis
             case = by_key[row["name"], row["k"]]
             machine = calibrated(rates, network[0.0], network[row["mbit"]] if row["mbit"] else None)
             width = {"bfloat16": 2, "float32": 4}[rates["dtype"]]
-            step = alone[alone_name(case), case.k]
+            step = alone[alone_name(case), case.k, row["mbit"]]
             machine = scaled(machine, case.model, size, width, step)
             parts = predicted(machine, case, size, width, row["imbalance"])
             total = sum(parts.values())

@@ -156,12 +156,14 @@ def sweep_row(
     }
 
 
-def alone_row(case: Case, samples: list[Sample]) -> dict:
-    """What one host computes, as a model of one process; all hosts at once."""
+def alone_row(case: Case, mbit: float, samples: list[Sample]) -> dict:
+    """What one host computes, as a model of one process; all hosts at once, in the rounds of
+    `mbit`."""
     return {
         "bench": "alone",
         "name": case.name,
         "k": case.k,
+        "mbit": mbit,
         "n_experts": case.model.moe.n_experts,
         "step_ms": statistics.median(s.ms for s in samples),
         "repetitions": [s.ms for s in samples],
@@ -190,7 +192,13 @@ def _mesh(mesh: MeshConfig) -> str:
 def targets(rows: list[dict]) -> list[dict]:
     """What is demanded of the rows, and what is only said."""
     found = [r for r in rows if r["bench"] == "sweep"]
-    return [*_bytes(found), *_speed(found), *_scaling(rows), *_prediction(found)]
+    return [
+        *_bytes(found),
+        *_speed(found),
+        *_scaling(rows),
+        *_chunks(found),
+        *_prediction(found),
+    ]
 
 
 def _bytes(rows: list[dict]) -> list[dict]:
@@ -255,6 +263,26 @@ def _scaling(rows: list[dict]) -> list[dict]:
     gain = weak["HP", hosts]["efficiency"] / weak["EP dedup", hosts]["efficiency"]
     name = f"weak scaling to {hosts} hosts: efficiency of HP over EP with dedup"
     return [common.target(name, gain, 1.0, True)]
+
+
+def _chunks(rows: list[dict]) -> list[dict]:
+    """What `mesh.chunks=0` chooses against the other of 1 and 2, where links are limited: 2 for an
+    all-to-all on ep between hosts, 1 for heads alone."""
+    made = []
+    limited = [r for r in rows if r["mbit"]]
+    for name in ("EP dedup", "HP×EP", "HP"):
+        ratios = [
+            r["step_ms"] / _at(limited, f"{name}, 2 chunks", r["k"], r["mbit"])["step_ms"]
+            for r in limited
+            if r["name"] == name
+        ]
+        if not ratios:
+            continue
+        one = statistics.geometric_mean(ratios)
+        chosen, value = (1, one) if name == "HP" else (2, 1 / one)
+        text = f"mesh.chunks=0, {name}: time of {chosen} over that of {3 - chosen}, limited links"
+        made.append(common.target(text, value, 1.0, False))
+    return made
 
 
 def _prediction(rows: list[dict]) -> list[dict]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from headway import measure as m
+from headway.measure_links import two_numbers
+from headway.plan.link import Curve
 from headway.plan.machine import NUMBERS, read
 
 CPU = torch.device("cpu")
@@ -37,6 +39,14 @@ def test_rates_are_work_over_time(monkeypatch):
     assert rate == 3 * 2 * (8 * 2 * 2) * 3 * 8 * 16 / 0.5 and "T 8, H 2" in what
     rate, _ = m.attention_flops(CPU, torch.float32, 0)
     assert rate == 3 * 4 * 4 * 4 * 64 * (256 * 257 / 2) / 0.5
+    speed, what = m.rows_bandwidth(CPU, torch.float32, 0)
+    assert speed == 8192 * 192 * (12 * 4 + 44) / 0.5 and what.startswith("8192 rows of 192")
+
+
+def test_two_numbers_of_a_curve():
+    """The rate of the largest exchange, and the smallest over its three messages."""
+    found = two_numbers(Curve("all_to_all", 4, True, 1, ((4.0, 6e-3), (1e6, 0.5))))
+    assert found == pytest.approx((2e6, 2e-3))
 
 
 @pytest.mark.slow
@@ -58,3 +68,11 @@ def test_the_network_under_torchrun(tmp_path):
     assert {"intra_node", "latency"} <= set(found["measured"]) <= set(NUMBERS)
     machine = read(str(file))
     assert machine.origin_of("intra_node") == "measured" and 1e-7 < machine.latency < 0.1
+    kinds = [(c.collective, c.at_once, c.ranks, c.inside) for c in machine.curves]
+    assert kinds == [
+        (w, n, 2, True) for w, n in (("all_to_all", 1), ("all_to_all", 2), ("all_reduce", 1))
+    ]
+    exchange, ring = machine.curves[0], machine.curves[2]
+    assert two_numbers(exchange) == (machine.intra_node, machine.latency)
+    # the same bytes leave a rank in both, up to whole values and rows
+    assert [n for n, _ in ring.points] == pytest.approx([n for n, _ in exchange.points], rel=0.01)

@@ -148,6 +148,8 @@ def auto_chunks(layout: Layout, per_node: int) -> tuple[int, str]:
         return 1, f"ep={layout.ep} travels by all-gather"
     if layout.in_one_node("ep", per_node):
         return 1, f"ep={layout.ep} lies within a node"
+    if layout.shard and layout.dp > 1:
+        return 1, "fsdp would gather the experts once per chunk"
     return 2, f"ep={layout.ep} spans nodes: one half travels while the other is computed"
 
 

@@ -81,13 +81,19 @@ class Link:
     def exchange(self, n_bytes: float, busiest: float = 0.0) -> float:
         """An all-to-all in which `n_bytes` leave a rank on average, and through the fullest link,
         in one of its directions, `busiest`."""
-        return self._exchange(n_bytes, busiest, 1) or 0.0
+        curve = self._curve("all_to_all", 1)
+        if curve is not None:
+            return self._measured(curve, n_bytes, busiest)
+        most = max(n_bytes, busiest)
+        return most / self.rates.bandwidth + (self.ranks - 1) * self.rates.latency
 
     def together(self, n_bytes: float, busiest: float = 0.0) -> float:
         """How fast each of two such exchanges goes that are under way at once, over the speed of
         one alone; 0 where nothing was measured: then they take turns."""
-        both = self._exchange(2 * n_bytes, 2 * busiest, 2)
-        return self.exchange(n_bytes, busiest) / both if both else 0.0
+        curve = self._curve("all_to_all", 2)
+        if curve is None:
+            return 0.0
+        return self.exchange(n_bytes, busiest) / self._measured(curve, 2 * n_bytes, 2 * busiest)
 
     def ring(self, n_bytes: float) -> float:
         """An all-reduce in which `n_bytes` leave a rank."""
@@ -104,16 +110,10 @@ class Link:
         alone = Link(self.ranks, True, self.within, self.within, self.curves)
         return min(alone.exchange(n_bytes) / self.exchange(n_bytes, busiest), 1.0)
 
-    def _exchange(self, n_bytes: float, busiest: float, at_once: int) -> float | None:
-        curve = self._curve("all_to_all", at_once)
-        if curve is not None:
-            even = curve.seconds(n_bytes)
-            # Where the load is uneven one link is full, and what crosses it has it for itself.
-            return max(even, self.ring(busiest)) if busiest > n_bytes else even
-        if at_once > 1:
-            return None
-        most = max(n_bytes, busiest)
-        return most / self.rates.bandwidth + (self.ranks - 1) * self.rates.latency
+    def _measured(self, curve: Curve, n_bytes: float, busiest: float) -> float:
+        """Where the load is uneven one link is full, and what crosses it has it for itself."""
+        even = curve.seconds(n_bytes)
+        return max(even, self.ring(busiest)) if busiest > n_bytes else even
 
     def _curve(self, collective: Collective, at_once: int) -> Curve | None:
         """The one that was measured on the most similar number of ranks."""

@@ -9,7 +9,7 @@
 | copies | bytes of `plan.layer` / (memory bandwidth · rows efficiency) |
 | hp, ep | what `plan.pipeline` does not hide |
 | weights (FSDP) | max(comm / (2·layers·passes), comm − the four parts of compute) |
-| gradients | comm |
+| gradients | max(comm / (layers + 1), comm − backward of the last pass, or of all with FSDP) |
 | small sums | (3 + passes) · latency · 2·(N−1) |
 | optimiser | (2·weights + gradients + 2·state) bytes / memory bandwidth + Newton–Schulz |
 
@@ -23,8 +23,8 @@ What it leaves out, and why it still ranks: kernel launches, the data loader, st
 and the checkpoint cost every mesh the same or are unknown. Memory traffic is a lower bound: what is
 kept for backward is written and read once, weights are read once forward and twice backward.
 Overlap: stages of a sparse layer and its exchanges run in `plan.pipeline` as the code runs them.
-Weights of the next layer come while a layer computes. Gradients hide nothing: they are summed after
-the last backward pass (`GRADIENT_PIECES`).
+Weights of the next layer come while a layer computes, and gradients leave while earlier layers are
+still in backward; those of the first layer and the embedding have nothing left to hide behind.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,8 @@ from headway.plan.rank_memory import CAST, GATHERED
 from headway.plan.shape import Item, shape_of, total
 from headway.plan.wire import Sent
 
-COMM = "bytes / bandwidth + latency·messages"
 COPIED = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
 HIDDEN = "comm − what stages of other chunks hide (plan/pipeline.py)"
-GRADIENT_PIECES = 1
-"""Pieces in which gradients are summed while the last backward pass goes on; 1 is after it."""
 _NOT_KEPT = ("weights", "gradients", "AdamW moments", "Muon momentum", CAST, GATHERED)
 
 
@@ -187,8 +184,12 @@ def _gradients(
         else:
             way = link(setting.machine, layout, sent.axis, setting.per_node)
             comm += way.ring(sent.bytes)
-    hiding = compute * 2 / 3 / passes  # the last backward pass
-    return Item("gradients summed", _exposed(comm, GRADIENT_PIECES, hiding), COMM)
+    hiding = compute * 2 / 3 / (1 if layout.shard else passes)
+    exposed = _exposed(comm, setting.config.model.n_layers + 1, hiding)
+    formula = "max(comm/(layers+1), comm − backward" + (
+        ")" if layout.shard else " of the last pass)"
+    )
+    return Item("gradients summed", exposed, formula)
 
 
 def _small_sums(setting: Setting, layout: Layout, passes: int) -> Item:

@@ -94,7 +94,8 @@ def _chunks(mesh: MeshConfig, top_k: int, derived: dict[str, str]) -> MeshConfig
     sizes, which might choose differently, are an error that names mesh.chunks."""
     world = mesh.dp * mesh.hp * mesh.ep
     scheme = "all_gather" if gathers(mesh, top_k) else "all_to_all"
-    layout = Layout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None)
+    sharded = mesh.shard == "fsdp"
+    layout = Layout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun sets it
     chunks, why = auto_chunks(layout, per_node)
     derived["mesh.chunks"] = f"{chunks}: {why}"

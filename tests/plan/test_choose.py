@@ -66,6 +66,21 @@ def test_sums_and_formulas(large):
             assert large["formulas"][name]
 
 
+def test_chunks_are_chosen_and_said():
+    """Nodes of two: an ep axis of four spans them, one of two does not."""
+    rows = plan(Setting(SMALL, H100, 2), 4)["meshes"]
+    chosen = {(r["ep"], r["scheme"], r["replicas"], r["dp"]): r["chunks"] for r in rows}
+    assert {key for key, chunks in chosen.items() if chunks != 1} == {
+        (4, scheme, replicas, 1)
+        for _, scheme, replicas, _ in chosen
+        if scheme not in (None, "all_gather")
+    }
+    assert any("spans nodes" in r["chunks_because"] for r in rows)
+    given = plan(Setting(SMALL, H100, 2, chunks=3), 4)
+    assert {r["chunks"] for r in given["meshes"]} == {3} and given["chunks"] == 3
+    assert "chunks: 3, --chunks 3" in render(given)
+
+
 def test_one_rank_is_describe():
     found = plan(Setting(SMALL, H100, bytes_per_value=4), 1)
     (row,) = found["meshes"]

@@ -135,6 +135,7 @@ def test_chunks_are_chosen_by_where_the_ep_axis_lies():
             Layout(ep=4, scheme="all_to_all_per_slot"),
             Layout(ep=4, scheme="all_gather"),
             Layout(hp=2, ep=2, scheme="all_to_all"),
+            Layout(dp=2, ep=2, scheme="all_to_all", shard=True),
         )
         for per_node in (1, 2, 4)
         if auto_chunks(layout, per_node)[0] == 2

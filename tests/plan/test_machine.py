@@ -1,6 +1,7 @@
 """The table, networks, and machine files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -62,6 +63,23 @@ def test_a_machine_file(tmp_path):
     assert measured.origin_of("inter_node") == "given" and measured.origin_of("peak") == "measured"
 
 
+def test_measured_collectives(tmp_path):
+    """They come from the file; a network that is given instead drops those between nodes."""
+    kind = {"collective": "all_to_all", "ranks": 4, "at_once": 1, "points": [[12, 1e-4]]}
+    curves = [kind | {"inside": inside} for inside in (True, False)]
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps({"measured": {}, "curves": curves}))
+    machine = read(str(path))
+    assert [c.inside for c in machine.curves] == [True, False] and machine.by_hand
+    assert [c.inside for c in with_network(machine, "100").curves] == [True]
+    assert not read(str(path), "h100").by_hand
+
+
+def test_a_busy_rank_on_cores_of_its_own_and_on_shared_ones():
+    assert named("cpu").uneven(1.5) == 1.5
+    assert [replace(named("cpu"), crowd=2.0).uneven(x) for x in (1.5, 3.0)] == [1.0, 1.5]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -73,6 +91,8 @@ def test_a_machine_file(tmp_path):
         ('{"measured": {"peak": true}}', "peak=True"),
         ('{"measured": {}, "dtype": "int8"}', "dtype='int8'"),
         ('{"measured": {}, "based_on": "v100"}', "v100"),
+        ('{"measured": {}, "curves": [{"points": []}]}', "its curves are damaged"),
+        ('{"measured": {}, "curves": [1]}', "its curves are damaged"),
     ],
 )
 def test_files_that_are_none(tmp_path, text, words):

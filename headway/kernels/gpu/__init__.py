@@ -17,6 +17,10 @@ from torch import Tensor
 
 TAKEN = (torch.bfloat16, torch.float32)
 
+if os.environ.get("HEADWAY_TRITON") == "interpret":
+    # read when Triton is imported, which torch.compiler does below
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
 class Gpu:
@@ -44,7 +48,6 @@ def gpu() -> Gpu:
     if importlib.util.find_spec("triton") is None:
         return Gpu("", "Triton is not installed: pip install 'headway[gpu]'")
     if wish == "interpret":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
         return Gpu("cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only")
     if not torch.cuda.is_available():
         return Gpu("", "there is no CUDA device")

@@ -26,9 +26,7 @@ def forward(
     y_RL = x.new_empty(R, L, dtype=torch.float32)
     pre_R = x.new_empty(R if keep else 0, G * Fh)
     kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
-    native().call(
-        "experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, kept, y_RL
-    )
+    native().call("experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, kept, y_RL)
     return _combine(x, y_RL, row_NK, counts_HE, gate_NK.contiguous()), pre_R
 
 

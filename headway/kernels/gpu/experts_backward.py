@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 
 from headway.kernels.gpu.arith import dot, narrow
-from headway.kernels.gpu.experts_forward import product, put_rows, row_tile, sigmoid, weight_tile
+from headway.kernels.gpu.experts_forward import (
+    hidden_rows,
+    product,
+    put_rows,
+    row_tile,
+    sigmoid,
+    unpaired,
+    weight_tile,
+)
 
 
 @triton.jit
@@ -24,6 +32,15 @@ def slopes(first, up, ACTIVATION: tl.constexpr):
     normal = 0.5 * (1.0 + tl.erf(first * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * first * first)
     return first * normal, normal + first * density, first
+
+
+@triton.jit
+def paired(first, second, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
+    """The inverse of `unpaired`."""
+    if G == 2:
+        return tl.reshape(tl.join(first, second), [M, 2 * BF])
+    else:
+        return first
 
 
 @triton.jit
@@ -66,21 +83,17 @@ def experts_backward_rows(
     found = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BL], tl.float32)
     for f0 in range(0, F, BF):
-        f = f0 + tl.arange(0, BF)
-        w_first = weight_tile(w_in, f, cols, F, L, BF)
-        first = product(x_tile, w_first, f, F, BF)
-        up = first
-        w_up = w_first
-        if G == 2:
-            w_up = weight_tile(w_in + F * L, f, cols, F, L, BF)
-            up = product(x_tile, w_up, f, F, BF)
-        z = product(do_tile, weight_tile(w_out, f, cols, F, L, BF), f, F, BF)
+        row_in, live_in = hidden_rows(f0, F, G, BF)
+        row_out, live_out = hidden_rows(f0, F, 1, BF)
+        w = weight_tile(w_in, row_in, live_in, cols, F, L, BF)
+        first, up = unpaired(product(x_tile, w, live_in, F, BF), G, M, BF)
+        w_back = weight_tile(w_out, row_out, live_out, cols, F, L, BF)
+        z = product(do_tile, w_back, live_out, F, BF)
         hid, d_first, d_up = slopes(first, up, ACTIVATION)
         found += tl.sum(hid * z, 1)
         z *= gates[:, None]
-        acc = dot(narrow(z * d_first, x_tile.dtype), w_first, acc)
-        if G == 2:
-            acc = dot(narrow(z * d_up, x_tile.dtype), w_up, acc)
+        d_pre = paired(z * d_first, z * d_up, G, M, BF)
+        acc = dot(narrow(d_pre, x_tile.dtype), w, acc)
     tl.store(d_gate + slot, found, mask=valid)
     put_rows(dx, scale, slot, valid, cols, acc, tl.full([M], 1.0, tl.float32), L)
 
@@ -107,25 +120,19 @@ def experts_backward_weights(
     """One chunk of the hidden width of one expert: its weights' gradients, summed over the expert's
     rows in their order; zeros where it has none."""
     G: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
-    # Hopper multiplies tiles of 64 rows: the larger of BL and BF becomes the rows
-    ACROSS: tl.constexpr = BL > BF
     n_chunks: tl.constexpr = (F + BF - 1) // BF
     g = tl.program_id(0) // n_chunks
-    f = (tl.program_id(0) % n_chunks) * BF + tl.arange(0, BF)
+    f0 = (tl.program_id(0) % n_chunks) * BF
+    row_in, live_in = hidden_rows(f0, F, G, BF)
+    row_out, live_out = hidden_rows(f0, F, 1, BF)
     cols = tl.arange(0, BL)
     end = tl.load(start + g + 1)
     at_in, at_out = g.to(tl.int64) * (G * F * L), g.to(tl.int64) * (F * L)
-    w_first = weight_tile(w_in + at_in, f, cols, F, L, BF)
-    w_up = w_first
-    if G == 2:
-        w_up = weight_tile(w_in + at_in + F * L, f, cols, F, L, BF)
-    w_back = weight_tile(w_out + at_out, f, cols, F, L, BF)
-    if ACROSS:
-        dw_first = tl.zeros([BL, BF], tl.float32)
-    else:
-        dw_first = tl.zeros([BF, BL], tl.float32)
-    dw_up = dw_first
-    dw_back = dw_first
+    w = weight_tile(w_in + at_in, row_in, live_in, cols, F, L, BF)
+    w_back = weight_tile(w_out + at_out, row_out, live_out, cols, F, L, BF)
+    # [BL, …], not […, BL]: Hopper multiplies tiles of 64 rows, and BF is smaller
+    acc_in = tl.zeros([BL, G * BF], tl.float32)
+    acc_out = tl.zeros([BL, BF], tl.float32)
     for r0 in range(tl.load(start + g), end, M):
         row = r0 + tl.arange(0, M)
         valid = row < end
@@ -133,36 +140,19 @@ def experts_backward_weights(
         x_tile = row_tile(x, slot // K, valid, cols, L)
         do_tile = row_tile(d_out, slot // K, valid, cols, L)
         gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)[:, None]
-        first = dot(x_tile, w_first.T)
-        up = first
-        if G == 2:
-            up = dot(x_tile, w_up.T)
+        first, up = unpaired(dot(x_tile, w.T), G, M, BF)
         z = gates * dot(do_tile, w_back.T)
         hid, d_first, d_up = slopes(first, up, ACTIVATION)
-        dw_back = _add_outer(dw_back, do_tile, narrow(gates * hid, x_tile.dtype), ACROSS)
-        dw_first = _add_outer(dw_first, x_tile, narrow(z * d_first, x_tile.dtype), ACROSS)
-        if G == 2:
-            dw_up = _add_outer(dw_up, x_tile, narrow(z * d_up, x_tile.dtype), ACROSS)
-    _put_weight(dw_in + at_in, f, cols, dw_first, F, L, ACROSS)
-    if G == 2:
-        _put_weight(dw_in + at_in + F * L, f, cols, dw_up, F, L, ACROSS)
-    _put_weight(dw_out + at_out, f, cols, dw_back, F, L, ACROSS)
+        d_pre = paired(z * d_first, z * d_up, G, M, BF)
+        acc_out = dot(do_tile.T, narrow(gates * hid, x_tile.dtype), acc_out)
+        acc_in = dot(x_tile.T, narrow(d_pre, x_tile.dtype), acc_in)
+    _put_weight(dw_in + at_in, row_in, live_in, cols, acc_in, L)
+    _put_weight(dw_out + at_out, row_out, live_out, cols, acc_out, L)
 
 
 @triton.jit
-def _add_outer(acc, rows_L, rows_F, ACROSS: tl.constexpr):
-    """acc plus the sum over rows of `rows_F [M, BF]` times `rows_L [M, BL]`; `[BL, BF]` if ACROSS,
-    else `[BF, BL]`."""
-    if ACROSS:
-        return dot(rows_L.T, rows_F, acc)
-    return dot(rows_F.T, rows_L, acc)
-
-
-@triton.jit
-def _put_weight(w, f, cols, values, F: tl.constexpr, L: tl.constexpr, ACROSS: tl.constexpr):
-    """The inverse of `weight_tile`."""
-    if ACROSS:
-        values = values.T
-    inside = (f < F)[:, None] & (cols < L)[None, :]
-    at = w + f[:, None] * L + cols[None, :]
-    tl.store(at, narrow(values, w.dtype.element_ty), mask=inside)
+def _put_weight(w, row, live, cols, values_T, L: tl.constexpr):
+    """The inverse of `weight_tile`, from `[BL, rows]`."""
+    inside = live[:, None] & (cols < L)[None, :]
+    at = w + row[:, None] * L + cols[None, :]
+    tl.store(at, narrow(values_T.T, w.dtype.element_ty), mask=inside)

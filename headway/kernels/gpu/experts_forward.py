@@ -38,21 +38,43 @@ def put_rows(out, scale, slot, valid, cols, values, factor, L: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(w, f, cols, F: tl.constexpr, L: tl.constexpr, BF: tl.constexpr):
-    """Rows f of a matrix `[F, L]`: `[BF, BL]`, zeros outside."""
-    at = w + f[:, None] * L + cols[None, :]
-    if F % BF == 0 and cols.shape[0] == L:
-        return tl.load(at)
-    return tl.load(at, mask=(f < F)[:, None] & (cols < L)[None, :], other=0.0)
+def hidden_rows(f0, F: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
+    """Rows of a matrix `[G·F, L]` for BF hidden units from f0 on, and which of them exist. The G
+    rows of a unit stand side by side: a thread that holds one holds the other, and one product
+    computes both."""
+    i = tl.arange(0, G * BF)
+    f = f0 + i // G
+    return (i % G) * F + f, f < F
 
 
 @triton.jit
-def product(rows, w, f, F: tl.constexpr, BF: tl.constexpr):
-    """rows·wᵀ `[M, BF]`; zeros past F, where inf · 0 would be NaN."""
+def weight_tile(w, row, live, cols, F: tl.constexpr, L: tl.constexpr, BF: tl.constexpr):
+    """Rows of a matrix of L columns, `[rows, BL]`, zeros outside."""
+    at = w + row[:, None] * L + cols[None, :]
+    if F % BF == 0 and cols.shape[0] == L:
+        return tl.load(at)
+    return tl.load(at, mask=live[:, None] & (cols < L)[None, :], other=0.0)
+
+
+@triton.jit
+def product(rows, w, live, F: tl.constexpr, BF: tl.constexpr):
+    """rows·wᵀ; zeros past F, where inf · 0 would be NaN."""
     found = dot(rows, w.T)
     if F % BF == 0:
         return found
-    return tl.where((f < F)[None, :], found, 0.0)
+    return tl.where(live[None, :], found, 0.0)
+
+
+@triton.jit
+def unpaired(pre, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
+    """`[M, G·BF]` as `hidden_rows` orders it → the first and second pre-activations `[M, BF]`, the
+    same twice where there is one."""
+    if G == 2:
+        first, second = tl.split(tl.reshape(pre, [M, BF, 2]))
+    else:
+        first = pre
+        second = pre
+    return first, second
 
 
 @triton.jit
@@ -106,13 +128,12 @@ def experts_forward(
     w_out += g.to(tl.int64) * (F * L)
     acc = tl.zeros([M, BL], tl.float32)
     for f0 in range(0, F, BF):
-        f = f0 + tl.arange(0, BF)
-        first = product(x_tile, weight_tile(w_in, f, cols, F, L, BF), f, F, BF)
-        up = first
-        if G == 2:
-            up = product(x_tile, weight_tile(w_in + F * L, f, cols, F, L, BF), f, F, BF)
+        row_in, live_in = hidden_rows(f0, F, G, BF)
+        row_out, live_out = hidden_rows(f0, F, 1, BF)
+        pre = product(x_tile, weight_tile(w_in, row_in, live_in, cols, F, L, BF), live_in, F, BF)
+        first, up = unpaired(pre, G, M, BF)
         hid = narrow(activated(first, up, ACTIVATION), x_tile.dtype)
-        acc = dot(hid, weight_tile(w_out, f, cols, F, L, BF), acc)
+        acc = dot(hid, weight_tile(w_out, row_out, live_out, cols, F, L, BF), acc)
     gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
     put_rows(y, scale, slot, valid, cols, acc, gates, L)
 

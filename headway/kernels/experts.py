@@ -11,9 +11,9 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
     dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
 
 so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or
-better. Four paths, all behind one operator, and `choose` says which runs: fused Triton kernels
-(gpu/experts.py), grouped matmuls for wide experts (experts_grouped.py), C++ (experts_cpp.py), a loop
-of PyTorch matmuls (experts_loop.py).
+better. One operator, four paths, and `choose` says which runs: fused Triton kernels
+(gpu/experts.py), grouped matmuls for wide experts (experts_grouped.py), C++ (experts_cpp.py), a
+loop of PyTorch matmuls (experts_loop.py).
 """
 
 from types import ModuleType
@@ -29,8 +29,8 @@ from headway.kernels.gpu import TAKEN, gpu
 from headway.kernels.native import native
 from headway.kernels.rows import Rows
 
-WIDEST = 512
-"""L of the fused kernels: rows of two tiles and a chunk of the weights fit the shared memory."""
+WIDEST = 256
+"""L of the fused kernels: the float32 sums of 64 rows fit the registers."""
 
 
 def experts_reference(

@@ -1,10 +1,10 @@
 """Wide experts on the GPU as grouped matmuls, with sizes that stay on the device: see experts.py
 for the equations.
 
-Every stage is one operator over all R rows: gather, `grouped_mm`, activation, `grouped_mm`, sum over
-slots. Rows past the last offset belong to no expert; `grouped_mm` leaves them unwritten, so they are
-overwritten with zeros where they would be read. Products round to bfloat16, sums, activations and
-gates are float32; both products round, as in the loop. L and F are multiples of 8.
+Every stage is one operator over all R rows: gather, `grouped_mm`, activation, `grouped_mm`, sum
+over slots. Rows past the last offset belong to no expert and `grouped_mm` leaves them unwritten, so
+they become zeros before they are read. Sums, activations and gates are float32; the result of every
+product is rounded to bfloat16, as in the loop. L and F are multiples of 8.
 """
 
 import torch
@@ -84,7 +84,7 @@ class _Rows:
         self.token_R = slot_R // row_NK.shape[1]
         self.ends_G = counts_HE.flatten().cumsum(0).to(torch.int32)
         R1 = torch.arange(len(slot_R), device=slot_R.device).unsqueeze(1)
-        self.none_R1 = R1 >= self.ends_G[-1]
+        self.none_R1 = self.ends_G[-1] <= R1
 
     def gather(self, x_NL: Tensor) -> Tensor:
         """`[R, L]`."""

@@ -15,21 +15,19 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 @triton.jit
 def widen(x):
     """To float32, exact."""
-    if INTERPRETED:
-        if x.dtype == tl.bfloat16:
-            x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """float32 to `dtype` (bfloat16, or float32 itself), nearest even; NaN stays NaN."""
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            rounded = tl.where(x == x, rounded, 0x7FC0)
-            return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 

@@ -3,12 +3,13 @@
 Equations and arguments are in ../experts.py, the kernels in experts_forward.py and
 experts_backward.py. An expert's rows are gathered, multiplied, activated, multiplied again and
 stored once, at the place of their slot; the sum over slots then reads contiguous memory in a fixed
-order. With bfloat16 tokens these rows are float16 with one float32 scale each: with rows in bfloat16
-the error against float64 was 3.0e-3, with float32 they would be twice as large. Backward recomputes the pre-activations twice, once per kernel: one kernel
-owns rows (dx, d_gate), the other owns weights and walks over its expert's rows. No atomics, no host
-sync, nothing of size R×F in memory.
+order. With bfloat16 tokens these rows are float16 with a float32 scale each: the output is then off
+by 2.4e-3 from float64, where rows in bfloat16 left 3.0e-3. Backward recomputes the pre-activations
+in both its kernels: one owns rows (dx, d_gate), the other owns weights and walks over the rows of
+its expert. No atomics, no host sync, nothing of size R×F in memory.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -22,9 +23,45 @@ from headway.kernels.gpu.experts_forward import combine, experts_forward
 from headway.kernels.gpu.tune import Tiles, tiles
 
 
-def default_tiles(kernel: str, L: int, G: int, itemsize: int) -> Tiles:
-    """placeholder"""
-    return Tiles(64, 32, 4, 2)
+KERNELS = ("forward", "backward_rows", "backward_weights")
+
+BFLOAT16 = {
+    32: (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 16, 4, 2)),
+    64: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    128: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    256: (Tiles(128, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
+}
+"""Padded L → the tiles of `KERNELS`: the largest that leave no register on the stack on Hopper. More
+rows read the weights less often (M FLOP per byte of the cache), more columns read the rows of the
+weights' gradient less often (3·BF FLOP per byte)."""
+
+FLOAT32 = {
+    32: (Tiles(64, 16, 4, 2),) * 3,
+    64: (Tiles(64, 16, 4, 2),) * 3,
+    128: (Tiles(32, 16, 4, 1),) * 3,
+    256: (Tiles(32, 16, 8, 1),) * 3,
+}
+"""Three products of TF32 parts each: twice the memory, and registers for the parts."""
+
+SMALL = {256: (Tiles(32, 16, 8, 1),) * 3}
+"""bfloat16 where a block has 99 KiB of shared memory (capability 8.6, 8.9, 12.0)."""
+
+CANDIDATES = tuple(
+    Tiles(rows, cols, warps, stages)
+    for rows in (32, 64, 128)
+    for cols in (16, 32, 64)
+    for warps in (4, 8)
+    for stages in (1, 2, 3)
+)
+"""What to try on a GPU, any kernel and shape; `tune` passes over those that do not fit."""
+
+
+def default_tiles(kernel: str, L: int, itemsize: int, small: bool = False) -> Tiles:
+    """Chosen without a GPU, by compiling. `small`: for less than 160 KiB of shared memory."""
+    table = BFLOAT16 if itemsize == 2 else FLOAT32
+    if small and itemsize == 2:
+        table = table | SMALL
+    return table[max(32, padded(L))][KERNELS.index(kernel)]
 
 
 def forward(
@@ -98,8 +135,16 @@ def backward(
 
 def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
     """The tiles of a kernel for a shape; no wider than F."""
-    found = tiles(f"experts_{kernel}", (L, G, F, itemsize), default_tiles(kernel, L, G, itemsize))
+    default = default_tiles(kernel, L, itemsize, _is_small())
+    found = tiles(f"experts_{kernel}", (L, G, F, itemsize), default)
     return replace(found, cols=min(found.cols, padded(F)))
+
+
+@functools.cache
+def _is_small() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 * 1024
 
 
 def padded(width: int) -> int:

@@ -140,8 +140,8 @@ def experts_forward(
 
 @triton.jit
 def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr, BL: tl.constexpr):
-    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots; those whose row lies past the last
-    group have no expert: nothing was written there and nothing is read."""
+    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots; those whose row lies past the
+    last group have no expert: nothing was written there and nothing is read."""
     n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n_taken = tl.load(start + G)
     cols = tl.arange(0, BL)

@@ -63,7 +63,7 @@ def backward(
     d_gate_R = rows.clean(torch.linalg.vecdot(hid_RF, z_RF).unsqueeze(1))
     gate_R1 = gate_NK.flatten()[slot_R].unsqueeze(1)
     dw_out = _outer(hid_RF.mul_(gate_R1).to(x_NL.dtype), do_RL, rows.ends_G)
-    slope_R.view(R, -1, Fh).mul_(z_RF.mul_(gate_R1).unsqueeze(1))
+    slope_R.view(R, w_in_HEGFL.shape[2], Fh).mul_(z_RF.mul_(gate_R1).unsqueeze(1))
     d_pre_R = slope_R.to(x_NL.dtype)
     dw_in = _outer(d_pre_R, x_RL, rows.ends_G)
     dx_RL = rows.clean(F.grouped_mm(d_pre_R, w_in, offs=rows.ends_G))

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
 """Narrow experts on the GPU: every intermediate of a block of rows stays on the chip.
 
 Equations and arguments are in ../experts.py, the kernels in experts_forward.py and
@@ -22,7 +23,6 @@ from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_
 from headway.kernels.gpu.experts_forward import combine, experts_forward
 from headway.kernels.gpu.tune import Tiles, tiles
 
-
 KERNELS = ("forward", "backward_rows", "backward_weights")
 
 BFLOAT16 = {
@@ -31,14 +31,14 @@ BFLOAT16 = {
     128: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
     256: (Tiles(128, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
 }
-"""Padded L → the tiles of `KERNELS`: the largest that leave no register on the stack on Hopper. More
-rows read the weights less often (M FLOP per byte of the cache), more columns read the rows of the
+"""Padded L → the tiles of `KERNELS`: the largest that put nothing on the stack on Hopper. More rows
+read the weights less often (M FLOP per byte of the cache), more columns read the rows of the
 weights' gradient less often (3·BF FLOP per byte)."""
 
 FLOAT32 = {
-    32: (Tiles(64, 16, 4, 2),) * 3,
-    64: (Tiles(64, 16, 4, 2),) * 3,
-    128: (Tiles(32, 16, 4, 1),) * 3,
+    32: (Tiles(64, 16, 8, 2),) * 3,
+    64: (Tiles(64, 16, 8, 2),) * 3,
+    128: (Tiles(64, 16, 8, 1),) * 3,
     256: (Tiles(32, 16, 8, 1),) * 3,
 }
 """Three products of TF32 parts each: twice the memory, and registers for the parts."""
@@ -84,7 +84,7 @@ def forward(
     y_NKL, scale_NK = _empty_rows(x, N, K)
     with on(x):
         experts_forward[(table.group_B.numel(),)](
-            *(x, gate, w_in, w_out, slot_R, *table, y_NKL, scale_NK, K, F, L, activation),
+            *(x, gate, w_in, w_out, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
             *(cut.rows, cut.cols, padded(L)),
             num_warps=cut.warps,
             num_stages=cut.stages,
@@ -109,7 +109,7 @@ def backward(
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = _cast(w_in_HEGFL, x), _cast(w_out_HEFL, x)
     (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
-    inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, F, L, activation)
+    inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
     d_gate = torch.zeros_like(gate)  # of slots without an expert it stays 0
     dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
     dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
@@ -124,7 +124,7 @@ def backward(
             num_stages=cut.stages,
         )
         cut = tile_of("backward_weights", L, G, F, x.element_size())
-        experts_backward_weights[(H * E * triton.cdiv(F, cut.cols),)](
+        experts_backward_weights[(triton.cdiv(F, cut.cols), H * E)](
             *(*inputs, table.start_G, dw_in, dw_out, *sizes),
             *(cut.rows, cut.cols, padded(L)),
             num_warps=cut.warps,
@@ -165,7 +165,7 @@ def _combine(
     """Σ_k scale · y over the slots that have an expert; `[N, L]`."""
     N, K, L = y_NKL.shape
     out, G = torch.empty_like(like_NL), table.start_G.numel() - 1
-    rows = max(1, 4096 // padded(L))
+    rows = max(1, 2048 // padded(L))
     with on(out):
         sizes = (N, K, G, L, rows, padded(L))
         combine[(triton.cdiv(N, rows),)](y_NKL, scale_NK, row_NK, table.start_G, out, *sizes)

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 """The backward kernels of narrow experts; both recompute the pre-activations. Equations in
 ../experts.py.
 
@@ -58,6 +59,7 @@ def experts_backward_rows(
     dx,
     scale,
     K,
+    G: tl.constexpr,
     F: tl.constexpr,
     L: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -70,7 +72,6 @@ def experts_backward_rows(
     g = tl.load(group + b)
     if g < 0:
         return
-    G: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     row = tl.load(first_row + b) + tl.arange(0, M)
     valid = row < tl.load(start + g + 1)
     slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)
@@ -110,6 +111,7 @@ def experts_backward_weights(
     dw_in,
     dw_out,
     K,
+    G: tl.constexpr,
     F: tl.constexpr,
     L: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -119,10 +121,8 @@ def experts_backward_weights(
 ):
     """One chunk of the hidden width of one expert: its weights' gradients, summed over the expert's
     rows in their order; zeros where it has none."""
-    G: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
-    n_chunks: tl.constexpr = (F + BF - 1) // BF
-    g = tl.program_id(0) // n_chunks
-    f0 = (tl.program_id(0) % n_chunks) * BF
+    g = tl.program_id(1)
+    f0 = tl.program_id(0) * BF
     row_in, live_in = hidden_rows(f0, F, G, BF)
     row_out, live_out = hidden_rows(f0, F, 1, BF)
     cols = tl.arange(0, BL)

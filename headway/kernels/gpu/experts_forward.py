@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 """The forward kernel of narrow experts, and the sum over slots; equations in ../experts.py.
 
 M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
@@ -106,6 +107,7 @@ def experts_forward(
     y,
     scale,
     K,
+    G: tl.constexpr,
     F: tl.constexpr,
     L: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -118,7 +120,6 @@ def experts_forward(
     g = tl.load(group + b)
     if g < 0:
         return
-    G: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     row = tl.load(first_row + b) + tl.arange(0, M)
     valid = row < tl.load(start + g + 1)
     slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)

@@ -12,6 +12,7 @@ import torch
 
 from headway.config import DataConfig
 from headway.data.cache import root_of
+from headway.kernels.experts import WIDEST, choose
 from headway.kernels.gpu import gpu
 from headway.kernels.native import native as cpu_kernels
 from headway.report.provenance import provenance
@@ -113,7 +114,7 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         shm = f"{found['shm_gib']} GiB free"
     return {
         "matmuls": f"{found['dtype']} on {device}: {why}",
-        "experts": "rows sorted by expert, hand-written backward (kernels/experts.py)",
+        "experts": _experts(device, torch.bfloat16 if native else torch.float32),
         "C++ kernels": found["cpu_kernels"] if device == "cpu" else "not on this device",
         "routing": f"exact top-k, stable counting sort: {_routing(found)}",
         "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
@@ -131,6 +132,14 @@ def _routing(found: dict[str, Any]) -> str:
     if found["device"] == "cpu":
         return f"{found['cpu_kernels']} (kernels/route.py); no Triton: {gpu().why}"
     return f"PyTorch (kernels/route.py); no Triton: {gpu().why}"
+
+
+def _experts(device: str, dtype: torch.dtype) -> str:
+    """The path of narrow experts, and of wide ones where it is another."""
+    narrow, wide = (choose(device, dtype, L, 256) for L in (WIDEST, 2 * WIDEST))
+    if narrow.path == wide.path:
+        return f"{narrow.why} (kernels/experts.py)"
+    return f"up to width {WIDEST}: {narrow.why}; wider: {wide.why} (kernels/experts.py)"
 
 
 def _installed(module: str) -> bool:

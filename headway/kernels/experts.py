@@ -11,22 +11,26 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
     dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
 
 so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or
-better. On CPUs with a compiler the kernels of cpu/experts.cpp run, else a loop of PyTorch matmuls.
-That loop rounds the result of every bfloat16 matmul: 3e-3 to 5e-3 against float64, where the
-kernels stay below 3e-3.
+better. One operator, four paths, and `choose` says which runs: fused Triton kernels
+(gpu/experts.py), grouped matmuls for wide experts (experts_grouped.py), C++ (experts_cpp.py), a
+loop of PyTorch matmuls (experts_loop.py).
 """
 
-from collections.abc import Iterator
-from itertools import repeat
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import Activation
-from headway.kernels.activation import activate, activate_into, activate_with_slope
+from headway.kernels import experts_cpp, experts_grouped, experts_loop
+from headway.kernels.activation import activate
+from headway.kernels.gpu import TAKEN, gpu
 from headway.kernels.native import native
 from headway.kernels.rows import Rows
+
+WIDEST = 256
+"""L of the fused kernels: the float32 sums of 64 rows fit the registers."""
 
 
 def experts_reference(
@@ -77,11 +81,70 @@ def experts(
         w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast
         once per call.
         recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
-        SwiGLU).
+        SwiGLU). The fused kernels always do.
     Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
     """
     keep = not recompute and torch.is_grad_enabled()
     return _forward(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *rows, activation, keep)[0]
+
+
+class Choice(NamedTuple):
+    """Which path runs."""
+
+    path: Literal["fused", "grouped", "cpp", "loop"]
+    why: str
+    """One line for people."""
+
+
+def choose(
+    device: str, dtype: torch.dtype, L: int, F: int, masters: torch.dtype = torch.float32
+) -> Choice:
+    """The path for experts of width L and hidden width F: asks the machine, never the data.
+
+    Args: device: `cuda` or `cpu`; dtype: of x; masters: of the weights.
+    """
+    if device == gpu().device and dtype in TAKEN:
+        if L % 16 == 0 and F % 16 == 0 and L <= WIDEST:
+            return Choice("fused", f"Triton kernels: {gpu().why}")
+        why = f"the Triton kernels take widths of 16 to {WIDEST} in steps of 16, not L={L}, F={F}"
+    elif dtype not in TAKEN:
+        why = f"the Triton kernels take bfloat16 and float32, not {dtype}"
+    else:
+        why = f"no Triton kernels: {gpu().why}"
+    if device == "cpu" and native().library is not None:
+        if masters == torch.float32 and native().takes(torch.empty(0, dtype=dtype)):
+            return Choice("cpp", f"C++ kernels: {native().why}")
+        return Choice("loop", f"a loop of matmuls: the C++ kernels do not take {dtype} here")
+    if device == "cpu":
+        return Choice("loop", f"a loop of matmuls: {native().why}")
+    if dtype == torch.bfloat16 and L % 8 == 0 and F % 8 == 0 and _has_grouped_matmuls():
+        return Choice("grouped", f"grouped matmuls, sizes stay on the device; {why}")
+    return Choice("loop", f"a loop of matmuls, sizes are read on the host, slow; {why}")
+
+
+def _has_grouped_matmuls() -> bool:
+    """Elsewhere `grouped_mm` is a loop in PyTorch that waits for the device to read the sizes."""
+    return torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def _choice(x_NL: Tensor, w_in_HEGFL: Tensor) -> Choice:
+    L, Fh = x_NL.shape[1], w_in_HEGFL.shape[3]
+    return choose(x_NL.device.type, x_NL.dtype, L, Fh, w_in_HEGFL.dtype)
+
+
+def _path(x_NL: Tensor, w_in_HEGFL: Tensor) -> ModuleType:
+    """The module with `forward` and `backward`."""
+    match _choice(x_NL, w_in_HEGFL).path:
+        case "fused":
+            from headway.kernels.gpu import experts as fused  # imports Triton
+
+            return fused
+        case "grouped":
+            return experts_grouped
+        case "cpp":
+            return experts_cpp
+        case "loop":
+            return experts_loop
 
 
 @torch.library.custom_op("headway::experts", mutates_args=())
@@ -90,7 +153,6 @@ def _forward(
     gate_NK: Tensor,
     w_in_HEGFL: Tensor,
     w_out_HEFL: Tensor,
-    token_R: Tensor,
     slot_R: Tensor,
     row_NK: Tensor,
     counts_HE: Tensor,
@@ -98,10 +160,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
-    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
-    tables = (token_R, slot_R, row_NK, counts_HE)
-    run = _forward_native if _is_native(*inputs) else _forward_loop
-    return run(*inputs, *tables, activation, keep)
+    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
+    return _path(x_NL, w_in_HEGFL).forward(*inputs, activation, keep)
 
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())
@@ -111,7 +171,6 @@ def _backward(
     gate_NK: Tensor,
     w_in_HEGFL: Tensor,
     w_out_HEFL: Tensor,
-    token_R: Tensor,
     slot_R: Tensor,
     row_NK: Tensor,
     counts_HE: Tensor,
@@ -120,17 +179,16 @@ def _backward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
-    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
-    tables = (token_R, slot_R, row_NK, counts_HE)
-    run = _backward_native if _is_native(*inputs) else _backward_loop
-    return run(do_NL.contiguous(), *inputs, *tables, pre_R, activation, keep)
+    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
+    return _path(x_NL, w_in_HEGFL).backward(do_NL.contiguous(), *inputs, pre_R, activation, keep)
 
 
 @_forward.register_fake
-def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, token_R, slot_R, row_NK, counts_HE, activation, keep):
+def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation, keep):
     width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
     out_NL = torch.empty_like(x_NL, memory_format=torch.contiguous_format)
-    return out_NL, x_NL.new_empty(token_R.numel() if keep else 0, width)
+    keeps = keep and _choice(x_NL, w_in_HEGFL).path != "fused"
+    return out_NL, x_NL.new_empty(slot_R.numel() if keeps else 0, width)
 
 
 @_backward.register_fake
@@ -147,204 +205,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _autograd(ctx, do_NL, _):
     grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
-    return (*grads, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
-
-
-# The kernels of cpu/experts.cpp: packed weights and every intermediate of an expert in the cache,
-# float32 from the first product to the last rounding.
-
-
-def _is_native(x: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
-    masters = (gate.dtype, w_in.dtype, w_out.dtype)
-    return native().takes(x, gate) and masters == (torch.float32,) * 3
-
-
-def _sizes(w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:
-    """Groups, L, F, G and the activation's number, as the kernels take them."""
-    H, E, G, Fh, L = w_in_HEGFL.shape
-    return H * E, L, Fh, G, ("swiglu", "relu2", "gelu").index(activation)
-
-
-def _forward_native(
-    x, gate, w_in, w_out, token_R, slot_R, row_NK, counts_HE, activation, keep
-) -> tuple[Tensor, Tensor]:
-    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
-    R = token_R.numel()
-    y_RL = x.new_empty(R, x.shape[1], dtype=torch.float32)
-    pre_R = x.new_empty(R if keep else 0, w_in.shape[2] * w_in.shape[3])
-    kept, sizes = pre_R if keep else None, _sizes(w_in, activation)
-    weights = (w_in, w_out, token_R, counts_HE)
-    native().call("experts_forward", x.dtype, x, *weights, *sizes, kept, y_RL)
-    return _combine_native(x, y_RL, row_NK, counts_HE, gate.contiguous()), pre_R
-
-
-def _backward_native(
-    do, x, gate, w_in, w_out, token_R, slot_R, row_NK, counts_HE, pre_R, activation, keep
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
-    dx_RL = x.new_empty(token_R.numel(), x.shape[1], dtype=torch.float32)
-    d_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    inputs = (x, do, gate.contiguous(), w_in, w_out, token_R, slot_R, counts_HE)
-    kept, sizes = pre_R if keep else None, _sizes(w_in, activation)
-    found = (dx_RL, d_gate, dw_in, dw_out)
-    native().call("experts_backward", x.dtype, *inputs, *sizes, kept, *found)
-    return _combine_native(x, dx_RL, row_NK, counts_HE, None), d_gate, dw_in, dw_out
-
-
-def _combine_native(
-    like: Tensor, y_RL: Tensor, row_NK: Tensor, counts_HE: Tensor, weight: Tensor | None
-) -> Tensor:
-    out, (N, K), taken = torch.empty_like(like), row_NK.shape, int(counts_HE.sum())
-    sizes = (N, K, like.shape[1], taken)
-    native().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
-    return out
-
-
-# The same with PyTorch's operators, any dtype and device. One expert at a time: its rows (a few
-# hundred) stay in the cache from the gather to the last matmul, and every intermediate lives in a
-# scratch buffer that all experts share.
-
-
-def _forward_loop(
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    token_R: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
-    counts = counts_HE.flatten().tolist()
-    taken, most = sum(counts), max(counts, default=0)
-    y_RL = x_NL.new_empty(token_R.numel(), x_NL.shape[1])
-    y_RL[taken:] = 0  # slots without an expert
-    pre_R = x_NL.new_empty(token_R.numel() if keep else 0, w_in.shape[1])
-    pre_s = x_NL.new_empty(0 if keep else most, w_in.shape[1])
-    x_s = x_NL.new_empty(most, x_NL.shape[1])
-    hid_s = _Scratch(most, w_out.shape[1], x_NL)
-    w_in_T = w_in.transpose(1, 2)
-    for e, n, token, y, pre in _groups(counts, token_R, y_RL, pre_R if keep else None):
-        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
-        pre = torch.mm(x, w_in_T[e], out=pre_s[:n] if pre is None else pre)
-        hid = activate_into(_widen(pre), activation, hid_s.wide[:n])
-        torch.mm(hid_s.narrow(hid), w_out[e], out=y)
-    return _sum_slots(y_RL, row_NK, gate_NK), pre_R
-
-
-def _backward_loop(
-    do_NL: Tensor,
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    token_R: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    pre_R: Tensor,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
-    counts = counts_HE.flatten().tolist()
-    taken, most = sum(counts), max(counts, default=0)
-    L, (_, GF, _), Fh = x_NL.shape[1], w_in.shape, w_out.shape[1]
-    gate_R1 = gate_NK.flatten()[slot_R].unsqueeze(1)
-    d_gate_R = gate_NK.new_zeros(token_R.numel())
-    dx_RL = x_NL.new_empty(token_R.numel(), L)
-    dx_RL[taken:] = 0
-    dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
-    dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
-    dw_in_E, dw_out_E = dw_in.view(-1, GF, L), dw_out.view(-1, Fh, L)
-    for e in (e for e, n in enumerate(counts) if n == 0):
-        dw_in_E[e], dw_out_E[e] = 0, 0
-    x_s, do_s = x_NL.new_empty(most, L), x_NL.new_empty(most, L)
-    z_s, hid_s, dpre_s = (
-        x_NL.new_empty(most, Fh),
-        _Scratch(most, Fh, x_NL),
-        _Scratch(most, GF, x_NL),
-    )
-    pre_s = x_NL.new_empty(0 if keep else most, GF)
-    w_in_T, w_out_T = w_in.transpose(1, 2), w_out.transpose(1, 2)
-    tables = (token_R, gate_R1, d_gate_R, dx_RL, pre_R if keep else None)
-    for e, n, token, gate, d_gate, dx, pre in _groups(counts, *tables):
-        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
-        do = torch.index_select(do_NL, 0, token, out=do_s[:n])
-        if pre is None:
-            pre = torch.mm(x, w_in_T[e], out=pre_s[:n])
-        hid, dpre = hid_s.wide[:n], dpre_s.wide[:n]
-        activate_with_slope(_widen(pre), activation, hid, dpre)
-        z = _widen(torch.mm(do, w_out_T[e], out=z_s[:n]))
-        d_gate.copy_(torch.linalg.vecdot(hid, z))
-        _mm_into(dw_out_E[e], hid_s.narrow(hid.mul_(gate)).T, do)
-        dpre.view(n, -1, Fh).mul_(z.mul_(gate).unsqueeze(1))
-        dpre = dpre_s.narrow(dpre)
-        _mm_into(dw_in_E[e], dpre.T, x)
-        torch.mm(dpre, w_in[e], out=dx)
-    return _sum_slots(dx_RL, row_NK, None), d_gate_R[row_NK], dw_in, dw_out
-
-
-def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:
-    """(expert, rows, its slice of each table…) for every expert that has rows; one `split` per
-    table.
-    """
-    sizes = [n for n in counts if n]
-    parts = [repeat(None) if t is None else t[: sum(sizes)].split(sizes) for t in tables]
-    return zip((e for e, n in enumerate(counts) if n), sizes, *parts, strict=False)
-
-
-def _stack(w_in_HEGFL: Tensor, w_out_HEFL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights as `[H·E, G·F, L]` and `[H·E, F, L]` in the dtype of the matmuls (a view where it is
-    theirs already).
-    """
-    return w_in_HEGFL.flatten(2, 3).flatten(0, 1).to(dtype), w_out_HEFL.flatten(0, 1).to(dtype)
-
-
-class _Scratch:
-    """A buffer for elementwise work in float32 (or better), and one for its rounding to the dtype
-    of the matmuls.
-    """
-
-    def __init__(self, rows: int, width: int, like: Tensor):
-        wide = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
-        self.wide = like.new_empty(rows, width, dtype=wide)
-        self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
-
-    def narrow(self, values: Tensor) -> Tensor:
-        """`values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the same."""
-        return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
-def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a·b; the product accumulates in float32 and is rounded to a's dtype once."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def _sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
-    """out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused gather and
-    weighted sum.
-    """
-    N, K = row_NK.shape
-    if y_RL.dtype == torch.bfloat16 or y_RL.device.type != "cpu":
-        y_NKL = y_RL[row_NK].float()
-        if weight_NK is not None:
-            y_NKL = y_NKL * weight_NK.unsqueeze(-1)
-        return y_NKL.sum(1).to(y_RL.dtype)
-    starts = torch.arange(0, N * K, K, device=row_NK.device)
-    weight = None if weight_NK is None else weight_NK.flatten()
-    return F.embedding_bag(row_NK.flatten(), y_RL, starts, mode="sum", per_sample_weights=weight)

@@ -19,10 +19,9 @@ from headway.kernels.native import native
 class Rows(NamedTuple):
     """Where each (token, slot) pair stands when the rows are sorted by (head, expert)."""
 
-    token_R: Tensor
-    """int64 `[R]`: sorted row → sub-token t·H + h, an index into `[N, L]`."""
     slot_R: Tensor
-    """int64 `[R]`: sorted row → slot (t·H + h)·K + k."""
+    """int64 `[R]`: sorted row → slot (t·H + h)·K + k; its sub-token, an index into `[N, L]`, is
+    slot // K."""
     row_NK: Tensor
     """int64 `[N, K]`: slot → sorted row; the inverse of `slot_R`."""
     counts_HE: Tensor
@@ -46,8 +45,7 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
     Args: index_THK: int64 or int32 `[T, H, K]`, 0 … E; E means that the slot takes no expert.
     """
     if gpu().device == index_THK.device.type:
-        slot_R, row_NK, counts_HE = sort_rows_gpu(index_THK, n_experts)
-        return Rows(slot_R // index_THK.shape[-1], slot_R, row_NK, counts_HE)
+        return Rows(*sort_rows_gpu(index_THK, n_experts))
     if native().library is not None and index_THK.device.type == "cpu":
         return Rows(*_sort(index_THK, n_experts))
     return sort_rows_reference(index_THK, n_experts)
@@ -64,17 +62,17 @@ def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
     row_NK = torch.empty_like(slot_R)
     row_NK[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
     counts = count(key_THK, H * n_experts + 1)[: H * n_experts]
-    return Rows(slot_R // K, slot_R, row_NK.view(T * H, K), counts.view(H, n_experts))
+    return Rows(slot_R, row_NK.view(T * H, K), counts.view(H, n_experts))
 
 
 @torch.library.custom_op("headway::sort_rows", mutates_args=())
-def _sort(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sort(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of `Rows`."""
     index_THK = index_THK.long().contiguous()
     assert not index_THK.numel() or index_THK.min() >= 0, "an expert's number is negative"
-    token_R, slot_R, row_NK, counts_HE = out = _empty(index_THK, n_experts)
+    out = _empty(index_THK, n_experts)
     native().call("sort_rows", torch.float32, index_THK, *index_THK.shape, n_experts, *out)
-    return token_R, slot_R, row_NK, counts_HE
+    return out
 
 
 @_sort.register_fake
@@ -82,11 +80,11 @@ def _(index_THK, n_experts):
     return _empty(index_THK, n_experts)
 
 
-def _empty(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     (T, H, K), make = index_THK.shape, index_THK.new_empty
-    row, table = make(T * H, K, dtype=torch.int64), make(H, n_experts, dtype=torch.int64)
-    token, slot = (make(T * H * K, dtype=torch.int64) for _ in range(2))
-    return token, slot, row, table
+    sizes = ((T * H * K,), (T * H, K), (H, n_experts))
+    slot_R, row_NK, counts_HE = (make(size, dtype=torch.int64) for size in sizes)
+    return slot_R, row_NK, counts_HE
 
 
 def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from headway.config import Config, MeshConfig, RunConfig, UsageError
+from headway.config import Config, MeshConfig, ModelConfig, RunConfig, UsageError
+from headway.kernels.experts import choose
 from headway.kernels.native import native
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
@@ -82,6 +83,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     device = _device(run, derived)
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
+    remarks += _experts(model, device, dtype, derived)
     if remarks and run.strict:
         raise UsageError(f"run.strict: {remarks[0]}")
     config = dataclasses.replace(config, model=model, data=data, mesh=mesh, run=run)
@@ -139,6 +141,19 @@ def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
         return (f"the C++ kernels will not run, the slower PyTorch paths do: {found.why}",)
     derived["kernels"] = f"C++, {found.why}"
     return ()
+
+
+def _experts(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, derived: dict[str, str]
+) -> tuple[str, ...]:
+    """Which path the experts of this model take on a GPU (on a CPU it is that of all kernels)."""
+    moe = model.moe
+    if device.type != "cuda" or moe.kind == "dense":
+        return ()
+    width = model.d_model if moe.kind == "moe" else (moe.d_latent or model.d_model) // moe.n_heads
+    found = choose("cuda", dtype, width, moe.d_expert)
+    derived["experts"] = found.why
+    return (f"experts of width {width}: {found.why}",) if found.path == "loop" else ()
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ long row_of(long n) {
 }
 
 template <class T>
-void gather(const T* x, long L, const int64_t* token, long rows, T* out) {
+void gather(const T* x, long L, const int64_t* slot, long K, long rows, T* out) {
   const long wide = row_of<T>(L);
   for (long r = 0; r < rows; ++r, out += wide) {
-    memcpy(out, x + token[r] * L, L * sizeof(T));
+    memcpy(out, x + slot[r] / K * L, L * sizeof(T));
     if (wide > L) memset(out + L, 0, sizeof(T));
   }
 }
@@ -120,8 +120,8 @@ void slopes(int activation, const S* pre, long pre_row, long up, long width, con
 }
 
 template <class T>
-void forward(const T* x, const float* w_in, const float* w_out, const int64_t* token, const Shape& s,
-             int activation, long first, long rows, T* pre_out, float* y) {
+void forward(const T* x, const float* w_in, const float* w_out, const int64_t* slot, long K,
+             const Shape& s, int activation, long first, long rows, T* pre_out, float* y) {
   constexpr int PER = Elem<T>::PER;
   const long Lu = row_of<T>(s.L) / PER, Fu = pad(s.F, PER) / PER, most = rows < BLOCK ? rows : BLOCK;
   Unit *in, *out;
@@ -137,7 +137,7 @@ void forward(const T* x, const float* w_in, const float* w_out, const int64_t* t
   pack_rows<T>(w_out, s.L, s.F, s.L, out, s.Lp);
   for (long at = 0; at < rows; at += BLOCK) {
     const long n = rows - at < BLOCK ? rows - at : BLOCK, row = first + at;
-    gather(x, s.L, token + row, n, xs);
+    gather(x, s.L, slot + row, K, n, xs);
     product<T>(n, s.GFp, Lu, (Unit*)xs, Lu, 1, in, s.GFp, pre, s.GFp);
     T* kept = pre_out ? pre_out + row * s.G * s.F : nullptr;
     switch (activation) {
@@ -151,7 +151,7 @@ void forward(const T* x, const float* w_in, const float* w_out, const int64_t* t
 
 template <class T>
 void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in, const float* w_out,
-              const int64_t* token, const Shape& s, int activation, long first, long rows,
+              const int64_t* slot, long K, const Shape& s, int activation, long first, long rows,
               const T* pre_in, float* dx, float* d_gate, float* dw_in, float* dw_out) {
   constexpr int PER = Elem<T>::PER;
   const long Lu = row_of<T>(s.L) / PER, most = rows < BLOCK ? rows : BLOCK, pairs = pad(most, PER) / PER;
@@ -179,8 +179,8 @@ void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in
   if (!pre_in) pack_in<T>(w_in, s, in_T);
   for (long at = 0; at < rows; at += BLOCK) {
     const long n = rows - at < BLOCK ? rows - at : BLOCK, row = first + at, nu = pad(n, PER) / PER;
-    gather(x, s.L, token + row, n, xs);
-    gather(d_out, s.L, token + row, n, dos);
+    gather(x, s.L, slot + row, K, n, xs);
+    gather(d_out, s.L, slot + row, K, n, dos);
     pack_rows<T>(xs, Lu * PER, n, s.L, xi, s.Lp);
     pack_rows<T>(dos, Lu * PER, n, s.L, doi, s.Lp);
     product<T>(n, s.Fp, Lu, (Unit*)dos, Lu, 1, out_T, s.Fp, z, s.Fp);
@@ -224,23 +224,23 @@ void combine(const float* y, const int64_t* row, const float* weight, long N, lo
 }
 
 template <class T>
-void run_forward(const T* x, const float* w_in, const float* w_out, const int64_t* token,
-                 const int64_t* counts, long groups, Shape s, int activation, T* pre, float* y, int threads) {
+void run_forward(const T* x, const float* w_in, const float* w_out, const int64_t* slot,
+                 const int64_t* counts, long groups, long K, Shape s, int activation, T* pre, float* y, int threads) {
   long* start = (long*)malloc((groups + 1) * sizeof(long));
   start[0] = 0;
   for (long e = 0; e < groups; ++e) start[e + 1] = start[e] + counts[e];
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (long e = 0; e < groups; ++e)
     if (counts[e])
-      forward<T>(x, w_in + e * s.G * s.F * s.L, w_out + e * s.F * s.L, token, s, activation, start[e],
+      forward<T>(x, w_in + e * s.G * s.F * s.L, w_out + e * s.F * s.L, slot, K, s, activation, start[e],
                  counts[e], pre, y);
   free(start);
 }
 
 template <class T>
 void run_backward(const T* x, const T* d_out, const float* gate, const float* w_in, const float* w_out,
-                  const int64_t* token, const int64_t* slot, const int64_t* counts, long groups, Shape s,
-                  int activation, const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,
+                  const int64_t* slot, const int64_t* counts, long groups, long K, Shape s, int activation,
+                  const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,
                   int threads) {
   long* start = (long*)malloc((groups + 1) * sizeof(long));
   start[0] = 0;
@@ -253,8 +253,8 @@ void run_backward(const T* x, const T* d_out, const float* gate, const float* w_
   for (long e = 0; e < groups; ++e) {
     const long in = s.G * s.F * s.L, out = s.F * s.L;
     if (counts[e]) {
-      backward<T>(x, d_out, gate_R, w_in + e * in, w_out + e * out, token, s, activation, start[e], counts[e],
-                  pre, dx, d_gate_R, dw_in + e * in, dw_out + e * out);
+      backward<T>(x, d_out, gate_R, w_in + e * in, w_out + e * out, slot, K, s, activation, start[e],
+                  counts[e], pre, dx, d_gate_R, dw_in + e * in, dw_out + e * out);
     } else {
       memset(dw_in + e * in, 0, in * sizeof(float));
       memset(dw_out + e * out, 0, out * sizeof(float));
@@ -279,17 +279,17 @@ int headway_has_bfloat16() {
 
 #define HEADWAY_EXPERTS(T, name)                                                                         \
   void headway_experts_forward_##name(                                                                   \
-      const T* x, const float* w_in, const float* w_out, const int64_t* token, const int64_t* counts,    \
-      long groups, long L, long F, long G, long activation, T* pre, float* y, int threads) {              \
-    run_forward<T>(x, w_in, w_out, token, counts, groups, Shape(L, F, G), activation, pre, y, threads);  \
+      const T* x, const float* w_in, const float* w_out, const int64_t* slot, const int64_t* counts,     \
+      long groups, long K, long L, long F, long G, long activation, T* pre, float* y, int threads) {      \
+    run_forward<T>(x, w_in, w_out, slot, counts, groups, K, Shape(L, F, G), activation, pre, y, threads); \
   }                                                                                                      \
   void headway_experts_backward_##name(                                                                  \
       const T* x, const T* d_out, const float* gate, const float* w_in, const float* w_out,              \
-      const int64_t* token, const int64_t* slot, const int64_t* counts, long groups, long L, long F,     \
-      long G, long activation, const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,       \
+      const int64_t* slot, const int64_t* counts, long groups, long K, long L, long F, long G,           \
+      long activation, const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,              \
       int threads) {                                                                                     \
-    run_backward<T>(x, d_out, gate, w_in, w_out, token, slot, counts, groups, Shape(L, F, G),            \
-                    activation, pre, dx, d_gate, dw_in, dw_out, threads);                                \
+    run_backward<T>(x, d_out, gate, w_in, w_out, slot, counts, groups, K, Shape(L, F, G), activation,    \
+                    pre, dx, d_gate, dw_in, dw_out, threads);                                            \
   }                                                                                                      \
   void headway_combine_##name(const float* y, const int64_t* row, const float* weight, long N, long K,   \
                               long L, long taken, T* out, int threads) {                                 \

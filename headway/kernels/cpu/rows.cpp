@@ -1,8 +1,8 @@
 // A stable counting sort of (token, slot) pairs by (head, expert): see ../rows.py.
 #include "tile.h"
 
-extern "C" void headway_sort_rows_float32(const int64_t* index, long T, long H, long K, long E, int64_t* token,
-                                          int64_t* slot, int64_t* row, int64_t* counts, int) {
+extern "C" void headway_sort_rows_float32(const int64_t* index, long T, long H, long K, long E, int64_t* slot,
+                                          int64_t* row, int64_t* counts, int) {
   // counts[H·E] collects the slots without an expert, which go to the end
   int64_t* next = (int64_t*)malloc((H * E + 1) * sizeof(int64_t));
   const auto key = [&](long n, long k) {
@@ -21,7 +21,7 @@ extern "C" void headway_sort_rows_float32(const int64_t* index, long T, long H, 
   for (long n = 0; n < T * H; ++n)
     for (long k = 0; k < K; ++k) {
       const int64_t r = next[key(n, k)]++;
-      token[r] = n, slot[r] = n * K + k, row[n * K + k] = r;
+      slot[r] = n * K + k, row[n * K + k] = r;
     }
   free(next);
 }

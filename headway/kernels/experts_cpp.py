@@ -1,0 +1,71 @@
+"""Experts in the C++ of cpu/experts.cpp: packed weights and every intermediate of an expert in the
+cache, float32 from the first product to the last rounding. See experts.py for the equations.
+"""
+
+import torch
+from torch import Tensor
+
+from headway.kernels.native import native
+
+
+def forward(
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
+    x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
+    slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
+    R, (_, _, G, Fh, L) = slot_R.numel(), w_in.shape
+    y_RL = x.new_empty(R, L, dtype=torch.float32)
+    pre_R = x.new_empty(R if keep else 0, G * Fh)
+    kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
+    native().call("experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, kept, y_RL)
+    return _combine(x, y_RL, row_NK, counts_HE, gate_NK.contiguous()), pre_R
+
+
+def backward(
+    do_NL: Tensor,
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    pre_R: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, w_in and w_out."""
+    x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
+    slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
+    dx_RL = x.new_empty(slot_R.numel(), x.shape[1], dtype=torch.float32)
+    d_gate = torch.zeros_like(gate_NK, memory_format=torch.contiguous_format)
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    inputs = (x, do_NL, gate_NK.contiguous(), w_in, w_out, slot_R, counts_HE)
+    kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
+    found = (dx_RL, d_gate, dw_in, dw_out)
+    native().call("experts_backward", x.dtype, *inputs, *sizes, kept, *found)
+    return _combine(x, dx_RL, row_NK, counts_HE, None), d_gate, dw_in, dw_out
+
+
+def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:
+    """Groups, K, L, F, G and the activation's number, as the kernels take them."""
+    H, E, G, Fh, L = w_in_HEGFL.shape
+    return H * E, row_NK.shape[1], L, Fh, G, ("swiglu", "relu2", "gelu").index(activation)
+
+
+def _combine(
+    like: Tensor, y_RL: Tensor, row_NK: Tensor, counts_HE: Tensor, weight: Tensor | None
+) -> Tensor:
+    out, (N, K), taken = torch.empty_like(like), row_NK.shape, int(counts_HE.sum())
+    sizes = (N, K, like.shape[1], taken)
+    native().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
+    return out

@@ -1,0 +1,159 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+"""The forward kernel of narrow experts, and the sum over slots; equations in ../experts.py.
+
+M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
+"""
+
+import triton
+import triton.language as tl
+
+from headway.kernels.gpu.arith import dot, narrow
+
+
+@triton.jit
+def row_tile(x, token, valid, cols, L: tl.constexpr):
+    """Gathers rows of `x [N, L]`: `[M, BL]`, zeros outside."""
+    inside = valid[:, None]
+    if cols.shape[0] != L:
+        inside = inside & (cols < L)[None, :]
+    return tl.load(x + token.to(tl.int64)[:, None] * L + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def put_rows(out, scale, slot, valid, cols, values, factor, L: tl.constexpr):
+    """Stores factor · `values [M, BL]` at the places of their slots: `out [N·K, L]` times
+    `scale [N·K]`. In float16 a row is divided by its largest value first: 11 bits of each value
+    where bfloat16 has 8, for four bytes more per row."""
+    if out.dtype.element_ty == tl.float16:
+        largest = tl.max(tl.abs(values), 1)
+        plain = (largest > 0) & (largest < float("inf"))  # else zeros, infinity or NaN: as they are
+        largest = tl.where(plain, largest, 1.0)
+        values = values / largest[:, None]
+        factor *= largest
+    inside = valid[:, None]
+    if cols.shape[0] != L:
+        inside = inside & (cols < L)[None, :]
+    to = out + slot.to(tl.int64)[:, None] * L + cols[None, :]
+    tl.store(to, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(scale + slot, factor, mask=valid)
+
+
+@triton.jit
+def hidden_rows(f0, F: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
+    """Rows of a matrix `[G·F, L]` for BF hidden units from f0 on, and which of them exist. The G
+    rows of a unit stand side by side: a thread that holds one holds the other, and one product
+    computes both."""
+    i = tl.arange(0, G * BF)
+    f = f0 + i // G
+    return (i % G) * F + f, f < F
+
+
+@triton.jit
+def weight_tile(w, row, live, cols, F: tl.constexpr, L: tl.constexpr, BF: tl.constexpr):
+    """Rows of a matrix of L columns, `[rows, BL]`, zeros outside."""
+    at = w + row[:, None] * L + cols[None, :]
+    if F % BF == 0 and cols.shape[0] == L:
+        return tl.load(at)
+    return tl.load(at, mask=live[:, None] & (cols < L)[None, :], other=0.0)
+
+
+@triton.jit
+def product(rows, w, live, F: tl.constexpr, BF: tl.constexpr):
+    """rows·wᵀ; zeros past F, where inf · 0 would be NaN."""
+    found = dot(rows, w.T)
+    if F % BF == 0:
+        return found
+    return tl.where(live[None, :], found, 0.0)
+
+
+@triton.jit
+def unpaired(pre, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
+    """`[M, G·BF]` as `hidden_rows` orders it → the first and second pre-activations `[M, BF]`, the
+    same twice where there is one."""
+    if G == 2:
+        first, second = tl.split(tl.reshape(pre, [M, BF, 2]))
+    else:
+        first = pre
+        second = pre
+    return first, second
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activated(first, up, ACTIVATION: tl.constexpr):
+    """hid, from one or two pre-activations."""
+    if ACTIVATION == "swiglu":
+        return first * sigmoid(first) * up
+    if ACTIVATION == "relu2":
+        kept = tl.where(first < 0, 0.0, first)  # unlike maximum, NaN stays
+        return kept * kept
+    return 0.5 * first * (1.0 + tl.erf(first * 0.7071067811865476))
+
+
+@triton.jit
+def experts_forward(
+    x,
+    gate,
+    w_in,
+    w_out,
+    slots,
+    start,
+    group,
+    first_row,
+    y,
+    scale,
+    K,
+    G: tl.constexpr,
+    F: tl.constexpr,
+    L: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    M: tl.constexpr,
+    BF: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """One block of rows of one expert: y·scale = gate · act(x·W_inᵀ)·W_out at the slots."""
+    b = tl.program_id(0)
+    g = tl.load(group + b)
+    if g < 0:
+        return
+    row = tl.load(first_row + b) + tl.arange(0, M)
+    valid = row < tl.load(start + g + 1)
+    slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)
+    cols = tl.arange(0, BL)
+    x_tile = row_tile(x, slot // K, valid, cols, L)
+    w_in += g.to(tl.int64) * (G * F * L)
+    w_out += g.to(tl.int64) * (F * L)
+    acc = tl.zeros([M, BL], tl.float32)
+    for f0 in range(0, F, BF):
+        row_in, live_in = hidden_rows(f0, F, G, BF)
+        row_out, live_out = hidden_rows(f0, F, 1, BF)
+        pre = product(x_tile, weight_tile(w_in, row_in, live_in, cols, F, L, BF), live_in, F, BF)
+        first, up = unpaired(pre, G, M, BF)
+        hid = narrow(activated(first, up, ACTIVATION), x_tile.dtype)
+        acc = dot(hid, weight_tile(w_out, row_out, live_out, cols, F, L, BF), acc)
+    gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
+    put_rows(y, scale, slot, valid, cols, acc, gates, L)
+
+
+@triton.jit
+def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr, BL: tl.constexpr):
+    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots; those whose row lies past the
+    last group have no expert: nothing was written there and nothing is read."""
+    n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    n_taken = tl.load(start + G)
+    cols = tl.arange(0, BL)
+    acc = tl.zeros([M, BL], tl.float32)
+    for k in range(0, K):
+        slot = n * K + k
+        has_expert = tl.load(row + slot, mask=n < N, other=n_taken) < n_taken
+        inside = has_expert[:, None] & (cols < L)[None, :]
+        values = tl.load(y + slot[:, None] * L + cols[None, :], mask=inside, other=0.0)
+        factor = tl.load(scale + slot, mask=has_expert, other=0.0)
+        acc += values.to(tl.float32) * factor[:, None]
+    inside = (n < N)[:, None] & (cols < L)[None, :]
+    at = out + n[:, None] * L + cols[None, :]
+    tl.store(at, narrow(acc, out.dtype.element_ty), mask=inside)

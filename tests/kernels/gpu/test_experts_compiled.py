@@ -1,0 +1,72 @@
+"""The kernels of the experts as a GPU would run them: tensor cores, registers, shared memory.
+
+Compiled in a process of its own, since Triton interprets or compiles per process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import dataclasses, json, sys
+import torch
+from bench.dry_launch import dry_launches
+from headway.kernels.gpu import experts
+
+capability, L, F, activation = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+G, N, K, H, E = (2 if activation == "swiglu" else 1), 2048, 4, 2, 8
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+x = empty(N, L, dtype=torch.bfloat16)
+tables = [empty(*shape, dtype=torch.int32) for shape in ((N * K,), (N, K), (H, E))]
+inputs = (x, empty(N, K), empty(H, E, G, F, L), empty(H, E, F, L), *tables, activation, False)
+with dry_launches(capability) as found:
+    experts.forward(*inputs)
+    experts.backward(x, *inputs[:-2], empty(0, G * F), *inputs[-2:])
+print(json.dumps([dataclasses.asdict(kernel) for kernel in found]))
+"""
+SHARED = {80: 163, 90: 227, 100: 227}
+CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+
+
+def check(capability: int, L: int, F: int, activation: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, (capability, L, F, activation))],
+        env=environment | {"HEADWAY_TRITON": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = json.loads(run.stdout.splitlines()[-1])
+    multiply = [k for k in kernels if k["name"].startswith("experts")]
+    assert len(multiply) == 3
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[capability] * 1024, kernel
+        if capability >= 90:
+            assert kernel["stack"] == 0, kernel
+    assert {k["tensor_core"] for k in multiply} == {CORES[capability]}
+
+
+@pytest.mark.parametrize(("capability", "L"), [(90, 64), (90, 256), (100, 128)])
+def test_tensor_cores_and_no_spills(capability, L):
+    check(capability, L, 256, "swiglu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("L", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("F", "activation"),
+    [(128, "swiglu"), (512, "swiglu"), (192, "swiglu"), (256, "gelu"), (256, "relu2")],
+)
+def test_tensor_cores_and_no_spills_at_every_shape(capability, L, F, activation):
+    check(capability, L, F, activation)

@@ -2,21 +2,15 @@
 folder with a recipe."""
 
 import os
-import sys
 
 import pytest
+import torch
 
 from tests.command import write_recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_configure(config) -> None:
-    """Triton decides when it is imported whether it interprets kernels on the CPU: so it does, but on
-    a GPU (`-m gpu`)."""
-    assert "triton" not in sys.modules
-    if config.option.markexpr != "gpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

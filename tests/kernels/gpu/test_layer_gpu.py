@@ -28,7 +28,8 @@ LAYERS = {
 
 def made(name, device, dtype=torch.bfloat16):
     torch.manual_seed(0)
-    layer = LAYERS[name]().to(device)
+    with torch.device(device):
+        layer = LAYERS[name]()
     x = torch.randn(24, 64, device=device).to(dtype).requires_grad_()
     return layer, x
 

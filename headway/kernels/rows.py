@@ -2,8 +2,8 @@
 
 T tokens · H heads · E experts per head · K slots · R = T·H·K rows · N = T·H sub-tokens.
 A slot is numbered (t·H + h)·K + k; its sub-token is slot // K. A slot whose index is E takes no
-expert (dropped by a capacity, or a zero experts' slot): it sorts to the end and lies past the last
-offset.
+expert (dropped by a capacity, or a zero experts' slot): it sorts to the end, by head, and lies past
+the last offset.
 """
 
 from typing import NamedTuple
@@ -56,12 +56,14 @@ def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
     T, H, K = index_THK.shape
     head_H = torch.arange(H, device=index_THK.device).view(1, H, 1)
     # the sentinel E of head h must sort behind every head, not into head h + 1
-    key_THK = torch.where(index_THK < n_experts, index_THK + head_H * n_experts, H * n_experts)
-    narrow = torch.int16 if H * n_experts < 2**15 else torch.int32  # a radix sort over fewer bytes
+    none_H = H * n_experts + head_H
+    key_THK = torch.where(index_THK < n_experts, index_THK + head_H * n_experts, none_H)
+    n_keys = H * (n_experts + 1)
+    narrow = torch.int16 if n_keys <= 2**15 else torch.int32  # a radix sort over fewer bytes
     slot_R = torch.sort(key_THK.flatten().to(narrow), stable=True).indices
     row_NK = torch.empty_like(slot_R)
     row_NK[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
-    counts = count(key_THK, H * n_experts + 1)[: H * n_experts]
+    counts = count(key_THK, n_keys)[: H * n_experts]
     return Rows(slot_R, row_NK.view(T * H, K), counts.view(H, n_experts))
 
 

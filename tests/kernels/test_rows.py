@@ -14,13 +14,13 @@ def test_rows_are_grouped_stable_and_invertible(T, H, E, data):
     rows = sort_rows(index, E)
     for ours, theirs in zip(rows, sort_rows_reference(index, E), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype == torch.int64
-    # the plain definition: all slots of (h, e) in slot order, heads outermost, those without an expert last
+    # the plain definition: all slots of (h, e) in slot order, heads outermost, those without an expert last, by head
     slots = [(t * H + h) * K + k for t in range(T) for h in range(H) for k in range(K)]
     flat = index.flatten().tolist()
     grouped = [
         [s for s in slots if (s // K) % H == h and flat[s] == e] for h in range(H) for e in range(E)
     ]
-    without = [s for s in slots if flat[s] == E]
+    without = [s for h in range(H) for s in slots if (s // K) % H == h and flat[s] == E]
     assert rows.slot_R.tolist() == [s for group in grouped for s in group] + without
     assert rows.counts_HE.flatten().tolist() == [len(group) for group in grouped]
     assert rows.row_NK.flatten()[rows.slot_R].tolist() == list(range(T * H * K))

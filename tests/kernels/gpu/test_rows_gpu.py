@@ -58,8 +58,8 @@ def test_the_table_of_places_is_small(T, H, K, E, device, monkeypatch):
     index = torch.empty(T, H, K, dtype=torch.int32, device="meta")
     kernels.sort_rows(index, E)
     (tiles, place, steps), _ = made
-    assert place.numel() <= max(0.51 * index.numel(), 16 * (H * E + 1))
-    assert (tiles - 1) * steps * kernels.STEP < index.numel() <= tiles * steps * kernels.STEP
+    assert place.numel() <= 0.51 * index.numel() + H * (E + 1)
+    assert (tiles - 1) * steps * kernels.STEP < T * K <= tiles * steps * kernels.STEP
 
 
 class _Grid:
@@ -69,8 +69,8 @@ class _Grid:
         self.made = made
 
     def __getitem__(self, grid):
-        def launch(index, place, slot_R, row_NK, R, H, E, K, steps, tiles, **_):
-            assert grid == (tiles,) and place.shape == (H * E + 1, tiles)
+        def launch(index, place, slot_R, row_NK, TK, H, E, K, steps, tiles, **_):
+            assert grid == (tiles, H) and place.shape == (H * (E + 1), tiles)
             self.made.append((tiles, place, steps))
 
         return launch

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from headway.config import Activation
+from headway.config import Activation, UsageError
 from headway.kernels import experts_cpp, experts_grouped, experts_loop
 from headway.kernels.activation import activate
 from headway.kernels.gpu import TAKEN, gpu
@@ -70,6 +70,7 @@ def experts(
     w_out_HEFL: Tensor,
     activation: Activation,
     recompute: bool = False,
+    precision: Literal["bfloat16", "float8"] = "bfloat16",
 ) -> Tensor:
     """Σ over the chosen experts of gate · expert(x), for every sub-token.
 
@@ -82,10 +83,15 @@ def experts(
         once per call.
         recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
         SwiGLU). The fused kernels always do.
+        precision: `float8` multiplies in e4m3 in the forward pass of the fused kernels
+        (gpu/experts_float8.py), on bfloat16 tokens; backward is that of `bfloat16`, which stands
+        for the dtype of x.
     Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
+    Raises: UsageError for float8 where it cannot run.
     """
     keep = not recompute and torch.is_grad_enabled()
-    return _forward(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *rows, activation, keep)[0]
+    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    return _forward(*inputs, *rows, activation, keep, precision)[0]
 
 
 class Choice(NamedTuple):
@@ -101,8 +107,10 @@ def choose(
 ) -> Choice:
     """The path for experts of width L and hidden width F: asks the machine, never the data.
 
-    Args: device: `cuda` or `cpu`; dtype: of x; masters: of the weights.
+    Args: device: `cuda` or `cpu`; dtype: of x; masters: of gates and weights.
     """
+    if masters != torch.float32:
+        return Choice("loop", f"a loop of matmuls: gates or weights are {masters}, not float32")
     if device == gpu().device and dtype in TAKEN:
         if L % 16 == 0 and F % 16 == 0 and L <= WIDEST:
             return Choice("fused", f"Triton kernels: {gpu().why}")
@@ -112,7 +120,7 @@ def choose(
     else:
         why = f"no Triton kernels: {gpu().why}"
     if device == "cpu" and native().library is not None:
-        if masters == torch.float32 and native().takes(torch.empty(0, dtype=dtype)):
+        if native().takes(torch.empty(0, dtype=dtype)):
             return Choice("cpp", f"C++ kernels: {native().why}")
         return Choice("loop", f"a loop of matmuls: the C++ kernels do not take {dtype} here")
     if device == "cpu":
@@ -122,19 +130,33 @@ def choose(
     return Choice("loop", f"a loop of matmuls, sizes are read on the host, slow; {why}")
 
 
+def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
+    """Raises UsageError where experts cannot multiply in float8."""
+    choice = choose(device, dtype, L, F)
+    if choice.path != "fused" or dtype != torch.bfloat16:
+        why = choice.why if choice.path != "fused" else f"tokens are {dtype}, not bfloat16"
+        raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise UsageError(
+            f"precision=float8 needs compute capability 9.0, not {found}; use bfloat16"
+        )
+
+
 def _has_grouped_matmuls() -> bool:
     """Elsewhere `grouped_mm` is a loop in PyTorch that waits for the device to read the sizes."""
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-def _choice(x_NL: Tensor, w_in_HEGFL: Tensor) -> Choice:
+def _choice(x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor) -> Choice:
     L, Fh = x_NL.shape[1], w_in_HEGFL.shape[3]
-    return choose(x_NL.device.type, x_NL.dtype, L, Fh, w_in_HEGFL.dtype)
+    others = {gate_NK.dtype, w_in_HEGFL.dtype, w_out_HEFL.dtype} - {torch.float32}
+    return choose(x_NL.device.type, x_NL.dtype, L, Fh, *sorted(others, key=str)[:1])
 
 
-def _path(x_NL: Tensor, w_in_HEGFL: Tensor) -> ModuleType:
-    """The module with `forward` and `backward`."""
-    match _choice(x_NL, w_in_HEGFL).path:
+def _path(*inputs: Tensor) -> ModuleType:
+    """The module with `forward` and `backward` for x, gates and weights."""
+    match _choice(*inputs).path:
         case "fused":
             from headway.kernels.gpu import experts as fused  # imports Triton
 
@@ -158,10 +180,16 @@ def _forward(
     counts_HE: Tensor,
     activation: str,
     keep: bool,
+    precision: str = "bfloat16",
 ) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
-    return _path(x_NL, w_in_HEGFL).forward(*inputs, activation, keep)
+    if precision == "float8":
+        check_float8(x_NL.device.type, x_NL.dtype, x_NL.shape[1], w_in_HEGFL.shape[3])
+        from headway.kernels.gpu import experts as fused
+
+        return fused.forward(*inputs, activation, keep, precision)
+    return _path(*inputs[:4]).forward(*inputs, activation, keep)
 
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())
@@ -180,14 +208,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
-    return _path(x_NL, w_in_HEGFL).backward(do_NL.contiguous(), *inputs, pre_R, activation, keep)
+    return _path(*inputs[:4]).backward(do_NL.contiguous(), *inputs, pre_R, activation, keep)
 
 
 @_forward.register_fake
-def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation, keep):
+def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation, keep, *_):
     width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
     out_NL = torch.empty_like(x_NL, memory_format=torch.contiguous_format)
-    keeps = keep and _choice(x_NL, w_in_HEGFL).path != "fused"
+    keeps = keep and _choice(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL).path != "fused"
     return out_NL, x_NL.new_empty(slot_R.numel() if keeps else 0, width)
 
 
@@ -199,13 +227,13 @@ def _(do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, *tables):
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
-    *tensors, ctx.activation, ctx.keep = inputs
+    *tensors, ctx.activation, ctx.keep, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _autograd(ctx, do_NL, _):
     grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
-    return (*grads, None, None, None, None, None)
+    return (*grads, *(None,) * 6)
 
 
 _forward.register_autograd(_autograd, setup_context=_save)

@@ -4,6 +4,8 @@ H heads · E experts per head · F hidden width · L width · G = 2 for SwiGLU (
 Expert (h, e) is `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.activation: Activation = activation
+        self.precision: Literal["bfloat16", "float8"] = "bfloat16"
         self.recompute = recompute
         n_in = n_inputs(activation)
         self.w_in_HEGFL = nn.Parameter(torch.empty(n_heads, n_experts, n_in, d_expert, d_in))
@@ -49,5 +52,6 @@ class Experts(nn.Module):
             w_out,
             self.activation,
             self.recompute,
+            self.precision,
         )
         return y_NL.view(x_THL.shape)

@@ -335,6 +335,12 @@ def latent_acc(
 
 def build_moe(d_model: int, c: MoEConfig, recompute: bool = False) -> MoE:
     """The sparse layer that a config describes."""
+    layer = _build_moe(d_model, c, recompute)
+    layer.experts.precision = c.precision
+    return layer
+
+
+def _build_moe(d_model: int, c: MoEConfig, recompute: bool) -> MoE:
     match c.kind:
         case "moe":
             return MoE(

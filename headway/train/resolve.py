@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from headway.config import Config, MeshConfig, ModelConfig, RunConfig, UsageError
-from headway.kernels.experts import choose
+from headway.kernels.experts import check_float8, choose
 from headway.kernels.native import native
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
@@ -148,9 +148,12 @@ def _experts(
 ) -> tuple[str, ...]:
     """Which path the experts of this model take on a GPU (on a CPU it is that of all kernels)."""
     moe = model.moe
+    width = model.d_model if moe.kind == "moe" else (moe.d_latent or model.d_model) // moe.n_heads
+    if moe.kind != "dense" and moe.precision == "float8":
+        check_float8(device.type, dtype, width, moe.d_expert)
+        derived["model.moe.precision"] = "float8: e4m3 in forward, bfloat16 in backward"
     if device.type != "cuda" or moe.kind == "dense":
         return ()
-    width = model.d_model if moe.kind == "moe" else (moe.d_latent or model.d_model) // moe.n_heads
     found = choose("cuda", dtype, width, moe.d_expert)
     derived["experts"] = found.why
     return (f"experts of width {width}: {found.why}",) if found.path == "loop" else ()

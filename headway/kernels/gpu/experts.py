@@ -20,6 +20,7 @@ from torch import Tensor
 from headway.kernels.gpu import on
 from headway.kernels.gpu.blocks import Blocks, blocks
 from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
+from headway.kernels.gpu.experts_float8 import experts_forward_float8, quantize
 from headway.kernels.gpu.experts_forward import combine, experts_forward
 from headway.kernels.gpu.tune import Tiles, tiles
 
@@ -43,6 +44,14 @@ FLOAT32 = {
 }
 """Three products of TF32 parts each: twice the memory, and registers for the parts."""
 
+FLOAT8 = {
+    32: Tiles(128, 64, 8, 2),
+    64: Tiles(128, 64, 8, 2),
+    128: Tiles(128, 32, 8, 2),
+    256: Tiles(64, 32, 8, 2),
+}
+"""Of the forward kernel; a product of e4m3 sums over 32 values at least."""
+
 SMALL = {256: (Tiles(32, 16, 8, 1),) * 3}
 """bfloat16 where a block has 99 KiB of shared memory (capability 8.6, 8.9, 12.0)."""
 
@@ -58,6 +67,8 @@ CANDIDATES = tuple(
 
 def default_tiles(kernel: str, L: int, itemsize: int, small: bool = False) -> Tiles:
     """Chosen without a GPU, by compiling. `small`: for less than 160 KiB of shared memory."""
+    if kernel == "forward_float8":
+        return FLOAT8[max(32, padded(L))]
     table = BFLOAT16 if itemsize == 2 else FLOAT32
     if small and itemsize == 2:
         table = table | SMALL
@@ -74,18 +85,24 @@ def forward(
     counts_HE: Tensor,
     activation: str,
     keep: bool,
+    precision: str = "bfloat16",
 ) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, no pre-activations `[0, G·F]`)."""
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
-    w_in, w_out = _cast(w_in_HEGFL, x), _cast(w_out_HEFL, x)
-    (N, K), (_, _, G, F, L) = row_NK.shape, w_in.shape
-    cut = tile_of("forward", L, G, F, x.element_size())
+    (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
+    if precision == "float8":
+        kernel, cut, least = experts_forward_float8, tile_of("forward_float8", L, G, F, 1), 32
+        w_out_HELF = w_out_HEFL.transpose(2, 3).contiguous()
+        weights = (*quantize(w_in_HEGFL.contiguous(), -1), *quantize(w_out_HELF, -1))
+    else:
+        kernel, cut, least = experts_forward, tile_of("forward", L, G, F, x.element_size()), 16
+        weights = (_cast(w_in_HEGFL, x), _cast(w_out_HEFL, x))
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
     y_NKL, scale_NK = _empty_rows(x, N, K)
     with on(x):
-        experts_forward[(table.group_B.numel(),)](
-            *(x, gate, w_in, w_out, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
-            *(cut.rows, cut.cols, padded(L)),
+        kernel[(table.group_B.numel(),)](
+            *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
+            *(cut.rows, max(least, cut.cols), max(least, padded(L))),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
@@ -105,7 +122,7 @@ def backward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out."""
+    """Gradients of x, gates, w_in and w_out, in x's precision."""
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = _cast(w_in_HEGFL, x), _cast(w_out_HEFL, x)
     (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape

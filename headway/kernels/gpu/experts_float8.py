@@ -1,0 +1,127 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
+"""The forward pass of narrow experts with products in float8 (e4m3); backward stays in bfloat16.
+
+e4m3 has 4 significant bits and reaches 448, so every operand is divided by a float32 scale first:
+tokens by their row's largest value over 448, W_in by that of each hidden unit's row, W_out by that
+of each column, the hidden units by that of a row's chunk, on the chip. Sums are float32. Scales
+follow the values: multiplying the inputs by a power of two changes nothing else. A row with an
+infinity becomes NaN. Equations in ../experts.py, arguments as in experts_forward.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headway.kernels.gpu.arith import INTERPRETED, widen
+from headway.kernels.gpu.experts_forward import (
+    activated,
+    hidden_rows,
+    put_rows,
+    row_tile,
+    unpaired,
+)
+
+LARGEST = tl.constexpr(448.0)
+
+
+def quantize(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`w` in e4m3, and the float32 scale of each slice along `dim`."""
+    scale = w.abs().amax(dim, keepdim=True).float() / LARGEST.value
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (w / scale).to(torch.float8_e4m3fn), scale.squeeze(dim)
+
+
+@triton.jit
+def _scale(x):
+    """The float32 scale of each row: 1 for zeros, NaN where a value is infinite."""
+    largest = tl.max(tl.abs(x), 1)
+    scale = tl.where(largest > 0, largest * (1.0 / LARGEST), 1.0)
+    return tl.where(largest < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def _round(x):
+    """To e4m3, nearest even; interpreted, to the same values in float32. |x| is at most 448."""
+    if INTERPRETED:
+        exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        step = tl.exp2((tl.maximum(exponent, -6) - 3).to(tl.float32))
+        magic = 12582912.0  # 1.5 · 2²³: what is added to it is rounded to an integer
+        return ((x / step + magic) - magic) * step
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _dot(a, b):
+    """a·b, promoted to float32 at least every 128 products."""
+    if INTERPRETED:
+        return tl.dot(a, b.to(tl.float32))
+    else:
+        return tl.dot(a, b, max_num_imprecise_acc=128)
+
+
+@triton.jit
+def _tile(w, row, live, col, inside, stride):
+    """`w [.., stride]` at rows × columns, zeros outside."""
+    at = w + row[:, None] * stride + col[None, :]
+    return tl.load(at, mask=live[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def experts_forward_float8(
+    x,
+    gate,
+    w_in,
+    in_scale,
+    w_out_T,
+    out_scale,
+    slots,
+    start,
+    group,
+    first_row,
+    y,
+    scale,
+    K,
+    G: tl.constexpr,
+    F: tl.constexpr,
+    L: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    M: tl.constexpr,
+    BF: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """One block of rows of one expert. `w_in [·, G·F, L]` with `in_scale [·, G·F]`, `w_out_T
+    [·, L, F]` with `out_scale [·, L]`: Hopper wants both operands contiguous along the sum."""
+    b = tl.program_id(0)
+    g = tl.load(group + b)
+    if g < 0:
+        return
+    row = tl.load(first_row + b) + tl.arange(0, M)
+    valid = row < tl.load(start + g + 1)
+    slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)
+    cols = tl.arange(0, BL)
+    inside = cols < L
+    wide = widen(row_tile(x, slot // K, valid, cols, L))
+    x_scale = _scale(wide)[:, None]
+    x_tile = _round(wide / x_scale)
+    w_in += g.to(tl.int64) * (G * F * L)
+    w_out_T += g.to(tl.int64) * (F * L)
+    in_scale += g.to(tl.int64) * (G * F)
+    acc = tl.zeros([M, BL], tl.float32)
+    for f0 in range(0, F, BF):
+        row_in, live_in = hidden_rows(f0, F, G, BF)
+        row_out, live_out = hidden_rows(f0, F, 1, BF)
+        w = _tile(w_in, row_in, live_in, cols, inside, L)
+        pre = _dot(x_tile, w.T) * x_scale
+        pre *= tl.load(in_scale + row_in, mask=live_in, other=0.0)[None, :]
+        pre = tl.where(live_in[None, :], pre, 0.0)  # NaN · 0 past F
+        first, up = unpaired(pre, G, M, BF)
+        hid = activated(first, up, ACTIVATION)
+        hid_scale = _scale(hid)[:, None]
+        w_T = _tile(w_out_T, cols, inside, row_out, live_out, F)
+        acc += _dot(_round(hid / hid_scale), w_T.T) * hid_scale
+    acc *= tl.load(out_scale + g.to(tl.int64) * L + cols, mask=inside, other=0.0)[None, :]
+    gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
+    put_rows(y, scale, slot, valid, cols, acc, gates, L)

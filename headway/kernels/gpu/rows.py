@@ -6,6 +6,10 @@ the same walk from there and places them. A slot's rank within a step is the num
 before it, by comparing all pairs: STEP comparisons a slot and pass, all in registers.
 """
 
+# Triton's annotations describe its compiler, not what a kernel writes.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

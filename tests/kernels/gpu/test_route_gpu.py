@@ -100,7 +100,7 @@ def test_gradient_of_some_outputs(gate, names, device):
 @pytest.mark.parametrize("E", [20, 70])
 def test_several_programs_of_several_tiles(E, device, monkeypatch):
     """Partial sums of programs that walk more than one tile."""
-    from headway.kernels.gpu import route as kernels
+    from headway.kernels.gpu import scores as kernels
     from headway.kernels.gpu.tune import Tiles
 
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
@@ -117,7 +117,10 @@ def test_several_programs_of_several_tiles(E, device, monkeypatch):
 def test_ties_go_to_the_lowest_index(data, device):
     """Small integers: every score is exact, and many are equal."""
     E = data.draw(st.integers(1, 80))
-    k, gate = data.draw(st.integers(1, min(E, 8))), data.draw(st.sampled_from(["softmax_topk", "sigmoid"]))
+    k, gate = (
+        data.draw(st.integers(1, min(E, 8))),
+        data.draw(st.sampled_from(["softmax_topk", "sigmoid"])),
+    )
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x, w, bias = (
         torch.randint(-2, 3, shape, generator=generator).float().to(device)

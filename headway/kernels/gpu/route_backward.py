@@ -1,5 +1,5 @@
 """Backward of routing: the gradient of the logits is made again tile by tile, on chip, and goes
-straight into the two products that need it.
+straight into the two products that need it. Each block of 128 columns of a product makes it again.
 
     d_logits[t, e] = Σ_j ds[t, j]·[e = index[t, j]] + dense[t, e]
     dx_t = Σ_h Σ_e d_logits[t, h, e]·w[h, e];   dw[h, e] = Σ_t d_logits[t, h, e]·x[t, h]
@@ -14,6 +14,10 @@ their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsu
 No atomics; sums over tokens are partial sums per program, then added in the programs' order.
 """
 
+# Triton's annotations describe its compiler, not what a kernel writes.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +25,10 @@ from torch import Tensor
 
 from headway.kernels.gpu import on
 from headway.kernels.gpu.product import dot, dot_rounded, dot_split, split
-from headway.kernels.gpu.route import (
-    GATES,
-    choose_tiles,
+from headway.kernels.gpu.route import GATES
+from headway.kernels.gpu.scores import (
     fitting,
+    launch,
     load_w,
     load_x,
     normalised,
@@ -104,7 +108,7 @@ def _d_logits(
     row = t.to(tl.int64) * H + h
     d = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
     if ds is not None:
-        for j in tl.static_range(K):
+        for j in range(K):  # unrolled, the loads of all slots would be under way in registers
             at = tl.load(index + row * K + j, mask=t < T, other=-1)
             value = tl.load(ds + row * K + j, mask=t < T, other=0.0)
             d += tl.where(at[:, None] == e[None, :], value[:, None], 0.0)
@@ -222,35 +226,35 @@ def backward(
     )
     ds = x.new_empty(T, H, K, dtype=torch.float32) if gated else None
     c = x.new_empty(T, H, dtype=torch.float32) if dense else None
-    BL, BC = width(L, 64), width(L, 256)
+    BL, BC = width(L, 64), width(L, 128)
     columns, sizes = triton.cdiv(L, BC), (T, H, E, L, *strides(x))
     shape = {"BL": BL, "ONCE": L <= BL}
     with on(x):
         parts = split_w(w_HEL)
-        cut = choose_tiles(L, E)
+        cut = fitting("route_slots", L, E, Tiles(64, 64, 4, 2))
         _slots[(triton.cdiv(T, cut.rows), H)](
             x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
             K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
-            BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
+            **shape, **launch(cut),
         )  # fmt: skip
         tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
         shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
 
-        cut = fitting("route_dx", L, E, Tiles(64, 32, 4, 2))
+        cut = fitting("route_dx", L, E, Tiles(64, 32, 8, 2))
         heads = H if x.dim() == 2 else 1
         token, head = (L, 0) if x.dim() == 2 else (H * L, L)
         _d_tokens[(triton.cdiv(T, cut.rows), H // heads, columns)](
             *tensors, dx, *sizes, 1 / T, token, head, heads,
-            BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
+            **shape, **launch(cut),
         )  # fmt: skip
 
-        cut = fitting("route_dw", L, E, Tiles(64, 32, 4, 2))
+        cut = fitting("route_dw", L, E, Tiles(64, 32, 8, 2))
         blocks = triton.cdiv(E, cut.cols) * columns
         programs, walk = walks(triton.cdiv(T, cut.rows), 4 * H * blocks)
         part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)
         _d_weights[(programs, H, blocks)](
             *tensors, part, *sizes, 1 / T, walk, columns,
-            BT=cut.rows, BE=cut.cols, num_warps=cut.warps, num_stages=cut.stages, **shape,
+            **shape, **launch(cut),
         )  # fmt: skip
         if programs > 1:
             torch.sum(part, 0, out=dw_HEL)

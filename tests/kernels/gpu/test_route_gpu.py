@@ -100,7 +100,7 @@ def test_gradient_of_some_outputs(gate, names, device):
 @pytest.mark.parametrize("E", [20, 70])
 def test_several_programs_of_several_tiles(E, device, monkeypatch):
     """Partial sums of programs that walk more than one tile."""
-    from headway.kernels.gpu import route as kernels
+    from headway.kernels.gpu import scores as kernels
     from headway.kernels.gpu.tune import Tiles
 
     monkeypatch.setattr(kernels, "PROGRAMS", 8)

@@ -1,0 +1,112 @@
+"""The scores of a tile of tokens by a chunk of experts, on chip, and how the router's kernels are
+cut. T tokens · H heads · L width · E experts per head.
+"""
+
+# Triton's annotations describe its compiler, not what a kernel writes.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headway.kernels.gpu.product import dot_exact, dot_split, split_into
+from headway.kernels.gpu.tune import Tiles, tiles
+
+PROGRAMS = 1024
+"""About as many programs share the sums over tokens: several waves on any GPU, and so few that
+their partial sums stay small."""
+
+
+@triton.jit
+def load_x(x, t, T, l0, L, stride_t, stride_l, BL: tl.constexpr):
+    """A tile of tokens, columns l0 … l0 + BL − 1; 0 beyond the ends."""
+    column = l0 + tl.arange(0, BL)
+    at = t.to(tl.int64)[:, None] * stride_t + column[None, :] * stride_l
+    return tl.load(x + at, mask=(t < T)[:, None] & (column < L)[None, :], other=0.0)
+
+
+@triton.jit
+def load_w(parts, part: tl.constexpr, h, e, H, E, l0, L, BL: tl.constexpr):
+    """One of the three parts of some experts' rows `[BE, BL]`."""
+    column = l0 + tl.arange(0, BL)
+    at = ((part * H + h).to(tl.int64) * E + e)[:, None] * L + column[None, :]
+    return tl.load(parts + at, mask=(e < E)[:, None] & (column < L)[None, :], other=0.0)
+
+
+@triton.jit
+def scores(
+    x, parts, t, T, h, e, H, E, L, stride_t, stride_l,
+    BL: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block."""
+    acc = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
+    for l0 in range(0, 1 if ONCE else L, BL):
+        xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)
+        w0 = tl.trans(load_w(parts, 0, h, e, H, E, l0, L, BL))
+        w1 = tl.trans(load_w(parts, 1, h, e, H, E, l0, L, BL))
+        w2 = tl.trans(load_w(parts, 2, h, e, H, E, l0, L, BL))
+        if xt.dtype == tl.bfloat16:
+            acc = dot_exact(xt, w0, w1, w2, acc)
+        else:
+            acc = dot_split(xt, w0, w1, w2, acc)
+    return acc
+
+
+@triton.jit
+def sigmoid(s):
+    return 1.0 / (1.0 + tl.exp(-s))
+
+
+@triton.jit
+def normalised(s, lse, total, SIGMOID: tl.constexpr):
+    """The scores of a row normalised to sum 1, given its logsumexp and its sum of σ."""
+    if SIGMOID:
+        return sigmoid(s) / tl.where(total < 1e-20, 1e-20, total)[:, None]  # keeps NaN
+    else:
+        lse = tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)  # as a softmax
+        return tl.exp(s - lse[:, None])
+
+
+def split_w(w_HEL: Tensor) -> Tensor:
+    """The three bfloat16 parts `[3, H, E, L]` of the weights."""
+    parts = w_HEL.new_empty(3, *w_HEL.shape, dtype=torch.bfloat16)
+    n = w_HEL.numel()
+    split_into[(triton.cdiv(n, 1024),)](w_HEL.contiguous(), parts, n, BLOCK=1024)
+    return parts
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """From a token, a head and a column to the next; `[T, L]` is one token for all heads."""
+    return x.stride(0), 0 if x.dim() == 2 else x.stride(1), x.stride(-1)
+
+
+def width(L: int, most: int) -> int:
+    """Columns of a tile of tokens: a power of two."""
+    return min(max(triton.next_power_of_2(L), 16), most)
+
+
+def walks(n_tiles: int, per_tile: int) -> tuple[int, int]:
+    """(programs, tiles that each walks) for `n_tiles` tiles, each worked on by `per_tile`
+    programs."""
+    walk = triton.cdiv(n_tiles * per_tile, PROGRAMS)
+    return triton.cdiv(n_tiles, walk), walk
+
+
+def fitting(kernel: str, L: int, E: int, default: Tiles) -> Tiles:
+    """The tiles of a kernel; no more columns than there are experts."""
+    found = tiles(kernel, (L, E), default)
+    return replace(found, cols=min(found.cols, max(triton.next_power_of_2(E), 16)))
+
+
+def launch(cut: Tiles) -> dict[str, int]:
+    """The tiles as a kernel takes them."""
+    return {
+        "BT": cut.rows,
+        "BE": cut.cols,
+        "num_warps": cut.warps,
+        "num_stages": cut.stages,
+    }

@@ -3,8 +3,7 @@ overrides leaves.
 
 Every field has a docstring: meaning, unit, legal range, when to change it. `headway train RECIPE
 --help` is made from these texts. `validate()` names both values and the fix, before step 0. This
-file imports nothing but the standard library, so layers and kernels can read it anywhere.
-"""
+file imports nothing but the standard library, so layers and kernels can read it anywhere."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -39,27 +38,22 @@ class RouterConfig:
     gate: RouterGate = "topk_softmax"
     """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs
     top-k ≥ 2, else the gate is the constant 1). `softmax_topk`: softmax over all experts, then
-    select. `sigmoid`: each score alone.
-    """
+    select. `sigmoid`: each score alone."""
     renormalize: bool = False
     """Divide the k gates by their sum (for `softmax_topk` and `sigmoid`; `topk_softmax` sums to 1
-    already).
-    """
+    already)."""
     scale: float = 1.0
     """Multiplies every gate; > 0. Nemotron-3 uses 5.0 with `sigmoid` and renormalised gates."""
     reads: Literal["sub_token", "token"] = "sub_token"
     """What the router of a latent layer reads: its own sub-token of width L (as published for
     Multi-Head LatentMoE) or the whole token of width D. Plain MoE always reads the token; LatentMoE
-    is published with `token`.
-    """
+    is published with `token`."""
     noisy: bool = False
     """Noisy top-k (Shazeer et al. 2017, eq. 4): adds N(0,1)·softplus(x·W_noise) to the scores in
-    training.
-    """
+    training."""
     jitter: float = 0.0
     """Multiplies the router's input by U(1−jitter, 1+jitter) in training (Switch Transformer,
-    §2.2); 0 ≤ jitter < 1.
-    """
+    §2.2); 0 ≤ jitter < 1."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +62,17 @@ class BalanceConfig:
 
     aux: float = 0.01
     """Coefficient of the auxiliary loss E·Σ f_e·P_e, averaged over layers and heads (1.0 when
-    balanced); ≥ 0.
-    """
+    balanced); ≥ 0."""
     aux_scope: Literal["micro_batch", "global_batch"] = "global_batch"
     """Whose load f_e the auxiliary loss reads: the micro-batch's, or the running load of the whole
-    optimiser step (arXiv 2501.11873), which lets experts specialise by sequence.
-    """
+    optimiser step (arXiv 2501.11873), which lets experts specialise by sequence."""
     z: float = 0.0
     """Coefficient of the router z-loss, mean (logsumexp of the scores)² (ST-MoE, eq. 5); ≥ 0,
-    typically 1e-3.
-    """
+    typically 1e-3."""
     bias: Literal["none", "sign", "quantile"] = "none"
     """A bias on the selection, never on the gates, updated once per optimiser step. `sign`:
     auxiliary-loss-free (arXiv 2408.15664). `quantile`: quantile balancing (arXiv 2607.24653); both
-    want `aux` = 0.
-    """
+    want `aux` = 0."""
     bias_rate: float = 1e-3
     """Step of the `sign` rule; > 0."""
 
@@ -90,15 +80,13 @@ class BalanceConfig:
 @dataclass(frozen=True)
 class MoEConfig:
     """The sparse feed-forward layer. `kind = dense` uses the block's dense feed-forward network
-    instead.
-    """
+    instead."""
 
     kind: Literal["dense", "moe", "latent", "multi_head_latent"] = "multi_head_latent"
     """`moe`: flat mixture, experts of width D. `latent`: LatentMoE (arXiv 2601.18089), experts of
     width d_latent, the token goes down once and up once. `multi_head_latent`: Multi-Head LatentMoE
     (arXiv 2602.04870), H independent small mixtures, each on its own sub-token of width L =
-    d_latent / n_heads.
-    """
+    d_latent / n_heads."""
     n_experts: int = 32
     """E, experts per head; ≥ top_k."""
     top_k: int = 4
@@ -114,19 +102,16 @@ class MoEConfig:
     precision: Literal["bfloat16", "float8"] = "bfloat16"
     """Of the experts' products in the forward pass. `float8`: e4m3 with float32 scales, on GPUs of
     compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2) from
-    float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`.
-    """
+    float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`."""
     d_shared: int = 0
     """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
     latent_norm: bool = True
     """Learnable RMSNorm per head after the input projection (`moe` has no projection, hence none).
     On, unlike the published layer, since it was better in each comparison made
-    (docs/negative-results.md).
-    """
+    (docs/negative-results.md)."""
     capacity_factor: float = 0.0
     """0 is dropless. Otherwise an expert takes at most ⌈factor·T·K/E⌉ rows per micro-batch; later
-    ones are dropped.
-    """
+    ones are dropped."""
     n_dense_layers: int = 0
     """The first n layers keep a dense feed-forward network."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -138,8 +123,7 @@ class MoEConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, dense or sparse
-    feed-forward.
-    """
+    feed-forward."""
 
     vocab_size: int = 0
     """V; 0 means: the tokenizer's size rounded up to a multiple of 64."""
@@ -157,12 +141,10 @@ class ModelConfig:
     """RMSNorm on queries and keys, per head."""
     attn_gate: bool = False
     """A sigmoid gate per head on the attention output, read from the block's input (arXiv
-    2505.06708).
-    """
+    2505.06708)."""
     window: tuple[int, ...] = ()
     """Sliding attention window in tokens, one entry per layer, repeated over the layers; 0 is full
-    attention; empty is full attention everywhere.
-    """
+    attention; empty is full attention everywhere."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
     d_ff: int = 1024
@@ -177,8 +159,7 @@ class ModelConfig:
     """Added to the mean square in every RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of the embedding; the scale of all other weights is derived in
-    model/init.py.
-    """
+    model/init.py."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """The sparse layer."""
 
@@ -195,8 +176,7 @@ class MeshConfig:
     """Expert Parallel: ranks that share the experts of a head; divides moe.n_experts."""
     ep_scheme: Literal["auto", "all_to_all", "all_gather"] = "auto"
     """How sub-tokens travel on the ep axis. `all_to_all`: to the ranks of their experts, sizes
-    follow the router. `all_gather`: to all ranks, sizes known in advance. `auto`: fewer bytes.
-    """
+    follow the router. `all_gather`: to all ranks, sizes known in advance. `auto`: fewer bytes."""
     dedup: bool = True
     """With `all_to_all`: a sub-token goes once to a rank that holds several of its experts (off:
     once per expert, as simple Expert Parallel does; for comparisons)."""
@@ -205,16 +185,14 @@ class MeshConfig:
     optimiser state. `replicate`: whole on each of those ranks; least traffic. `fsdp`: in equal
     pieces over all ranks (experts: over dp), gathered block by block; take it when memory runs out,
     for about half as many bytes again. `hsdp`: in pieces over the hp × ep ranks, the dp replicas
-    being whole; take it when gathers should stay within a machine.
-    """
+    being whole; take it when gathers should stay within a machine."""
     chunks: int = 0
     """Pieces in which a micro-batch passes a sparse layer, 0 to 4: one travels while another is
     computed, same result. 0 chooses: 2 where an all-to-all of the ep axis spans nodes, else 1."""
     payload: Literal["matmul", "float8"] = "matmul"
     """How sub-tokens and their gradients travel on hp and ep. `matmul`: in the dtype of the
     matmuls, exact. `float8`: e4m3 with one float32 scale per sub-token, half the bytes of bfloat16
-    and about 2.6% of rounding in each of the four exchanges; for slow networks.
-    """
+    and about 2.6% of rounding in each of the four exchanges; for slow networks."""
     timeout: float = 600.0
     """Seconds after which a collective that does not finish ends the run; > 0."""
 
@@ -226,30 +204,26 @@ class DataConfig:
     source: tuple[str, ...] = ("stdlib",)
     """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, .jsonl
     with a `text` field, .parquet), or `hf:NAME[:SPLIT]` for a Hugging Face data set (extra
-    `[data]`).
-    """
+    `[data]`)."""
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`)."""
     val_fraction: float = 0.05
     """Share of the files (documents; for a single text its tail) that is kept for validation; 0 < f
-    < 1.
-    """
+    < 1."""
     seq_len: int = 256
     """S, positions per sample, in tokens."""
     batch_size: int = 8
     """Sequences per optimiser step, over all ranks."""
     micro_batch_size: int = 0
     """Sequences per forward pass; divides batch_size; 0 means batch_size. Lower it to save memory:
-    same gradient.
-    """
+    same gradient."""
     doc_mask: bool = False
     """Keep documents apart: no attention across a document boundary."""
     cache_dir: str = ""
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
-    data folder.
-    """
+    data folder."""
 
 
 @dataclass(frozen=True)
@@ -258,23 +232,20 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises every matrix of the blocks (stacked experts too) and leaves the rest to
-    AdamW.
-    """
+    AdamW."""
     steps: int = 1000
     """Optimiser steps of the run; ≥ 1."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     muon_experts: bool = True
     """Whether `muon` takes the stacked experts too. Without, AdamW does: a step costs less, since
-    Newton–Schulz orthogonalises every expert whatever the number of tokens.
-    """
+    Newton–Schulz orthogonalises every expert whatever the number of tokens."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     muon_adjust: Literal["original", "match_rms_adamw"] = "original"
     """How Muon's rate follows the shape of a matrix, as in torch.optim.Muon: `original` √max(1,
     rows/columns); `match_rms_adamw` 0.2·√max(rows, columns), so that AdamW's rates fit (then set
-    muon_lr to lr).
-    """
+    muon_lr to lr)."""
     embed_lr_scale: float = 1.0
     """Multiplies the learning rate of the embedding and the output head."""
     router_lr_scale: float = 1.0
@@ -306,12 +277,10 @@ class OptimConfig:
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of AdamW's moments. `bfloat16` saves 4 bytes per parameter and needs beta2 ≤ 0.99,
     since a slower average would be lost in rounding (DeepSeek-V3, arXiv 2412.19437 §3.3.3, keeps
-    them so).
-    """
+    them so)."""
     spike: float = 0.0
     """A step whose loss exceeds the running mean by this many running standard deviations is
-    skipped and counted; 0 is off. A non-finite step is always skipped and counted.
-    """
+    skipped and counted; 0 is off. A non-finite step is always skipped and counted."""
     max_skipped: int = 20
     """The run fails after this many skipped steps in a row."""
 
@@ -328,8 +297,7 @@ class RunConfig:
     """`auto`: CUDA when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matmuls; parameters stay float32. `auto`: bfloat16 where the hardware multiplies it
-    natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32.
-    """
+    natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
     compile: bool = False
     """torch.compile the blocks: a minute of warm-up (needs a C++ compiler on CPUs)."""
     recompute: bool = False
@@ -356,8 +324,7 @@ class RunConfig:
     """Steps between checkpoints; 0 means only the last."""
     async_checkpoint: bool = False
     """Write checkpoints in a thread while training goes on: costs a copy of weights and optimiser
-    state in host memory. The end of the run waits for the last one.
-    """
+    state in host memory. The end of the run waits for the last one."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted; ≥ 1."""
     stop_bits_per_byte: float = 0.0
@@ -392,8 +359,7 @@ class Config:
 
 def from_dict(cls: type, values: dict):
     """Rebuild a config dataclass from `to_dict`'s output. An unknown key is an error, a missing one
-    its default.
-    """
+    its default."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

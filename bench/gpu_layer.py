@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if "--check" in sys.argv and not torch.cuda.is_available():
+    os.environ["HEADWAY_TRITON"] = "interpret"  # read when the kernels are imported
 from bench import common, gpu_measure
 from bench.gpu_rows import (
     FLAT,
@@ -141,9 +143,9 @@ def main() -> None:
         got = f"{args.repeats} and {args.minutes:g}"
         raise UsageError(f"--repeats and --minutes must be at least 1 and above 0; got {got}")
     if args.check:
-        if not torch.cuda.is_available():
-            os.environ["HEADWAY_TRITON"] = "interpret"
-        rows = check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if not gpu().device:
+            raise UsageError(f"no GPU kernels here, interpreted or not: {gpu().why}")
+        rows = check(torch.device(gpu().device))
         common.report("gpu_layer_check", rows, check_targets(rows), args)
         return
     if gpu().device != "cuda":

@@ -71,8 +71,8 @@ def loop(x_THL, gate_THK, index_THK, w_in_HEGFL, w_out_HEFL, activation: str) ->
     for g, rows in enumerate((order_R // K).split(counts_G.tolist())):
         if len(rows):
             ys.append(activate_reference(x_NL[rows] @ w_in[g].T, activation) @ w_out[g])
-    weighted = torch.cat(ys).float() * gate_R
-    out = torch.zeros(T * H, L, dtype=torch.float32, device=x_THL.device)
+    weighted = torch.cat(ys).to(gate_R.dtype) * gate_R
+    out = weighted.new_zeros(T * H, L)
     return out.index_add_(0, order_R // K, weighted).to(x_THL.dtype).view(T, H, L)
 
 

@@ -18,10 +18,6 @@ from torch import Tensor
 
 TAKEN = (torch.bfloat16, torch.float32)
 
-if os.environ.get("HEADWAY_TRITON") == "interpret":
-    # read when Triton is imported, which torch.compiler does below
-    os.environ["TRITON_INTERPRET"] = "1"
-
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
 class Gpu:

@@ -97,8 +97,7 @@ class MoEConfig:
     """`moe`: flat mixture, experts of width D. `latent`: LatentMoE (arXiv 2601.18089), experts of
     width d_latent, the token goes down once and up once. `multi_head_latent`: Multi-Head LatentMoE
     (arXiv 2602.04870), H independent small mixtures, each on its own sub-token of width L =
-    d_latent / n_heads.
-    """
+    d_latent / n_heads."""
     n_experts: int = 32
     """E, experts per head; ≥ top_k."""
     top_k: int = 4
@@ -112,10 +111,8 @@ class MoEConfig:
     activation: Activation = "swiglu"
     """Of the experts and of the shared expert."""
     precision: Literal["bfloat16", "float8"] = "bfloat16"
-    """Of the experts' products in the forward pass. `float8`: e4m3 with float32 scales, on GPUs of
-    compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2) from
-    float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`.
-    """
+    """Of the experts' products. `float8`: e4m3 in forward, on GPUs of capability 9.0 and later,
+    experts up to 256 wide; 5e-2 to 7e-2 off, where bfloat16 is 2.4e-3. `bfloat16`: `run.dtype`."""
     d_shared: int = 0
     """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
     latent_norm: bool = True
@@ -125,8 +122,7 @@ class MoEConfig:
     """
     capacity_factor: float = 0.0
     """0 is dropless. Otherwise an expert takes at most ⌈factor·T·K/E⌉ rows per micro-batch; later
-    ones are dropped.
-    """
+    ones are dropped."""
     n_dense_layers: int = 0
     """The first n layers keep a dense feed-forward network."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -331,8 +327,7 @@ class RunConfig:
     """Constant-memory form: keep nothing of size rows×F or T×E for backward, recompute it."""
     allocator: Literal["system", "keep", "return"] = "keep"
     """Freed memory on CPUs with glibc. `keep` holds it for the next step: faster. `return` gives
-    blocks of a MiB back at
-    once: the lowest peak, together with `recompute`; slower."""
+    blocks of a MiB back at once: the lowest peak, together with `recompute`; slower."""
     threads: int = 0
     """CPU threads; 0 means torch's choice."""
     log_every: int = 10

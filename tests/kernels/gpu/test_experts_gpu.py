@@ -339,5 +339,5 @@ def test_float8_says_where_it_cannot_run(device):
 def test_float8_needs_hopper(monkeypatch):
     monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    with pytest.raises(UsageError, match=r"needs capability 9.0, not 8.9; use bfloat16"):
+    with pytest.raises(UsageError, match=r"needs compute capability 9.0, not 8.9; use bfloat16"):
         check_float8("cuda", BF16, 64, 64)

@@ -304,8 +304,7 @@ class RunConfig:
     """Constant-memory form: keep nothing of size rows×F or T×E for backward, recompute it."""
     allocator: Literal["system", "keep", "return"] = "keep"
     """Freed memory on CPUs with glibc. `keep` holds it for the next step: faster. `return` gives
-    blocks of a MiB back at
-    once: the lowest peak, together with `recompute`; slower."""
+    blocks of a MiB back at once: the lowest peak, together with `recompute`; slower."""
     threads: int = 0
     """CPU threads; 0 means torch's choice."""
     log_every: int = 10

@@ -73,8 +73,8 @@ def activations(
         ),
         Item(
             "sorted rows",
-            s.n_sparse * 24 * T * s.H * s.K,
-            "24·R, three int64 tables of R = T·H·K rows",
+            s.n_sparse * 16 * T * s.H * s.K,
+            "16·R, two int64 tables of R = T·H·K rows",
         ),
         Item(
             "experts",

@@ -54,12 +54,12 @@ def _round(x):
 
 
 @triton.jit
-def _dot(a, b):
-    """a·b, promoted to float32 at least every 128 products."""
+def _dot(a, b, SUM: tl.constexpr):
+    """a·b over SUM products, promoted to float32 every 128 of them at least."""
     if INTERPRETED:
         return tl.dot(a, b.to(tl.float32))
     else:
-        return tl.dot(a, b, max_num_imprecise_acc=128)
+        return tl.dot(a, b, max_num_imprecise_acc=SUM if SUM < 128 else 128)
 
 
 @triton.jit
@@ -114,14 +114,14 @@ def experts_forward_float8(
         row_in, live_in = hidden_rows(f0, F, G, BF)
         row_out, live_out = hidden_rows(f0, F, 1, BF)
         w = _tile(w_in, row_in, live_in, cols, inside, L)
-        pre = _dot(x_tile, w.T) * x_scale
+        pre = _dot(x_tile, w.T, BL) * x_scale
         pre *= tl.load(in_scale + row_in, mask=live_in, other=0.0)[None, :]
         pre = tl.where(live_in[None, :], pre, 0.0)  # NaN · 0 past F
         first, up = unpaired(pre, G, M, BF)
         hid = activated(first, up, ACTIVATION)
         hid_scale = _scale(hid)[:, None]
         w_T = _tile(w_out_T, cols, inside, row_out, live_out, F)
-        acc += _dot(_round(hid / hid_scale), w_T.T) * hid_scale
+        acc += _dot(_round(hid / hid_scale), w_T.T, BF) * hid_scale
     acc *= tl.load(out_scale + g.to(tl.int64) * L + cols, mask=inside, other=0.0)[None, :]
     gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
     put_rows(y, scale, slot, valid, cols, acc, gates, L)

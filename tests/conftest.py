@@ -3,11 +3,17 @@
 import os
 
 import pytest
-import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not torch.cuda.is_available():  # before anything imports Triton
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config):
+    """Without a GPU Triton interprets its kernels; it asks once, when something first imports
+    it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

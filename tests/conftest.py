@@ -4,16 +4,13 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
+import torch  # noqa: E402
 
-def pytest_configure(config):
-    """Without a GPU Triton interprets its kernels; it asks once, when something first imports
-    it."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    # Triton then interprets its kernels; it asks once, when something first imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     # Triton then interprets its kernels; it asks once, when something first imports it

@@ -4,13 +4,16 @@ folder with a recipe."""
 import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import torch
 
-from tests.command import write_recipe
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not torch.cuda.is_available():  # before anything imports Triton
+if not torch.cuda.is_available():
+    # Triton then interprets its kernels; it asks once, when something first imports it
     os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.command import write_recipe
 
 
 @pytest.fixture(scope="session", autouse=True)

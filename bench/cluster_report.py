@@ -165,6 +165,7 @@ def alone_row(case: Case, mbit: float, samples: list[Sample]) -> dict:
         "k": case.k,
         "mbit": mbit,
         "n_experts": case.model.moe.n_experts,
+        "cpu_ms": 1000 * statistics.median(s.mean("cpu") for s in samples),
         "step_ms": statistics.median(s.ms for s in samples),
         "repetitions": [s.ms for s in samples],
     }

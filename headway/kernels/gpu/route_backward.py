@@ -6,8 +6,9 @@ straight into the two products that need it. Each block of 128 columns of a prod
 
 The dense part is that of the balance loss and the z-loss, and the normaliser of `softmax_topk`; it
 needs the scores a second time. Without it nothing but K comparisons per element is left. The two
-products run on the tensor cores over all experts: for E ≤ 64·K that moves fewer bytes than
-gathering K rows of width L per token would, needs no sort, and is the same code for both cases.
+products run on the tensor cores over all experts, and x is read once per chunk of 32 experts. Up to
+E = 32·K that is no more than gathering a row per slot, it needs no sort, and it is the same code
+for both cases; beyond, sparse gradients would be cheaper by segments of sorted rows.
 
 Tokens normalised by a softmax (p, gradient dp of the normalised scores): dense = p·(dp − c). By
 their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsumexp. c is a number per row.

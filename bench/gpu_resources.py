@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.pop("TRITON_INTERPRET", None)  # compiled, not interpreted
 from bench import common
 from headway.config import UsageError
 
@@ -66,6 +65,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128, 256], help="L")
     common.add_options(parser, data=False)
     args = parser.parse_args()
+    os.environ.pop(
+        "TRITON_INTERPRET", None
+    )  # compiled, not interpreted; read when Triton is imported
     if unknown := set(args.capability) - set(SHARED_KIB):
         known = ", ".join(map(str, SHARED_KIB))
         raise UsageError(f"--capability {min(unknown)} is not known; use some of {known}")
@@ -83,9 +85,24 @@ def main() -> None:
                     seen.add((name, str(row)))
                     rows.append(row)
                     common.print_rows([row])
-    spilled = max(row["stack"] for row in rows if row["capability"] >= 90)
-    goals = [common.target("bytes spilled per thread", spilled, 0, False)]
-    common.report("gpu_resources", rows, goals, args)
+    common.report("gpu_resources", rows, [], args)
+
+
+def table(rows: list[dict]) -> str:
+    """For docs/kernels.md: registers / KiB of shared memory / blocks per multiprocessor, and the
+    bytes spilled where there are any."""
+    places = sorted({(r["capability"], r["L"]) for r in rows})
+    lines = ["| kernel | " + " | ".join(f"sm_{c}, L {L}" for c, L in places) + " |"]
+    lines.append("|---|" + "---|" * len(places))
+    for name in dict.fromkeys(r["kernel"] for r in rows if r["tensor_core"]):
+        cells = []
+        for place in places:
+            found = [r for r in rows if (r["capability"], r["L"]) == place and r["kernel"] == name]
+            r = found[0]
+            spilled = f", {r['stack']} B spilled" if r["stack"] else ""
+            cells.append(f"{r['registers']}/{r['shared'] // 1024}/{r['blocks']}{spilled}")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 KEPT = ("capability", "warps", "stages", "registers", "stack", "shared", "tensor_core")

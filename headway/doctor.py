@@ -19,6 +19,7 @@ from headway.report.provenance import provenance
 from headway.train.resolve import native_bfloat16
 
 EXTRAS = {
+    "gpu": (("triton",), "the kernels of GPUs (torch for CUDA brings it)"),
     "hf": (("transformers",), "comparison with Hugging Face models in bench/"),
     "data": (("datasets", "pyarrow"), "--data hf:NAME[:SPLIT] and parquet files"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),

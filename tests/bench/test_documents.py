@@ -31,3 +31,10 @@ def test_quality_table_equals_quality_json():
             assert len(found) == int(seeds), name
             assert abs(mean(r["bits_per_byte"] for r in found) - float(value)) < 6e-4, name
         assert round(mean(r["steps"] for r in found)) == int(steps.replace(",", "")), name
+
+
+def test_the_resources_of_gpu_kernels_are_those_that_were_compiled():
+    from bench.gpu_resources import table
+
+    rows = json.loads((NUMBERS / "gpu_resources.json").read_text())["rows"]
+    assert table(rows) in (ROOT / "docs" / "kernels.md").read_text("utf-8")

@@ -1,6 +1,7 @@
 """The sparse layer on a GPU, beside its rivals: experts, router, the whole layer, flat MoE.
 
-    python bench/gpu_layer.py [--quick] [--tune] [--repeats 20] [--minutes 8] [--json] [--save]
+    python bench/gpu_layer.py [--quick] [--repeats 20] [--minutes 7.5] [--json] [--save]
+    python bench/gpu_layer.py --tune         measures tiles for this GPU; later runs take them
     python bench/gpu_layer.py --check        errors against float64 at small sizes, on any machine
 
 Every row is the median of forward with backward; rivals (bench/gpu_rivals.py) take turns with ours.
@@ -31,6 +32,7 @@ from bench.gpu_rows import (
     layer_row,
     narrow_shapes,
     router_row,
+    tune_experts,
 )
 from headway.config import UsageError
 from headway.kernels.gpu import gpu
@@ -105,6 +107,20 @@ def measure(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def tune_all(args: argparse.Namespace) -> None:
+    """Tiles of the experts for every width of the bench, and where they are kept."""
+    end, done = time.monotonic() + 60 * args.minutes, set()
+    for s in narrow_shapes(args.quick):
+        if (key := (s.L, s.F, s.activation)) in done:
+            continue
+        if time.monotonic() > end:
+            print(f"{args.minutes:g} minutes are over; call it again with more --minutes")
+            return
+        done.add(key)
+        for kernel, found in tune_experts(s, torch.device("cuda")).items():
+            print(f"{s}  {kernel}: {found}", flush=True)
+
+
 ROUTED = ((64, 2), (256, 4), (1024, 8))
 """Experts and choices of the routers that are timed."""
 
@@ -134,7 +150,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the middle shapes only")
     parser.add_argument("--check", action="store_true", help="errors only, on any machine")
-    parser.add_argument("--tune", action="store_true", help="measure tile sizes first, keep them")
+    parser.add_argument("--tune", action="store_true", help="measure tile sizes, keep them, stop")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=7.5, help="start no row after this")
     common.add_options(parser, data=False)
@@ -150,6 +166,9 @@ def main() -> None:
         return
     if gpu().device != "cuda":
         raise UsageError(f"no GPU kernels here: {gpu().why}; --check runs them interpreted, tiny")
+    if args.tune:
+        tune_all(args)
+        return
     rows = measure(args)
     common.report("gpu_layer", rows, targets(rows), args)
 

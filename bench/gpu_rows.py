@@ -1,5 +1,6 @@
 """The cases of bench/gpu_layer.py and one row of numbers for each."""
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ from torch import Tensor
 from bench import gpu_measure
 from headway.kernels.activation import n_inputs
 from headway.kernels.experts import experts
+from headway.kernels.gpu.tune import Tiles, tune
 from headway.kernels.route import route
 from headway.kernels.rows import sort_rows
 from headway.model.moe import MultiHeadLatentMoE
@@ -134,6 +136,22 @@ def expert_errors(s: Shape, device: torch.device) -> dict[str, dict[str, float]]
     if device.type == "cpu":  # the others have no backward, or no bfloat16, without a GPU
         calls = {n: calls[n] for n in ("headway", "grouped_mm", "dense loop")}
     return {n: gpu_measure.errors(c, truth, made, d_out) for n, c in calls.items()}
+
+
+def tune_experts(s: Shape, device: torch.device) -> dict[str, Tiles]:
+    """The fastest tiles of each kernel of the experts for one width, kept on this machine."""
+    from headway.kernels.gpu.experts import CANDIDATES, KERNELS
+
+    made, index_THK, d_out = inputs(s, device)
+    call = expert_calls(s, index_THK)["headway"]
+    found = {}
+    for kernel in KERNELS:
+        run = gpu_measure.forward_backward(call, made, d_out)
+        if kernel == "forward":
+            run = functools.partial(call, *made)
+        shape = (s.L, n_inputs(s.activation), s.F, made[0].element_size())
+        found[kernel] = tune(f"experts_{kernel}", shape, CANDIDATES, run)
+    return found
 
 
 def route_ours(x_THL: Tensor, w_HEL: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -38,27 +38,35 @@ def tune(
     kernel: str,
     shape: Sequence[int | str],
     candidates: Sequence[Tiles],
-    run: Callable[[Tiles], object],
+    run: Callable[[], object],
     repeats: int = 10,
 ) -> Tiles:
-    """Times `run` with every candidate, keeps the fastest on disk and returns it.
+    """Times `run`, which launches the kernel, with every candidate; keeps the fastest on disk and
+    returns it.
 
     A candidate that does not fit the GPU (shared memory, registers) is passed over. Raises:
     RuntimeError where none fits.
     """
-    times = {}
-    for candidate in candidates:
-        try:
-            run(candidate)
-        except Exception as error:
-            if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
-                raise
-            continue
-        times[candidate] = statistics.median(_time(lambda c=candidate: run(c), repeats))
+    known, key, times = _measured(_device()), _key(kernel, shape), {}
+    before = known.get(key)
+    try:
+        for candidate in candidates:
+            known[key] = candidate  # `tiles` finds it, the disk does not
+            try:
+                run()
+            except Exception as error:
+                if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
+                    raise
+                continue
+            times[candidate] = statistics.median(_time(run, repeats))
+    finally:
+        known.pop(key)
+        if before is not None:
+            known[key] = before
     if not times:
-        raise RuntimeError(f"no tiles of {kernel} fit this GPU for {_key(kernel, shape)}")
+        raise RuntimeError(f"no tiles of {kernel} fit this GPU for {key}")
     best = min(times, key=times.__getitem__)
-    _keep(_key(kernel, shape), best)
+    _keep(key, best)
     return best
 
 

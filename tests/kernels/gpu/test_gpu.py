@@ -63,10 +63,11 @@ def test_tiles_are_measured_once_and_kept(cache, monkeypatch):
     class OutOfResources(Exception):
         pass
 
-    def run(candidate):
-        if candidate.rows == 128:
+    def launch(shape):
+        found = tiles("experts", shape, default)
+        if found.rows == 128:
             raise OutOfResources
-        ran.append(candidate)
+        ran.append(found)
 
     def time(call, repeats):
         call()
@@ -75,15 +76,17 @@ def test_tiles_are_measured_once_and_kept(cache, monkeypatch):
     monkeypatch.setattr(tuning, "_time", time)
     default = Tiles(16, 16, 4, 2)
     assert tiles("experts", (64, "swiglu"), default) == default
-    best = tune("experts", (64, "swiglu"), [Tiles(128, 128, 8, 3), *cost], run)
-    assert best == Tiles(64, 64, 4, 3)
-    tune("route", (64,), [Tiles(32, 32, 4, 2)], run)
+    tall = Tiles(128, 128, 8, 3)
+    best = tune("experts", (64, "swiglu"), [tall, *cost], lambda: launch((64, "swiglu")))
+    assert best == Tiles(64, 64, 4, 3) and set(ran) == set(cost)
     tuning._measured.cache_clear()
     assert tiles("experts", (64, "swiglu"), default) == best
     assert tiles("experts", (128, "swiglu"), default) == default
-    (file,) = (cache / "tiles").iterdir()
-    assert set(json.loads(file.read_text())) == {"experts 64 swiglu", "route 64"}
     with pytest.raises(RuntimeError, match="no tiles of experts fit"):
-        tune("experts", (512,), [Tiles(128, 128, 8, 3)], run)
+        tune("experts", (512,), [tall], lambda: launch((512,)))
+    assert tiles("experts", (512,), default) == default
     with pytest.raises(ZeroDivisionError):  # a defect is no reason to try other tiles
-        tune("experts", (512,), [Tiles(32, 32, 4, 2)], lambda candidate: 1 / 0)
+        tune("experts", (64, "swiglu"), [Tiles(32, 32, 4, 2)], lambda: 1 / 0)
+    assert tiles("experts", (64, "swiglu"), default) == best
+    (file,) = (cache / "tiles").iterdir()
+    assert set(json.loads(file.read_text())) == {"experts 64 swiglu"}

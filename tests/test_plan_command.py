@@ -33,7 +33,10 @@ def test_plan_takes_overrides_and_exits_1_when_nothing_fits():
         "dp=1,hp=1,ep=2",
     }
     wider = call(*args, "--model.moe.d-expert", 128).json
-    before, after = found["best"]["parameters"], wider["best"]["parameters"]
+    before, after = (
+        next(r["parameters"] for r in answer["meshes"] if r["mesh"] == "dp=1,hp=2,ep=1")
+        for answer in (found, wider)
+    )
     assert after - before == 4 * 4 * 32 * 3 * 64 * 48 // 2
     big = call("plan", "large", "--gpus", 1, "--gpu", "cpu", "--json")
     assert big.code == 1 and big.json["best"] is None and "no mesh fits" in big.out

@@ -140,7 +140,7 @@ def test_doctor():
     done = call("doctor", "--json")
     found = done.json
     assert done.code == 0 and found["matmul_gflops"]["float32"] > 0
-    assert set(found["extras"]) == {"hf", "data", "dev"}
+    assert set(found["extras"]) == {"gpu", "hf", "data", "dev"}
     assert (found["dtype"] == "bfloat16") == found["native_bfloat16"]
     for name, extra in found["extras"].items():
         assert not extra["missing"] or f"pip install 'headway[{name}]'" in done.out

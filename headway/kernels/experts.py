@@ -136,7 +136,8 @@ def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
     """Raises UsageError where experts cannot multiply in float8."""
     choice = choose(device, dtype, L, F)
     if choice.path != "fused" or dtype != torch.bfloat16:
-        why = choice.why if choice.path != "fused" else f"tokens are {dtype}, not bfloat16"
+        why = choice.why if device == "cuda" else gpu().why
+        why = why if choice.path != "fused" else f"tokens are {dtype}, not bfloat16"
         raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))

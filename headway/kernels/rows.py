@@ -17,15 +17,16 @@ from headway.kernels.native import native
 
 
 class Rows(NamedTuple):
-    """Where each (token, slot) pair stands when the rows are sorted by (head, expert)."""
+    """Where each (token, slot) pair stands when the rows are sorted by (head, expert); int64, and
+    int32 from the GPU's sort."""
 
     slot_R: Tensor
-    """int64 `[R]`: sorted row → slot (t·H + h)·K + k; its sub-token, an index into `[N, L]`, is
+    """`[R]`: sorted row → slot (t·H + h)·K + k; its sub-token, an index into `[N, L]`, is
     slot // K."""
     row_NK: Tensor
-    """int64 `[N, K]`: slot → sorted row; the inverse of `slot_R`."""
+    """`[N, K]`: slot → sorted row; the inverse of `slot_R`."""
     counts_HE: Tensor
-    """int64 `[H, E]`: rows of each expert; slots without an expert are not counted."""
+    """`[H, E]`: rows of each expert; slots without an expert are not counted."""
 
 
 def count(key: Tensor, n_keys: int) -> Tensor:

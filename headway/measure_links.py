@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from headway.parallel.mesh import Axis
+from headway.parallel.pairwise import all_to_all
 from headway.plan.link import Curve
 
 
@@ -19,9 +21,11 @@ def curves(
     repeats: int,
     group: dist.ProcessGroup | None = None,
 ) -> list[Curve]:
-    """Times of plain collectives in which about `sizes` bytes leave each rank: an all-to-all, two
-    of half the size at once, an all-reduce. Medians over the repetitions, of the slowest rank;
+    """Times of training's collectives, in which about `sizes` bytes leave each rank: an all-to-all,
+    two of half the size at once, an all-reduce. Medians over the repetitions, of the slowest rank;
     the same on every rank. `ranks` is the size of the group."""
+
+    axis = Axis("all", ranks, dist.get_rank(group), group)
 
     def exchange(at_once: int) -> tuple[tuple[float, float], ...]:
         points = []
@@ -33,11 +37,9 @@ def curves(
             b = [torch.empty_like(x) for x in a]
 
             def run(a: Sequence[Tensor] = a, b: Sequence[Tensor] = b) -> None:
-                pairs = zip(b, a, strict=True)
-                works = [dist.all_to_all_single(y, x, group=group, async_op=True) for y, x in pairs]
-                for work in works:
-                    assert work is not None
-                    work.wait()
+                posted = [all_to_all(y, x, axis) for y, x in zip(b, a, strict=True)]
+                for each in posted:
+                    each.wait()
 
             seconds = _together(run, device, repeats, group)
             points.append((float(each * at_once * (ranks - 1)), seconds))

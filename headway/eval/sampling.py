@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
-from headway.model.moe import Ranks
+from headway.model.ranks import Ranks
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import rest
 

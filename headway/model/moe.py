@@ -11,8 +11,6 @@ are one forward pass; they differ in how a token is split before routing and mer
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,8 @@ from headway.model.balance import RouteStats, merge_stats
 from headway.model.experts import Experts
 from headway.model.init import init_weights
 from headway.model.linear import FeedForward, Linear, RMSNorm
-from headway.model.router import Route, Router
+from headway.model.ranks import Journey, Ranks, Steps, take_turns
+from headway.model.router import Router
 
 
 class MoE(nn.Module):
@@ -103,15 +102,14 @@ class MoE(nn.Module):
         return y_THL.squeeze(1)
 
     def forward(
-        self, x: Tensor, index_THK: Tensor | None = None, ranks: "Ranks | None" = None
+        self, x: Tensor, index_THK: Tensor | None = None, ranks: Ranks | None = None
     ) -> tuple[Tensor, RouteStats]:
         """`[..., D]` → `[..., D]` in the same dtype, and the statistics that balance and the report
         need.
 
         `index_THK` `[T, H, K]` replays a selection instead of choosing one. With `ranks` the layer
         is spread over several processes (`parallel.exchange`), T being this one's tokens, and the
-        statistics are those of the sub-tokens that were routed here. Each list below is one stage:
-        what it starts is under way while the next chunk is computed.
+        statistics are those of the sub-tokens that were routed here.
         """
         assert ranks is None or index_THK is None
         x_TD = x.flatten(0, -2)
@@ -123,83 +121,23 @@ class MoE(nn.Module):
                 y_TD = y_TD + self.shared(x_TD)
             return y_TD.view(x.shape), stats
 
-        sent = [ranks.scatter(self.split(x), self._early_route(x)) for x in ranks.chunks(x_TD)]
-        shared_TD = self._shared(x_TD, now=ranks.early)
-        stats, there = [], []
-        for arriving in sent:
-            z_THL, route = arriving.wait()
-            route = self.router(z_THL) if route is None else route
-            there.append(ranks.dispatch(z_THL, route, self.router.n_experts))
-            stats.append(route.stats)
-        shared_TD = self._shared(x_TD, now=not ranks.early) if shared_TD is None else shared_TD
-        back = []
-        for arriving in there:
-            z_THL, route, trip = arriving.wait()
-            back.append(ranks.combine(self.experts(z_THL, route), trip))
-        home = [ranks.gather(arriving.wait()) for arriving in back]
-        y_TD = torch.cat([self.merge(arriving.wait()) for arriving in home])
+        chunks = [Journey(self._journey(x_TD, ranks)) for x_TD in ranks.chunks(x_TD)]
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # while they travel
+        parts, stats = zip(*take_turns(chunks), strict=True)
+        y_TD = torch.cat(parts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), merge_stats(stats)
 
-    def _early_route(self, x_TD: Tensor) -> Route | None:
-        """The route of a router that reads the token: known before anything travels."""
-        return self.router(x_TD) if self.reads_token else None
-
-    def _shared(self, x_TD: Tensor, now: bool) -> Tensor | None:
-        """The shared expert's output, computed while tokens travel."""
-        return self.shared(x_TD) if self.shared is not None and now else None
-
-
-Arrived = TypeVar("Arrived", covariant=True)
-
-
-class Arriving(Protocol[Arrived]):
-    """Something on its way."""
-
-    def wait(self) -> Arrived:
-        """It, once it is here."""
-        ...
-
-
-class Ranks(Protocol):
-    """What a sparse layer asks of the processes it is spread over; `parallel.exchange.Exchange` is
-    the one there is."""
-
-    def at(self, layer: int) -> "Ranks":
-        """The same for one layer of a model, under whose number its traffic is counted."""
-        ...
-
-    @property
-    def early(self) -> bool:
-        """Whether sub-tokens leave before routing."""
-        ...
-
-    def chunks(self, x_TD: Tensor) -> Sequence[Tensor]:
-        """The pieces that follow one another through the layer."""
-        ...
-
-    def scatter(self, z_THL: Tensor, route: Route | None) -> Arriving[tuple[Tensor, Route | None]]:
-        """Sub-tokens to the processes of their heads."""
-        ...
-
-    def dispatch(
-        self, z_THL: Tensor, route: Route, n_experts: int
-    ) -> Arriving[tuple[Tensor, Route, Any]]:
-        """Sub-tokens to the processes of their experts; with them the way back."""
-        ...
-
-    def combine(self, y_THL: Tensor, trip: Any) -> Arriving[Tensor]:
-        """The inverse of `dispatch`, summed over experts."""
-        ...
-
-    def gather(self, y_THL: Tensor) -> Arriving[Tensor]:
-        """The inverse of `scatter`."""
-        ...
-
-    def agree(self, x: Tensor) -> Tensor:
-        """One process's values for all."""
-        ...
+    def _journey(self, x_TD: Tensor, ranks: Ranks) -> Steps[tuple[Tensor, RouteStats]]:
+        """A chunk's way through a layer that is spread over processes."""
+        early = self.router(x_TD) if self.reads_token else None
+        z_THL, route = yield ranks.scatter(self.split(x_TD), early)
+        route = self.router(z_THL) if route is None else route
+        z_THL, there, trip = yield ranks.dispatch(z_THL, route, self.router.n_experts)
+        y_THL = yield ranks.combine(self.experts(z_THL, there), trip)
+        y_THL = yield ranks.gather(y_THL)
+        return self.merge(y_THL), route.stats
 
 
 class MultiHeadLatentMoE(MoE):

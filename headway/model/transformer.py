@@ -16,7 +16,8 @@ from headway.model.attention import Attention, KVState
 from headway.model.balance import RouteStats
 from headway.model.init import init_weights, initial_weights
 from headway.model.linear import FeedForward, Linear, RMSNorm
-from headway.model.moe import MoE, Ranks, build_moe
+from headway.model.moe import MoE, build_moe
+from headway.model.ranks import Ranks
 
 
 class Output(NamedTuple):

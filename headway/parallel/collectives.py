@@ -11,33 +11,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from headway.parallel import pairwise
 from headway.parallel.float8 import narrow, widen
 from headway.parallel.mesh import Axis
 from headway.parallel.traffic import Traffic
-
-try:
-    from torch.distributed import all_gather_single as _all_gather
-except ImportError:  # before torch 2.13
-    from torch.distributed import all_gather_into_tensor as _all_gather
-
-T = TypeVar("T")
-
-
-class Ready(Generic[T]):
-    """Something that is here already, for the places where nothing has to travel."""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-    def wait(self) -> T:
-        """The value."""
-        return self.value
 
 
 class Splits(NamedTuple):
@@ -84,13 +66,12 @@ class _Message(NamedTuple):
 
     wire: Wire
     received: Tensor
-    work: dist.Work | None
+    posted: pairwise.Posted
 
     def land(self) -> Tensor:
         """Wait for it."""
         with self.wire.waiting():
-            if self.work is not None:
-                self.work.wait()
+            self.posted.wait()
         return self.received
 
 
@@ -111,8 +92,7 @@ def _exchange(splits: Splits | None) -> Callable[[Tensor, Wire], _Message]:
         stays = n // axis.size if splits is None else splits.send[axis.index]
         wire.add((n - stays) * _row_bytes(x))
         sizes = (None, None) if splits is None else (splits.receive, splits.send)
-        work = dist.all_to_all_single(received, x, *sizes, group=axis.group, async_op=True)
-        return _Message(wire, received, work)
+        return _Message(wire, received, pairwise.all_to_all(received, x, axis, *sizes))
 
     return send
 
@@ -122,8 +102,7 @@ def _collect(x: Tensor, wire: Wire) -> _Message:
     x, axis = x.contiguous(), wire.axis
     received = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     wire.add((axis.size - 1) * x.shape[0] * _row_bytes(x))
-    work = _all_gather(received, x, group=axis.group, async_op=True)
-    return _Message(wire, received, work)
+    return _Message(wire, received, pairwise.all_gather(received, x, axis))
 
 
 def _row_bytes(x: Tensor) -> int:
@@ -264,7 +243,7 @@ def exchange_counts(send_P: Tensor, wire: Wire) -> Splits:
     receive_P = torch.empty_like(send_P)
     wire.add((axis.size - 1) * send_P.element_size())
     with wire.waiting():
-        dist.all_to_all_single(receive_P, send_P, group=axis.group)
+        pairwise.all_to_all(receive_P, send_P, axis).wait()
         both = torch.stack([send_P, receive_P]).tolist()
     return Splits(both[0], both[1])
 

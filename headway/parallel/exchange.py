@@ -1,7 +1,8 @@
 """How the tokens of one sparse layer travel on a mesh: Head Parallel around Expert Parallel.
 
-This is what `model.moe.MoE.forward` takes as `ranks`: `scatter` and `gather` on the hp axis, before
-routing and after the experts; `dispatch` and `combine` on the ep axis inside them.
+This is what `model.moe.MoE.forward` takes as `ranks` (`model.ranks.Ranks`): `scatter` and `gather`
+on the hp axis, before routing and after the experts; `dispatch` and `combine` on the ep axis inside
+them.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headway.config import MeshConfig
-from headway.model.moe import Arriving
+from headway.model.ranks import Arriving, Ready
 from headway.model.router import Route
 from headway.model.transformer import Transformer
 from headway.parallel import expert, head
-from headway.parallel.collectives import Ready, Wire
+from headway.parallel.collectives import Wire
 from headway.parallel.fsdp import shard
 from headway.parallel.mesh import Mesh
 from headway.parallel.shard import Layout, local, split
@@ -40,11 +41,6 @@ class Exchange:
     def at(self, layer: int) -> "Exchange":
         """The same for one block."""
         return replace(self, layer=layer)
-
-    @property
-    def early(self) -> bool:
-        """Whether tokens leave before routing, so that a shared expert belongs there."""
-        return self.mesh.hp.size > 1
 
     @property
     def scheme(self) -> Literal["all_to_all", "all_to_all_per_slot", "all_gather"]:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from headway.parallel import pairwise
 from headway.parallel.shard import Pieces
 from headway.parallel.traffic import Traffic
 
@@ -42,7 +42,7 @@ def on_whole(
     def exchange(x: Tensor, send: list[int], receive: list[int]) -> list[Tensor]:
         traffic.add(axis.name, purpose, (x.numel() - send[axis.index]) * x.element_size())
         received = x.new_empty(sum(receive))
-        dist.all_to_all_single(received, x, receive, send, group=axis.group)
+        pairwise.all_to_all(received, x, axis, receive, send).wait()
         return list(received.split(receive))
 
     arrived = exchange(torch.cat([x.flatten() for x in mine]), outgoing, incoming)

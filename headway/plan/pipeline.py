@@ -1,6 +1,6 @@
 """What overlaps in a sparse layer: a simulation of one rank that computes and exchanges.
 
-The program of a rank is that of `model.moe.MoE.forward` with `ranks`: stage after stage, each chunk
+The program of a rank is that of `model.moe.MoE.forward` with `ranks`: leg after leg, each chunk
 after chunk. An exchange starts where the code starts it and is waited for where the code waits, so
 overlap is found, not assumed; backward is the program in reverse. Two resources:
 
@@ -87,40 +87,33 @@ class Layer:
 
 
 def program(layer: Layer, chunks: int, counts: bool) -> list[Op]:
-    """The forward pass, in the order of `model.moe.MoE.forward`."""
-    ops: list[Op] = []
+    """The forward pass, in the order of `model.moe.MoE.forward`: every chunk goes on until
+    something travels, then it is the next one's turn."""
+    legs: list[list[list[Op]]] = [_legs(layer, chunk, chunks, counts) for chunk in range(chunks)]
+    turns = [[op for ops in turn for op in ops] for turn in zip(*legs, strict=True)]
+    return [*turns[0], layer.shared, *(op for turn in turns[1:] for op in turn)]
 
-    def start(kind: Kind, chunk: int) -> None:
+
+def _legs(layer: Layer, chunk: int, chunks: int, counts: bool) -> list[list[Op]]:
+    """One chunk's way, cut where it waits."""
+    legs: list[list[Op]] = [[]]
+
+    def travel(kind: Kind) -> None:
         if kind in layer.departing:
-            ops.extend((layer.departing[kind] / chunks, Start(kind, chunk)))
+            legs[-1] += [layer.departing[kind] / chunks, Start(kind, chunk)]
+            legs.append([Wait(kind, chunk), layer.arriving[kind] / chunks])
 
-    def wait(kind: Kind, chunk: int) -> None:
-        if kind in layer.arriving:
-            ops.extend((Wait(kind, chunk), layer.arriving[kind] / chunks))
-
-    heads = "scatter" in layer.departing
-    for chunk in range(chunks):
-        ops += [layer.split / chunks, layer.router / chunks if layer.early_route else NOTHING]
-        start("scatter", chunk)
-    ops.append(layer.shared if heads else NOTHING)
-    for chunk in range(chunks):
-        wait("scatter", chunk)
-        ops.append(NOTHING if layer.early_route else layer.router / chunks)
-        if counts:
-            ops.append(Counts())
-        start("dispatch", chunk)
-    ops.append(NOTHING if heads else layer.shared)
-    for chunk in range(chunks):
-        wait("dispatch", chunk)
-        ops.append(layer.experts / chunks)
-        start("combine", chunk)
-    for chunk in range(chunks):
-        wait("combine", chunk)
-        start("gather", chunk)
-    for chunk in range(chunks):
-        wait("gather", chunk)
-        ops.append(layer.merge / chunks)
-    return ops
+    legs[-1] += [layer.split / chunks, layer.router / chunks if layer.early_route else NOTHING]
+    travel("scatter")
+    legs[-1].append(NOTHING if layer.early_route else layer.router / chunks)
+    if counts:
+        legs[-1].append(Counts())
+    travel("dispatch")
+    legs[-1].append(layer.experts / chunks)
+    travel("combine")
+    travel("gather")
+    legs[-1].append(layer.merge / chunks)
+    return legs
 
 
 def reverse(ops: list[Op]) -> Iterator[Op]:

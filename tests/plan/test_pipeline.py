@@ -1,7 +1,10 @@
 """Overlap by hand: two resources, and the order of `model.moe.MoE.forward`."""
 
 import pytest
+import torch
 
+from headway.model.moe import MultiHeadLatentMoE
+from headway.model.ranks import Ready
 from headway.plan.pipeline import (
     NOTHING,
     Counts,
@@ -16,6 +19,8 @@ from headway.plan.pipeline import (
 )
 
 FREE = Message("ep", 0.0)
+HEADS = ("scatter", "gather")
+EXPERTS = ("dispatch", "combine")
 
 
 def layer(*kinds, split=0.0, router=0.0, shared=0.0, experts=0.0, merge=0.0, early=False):
@@ -93,7 +98,7 @@ def test_heads_around_experts():
     assert dict(found) == {"hp": pytest.approx(8.0), "ep": pytest.approx(12.0)}
 
 
-def test_the_program_is_that_of_the_layer():
+def test_the_program_of_heads():
     made = layer("scatter", "gather", split=2.0, experts=8.0, router=4.0)
     ops = [op for op in program(made, 2, False) if op != NOTHING]
     assert ops == [
@@ -103,11 +108,11 @@ def test_the_program_is_that_of_the_layer():
         Start("scatter", 1),
         Wait("scatter", 0),
         Work(2.0, 2.0),
+        Work(4.0, 4.0),
+        Start("gather", 0),
         Wait("scatter", 1),
         Work(2.0, 2.0),
         Work(4.0, 4.0),
-        Work(4.0, 4.0),
-        Start("gather", 0),
         Start("gather", 1),
         Wait("gather", 0),
         Wait("gather", 1),
@@ -115,3 +120,91 @@ def test_the_program_is_that_of_the_layer():
     back = [op for op in reverse(ops) if isinstance(op, Start | Wait)]
     assert back[:3] == [Start("gather", 1), Start("gather", 0), Wait("gather", 1)]
     assert Counts() in program(layer("dispatch", "combine"), 1, True)
+
+
+class Away(torch.autograd.Function):
+    """Writes down that a chunk leaves; in backward, that its gradient is waited for."""
+
+    @staticmethod
+    def forward(ctx, x, log, *which):
+        ctx.log, ctx.which = log, which
+        log.append(Start(*which))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.log.append(Wait(*ctx.which))
+        return grad, None, None, None
+
+
+class Home(torch.autograd.Function):
+    """The other end."""
+
+    @staticmethod
+    def forward(ctx, x, log, *which):
+        ctx.log, ctx.which = log, which
+        log.append(Wait(*which))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.log.append(Start(*ctx.which))
+        return grad, None, None, None
+
+
+class Under:
+    def __init__(self, x, log, kind, chunk, *rest):
+        self.which, self.log, self.rest = (kind, chunk), log, rest
+        self.x = Away.apply(x, log, *self.which)
+
+    def wait(self):
+        x = Home.apply(self.x, self.log, *self.which)
+        return (x, *self.rest) if self.rest else x
+
+
+class Recorder:
+    """Ranks of one process, where what would travel is written down."""
+
+    def __init__(self, kinds, n_chunks):
+        self.kinds, self.n_chunks, self.log = kinds, n_chunks, []
+
+    def chunks(self, x_TD):
+        return x_TD.chunk(self.n_chunks)
+
+    def _travel(self, x, kind, *rest):
+        if kind not in self.kinds:
+            return Ready((x, *rest) if rest else x)
+        return Under(
+            x, self.log, kind, sum(op.kind == kind for op in self.log if starts(op)), *rest
+        )
+
+    def scatter(self, z_THL, route):
+        return self._travel(z_THL, "scatter", route)
+
+    def dispatch(self, z_THL, route, n_experts):
+        return self._travel(z_THL, "dispatch", route, None)
+
+    def combine(self, y_THL, trip):
+        return self._travel(y_THL, "combine")
+
+    def gather(self, y_THL):
+        return self._travel(y_THL, "gather")
+
+
+def starts(op):
+    return isinstance(op, Start)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("kinds", [HEADS, EXPERTS, HEADS + EXPERTS], ids=str)
+def test_the_program_is_that_of_the_layer(kinds, chunks):
+    """In the order in which the layer itself starts and waits, forward and backward."""
+    torch.manual_seed(0)
+    moe = MultiHeadLatentMoE(8, 2, 4, 2, 8, d_shared=8)
+    ranks = Recorder(kinds, chunks)
+    y_TD, _ = moe(torch.randn(6, 8, requires_grad=True), ranks=ranks)
+    ops = program(layer(*kinds), chunks, False)
+    assert ranks.log == [op for op in ops if isinstance(op, Start | Wait)]
+    ranks.log.clear()
+    y_TD.sum().backward()
+    assert ranks.log == [op for op in reverse(ops) if isinstance(op, Start | Wait)]

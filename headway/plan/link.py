@@ -4,8 +4,7 @@ An exchange (all-to-all) of n bytes that leave a rank takes n / bandwidth + late
 (all-reduce) n / bandwidth + latency·2·(P−1). Where `headway doctor --measure` has measured
 collectives of several sizes, their times are interpolated instead: small messages pass at another
 rate than large ones (switches and token buckets let bursts through, TCP loses more of a long
-exchange), and gloo's all-to-all stays below the link's rate, since the two directions between two
-ranks follow one another: a rank tells that it is ready to receive behind what it sends.
+exchange).
 """
 
 import itertools

@@ -32,12 +32,19 @@ VERBS = {
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
+SPINS = "2000"
+"""Some microseconds."""
 
 
 def run() -> None:
     """Entry point of the `headway` command. Under torchrun only rank 0 speaks."""
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # a thread that waits for the others spins before it sleeps, by default so long that a
+        # step takes ten times its time where something else wants the cores; read by PyTorch's
+        # import
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     sys.exit(main())
 
 

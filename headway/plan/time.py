@@ -6,9 +6,10 @@
 | attention scores | 3·T·FLOPs forward / (peak · attention efficiency) |
 | experts | (3 + G/(G+1) with recompute)·T·FLOPs forward · imbalance / (peak · experts efficiency) |
 | memory traffic | passes · (2·kept bytes + 3·b·parameters used) / memory bandwidth |
+| experts again | passes · (chunks − 1) · (3·b + 12)·experts / memory bandwidth |
 | copies | bytes of `plan.layer` / (memory bandwidth · rows efficiency) |
 | hp, ep | what `plan.pipeline` does not hide |
-| weights (FSDP) | max(comm / (2·layers·passes), comm − the four parts of compute) |
+| weights (FSDP) | max(comm / (2·layers·passes), comm − the parts of compute) |
 | gradients | max(comm / (layers + 1), comm − backward of the last pass, or of all with FSDP) |
 | small sums | (3 + passes) · latency · 2·(N−1) |
 | optimiser | (2·weights + gradients + 2·state) bytes / memory bandwidth + Newton–Schulz |
@@ -21,7 +22,8 @@ The efficiency of matmuls is `narrow_efficiency` where D < 1024.
 
 What it leaves out, and why it still ranks: kernel launches, the data loader, stragglers, congestion
 and the checkpoint cost every mesh the same or are unknown. Memory traffic is a lower bound: what is
-kept for backward is written and read once, weights are read once forward and twice backward.
+kept for backward is written and read once, weights are read once forward and twice backward; every
+further chunk reads its layer's experts again and adds to their gradient in float32.
 Overlap: stages of a sparse layer and its exchanges run in `plan.pipeline` as the code runs them.
 Weights of the next layer come while a layer computes, and gradients leave while earlier layers are
 still in backward; those of the first layer and the embedding have nothing left to hide behind.
@@ -99,7 +101,9 @@ def seconds(
     uneven = machine.uneven(setting.imbalance) if layout.ep > 1 else 1.0
     done = work(config, n_tokens, uneven)
     kept = sum(item.value for item in memory if item.name not in _NOT_KEPT)
-    used = total(used_parameters(config.model, layout))
+    parameters = used_parameters(config.model, layout)
+    used, experts_used = total(parameters), sum(p.value for p in parameters if p.name == "experts")
+    again = setting.chunks_on(layout) - 1 if layout.hp * layout.ep > 1 else 0
     compute = (
         Item(
             "matmuls",
@@ -120,6 +124,11 @@ def seconds(
             "memory traffic",
             passes * (2 * kept + 3 * b * used) / machine.memory_bandwidth,
             "passes·(2·kept bytes + 3·b·parameters used) / memory bandwidth",
+        ),
+        Item(
+            "experts again",
+            passes * again * (3 * b + 12) * experts_used / machine.memory_bandwidth,
+            "passes·(chunks−1)·(3·b + 12)·experts' parameters / memory bandwidth",
         ),
     )
     exposed = (

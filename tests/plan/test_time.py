@@ -112,6 +112,14 @@ def test_gradients_hide_behind_the_last_backward_pass():
     assert found["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
 
 
+def test_every_further_chunk_reads_the_experts_again():
+    """4 heads on 4 ranks: 2 layers · 8 experts · 3·8·8 parameters, read three times in two bytes,
+    and 12 bytes to add their gradient."""
+    assert "experts again" not in parts(Layout(hp=4), chunks=1)
+    found = parts(Layout(hp=4), chunks=3)["experts again"]
+    assert found == pytest.approx(PASSES * 2 * (3 * 2 + 12) * 2 * 8 * 3 * 8 * 8 / 1e8)
+
+
 def test_memory_traffic_and_optimiser():
     held = memory(CONFIG, Layout(), 2, 2)
     by_name = {i.name: i.value for i in held}

@@ -173,7 +173,9 @@ def _choose(
                     at = tl.where(stays, at_k, at)
                     top = tl.where(stays, top_k, top)
                     key = tl.where(here & ~stays[:, None], TAKEN, key)
-                    key_k = tl.where(here_k & stays[:, None], TAKEN, key_k)
+                    here_k &= stays[:, None]
+                    key_k = tl.where(here_k, TAKEN, key_k)
+                    e_k = tl.where(here_k, NOWHERE, e_k)  # no column stands there twice
                 key_n = tl.where((slot == j)[None, :], top[:, None], key_n)
                 e_n = tl.where((slot == j)[None, :], at[:, None], e_n)
                 s_n = tl.where((slot == j)[None, :], found[:, None], s_n)

@@ -110,6 +110,17 @@ def test_several_programs_of_several_tiles(E, device, monkeypatch):
     check(x, w, bias, None, (2, "sigmoid", True, 1.0))
 
 
+def test_more_choices_than_a_chunk_has_experts(device, monkeypatch):
+    """An expert that was taken from the best so far does not come back to fill a place."""
+    from headway.kernels.gpu import scores as kernels
+    from headway.kernels.gpu.tune import Tiles
+
+    monkeypatch.setattr(kernels, "tiles", lambda kernel, shape, default: Tiles(16, 16, 4, 2))
+    torch.manual_seed(0)
+    x, w, bias = make(12, 1, 50, 16, device)
+    check(x, w, bias, None, (40, "sigmoid", False, 1.0))
+
+
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -34,7 +34,6 @@ from headway.kernels.gpu.scores import (
     walks,
     width,
 )
-from headway.kernels.gpu.tune import Tiles
 
 GATES = ("topk_softmax", "softmax_topk", "sigmoid")
 TAKEN = tl.constexpr(-(2**31))
@@ -267,15 +266,6 @@ def _finish(
         tl.store(entropy + h, entropy_sum * per_log)
 
 
-def _choose_tiles(L: int, E: int) -> Tiles:
-    """One chunk of experts as long as the scores of a tile stay in registers."""
-    if E <= 64:
-        return fitting("route", L, E, Tiles(64, 64, 4, 2))
-    if E <= 128:
-        return fitting("route", L, E, Tiles(64, 128, 8, 2))
-    return fitting("route", L, E, Tiles(128, 64, 8, 2))
-
-
 def forward(
     x: Tensor,
     w_HEL: Tensor,
@@ -293,7 +283,7 @@ def forward(
         for statistic in (prob_HE, z_H, entropy_H, counts_HE):
             statistic.zero_()
         return
-    cut, column_cut = _choose_tiles(L, E), fitting("route_columns", L, E, Tiles(64, 32, 4, 3))
+    cut, column_cut = (fitting(name, x, w_HEL) for name in ("route", "route_columns"))
     BL, whole, n_tiles = width(L, 64), cut.cols >= E, triton.cdiv(T, cut.rows)
     if whole:
         programs, chunks, walk = n_tiles, 1, 1

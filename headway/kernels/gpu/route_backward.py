@@ -40,7 +40,6 @@ from headway.kernels.gpu.scores import (
     walks,
     width,
 )
-from headway.kernels.gpu.tune import Tiles
 
 
 @triton.jit
@@ -232,7 +231,7 @@ def backward(
     shape = {"BL": BL, "ONCE": L <= BL}
     with on(x):
         parts = split_w(w_HEL)
-        cut = fitting("route_slots", L, E, Tiles(64, 64, 4, 2))
+        cut = fitting("route_slots", x, w_HEL)
         _slots[(triton.cdiv(T, cut.rows), H)](
             x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
             K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
@@ -241,7 +240,7 @@ def backward(
         tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
         shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
 
-        cut = fitting("route_dx", L, E, Tiles(64, 32, 8, 2))
+        cut = fitting("route_dx", x, w_HEL)
         heads = H if x.dim() == 2 else 1
         token, head = (L, 0) if x.dim() == 2 else (H * L, L)
         _d_tokens[(triton.cdiv(T, cut.rows), H // heads, columns)](
@@ -249,7 +248,7 @@ def backward(
             **shape, **launch(cut),
         )  # fmt: skip
 
-        cut = fitting("route_dw", L, E, Tiles(64, 32, 8, 2))
+        cut = fitting("route_dw", x, w_HEL)
         blocks = triton.cdiv(E, cut.cols) * columns
         programs, walk = walks(triton.cdiv(T, cut.rows), 4 * H * blocks)
         part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)

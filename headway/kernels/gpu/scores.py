@@ -20,6 +20,20 @@ PROGRAMS = 1024
 """About as many programs share the sums over tokens: several waves on any GPU, and so few that
 their partial sums stay small."""
 
+KERNELS = ("route", "route_columns", "route_slots", "route_dx", "route_dw")
+"""What is cut by tiles of its own. `route_columns` runs where `route` takes the experts in chunks,
+`route_slots` reads scores where there is a gradient beside that of the gates."""
+
+CANDIDATES = tuple(
+    Tiles(rows, cols, warps, stages)
+    for rows in (32, 64, 128)
+    for cols in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3)
+)
+"""What to try on a GPU, any kernel and shape: every kernel takes any number of tokens and of
+experts that is a power of two from 16 on. `tune` passes over those that do not fit."""
+
 
 @triton.jit
 def load_x(x, t, T, l0, L, stride_t, stride_l, BL: tl.constexpr):
@@ -85,7 +99,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def width(L: int, most: int) -> int:
-    """Columns of a tile of tokens: a power of two."""
+    """Columns of a tile for `L` of them: a power of two, 16 at least and `most` at most."""
     return min(max(triton.next_power_of_2(L), 16), most)
 
 
@@ -96,10 +110,32 @@ def walks(n_tiles: int, per_tile: int) -> tuple[int, int]:
     return triton.cdiv(n_tiles, walk), walk
 
 
-def fitting(kernel: str, L: int, E: int, default: Tiles) -> Tiles:
-    """The tiles of a kernel; no more columns than there are experts."""
-    found = tiles(kernel, (L, E), default)
-    return replace(found, cols=min(found.cols, max(triton.next_power_of_2(E), 16)))
+def default_tiles(kernel: str, E: int) -> Tiles:
+    """Chosen without a GPU, by compiling. `route` takes all experts as one chunk as long as the
+    scores of a tile stay in registers."""
+    match kernel:
+        case "route":
+            if E > 128:
+                return Tiles(128, 64, 8, 2)
+            return Tiles(64, 128, 8, 2) if E > 64 else Tiles(64, 64, 4, 2)
+        case "route_columns":
+            return Tiles(64, 32, 4, 3)
+        case "route_slots":
+            return Tiles(64, 64, 4, 2)
+        case _:
+            return Tiles(64, 32, 8, 2)
+
+
+def fitting(kernel: str, x: Tensor, w_HEL: Tensor) -> Tiles:
+    """The tiles of one of `KERNELS`; no more columns than there are experts."""
+    _, E, L = w_HEL.shape
+    found = tiles(kernel, (L, E, x.element_size()), default_tiles(kernel, E))
+    return replace(found, cols=width(E, found.cols))
+
+
+def candidates(E: int) -> list[Tiles]:
+    """`CANDIDATES` as `fitting` makes them, each once."""
+    return list(dict.fromkeys(replace(c, cols=width(E, c.cols)) for c in CANDIDATES))
 
 
 def launch(cut: Tiles) -> dict[str, int]:

@@ -23,12 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels.gpu import on
+from headway.kernels.gpu.arith import sigmoid
 from headway.kernels.gpu.scores import (
     fitting,
     launch,
     normalised,
     scores,
-    sigmoid,
     split_w,
     strides,
     walks,

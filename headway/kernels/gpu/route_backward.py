@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels.gpu import on
-from headway.kernels.gpu.product import dot, dot_rounded, dot_split, split
+from headway.kernels.gpu.arith import dot, dot_rounded, dot_split, narrow, sigmoid, split
 from headway.kernels.gpu.route import GATES
 from headway.kernels.gpu.scores import (
     fitting,
@@ -34,7 +34,6 @@ from headway.kernels.gpu.scores import (
     load_x,
     normalised,
     scores,
-    sigmoid,
     split_w,
     strides,
     walks,
@@ -160,7 +159,7 @@ def _d_tokens(
                 acc = dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BC), acc)
     column = l0 + tl.arange(0, BC)
     at = dx + t.to(tl.int64)[:, None] * dx_t + tl.program_id(1) * dx_h + column[None, :]
-    tl.store(at, acc.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
+    tl.store(at, narrow(acc, dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
 
 
 @triton.jit

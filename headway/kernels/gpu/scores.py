@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu.product import dot_exact, dot_split, split_into
+from headway.kernels.gpu.arith import dot_exact, dot_split, sigmoid, split
 from headway.kernels.gpu.tune import Tiles, tiles
 
 PROGRAMS = 1024
@@ -71,11 +71,6 @@ def scores(
 
 
 @triton.jit
-def sigmoid(s):
-    return 1.0 / (1.0 + tl.exp(-s))
-
-
-@triton.jit
 def normalised(s, lse, total, SIGMOID: tl.constexpr):
     """The scores of a row normalised to sum 1, given its logsumexp and its sum of σ."""
     if SIGMOID:
@@ -83,6 +78,16 @@ def normalised(s, lse, total, SIGMOID: tl.constexpr):
     else:
         lse = tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)  # as a softmax
         return tl.exp(s - lse[:, None])
+
+
+@triton.jit
+def split_into(w, parts, n, BLOCK: tl.constexpr):
+    """Writes the parts of n numbers as `[3, n]`."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a0, a1, a2 = split(tl.load(w + i, mask=i < n, other=0.0))
+    tl.store(parts + i, a0, mask=i < n)
+    tl.store(parts + n + i, a1, mask=i < n)
+    tl.store(parts + 2 * n + i, a2, mask=i < n)
 
 
 def split_w(w_HEL: Tensor) -> Tensor:

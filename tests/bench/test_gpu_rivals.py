@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headway.kernels.experts import experts_reference
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import _gpu, gpu
 from tests.compare import assert_close
 
 
@@ -15,10 +15,10 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("here kernels are compiled")
     monkeypatch.setenv("HEADWAY_TRITON", "interpret")
-    gpu.cache_clear()
+    _gpu.cache_clear()
     assert gpu().device == "cpu", gpu().why
     yield
-    gpu.cache_clear()
+    _gpu.cache_clear()
 
 
 def inputs(T, H, E, K, L, F, activation, dtype):

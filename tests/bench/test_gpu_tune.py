@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import gpu_rows
-from headway.kernels.gpu import experts, gpu, scores
+from headway.kernels.gpu import _gpu, experts, scores
 from headway.kernels.gpu import tune as tuning
 from headway.kernels.gpu.tune import Tiles
 
@@ -41,10 +41,10 @@ def clock(monkeypatch, tmp_path):
     for module in (experts, scores):
         monkeypatch.setattr(module, "tiles", lambda *a: found.tiles(*a))
         monkeypatch.setattr(module, "CANDIDATES", SMALL)
-    gpu.cache_clear()
+    _gpu.cache_clear()
     tuning._measured.cache_clear()
     yield found
-    gpu.cache_clear()
+    _gpu.cache_clear()
     tuning._measured.cache_clear()
 
 

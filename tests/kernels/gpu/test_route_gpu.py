@@ -250,6 +250,7 @@ def test_is_a_well_formed_custom_operator(device):
     torch.library.opcheck(backward, (*saved, *grads, "sigmoid", True, 2.0), test_utils=checks)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected a call")  # to a function that remembers
 def test_a_router_compiles_whole_and_equals_eager(device):
     router = Router(2, 16, 10, 3, RouterConfig(), BalanceConfig(), recompute=True).to(device)
     init_weights(router, seed=0)

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,9 @@ from bench.gpu_rows import (
     layer_row,
     narrow_shapes,
     router_row,
+    router_shapes,
     tune_experts,
+    tune_router,
 )
 from headway.config import UsageError
 from headway.kernels.gpu import gpu
@@ -88,12 +89,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
     print(f"{torch.cuda.get_device_name()}: {peak:.0f} TFLOP/s bf16 matmul, {copy:.0f} GB/s copy")
     rows: list[dict] = [{"part": "ceiling", "matmul_tflops": peak, "copy_gbs": copy}]
     shapes, n = narrow_shapes(args.quick), args.repeats
-    middle = [s for s in shapes if (s.E, s.K, s.F) == (256, 4, 256)][:6]
     todo: list[Callable[[], dict]] = []
     todo += [lambda s=s: expert_row("experts", s, device, n, peak) for s in shapes]
-    todo += [lambda s=s: layer_row(s, device, n) for s in middle]
-    routed = [replace(s, E=E, K=K) for s in middle[::2] for E, K in ROUTED]
-    todo += [lambda s=s: router_row(s, device, n) for s in routed]
+    todo += [lambda s=s: layer_row(s, device, n) for s in narrow_shapes(quick=True)]
+    todo += [lambda s=s: router_row(s, device, n) for s in router_shapes()]
     todo += [lambda s=s: expert_row("flat", s, device, n, peak) for s in FLAT.values()]
     for i, row in enumerate(todo):
         if time.monotonic() > end:
@@ -108,21 +107,19 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def tune_all(args: argparse.Namespace) -> None:
-    """Tiles of the experts for every width of the bench, and where they are kept."""
-    end, done = time.monotonic() + 60 * args.minutes, set()
+    """Tiles of the experts for every width of the bench, then of the routers; they are kept."""
+    end = time.monotonic() + 60 * args.minutes
+    by_width: dict[tuple, Shape] = {}
     for s in narrow_shapes(args.quick):
-        if (key := (s.L, s.F, s.activation)) in done:
-            continue
+        by_width.setdefault((s.L, s.F, s.activation), s)
+    todo = [(s, tune_experts) for s in by_width.values()]
+    todo += [(s, tune_router) for s in router_shapes()]
+    for s, tune in todo:
         if time.monotonic() > end:
             print(f"{args.minutes:g} minutes are over; call it again with more --minutes")
             return
-        done.add(key)
-        for kernel, found in tune_experts(s, torch.device("cuda")).items():
+        for kernel, found in tune(s, torch.device("cuda")).items():
             print(f"{s}  {kernel}: {found}", flush=True)
-
-
-ROUTED = ((64, 2), (256, 4), (1024, 8))
-"""Experts and choices of the routers that are timed."""
 
 
 def line(row: dict) -> str:

@@ -27,20 +27,23 @@ SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 
 
 def launches(capability: int, L: int) -> list[dict]:
-    """A forward and a backward pass of router, sort and experts."""
+    """A forward and a backward pass of router, sort and experts; the router's backward both with
+    the gradient of a balance loss and by slots."""
     from bench.dry_launch import dry_launches
-    from headway.kernels.gpu import experts, ops, route, route_backward, rows
+    from headway.kernels.gpu import experts, ops, route, route_backward, route_sparse, rows
 
     gate, N = "topk_softmax", T * H
     with torch.device("meta"), dry_launches(capability) as found:
         x_THL, w_HEL = torch.empty(T, H, L, dtype=torch.bfloat16), torch.empty(H, E, L)
         out = ops._empty(x_THL, w_HEL, None, K, gate)
         route.forward(x_THL, w_HEL, torch.empty(H, E), None, out, gate, False, 1.0)
-        gate_THK, _, _, _, _, index_THK, _, sums = out
+        gate_THK, prob_HE, _, _, _, index_THK, _, sums = out
+        grads = (torch.empty_like(x_THL), torch.empty_like(w_HEL))
         route_backward.backward(
-            *(x_THL, w_HEL, index_THK, gate_THK, sums, torch.empty_like(gate_THK), None, None),
-            *(gate, False, 1.0, torch.empty_like(x_THL), torch.empty_like(w_HEL)),
+            *(x_THL, w_HEL, index_THK, gate_THK, sums, torch.empty_like(gate_THK)),
+            *(torch.empty_like(prob_HE), None, gate, False, 1.0, *grads),
         )
+        route_sparse.backward(x_THL, w_HEL, index_THK, torch.empty_like(gate_THK), *grads)
         tables = rows.sort_rows(index_THK, E)
         x_NL, gate_NK = x_THL.view(N, L), gate_THK.view(N, K)
         weights = (torch.empty(H, E, 2, F, L), torch.empty(H, E, F, L))
@@ -94,7 +97,8 @@ def table(rows: list[dict]) -> str:
     places = sorted({(r["capability"], r["L"]) for r in rows})
     lines = ["| kernel | " + " | ".join(f"sm_{c}, L {L}" for c, L in places) + " |"]
     lines.append("|---|" + "---|" * len(places))
-    for name in dict.fromkeys(r["kernel"] for r in rows if r["tensor_core"]):
+    shown = (r for r in rows if r["tensor_core"] or r["kernel"].startswith("sparse"))
+    for name in dict.fromkeys(r["kernel"] for r in shown):
         cells = []
         for place in places:
             found = [r for r in rows if (r["capability"], r["L"]) == place and r["kernel"] == name]

@@ -54,6 +54,12 @@ def narrow_shapes(quick: bool) -> list[Shape]:
     return found
 
 
+def router_shapes() -> list[Shape]:
+    """Routers of every head width, by experts and choices."""
+    one_each = [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
+    return [replace(s, E=E, K=K) for s in one_each for E, K in ((64, 2), (256, 4), (1024, 8))]
+
+
 FLAT = {
     "OLMoE": Shape(16 * 1024, 1, 2048, 64, 8, 1024),
     "Qwen3-30B-A3B": Shape(16 * 1024, 1, 2048, 128, 8, 768),
@@ -161,15 +167,40 @@ def route_ours(x_THL: Tensor, w_HEL: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return routed.index_THK, routed.gate_THK
 
 
+def router_inputs(s: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """x_THL and w_HEL with gradients, the gates' gradient."""
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.randn(s.T, s.H, s.L, generator=g, device=device).bfloat16().requires_grad_()
+    w = torch.randn(s.H, s.E, s.L, generator=g, device=device).div(s.L**0.5).requires_grad_()
+    return x, w, torch.randn(s.T, s.H, s.K, generator=g, device=device)
+
+
+def tune_router(s: Shape, device: torch.device) -> dict[str, Tiles]:
+    """The fastest tiles of each kernel of the router, kept on this machine: whole passes, with
+    gradients of the gates and of what the balance loss reads."""
+    from headway.kernels.gpu.scores import KERNELS, candidates, fitting
+
+    x, w, d_gate = router_inputs(s, device)
+    bias, d_prob = torch.zeros_like(w[..., 0]), torch.ones_like(w[..., 0])
+
+    def run() -> None:
+        routed = route(x, w, bias, None, s.K, "topk_softmax", False, 1.0)
+        torch.autograd.grad((routed.gate_THK, routed.prob_HE), (x, w), (d_gate, d_prob))
+
+    found = {}
+    for kernel in KERNELS:
+        if kernel == "route_columns" and fitting("route", x, w).cols >= s.E:
+            continue  # not launched
+        found[kernel] = tune(kernel, (s.L, s.E, x.element_size()), candidates(s.E), run)
+    return found
+
+
 def router_row(s: Shape, device: torch.device, repeats: int) -> dict:
     """Forward with the gradient of the gates; the rival without tensor cores has no backward, so a
     second set of times is forward alone."""
     from bench.gpu_rival_routers import route_ieee, route_naive
 
-    g = torch.Generator(device).manual_seed(0)
-    x = torch.randn(s.T, s.H, s.L, generator=g, device=device).bfloat16().requires_grad_()
-    w = torch.randn(s.H, s.E, s.L, generator=g, device=device).div(s.L**0.5).requires_grad_()
-    d_gate = torch.randn(s.T, s.H, s.K, generator=g, device=device)
+    x, w, d_gate = router_inputs(s, device)
 
     def both(function):
         return lambda: torch.autograd.grad(function(x, w, s.K)[1], (x, w), d_gate)

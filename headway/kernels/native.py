@@ -55,10 +55,14 @@ class Native:
         function(*map(_argument, args), ctypes.c_int(torch.get_num_threads()))
 
 
-@functools.cache
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def native() -> Native:
     """The library of this process; builds it (a few seconds) where the cache has none."""
+    return _native()
+
+
+@functools.cache  # apart from the function above: torch.compile would look through it, and warn
+def _native() -> Native:
     if os.environ.get("HEADWAY_NATIVE", "1") == "0":
         return Native(None, "switched off by HEADWAY_NATIVE=0")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

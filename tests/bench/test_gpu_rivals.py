@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headway.kernels.experts import experts_reference
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import _gpu, gpu
 from tests.compare import assert_close
 
 
@@ -15,10 +15,10 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("here kernels are compiled")
     monkeypatch.setenv("HEADWAY_TRITON", "interpret")
-    gpu.cache_clear()
+    _gpu.cache_clear()
     assert gpu().device == "cpu", gpu().why
     yield
-    gpu.cache_clear()
+    _gpu.cache_clear()
 
 
 def inputs(T, H, E, K, L, F, activation, dtype):
@@ -92,29 +92,3 @@ def test_routers_choose_what_float64_chooses(k):
         index, gate = route(x, w, k)
         assert torch.equal(index, top.indices), route.__name__
         assert_close(gate, torch.softmax(top.values, -1), 1e-5)
-
-
-def test_tuning_launches_every_kernel_with_every_candidate(monkeypatch, tmp_path):
-    """What is timed is a launch with the candidate's tiles; the kernels' results do not depend on it."""
-    from bench import gpu_rows
-    from headway.kernels.gpu import experts as kernels
-    from headway.kernels.gpu import tune as tuning
-
-    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path))
-    tuning._measured.cache_clear()
-    candidates = (tuning.Tiles(16, 16, 4, 1), tuning.Tiles(32, 16, 4, 1))
-    monkeypatch.setattr(kernels, "CANDIDATES", candidates)
-    cut = []
-
-    def time(run, repeats):
-        run()
-        cut.append(tuple(kernels.tile_of(k, 32, 1, 16, 2).rows for k in kernels.KERNELS))
-        return [float(cut[-1].count(16))]
-
-    monkeypatch.setattr(tuning, "_time", time)
-    shape = gpu_rows.Shape(6, 1, 32, 2, 1, 16, "gelu")
-    found = gpu_rows.tune_experts(shape, torch.device("cpu"))
-    assert found == dict.fromkeys(kernels.KERNELS, candidates[1])
-    for i in range(len(kernels.KERNELS)):
-        assert [c[i] for c in cut[2 * i : 2 * i + 2]] == [16, 32]
-    tuning._measured.cache_clear()

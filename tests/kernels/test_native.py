@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from headway.kernels import native as module
-from headway.kernels.native import Native, native
+from headway.kernels.native import Native, _native, native
 
 
 def fresh(monkeypatch, **environment) -> Native:
     for name, value in {"HEADWAY_NATIVE": 1, **environment}.items():
         monkeypatch.setenv(name, str(value))
-    return native.__wrapped__()
+    return _native.__wrapped__()
 
 
 def test_switched_off(monkeypatch):

@@ -35,10 +35,14 @@ class Gpu:
         )
 
 
-@functools.cache
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def gpu() -> Gpu:
     """Where the Triton kernels run in this process."""
+    return _gpu()
+
+
+@functools.cache  # apart from the function above: torch.compile would look through it, and warn
+def _gpu() -> Gpu:
     wish = os.environ.get("HEADWAY_TRITON", "1")
     if wish == "0":
         return Gpu("", "switched off by HEADWAY_TRITON=0")

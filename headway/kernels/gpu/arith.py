@@ -1,9 +1,18 @@
-"""Products and roundings of the kernels, also where Triton's interpreter has them wrong.
+"""Products, roundings and σ of tiles, also where Triton's interpreter has them wrong.
 
-The interpreter multiplies bfloat16 tiles as 16-bit integers and rounds to bfloat16 by cutting off.
-On a CPU these helpers therefore multiply in float32 (exact products, float32 sums, as tensor cores
-do) and round to nearest even on the bits. On a GPU they are one instruction each.
+The interpreter multiplies bfloat16 tiles as 16-bit integers, rounds to bfloat16 by cutting off and
+knows no e4m3. On a CPU these helpers therefore multiply in float32 (exact products, float32 sums,
+as tensor cores do) and round to nearest even. On a GPU each is one instruction, or several where
+float32 is kept:
+
+A float32 number is the sum of three bfloat16 ones (8 bits of mantissa each). Products of parts are
+exact in float32, so a·b with a in bfloat16 is three products, and with both in float32 six; the
+three that are left out are 2⁻²⁴ of the result. Six products in bfloat16 cost what `tf32x3` costs,
+and unlike it they are what the interpreter computes too.
 """
+
+# Triton's annotations describe its compiler, not what a kernel writes.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -32,9 +41,73 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrow_float8(x):
+    """float32 up to 448 to e4m3, nearest even; interpreted, to the same values in float32."""
+    if INTERPRETED:
+        exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        step = tl.exp2((tl.maximum(exponent, -6) - 3).to(tl.float32))
+        magic = 12582912.0  # 1.5 · 2²³: what is added to it is rounded to an integer
+        return ((x / step + magic) - magic) * step
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def split(a):
+    """(a0, a1, a2) in bfloat16, largest first. Infinity and NaN stay whole in a0."""
+    a0 = narrow(a, tl.bfloat16)
+    rest = tl.where(tl.abs(a) < float("inf"), a - widen(a0), 0.0)
+    a1 = narrow(rest, tl.bfloat16)
+    return a0, a1, narrow(rest - widen(a1), tl.bfloat16)
+
+
+@triton.jit
 def dot(a, b, acc=None):
     """a·b (+ acc) with a float32 sum; float32 operands keep their precision (three products of
     TF32 parts)."""
     if INTERPRETED:
         return tl.dot(widen(a), widen(b), acc)
     return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def dot_float8(a, b, SUM: tl.constexpr):
+    """a·b of e4m3 over SUM products, promoted to float32 every 128 of them at least."""
+    if INTERPRETED:
+        return tl.dot(a, b.to(tl.float32))
+    else:
+        return tl.dot(a, b, max_num_imprecise_acc=SUM if SUM < 128 else 128)
+
+
+@triton.jit
+def dot_exact(a, b0, b1, b2, acc):
+    """acc + a·(b0 + b1 + b2), a in bfloat16; smallest first."""
+    acc = dot(a, b2, acc)
+    acc = dot(a, b1, acc)
+    return dot(a, b0, acc)
+
+
+@triton.jit
+def dot_split(a, b0, b1, b2, acc):
+    """The same with a in float32."""
+    a0, a1, a2 = split(a)
+    acc = dot(a2, b0, acc)
+    acc = dot(a1, b1, acc)
+    acc = dot(a0, b2, acc)
+    acc = dot(a1, b0, acc)
+    acc = dot(a0, b1, acc)
+    return dot(a0, b0, acc)
+
+
+@triton.jit
+def dot_rounded(a, b0, b1, acc):
+    """The same to 2⁻¹⁶, enough where the result is rounded to bfloat16."""
+    a0, a1, _ = split(a)
+    acc = dot(a1, b0, acc)
+    acc = dot(a0, b1, acc)
+    return dot(a0, b0, acc)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))

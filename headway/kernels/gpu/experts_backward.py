@@ -8,13 +8,12 @@ M rows of a tile · the hidden width is passed in chunks of BF · a row is padde
 import triton
 import triton.language as tl
 
-from headway.kernels.gpu.arith import dot, narrow
+from headway.kernels.gpu.arith import dot, narrow, sigmoid
 from headway.kernels.gpu.experts_forward import (
     hidden_rows,
     product,
     put_rows,
     row_tile,
-    sigmoid,
     unpaired,
     weight_tile,
 )

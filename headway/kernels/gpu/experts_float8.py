@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu.arith import INTERPRETED, widen
+from headway.kernels.gpu.arith import dot_float8, narrow_float8, widen
 from headway.kernels.gpu.experts_forward import (
     activated,
     hidden_rows,
@@ -39,27 +39,6 @@ def _scale(x):
     largest = tl.max(tl.abs(x), 1)
     scale = tl.where(largest > 0, largest * (1.0 / LARGEST), 1.0)
     return tl.where(largest < float("inf"), scale, float("nan"))
-
-
-@triton.jit
-def _round(x):
-    """To e4m3, nearest even; interpreted, to the same values in float32. |x| is at most 448."""
-    if INTERPRETED:
-        exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-        step = tl.exp2((tl.maximum(exponent, -6) - 3).to(tl.float32))
-        magic = 12582912.0  # 1.5 · 2²³: what is added to it is rounded to an integer
-        return ((x / step + magic) - magic) * step
-    else:
-        return x.to(tl.float8e4nv)
-
-
-@triton.jit
-def _dot(a, b, SUM: tl.constexpr):
-    """a·b over SUM products, promoted to float32 every 128 of them at least."""
-    if INTERPRETED:
-        return tl.dot(a, b.to(tl.float32))
-    else:
-        return tl.dot(a, b, max_num_imprecise_acc=SUM if SUM < 128 else 128)
 
 
 @triton.jit
@@ -105,7 +84,7 @@ def experts_forward_float8(
     inside = cols < L
     wide = widen(row_tile(x, slot // K, valid, cols, L))
     x_scale = _scale(wide)[:, None]
-    x_tile = _round(wide / x_scale)
+    x_tile = narrow_float8(wide / x_scale)
     w_in += g.to(tl.int64) * (G * F * L)
     w_out_T += g.to(tl.int64) * (F * L)
     in_scale += g.to(tl.int64) * (G * F)
@@ -114,14 +93,14 @@ def experts_forward_float8(
         row_in, live_in = hidden_rows(f0, F, G, BF)
         row_out, live_out = hidden_rows(f0, F, 1, BF)
         w = _tile(w_in, row_in, live_in, cols, inside, L)
-        pre = _dot(x_tile, w.T, BL) * x_scale
+        pre = dot_float8(x_tile, w.T, BL) * x_scale
         pre *= tl.load(in_scale + row_in, mask=live_in, other=0.0)[None, :]
         pre = tl.where(live_in[None, :], pre, 0.0)  # NaN · 0 past F
         first, up = unpaired(pre, G, M, BF)
         hid = activated(first, up, ACTIVATION)
         hid_scale = _scale(hid)[:, None]
         w_T = _tile(w_out_T, cols, inside, row_out, live_out, F)
-        acc += _dot(_round(hid / hid_scale), w_T.T, BF) * hid_scale
+        acc += dot_float8(narrow_float8(hid / hid_scale), w_T.T, BF) * hid_scale
     acc *= tl.load(out_scale + g.to(tl.int64) * L + cols, mask=inside, other=0.0)[None, :]
     gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
     put_rows(y, scale, slot, valid, cols, acc, gates, L)

@@ -7,7 +7,7 @@ M rows of a tile · the hidden width is passed in chunks of BF · a row is padde
 import triton
 import triton.language as tl
 
-from headway.kernels.gpu.arith import dot, narrow
+from headway.kernels.gpu.arith import dot, narrow, sigmoid
 
 
 @triton.jit
@@ -76,11 +76,6 @@ def unpaired(pre, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
         first = pre
         second = pre
     return first, second
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit

@@ -23,18 +23,17 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels.gpu import on
+from headway.kernels.gpu.arith import sigmoid
 from headway.kernels.gpu.scores import (
     fitting,
     launch,
     normalised,
     scores,
-    sigmoid,
     split_w,
     strides,
     walks,
     width,
 )
-from headway.kernels.gpu.tune import Tiles
 
 GATES = ("topk_softmax", "softmax_topk", "sigmoid")
 TAKEN = tl.constexpr(-(2**31))
@@ -173,7 +172,9 @@ def _choose(
                     at = tl.where(stays, at_k, at)
                     top = tl.where(stays, top_k, top)
                     key = tl.where(here & ~stays[:, None], TAKEN, key)
-                    key_k = tl.where(here_k & stays[:, None], TAKEN, key_k)
+                    here_k &= stays[:, None]
+                    key_k = tl.where(here_k, TAKEN, key_k)
+                    e_k = tl.where(here_k, NOWHERE, e_k)  # no column stands there twice
                 key_n = tl.where((slot == j)[None, :], top[:, None], key_n)
                 e_n = tl.where((slot == j)[None, :], at[:, None], e_n)
                 s_n = tl.where((slot == j)[None, :], found[:, None], s_n)
@@ -265,15 +266,6 @@ def _finish(
         tl.store(entropy + h, entropy_sum * per_log)
 
 
-def _choose_tiles(L: int, E: int) -> Tiles:
-    """One chunk of experts as long as the scores of a tile stay in registers."""
-    if E <= 64:
-        return fitting("route", L, E, Tiles(64, 64, 4, 2))
-    if E <= 128:
-        return fitting("route", L, E, Tiles(64, 128, 8, 2))
-    return fitting("route", L, E, Tiles(128, 64, 8, 2))
-
-
 def forward(
     x: Tensor,
     w_HEL: Tensor,
@@ -291,7 +283,7 @@ def forward(
         for statistic in (prob_HE, z_H, entropy_H, counts_HE):
             statistic.zero_()
         return
-    cut, column_cut = _choose_tiles(L, E), fitting("route_columns", L, E, Tiles(64, 32, 4, 3))
+    cut, column_cut = (fitting(name, x, w_HEL) for name in ("route", "route_columns"))
     BL, whole, n_tiles = width(L, 64), cut.cols >= E, triton.cdiv(T, cut.rows)
     if whole:
         programs, chunks, walk = n_tiles, 1, 1

@@ -6,9 +6,9 @@ straight into the two products that need it. Each block of 128 columns of a prod
 
 The dense part is that of the balance loss and the z-loss, and the normaliser of `softmax_topk`; it
 needs the scores a second time. Without it nothing but K comparisons per element is left. The two
-products run on the tensor cores over all experts, and x is read once per chunk of 32 experts. Up to
-E = 32·K that is no more than gathering a row per slot, it needs no sort, and it is the same code
-for both cases; beyond, sparse gradients would be cheaper by segments of sorted rows.
+products run on the tensor cores over all experts, and x is read once per chunk of 32 experts: no
+more than a row per slot up to about E = 50·K. Beyond, a gradient without a dense part goes by slots
+(route_sparse.py).
 
 Tokens normalised by a softmax (p, gradient dp of the normalised scores): dense = p·(dp − c). By
 their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsumexp. c is a number per row.
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu import on
-from headway.kernels.gpu.product import dot, dot_rounded, dot_split, split
+from headway.kernels.gpu import on, route_sparse
+from headway.kernels.gpu.arith import dot, dot_rounded, dot_split, narrow, sigmoid, split
 from headway.kernels.gpu.route import GATES
 from headway.kernels.gpu.scores import (
     fitting,
@@ -34,13 +34,11 @@ from headway.kernels.gpu.scores import (
     load_x,
     normalised,
     scores,
-    sigmoid,
     split_w,
     strides,
     walks,
     width,
 )
-from headway.kernels.gpu.tune import Tiles
 
 
 @triton.jit
@@ -111,6 +109,7 @@ def _d_logits(
     if ds is not None:
         for j in range(K):  # unrolled, the loads of all slots would be under way in registers
             at = tl.load(index + row * K + j, mask=t < T, other=-1)
+            at = tl.where(at < E, at, -1)  # no expert: no column, not even beyond the end
             value = tl.load(ds + row * K + j, mask=t < T, other=0.0)
             d += tl.where(at[:, None] == e[None, :], value[:, None], 0.0)
     if c is not None:
@@ -161,7 +160,7 @@ def _d_tokens(
                 acc = dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BC), acc)
     column = l0 + tl.arange(0, BC)
     at = dx + t.to(tl.int64)[:, None] * dx_t + tl.program_id(1) * dx_h + column[None, :]
-    tl.store(at, acc.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
+    tl.store(at, narrow(acc, dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
 
 
 @triton.jit
@@ -231,31 +230,34 @@ def backward(
     columns, sizes = triton.cdiv(L, BC), (T, H, E, L, *strides(x))
     shape = {"BL": BL, "ONCE": L <= BL}
     with on(x):
-        parts = split_w(w_HEL)
-        cut = fitting("route_slots", L, E, Tiles(64, 64, 4, 2))
+        cut, dx_cut, dw_cut = (fitting(f"route_{name}", x, w_HEL) for name in ("slots", "dx", "dw"))
+        by_slots = not dense and T * H * K < 2**31  # what a sort takes
+        by_slots = by_slots and route_sparse.reads_less(E, L, K, x.element_size(), dx_cut, dw_cut)
+        parts = None if by_slots else split_w(w_HEL)
         _slots[(triton.cdiv(T, cut.rows), H)](
             x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
             K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
             **shape, **launch(cut),
         )  # fmt: skip
+        if by_slots:
+            route_sparse.backward(x, w_HEL, index_THK, ds, dx, dw_HEL)
+            return
         tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
         shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
 
-        cut = fitting("route_dx", L, E, Tiles(64, 32, 8, 2))
         heads = H if x.dim() == 2 else 1
         token, head = (L, 0) if x.dim() == 2 else (H * L, L)
-        _d_tokens[(triton.cdiv(T, cut.rows), H // heads, columns)](
+        _d_tokens[(triton.cdiv(T, dx_cut.rows), H // heads, columns)](
             *tensors, dx, *sizes, 1 / T, token, head, heads,
-            **shape, **launch(cut),
+            **shape, **launch(dx_cut),
         )  # fmt: skip
 
-        cut = fitting("route_dw", L, E, Tiles(64, 32, 8, 2))
-        blocks = triton.cdiv(E, cut.cols) * columns
-        programs, walk = walks(triton.cdiv(T, cut.rows), 4 * H * blocks)
+        blocks = triton.cdiv(E, dw_cut.cols) * columns
+        programs, walk = walks(triton.cdiv(T, dw_cut.rows), 4 * H * blocks)
         part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)
         _d_weights[(programs, H, blocks)](
             *tensors, part, *sizes, 1 / T, walk, columns,
-            **shape, **launch(cut),
+            **shape, **launch(dw_cut),
         )  # fmt: skip
         if programs > 1:
             torch.sum(part, 0, out=dw_HEL)

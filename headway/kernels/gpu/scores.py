@@ -13,12 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu.product import dot_exact, dot_split, split_into
+from headway.kernels.gpu.arith import dot_exact, dot_split, sigmoid, split
 from headway.kernels.gpu.tune import Tiles, tiles
 
 PROGRAMS = 1024
 """About as many programs share the sums over tokens: several waves on any GPU, and so few that
 their partial sums stay small."""
+
+KERNELS = ("route", "route_columns", "route_slots", "route_dx", "route_dw")
+"""What is cut by tiles of its own. `route_columns` runs where `route` takes the experts in chunks,
+`route_slots` reads scores where there is a gradient beside that of the gates."""
+
+CANDIDATES = tuple(
+    Tiles(rows, cols, warps, stages)
+    for rows in (32, 64, 128)
+    for cols in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3)
+)
+"""What to try on a GPU, any kernel and shape: every kernel takes any number of tokens and of
+experts that is a power of two from 16 on. `tune` passes over those that do not fit."""
 
 
 @triton.jit
@@ -57,11 +71,6 @@ def scores(
 
 
 @triton.jit
-def sigmoid(s):
-    return 1.0 / (1.0 + tl.exp(-s))
-
-
-@triton.jit
 def normalised(s, lse, total, SIGMOID: tl.constexpr):
     """The scores of a row normalised to sum 1, given its logsumexp and its sum of σ."""
     if SIGMOID:
@@ -69,6 +78,16 @@ def normalised(s, lse, total, SIGMOID: tl.constexpr):
     else:
         lse = tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)  # as a softmax
         return tl.exp(s - lse[:, None])
+
+
+@triton.jit
+def split_into(w, parts, n, BLOCK: tl.constexpr):
+    """Writes the parts of n numbers as `[3, n]`."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a0, a1, a2 = split(tl.load(w + i, mask=i < n, other=0.0))
+    tl.store(parts + i, a0, mask=i < n)
+    tl.store(parts + n + i, a1, mask=i < n)
+    tl.store(parts + 2 * n + i, a2, mask=i < n)
 
 
 def split_w(w_HEL: Tensor) -> Tensor:
@@ -85,7 +104,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def width(L: int, most: int) -> int:
-    """Columns of a tile of tokens: a power of two."""
+    """Columns of a tile for `L` of them: a power of two, 16 at least and `most` at most."""
     return min(max(triton.next_power_of_2(L), 16), most)
 
 
@@ -96,10 +115,32 @@ def walks(n_tiles: int, per_tile: int) -> tuple[int, int]:
     return triton.cdiv(n_tiles, walk), walk
 
 
-def fitting(kernel: str, L: int, E: int, default: Tiles) -> Tiles:
-    """The tiles of a kernel; no more columns than there are experts."""
-    found = tiles(kernel, (L, E), default)
-    return replace(found, cols=min(found.cols, max(triton.next_power_of_2(E), 16)))
+def default_tiles(kernel: str, E: int) -> Tiles:
+    """Chosen without a GPU, by compiling. `route` takes all experts as one chunk as long as the
+    scores of a tile stay in registers."""
+    match kernel:
+        case "route":
+            if E > 128:
+                return Tiles(128, 64, 8, 2)
+            return Tiles(64, 128, 8, 2) if E > 64 else Tiles(64, 64, 4, 2)
+        case "route_columns":
+            return Tiles(64, 32, 4, 3)
+        case "route_slots":
+            return Tiles(64, 64, 4, 2)
+        case _:
+            return Tiles(64, 32, 8, 2)
+
+
+def fitting(kernel: str, x: Tensor, w_HEL: Tensor) -> Tiles:
+    """The tiles of one of `KERNELS`; no more columns than there are experts."""
+    _, E, L = w_HEL.shape
+    found = tiles(kernel, (L, E, x.element_size()), default_tiles(kernel, E))
+    return replace(found, cols=width(E, found.cols))
+
+
+def candidates(E: int) -> list[Tiles]:
+    """`CANDIDATES` as `fitting` makes them, each once."""
+    return list(dict.fromkeys(replace(c, cols=width(E, c.cols)) for c in CANDIDATES))
 
 
 def launch(cut: Tiles) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import _gpu, gpu
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -13,8 +13,8 @@ def device(request, monkeypatch) -> torch.device:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("here kernels are compiled: -m gpu")
     monkeypatch.setenv("HEADWAY_TRITON", "interpret" if request.param == "cpu" else "1")
-    gpu.cache_clear()
+    _gpu.cache_clear()
     found = gpu()
     assert found.device == request.param, found.why
     yield torch.device(request.param)
-    gpu.cache_clear()
+    _gpu.cache_clear()

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from headway.kernels import gpu as module
-from headway.kernels.gpu import Gpu, gpu
+from headway.kernels.gpu import Gpu, _gpu
 from headway.kernels.gpu import tune as tuning
 from headway.kernels.gpu.tune import Tiles, tiles, tune
 
 
 def fresh(monkeypatch, wish: str) -> Gpu:
     monkeypatch.setenv("HEADWAY_TRITON", wish)
-    return gpu.__wrapped__()
+    return _gpu.__wrapped__()
 
 
 def test_switched_off(monkeypatch):

@@ -14,7 +14,7 @@ more program fits a multiprocessor."""
 WORK = """
 import json, sys, torch
 from bench.dry_launch import dry_launches
-from headway.kernels.gpu import route, route_backward, rows
+from headway.kernels.gpu import route, route_backward, route_sparse
 from headway.kernels.gpu.ops import _empty
 
 found = []
@@ -29,7 +29,7 @@ for capability, L, E, K, gate in json.loads(sys.argv[1]):
         grads = (torch.empty_like(gates), torch.empty_like(prob), None)
         saved = (x, w, index, kept, sums)
         route_backward.backward(*saved, *grads, gate, False, 1.0, torch.empty_like(x), torch.empty_like(w))
-        rows.sort_rows(index, E)
+        route_sparse.backward(x, w, index, torch.empty_like(gates), torch.empty_like(x), torch.empty_like(w))
     found += [[L, E, K, c.name, c.capability, c.registers, c.stack, c.shared, c.tensor_core] for c in compiled]
 print(json.dumps(found))
 """
@@ -48,7 +48,9 @@ def check(cases) -> None:
     multiply = {"_choose", "_columns", "_slots", "_d_tokens", "_d_weights"}
     found = compile_all(cases)
     names = {kernel[3] for kernel in found}
-    assert names == {"split_into", "_finish", "_walk", *multiply} - (
+    others = {"split_into", "_finish", "_walk", "_blocks"}
+    others |= {"_sparse_tokens", "_sparse_weights", "_sparse_sums"}
+    assert names == (others | multiply) - (
         set() if any(case[2] > 128 for case in cases) else {"_columns"}
     )
     for kernel in found:

@@ -14,8 +14,8 @@ from tests.compare import assert_close, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of log 0 and the like
 
 OPTIONS = (3, "topk_softmax", False, 1.0)
-ROUNDED = 5e-3
-"""Of a gradient in bfloat16: the interpreter cuts off what a GPU rounds, 2⁻⁸ at most."""
+ROUNDED = 2e-3
+"""Of a gradient in bfloat16: rounded to nearest, 2⁻⁹ at most."""
 
 
 def make(T, H, E, L, device, dtype=torch.float32, shared=False):
@@ -108,6 +108,17 @@ def test_several_programs_of_several_tiles(E, device, monkeypatch):
     torch.manual_seed(0)
     x, w, bias = make(100, 1, E, 16, device, torch.bfloat16)
     check(x, w, bias, None, (2, "sigmoid", True, 1.0))
+
+
+def test_more_choices_than_a_chunk_has_experts(device, monkeypatch):
+    """An expert that was taken from the best so far does not come back to fill a place."""
+    from headway.kernels.gpu import scores as kernels
+    from headway.kernels.gpu.tune import Tiles
+
+    monkeypatch.setattr(kernels, "tiles", lambda kernel, shape, default: Tiles(16, 16, 4, 2))
+    torch.manual_seed(0)
+    x, w, bias = make(12, 1, 50, 16, device)
+    check(x, w, bias, None, (40, "sigmoid", False, 1.0))
 
 
 @settings(
@@ -239,6 +250,7 @@ def test_is_a_well_formed_custom_operator(device):
     torch.library.opcheck(backward, (*saved, *grads, "sigmoid", True, 2.0), test_utils=checks)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected a call")  # to a function that remembers
 def test_a_router_compiles_whole_and_equals_eager(device):
     router = Router(2, 16, 10, 3, RouterConfig(), BalanceConfig(), recompute=True).to(device)
     init_weights(router, seed=0)

@@ -75,8 +75,8 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
         run = dataclasses.replace(run, sample_every=2 * run.eval_every)
         derived["run.sample_every"] = f"{run.sample_every}: every other evaluation"
     if not run.checkpoint_every:
-        run = dataclasses.replace(run, checkpoint_every=config.optim.steps)
-        derived["run.checkpoint_every"] = f"{run.checkpoint_every}: only the last step"
+        run = dataclasses.replace(run, checkpoint_every=run.eval_every)
+        derived["run.checkpoint_every"] = f"{run.checkpoint_every}: with each evaluation"
     mesh = config.mesh
     if not mesh.chunks and mesh.dp * mesh.hp * mesh.ep > 1:
         mesh = _chunks(mesh, model.moe.top_k, derived)

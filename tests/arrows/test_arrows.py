@@ -151,6 +151,23 @@ def test_the_way_from_verb_to_matmul_is_what_agents_are_told():
         assert any(f"{name}.".startswith(f"{module}.") for name, _ in imports(here)), (here, there)
 
 
+@pytest.mark.parametrize(
+    "skill", sorted(ROOT.glob(".agents/skills/*/SKILL.md")), ids=lambda p: p.parent.name
+)
+def test_a_skill_names_what_is_there(skill):
+    """Files, and before a file in parentheses the functions that it holds: `a` and `b` (`file`)."""
+    text = skill.read_text()
+    paths = re.findall(r"(?:headway|tests|docs|\.agents)/[\w./-]*\w", text)
+    assert paths and [p for p in paths if not (ROOT / p).exists()] == []
+    file = r"`[\w/.-]+\.(?:py|cpp)`"
+    for names, files in re.findall(
+        rf"((?:`[\w.]+`\s+and\s+)*`[\w.]+`)\s+\(({file}(?:,\s+{file})*)\)", text
+    ):
+        held = "".join((ROOT / name).read_text() for name in re.findall(r"[\w/.-]+", files))
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\(", held), f"{name} is not in {files}"
+
+
 def test_no_path_of_a_machine_in_a_file():
     """Somebody's home or work folder, or a registry, in a file that others will read."""
     pattern = re.compile(

@@ -17,9 +17,10 @@ from typing import Annotated
 import tyro
 
 from headway.config import RankError, ToldError, UsageError
-from headway.options import override, parse, print_json, take, take_switch
+from headway.describe_command import describe
+from headway.options import parse, print_json
 from headway.plan_command import plan
-from headway.train_command import recipe_names, recipe_word, train
+from headway.train_command import train
 
 VERBS = {
     "doctor": "what is here, which paths will run, what each missing extra would add",
@@ -267,7 +268,7 @@ def sample(options: Sample) -> int:
     return 0
 
 
-# tokenize, report, describe
+# tokenize, report
 
 
 @dataclass(frozen=True)
@@ -335,30 +336,6 @@ def report(options: Report) -> int:
     path = write_report(options.runs, out)
     print(f"report of {', '.join(options.runs)}: {path}")
     print_json(options.json, {"report": str(path), "runs": list(options.runs)})
-    return 0
-
-
-def describe(args: list[str]) -> int:
-    """`headway describe RECIPE [--P 8]`; other options are those of the config."""
-    as_json, args = take_switch(args, "--json")
-    ranks, args = take(args, "--P")
-    recipe, args = recipe_word(args)
-    if recipe is None:
-        raise UsageError(f"describe needs a recipe; use {recipe_names()}")
-    if ranks is not None and not ranks.isdecimal():
-        raise UsageError(f"--P {ranks} is no number of ranks; use 2 or more")
-
-    from headway import recipes
-    from headway.data.tokenizer import load_tokenizer
-    from headway.plan import describe as plan
-    from headway.validate import validate
-
-    config = override(recipes.load(recipe), args, f"headway describe {recipe}")
-    derived = validate(config)
-    config = plan.with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    found = plan.describe(config, int(ranks or 8), 2 if config.run.dtype == "bfloat16" else 4)
-    print(plan.render(found, config, derived))
-    print_json(as_json, found)
     return 0
 
 

@@ -320,7 +320,7 @@ class RunConfig:
     sample_tokens: int = 200
     """Length of a text sample, in tokens."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 means only the last."""
+    """Steps between checkpoints; 0 means with each evaluation. The last step is always saved."""
     async_checkpoint: bool = False
     """Write checkpoints in a thread while training goes on: costs a copy of weights and optimiser
     state in host memory. The end of the run waits for the last one."""

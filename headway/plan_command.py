@@ -22,6 +22,10 @@ HELP = """usage: headway plan RECIPE --gpus N [options of the config]
 _OWN = tuple(
     "--gpus --gpu --network --machine --gpus-per-node --scheme --chunks --imbalance".split()
 )
+_ANSWERED = (
+    "--mesh --mesh.dp --mesh.hp --mesh.ep --mesh.shard --mesh.ep-scheme --mesh.chunks".split()
+)
+"""Options of the config that a plan compares or chooses by itself."""
 
 
 def plan(args: list[str]) -> int:
@@ -45,8 +49,8 @@ def plan(args: list[str]) -> int:
         raise UsageError(f"plan needs a recipe; use {recipe_names()}")
     if words["--gpus"] is None:
         raise UsageError("plan needs --gpus N, as in `headway plan large --gpus 64 --gpu h100`")
-    if any(word.startswith("--mesh") for word in args):
-        raise UsageError("plan tries every mesh of --gpus ranks; leave --mesh out")
+    if asked := next((word for word in args if word.partition("=")[0] in _ANSWERED), None):
+        raise UsageError(f"plan tries every mesh of --gpus ranks; leave {asked} out")
     n_ranks = _count("--gpus", words["--gpus"])
     scheme = words["--scheme"] or "auto"
     if scheme != "auto" and scheme not in SCHEMES:
@@ -64,7 +68,11 @@ def plan(args: list[str]) -> int:
     from headway.validate import validate
 
     config = override(recipes.load(recipe), args, f"headway plan {recipe}")
-    config = dataclasses.replace(config, mesh=MeshConfig())  # the mesh is the question
+    chunks = 0 if words["--chunks"] in (None, "auto") else _count("--chunks", words["--chunks"])
+    # the axes are the question
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(payload=config.mesh.payload, chunks=chunks)
+    )
     validate(config)
     config = with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
     dtype = _dtype(config.run.dtype, machine, words["--machine"])
@@ -73,7 +81,7 @@ def plan(args: list[str]) -> int:
         machine,
         _count("--gpus-per-node", words["--gpus-per-node"] or "8"),
         2 if dtype == "bfloat16" else 4,
-        0 if words["--chunks"] in (None, "auto") else _count("--chunks", words["--chunks"]),
+        chunks,
         _imbalance(words["--imbalance"] or "1"),
     )
     found = choose(setting, n_ranks, scheme)

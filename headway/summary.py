@@ -8,6 +8,7 @@ from headway.plan.describe import with_vocab
 from headway.plan.shape import shape_of
 from headway.plan.traffic import traffic
 from headway.report.sinks import read_metrics
+from headway.train.folder import resume_command
 
 MOST_RANKS = 8
 """A node; Head Parallel uses at most as many ranks as there are heads."""
@@ -15,7 +16,7 @@ MOST_RANKS = 8
 
 def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     """The result of `train` as aligned lines of text."""
-    rows = [("done", _done(result))]
+    rows = [("interrupted" if result["interrupted"] else "done", _done(result))]
     rows.append(
         (
             "parameters",
@@ -24,22 +25,18 @@ def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
         )
     )
     if result["val_bits_per_byte"] is not None:
-        rows.append(
-            (
-                "bits/byte",
-                f"{result['first_val_bits_per_byte']:.3f} → "
-                f"{result['val_bits_per_byte']:.3f} on validation text",
-            )
-        )
+        rows.append(("bits/byte", _bits(result)))
     if shape_of(with_vocab(config).model).n_sparse:
         rows += [("balance", _balance(Path(run_dir))), ("traffic", _traffic(config))]
     if result["sample"]:
         text = config.run.sample_prompt + result["sample"]
         rows.append(("sample", text.rstrip().replace("\n", "\n" + " " * 13)))
     rows.append(("checkpoint", result["checkpoint"] or "none"))
-    if result["checkpoint"]:
-        rows.append(("try", f"headway sample {run_dir} --prompt 'import '"))
     rows.append(("report", result["report"] or "none"))
+    if result["interrupted"]:
+        rows.append(("go on", resume_command(config.mesh, run_dir)))
+    elif result["checkpoint"]:
+        rows.append(("try", f"headway sample {run_dir} --prompt 'import '"))
     return "\n" + "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
@@ -49,6 +46,13 @@ def _done(result: dict[str, Any]) -> str:
         f"{result['seconds']:.0f} s of training, {result['tokens_per_second']:,.0f} tokens/s"
     )
     return text + (f", {result['skipped']} steps skipped" if result["skipped"] else "")
+
+
+def _bits(result: dict[str, Any]) -> str:
+    first, last = result["first_val_bits_per_byte"], result["val_bits_per_byte"]
+    if first == last:  # a run that ended before its first interval did
+        return f"{first:.3f} on validation text before the first step, not evaluated since"
+    return f"{first:.3f} → {last:.3f} on validation text"
 
 
 def _balance(run_dir: Path) -> str:

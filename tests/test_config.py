@@ -53,6 +53,8 @@ MISTAKES = {
         top_k=1, router=RouterConfig(gate="softmax_topk", renormalize=True)
     ),
     "jitter=1.5": moe(router=RouterConfig(jitter=1.5)),
+    "scale=nan": moe(router=RouterConfig(scale=float("nan"))),
+    "scale=inf": moe(router=RouterConfig(scale=float("inf"))),
     "n_heads=3 must divide the latent width 64; use n_heads=2 or 4": moe(n_heads=3),
     "n_heads=8 needs kind=multi_head_latent, and kind=latent": moe(kind="latent"),
     "has no effect with kind=moe": moe(kind="moe", n_heads=1, d_latent=32),

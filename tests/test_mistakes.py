@@ -55,6 +55,8 @@ from tests.command import mistake
         ("plan demo --gpus 2 --scheme best", "--scheme best is unknown; use auto, all_to_all"),
         ("plan demo --gpus 2 --imbalance 0.5", "--imbalance 0.5 is no number ≥ 1"),
         ("plan demo --gpus 2 --mesh hp=2", "leave --mesh out"),
+        ("plan demo --gpus 2 --mesh.shard=fsdp", "leave --mesh.shard=fsdp out"),
+        ("plan demo --gpus 2 --chunks 9", "mesh.chunks=9 is outside 0 to 4"),
         ("plan demo --gpus 2 --modle.d-model 4", "did you mean --model.d-model?"),
     ],
 )

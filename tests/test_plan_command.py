@@ -42,6 +42,18 @@ def test_plan_takes_overrides_and_exits_1_when_nothing_fits():
     assert big.code == 1 and big.json["best"] is None and "no mesh fits" in big.out
 
 
+def test_plan_counts_eight_bits_on_the_wire():
+    args = ("plan", "large", "--gpus", 64, "--json")
+    plain, narrow = call(*args), call(*args, "--mesh.payload", "float8")
+    assert narrow.code == 0, narrow.err
+    mine = [
+        next(r for r in done.json["meshes"] if r["mesh"] == "dp=8,hp=8,ep=1")["bytes_sent"]
+        for done in (plain, narrow)
+    ]
+    L = 256
+    assert mine[1]["Head Parallel"] / mine[0]["Head Parallel"] == (L + 4) / (2 * L)
+
+
 def test_plan_reads_what_doctor_measured(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -4,6 +4,7 @@ T tokens · H heads · L width that the router reads · E experts per head · K 
 are float32 (float64 in references), whatever the dtype of the tokens.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -140,8 +141,8 @@ def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
         )
     if top_k == 1 and config.renormalize:
         raise UsageError("top_k=1 with renormalize=True makes every gate 1; set renormalize=False")
-    if config.scale <= 0 or not 0 <= config.jitter < 1:
+    if not 0 < config.scale < math.inf or not 0 <= config.jitter < 1:  # also false for NaN
         raise UsageError(
-            f"router needs scale > 0 and 0 <= jitter < 1; "
+            f"router needs a finite scale > 0 and 0 <= jitter < 1; "
             f"got scale={config.scale}, jitter={config.jitter}"
         )

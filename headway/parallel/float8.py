@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-SCALE_BYTES = 4
 
 
 def narrow(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from headway.config import Config, UsageError, from_dict
+from headway.config import Config, MeshConfig, UsageError, from_dict
 from headway.train import saved
 
 
@@ -50,7 +50,8 @@ def open_folder(path: Path, resume: bool, overwrite: bool) -> None:
     held = [path / name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
     if held and not overwrite:
         raise UsageError(
-            f"{path} already holds a run; go on with `--resume {path}` or choose another --run"
+            f"{path} already holds a run; go on with `--resume {path}`, choose another --run, "
+            "or clear it with --overwrite"
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -70,6 +71,13 @@ def write_run(path: Path, info: dict[str, Any]) -> None:
         os.replace(temporary, path / "run.json")
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def resume_command(mesh: MeshConfig, path: Path | str) -> str:
+    """What goes on with a run on the mesh that it had, all ranks on one host."""
+    ranks = mesh.dp * mesh.hp * mesh.ep
+    launcher = f"torchrun --nproc-per-node {ranks} -m -- " if ranks > 1 else ""
+    return f"{launcher}headway train --resume {path}"
 
 
 def read_config(path: Path) -> Config:

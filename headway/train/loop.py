@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from headway.train.interrupt import Interrupt
 from headway.train.interval import SpikeDetector
 from headway.train.optim import build_optimizers
 from headway.train.progress import Progress
-from headway.train.resolve import Resolved, Sizes, resolve
+from headway.train.resolve import Resolved, Sizes, crowded, resolve
 from headway.train.run import Log, Run
 from headway.train.schedule import lr_factor
 from headway.train.step import Gradient, gradient, update
@@ -217,6 +218,10 @@ def _announce(resolved: Resolved, mesh: Mesh, sizes: Sizes, run_dir: Path, log: 
         log(f"{name} = {sentence}")
     for remark in resolved.remarks:
         log(f"slow: {remark}")
+    if resolved.device.type == "cpu":
+        threads, policy = torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY", "")
+        if note := crowded(os.getloadavg()[0], os.cpu_count() or 1, threads, policy):
+            log(f"note: {note}")
     run = resolved.config.run
     kept = "recomputed in backward" if run.recompute else "kept for backward"
     log(

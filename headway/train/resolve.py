@@ -75,8 +75,8 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
         run = dataclasses.replace(run, sample_every=2 * run.eval_every)
         derived["run.sample_every"] = f"{run.sample_every}: every other evaluation"
     if not run.checkpoint_every:
-        run = dataclasses.replace(run, checkpoint_every=config.optim.steps)
-        derived["run.checkpoint_every"] = f"{run.checkpoint_every}: only the last step"
+        run = dataclasses.replace(run, checkpoint_every=run.eval_every)
+        derived["run.checkpoint_every"] = f"{run.checkpoint_every}: with each evaluation"
     mesh = config.mesh
     if not mesh.chunks and mesh.dp * mesh.hp * mesh.ep > 1:
         mesh = _chunks(mesh, model.moe.top_k, derived)
@@ -157,6 +157,23 @@ def _experts(
     found = choose("cuda", dtype, width, moe.d_expert)
     derived["experts"] = found.why
     return (f"experts of width {width}: {found.why}",) if found.path == "loop" else ()
+
+
+def crowded(load: float, cores: int, threads: int, wait_policy: str) -> str:
+    """What helps on CPUs that are busy with other work; empty where nothing is to be said.
+
+    Args:
+        load: processes that want to run, mean over a minute (`os.getloadavg`), before training.
+        wait_policy: OMP_WAIT_POLICY. OpenMP's threads spin while they wait for each other; where
+            the other one is not running, that takes the time it needs (docs/kernels.md).
+    """
+    if threads == 1 or load < cores or wait_policy.lower() == "passive":
+        return ""
+    return (
+        f"{load:.1f} processes want this machine's {cores} cores, and {threads} threads that wait "
+        "for each other are slow beside them; --run.threads 1 or OMP_WAIT_POLICY=passive may be "
+        "several times faster"
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from headway.train import checkpoint, saved
 from headway.train.background import Writing
 from headway.train.busy import Busy
 from headway.train.evaluate import evaluate
+from headway.train.folder import resume_command
 from headway.train.interval import Interval
 from headway.train.optim import Optimizers
 from headway.train.progress import Progress
@@ -280,7 +281,7 @@ class Run:
             self.event("interrupted", f"{signal_name} at step {progress.step}, {kept}")
             self.log(
                 f"{signal_name}: step {progress.step} is finished, {kept}; "
-                f"go on with: headway train --resume {self.dir}"
+                f"go on with: {resume_command(config.mesh, self.dir)}"
             )
         elif stopped:
             self.event("stopped", stopped)

@@ -1,6 +1,7 @@
 """Imports go one way, files stay readable, and a few habits stay out of the package."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -37,7 +38,7 @@ ALLOWED = {
 }
 """Room → rooms it may import. What is not listed (cli and its helpers) may import every room here; nothing imports cli."""
 
-COMMAND_LINE = {"cli", "train_command", "plan_command", "__main__"}
+COMMAND_LINE = {"cli", "train_command", "plan_command", "describe_command", "__main__"}
 
 CORE = {"torch", "numpy", "safetensors", "tyro", "tokenizers", "headway"} | set(
     sys.stdlib_module_names
@@ -137,6 +138,34 @@ def tracked() -> list[Path]:
     return [
         p for p in ROOT.rglob("*") if p.is_file() and not skipped & set(p.relative_to(ROOT).parts)
     ]
+
+
+def test_the_way_from_verb_to_matmul_is_what_agents_are_told():
+    text = (ROOT / "AGENTS.md").read_text()
+    said = re.search(r"From verb to expert matmul, 7 files: (.+?) \(", text, re.DOTALL)
+    assert said is not None
+    way = [PACKAGE / name.strip().strip("`") for name in said[1].split("→")]
+    assert len(way) == 7
+    for here, there in itertools.pairwise(way):
+        module = ".".join(there.relative_to(ROOT).with_suffix("").parts)
+        assert any(f"{name}.".startswith(f"{module}.") for name, _ in imports(here)), (here, there)
+
+
+@pytest.mark.parametrize(
+    "skill", sorted(ROOT.glob(".agents/skills/*/SKILL.md")), ids=lambda p: p.parent.name
+)
+def test_a_skill_names_what_is_there(skill):
+    """Files, and before a file in parentheses the functions that it holds: `a` and `b` (`file`)."""
+    text = skill.read_text()
+    paths = re.findall(r"(?:headway|tests|docs|\.agents)/[\w./-]*\w", text)
+    assert paths and [p for p in paths if not (ROOT / p).exists()] == []
+    file = r"`[\w/.-]+\.(?:py|cpp)`"
+    for names, files in re.findall(
+        rf"((?:`[\w.]+`\s+and\s+)*`[\w.]+`)\s+\(({file}(?:,\s+{file})*)\)", text
+    ):
+        held = "".join((ROOT / name).read_text() for name in re.findall(r"[\w/.-]+", files))
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\(", held), f"{name} is not in {files}"
 
 
 def test_no_path_of_a_machine_in_a_file():

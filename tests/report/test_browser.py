@@ -199,6 +199,18 @@ def test_axis_switch(browser, runs, tmp_path):
     quiet(browser)
 
 
+def test_ticks_are_whole_where_things_are_counted_and_alike_on_an_axis(browser, runs, tmp_path):
+    show(browser, tmp_path, runs["one"])
+    assert js(browser, "return ticks(0, 19, 8, 'step')") == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert js(browser, "return ticks(0, 23, 9, 'step')") == [0, 5, 10, 15, 20]
+    assert js(browser, "return ticks(0, 0.5, 4, 'experts')") == [0]
+    rates = js(browser, "const t = [0, 0.0005, 0.001, 0.0015]; return t.map(tickText(t))")
+    assert rates == ["0", "0.0005", "0.001", "0.0015"]
+    tiny = js(browser, "const t = [0, 0.0002, 0.0004]; return t.map(tickText(t))")
+    assert tiny == ["0", "2e-4", "4e-4"]
+    quiet(browser)
+
+
 def test_drag_zooms_and_double_click_undoes_it(browser, runs, tmp_path):
     show(browser, tmp_path, runs["one"])
     drag = (

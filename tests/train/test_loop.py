@@ -221,7 +221,7 @@ def test_a_full_disk_during_the_run(tmp_path):
 def test_a_folder_with_a_run_is_refused(tmp_path):
     config = tiny(tmp_path, optim={"steps": 4})
     train(config)
-    with pytest.raises(UsageError, match="already holds a run; go on with `--resume"):
+    with pytest.raises(UsageError, match="already holds a run; go on with `--resume.*--overwrite"):
         train(config)
     assert train(config, overwrite=True)["steps"] == 4
     assert [r["step"] for r in records(tmp_path) if "val_loss" in r] == [0, 4]

@@ -16,7 +16,13 @@ from headway.config import (
     UsageError,
 )
 from headway.model.transformer import Transformer
-from headway.train.resolve import count_parameters, flops_per_token, native_bfloat16, resolve
+from headway.train.resolve import (
+    count_parameters,
+    crowded,
+    flops_per_token,
+    native_bfloat16,
+    resolve,
+)
 
 
 def test_open_values_are_filled_in_and_explained():
@@ -25,7 +31,7 @@ def test_open_values_are_filled_in_and_explained():
     assert done.config.model.vocab_size == 320
     assert done.config.data.micro_batch_size == 8
     assert (done.config.run.eval_every, done.config.run.sample_every) == (5, 10)
-    assert done.config.run.checkpoint_every == 57
+    assert done.config.run.checkpoint_every == 5  # a crash costs no more than what was evaluated
     assert done.derived["run.eval_every"] == "5: a tenth of 57 steps"
     assert done.dtype == (torch.bfloat16 if native_bfloat16(done.device) else torch.float32)
     again = resolve(done.config, 257)
@@ -50,6 +56,11 @@ def test_chunks_follow_the_nodes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resolve(config, 257).derived["mesh.chunks"] == "1: ep=4 lies within a node"
     assert "mesh.chunks" not in resolve(_changed(), 257).derived
+
+
+def test_a_crowded_machine_is_told_what_helps():
+    assert "--run.threads 1" in crowded(5.5, 2, 2, "") and "5.5 processes" in crowded(5.5, 2, 2, "")
+    assert crowded(0.4, 2, 2, "") == crowded(5.5, 2, 1, "") == crowded(5.5, 2, 2, "PASSIVE") == ""
 
 
 def _changed(**parts):

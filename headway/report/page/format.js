@@ -60,17 +60,30 @@ const SECONDS = [
   1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200,
 ];
 
+// What is counted has no half.
+const WHOLE = new Set(["step", "tokens", "experts"]);
+
+// `axis`: a key of AXES, or the unit of an ordinate.
 function ticks(lo, hi, n, axis) {
   if (!(hi > lo)) return [lo];
   const raw = (hi - lo) / n;
   const power = 10 ** Math.floor(Math.log10(raw));
-  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.8);
+  const fits = (s) => s >= raw * 0.8 && (Number.isInteger(s) || !WHOLE.has(axis));
+  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find(fits) || 1;
   if (axis === "seconds" && raw > 1)
     step = SECONDS.find((s) => s >= raw) || Math.ceil(raw / 86400) * 86400;
   const out = [];
   for (let i = Math.ceil(lo / step - 1e-9); i * step <= hi + step * 1e-9; i++)
     out.push(Number((i * step).toPrecision(12)));
   return out;
+}
+// All labels of one axis in one notation: 0.001 beside 0.0005, not beside 5e-4.
+function tickText(ticks, billion) {
+  const decimal = Math.max(...ticks.map(Math.abs)) >= 1e-3;
+  return (v) =>
+    decimal && Math.abs(v) < 1e-3 && Math.abs(v) >= 1e-5
+      ? String(Number(v.toPrecision(3)))
+      : brief(v, 3, billion);
 }
 function logTicks(lo, hi, n) {
   const out = [];

@@ -54,14 +54,15 @@ function paintPlot(spec, lines, { width, log, zoom, label }) {
     tabindex: "0",
     "aria-label": label,
   });
-  const yTicks = useLog ? logTicks(y0, y1, 5) : ticks(y0, y1, height < 200 ? 4 : 5);
+  const yTicks = useLog ? logTicks(y0, y1, 5) : ticks(y0, y1, height < 200 ? 4 : 5, spec.unit);
+  const yText = tickText(yTicks, spec.billion);
   for (const t of yTicks)
     root.append(
       sv("line", { class: "grid", x1: PAD.left, x2: width - PAD.right, y1: Y(t), y2: Y(t) }),
       sv(
         "text",
         { class: "tick", x: PAD.left - 8, y: Y(t) + 4, "text-anchor": "end" },
-        brief(t, 3, spec.billion),
+        yText(t),
       ),
     );
   for (const t of ticks(x0, x1, width / 95, state.axis))

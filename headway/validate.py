@@ -214,7 +214,7 @@ def _check_mesh(config: Config) -> None:
     _at_least(("mesh.dp", mesh.dp, 1), ("mesh.hp", mesh.hp, 1), ("mesh.ep", mesh.ep, 1))
     _above_zero(("mesh.timeout", mesh.timeout))
     if not 0 <= mesh.chunks <= 4:
-        raise UsageError(f"mesh.chunks={mesh.chunks} is outside 0 to 4; use 0 (auto), 1, 2 or 4")
+        raise UsageError(f"mesh.chunks={mesh.chunks} is outside 0 to 4; use 0 (auto) or 1 to 4")
     if mesh.hp > 1 and moe.kind != "multi_head_latent":
         raise UsageError(
             f"mesh hp={mesh.hp} shares the heads of a Multi-Head LatentMoE, and kind={moe.kind}; "

@@ -1,6 +1,8 @@
 """The verbs of the command line: exit codes, JSON as the last line."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,20 @@ def test_help_and_version():
 
 
 # runs
+
+
+@pytest.mark.parametrize("asked", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_sleep_soon_unless_told_otherwise(monkeypatch, asked):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["headway", "--version"])
+    with pytest.raises(SystemExit):
+        cli.run()
+    expected = asked.get("GOMP_SPINCOUNT", None if asked else cli.SPINS)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_a_run_is_not_overwritten_silently(run, place):

@@ -2,6 +2,8 @@
 
 import json
 
+from headway import recipes
+from headway.options import override
 from tests.command import call, mistake
 
 
@@ -52,6 +54,18 @@ def test_plan_counts_eight_bits_on_the_wire():
     ]
     L = 256
     assert mine[1]["Head Parallel"] / mine[0]["Head Parallel"] == (L + 4) / (2 * L)
+
+
+def test_the_options_of_plan_make_what_was_predicted():
+    """A config with them has the winner's mesh, scheme, chunks and payload."""
+    asked = "--scheme all_to_all_per_slot --chunks 2 --mesh.payload float8".split()
+    done = call("plan", "moe", "--gpus", 2, "--gpu", "cpu", *asked, "--json")
+    best, line = done.json["best"], done.out.split("options: ")[1].splitlines()[0]
+    mesh = override(recipes.load("moe"), line.split(), "test").mesh
+    assert (mesh.dp, mesh.hp, mesh.ep) == (best["dp"], best["hp"], best["ep"])
+    assert (mesh.chunks, mesh.payload) == (2, "float8")
+    if best["ep"] > 1:
+        assert (mesh.ep_scheme, mesh.dedup) == ("all_to_all", False)
 
 
 def test_plan_reads_what_doctor_measured(tmp_path, monkeypatch):

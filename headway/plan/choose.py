@@ -60,6 +60,7 @@ def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[
         "gpus_per_node": setting.per_node,
         "dtype": {2: "bfloat16", 4: "float32"}[setting.bytes_per_value],
         "chunks": setting.chunks or "auto",
+        "payload": config.mesh.payload,
         "imbalance": setting.imbalance,
         "machine": {
             "name": machine.name,

@@ -43,16 +43,25 @@ def render(found: dict[str, Any]) -> str:
 
 
 def _options(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What makes the mesh on the command line."""
-    mesh = f"--mesh dp={row['dp']},hp={row['hp']},ep={row['ep']}"
-    micro = f"--data.micro-batch-size {found['micro_batch_size']}"
-    if row["replicas"] != "fsdp":
-        return [f"options: {mesh} {micro}"]
-    best = found["best_replicated"]
-    lines = ["without fsdp no mesh fits"]
-    if best is not None:
-        lines = [f"fastest without fsdp: {_name(best)}, {1e3 * best['step_seconds']:,.1f} ms"]
-    return [*lines, f"options: {mesh} --mesh.shard fsdp {micro}"]
+    """What makes the mesh on the command line, and sends what was predicted."""
+    words = [f"--mesh dp={row['dp']},hp={row['hp']},ep={row['ep']}"]
+    if row["scheme"] == "all_to_all_per_slot":
+        words.append("--mesh.ep-scheme all_to_all --mesh.dedup False")
+    elif row["scheme"]:
+        words.append(f"--mesh.ep-scheme {row['scheme']}")
+    if found["chunks"] != "auto":
+        words.append(f"--mesh.chunks {found['chunks']}")
+    if found["payload"] != "matmul":
+        words.append(f"--mesh.payload {found['payload']}")
+    lines = []
+    if row["replicas"] == "fsdp":
+        words.append("--mesh.shard fsdp")
+        best = found["best_replicated"]
+        lines = ["without fsdp no mesh fits"]
+        if best is not None:
+            lines = [f"fastest without fsdp: {_name(best)}, {1e3 * best['step_seconds']:,.1f} ms"]
+    words.append(f"--data.micro-batch-size {found['micro_batch_size']}")
+    return [*lines, f"options: {' '.join(words)}"]
 
 
 def _machine(machine: dict[str, Any]) -> list[str]:

@@ -172,7 +172,7 @@ def crowded(load: float, cores: int, threads: int, wait_policy: str) -> str:
     return (
         f"{load:.1f} processes want this machine's {cores} cores, and {threads} threads that wait "
         "for each other are slow beside them; --run.threads 1 or OMP_WAIT_POLICY=passive may be "
-        "several times faster"
+        "faster"
     )
 
 

@@ -19,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from headway.kernels import gpu
+
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -53,19 +55,19 @@ class Compiled:
 
 @contextlib.contextmanager
 def dry_launches(capability: int) -> Iterator[list[Compiled]]:
-    """Every launch in this context compiles for the given compute capability."""
+    """Every launch in this context compiles for the given compute capability, at its tiles."""
     found: list[Compiled] = []
     jitted = triton.runtime.jit.JITFunction
-    before = jitted.run
+    before = jitted.run, gpu.capability
 
     def run(self, *args, grid, warmup, **kwargs):
         found.append(_compile(self, args, kwargs, capability))
 
-    jitted.run = run
+    jitted.run, gpu.capability = run, lambda: capability
     try:
         yield found
     finally:
-        jitted.run = before
+        jitted.run, gpu.capability = before
 
 
 def _compile(kernel: Any, args: tuple, kwargs: dict[str, Any], capability: int) -> Compiled:

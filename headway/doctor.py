@@ -137,10 +137,11 @@ def _routing(found: dict[str, Any]) -> str:
 
 def _experts(device: str, dtype: torch.dtype) -> str:
     """The path of narrow experts, and of wide ones where it is another."""
-    narrow, wide = (choose(device, dtype, L, 256) for L in (WIDEST, 2 * WIDEST))
+    widest = WIDEST[dtype]
+    narrow, wide = (choose(device, dtype, L, 256) for L in (widest, 2 * widest))
     if narrow.path == wide.path:
         return f"{narrow.why} (kernels/experts.py)"
-    return f"up to width {WIDEST}: {narrow.why}; wider: {wide.why} (kernels/experts.py)"
+    return f"up to width {widest}: {narrow.why}; wider: {wide.why} (kernels/experts.py)"
 
 
 def _installed(module: str) -> bool:

@@ -29,9 +29,12 @@ from headway.kernels.gpu import TAKEN, gpu
 from headway.kernels.native import native
 from headway.kernels.rows import Rows
 
-WIDEST = 256
-"""L of the fused kernels: the float32 sums of 64 rows fit the registers; half with float32 tokens,
-whose tiles are twice as large."""
+WIDEST = {torch.bfloat16: 512, torch.float32: 128}
+"""L of the fused kernels, by the dtype of x: the float32 sums of 64 rows of 512 take half of the
+registers of a multiprocessor. Tiles of float32 tokens are multiplied in parts and spill above."""
+
+WIDEST_FLOAT8 = 256
+"""L of the forward kernel in e4m3."""
 
 
 def experts_reference(
@@ -113,7 +116,7 @@ def choose(
     if masters != torch.float32:
         return Choice("loop", f"a loop of matmuls: gates or weights are {masters}, not float32")
     if device == gpu().device and dtype in TAKEN:
-        widest = WIDEST if dtype == torch.bfloat16 else WIDEST // 2
+        widest = WIDEST[dtype]
         if L % 16 == 0 and F % 16 == 0 and widest >= L:
             return Choice("fused", f"Triton kernels: {gpu().why}")
         why = f"the Triton kernels take L of 16 to {widest} and F in steps of 16, not {L} and {F}"
@@ -139,6 +142,11 @@ def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
         why = choice.why if device == "cuda" else gpu().why
         why = why if choice.path != "fused" else f"tokens are {dtype}, not bfloat16"
         raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")
+    if L > WIDEST_FLOAT8:
+        raise UsageError(
+            f"precision=float8 takes experts of width L up to {WIDEST_FLOAT8}, not {L}; "
+            f"use bfloat16"
+        )
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         raise UsageError(

@@ -6,6 +6,7 @@ import torch
 from headway.kernels import experts as module
 from headway.kernels import experts_grouped
 from headway.kernels.experts import Choice, choose
+from headway.kernels.gpu import Gpu
 from tests.compare import relative_error
 from tests.kernels.test_experts import ACTIVATIONS, make, reference, run
 
@@ -89,13 +90,15 @@ def test_zero_tokens():
 @pytest.mark.parametrize(
     ("capability", "L", "path"),
     [
-        ((9, 0), 512, "grouped"),
+        ((9, 0), 512, "fused"),
+        ((9, 0), 528, "grouped"),
         ((10, 0), 4096, "grouped"),
-        ((8, 0), 512, "loop"),
+        ((8, 0), 528, "loop"),
         ((9, 0), 500, "loop"),
     ],
 )
 def test_wide_experts_on_a_gpu(monkeypatch, capability, L, path):
+    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     found = choose("cuda", torch.bfloat16, L, 256)
     assert found.path == path and found.why

@@ -62,6 +62,14 @@ def _gpu() -> Gpu:
     return Gpu("cuda", f"compiled by Triton for compute capability {major}.{minor}")
 
 
+def capability() -> int:
+    """90 for compute capability 9.0: of the current device, or 90 where there is none."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def on(x: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the device of `x`, which need not be the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -10,13 +10,13 @@ in both its kernels: one owns rows (dx, d_gate), the other owns weights and walk
 its expert. No atomics, no host sync, nothing of size R×F in memory.
 """
 
-import functools
 from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 
+from headway.kernels import gpu
 from headway.kernels.gpu import on
 from headway.kernels.gpu.blocks import Blocks, blocks
 from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
@@ -31,6 +31,7 @@ BFLOAT16 = {
     64: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
     128: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
     256: (Tiles(128, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
+    512: (Tiles(64, 16, 8, 2, False), Tiles(64, 16, 8, 2, False), Tiles(32, 16, 8, 2)),
 }
 """Padded L → the tiles of `KERNELS`: the largest that put nothing on the stack on Hopper. More rows
 read the weights less often (M FLOP per byte of the cache), more columns read the rows of the
@@ -48,26 +49,45 @@ FLOAT8 = {
 }
 """Of the forward kernel; a product of e4m3 sums over 32 values at least."""
 
-SMALL = {256: (Tiles(32, 16, 8, 1),) * 3}
+AMPERE = {512: (Tiles(64, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2))}
+"""bfloat16 where a block has 163 KiB of shared memory (capability 8.0, 8.7); 227 on Hopper."""
+
+BLACKWELL = {512: (Tiles(64, 16, 8, 2, False), Tiles(64, 32, 8, 1, False), Tiles(32, 32, 8, 2))}
+"""bfloat16 where sums have a memory of their own (capability 10.0 to 11.0)."""
+
+SMALL = {
+    256: (Tiles(32, 16, 8, 1),) * 3,
+    512: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1)),
+}
 """bfloat16 where a block has 99 KiB of shared memory (capability 8.6, 8.9, 12.0)."""
 
 CANDIDATES = tuple(
-    Tiles(rows, cols, warps, stages)
-    for rows in (32, 64, 128)
+    Tiles(rows, cols, warps, stages, hoist)
+    for rows in (16, 32, 64, 128)
     for cols in (16, 32, 64)
     for warps in (4, 8)
     for stages in (1, 2, 3)
+    for hoist in (True, False)
+    if (hoist and rows > 16) or (rows, stages) == (16, 1) or (rows >= 64 and warps == 8)
 )
 """What to try on a GPU, any kernel and shape; `tune` passes over those that do not fit."""
 
 
-def default_tiles(kernel: str, L: int, itemsize: int, small: bool = False) -> Tiles:
-    """Chosen without a GPU, by compiling. `small`: for less than 160 KiB of shared memory."""
+def default_tiles(kernel: str, L: int, itemsize: int, capability: int = 90) -> Tiles:
+    """Chosen without a GPU, by compiling. `capability`: 90 for compute capability 9.0."""
     if kernel == "forward_float8":
         return FLOAT8[max(32, padded(L))]
     if itemsize == 4:
         return FLOAT32
-    table = BFLOAT16 | SMALL if small else BFLOAT16
+    match capability:
+        case 80 | 87:
+            table = BFLOAT16 | AMPERE
+        case 86 | 89 | 120 | 121:
+            table = BFLOAT16 | SMALL
+        case 100 | 103 | 110:
+            table = BFLOAT16 | BLACKWELL
+        case _:
+            table = BFLOAT16
     return table[max(32, padded(L))][KERNELS.index(kernel)]
 
 
@@ -87,18 +107,20 @@ def forward(
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
     if precision == "float8":
-        kernel, cut, least = experts_forward_float8, tile_of("forward_float8", L, G, F, 1), 32
+        cut = tile_of("forward_float8", L, G, F, 1)
+        kernel, sizes = experts_forward_float8, (max(32, cut.cols), max(32, padded(L)))
         w_out_HELF = w_out_HEFL.transpose(2, 3).contiguous()
         weights = (*quantize(w_in_HEGFL.contiguous(), -1), *quantize(w_out_HELF, -1))
     else:
-        kernel, cut, least = experts_forward, tile_of("forward", L, G, F, x.element_size()), 16
+        cut = tile_of("forward", L, G, F, x.element_size())
+        kernel, sizes = experts_forward, (cut.cols, padded(L), cut.hoist)
         weights = (_cast(w_in_HEGFL, x), _cast(w_out_HEFL, x))
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
     y_NKL, scale_NK = _empty_rows(x, N, K)
     with on(x):
         kernel[(table.group_B.numel(),)](
             *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
-            *(cut.rows, max(least, cut.cols), max(least, padded(L))),
+            *(cut.rows, *sizes),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
@@ -132,14 +154,14 @@ def backward(
         table = blocks(counts_HE, slot_R.numel(), cut.rows)
         experts_backward_rows[(table.group_B.numel(),)](
             *(*inputs, *table, d_gate, dx_NKL, scale_NK, *sizes),
-            *(cut.rows, cut.cols, padded(L)),
+            *(cut.rows, cut.cols, padded(L), cut.hoist),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
         cut = tile_of("backward_weights", L, G, F, x.element_size())
         experts_backward_weights[(triton.cdiv(F, cut.cols), H * E)](
             *(*inputs, table.start_G, dw_in, dw_out, *sizes),
-            *(cut.rows, cut.cols, padded(L)),
+            *(cut.rows, cut.cols, padded(L), cut.hoist),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
@@ -148,16 +170,9 @@ def backward(
 
 def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
     """The tiles of a kernel for a shape; no wider than F."""
-    default = default_tiles(kernel, L, itemsize, _is_small())
+    default = default_tiles(kernel, L, itemsize, gpu.capability())
     found = tiles(f"experts_{kernel}", (L, G, F, itemsize), default)
     return replace(found, cols=min(found.cols, padded(F)))
-
-
-@functools.cache
-def _is_small() -> bool:
-    if not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 * 1024
 
 
 def padded(width: int) -> int:

@@ -1,4 +1,5 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 """The backward kernels of narrow experts; both recompute the pre-activations. Equations in
 ../experts.py.
 
@@ -65,6 +66,7 @@ def experts_backward_rows(
     M: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """One block of rows of one expert: d_gate[slot] and, before the sum over slots, dx · scale."""
     b = tl.program_id(0)
@@ -82,7 +84,7 @@ def experts_backward_rows(
     w_out += g.to(tl.int64) * (F * L)
     found = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BL], tl.float32)
-    for f0 in range(0, F, BF):
+    for f0 in tl.range(0, F, BF, disable_licm=not HOIST):
         row_in, live_in = hidden_rows(f0, F, G, BF)
         row_out, live_out = hidden_rows(f0, F, 1, BF)
         w = weight_tile(w_in, row_in, live_in, cols, F, L, BF)
@@ -117,6 +119,7 @@ def experts_backward_weights(
     M: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """One chunk of the hidden width of one expert: its weights' gradients, summed over the expert's
     rows in their order; zeros where it has none."""
@@ -132,7 +135,7 @@ def experts_backward_weights(
     # [BL, …], not […, BL]: Hopper multiplies tiles of 64 rows, and BF is smaller
     acc_in = tl.zeros([BL, G * BF], tl.float32)
     acc_out = tl.zeros([BL, BF], tl.float32)
-    for r0 in range(tl.load(start + g), end, M):
+    for r0 in tl.range(tl.load(start + g), end, M, disable_licm=not HOIST):
         row = r0 + tl.arange(0, M)
         valid = row < end
         slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)

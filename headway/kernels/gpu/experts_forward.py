@@ -1,4 +1,5 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 """The forward kernel of narrow experts, and the sum over slots; equations in ../experts.py.
 
 M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
@@ -109,6 +110,7 @@ def experts_forward(
     M: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """One block of rows of one expert: y·scale = gate · act(x·W_inᵀ)·W_out at the slots."""
     b = tl.program_id(0)
@@ -123,7 +125,7 @@ def experts_forward(
     w_in += g.to(tl.int64) * (G * F * L)
     w_out += g.to(tl.int64) * (F * L)
     acc = tl.zeros([M, BL], tl.float32)
-    for f0 in range(0, F, BF):
+    for f0 in tl.range(0, F, BF, disable_licm=not HOIST):
         row_in, live_in = hidden_rows(f0, F, G, BF)
         row_out, live_out = hidden_rows(f0, F, 1, BF)
         pre = product(x_tile, weight_tile(w_in, row_in, live_in, cols, F, L, BF), live_in, F, BF)

@@ -29,13 +29,13 @@ tables = [empty(*shape, dtype=torch.int32) for shape in ((N * K,), (N, K), (H, E
 inputs = (x, empty(N, K), empty(H, E, G, F, L), empty(H, E, F, L), *tables, activation, False)
 with dry_launches(capability) as found:
     experts.forward(*inputs)
-    if capability >= 90:
+    if capability >= 90 and L <= 256:
         experts.forward(*inputs, "float8")
     experts.backward(x, *inputs[:-2], empty(0, G * F), *inputs[-2:])
 print(json.dumps([dataclasses.asdict(kernel) for kernel in found]))
 """
-SHARED = {80: 163, 90: 227, 100: 227}
-CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+CORES = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
 def check(capability: int, L: int, F: int, activation: str) -> None:
@@ -50,7 +50,7 @@ def check(capability: int, L: int, F: int, activation: str) -> None:
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout.splitlines()[-1])
     multiply = [k for k in kernels if k["name"].startswith("experts")]
-    assert len(multiply) == (4 if capability >= 90 else 3)
+    assert len(multiply) == (4 if capability >= 90 and L <= 256 else 3)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability] * 1024, kernel
         if capability >= 90:
@@ -58,14 +58,19 @@ def check(capability: int, L: int, F: int, activation: str) -> None:
     assert {k["tensor_core"] for k in multiply} == {CORES[capability]}
 
 
-@pytest.mark.parametrize(("capability", "L"), [(90, 64), (90, 256), (100, 128)])
+@pytest.mark.parametrize(
+    ("capability", "L"), [(90, 64), (90, 256), (100, 128), (90, 512), (100, 512)]
+)
 def test_tensor_cores_and_no_spills(capability, L):
     check(capability, L, 256, "swiglu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("L", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("capability", "L"),
+    [(c, L) for c in (80, 90, 100) for L in (32, 64, 96, 128, 256, 384, 512)]
+    + [(89, 256), (89, 512), (120, 512)],
+)
 @pytest.mark.parametrize(
     ("F", "activation"),
     [(128, "swiglu"), (512, "swiglu"), (192, "swiglu"), (256, "gelu"), (256, "relu2")],

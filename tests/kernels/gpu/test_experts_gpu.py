@@ -74,13 +74,30 @@ def test_any_number_of_slots(device, K):
 
 @pytest.mark.parametrize(
     ("L", "F"),
-    [(16, 16), (32, 80), (48, 48), (64, 112), (96, 32), (128, 144), (208, 16), (256, 32)],
+    [
+        (16, 16),
+        (32, 80),
+        (48, 48),
+        (64, 112),
+        (96, 32),
+        (128, 144),
+        (208, 16),
+        (256, 32),
+        (288, 48),
+        (384, 16),
+        (512, 32),
+    ],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_widths_that_no_tile_divides(device, L, F, dtype):
-    if dtype == F32 and L > WIDEST // 2:
+    if WIDEST[dtype] < L:
         pytest.skip("float32 tokens take another path")
     compare(*_case(device, 20, 1, 3, 2, L, F, "swiglu", dtype))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_wide_heads_with_one_input(device, activation):
+    compare(*_case(device, 70, 1, 2, 1, 320, 48, activation, BF16))
 
 
 def test_more_rows_than_a_tile_in_one_expert_and_none_in_others(device):
@@ -175,9 +192,10 @@ def test_two_runs_and_a_checkpoint_give_the_same_bits(device):
             assert torch.equal(a, b)
 
 
-def test_saves_tokens_gates_and_tables_alone(device):
+@pytest.mark.parametrize("L", [32, 512])
+def test_saves_tokens_gates_and_tables_alone(device, L):
     """2·L bytes per sub-token and 12 per slot; the weights are saved as they are."""
-    T, H, E, K, L, F = 30, 2, 4, 3, 32, 64
+    T, H, E, K, F = 30, 2, 4, 3, 64
     inputs, index, _ = draw(device, T, H, E, K, L, F, "swiglu", BF16)
     saved = {}
 
@@ -255,8 +273,10 @@ def test_are_well_formed_custom_operators(device):
 
 def test_the_path_is_chosen_by_width_and_dtype(device):
     kind = device.type
-    assert choose(kind, BF16, 64, 64).path == choose(kind, F32, WIDEST // 2, 16).path == "fused"
-    assert choose(kind, BF16, WIDEST + 16, 64).path != "fused" != choose(kind, F32, WIDEST, 64).path
+    assert choose(kind, BF16, 64, 64).path == "fused"
+    for dtype, widest in WIDEST.items():
+        assert choose(kind, dtype, widest, 16).path == "fused"
+        assert choose(kind, dtype, widest + 16, 16).path != "fused"
     assert choose(kind, BF16, 40, 64).path != "fused" and choose(kind, BF16, 64, 24).path != "fused"
     assert choose(kind, torch.float64, 64, 64).path == "loop"
 
@@ -334,7 +354,9 @@ def test_float8_says_where_it_cannot_run(device):
     with pytest.raises(UsageError, match="tokens are torch.float32"):
         float8(inputs, index, "swiglu")
     with pytest.raises(UsageError, match="needs the fused kernels"):
-        check_float8(device.type, BF16, 2 * WIDEST, 64)
+        check_float8(device.type, BF16, 2 * WIDEST[BF16], 64)
+    with pytest.raises(UsageError, match="up to 256, not 272; use bfloat16"):
+        check_float8(device.type, BF16, 272, 64)
 
 
 def test_float8_needs_hopper(monkeypatch):

@@ -119,8 +119,10 @@ class Cluster:
         return self._all("rates", seconds=0.2, wide=512)[0]
 
     def curves(self) -> list[Curve]:
-        """Plain collectives of several sizes with nothing else to do (`headway.measure`)."""
-        found = self._all("curves", sizes=self.size.collectives, repeats=3)
+        """Plain collectives of several sizes with nothing else to do, and where links have no limit
+        beside matmuls (`headway.measure_links`)."""
+        beside = self.mbit == UNLIMITED
+        found = self._all("curves", sizes=self.size.collectives, repeats=3, beside=beside)
         return [curve(values) for values in found[0]["curves"]]
 
     def _all(self, do: str, **arguments: Any) -> list[dict]:

@@ -220,11 +220,11 @@ class Host:
             "loss": found.nats / found.targets,
         }
 
-    def curves(self, sizes: list[int], repeats: int) -> dict:
+    def curves(self, sizes: list[int], repeats: int, beside: bool) -> dict:
         """Plain collectives and nothing else, among all hosts and among pairs of them."""
-        found = curves(CPU, self.world, False, sizes, repeats)
+        found = curves(CPU, self.world, False, sizes, repeats, beside=beside)
         if self.pair is not None:
-            found += curves(CPU, 2, False, sizes, repeats, self.pair)
+            found += curves(CPU, 2, False, sizes, repeats, self.pair, beside=beside)
         return {"curves": [dataclasses.asdict(curve) for curve in found]}
 
     def _batch(self, step: int, size: Size) -> Batch:

@@ -81,15 +81,19 @@ def _all(
     if ranks > 1:
         sizes = [1 << n for n in ((12, 20, 24, 28) if big else (12, 18, 20, 22, 23))]
         repeats = max(3, min(50, int(50 * seconds)))
-        found = curves(device, ranks, ranks == local, sizes, repeats)
+        inside = ranks == local
+        found = curves(device, ranks, inside, sizes, repeats, beside=inside)
         bandwidth, latency = two_numbers(found[0])
         measured["intra_node" if ranks == local else "inter_node"] = bandwidth
         measured["latency"] = latency
         what = f"{sizes[0]:,} to {sizes[-1]:,} bytes leave each of {ranks} ranks"
         note("all-to-all", bandwidth / 1e9, "GB/s", what)
         note("latency", latency * 1e6, "µs", "per message")
-        ring = found[-1].points[-1]
+        ring = found[2].points[-1]
         note("all-reduce", ring[0] / ring[1] / 1e9, "GB/s", f"{ring[0]:,} bytes leave each rank")
+        if inside:
+            leaving, more = found[3].points[-1]
+            note("beside work", more * 1e6, "µs", f"added by an all-to-all of {leaving:,.0f} bytes")
     return {
         "name": machine["gpu"] if big else f"{machine['cpu']}, {torch.get_num_threads()} threads",
         "based_on": _nearest(machine["gpu"]) if big else "cpu",

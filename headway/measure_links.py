@@ -1,8 +1,10 @@
 """Times of plain collectives, which `headway doctor --measure` keeps for `plan.link`."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,13 @@ from headway.parallel.mesh import Axis
 from headway.parallel.pairwise import all_to_all
 from headway.plan.link import Curve
 
+Points = tuple[tuple[float, float], ...]
+"""(bytes that leave a rank, seconds)."""
+TURNS = 4
+"""Exchanges beside work in one measurement: one after another, as layers have them."""
+LEAST = 5e-3
+"""Seconds of the work beside an exchange, at least."""
+
 
 def curves(
     device: torch.device,
@@ -20,32 +29,58 @@ def curves(
     sizes: Sequence[int],
     repeats: int,
     group: dist.ProcessGroup | None = None,
+    beside: bool = False,
 ) -> list[Curve]:
     """Times of training's collectives, in which about `sizes` bytes leave each rank: an all-to-all,
-    two of half the size at once, an all-reduce. Medians over the repetitions, of the slowest rank;
+    two of half the size at once, an all-reduce, and with `beside` what an all-to-all adds to
+    matmuls that go on beside it and take longer. Medians over the repetitions, of the slowest rank;
     the same on every rank. `ranks` is the size of the group."""
-
     axis = Axis("all", ranks, dist.get_rank(group), group)
 
-    def exchange(at_once: int) -> tuple[tuple[float, float], ...]:
+    def tensors(size: int) -> tuple[Tensor, Tensor]:
+        """To send and to receive."""
+        x = torch.zeros(size // (ranks - 1) * ranks, dtype=torch.uint8, device=device)
+        return x, torch.empty_like(x)
+
+    def exchange(at_once: int) -> Points:
         points = []
         for size in sizes:
-            each = size // at_once // (ranks - 1)
-            a = [
-                torch.zeros(each * ranks, dtype=torch.uint8, device=device) for _ in range(at_once)
-            ]
-            b = [torch.empty_like(x) for x in a]
+            pairs = [tensors(size // at_once) for _ in range(at_once)]
 
-            def run(a: Sequence[Tensor] = a, b: Sequence[Tensor] = b) -> None:
-                posted = [all_to_all(y, x, axis) for y, x in zip(b, a, strict=True)]
+            def run(pairs: Sequence[tuple[Tensor, Tensor]] = pairs) -> None:
+                posted = [all_to_all(y, x, axis) for x, y in pairs]
                 for each in posted:
                     each.wait()
 
             seconds = _together(run, device, repeats, group)
-            points.append((float(each * at_once * (ranks - 1)), seconds))
+            leaving = at_once * (pairs[0][0].numel() // ranks) * (ranks - 1)
+            points.append((float(leaving), seconds))
         return tuple(points)
 
-    def ring() -> tuple[tuple[float, float], ...]:
+    def added(alone: Points) -> Points:
+        """To matmuls that take twice as long as the exchange alone, and some milliseconds."""
+        width = 4096 if device.type == "cuda" else 256
+        a = torch.ones(width, width, dtype=torch.bfloat16, device=device)
+        each = _together(lambda: a @ a, device, repeats, group)
+        points = []
+        for size, (leaving, seconds) in zip(sizes, alone, strict=True):
+            x, y = tensors(size)
+            n = math.ceil(max(2 * seconds, LEAST) / each)
+
+            def run(travels: bool, x: Tensor = x, y: Tensor = y, n: int = n) -> None:
+                for _ in range(TURNS):
+                    posted = all_to_all(y, x, axis) if travels else None
+                    for _ in range(n):
+                        torch.matmul(a, a)
+                    if posted is not None:
+                        posted.wait()
+
+            both = _together(partial(run, True), device, repeats, group)
+            more = both - _together(partial(run, False), device, repeats, group)
+            points.append((leaving, max(more / TURNS, 1e-6)))
+        return tuple(points)
+
+    def ring() -> Points:
         points = []
         for size in sizes:
             x = torch.zeros(size // 8 * ranks // (ranks - 1), device=device)
@@ -53,11 +88,13 @@ def curves(
             points.append((2 * 4 * x.numel() * (ranks - 1) / ranks, seconds))
         return tuple(points)
 
-    return [
-        Curve("all_to_all", ranks, inside, 1, exchange(1)),
+    alone = exchange(1)
+    found = [
+        Curve("all_to_all", ranks, inside, 1, alone),
         Curve("all_to_all", ranks, inside, 2, exchange(2)),
         Curve("all_reduce", ranks, inside, 1, ring()),
     ]
+    return [*found, Curve("beside", ranks, inside, 1, added(alone))] if beside else found
 
 
 def two_numbers(curve: Curve) -> tuple[float, float]:

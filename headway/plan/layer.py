@@ -139,13 +139,11 @@ def stages(
 
 
 def _message(axis: str, way: Link, n_bytes: float, uneven: float) -> Message:
-    busiest = n_bytes * uneven
-    return Message(
-        axis,
-        way.exchange(n_bytes, busiest),
-        way.together(n_bytes, busiest),
-        way.share(n_bytes, busiest),
-    )
+    """Between steps of a computation an exchange takes the processor's time at least, also where
+    nothing is computed beside it."""
+    busiest, work = n_bytes * uneven, way.work(n_bytes)
+    seconds = max(way.exchange(n_bytes, busiest), work)
+    return Message(axis, seconds, way.together(n_bytes, busiest), work / seconds)
 
 
 def _copies(

@@ -4,7 +4,7 @@ An exchange (all-to-all) of n bytes that leave a rank takes n / bandwidth + late
 (all-reduce) n / bandwidth + latency·2·(P−1). Where `headway doctor --measure` has measured
 collectives of several sizes, their times are interpolated instead: small messages pass at another
 rate than large ones (switches and token buckets let bursts through, TCP loses more of a long
-exchange).
+exchange). What an exchange costs the processor beside which it travels is measured on its own.
 """
 
 import itertools
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-Collective = Literal["all_to_all", "all_reduce"]
+Collective = Literal["all_to_all", "all_reduce", "beside"]
+"""`beside`: the time that an all-to-all adds to work that goes on beside it and takes longer."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class Link:
         most = max(n_bytes, busiest)
         return most / self.rates.bandwidth + (self.ranks - 1) * self.rates.latency
 
+    def work(self, n_bytes: float) -> float:
+        """Of the processor, for such an exchange: what was measured within a node, where no link
+        limits it; else all of its time there where the processor moves the bytes, and none where
+        engines do."""
+        alone = Link(self.ranks, True, self.within, self.within, self.curves)
+        curve = alone._curve("beside", 1)
+        if curve is not None:
+            return curve.seconds(n_bytes)
+        return alone.exchange(n_bytes) if self.by_hand else 0.0
+
     def together(self, n_bytes: float, busiest: float = 0.0) -> float:
         """How fast each of two such exchanges goes that are under way at once, over the speed of
         one alone; 0 where nothing was measured: then they take turns."""
@@ -101,13 +112,11 @@ class Link:
             return curve.seconds(n_bytes)
         return n_bytes / self.rates.bandwidth + 2 * (self.ranks - 1) * self.rates.latency
 
-    def share(self, n_bytes: float, busiest: float = 0.0) -> float:
-        """Of the processor's time that an exchange takes while it is under way: all of it within a
-        node, where nothing else limits it; nothing where engines move the bytes."""
-        if not self.by_hand:
-            return 0.0
+    def ring_work(self, n_bytes: float) -> float:
+        """Of the processor, for an all-reduce: all of its time within a node where the processor
+        moves the bytes."""
         alone = Link(self.ranks, True, self.within, self.within, self.curves)
-        return min(alone.exchange(n_bytes) / self.exchange(n_bytes, busiest), 1.0)
+        return alone.ring(n_bytes) if self.by_hand else 0.0
 
     def _measured(self, curve: Curve, n_bytes: float, busiest: float) -> float:
         """Where the load is uneven one link is full, and what crosses it has it for itself."""

@@ -17,7 +17,7 @@ def test_two_numbers():
     assert link.exchange(2e6) == pytest.approx(2.0 + 3e-3)
     assert link.exchange(2e6, 3e6) == pytest.approx(3.0 + 3e-3)
     assert link.ring(2e6) == pytest.approx(2.0 + 6e-3)
-    assert link.together(2e6) == 0.0 and link.share(2e6) == 0.0
+    assert link.together(2e6) == 0.0 and link.work(2e6) == link.ring_work(2e6) == 0.0
 
 
 def test_a_curve_is_straight_between_points_and_beyond():
@@ -48,10 +48,14 @@ def test_two_at_once():
     assert link.together(1e6) == pytest.approx(2 / 3)
 
 
-def test_the_share_of_a_host_that_moves_bytes_itself():
+def test_the_work_of_a_host_that_moves_bytes_itself():
+    """All that it takes where no link limits it, or what was measured beside other work there."""
     link = Link(4, False, RATES, WITHIN, by_hand=True)
-    assert link.share(2e6) == pytest.approx((0.5 + 3e-3) / (2.0 + 3e-3))
-    assert Link(4, True, WITHIN, WITHIN, by_hand=True).share(2e6) == 1.0
+    assert link.work(2e6) == pytest.approx(0.5 + 3e-3)
+    assert link.ring_work(2e6) == pytest.approx(0.5 + 6e-3)
+    curves = [measured(), measured("beside", inside=True, scale=2.0)]
+    for by_hand in (True, False):
+        assert Link(4, False, RATES, WITHIN, curves, by_hand).work(1e6) == pytest.approx(1.0)
 
 
 def test_a_curve_of_a_file():

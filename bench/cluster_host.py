@@ -216,7 +216,7 @@ class Host:
             "cpu": cpu,
             "sent": after[0] - sent,
             "received": after[1] - received,
-            "ledger": mesh.traffic.take(),
+            "ledger": _by_layer(mesh.traffic),
             "loss": found.nats / found.targets,
         }
 
@@ -234,6 +234,17 @@ class Host:
         rows = [(first + i) * n % (len(self.text) - n) for i in range(size.batch)]
         tokens = torch.stack([self.text[at : at + n] for at in rows]).long()
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+
+def _by_layer(traffic: Traffic) -> dict[str, dict[str, float]]:
+    """`{"ep dispatch, layer 0": {"bytes": …, …}, "world norm": …}` of a step: the busiest host of a
+    layer need not be that of another."""
+    found = {}
+    for (axis, purpose, layer), count in traffic.counts.items():
+        name = f"{axis} {purpose}" + ("" if layer is None else f", layer {layer}")
+        found[name] = dict(vars(count))
+    traffic.take()
+    return found
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _sum(ledger: dict[str, dict[str, float]], what: str, axes: tuple[str, ...]) 
 
 
 def busiest_bytes(sample: Sample) -> float:
-    """What the busiest link carries, one exchange after the other.
+    """What the busiest link carries, one exchange of one layer after the other.
 
     A host that gets more rows than others in a dispatch sends as many more back in the combine, so
     in both the link of the fullest host, in one of its directions, is what all wait for.

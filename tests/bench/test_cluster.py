@@ -73,6 +73,14 @@ def test_the_models_are_equally_large_and_k_times_f_is_constant(k):
     assert all(m.moe.n_experts % 4 == 0 for m in (flat, latent, heads))
 
 
+def test_each_layer_has_its_own_busiest_link():
+    """One host is full in the first layer, another in the second: over both they are even."""
+    layers = ("ep_dispatch,_layer_0", "ep_dispatch,_layer_1")
+    full = [(300, 100), (100, 300)]
+    sample = Sample([answer(1, 1, 1, **dict(zip(layers, f, strict=True))) for f in full])
+    assert busiest_bytes(sample) == 600 and imbalance(sample) == 1.5
+
+
 def test_the_busiest_link_of_a_dispatch_is_that_of_its_combine():
     sample = Sample(
         [

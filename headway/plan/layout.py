@@ -140,8 +140,8 @@ def illegal(model: ModelConfig, layout: Layout) -> str:
 
 def auto_chunks(layout: Layout, per_node: int) -> tuple[int, str]:
     """What `mesh.chunks=0` becomes, and why: 2 where sub-tokens follow the router to other nodes.
-    There is work to hide behind then, and two exchanges at once use a link better than one;
-    elsewhere two small ones cost more than they hide (docs/cluster.md)."""
+    Most of a step is travel then. Heads gain on slow links what they lose on fast ones
+    (docs/cluster.md), and within a node two small exchanges cost more than they hide."""
     if layout.ep == 1:
         return 1, "no ep axis"
     if layout.scheme == "all_gather":

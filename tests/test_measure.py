@@ -69,10 +69,11 @@ def test_the_network_under_torchrun(tmp_path):
     machine = read(str(file))
     assert machine.origin_of("intra_node") == "measured" and 1e-7 < machine.latency < 0.1
     kinds = [(c.collective, c.at_once, c.ranks, c.inside) for c in machine.curves]
-    assert kinds == [
-        (w, n, 2, True) for w, n in (("all_to_all", 1), ("all_to_all", 2), ("all_reduce", 1))
-    ]
-    exchange, ring = machine.curves[0], machine.curves[2]
+    names = ("all_to_all", 1), ("all_to_all", 2), ("all_reduce", 1), ("beside", 1)
+    assert kinds == [(w, n, 2, True) for w, n in names]
+    assert done.stdout.count("\nbeside work") == 1
+    exchange, _, ring, beside = machine.curves
+    assert [n for n, _ in beside.points] == [n for n, _ in exchange.points]
     assert two_numbers(exchange) == (machine.intra_node, machine.latency)
     # the same bytes leave a rank in both, up to whole values and rows
     assert [n for n, _ in ring.points] == pytest.approx([n for n, _ in exchange.points], rel=0.01)

@@ -84,7 +84,7 @@ def _all(
         inside = ranks == local
         found = curves(device, ranks, inside, sizes, repeats, beside=inside)
         bandwidth, latency = two_numbers(found[0])
-        measured["intra_node" if ranks == local else "inter_node"] = bandwidth
+        measured["intra_node" if inside else "inter_node"] = bandwidth
         measured["latency"] = latency
         what = f"{sizes[0]:,} to {sizes[-1]:,} bytes leave each of {ranks} ranks"
         note("all-to-all", bandwidth / 1e9, "GB/s", what)

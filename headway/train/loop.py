@@ -218,7 +218,7 @@ def _announce(resolved: Resolved, mesh: Mesh, sizes: Sizes, run_dir: Path, log: 
         log(f"{name} = {sentence}")
     for remark in resolved.remarks:
         log(f"slow: {remark}")
-    if resolved.device.type == "cpu" and hasattr(os, "getloadavg"):  # Windows has none
+    if resolved.device.type == "cpu":
         threads, policy = torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY", "")
         if note := crowded(os.getloadavg()[0], os.cpu_count() or 1, threads, policy):
             log(f"note: {note}")

@@ -13,8 +13,6 @@ if not torch.cuda.is_available():
     # Triton then interprets its kernels; it asks once, when something first imports it
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.command import write_recipe
-
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
@@ -32,6 +30,8 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a text and `tiny.py:tiny`, a recipe that trains on it."""
+    from tests.command import write_recipe  # the command line needs tyro; kernels and layers do not
+
     folder = tmp_path_factory.mktemp("cli")
     write_recipe(folder)
     return folder

@@ -33,6 +33,9 @@ WIDEST = {torch.bfloat16: 512, torch.float32: 128}
 """L of the fused kernels, by the dtype of x: the float32 sums of 64 rows of 512 take half of the
 registers of a multiprocessor. Tiles of float32 tokens are multiplied in parts and spill above."""
 
+MOST_GROUPS = 1023
+"""Groups of one `F.grouped_mm` on a CUDA device; PyTorch refuses more."""
+
 WIDEST_FLOAT8 = 256
 """L of the forward kernel in e4m3."""
 
@@ -84,7 +87,7 @@ def experts(
         gate_NK: `[N, K]` float32 (or float64).
         rows: from `sort_rows`.
         w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast
-        once per call.
+        once per call. On a GPU bfloat16 as well: nothing is cast then.
         recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
         SwiGLU). The fused kernels always do.
         precision: `float8` multiplies in e4m3 in the forward pass of the fused kernels
@@ -107,14 +110,20 @@ class Choice(NamedTuple):
 
 
 def choose(
-    device: str, dtype: torch.dtype, L: int, F: int, masters: torch.dtype = torch.float32
+    device: str,
+    dtype: torch.dtype,
+    L: int,
+    F: int,
+    n_groups: int = 1,
+    masters: torch.dtype = torch.float32,
 ) -> Choice:
     """The path for experts of width L and hidden width F: asks the machine, never the data.
 
-    Args: device: `cuda` or `cpu`; dtype: of x; masters: of gates and weights.
+    Args: device: `cuda` or `cpu`; dtype: of x; n_groups: H·E of this process; masters: of gates and
+    weights, where they are not float32.
     """
-    if masters != torch.float32:
-        return Choice("loop", f"a loop of matmuls: gates or weights are {masters}, not float32")
+    if masters not in TAKEN:
+        return Choice("loop", f"a loop of matmuls: gates or weights are {masters}")
     if device == gpu().device and dtype in TAKEN:
         widest = WIDEST[dtype]
         if L % 16 == 0 and F % 16 == 0 and widest >= L:
@@ -125,13 +134,17 @@ def choose(
     else:
         why = f"no Triton kernels: {gpu().why}"
     if device == "cpu" and native().library is not None:
+        if masters != torch.float32:
+            return Choice("loop", f"a loop of matmuls: the C++ kernels take no {masters} weights")
         if native().takes(torch.empty(0, dtype=dtype)):
             return Choice("cpp", f"C++ kernels: {native().why}")
         return Choice("loop", f"a loop of matmuls: the C++ kernels do not take {dtype} here")
     if device == "cpu":
         return Choice("loop", f"a loop of matmuls: {native().why}")
     if dtype == torch.bfloat16 and L % 8 == 0 and F % 8 == 0 and _has_grouped_matmuls():
-        return Choice("grouped", f"grouped matmuls, sizes stay on the device; {why}")
+        if n_groups <= MOST_GROUPS:
+            return Choice("grouped", f"grouped matmuls, sizes stay on the device; {why}")
+        why = f"{n_groups} experts are more than the {MOST_GROUPS} of a grouped matmul; {why}"
     return Choice("loop", f"a loop of matmuls, sizes are read on the host, slow; {why}")
 
 
@@ -160,9 +173,11 @@ def _has_grouped_matmuls() -> bool:
 
 
 def _choice(x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor) -> Choice:
-    L, Fh = x_NL.shape[1], w_in_HEGFL.shape[3]
+    H, E, _, Fh, L = w_in_HEGFL.shape
     others = {gate_NK.dtype, w_in_HEGFL.dtype, w_out_HEFL.dtype} - {torch.float32}
-    return choose(x_NL.device.type, x_NL.dtype, L, Fh, *sorted(others, key=str)[:1])
+    if len(others - {torch.bfloat16}) == 1:
+        others -= {torch.bfloat16}  # the one that decides
+    return choose(x_NL.device.type, x_NL.dtype, L, Fh, H * E, *sorted(others, key=str)[:1])
 
 
 def _path(*inputs: Tensor) -> ModuleType:

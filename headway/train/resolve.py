@@ -83,7 +83,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     device = _device(run, derived)
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
-    remarks += _experts(model, device, dtype, derived)
+    remarks += _experts(model, mesh, device, dtype, derived)
     if remarks and run.strict:
         raise UsageError(f"run.strict: {remarks[0]}")
     config = dataclasses.replace(config, model=model, data=data, mesh=mesh, run=run)
@@ -144,7 +144,11 @@ def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
 
 
 def _experts(
-    model: ModelConfig, device: torch.device, dtype: torch.dtype, derived: dict[str, str]
+    model: ModelConfig,
+    mesh: MeshConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    derived: dict[str, str],
 ) -> tuple[str, ...]:
     """Which path the experts of this model take on a GPU (on a CPU it is that of all kernels)."""
     moe = model.moe
@@ -154,7 +158,9 @@ def _experts(
         derived["model.moe.precision"] = "float8: e4m3 in forward, bfloat16 in backward"
     if device.type != "cuda" or moe.kind == "dense":
         return ()
-    found = choose("cuda", dtype, width, moe.d_expert)
+    heads = 1 if moe.kind == "moe" else moe.n_heads
+    n_groups = heads * moe.n_experts // (mesh.hp * mesh.ep)
+    found = choose("cuda", dtype, width, moe.d_expert, n_groups)
     derived["experts"] = found.why
     return (f"experts of width {width}: {found.why}",) if found.path == "loop" else ()
 

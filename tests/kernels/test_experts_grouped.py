@@ -103,3 +103,16 @@ def test_wide_experts_on_a_gpu(monkeypatch, capability, L, path):
     found = choose("cuda", torch.bfloat16, L, 256)
     assert found.path == path and found.why
     assert choose("cuda", torch.float64, L, 256).path == "loop"
+    assert choose("cuda", torch.float16, L, 256).path == "loop"
+    assert choose("cuda", torch.bfloat16, L, 256, masters=torch.bfloat16) == found
+
+
+@pytest.mark.parametrize(("n_groups", "path"), [(1023, "grouped"), (1024, "loop")])
+def test_more_groups_than_a_grouped_matmul_takes(monkeypatch, n_groups, path):
+    """`F.grouped_mm` on CUDA refuses 1,024 groups, so a wide layer of 1,024 experts would fail in its first step."""
+    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = choose("cuda", torch.bfloat16, 1024, 256, n_groups)
+    assert found.path == path
+    assert path == "grouped" or "1024 experts are more than the 1023" in found.why
+    assert choose("cuda", torch.bfloat16, 512, 256, n_groups).path == "fused"

@@ -80,18 +80,18 @@ def dot_float8(a, b, SUM: tl.constexpr):
 
 
 @triton.jit
-def dot_exact(a, b0, b1, b2, acc):
-    """acc + a·(b0 + b1 + b2), a in bfloat16; smallest first."""
-    acc = dot(a, b2, acc)
+def dot_exact(a, b0, b1, b2):
+    """a·(b0 + b1 + b2), a in bfloat16; smallest first."""
+    acc = dot(a, b2)
     acc = dot(a, b1, acc)
     return dot(a, b0, acc)
 
 
 @triton.jit
-def dot_split(a, b0, b1, b2, acc):
+def dot_split(a, b0, b1, b2):
     """The same with a in float32."""
     a0, a1, a2 = split(a)
-    acc = dot(a2, b0, acc)
+    acc = dot(a2, b0)
     acc = dot(a1, b1, acc)
     acc = dot(a0, b2, acc)
     acc = dot(a1, b0, acc)

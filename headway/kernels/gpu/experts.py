@@ -145,7 +145,8 @@ def backward(
     w_in, w_out = _cast(w_in_HEGFL, x), _cast(w_out_HEFL, x)
     (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
     inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
-    d_gate = torch.zeros_like(gate)  # of slots without an expert it stays 0
+    # of slots without an expert it stays 0
+    d_gate = torch.zeros_like(gate, dtype=torch.float32)
     dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
     dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
     dx_NKL, scale_NK = _empty_rows(x, N, K)
@@ -159,13 +160,14 @@ def backward(
             num_stages=cut.stages,
         )
         cut = tile_of("backward_weights", L, G, F, x.element_size())
-        experts_backward_weights[(triton.cdiv(F, cut.cols), H * E)](
+        experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
             *(*inputs, table.start_G, dw_in, dw_out, *sizes),
             *(cut.rows, cut.cols, padded(L), cut.hoist),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    return _combine(x, dx_NKL, scale_NK, row_NK, table), d_gate, dw_in, dw_out
+    dx = _combine(x, dx_NKL, scale_NK, row_NK, table)
+    return dx, d_gate.to(gate.dtype), dw_in, dw_out
 
 
 def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:

@@ -39,7 +39,8 @@ def slopes(first, up, ACTIVATION: tl.constexpr):
 def paired(first, second, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
     """The inverse of `unpaired`."""
     if G == 2:
-        return tl.reshape(tl.join(first, second), [M, 2 * BF])
+        both = tl.join(tl.reshape(first, [M, BF // 8, 8]), tl.reshape(second, [M, BF // 8, 8]))
+        return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [M, 2 * BF])
     else:
         return first
 
@@ -82,7 +83,7 @@ def experts_backward_rows(
     gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
     w_in += g.to(tl.int64) * (G * F * L)
     w_out += g.to(tl.int64) * (F * L)
-    found = tl.zeros([M], tl.float32)
+    d_gates = tl.zeros([M, BF], tl.float32)  # summed over its columns once, after the loop
     acc = tl.zeros([M, BL], tl.float32)
     for f0 in tl.range(0, F, BF, disable_licm=not HOIST):
         row_in, live_in = hidden_rows(f0, F, G, BF)
@@ -92,11 +93,11 @@ def experts_backward_rows(
         w_back = weight_tile(w_out, row_out, live_out, cols, F, L, BF)
         z = product(do_tile, w_back, live_out, F, BF)
         hid, d_first, d_up = slopes(first, up, ACTIVATION)
-        found += tl.sum(hid * z, 1)
+        d_gates += hid * z
         z *= gates[:, None]
         d_pre = paired(z * d_first, z * d_up, G, M, BF)
         acc = dot(narrow(d_pre, x_tile.dtype), w, acc)
-    tl.store(d_gate + slot, found, mask=valid)
+    tl.store(d_gate + slot, tl.sum(d_gates, 1), mask=valid)
     put_rows(dx, scale, slot, valid, cols, acc, tl.full([M], 1.0, tl.float32), L)
 
 
@@ -122,9 +123,10 @@ def experts_backward_weights(
     HOIST: tl.constexpr,
 ):
     """One chunk of the hidden width of one expert: its weights' gradients, summed over the expert's
-    rows in their order; zeros where it has none."""
-    g = tl.program_id(1)
-    f0 = tl.program_id(0) * BF
+    rows in their order; zeros where it has none. Chunks of an expert are neighbours: they read the
+    same rows."""
+    g = tl.program_id(0) // tl.cdiv(F, BF)
+    f0 = tl.program_id(0) % tl.cdiv(F, BF) * BF
     row_in, live_in = hidden_rows(f0, F, G, BF)
     row_out, live_out = hidden_rows(f0, F, 1, BF)
     cols = tl.arange(0, BL)
@@ -146,8 +148,12 @@ def experts_backward_weights(
         z = gates * dot(do_tile, w_back.T)
         hid, d_first, d_up = slopes(first, up, ACTIVATION)
         d_pre = paired(z * d_first, z * d_up, G, M, BF)
-        acc_out = dot(do_tile.T, narrow(gates * hid, x_tile.dtype), acc_out)
-        acc_in = dot(x_tile.T, narrow(d_pre, x_tile.dtype), acc_in)
+        if x_tile.dtype == tl.float32:  # a fresh sum per tile: tensor cores add by truncation
+            acc_out += dot(do_tile.T, gates * hid)
+            acc_in += dot(x_tile.T, d_pre)
+        else:
+            acc_out = dot(do_tile.T, narrow(gates * hid, x_tile.dtype), acc_out)
+            acc_in = dot(x_tile.T, narrow(d_pre, x_tile.dtype), acc_in)
     _put_weight(dw_in + at_in, row_in, live_in, cols, acc_in, L)
     _put_weight(dw_out + at_out, row_out, live_out, cols, acc_out, L)
 

@@ -41,12 +41,18 @@ def put_rows(out, scale, slot, valid, cols, values, factor, L: tl.constexpr):
 
 @triton.jit
 def hidden_rows(f0, F: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
-    """Rows of a matrix `[G·F, L]` for BF hidden units from f0 on, and which of them exist. The G
-    rows of a unit stand side by side: a thread that holds one holds the other, and one product
-    computes both."""
+    """Rows of a matrix `[G·F, L]` for BF hidden units from f0 on, and which of them exist. One
+    product computes all G pre-activations of a unit; eight units' first rows stand before their
+    second ones:
+
+        G = 2:  gate 0 … 7, up 0 … 7, gate 8 … 15, up 8 … 15, …
+
+    A thread of a tensor core's accumulator holds the same columns of every eight, so it holds both
+    pre-activations of a unit and nothing changes places between threads.
+    """
     i = tl.arange(0, G * BF)
-    f = f0 + i // G
-    return (i % G) * F + f, f < F
+    f = f0 + i // (8 * G) * 8 + i % 8
+    return (i // 8 % G) * F + f, f < F
 
 
 @triton.jit
@@ -72,7 +78,9 @@ def unpaired(pre, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
     """`[M, G·BF]` as `hidden_rows` orders it → the first and second pre-activations `[M, BF]`, the
     same twice where there is one."""
     if G == 2:
-        first, second = tl.split(tl.reshape(pre, [M, BF, 2]))
+        eights = tl.permute(tl.reshape(pre, [M, BF // 8, 2, 8]), (0, 1, 3, 2))
+        first, second = tl.split(eights)
+        first, second = tl.reshape(first, [M, BF]), tl.reshape(second, [M, BF])
     else:
         first = pre
         second = pre

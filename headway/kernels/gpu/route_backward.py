@@ -157,7 +157,7 @@ def _d_tokens(
             if x.dtype.element_ty == tl.bfloat16:
                 acc = dot_rounded(d, w0, w1, acc)
             else:
-                acc = dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BC), acc)
+                acc += dot_split(d, w0, w1, load_w(parts, 2, h, e, H, E, l0, L, BC))
     column = l0 + tl.arange(0, BC)
     at = dx + t.to(tl.int64)[:, None] * dx_t + tl.program_id(1) * dx_h + column[None, :]
     tl.store(at, narrow(acc, dx.dtype.element_ty), mask=(t < T)[:, None] & (column < L)[None, :])
@@ -187,12 +187,12 @@ def _d_weights(
         d = tl.trans(d)
         if xt.dtype == tl.bfloat16:
             d0, d1, d2 = split(d)
-            acc = dot(d2, xt, acc)
-            acc = dot(d1, xt, acc)
-            acc = dot(d0, xt, acc)
+            found = dot(d2, xt)
+            found = dot(d1, xt, found)
+            acc += dot(d0, xt, found)  # a fresh sum per tile: see `scores`
         else:
             x0, x1, x2 = split(xt)
-            acc = dot_split(d, x0, x1, x2, acc)
+            acc += dot_split(d, x0, x1, x2)
     column = l0 + tl.arange(0, BC)
     at = ((program * H + h).to(tl.int64) * E + e)[:, None] * L + column[None, :]
     tl.store(dw + at, acc, mask=(e < E)[:, None] & (column < L)[None, :])

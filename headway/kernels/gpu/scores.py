@@ -56,7 +56,11 @@ def scores(
     x, parts, t, T, h, e, H, E, L, stride_t, stride_l,
     BL: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block."""
+    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block.
+
+    Tensor cores add to an accumulator by truncation, so its error grows with the length of the
+    chain: every block of columns has an accumulator of its own, and blocks are added in float32.
+    """
     acc = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
     for l0 in range(0, 1 if ONCE else L, BL):
         xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)
@@ -64,9 +68,9 @@ def scores(
         w1 = tl.trans(load_w(parts, 1, h, e, H, E, l0, L, BL))
         w2 = tl.trans(load_w(parts, 2, h, e, H, E, l0, L, BL))
         if xt.dtype == tl.bfloat16:
-            acc = dot_exact(xt, w0, w1, w2, acc)
+            acc += dot_exact(xt, w0, w1, w2)
         else:
-            acc = dot_split(xt, w0, w1, w2, acc)
+            acc += dot_split(xt, w0, w1, w2)
     return acc
 
 

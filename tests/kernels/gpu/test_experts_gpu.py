@@ -192,6 +192,30 @@ def test_two_runs_and_a_checkpoint_give_the_same_bits(device):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_weights_stored_in_bfloat16(device, dtype):
+    """Nothing is cast; the same bits in forward, gradients rounded once to the weights' own dtype."""
+    (x, gate, *weights), index, d_out = draw(device, 40, 2, 4, 2, 48, 32, "swiglu", dtype)
+    weights = [w.detach().bfloat16().float().requires_grad_() for w in weights]
+    wide = run((x, gate, *weights), index, "swiglu", d_out)
+    narrow = [w.detach().bfloat16().requires_grad_() for w in weights]
+    out, grads = run((x, gate, *narrow), index, "swiglu", d_out)
+    assert torch.equal(out, wide[0])
+    assert [g.dtype for g in grads] == [dtype, F32, BF16, BF16]
+    for got, want in zip(grads, wide[1], strict=True):
+        assert torch.equal(got, want.to(got.dtype))
+
+
+def test_gates_in_bfloat16(device):
+    (x, gate, *weights), index, d_out = draw(device, 20, 1, 4, 2, 32, 16, "gelu", BF16)
+    rounded = gate.detach().bfloat16()
+    want = run((x, rounded.float().requires_grad_(), *weights), index, "gelu", d_out)
+    out, grads = run((x, rounded.requires_grad_(), *weights), index, "gelu", d_out)
+    assert torch.equal(out, want[0])
+    for got, w in zip(grads, want[1], strict=True):
+        assert torch.equal(got, w.to(got.dtype))
+
+
 @pytest.mark.parametrize("L", [32, 512])
 def test_saves_tokens_gates_and_tables_alone(device, L):
     """2·L bytes per sub-token and 12 per slot; the weights are saved as they are."""

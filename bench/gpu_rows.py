@@ -1,9 +1,9 @@
-"""The cases of bench/gpu_layer.py and one row of numbers for each."""
+"""The shapes of bench/gpu_day.py and one row of numbers for each."""
 
-import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from bench import gpu_measure
 from headway.kernels.activation import n_inputs
 from headway.kernels.experts import experts
-from headway.kernels.gpu.tune import Tiles, tune
 from headway.kernels.route import route
 from headway.kernels.rows import sort_rows
 from headway.model.moe import MultiHeadLatentMoE
+
+if TYPE_CHECKING:
+    from bench.gpu_stages import Record
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,39 @@ def expert_calls(s: Shape, index_THK: Tensor) -> dict[str, Callable[..., Tensor]
     return {name: bind(function) for name, function in found.items()}
 
 
-def expert_row(part: str, s: Shape, device: torch.device, repeats: int, peak: float) -> dict:
-    """Time, rate, memory and error of one shape; `peak` is the matmul ceiling in TFLOP/s."""
-    made, index_THK, d_out = inputs(s, device)
+def alive(calls: dict[str, Callable[[], object]], row: dict) -> dict[str, Callable[[], object]]:
+    """Those that run; why the others do not goes into the row. Ours must run."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = call
+        except Exception as error:
+            if name == "headway":
+                raise
+            row.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:200]
+    return found
+
+
+def expert_row(part: str, s: Shape, record: "Record") -> dict:
+    """Time, rate, memory of one shape."""
+    made, index_THK, d_out = inputs(s, record.device)
+    row: dict = {"part": part, "shape": str(s), **asdict(s)}
     calls = expert_calls(s, index_THK)
     runs = {n: gpu_measure.forward_backward(c, made, d_out) for n, c in calls.items()}
-    found = gpu_measure.times(runs, repeats)
+    runs = alive(runs, row)
+    found = gpu_measure.times(runs, record.repeats)
     median = {name: statistics.median(ms) for name, ms in found.items()}
-    weights = made[2:]
-    row = {"part": part, "shape": str(s), **asdict(s), "ms": median, "raw_ms": found}
+    row |= {"ms": median, "raw_ms": found}
     row["tflops"] = {name: s.flop() / ms / 1e9 for name, ms in median.items()}
-    row["share_of_matmul"] = row["tflops"]["headway"] / peak
-    row["kept_bytes"] = {n: gpu_measure.kept_bytes(c, made, weights) for n, c in calls.items()}
+    weights = made[2:]
+    row["kept_bytes"] = {"headway": gpu_measure.kept_bytes(calls["headway"], made, weights)}
     row["peak_mib"] = {name: gpu_measure.peak_mib(call) for name, call in runs.items()}
-    row["error"] = expert_errors(replace(s, T=512), device)
     return row
 
 
-def expert_errors(s: Shape, device: torch.device) -> dict[str, dict[str, float]]:
-    """Of output and worst gradient, by name."""
+def expert_errors(s: Shape, device: torch.device) -> dict[str, dict]:
+    """Of output and worst gradient, by name; or why a rival has none."""
     from bench.gpu_rivals import loop
 
     made, index_THK, d_out = inputs(s, device)
@@ -141,22 +157,14 @@ def expert_errors(s: Shape, device: torch.device) -> dict[str, dict[str, float]]
     calls = {n: c for n, c in expert_calls(s, index_THK).items() if "compiled" not in n}
     if device.type == "cpu":  # the others have no backward, or no bfloat16, without a GPU
         calls = {n: calls[n] for n in ("headway", "grouped_mm", "dense loop")}
-    return {n: gpu_measure.errors(c, truth, made, d_out) for n, c in calls.items()}
-
-
-def tune_experts(s: Shape, device: torch.device) -> dict[str, Tiles]:
-    """The fastest tiles of each kernel of the experts for one width, kept on this machine."""
-    from headway.kernels.gpu.experts import CANDIDATES, KERNELS
-
-    made, index_THK, d_out = inputs(s, device)
-    call = expert_calls(s, index_THK)["headway"]
-    found = {}
-    for kernel in KERNELS:
-        run = gpu_measure.forward_backward(call, made, d_out)
-        if kernel == "forward":
-            run = functools.partial(call, *made)
-        shape = (s.L, n_inputs(s.activation), s.F, made[0].element_size())
-        found[kernel] = tune(f"experts_{kernel}", shape, CANDIDATES, run)
+    found: dict[str, dict] = {}
+    for name, call in calls.items():
+        try:
+            found[name] = gpu_measure.errors(call, truth, made, d_out)
+        except Exception as error:
+            if name == "headway":
+                raise
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
     return found
 
 
@@ -175,32 +183,26 @@ def router_inputs(s: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return x, w, torch.randn(s.T, s.H, s.K, generator=g, device=device)
 
 
-def tune_router(s: Shape, device: torch.device) -> dict[str, Tiles]:
-    """The fastest tiles of each kernel of the router, kept on this machine: whole passes, with
-    gradients of the gates and of what the balance loss reads."""
-    from headway.kernels.gpu.scores import KERNELS, candidates, fitting
-
+def router_pass(s: Shape, device: torch.device) -> Callable[[], object]:
+    """Forward and backward of our router with gradients of the gates and of what the balance loss
+    reads."""
     x, w, d_gate = router_inputs(s, device)
     bias, d_prob = torch.zeros_like(w[..., 0]), torch.ones_like(w[..., 0])
 
-    def run() -> None:
+    def run() -> object:
         routed = route(x, w, bias, None, s.K, "topk_softmax", False, 1.0)
-        torch.autograd.grad((routed.gate_THK, routed.prob_HE), (x, w), (d_gate, d_prob))
+        return torch.autograd.grad((routed.gate_THK, routed.prob_HE), (x, w), (d_gate, d_prob))
 
-    found = {}
-    for kernel in KERNELS:
-        if kernel == "route_columns" and fitting("route", x, w).cols >= s.E:
-            continue  # not launched
-        found[kernel] = tune(kernel, (s.L, s.E, x.element_size()), candidates(s.E), run)
-    return found
+    return run
 
 
-def router_row(s: Shape, device: torch.device, repeats: int) -> dict:
-    """Forward with the gradient of the gates; the rival without tensor cores has no backward, so a
-    second set of times is forward alone."""
+def router_row(s: Shape, record: "Record") -> dict:
+    """Forward with the gradient of the gates (`ms`), with that of the balance loss too
+    (`balance_ms`), and forward alone, since the rival without tensor cores has no backward."""
     from bench.gpu_rival_routers import route_ieee, route_naive
 
-    x, w, d_gate = router_inputs(s, device)
+    x, w, d_gate = router_inputs(s, record.device)
+    row: dict = {"part": "router", "shape": str(s), **asdict(s)}
 
     def both(function):
         return lambda: torch.autograd.grad(function(x, w, s.K)[1], (x, w), d_gate)
@@ -208,20 +210,24 @@ def router_row(s: Shape, device: torch.device, repeats: int) -> dict:
     def forward(function):
         return lambda: function(x.detach(), w.detach(), s.K)
 
-    pair = {"headway": both(route_ours), "naive": both(route_naive)}
-    found = gpu_measure.times(pair, repeats)
-    alone = {n: forward(f) for n, f in (("headway", route_ours), ("IEEE top-k", route_ieee))}
-    found_alone = gpu_measure.times(alone, repeats)
-    return {
-        "part": "router",
-        "shape": str(s),
-        **asdict(s),
-        "ms": {name: statistics.median(ms) for name, ms in found.items()},
-        "raw_ms": found,
-        "forward_ms": {name: statistics.median(ms) for name, ms in found_alone.items()},
-        "raw_forward_ms": found_alone,
-        "same_choice": _agreement(x, w, s.K),
+    def naive_balanced() -> object:
+        score_HTE = torch.bmm(x.float().transpose(0, 1), w.transpose(1, 2))
+        top = score_HTE.topk(s.K, dim=-1)
+        gate = torch.softmax(top.values, -1).transpose(0, 1)
+        prob_HE = torch.softmax(score_HTE, -1).mean(1)
+        return torch.autograd.grad((gate, prob_HE), (x, w), (d_gate, torch.ones_like(prob_HE)))
+
+    sets = {
+        "ms": {"headway": both(route_ours), "naive": both(route_naive)},
+        "balance_ms": {"headway": router_pass(s, record.device), "naive": naive_balanced},
+        "forward_ms": {"headway": forward(route_ours), "IEEE top-k": forward(route_ieee)},
     }
+    for name, calls in sets.items():
+        found = gpu_measure.times(alive(calls, row), record.repeats)
+        row[name] = {n: statistics.median(ms) for n, ms in found.items()}
+        row[f"raw_{name}"] = found
+    row["same_choice"] = _agreement(x, w, s.K)
+    return row
 
 
 def _agreement(x: Tensor, w: Tensor, k: int) -> float:
@@ -231,14 +237,14 @@ def _agreement(x: Tensor, w: Tensor, k: int) -> float:
     return float((route_ours(x, w, k)[0] == score.topk(k, dim=-1).indices).double().mean())
 
 
-def layer_row(s: Shape, device: torch.device, repeats: int) -> dict:
+def layer_row(s: Shape, record: "Record") -> dict:
     """A whole Multi-Head LatentMoE of width H·L with ours, and with the naive router and each
     rival's experts."""
     from bench.gpu_rival_routers import route_naive
     from bench.gpu_rivals import rivals
 
     torch.manual_seed(0)
-    D = s.H * s.L
+    D, device = s.H * s.L, record.device
     layer = MultiHeadLatentMoE(
         D,
         s.H,
@@ -263,13 +269,29 @@ def layer_row(s: Shape, device: torch.device, repeats: int) -> dict:
 
     calls = {"headway": lambda: layer(x)[0]}
     calls |= {n: with_rival(f) for n, f in rivals(s.activation, s.H * s.E, s.F).items()}
+    row: dict = {"part": "layer", "shape": str(s), **asdict(s)}
     runs = {n: lambda c=c: torch.autograd.grad(c(), wanted, d_out) for n, c in calls.items()}
-    found = gpu_measure.times(runs, repeats)
-    return {
-        "part": "layer",
-        "shape": str(s),
-        **asdict(s),
-        "ms": {name: statistics.median(ms) for name, ms in found.items()},
-        "raw_ms": found,
-        "peak_mib": {name: gpu_measure.peak_mib(call) for name, call in runs.items()},
-    }
+    runs = alive(runs, row)
+    found = gpu_measure.times(runs, record.repeats)
+    row["ms"] = {name: statistics.median(ms) for name, ms in found.items()}
+    row["raw_ms"] = found
+    row["peak_mib"] = {name: gpu_measure.peak_mib(call) for name, call in runs.items()}
+    return row
+
+
+def line(row: dict) -> str:
+    """One row for people: milliseconds by name, the fastest first, and what else is known."""
+    cells = [f"{row['part']:<8}{row['shape']:<34}"]
+    cells += [f"{n} {ms:.2f}" for n, ms in sorted(row["ms"].items(), key=lambda item: item[1])]
+    if "tflops" in row:
+        cells += [f"{row['tflops']['headway']:.0f} TFLOP/s"]
+        cells += [f"keeps {row['kept_bytes']['headway'] / 2**20:.0f} MiB"]
+    for name in ("balance_ms", "forward_ms"):
+        if name in row:
+            cells += [f"{name}: " + ", ".join(f"{n} {ms:.2f}" for n, ms in row[name].items())]
+    if "same_choice" in row:
+        cells += [f"chooses as float64 {row['same_choice']:.3%}"]
+    if row.get("peak_mib", {}).get("headway") is not None:
+        cells += ["peak MiB " + ", ".join(f"{n} {m:.0f}" for n, m in row["peak_mib"].items())]
+    cells += [f"{n} FAILED {why[:80]}" for n, why in row.get("failed", {}).items()]
+    return "  ".join(cells)

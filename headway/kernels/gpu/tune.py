@@ -1,16 +1,18 @@
 """Tile sizes: a default for every shape, or what was measured on this GPU and kept on disk.
 
 A run never measures by itself: the first step of a job, a captured graph and N ranks would all
-choose differently. `bench/gpu_layer.py --tune` measures, and every later process on a GPU of that
-name reads the file once.
+choose differently. `bench/gpu_day.py --stages tiles` measures, `bench/gpu_tiles.py --keep` keeps
+the fastest, and every later process on a GPU of that name, with that version of Triton, reads the
+file once.
 """
 
 import functools
 import json
 import os
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -34,64 +36,28 @@ class Tiles:
 
 def tiles(kernel: str, shape: Sequence[int | str], default: Tiles) -> Tiles:
     """The tiles measured for this kernel, shape and GPU, or the default."""
-    return _measured(_device()).get(_key(kernel, shape), default)
+    known = measured()
+    return known.get(key(kernel, shape), default) if known else default
 
 
-def tune(
-    kernel: str,
-    shape: Sequence[int | str],
-    candidates: Sequence[Tiles],
-    run: Callable[[], object],
-    repeats: int = 10,
-) -> Tiles:
-    """Times `run`, which launches the kernel, with every candidate; keeps the fastest on disk and
-    returns it.
-
-    A candidate that does not fit the GPU (shared memory, registers) is passed over. Raises:
-    RuntimeError where none fits.
-    """
-    known, key, times = _measured(_device()), _key(kernel, shape), {}
-    before = known.get(key)
-    try:
-        for candidate in candidates:
-            known[key] = candidate  # `tiles` finds it, the disk does not
-            try:
-                run()
-            except Exception as error:
-                if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
-                    raise
-                continue
-            times[candidate] = statistics.median(_time(run, repeats))
-    finally:
-        known.pop(key)
-        if before is not None:
-            known[key] = before
-    if not times:
-        raise RuntimeError(f"no tiles of {kernel} fit this GPU for {key}")
-    best = min(times, key=times.__getitem__)
-    _keep(key, best)
-    return best
+def measured() -> dict[str, Tiles]:
+    """What was kept for the current device: key → tiles. A bench may put candidates into it."""
+    return _measured(_device(torch.cuda.current_device() if torch.cuda.is_available() else -1))
 
 
-def _time(run: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each repetition."""
-    pairs = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        pairs.append((begin, end))
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in pairs]
+def key(kernel: str, shape: Sequence[int | str]) -> str:
+    """Of one kernel at one shape: what `tiles` looks up."""
+    return " ".join([kernel, *map(str, shape)])
 
 
-def _keep(key: str, best: Tiles) -> None:
+def keep(key: str, best: Tiles) -> None:
     """Adds one choice to the file of this GPU, whole or not at all."""
-    path = _path(_device())
+    device = _device(torch.cuda.current_device() if torch.cuda.is_available() else -1)
+    path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = _measured(_device()) | {key: best}
-    text = json.dumps({k: asdict(v) for k, v in sorted(known.items())}, indent=1)
+    known = _measured(device) | {key: best}
+    choices = {k: asdict(v) for k, v in sorted(known.items())}
+    text = json.dumps({"triton": version("triton"), "tiles": choices}, indent=1)
     made = path.with_suffix(f".{os.getpid()}")
     made.write_text(text)
     made.replace(path)
@@ -100,14 +66,25 @@ def _keep(key: str, best: Tiles) -> None:
 
 @functools.cache
 def _measured(device: str) -> dict[str, Tiles]:
+    """The file of a device; none of it where another Triton measured, whose compiler may need more
+    registers or shared memory, or where it cannot be read."""
     path = _path(device)
     if not path.is_file():
         return {}
-    return {key: Tiles(**value) for key, value in json.loads(path.read_text()).items()}
+    try:
+        found = json.loads(path.read_text())
+        if found["triton"] != version("triton"):
+            return _ignore(path, f"measured with Triton {found['triton']}")
+        names = {f.name for f in fields(Tiles)}
+        assert all(names == set(value) for value in found["tiles"].values())
+        return {key: Tiles(**value) for key, value in found["tiles"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return _ignore(path, "not a file of tiles")
 
 
-def _key(kernel: str, shape: Sequence[int | str]) -> str:
-    return " ".join([kernel, *map(str, shape)])
+def _ignore(path: Path, why: str) -> dict[str, Tiles]:
+    print(f"headway: {path} is ignored, {why}; default tiles are used", file=sys.stderr)
+    return {}
 
 
 def _path(device: str) -> Path:
@@ -115,8 +92,9 @@ def _path(device: str) -> Path:
     return root / "tiles" / f"{device}.json"
 
 
-def _device() -> str:
-    """The GPU's name as a file name; `cpu` under the interpreter."""
-    if not torch.cuda.is_available():
+@functools.cache
+def _device(index: int) -> str:
+    """The GPU's name as a file name; `cpu` for −1, under the interpreter."""
+    if index < 0:
         return "cpu"
-    return "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name())
+    return "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(index))

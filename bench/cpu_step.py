@@ -88,30 +88,42 @@ def headway_step(config: Config) -> Step:
     return step
 
 
-def peer_step(model: ModelConfig, implementation: str, dtype: torch.dtype) -> Step:
-    """Build OLMoE of the same shape; the step returns the seconds of its phases."""
+def build_peer(
+    model: ModelConfig,
+    implementation: str,
+    dtype: torch.dtype,
+    length: int = 256,
+    balance: bool = False,
+) -> torch.nn.Module:
+    """OLMoE of Transformers in the same shape, on torch's default device; with `balance` its loss
+    has the balance loss added. `implementation` names its experts'.
+    """
     try:
-        from transformers import OlmoeConfig, OlmoeForCausalLM
+        from transformers import AutoModelForCausalLM, OlmoeConfig
     except ImportError:
-        raise UsageError(
-            "cpu_step compares with transformers; pip install 'transformers>=5'"
-        ) from None
-    torch.manual_seed(0)
+        raise UsageError("this compares with transformers; pip install 'transformers>=5'") from None
     config = OlmoeConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=model.moe.d_expert,
         num_hidden_layers=model.n_layers,
         num_attention_heads=model.n_heads,
-        num_key_value_heads=model.n_heads,
+        num_key_value_heads=model.n_kv_heads or model.n_heads,
         num_experts=model.moe.n_experts,
         num_experts_per_tok=model.moe.top_k,
-        max_position_embeddings=256,
+        max_position_embeddings=length,
         attn_implementation="sdpa",
         experts_implementation=implementation,
-        output_router_logits=False,
+        output_router_logits=balance,
+        use_cache=False,
     )
-    peer = OlmoeForCausalLM(config).to(dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def peer_step(model: ModelConfig, implementation: str, dtype: torch.dtype) -> Step:
+    """Build OLMoE of the same shape; the step returns the seconds of its phases."""
+    torch.manual_seed(0)
+    peer = build_peer(model, implementation, dtype)
     optimizer = torch.optim.AdamW(
         peer.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )

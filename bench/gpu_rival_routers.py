@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headway.kernels.gpu import on
+
 
 def route_naive(x_THL: Tensor, w_HEL: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores `[T, H, E]` in float32, `torch.topk`, softmax over the chosen."""
@@ -58,14 +60,27 @@ def _ieee_topk(
     tl.store(index + slot, (best & 0xFFFFFFFF).to(tl.int64), mask=inside)
 
 
+def _launch(L: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, warps and stages that need no stack on Hopper."""
+    return (64, 32, 4, 3) if L <= 64 else (32, 64, 8, 3) if L <= 128 else (32, 32, 8, 1)
+
+
 def route_ieee(x_THL: Tensor, w_HEL: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The fused top-k of arXiv 2602.04870: no `[T, H, E]` in memory, no tensor cores; forward."""
+    """The fused top-k of arXiv 2602.04870: no `[T, H, E]` in memory, no tensor cores; forward.
+
+    Errors: ValueError for widths and k that the published kernel does not take.
+    """
     (T, H, L), E = x_THL.shape, w_HEL.shape[1]
-    assert k & (k - 1) == 0, "k is a power of two there"
+    if L > 256:
+        raise ValueError(f"the IEEE top-k is published for widths up to 256, not {L}")
+    if L & (L - 1) or k & (k - 1):
+        raise ValueError(f"widths and k are powers of two there, not {L} and {k}")
     value = torch.empty(T, H, k, dtype=torch.float32, device=x_THL.device)
     index = torch.empty(T, H, k, dtype=torch.int64, device=x_THL.device)
-    rows, cols = (64, 32) if L <= 64 else (64, 64) if L <= 128 else (32, 64)
+    rows, cols, warps, stages = _launch(L)
     grid = (triton.cdiv(T, rows), H)
     args = (x_THL, w_HEL, value, index, T, H, E)
-    _ieee_topk[grid](*args, BT=rows, BE=max(cols, k), L=L, K=k, num_warps=8 if L > 64 else 4)
+    cols = max(cols, k)
+    with on(x_THL):
+        _ieee_topk[grid](*args, BT=rows, BE=cols, L=L, K=k, num_warps=warps, num_stages=stages)
     return index, torch.softmax(value, -1)

@@ -11,8 +11,10 @@ for the stage `tests` pytest and hypothesis (with pytest-xdist they share the co
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,13 +33,21 @@ def run_stage(name: str, folder: Path, dry: bool, seconds: float) -> dict:
     command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
     command += ["--out", str(folder), "--child", name, *(["--dry"] if dry else [])]
     with (folder / f"{name}.log").open("w") as log:
+        # a process group of its own, so that nothing of a stage that hangs disturbs the next one
+        child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
-            error = f"exit code {done.returncode}" if done.returncode else ""
+            code = child.wait(seconds)
+            error = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
             error = f"stopped after {seconds:.0f} s"
+        except KeyboardInterrupt:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     document = gpu_stages.load(folder, name)
     if error:
         document["error"] = error

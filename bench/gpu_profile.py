@@ -1,6 +1,6 @@
 """Where the time of a sparse layer goes on a GPU, kernel by kernel.
 
-    python bench/gpu_profile.py      one small step, for compute-sanitizer
+python bench/gpu_profile.py      one small step, for compute-sanitizer
 """
 
 import os

@@ -72,7 +72,7 @@ def tests(record: Record) -> None:
     report = record.folder / "tests.xml"
     where = ["tests/kernels/gpu/test_blocks.py"] if record.dry else ["tests/kernels/gpu"]
     marker = "not gpu and not slow" if record.dry else "gpu"
-    options = ["-q", "-m", marker, f"--junitxml={report}", "--tb=short", "-p", "no:cacheprovider"]
+    options = ["-v", "-m", marker, f"--junitxml={report}", "--tb=short", "-p", "no:cacheprovider"]
     if not record.dry and _has("xdist"):
         options += ["-n", "12"]
     command = [sys.executable, "-m", "pytest", *options, *where]
@@ -162,8 +162,10 @@ def step(record: Record) -> None:
     """A whole training step beside Transformers' of the same size: tokens/s, MFU, memory."""
     from bench import gpu_step
 
-    for name, build in gpu_step.rivals(record.dry).items():
-        record.attempt(name, lambda n=name, b=build: gpu_step.row(n, b, record))
+    peak = load(record.folder, "machine")["rows"]
+    peak = peak[0]["matmul_tflops"] if peak else gpu_measure.matmul_tflops(record.device)
+    for name, (model, build) in gpu_step.rivals(record).items():
+        record.attempt(name, lambda m=model, b=build: gpu_step.row(m, b, record, peak))
 
 
 def sanitizer(record: Record) -> None:
@@ -259,7 +261,11 @@ def lines(name: str, rows: list[dict]) -> Iterator[str]:
         elif "ms" in row:
             yield gpu_rows.line(row)
         else:
-            yield row["what"] + ": " + ", ".join(f"{k} {_short(v)}" for k, v in row.items())
+            yield (
+                row["what"]
+                + ": "
+                + ", ".join(f"{k} {_short(v)}" for k, v in row.items() if not isinstance(v, list))
+            )
 
 
 def _short(value: object) -> str:
@@ -282,7 +288,7 @@ def targets(rows: list[dict]) -> list[dict]:
     memory = [
         r["peak_mib"]["headway"] / r["peak_mib"]["grouped_mm"]
         for r in rows
-        if r.get("part") == "layer" and "grouped_mm" in r.get("peak_mib", {})
+        if r.get("part") == "layer" and r.get("peak_mib", {}).get("grouped_mm")
     ]
     own = [r for r in rows if r["stage"] == "check" and r.get("rival") == "headway"]
     goals = [

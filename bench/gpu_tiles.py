@@ -226,7 +226,9 @@ def line(row: dict) -> str:
         for r in timed[:5]
     ]
     left = len(row["tried"]) - len(timed)
-    return f"{row['what']}: default {row['default_ms']:.3f} ms; " + ", ".join(cells) + f"; {left} out"
+    return (
+        f"{row['what']}: default {row['default_ms']:.3f} ms; " + ", ".join(cells) + f"; {left} out"
+    )
 
 
 def keep(folder: Path) -> None:

@@ -112,11 +112,32 @@ def expert_calls(s: Shape, index_THK: Tensor) -> dict[str, Callable[..., Tensor]
     return {name: bind(function) for name, function in found.items()}
 
 
+def able(runs: dict[str, Callable[[], object]]) -> tuple[dict, dict[str, str]]:
+    """Those runs that work here, and the first line of the error of each other one: a rival may not
+    take a shape, may not compile or may need more memory than there is. Ours must work."""
+    found, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found[name] = run
+        except Exception as why:
+            if name == "headway":
+                raise
+            failed[name] = f"{type(why).__name__}: {(str(why).strip().splitlines() or [''])[0]}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # outside of the handler, which holds the failed call's tensors
+    return found, failed
+
+
 def expert_row(part: str, s: Shape, device: torch.device, repeats: int, peak: float) -> dict:
     """Time, rate, memory and error of one shape; `peak` is the matmul ceiling in TFLOP/s."""
     made, index_THK, d_out = inputs(s, device)
     calls = expert_calls(s, index_THK)
     runs = {n: gpu_measure.forward_backward(c, made, d_out) for n, c in calls.items()}
+    runs, failed = able(runs)
+    calls = {n: calls[n] for n in runs}
     found = gpu_measure.times(runs, repeats)
     median = {name: statistics.median(ms) for name, ms in found.items()}
     weights = made[2:]
@@ -126,6 +147,7 @@ def expert_row(part: str, s: Shape, device: torch.device, repeats: int, peak: fl
     row["kept_bytes"] = {n: gpu_measure.kept_bytes(c, made, weights) for n, c in calls.items()}
     row["peak_mib"] = {name: gpu_measure.peak_mib(call) for name, call in runs.items()}
     row["error"] = expert_errors(replace(s, T=512), device)
+    row["failed"] = failed
     return row
 
 
@@ -140,8 +162,14 @@ def expert_errors(s: Shape, device: torch.device) -> dict[str, dict[str, float]]
 
     calls = {n: c for n, c in expert_calls(s, index_THK).items() if "compiled" not in n}
     if device.type == "cpu":  # the others have no backward, or no bfloat16, without a GPU
-        calls = {n: calls[n] for n in ("headway", "grouped_mm", "dense loop")}
-    return {n: gpu_measure.errors(c, truth, made, d_out) for n, c in calls.items()}
+        calls = {n: calls[n] for n in ("headway", "grouped_mm", "dense loop", "ScatterMoE")}
+    found = {}
+    measured = {
+        n: functools.partial(gpu_measure.errors, c, truth, made, d_out) for n, c in calls.items()
+    }
+    for name, measure in measured.items():
+        able({name: lambda n=name, m=measure: found.update({n: m()})})
+    return found
 
 
 def tune_experts(s: Shape, device: torch.device) -> dict[str, Tiles]:
@@ -211,6 +239,7 @@ def router_row(s: Shape, device: torch.device, repeats: int) -> dict:
     pair = {"headway": both(route_ours), "naive": both(route_naive)}
     found = gpu_measure.times(pair, repeats)
     alone = {n: forward(f) for n, f in (("headway", route_ours), ("IEEE top-k", route_ieee))}
+    alone, failed = able(alone)
     found_alone = gpu_measure.times(alone, repeats)
     return {
         "part": "router",
@@ -221,6 +250,7 @@ def router_row(s: Shape, device: torch.device, repeats: int) -> dict:
         "forward_ms": {name: statistics.median(ms) for name, ms in found_alone.items()},
         "raw_forward_ms": found_alone,
         "same_choice": _agreement(x, w, s.K),
+        "failed": failed,
     }
 
 
@@ -264,6 +294,7 @@ def layer_row(s: Shape, device: torch.device, repeats: int) -> dict:
     calls = {"headway": lambda: layer(x)[0]}
     calls |= {n: with_rival(f) for n, f in rivals(s.activation, s.H * s.E, s.F).items()}
     runs = {n: lambda c=c: torch.autograd.grad(c(), wanted, d_out) for n, c in calls.items()}
+    runs, failed = able(runs)
     found = gpu_measure.times(runs, repeats)
     return {
         "part": "layer",
@@ -272,4 +303,5 @@ def layer_row(s: Shape, device: torch.device, repeats: int) -> dict:
         "ms": {name: statistics.median(ms) for name, ms in found.items()},
         "raw_ms": found,
         "peak_mib": {name: gpu_measure.peak_mib(call) for name, call in runs.items()},
+        "failed": failed,
     }

@@ -4,6 +4,7 @@ import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,23 +113,37 @@ def expert_calls(s: Shape, index_THK: Tensor) -> dict[str, Callable[..., Tensor]
     return {name: bind(function) for name, function in found.items()}
 
 
-def able(runs: dict[str, Callable[[], object]]) -> tuple[dict, dict[str, str]]:
-    """Those runs that work here, and the first line of the error of each other one: a rival may not
-    take a shape, may not compile or may need more memory than there is. Ours must work."""
-    found, failed = {}, {}
-    for name, run in runs.items():
+def each(calls: dict[str, Callable[[], Any]], failed: dict[str, str]) -> dict[str, Any]:
+    """What every call returns, by name. A rival may not take a shape, may not compile or may need
+    more memory than there is: the first line of its error goes to `failed`. Ours must work."""
+    found = {}
+    for name, call in calls.items():
         try:
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            found[name] = run
+            found[name] = call()
+            _wait()
         except Exception as why:
             if name == "headway":
                 raise
-            failed[name] = f"{type(why).__name__}: {(str(why).strip().splitlines() or [''])[0]}"
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # outside of the handler, which holds the failed call's tensors
-    return found, failed
+            failed[name] = f"{type(why).__name__}: {str(why).strip().partition(chr(10))[0]}"
+            found.pop(name, None)
+        if torch.cuda.is_available():  # not while `why` holds the failed call's tensors
+            torch.cuda.empty_cache()
+    return found
+
+
+def able(runs: dict[str, Callable[[], object]], failed: dict[str, str]) -> dict[str, Callable]:
+    """Those that run here."""
+
+    def once(run: Callable[[], object]) -> None:
+        run()  # what it returns may be large
+
+    found = each({n: functools.partial(once, run) for n, run in runs.items()}, failed)
+    return {name: runs[name] for name in found}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def expert_row(part: str, s: Shape, device: torch.device, repeats: int, peak: float) -> dict:
@@ -136,7 +151,8 @@ def expert_row(part: str, s: Shape, device: torch.device, repeats: int, peak: fl
     made, index_THK, d_out = inputs(s, device)
     calls = expert_calls(s, index_THK)
     runs = {n: gpu_measure.forward_backward(c, made, d_out) for n, c in calls.items()}
-    runs, failed = able(runs)
+    failed: dict[str, str] = {}
+    runs = able(runs, failed)
     calls = {n: calls[n] for n in runs}
     found = gpu_measure.times(runs, repeats)
     median = {name: statistics.median(ms) for name, ms in found.items()}
@@ -144,15 +160,19 @@ def expert_row(part: str, s: Shape, device: torch.device, repeats: int, peak: fl
     row = {"part": part, "shape": str(s), **asdict(s), "ms": median, "raw_ms": found}
     row["tflops"] = {name: s.flop() / ms / 1e9 for name, ms in median.items()}
     row["share_of_matmul"] = row["tflops"]["headway"] / peak
-    row["kept_bytes"] = {n: gpu_measure.kept_bytes(c, made, weights) for n, c in calls.items()}
-    row["peak_mib"] = {name: gpu_measure.peak_mib(call) for name, call in runs.items()}
-    row["error"] = expert_errors(replace(s, T=512), device)
+    bound = functools.partial
+    kept = {n: bound(gpu_measure.kept_bytes, c, made, weights) for n, c in calls.items()}
+    row["kept_bytes"] = each(kept, failed)
+    row["peak_mib"] = each({n: bound(gpu_measure.peak_mib, r) for n, r in runs.items()}, failed)
+    row["error"] = expert_errors(replace(s, T=512), device, failed)
     row["failed"] = failed
     return row
 
 
-def expert_errors(s: Shape, device: torch.device) -> dict[str, dict[str, float]]:
-    """Of output and worst gradient, by name."""
+def expert_errors(
+    s: Shape, device: torch.device, failed: dict[str, str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Of output and worst gradient, by name; `failed` takes the messages of those that cannot."""
     from bench.gpu_rivals import loop
 
     made, index_THK, d_out = inputs(s, device)
@@ -163,13 +183,9 @@ def expert_errors(s: Shape, device: torch.device) -> dict[str, dict[str, float]]
     calls = {n: c for n, c in expert_calls(s, index_THK).items() if "compiled" not in n}
     if device.type == "cpu":  # the others have no backward, or no bfloat16, without a GPU
         calls = {n: calls[n] for n in ("headway", "grouped_mm", "dense loop", "ScatterMoE")}
-    found = {}
-    measured = {
-        n: functools.partial(gpu_measure.errors, c, truth, made, d_out) for n, c in calls.items()
-    }
-    for name, measure in measured.items():
-        able({name: lambda n=name, m=measure: found.update({n: m()})})
-    return found
+    bound = functools.partial(functools.partial, gpu_measure.errors)
+    measures = {n: bound(c, truth, made, d_out) for n, c in calls.items()}
+    return each(measures, {} if failed is None else failed)
 
 
 def tune_experts(s: Shape, device: torch.device) -> dict[str, Tiles]:
@@ -239,7 +255,8 @@ def router_row(s: Shape, device: torch.device, repeats: int) -> dict:
     pair = {"headway": both(route_ours), "naive": both(route_naive)}
     found = gpu_measure.times(pair, repeats)
     alone = {n: forward(f) for n, f in (("headway", route_ours), ("IEEE top-k", route_ieee))}
-    alone, failed = able(alone)
+    failed: dict[str, str] = {}
+    alone = able(alone, failed)
     found_alone = gpu_measure.times(alone, repeats)
     return {
         "part": "router",
@@ -294,7 +311,8 @@ def layer_row(s: Shape, device: torch.device, repeats: int) -> dict:
     calls = {"headway": lambda: layer(x)[0]}
     calls |= {n: with_rival(f) for n, f in rivals(s.activation, s.H * s.E, s.F).items()}
     runs = {n: lambda c=c: torch.autograd.grad(c(), wanted, d_out) for n, c in calls.items()}
-    runs, failed = able(runs)
+    failed: dict[str, str] = {}
+    runs = able(runs, failed)
     found = gpu_measure.times(runs, repeats)
     return {
         "part": "layer",

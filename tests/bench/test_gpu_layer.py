@@ -28,7 +28,7 @@ def test_check_holds_the_bounds_and_shows_what_rivals_lose():
     output = {(r["shape"], r["name"]): r["output"] for r in document["rows"]}
     own = [error for (_, name), error in output.items() if name == "headway"]
     assert len(own) == 2 and 1e-4 < min(own) <= max(own) < 3e-3
-    assert {name for _, name in output} >= {"headway", "grouped_mm", "dense loop"}
+    assert {name for _, name in output} >= {"headway", "grouped_mm", "dense loop", "ScatterMoE"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
@@ -69,3 +69,18 @@ def test_a_target_is_the_worst_shape_against_the_fastest_rival():
     assert "flat MoE: grouped_mm / headway" not in passed
     assert "router: IEEE top-k / headway" not in passed
     assert "experts: share of the matmul peak at L 256, F 512" in passed
+
+
+def test_a_rival_that_fails_is_recorded_and_left_out():
+    from bench.gpu_rows import able, each
+
+    def fails():
+        raise ValueError("too wide\nsecond line")
+
+    failed: dict[str, str] = {}
+    works = list
+    assert able({"headway": works, "a": fails}, failed) == {"headway": works}
+    assert each({"b": lambda: 2, "c": fails}, failed) == {"b": 2}
+    assert failed == {"a": "ValueError: too wide", "c": "ValueError: too wide"}
+    with pytest.raises(ValueError, match="too wide"):
+        able({"headway": fails}, failed)

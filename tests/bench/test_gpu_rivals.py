@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from bench import gpu_rivals
 from bench.gpu_rivals import flex, grouped, liger, loop, rivals
@@ -133,7 +134,7 @@ def test_another_shape_forgets_the_compiled_programs(monkeypatch):
         for _ in range(2):
             gpu_rivals._compiled(torch.sin, n)(torch.ones(n))
     assert compiled == [[(n,)] for n in range(2, 22)]
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    with pytest.raises(FailOnRecompileLimitHit):
         for n in range(2, 22):
             gpu_rivals._compiled(torch.sin, "one case")(torch.ones(n))
     torch._dynamo.reset()

@@ -22,5 +22,8 @@ def test_grouped_experts_and_masters_take_the_same_steps():
     assert (truth.diff() < 0).all() and float(truth[0]) == pytest.approx(6.24, abs=0.1)
     assert_close(losses("float32", "grouped_mm"), truth, 1e-5)
     for weights in ("masters", "bfloat16"):
-        assert_close(losses(weights, "grouped_mm"), truth, 3e-3)
+        narrow = losses(weights, "grouped_mm")
+        assert_close(narrow, losses(weights, "eager"), 1e-3)
+        assert_close(narrow, truth, 1e-2)  # some PyTorch draws other weights in bfloat16
+        assert (narrow.diff() < 0).all()
     assert (losses("float32", "eager", True) > truth).all()  # with the balance loss

@@ -100,8 +100,9 @@ def build_peer(
     """
     try:
         from transformers import AutoModelForCausalLM, OlmoeConfig
-    except ImportError:
-        raise UsageError("this compares with transformers; pip install 'transformers>=5'") from None
+    except ImportError as why:  # not there, or with other versions of what it needs
+        fix = "pip install 'transformers>=5'"
+        raise UsageError(f"this compares with transformers; {fix}: {str(why).strip()}") from None
     config = OlmoeConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,

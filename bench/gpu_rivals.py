@@ -77,8 +77,8 @@ def _pieces(H: int, E: int) -> list[int]:
 
 
 def _grouped(x_THL, gate_THK, order_R, ends_G, w_in_HEGFL, w_out_HEFL, activation: str) -> Tensor:
-    """`grouped` after the sort. A head has T·K rows, so that a piece of whole heads is one of sorted
-    rows whose bounds the host knows."""
+    """`grouped` after the sort. A head has T·K rows, so that the host knows where the rows of a
+    piece of whole heads begin and end."""
     (T, H, L), E, K = x_THL.shape, w_in_HEGFL.shape[1], gate_THK.shape[-1]
     sizes = _pieces(H, E)
     w_ins = w_in_HEGFL.to(x_THL.dtype).split(sizes)  # its backward is one concatenation

@@ -1,4 +1,4 @@
-"""Routed experts the way of ScatterMoE (arXiv 2403.08245), as a rival of the kernels of this project.
+"""Routed experts the way of ScatterMoE (arXiv 2403.08245), a rival of the project's kernels.
 
 Two grouped matmuls around elementwise work of PyTorch. Blocks of sorted rows, each of one expert,
 read their rows wherever they lie and write them where they belong (`scatter2scatter`), so that

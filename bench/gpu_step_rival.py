@@ -51,7 +51,7 @@ def rival_step(
         peer = build_peer(model, implementation, narrow, tokens_BS.shape[1], balance)
     peer.train()
     tokens_BS = tokens_BS.to(device)
-    own = [p for p in peer.parameters() if p.requires_grad]
+    own: list[Tensor] = [p for p in peer.parameters() if p.requires_grad]
     trained = own
     if weights == "masters":
         trained = [p.detach().float().requires_grad_() for p in own]
@@ -64,7 +64,7 @@ def rival_step(
         loss = run(input_ids=tokens_BS, labels=tokens_BS, use_cache=False).loss
         loss.backward()
         if trained is not own:
-            torch._foreach_copy_([m.grad for m in trained], [p.grad for p in own])
+            torch._foreach_copy_(_gradients(trained), _gradients(own))
         if clip:
             torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
@@ -76,3 +76,9 @@ def rival_step(
         return loss.detach()
 
     return step
+
+
+def _gradients(tensors: list[Tensor]) -> list[Tensor]:
+    found = [t.grad for t in tensors if t.grad is not None]
+    assert len(found) == len(tensors), "every parameter has a gradient"
+    return found

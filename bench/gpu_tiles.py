@@ -22,22 +22,45 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import gpu_measure, gpu_rows
-from bench.gpu_rows import Shape, narrow_shapes
+from bench.gpu_rows import FLAT, Shape, narrow_shapes
 from headway.config import UsageError
 from headway.kernels.activation import n_inputs
-from headway.kernels.gpu import experts, scores, tune
+from headway.kernels.gpu import experts, experts_wide, tune
 from headway.kernels.gpu.tune import Tiles
 
 if TYPE_CHECKING:
     from bench.gpu_stages import Record
 
-ROUTER = tuple(
-    Tiles(rows, cols, warps, stages)
-    for rows in (64, 128)
-    for cols in (32, 64, 128)
-    for warps in (4, 8)
-    for stages in (2, 3)
-)
+NARROW = {
+    ("forward", 64): [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)],
+    ("forward", 128): [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)],
+    ("forward", 256): [(64, 16, 4), (64, 32, 8), (128, 16, 8), (128, 32, 8)],
+    ("forward", 512): [(64, 16, 8)],
+    ("backward_rows", 64): [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 16, 8)],
+    ("backward_rows", 128): [(64, 16, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8)],
+    ("backward_rows", 256): [(64, 16, 8), (64, 32, 8), (128, 16, 8)],
+    ("backward_weights", 64): [(64, 16, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8)],
+    ("backward_weights", 128): [(64, 16, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8)],
+    ("backward_weights", 256): [(64, 16, 4), (64, 16, 8), (64, 32, 8)],
+}
+"""Kernel and width → rows, columns and warps that put nothing on the stack on Hopper (compiled with
+Triton 3.6)."""
+
+WIDE = {
+    "hidden": [(128, 64, 8), (64, 64, 4), (128, 128, 8)],
+    "rows": [(128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 256, 8)],
+    "gradients": [(128, 64, 8), (64, 64, 4), (128, 32, 8)],
+    "weights": [(128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 256, 8)],
+}
+
+ROUTER = {
+    "route": [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)],
+    "route_columns": [(64, 32, 4), (64, 32, 8), (64, 64, 8)],
+    "route_slots": [(64, 32, 4), (64, 64, 4), (128, 64, 8)],
+    "route_dx": [(64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)],
+    "route_dw": [(64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)],
+}
+STAGES = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -57,30 +80,29 @@ class Case:
 
 
 def cases(shapes: list[Shape], dry: bool) -> Iterator[Case]:
-    """What is tried; more than fits."""
+    """What is tried."""
     for s in shapes:
+        grids: dict[str, list[tuple[int, int, int]]] = {}
         for name in experts.KERNELS:
-            grid: tuple[Tiles, ...] = tuple(
-                Tiles(rows, cols, warps, stages, hoist)
-                for rows in (64, 128)
-                for cols in (16, 32, 64)
-                for warps in (4, 8)
-                for stages in (2, 3)
-                for hoist in ((True, False) if s.L >= 256 else (True,))
-            )
-            for tiles in grid[:2] if dry else grid:
-                yield Case(f"experts_{name}", s.L, tiles)
-        if s.L > 256:
-            continue
-        for name in scores.KERNELS:
-            if name == "route_columns" and s.E <= 128:
+            known = NARROW.get((name, s.L), [])
+            grids[f"experts_{name}"] = [(16, 16, 4), (16, 32, 4)] if dry else known
+        if s.L >= 128 or dry:
+            grids |= {f"experts_wide_{name}": grid for name, grid in WIDE.items()}
+        if s.L <= 256 and s.H > 1:
+            grids |= ROUTER
+        for kernel, grid in grids.items():
+            if kernel == "route_columns" and s.E <= 128:
                 continue  # not launched
-            for tiles in ROUTER[:2] if dry else ROUTER:
-                yield Case(name, s.L, tiles)
+            for cut in grid[:2] if dry else grid:
+                for stages in STAGES[:1] if dry else STAGES:
+                    yield Case(kernel, s.L, Tiles(*cut, stages, hoist=s.L < 512))
 
 
-def passes(s: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Calls that launch the kernels, by the start of a kernel's name."""
+def passes(s: Shape, device: torch.device, n_experts: int) -> dict[str, Callable[[], object]]:
+    """Calls that launch the kernels, by the start of a kernel's name; the longest comes first. The
+    experts' are given `n_experts` of the experts."""
+    router = gpu_rows.router_pass(s, device)
+    s = replace(s, E=n_experts)
     (x, gate, *weights), index, d_out = gpu_rows.inputs(s, device)
     x_NL, do_NL = x.detach().flatten(0, 1), d_out.flatten(0, 1)
     from headway.kernels.gpu.rows import sort_rows
@@ -88,11 +110,17 @@ def passes(s: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
     narrow = [w.detach().bfloat16() for w in weights]  # the cast is not part of a kernel
     given = (x_NL, gate.detach().flatten(0, 1), *narrow, *sort_rows(index, s.E))
     empty, options = x_NL.new_empty(0, 2 * s.F), (s.activation, False)
-    return {
-        "experts_forward": lambda: experts.forward(*given, *options),
-        "experts_backward": lambda: experts.backward(do_NL, *given, empty, *options),
-        "route": gpu_rows.router_pass(s, device),
+    backward = (do_NL, *given, empty, *options)
+    found: dict[str, Callable[[], object]] = {
+        "experts_wide_hidden": lambda: experts_wide.forward(*given, *options),
+        "experts_wide_rows": lambda: experts_wide.forward(*given, *options),
+        "experts_wide": lambda: experts_wide.backward(*backward),
+        "route": router,
     }
+    if s.L <= 512:
+        found["experts_forward"] = lambda: experts.forward(*given, *options)
+        found["experts_backward"] = lambda: experts.backward(*backward)
+    return found
 
 
 def call_of(kernel: str, calls: dict[str, Callable[[], object]]) -> Callable[[], object]:
@@ -117,7 +145,7 @@ def compile_some(part: int, parts: int, shapes: list[Shape], dry: bool, skip: in
         triton.runtime.jit.JITFunction.run = run
     device = torch.device("cpu" if dry else "cuda")
     small = {s.L: replace(s, T=64 if not dry else 8) for s in shapes}
-    calls = {L: passes(s, device) for L, s in small.items()}
+    calls = {L: passes(s, device, min(s.E, 16)) for L, s in small.items()}
     for i, case in list(enumerate(cases(shapes, dry)))[part::parts][skip:]:
         print(json.dumps({"case": i, "error": "its process ended"}), flush=True)
         seen.clear()
@@ -137,6 +165,10 @@ def compile_some(part: int, parts: int, shapes: list[Shape], dry: bool, skip: in
 
 
 KERNEL_NAMES = {
+    "experts_wide_hidden": "wide_hidden",
+    "experts_wide_rows": "wide_rows",
+    "experts_wide_gradients": "wide_gradients",
+    "experts_wide_weights": "wide_weights",
     "route": "_choose",
     "route_columns": "_columns",
     "route_slots": "_slots",
@@ -174,7 +206,8 @@ def compiled(record: "Record", n_cases: int) -> dict[int, dict]:
 def shapes_of(dry: bool) -> list[Shape]:
     if dry:
         return [Shape(24, 2, 32, 4, 2, 32)]
-    return [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
+    base = [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
+    return [*base, FLAT["OLMoE"]]
 
 
 def measure(record: "Record") -> None:
@@ -183,12 +216,12 @@ def measure(record: "Record") -> None:
     todo = list(cases(shapes, record.dry))
     told = compiled(record, len(todo))
     for s in shapes:
-        calls = passes(s, record.device)
+        calls = passes(s, record.device, s.E)
         for kernel in dict.fromkeys(c.kernel for c in todo if c.L == s.L):
             mine = [(i, c) for i, c in enumerate(todo) if (c.kernel, c.L) == (kernel, s.L)]
             record.attempt(
                 f"{kernel} L {s.L}",
-                functools.partial(_row, s, mine, told, call_of(kernel, calls), record.repeats),
+                functools.partial(_row, s, mine, told, call_of(kernel, calls), 5),
             )
 
 

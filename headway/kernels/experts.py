@@ -104,7 +104,7 @@ def experts(
 class Choice(NamedTuple):
     """Which path runs."""
 
-    path: Literal["fused", "grouped", "cpp", "loop"]
+    path: Literal["fused", "wide", "grouped", "cpp", "loop"]
     why: str
     """One line for people."""
 
@@ -125,10 +125,9 @@ def choose(
     if masters not in TAKEN:
         return Choice("loop", f"a loop of matmuls: gates or weights are {masters}")
     if device == gpu().device and dtype in TAKEN:
-        widest = WIDEST[dtype]
-        if L % 16 == 0 and F % 16 == 0 and widest >= L:
+        if L % 16 == 0 and F % 16 == 0 and WIDEST[dtype] >= L:
             return Choice("fused", f"Triton kernels: {gpu().why}")
-        why = f"the Triton kernels take L of 16 to {widest} and F in steps of 16, not {L} and {F}"
+        return Choice("wide", f"Triton kernels, hidden units go through memory: {gpu().why}")
     elif dtype not in TAKEN:
         why = f"the Triton kernels take bfloat16 and float32, not {dtype}"
     else:
@@ -187,6 +186,10 @@ def _path(*inputs: Tensor) -> ModuleType:
             from headway.kernels.gpu import experts as fused  # imports Triton
 
             return fused
+        case "wide":
+            from headway.kernels.gpu import experts_wide
+
+            return experts_wide
         case "grouped":
             return experts_grouped
         case "cpp":

@@ -88,6 +88,12 @@ def dot_exact(a, b0, b1, b2):
 
 
 @triton.jit
+def dot_close(a, b0, b1):
+    """a·(b0 + b1), a in bfloat16: off by 2⁻¹⁷ at most."""
+    return dot(a, b0, dot(a, b1))
+
+
+@triton.jit
 def dot_split(a, b0, b1, b2):
     """The same with a in float32."""
     a0, a1, a2 = split(a)

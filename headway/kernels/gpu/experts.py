@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway.kernels import gpu
 from headway.kernels.gpu import on
-from headway.kernels.gpu.blocks import Blocks, blocks
+from headway.kernels.gpu.blocks import blocks
 from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
 from headway.kernels.gpu.experts_float8 import experts_forward_float8, quantize
 from headway.kernels.gpu.experts_forward import combine, experts_forward
@@ -114,9 +114,9 @@ def forward(
     else:
         cut = tile_of("forward", L, G, F, x.element_size())
         kernel, sizes = experts_forward, (cut.cols, padded(L), cut.hoist)
-        weights = (_cast(w_in_HEGFL, x), _cast(w_out_HEFL, x))
+        weights = (cast(w_in_HEGFL, x), cast(w_out_HEFL, x))
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
-    y_NKL, scale_NK = _empty_rows(x, N, K)
+    y_NKL, scale_NK = empty_rows(x, N, K)
     with on(x):
         kernel[(table.group_B.numel(),)](
             *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
@@ -124,7 +124,7 @@ def forward(
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    return _combine(x, y_NKL, scale_NK, row_NK, table), x.new_empty(0, G * F)
+    return sum_slots(x, y_NKL, scale_NK, row_NK, table.start_G, padded(L)), x.new_empty(0, G * F)
 
 
 def backward(
@@ -142,14 +142,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out, in x's precision."""
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
-    w_in, w_out = _cast(w_in_HEGFL, x), _cast(w_out_HEFL, x)
+    w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
     (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
     inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
     # of slots without an expert it stays 0
     d_gate = torch.zeros_like(gate, dtype=torch.float32)
     dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
     dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
-    dx_NKL, scale_NK = _empty_rows(x, N, K)
+    dx_NKL, scale_NK = empty_rows(x, N, K)
     with on(x):
         cut = tile_of("backward_rows", L, G, F, x.element_size())
         table = blocks(counts_HE, slot_R.numel(), cut.rows)
@@ -166,7 +166,7 @@ def backward(
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    dx = _combine(x, dx_NKL, scale_NK, row_NK, table)
+    dx = sum_slots(x, dx_NKL, scale_NK, row_NK, table.start_G, padded(L))
     return dx, d_gate.to(gate.dtype), dw_in, dw_out
 
 
@@ -182,25 +182,27 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _empty_rows(x_NL: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
-    """Memory for a row of each slot `[N, K, L]`, and its scale `[N, K]`."""
+def empty_rows(x_NL: Tensor, N: int, K: int, columns: int = 1) -> tuple[Tensor, Tensor]:
+    """Memory for a row of each slot `[N, K, L]`, and the scale of each of its blocks of columns
+    `[N, K, columns]`."""
     dtype = torch.float16 if x_NL.dtype == torch.bfloat16 else torch.float32
     rows_NKL = x_NL.new_empty(N, K, x_NL.shape[1], dtype=dtype)
-    return rows_NKL, x_NL.new_empty(N, K, dtype=torch.float32)
+    return rows_NKL, x_NL.new_empty(N, K, columns, dtype=torch.float32)
 
 
-def _combine(
-    like_NL: Tensor, y_NKL: Tensor, scale_NK: Tensor, row_NK: Tensor, table: Blocks
+def sum_slots(
+    like_NL: Tensor, y_NKL: Tensor, scale: Tensor, row_NK: Tensor, start_G: Tensor, BL: int
 ) -> Tensor:
-    """Σ_k scale · y over the slots that have an expert; `[N, L]`."""
+    """Σ_k scale · y over the slots that have an expert; `[N, L]`. BL columns have one scale."""
     N, K, L = y_NKL.shape
-    out, G = torch.empty_like(like_NL), table.start_G.numel() - 1
-    rows = max(1, 2048 // padded(L))
+    out, G = torch.empty_like(like_NL), start_G.numel() - 1
+    rows = max(1, 2048 // BL)
     with on(out):
-        sizes = (N, K, G, L, rows, padded(L))
-        combine[(triton.cdiv(N, rows),)](y_NKL, scale_NK, row_NK, table.start_G, out, *sizes)
+        sizes = (N, K, G, L, rows, BL)
+        grid = (triton.cdiv(N, rows), triton.cdiv(L, BL))
+        combine[grid](y_NKL, scale, row_NK, start_G, out, *sizes)
     return out
 
 
-def _cast(w: Tensor, like: Tensor) -> Tensor:
+def cast(w: Tensor, like: Tensor) -> Tensor:
     return w.to(like.dtype).contiguous()

@@ -21,10 +21,13 @@ def row_tile(x, token, valid, cols, L: tl.constexpr):
 
 
 @triton.jit
-def put_rows(out, scale, slot, valid, cols, values, factor, L: tl.constexpr):
-    """Stores factor · `values [M, BL]` at the places of their slots: `out [N·K, L]` times
-    `scale [N·K]`. In float16 a row is divided by its largest value first: 11 bits of each value
-    where bfloat16 has 8, for four bytes more per row."""
+def put_rows(
+    out, scale, slot, valid, cols, values, factor,
+    L: tl.constexpr, BLOCKS: tl.constexpr = 1, block=0,
+):  # fmt: skip
+    """Stores factor · `values [M, BL]`, block `block` of BLOCKS of columns, at the places of their
+    slots: `out [N·K, L]` times `scale [N·K, BLOCKS]`. In float16 a row is divided by its largest
+    value first: 11 bits of each value where bfloat16 has 8, for four bytes more per row."""
     if out.dtype.element_ty == tl.float16:
         largest = tl.max(tl.abs(values), 1)
         plain = (largest > 0) & (largest < float("inf"))  # else zeros, infinity or NaN: as they are
@@ -32,11 +35,11 @@ def put_rows(out, scale, slot, valid, cols, values, factor, L: tl.constexpr):
         values = values / largest[:, None]
         factor *= largest
     inside = valid[:, None]
-    if cols.shape[0] != L:
+    if cols.shape[0] * BLOCKS != L:
         inside = inside & (cols < L)[None, :]
     to = out + slot.to(tl.int64)[:, None] * L + cols[None, :]
     tl.store(to, values.to(out.dtype.element_ty), mask=inside)
-    tl.store(scale + slot, factor, mask=valid)
+    tl.store(scale + slot.to(tl.int64) * BLOCKS + block, factor, mask=valid)
 
 
 @triton.jit
@@ -146,18 +149,20 @@ def experts_forward(
 
 @triton.jit
 def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr, BL: tl.constexpr):
-    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots; those whose row lies past the
-    last group have no expert: nothing was written there and nothing is read."""
+    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots, a block of columns; slots whose
+    row lies past the last group have no expert: nothing was written there and nothing is read."""
     n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n_taken = tl.load(start + G)
-    cols = tl.arange(0, BL)
+    blocks: tl.constexpr = (L + BL - 1) // BL
+    block = tl.program_id(1)
+    cols = block * BL + tl.arange(0, BL)
     acc = tl.zeros([M, BL], tl.float32)
     for k in range(0, K):
         slot = n * K + k
         has_expert = tl.load(row + slot, mask=n < N, other=n_taken) < n_taken
         inside = has_expert[:, None] & (cols < L)[None, :]
         values = tl.load(y + slot[:, None] * L + cols[None, :], mask=inside, other=0.0)
-        factor = tl.load(scale + slot, mask=has_expert, other=0.0)
+        factor = tl.load(scale + slot * blocks + block, mask=has_expert, other=0.0)
         acc += values.to(tl.float32) * factor[:, None]
     inside = (n < N)[:, None] & (cols < L)[None, :]
     at = out + n[:, None] * L + cols[None, :]

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels.gpu import on, route_sparse
-from headway.kernels.gpu.arith import dot, dot_rounded, dot_split, narrow, sigmoid, split
+from headway.kernels.gpu.arith import dot_close, dot_rounded, dot_split, narrow, sigmoid, split
 from headway.kernels.gpu.route import GATES
 from headway.kernels.gpu.scores import (
     fitting,
@@ -84,7 +84,7 @@ def _slots(
             inner = tl.full((BT,), 0.0, tl.float32)
             for e0 in range(0, E, BE):
                 e = e0 + tl.arange(0, BE)
-                s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
+                s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE, True)
                 dp = tl.load(d_prob + h * E + e, mask=e < E, other=0.0) * per_token
                 p = tl.where((e < E)[None, :], normalised(s, lse, total, SIGMOID), 0.0)
                 inner += tl.sum(p * dp[None, :], 1)
@@ -113,7 +113,7 @@ def _d_logits(
             value = tl.load(ds + row * K + j, mask=t < T, other=0.0)
             d += tl.where(at[:, None] == e[None, :], value[:, None], 0.0)
     if c is not None:
-        s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE)
+        s = scores(x, parts, t, T, h, e, H, E, L, stride_t, stride_l, BL, ONCE, True)
         lse = tl.load(rows + row, mask=t < T, other=0.0)
         away = tl.load(c + row, mask=t < T, other=0.0)
         away = -away[:, None]
@@ -171,31 +171,30 @@ def _d_weights(
     BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the gradient of one chunk of a head's weights, some of its columns, over
-    the tiles of tokens it walks; `dw [programs, H, E, L]`."""
+    the tiles of tokens it walks; `dw [programs, H, E, L]`. Of a gradient beside tokens in bfloat16
+    two parts are multiplied (2⁻¹⁷)."""
     program, h, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e = block // columns * BE + tl.arange(0, BE)
     l0 = block % columns * BC
     x += h.to(tl.int64) * stride_h
-    acc = tl.full((BE, BC), 0.0, tl.float32)
+    # [BC, BE], not [BE, BC]: Hopper multiplies tiles of 64 rows, and BE may be smaller
+    acc = tl.full((BC, BE), 0.0, tl.float32)
     for tile in range(program * walk, tl.minimum((program + 1) * walk, (T + BT - 1) // BT)):
         t = tile * BT + tl.arange(0, BT)
         xt = load_x(x, t, T, l0, L, stride_t, stride_l, BC)
-        d = _d_logits(
-            x, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
-            T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, ONCE,
+        d0, d1, d2 = split(
+            _d_logits(
+                x, parts, index, ds, rows, c, d_prob, d_z, t, h, e,
+                T, H, E, L, stride_t, stride_l, per_token, K, BL, SIGMOID, ONCE,
+            )
         )  # fmt: skip
-        d = tl.trans(d)
         if xt.dtype == tl.bfloat16:
-            d0, d1, d2 = split(d)
-            found = dot(d2, xt)
-            found = dot(d1, xt, found)
-            acc += dot(d0, xt, found)  # a fresh sum per tile: see `scores`
+            acc += dot_close(tl.trans(xt), d0, d1)
         else:
-            x0, x1, x2 = split(xt)
-            acc += dot_split(d, x0, x1, x2)
+            acc += dot_split(tl.trans(xt), d0, d1, d2)
     column = l0 + tl.arange(0, BC)
-    at = ((program * H + h).to(tl.int64) * E + e)[:, None] * L + column[None, :]
-    tl.store(dw + at, acc, mask=(e < E)[:, None] & (column < L)[None, :])
+    at = ((program * H + h).to(tl.int64) * E + e)[None, :] * L + column[:, None]
+    tl.store(dw + at, acc, mask=(e < E)[None, :] & (column < L)[:, None])
 
 
 def backward(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu.arith import dot_exact, dot_split, sigmoid, split
+from headway.kernels.gpu.arith import dot_close, dot_exact, dot_split, sigmoid, split
 from headway.kernels.gpu.tune import Tiles, tiles
 
 PROGRAMS = 1024
@@ -54,9 +54,10 @@ def load_w(parts, part: tl.constexpr, h, e, H, E, l0, L, BL: tl.constexpr):
 @triton.jit
 def scores(
     x, parts, t, T, h, e, H, E, L, stride_t, stride_l,
-    BL: tl.constexpr, ONCE: tl.constexpr,
+    BL: tl.constexpr, ONCE: tl.constexpr, CLOSE: tl.constexpr = False,
 ):  # fmt: skip
-    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block.
+    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block. CLOSE: those of tokens in
+    bfloat16 may be off by 2⁻¹⁷ of the products, enough for a gradient.
 
     Tensor cores add to an accumulator by truncation, so its error grows with the length of the
     chain: every block of columns has an accumulator of its own, and blocks are added in float32.
@@ -66,11 +67,14 @@ def scores(
         xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)
         w0 = tl.trans(load_w(parts, 0, h, e, H, E, l0, L, BL))
         w1 = tl.trans(load_w(parts, 1, h, e, H, E, l0, L, BL))
-        w2 = tl.trans(load_w(parts, 2, h, e, H, E, l0, L, BL))
-        if xt.dtype == tl.bfloat16:
-            acc += dot_exact(xt, w0, w1, w2)
+        if CLOSE and xt.dtype == tl.bfloat16:
+            acc += dot_close(xt, w0, w1)
         else:
-            acc += dot_split(xt, w0, w1, w2)
+            w2 = tl.trans(load_w(parts, 2, h, e, H, E, l0, L, BL))
+            if xt.dtype == tl.bfloat16:
+                acc += dot_exact(xt, w0, w1, w2)
+            else:
+                acc += dot_split(xt, w0, w1, w2)
     return acc
 
 

@@ -56,7 +56,7 @@ def check(x, w, bias, index, options, names=("gate_THK", "prob_HE", "z_H"), choo
         assert relative_error(a, b) <= (0 if name == "counts_HE" else 2e-6), name
     (dx, dw), (dx_64, dw_64) = back(got, names, x, w), back(want, names, x_64, w_64)
     assert dx.dtype == x.dtype and dx.is_contiguous() and dw.dtype == torch.float32
-    assert_close(dw, dw_64, 3e-6)
+    assert_close(dw, dw_64, 1e-5 if x.dtype == torch.bfloat16 else 3e-6)
     assert_close(dx, dx_64, ROUNDED if x.dtype == torch.bfloat16 else 3e-6)
     return got
 

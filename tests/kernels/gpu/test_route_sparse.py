@@ -76,7 +76,7 @@ def test_an_index_that_is_no_expert_adds_nothing(device, monkeypatch):
     for way in ("by slots", "by experts"):
         go_by(way, monkeypatch)
         gate_THK = route(x, w, bias, index, 3, "sigmoid", False, 1.0).gate_THK
-        d_gate = torch.where(gate_THK.isnan(), 0.0, torch.linspace(1, 2, 72).view(12, 2, 3))
+        d_gate = torch.where(gate_THK.isnan(), 0.0, torch.linspace(1, 2, 72, device=device).view(12, 2, 3))
         found.append(torch.autograd.grad(gate_THK, (x, w), d_gate))
     for a, b in zip(*found, strict=True):
         assert b.isfinite().all() and b.norm() > 0
@@ -91,6 +91,7 @@ def test_no_tokens(device, way):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_reads_by_strides_and_gives_the_same_bits_twice(shared, device, way):
+    """Other strides are another program, whose threads may add in another order."""
     torch.manual_seed(0)
     x, w, bias = make(20, 2, 10, 16, device, shared=shared)
     options = (3, "topk_softmax", False, 1.0)
@@ -100,7 +101,8 @@ def test_reads_by_strides_and_gives_the_same_bits_twice(shared, device, way):
     for other in (x.detach().clone(), by_head, sliced):
         other.requires_grad_()
         got = back(route(other, w, bias, None, *options), GATES, other, w)
-        assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
+        for a, b in zip(plain, got, strict=True):
+            assert_close(b, a, 0.0 if other.stride() == x.stride() else 1e-6)
 
 
 def test_only_sparse_gradients_of_many_experts_go_by_slots(device, monkeypatch):

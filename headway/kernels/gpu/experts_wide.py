@@ -1,0 +1,335 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+"""The kernels of wide experts: one product a kernel, hidden units go through memory; equations in
+../experts.py.
+
+    forward    hid_RF = act(x[token]·W_inᵀ)      y[slot] = gate · hid·W_out          `wide_hidden`, `wide_rows`
+    backward   z = do[token]·W_outᵀ, d_pre_R, gate·hid, d_gate                       `wide_gradients`
+               dx[slot] = d_pre·W_in             dW_in = d_preᵀ·x, dW_out = hidᵀ·do  `wide_rows`, `wide_weights`
+
+Rows lie in sorted order, an expert's one behind the other. Every kernel is a matmul over tiles whose
+sums stay in registers, with the elementwise work before the store, so that products, loads and
+stores of different programs overlap; the narrow kernels, which keep everything on the chip, run
+their products one after the other. A row of R costs 2·F bytes in forward and 2·(G + 1)·F in
+backward, only while the operator runs.
+
+M rows of a tile · BF hidden units · BN columns · BK summed at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headway.kernels import gpu
+from headway.kernels.gpu import on
+from headway.kernels.gpu.arith import dot, narrow, widen
+from headway.kernels.gpu.blocks import Blocks, blocks
+from headway.kernels.gpu.experts import cast, empty_rows, padded, sum_slots
+from headway.kernels.gpu.experts_backward import paired, slopes
+from headway.kernels.gpu.experts_forward import activated, hidden_rows, put_rows, unpaired
+from headway.kernels.gpu.tune import Tiles, tiles
+
+BFLOAT16 = {
+    "hidden": Tiles(128, 64, 8, 3),
+    "rows": Tiles(128, 128, 8, 3),
+    "gradients": Tiles(128, 64, 8, 2),
+    "weights": Tiles(128, 128, 8, 3),
+}
+"""`rows × cols` of a kernel's sums: M × BF, M × BN, M × BF, BD × BN."""
+
+SMALL = {name: Tiles(64, 64, 4, 2) for name in BFLOAT16} | {"gradients": Tiles(64, 32, 4, 2)}
+"""Where a block has less than 163 KiB of shared memory (capability 8.6, 8.9, 12.0), and float32."""
+
+
+@triton.jit
+def add(a, b, acc):
+    """acc + a·b; float32 operands get a fresh sum each time: tensor cores add by truncation."""
+    if a.dtype == tl.float32:
+        return acc + dot(a, b)
+    return dot(a, b, acc)
+
+
+@triton.jit
+def tile(at, first, k, inside, K: tl.constexpr, BK: tl.constexpr):
+    """`at [n, BK]` moved on by `first` along K; zeros outside."""
+    if K % BK == 0:
+        return tl.load(at + first, mask=inside[:, None], other=0.0)
+    return tl.load(at + first, mask=inside[:, None] & (first + k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def block_rows(b, slots, start, group, first_row, M: tl.constexpr):
+    """Expert, rows, slots of a block, and which rows exist. Past the last block the expert is −1,
+    and no row lies before `start[0]`."""
+    g = tl.load(group + b)
+    row = tl.load(first_row + b) + tl.arange(0, M)
+    valid = row < tl.load(start + g + 1)
+    slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)
+    return g, row.to(tl.int64), slot, valid
+
+
+@triton.jit
+def wide_hidden(
+    x, w_in, slots, start, group, first_row, hid, pre, K,
+    G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr, M: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Hidden units of a block of rows and, with KEEP, their pre-activations."""
+    chunks: tl.constexpr = (F + BF - 1) // BF
+    b = tl.program_id(0) // chunks
+    g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
+    if g < 0:
+        return
+    f0 = tl.program_id(0) % chunks * BF
+    k = tl.arange(0, BK)
+    row_in, live_in = hidden_rows(f0, F, G, BF)
+    x_at = x + (slot // K).to(tl.int64)[:, None] * L + k[None, :]
+    w_at = w_in + g.to(tl.int64) * (G * F * L) + row_in[:, None] * L + k[None, :]
+    acc = tl.zeros([M, G * BF], tl.float32)
+    for l0 in range(0, L, BK):
+        w = tile(w_at, l0, k, live_in, L, BK)
+        acc = add(tile(x_at, l0, k, valid, L, BK), w.T, acc)
+    first, up = unpaired(acc, G, M, BF)
+    f = f0 + tl.arange(0, BF)
+    inside = valid[:, None] & (f < F)[None, :]
+    units = narrow(activated(first, up, ACTIVATION), hid.dtype.element_ty)
+    tl.store(hid + row[:, None] * F + f[None, :], units, mask=inside)
+    if KEEP:
+        at = pre + row[:, None] * (G * F) + row_in[None, :]
+        inside = valid[:, None] & live_in[None, :]
+        tl.store(at, narrow(acc, pre.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def wide_rows(
+    a, w, gate, slots, start, group, first_row, y, scale,
+    D: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y·scale at the slots of a block of rows, some of their columns: (gate ·) a [R, D]·w [D, L]."""
+    columns: tl.constexpr = (L + BN - 1) // BN
+    b = tl.program_id(0) // columns
+    g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
+    if g < 0:
+        return
+    column = tl.program_id(0) % columns
+    cols, k = column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    a_at = a + row[:, None] * D + k[None, :]
+    w_at = w + g.to(tl.int64) * (D * L) + k[:, None] * L + cols[None, :]
+    acc = tl.zeros([M, BN], tl.float32)
+    for d0 in range(0, D, BK):
+        a_tile = tile(a_at, d0, k, valid, D, BK)
+        if D % BK == 0 and L % BN == 0:
+            w_tile = tl.load(w_at + d0 * L)
+        else:
+            inside = (d0 + k < D)[:, None] & (cols < L)[None, :]
+            w_tile = tl.load(w_at + d0 * L, mask=inside, other=0.0)
+        acc = add(a_tile, w_tile, acc)
+    factor = tl.full([M], 1.0, tl.float32)
+    if GATED:
+        factor = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
+    put_rows(y, scale, slot, valid, cols, acc, factor, L, columns, column)
+
+
+@triton.jit
+def wide_gradients(
+    d_out, x, gate, w_in, w_out, slots, start, group, first_row, pre, hid, d_pre, d_gate, K, S,
+    G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr, M: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Of a block of rows and BF hidden units: gate·hid, d_pre, and their part of the gates'
+    gradient, `d_gate [⌈F/BF⌉, S]` over the S slots. KEPT: the pre-activations are read."""
+    chunks: tl.constexpr = (F + BF - 1) // BF
+    b = tl.program_id(0) // chunks
+    g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
+    if g < 0:
+        return
+    chunk = tl.program_id(0) % chunks
+    k = tl.arange(0, BK)
+    row_in, live_in = hidden_rows(chunk * BF, F, G, BF)
+    f = chunk * BF + tl.arange(0, BF)
+    token = (slot // K).to(tl.int64)
+    x_at = x + token[:, None] * L + k[None, :]
+    do_at = d_out + token[:, None] * L + k[None, :]
+    w_at = w_in + g.to(tl.int64) * (G * F * L) + row_in[:, None] * L + k[None, :]
+    back_at = w_out + g.to(tl.int64) * (F * L) + f[:, None] * L + k[None, :]
+    acc = tl.zeros([M, G * BF], tl.float32)
+    z = tl.zeros([M, BF], tl.float32)
+    for l0 in range(0, L, BK):
+        if not KEPT:
+            w = tile(w_at, l0, k, live_in, L, BK)
+            acc = add(tile(x_at, l0, k, valid, L, BK), w.T, acc)
+        w_back = tile(back_at, l0, k, f < F, L, BK)
+        z = add(tile(do_at, l0, k, valid, L, BK), w_back.T, z)
+    at, both = row[:, None] * (G * F) + row_in[None, :], valid[:, None] & live_in[None, :]
+    if KEPT:
+        acc = widen(tl.load(pre + at, mask=both, other=0.0))
+    first, up = unpaired(acc, G, M, BF)
+    units, d_first, d_up = slopes(first, up, ACTIVATION)
+    inside = valid[:, None] & (f < F)[None, :]
+    part = tl.sum(tl.where(inside, units * z, 0.0), 1)
+    tl.store(d_gate + chunk.to(tl.int64) * S + slot, part, mask=valid)
+    gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)[:, None]
+    units = narrow(gates * units, hid.dtype.element_ty)
+    tl.store(hid + row[:, None] * F + f[None, :], units, mask=inside)
+    z *= gates
+    slope = paired(z * d_first, z * d_up, G, M, BF)
+    tl.store(d_pre + at, narrow(slope, d_pre.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def wide_weights(
+    a, x, slots, start, dw, K,
+    D: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of one expert's `dw [D, L]` = Σ a[row]ᵀ·x[token of the row] over its rows in their
+    order; zeros where it has none."""
+    columns: tl.constexpr = (L + BN - 1) // BN
+    tiles: tl.constexpr = (D + BD - 1) // BD * columns
+    g, place = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    d = place // columns * BD + tl.arange(0, BD)
+    cols = place % columns * BN + tl.arange(0, BN)
+    end = tl.load(start + g + 1)
+    acc = tl.zeros([BD, BN], tl.float32)
+    for r0 in range(tl.load(start + g), end, BK):
+        row = r0 + tl.arange(0, BK)
+        valid = row < end
+        slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)
+        a_tile = tl.load(
+            a + row.to(tl.int64)[:, None] * D + d[None, :],
+            mask=valid[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        x_tile = tl.load(
+            x + (slot // K).to(tl.int64)[:, None] * L + cols[None, :],
+            mask=valid[:, None] & (cols < L)[None, :],
+            other=0.0,
+        )
+        acc = add(a_tile.T, x_tile, acc)
+    at = dw + g.to(tl.int64) * (D * L) + d[:, None] * L + cols[None, :]
+    inside = (d < D)[:, None] & (cols < L)[None, :]
+    tl.store(at, narrow(acc, dw.dtype.element_ty), mask=inside)
+
+
+def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
+    """The tiles of one kernel of this file for a shape."""
+    small = itemsize == 4 or gpu.capability() in (86, 89, 120, 121)
+    default = (SMALL if small else BFLOAT16)[kernel]
+    return tiles(f"experts_wide_{kernel}", (L, G, F, itemsize), default)
+
+
+class _Call:
+    """The tables of one call, and how its kernels are launched."""
+
+    def __init__(
+        self, x_NL: Tensor, slot_R: Tensor, row_NK: Tensor, counts_HE: Tensor, sizes: tuple
+    ):
+        self.x, self.slot_R, self.row_NK, self.counts_HE = x_NL, slot_R, row_NK, counts_HE
+        self.G, self.F, self.L = sizes
+        self.K, self.depth = row_NK.shape[1], 64 if x_NL.element_size() == 2 else 32
+        self.made: dict[int, Blocks] = {}
+
+    def cut(self, kernel: str) -> Tiles:
+        return tile_of(kernel, self.L, self.G, self.F, self.x.element_size())
+
+    def blocks(self, M: int) -> Blocks:
+        """The blocks of M rows; made once for kernels of the same M."""
+        if M not in self.made:
+            self.made[M] = blocks(self.counts_HE, self.slot_R.numel(), M)
+        return self.made[M]
+
+    def start_G(self) -> Tensor:
+        return next(iter(self.made.values())).start_G
+
+    def rows(self, a: Tensor, w: Tensor, gate: Tensor | None) -> Tensor:
+        """Σ_k (gate ·) a·w over the slots of every sub-token; `[N, L]`."""
+        cut, (N, K) = self.cut("rows"), self.row_NK.shape
+        BN = min(cut.cols, padded(self.L))
+        columns, table = triton.cdiv(self.L, BN), self.blocks(cut.rows)
+        y_NKL, scale = empty_rows(self.x, N, K, columns)
+        wide_rows[(table.group_B.numel() * columns,)](
+            *(a, w, a if gate is None else gate, self.slot_R, *table, y_NKL, scale),
+            *(a.shape[1], self.L, gate is not None, cut.rows, BN, self.depth),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+        return sum_slots(self.x, y_NKL, scale, self.row_NK, table.start_G, BN)
+
+    def weights(self, a: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        """A gradient in the shape of `like`."""
+        cut, D = self.cut("weights"), a.shape[1]
+        BD, BN = min(cut.rows, padded(D)), min(cut.cols, padded(self.L))
+        dw = torch.empty_like(like, memory_format=torch.contiguous_format)
+        programs = self.counts_HE.numel() * triton.cdiv(D, BD) * triton.cdiv(self.L, BN)
+        wide_weights[(programs,)](
+            *(a, x, self.slot_R, self.start_G(), dw, self.K, D, self.L, BD, BN, self.depth),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+        return dw
+
+
+def forward(
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out `[N, L]`, pre-activations `[R, G·F]` in sorted order, or `[0, G·F]` unless `keep`)."""
+    x, gate = x_NL.contiguous(), gate_NK.contiguous()
+    w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
+    (_, _, G, F, L), R = w_in.shape, slot_R.numel()
+    call = _Call(x, slot_R, row_NK, counts_HE, (G, F, L))
+    hid, pre = x.new_empty(R, F), x.new_empty(R if keep else 0, G * F)
+    with on(x):
+        cut = call.cut("hidden")
+        table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
+        wide_hidden[(table.group_B.numel() * triton.cdiv(F, BF),)](
+            *(x, w_in, slot_R, *table, hid, pre, call.K, G, F, L, activation, keep),
+            *(cut.rows, BF, call.depth),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+        return call.rows(hid, w_out, gate), pre
+
+
+def backward(
+    do_NL: Tensor,
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    pre_R: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, w_in and w_out."""
+    x, gate = x_NL.contiguous(), gate_NK.contiguous()
+    w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
+    (_, _, G, F, L), R, S = w_in.shape, slot_R.numel(), gate.numel()
+    call = _Call(x, slot_R, row_NK, counts_HE, (G, F, L))
+    hid, d_pre = x.new_empty(R, F), x.new_empty(R, G * F)
+    with on(x):
+        cut = call.cut("gradients")
+        table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
+        chunks = triton.cdiv(F, BF)
+        # of slots without an expert it stays 0
+        d_gate = gate.new_zeros(chunks, *gate.shape, dtype=torch.float32)
+        wide_gradients[(table.group_B.numel() * chunks,)](
+            *(do_NL, x, gate, w_in, w_out, slot_R, *table, pre_R, hid, d_pre, d_gate, call.K, S),
+            *(G, F, L, activation, keep, cut.rows, BF, call.depth),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+        dx = call.rows(d_pre, w_in, None)
+        dw_in, dw_out = call.weights(d_pre, x, w_in_HEGFL), call.weights(hid, do_NL, w_out_HEFL)
+    return dx, d_gate.sum(0).to(gate.dtype), dw_in, dw_out

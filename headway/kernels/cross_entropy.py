@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.differentiate import transformed
 from headway.kernels.native import native
 
 CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
@@ -19,7 +20,8 @@ def cross_entropy_reference(
     x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
 ) -> Tensor:
     """Sum over valid targets (≥ 0) of −log softmax(softcap(x·Wᵀ))[target]; whole logits."""
-    logits = x_TD @ w_VD.T
+    logits = x_TD @ w_VD.to(x_TD.dtype).T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, target_T, ignore_index=-1, reduction="sum")
@@ -35,6 +37,8 @@ def cross_entropy(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float =
         softcap: bounds logits to ±softcap; 0 is off.
     Returns: float32 (float64) scalar, the sum in nats.
     """
+    if transformed():
+        return cross_entropy_reference(x_TD, w_VD, target_T, softcap)
     return _CrossEntropy.apply(x_TD, w_VD, target_T, softcap)
 
 

@@ -22,11 +22,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from headway.config import Activation, UsageError
+from headway.config import Activation, Precision, UsageError
 from headway.kernels import experts_cpp, experts_grouped, experts_loop
 from headway.kernels.activation import activate
+from headway.kernels.differentiate import reference_grads, transformed
+from headway.kernels.experts_dense import experts_dense
 from headway.kernels.gpu import TAKEN, gpu
 from headway.kernels.native import native
+from headway.kernels.precision import widen
 from headway.kernels.rows import Rows
 
 WIDEST = {torch.bfloat16: 512, torch.float32: 128}
@@ -74,7 +77,7 @@ def experts(
     w_out_HEFL: Tensor,
     activation: Activation,
     recompute: bool = False,
-    precision: Literal["bfloat16", "float8"] = "bfloat16",
+    precision: Precision = "bfloat16",
 ) -> Tensor:
     """Σ over the chosen experts of gate · expert(x), for every sub-token.
 
@@ -83,8 +86,8 @@ def experts(
         bfloat16, float64).
         gate_NK: `[N, K]` float32 (or float64).
         rows: from `sort_rows`.
-        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast
-        once per call.
+        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32, bfloat16 (float64,
+        float16); cast once per call.
         recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
         SwiGLU). The fused kernels always do.
         precision: `float8` multiplies in e4m3 in the forward pass of the fused kernels
@@ -93,8 +96,14 @@ def experts(
     Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
     Raises: UsageError for float8 where it cannot run.
     """
-    keep = not recompute and torch.is_grad_enabled()
+    gate_NK = widen(gate_NK)
+    if w_in_HEGFL.dtype != w_out_HEFL.dtype:
+        stored = torch.promote_types(w_in_HEGFL.dtype, w_out_HEFL.dtype)
+        w_in_HEGFL, w_out_HEFL = w_in_HEGFL.to(stored), w_out_HEFL.to(stored)
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    if transformed():
+        return experts_dense(*inputs, rows, activation)
+    keep = not recompute and torch.is_grad_enabled()
     return _forward(*inputs, *rows, activation, keep, precision)[0]
 
 
@@ -113,7 +122,8 @@ def choose(
 
     Args: device: `cuda` or `cpu`; dtype: of x; masters: of gates and weights.
     """
-    if masters != torch.float32:
+    in_cpp = device == "cpu" and gpu().device != "cpu"  # it reads bfloat16 weights too
+    if masters != torch.float32 and not (in_cpp and masters == torch.bfloat16):
         return Choice("loop", f"a loop of matmuls: gates or weights are {masters}, not float32")
     if device == gpu().device and dtype in TAKEN:
         widest = WIDEST[dtype]
@@ -243,6 +253,17 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, do_NL, _):
+    if do_NL is None:  # PyTorch may ask without a gradient
+        return (None,) * 10
+    if torch.is_grad_enabled():
+        *inputs, slot_R, row_NK, counts_HE, _ = ctx.saved_tensors
+        rows = Rows(slot_R, row_NK, counts_HE)
+
+        def dense(x: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor]:
+            return (experts_dense(x, gate, w_in, w_out, rows, ctx.activation),)
+
+        grads = reference_grads(dense, inputs, ctx.needs_input_grad[:4], (do_NL,))
+        return (*grads, *(None,) * 6)
     grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
     return (*grads, *(None,) * 6)
 

@@ -120,6 +120,8 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         "routing": f"exact top-k, stable counting sort: {_routing(found)}",
         "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
         "scaled_dot_product_attention (kernels/attention.py)",
+        "torch.func": "it, forward mode and second derivatives take each operator's reference in "
+        "PyTorch, where every expert sees every token (kernels/differentiate.py)",
         "run.compile": "possible" if can_compile else "not possible: there is no C++ compiler",
         "browser": found["browser"] or "none: the report's browser tests are skipped",
         "/dev/shm": f"{shm}; nothing here needs it: data are memory-mapped in this process",

@@ -8,6 +8,7 @@ in references).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -225,7 +226,8 @@ def _autograd(ctx, d_gate_THK, d_prob_HE, d_z_H, *_):
     grads = (d_gate_THK, d_prob_HE, d_z_H)
     if torch.is_grad_enabled():
         logits_THE, index_THK = ctx.saved_tensors
-        return *route_twice(logits_THE, index_THK, grads, ctx.options), *(None,) * 6
+        given = (index_THK, grads, ctx.options)
+        return *route_twice(lambda z: z, (logits_THE,), (True,), *given), *(None,) * 6
     return (_backward(*ctx.saved_tensors, *grads, *ctx.options), *(None,) * 6)
 
 
@@ -233,19 +235,26 @@ _forward.register_autograd(_autograd, setup_context=_save)
 
 
 def route_twice(
-    logits_THE: Tensor, index_THK: Tensor, grads: tuple[Tensor | None, ...], options: list
+    logits_of: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    index_THK: Tensor,
+    grads: Sequence[Tensor | None],
+    options: Sequence,
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of the logits for a given selection, which can be differentiated again.
+    """The gradients of what the logits are made of, for a given selection; they can be
+    differentiated again.
 
     Args: grads: of gates, mean scores and z, None is 0; options: gate, renormalize, scale.
     """
 
-    def reference(logits_THE: Tensor) -> tuple[Tensor, ...]:
-        bias_HE = torch.zeros_like(logits_THE[0])
-        found = route_reference(logits_THE, bias_HE, index_THK, index_THK.shape[-1], *options)
+    def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
+        logits_THE, index = logits_of(*inputs), index_THK.long()
+        bias_HE = torch.zeros_like(logits_THE[0])  # only selects
+        found = route_reference(logits_THE, bias_HE, index, index.shape[-1], *options)
         return found.gate_THK, found.prob_HE, found.z_H
 
-    return reference_grads(reference, (logits_THE,), (True,), grads)
+    return reference_grads(reference, inputs, needed, grads)
 
 
 _GATES = ("topk_softmax", "softmax_topk", "sigmoid")  # in the order of cpu/route.cpp

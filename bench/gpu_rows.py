@@ -103,15 +103,23 @@ def ours(x_THL, gate_THK, index_THK, w_in_HEGFL, w_out_HEFL, activation: str) ->
     return y_NL.view(x_THL.shape)
 
 
-def expert_calls(s: Shape, index_THK: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """Ours and every rival that can do this shape, as functions of (x, gates, w_in, w_out)."""
+def expert_calls(
+    s: Shape, index_THK: Tensor, compiled: bool = False
+) -> dict[str, Callable[..., Tensor]]:
+    """Ours and every rival that can do this shape, as functions of (x, gates, w_in, w_out); with
+    `compiled` those too that torch.compile makes, for half a minute each."""
     from bench.gpu_rivals import rivals
 
     def bind(function):
         return lambda x, gate, w_in, w_out: function(x, gate, index_THK, w_in, w_out, s.activation)
 
     found = {"headway": ours, **rivals(s.activation, s.H * s.E, s.F)}
+    if not compiled:
+        found = {n: f for n, f in found.items() if n not in COMPILED}
     return {name: bind(function) for name, function in found.items()}
+
+
+COMPILED = ("grouped_mm, compiled", "FlexAttention")
 
 
 def alive(calls: dict[str, Callable[[], object]], row: dict) -> dict[str, Callable[[], object]]:
@@ -128,11 +136,11 @@ def alive(calls: dict[str, Callable[[], object]], row: dict) -> dict[str, Callab
     return found
 
 
-def expert_row(part: str, s: Shape, record: "Record") -> dict:
+def expert_row(part: str, s: Shape, record: "Record", compiled: bool = False) -> dict:
     """Time, rate, memory of one shape."""
     made, index_THK, d_out = inputs(s, record.device)
     row: dict = {"part": part, "shape": str(s), **asdict(s)}
-    calls = expert_calls(s, index_THK)
+    calls = expert_calls(s, index_THK, compiled)
     runs = {n: gpu_measure.forward_backward(c, made, d_out) for n, c in calls.items()}
     runs = alive(runs, row)
     found = gpu_measure.times(runs, record.repeats)
@@ -154,7 +162,8 @@ def expert_errors(s: Shape, device: torch.device) -> dict[str, dict]:
     def truth(x, gate, w_in, w_out):
         return loop(x, gate, index_THK, w_in, w_out, s.activation)
 
-    calls = {n: c for n, c in expert_calls(s, index_THK).items() if "compiled" not in n}
+    calls = expert_calls(s, index_THK, compiled=True)
+    calls.pop("grouped_mm, compiled", None)
     if device.type == "cpu":  # the others have no backward, or no bfloat16, without a GPU
         calls = {n: calls[n] for n in ("headway", "grouped_mm", "dense loop")}
     found: dict[str, dict] = {}
@@ -268,7 +277,8 @@ def layer_row(s: Shape, record: "Record") -> dict:
         return call
 
     calls = {"headway": lambda: layer(x)[0]}
-    calls |= {n: with_rival(f) for n, f in rivals(s.activation, s.H * s.E, s.F).items()}
+    found = rivals(s.activation, s.H * s.E, s.F)
+    calls |= {n: with_rival(f) for n, f in found.items() if n not in COMPILED}
     row: dict = {"part": "layer", "shape": str(s), **asdict(s)}
     runs = {n: lambda c=c: torch.autograd.grad(c(), wanted, d_out) for n, c in calls.items()}
     runs = alive(runs, row)

@@ -22,6 +22,7 @@ from headway.config import UsageError
 from headway.kernels.gpu import gpu
 
 TOY = Shape(24, 2, 32, 4, 2, 32)
+QWEN = "Qwen3-30B-A3B"
 
 
 class Record:
@@ -119,9 +120,9 @@ def profile(record: Record) -> None:
         shapes = [(TOY, 0.01)]
     else:
         base = [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
-        shapes = [(s, 0.01) for s in base]
+        shapes = [(s, 0.01) for s in (base[1], base[2], FLAT["OLMoE"], base[3], base[0])]
         shapes += [(replace(base[2], F=512), 0.01), (replace(base[1], E=1024), 0.01)]
-        shapes += [(base[1], 0.0), (FLAT["OLMoE"], 0.01)]
+        shapes += [(base[1], 0.0)]
     for s, aux in shapes:
         record.attempt(f"{s} aux {aux:g}", lambda s=s, aux=aux: gpu_profile.layer(s, aux, record))
 
@@ -132,16 +133,21 @@ def tiles(record: Record) -> None:
 
 
 def experts(record: Record) -> None:
-    """Experts beside their rivals, forward with backward."""
-    shapes = [(TOY, "experts")]
-    if not record.dry:
+    """Experts beside their rivals, forward with backward; those that torch.compile makes last."""
+    if record.dry:
+        todo = [("experts", TOY, False)]
+    else:
         base = {s.L: s for s in narrow_shapes(quick=True) if s.activation == "swiglu"}
-        few = [replace(base[L], E=64) for L in (128, 256)]
-        shapes = [(s, "experts") for s in (base[128], *few, base[64], base[256], base[512])]
-        shapes += [(replace(base[128], activation="gelu"), "experts")]
-        shapes += [(s, "flat") for s in FLAT.values()]
-    for s, part in shapes:
-        record.attempt(str(s), lambda s=s, p=part: gpu_rows.expert_row(p, s, record))
+        todo = [("experts", s, False) for s in (base[128], base[64], base[256], base[512])]
+        todo += [("flat", FLAT["OLMoE"], False)]
+        todo += [("experts", replace(base[128], E=64), False), ("flat", FLAT[QWEN], False)]
+        todo += [("experts", replace(base[128], E=64, activation="gelu"), True)]
+        todo += [("experts", replace(base[256], E=64), True)]
+    for part, s, compiled in todo:
+        record.attempt(
+            f"{s}, compiled rivals too" if compiled else str(s),
+            lambda p=part, s=s, c=compiled: gpu_rows.expert_row(p, s, record, c),
+        )
 
 
 def router(record: Record) -> None:

@@ -25,7 +25,7 @@ from bench import gpu_measure, gpu_rows
 from bench.gpu_rows import FLAT, Shape, narrow_shapes
 from headway.config import UsageError
 from headway.kernels.activation import n_inputs
-from headway.kernels.gpu import experts, experts_wide, tune
+from headway.kernels.gpu import experts_narrow, experts_wide, tune
 from headway.kernels.gpu.tune import Tiles
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ NARROW = {
     ("forward", 64): [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)],
     ("forward", 128): [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)],
     ("forward", 256): [(64, 16, 4), (64, 32, 8), (128, 16, 8), (128, 32, 8)],
-    ("forward", 512): [(64, 16, 8)],
     ("backward_rows", 64): [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 16, 8)],
     ("backward_rows", 128): [(64, 16, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8)],
     ("backward_rows", 256): [(64, 16, 8), (64, 32, 8), (128, 16, 8)],
@@ -83,7 +82,7 @@ def cases(shapes: list[Shape], dry: bool) -> Iterator[Case]:
     """What is tried."""
     for s in shapes:
         grids: dict[str, list[tuple[int, int, int]]] = {}
-        for name in experts.KERNELS:
+        for name in experts_narrow.KERNELS:
             known = NARROW.get((name, s.L), [])
             grids[f"experts_{name}"] = [(16, 16, 4), (16, 32, 4)] if dry else known
         if s.L >= 128 or dry:
@@ -95,7 +94,7 @@ def cases(shapes: list[Shape], dry: bool) -> Iterator[Case]:
                 continue  # not launched
             for cut in grid[:2] if dry else grid:
                 for stages in STAGES[:1] if dry else STAGES:
-                    yield Case(kernel, s.L, Tiles(*cut, stages, hoist=s.L < 512))
+                    yield Case(kernel, s.L, Tiles(*cut, stages))
 
 
 def passes(s: Shape, device: torch.device, n_experts: int) -> dict[str, Callable[[], object]]:
@@ -109,17 +108,16 @@ def passes(s: Shape, device: torch.device, n_experts: int) -> dict[str, Callable
 
     narrow = [w.detach().bfloat16() for w in weights]  # the cast is not part of a kernel
     given = (x_NL, gate.detach().flatten(0, 1), *narrow, *sort_rows(index, s.E))
-    empty, options = x_NL.new_empty(0, 2 * s.F), (s.activation, False)
-    backward = (do_NL, *given, empty, *options)
+    empty = x_NL.new_empty(0, 2 * s.F)
     found: dict[str, Callable[[], object]] = {
-        "experts_wide_hidden": lambda: experts_wide.forward(*given, *options),
-        "experts_wide_rows": lambda: experts_wide.forward(*given, *options),
-        "experts_wide": lambda: experts_wide.backward(*backward),
+        "experts_wide_hidden": lambda: experts_wide.forward(*given, s.activation, False),
+        "experts_wide_rows": lambda: experts_wide.forward(*given, s.activation, False),
+        "experts_wide": lambda: experts_wide.backward(do_NL, *given, empty, s.activation),
         "route": router,
     }
-    if s.L <= 512:
-        found["experts_forward"] = lambda: experts.forward(*given, *options)
-        found["experts_backward"] = lambda: experts.backward(*backward)
+    if s.L <= 256:
+        found["experts_forward"] = lambda: experts_narrow.forward(*given, s.activation)
+        found["experts_backward"] = lambda: experts_narrow.backward(do_NL, *given, s.activation)
     return found
 
 
@@ -254,9 +252,7 @@ def line(row: dict) -> str:
     """For people: the default, then the five fastest."""
     timed = sorted((r for r in row["tried"] if "ms" in r), key=lambda r: r["ms"])
     cells = [
-        f"{r['rows']}x{r['cols']} w{r['warps']} s{r['stages']}{'' if r['hoist'] else ' no hoist'} "
-        f"{r['ms']:.3f}"
-        for r in timed[:5]
+        f"{r['rows']}x{r['cols']} w{r['warps']} s{r['stages']} {r['ms']:.3f}" for r in timed[:5]
     ]
     left = len(row["tried"]) - len(timed)
     return (
@@ -271,7 +267,7 @@ def keep(folder: Path) -> None:
         raise UsageError(f"--keep {folder}: there is no {path.name}; run bench/gpu_day.py first")
     for row in json.loads(path.read_text())["rows"]:
         if row.get("best"):
-            fields = {k: row["best"][k] for k in ("rows", "cols", "warps", "stages", "hoist")}
+            fields = {k: row["best"][k] for k in ("rows", "cols", "warps", "stages")}
             tune.keep(row["key"], Tiles(**fields))
             print(f"{row['key']}: {fields}")
 

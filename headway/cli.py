@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -21,6 +21,9 @@ from headway.describe_command import describe
 from headway.options import parse, print_json
 from headway.plan_command import plan
 from headway.train_command import train
+
+if TYPE_CHECKING:
+    from headway.model.transformer import Transformer
 
 VERBS = {
     "doctor": "what is here, which paths will run, what each missing extra would add",
@@ -162,6 +165,10 @@ class Eval:
     """Other text, as for `train --data`; its validation split is read."""
     batches: int = 0
     """Validation batches; 0 means the whole split."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: that of training, where it is here."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matmuls; auto: that of training, where this machine multiplies it natively."""
     json: bool = False
     """End with one JSON object."""
 
@@ -179,8 +186,8 @@ def evaluate(options: Eval) -> int:
 
     if options.batches < 0:
         raise UsageError(f"--batches {options.batches} is below 0; 0 means the whole split")
-    found = load_trained(options.run)
-    _tell_problems(found.problems)
+    found = load_trained(options.run, options.device, options.dtype)
+    _tell(found.problems, found.remarks)
     data = found.config.data
     if options.data:
         data = dataclasses.replace(data, source=options.data, weights=())
@@ -201,6 +208,7 @@ def evaluate(options: Eval) -> int:
             "batches": n_batches,
             "data": list(data.source),
             "checkpoint": str(found.checkpoint),
+            **_where(found.model),
         },
     )
     return 0
@@ -224,6 +232,10 @@ class Sample:
     """Then from the smallest set whose probability reaches p; 1 keeps all."""
     seed: int = 0
     """The same seed gives the same text."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: that of training, where it is here."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matmuls; auto: that of training, where this machine multiplies it natively."""
     json: bool = False
     """End with one JSON object."""
 
@@ -236,8 +248,8 @@ def sample(options: Sample) -> int:
     check_sampling(options.temperature, options.top_k, options.top_p)
     if options.tokens < 1:
         raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
-    found = load_trained(options.run)
-    _tell_problems(found.problems)
+    found = load_trained(options.run, options.device, options.dtype)
+    _tell(found.problems, found.remarks)
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
@@ -263,6 +275,7 @@ def sample(options: Sample) -> int:
             "tokens": len(found.tokenizer.encode(text)),
             "seed": options.seed,
             "checkpoint": str(found.checkpoint),
+            **_where(found.model),
         },
     )
     return 0
@@ -342,9 +355,15 @@ def report(options: Report) -> int:
 # shared
 
 
-def _tell_problems(problems: list[str]) -> None:
-    for problem in problems:
-        print(f"headway: {problem}; using the one before", file=sys.stderr)
+def _tell(problems: list[str], remarks: list[str]) -> None:
+    for line in [*(f"{problem}; using the one before" for problem in problems), *remarks]:
+        print(f"headway: {line}", file=sys.stderr)
+
+
+def _where(model: "Transformer") -> dict[str, str]:
+    """Device and dtype of the matmuls, for `--json`."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"device": model.embed.weight.device.type, "dtype": dtype}
 
 
 def _help() -> str:

@@ -29,6 +29,7 @@ class RunError(RuntimeError):
 
 Activation = Literal["swiglu", "relu2", "gelu"]
 RouterGate = Literal["softmax_topk", "topk_softmax", "sigmoid"]
+Precision = Literal["bfloat16", "float8"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class MoEConfig:
     """D_L, total latent width (ℓ for `latent`, H·L for `multi_head_latent`); 0 means d_model."""
     activation: Activation = "swiglu"
     """Of the experts and of the shared expert."""
-    precision: Literal["bfloat16", "float8"] = "bfloat16"
+    precision: Precision = "bfloat16"
     """Of the experts' products in the forward pass. `float8`: e4m3 with float32 scales, on GPUs of
     compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2) from
     float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`."""

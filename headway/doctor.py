@@ -12,7 +12,7 @@ import torch
 
 from headway.config import DataConfig
 from headway.data.cache import root_of
-from headway.kernels.experts import WIDEST, choose
+from headway.kernels.experts import choose
 from headway.kernels.gpu import gpu
 from headway.kernels.native import native as cpu_kernels
 from headway.report.provenance import provenance
@@ -120,6 +120,8 @@ def _paths(found: dict[str, Any]) -> dict[str, str]:
         "routing": f"exact top-k, stable counting sort: {_routing(found)}",
         "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
         "scaled_dot_product_attention (kernels/attention.py)",
+        "torch.func": "it, forward mode and second derivatives take each operator's reference in "
+        "PyTorch, where every expert sees every token (kernels/differentiate.py)",
         "run.compile": "possible" if can_compile else "not possible: there is no C++ compiler",
         "browser": found["browser"] or "none: the report's browser tests are skipped",
         "/dev/shm": f"{shm}; nothing here needs it: data are memory-mapped in this process",
@@ -136,12 +138,8 @@ def _routing(found: dict[str, Any]) -> str:
 
 
 def _experts(device: str, dtype: torch.dtype) -> str:
-    """The path of narrow experts, and of wide ones where it is another."""
-    widest = WIDEST[dtype]
-    narrow, wide = (choose(device, dtype, L, 256) for L in (widest, 2 * widest))
-    if narrow.path == wide.path:
-        return f"{narrow.why} (kernels/experts.py)"
-    return f"up to width {widest}: {narrow.why}; wider: {wide.why} (kernels/experts.py)"
+    """The path of experts."""
+    return f"{choose(device, dtype, 64, 256).why} (kernels/experts.py)"
 
 
 def _installed(module: str) -> bool:

@@ -1,11 +1,12 @@
 """Text ↔ token ids: bytes, or any `tokenizer.json` through the tokenizers library. `train_bpe`
 makes such a file."""
 
+import codecs
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,18 @@ class Tokenizer(Protocol):
         """The text; special ids vanish, bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def decode_stream(self) -> "DecodeStream":
+        """`decode` of ids that come one at a time."""
+        ...
+
+
+class DecodeStream(Protocol):
+    """Decodes ids as they come; the time of a step does not grow with the text."""
+
+    def step(self, i: int) -> str:
+        """The text that id `i` completes; empty within a character of several tokens."""
+        ...
+
 
 class ByteTokenizer:
     """257 ids: 0…255 are the bytes of the text in UTF-8, 256 ends a document."""
@@ -95,6 +108,10 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text; eos vanishes (as any id ≥ 256, which a padded vocabulary may sample)."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+
+    def decode_stream(self) -> DecodeStream:
+        """`decode` of ids that come one at a time."""
+        return _ByteStream([bytes([i]) for i in range(256)])
 
 
 class JsonTokenizer:
@@ -163,6 +180,39 @@ class JsonTokenizer:
         if self._byte_level:
             return b"".join(self._bytes[i] for i in kept).decode("utf-8", "replace")
         return self._inner.decode(kept, skip_special_tokens=True)
+
+    def decode_stream(self) -> DecodeStream:
+        """`decode` of ids that come one at a time."""
+        return _ByteStream(self._bytes) if self._byte_level else _WindowStream(self.decode)
+
+
+class _ByteStream:
+    """Of tokens that are bytes."""
+
+    def __init__(self, bytes_V: list[bytes]) -> None:
+        self._bytes, self._decoder = bytes_V, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def step(self, i: int) -> str:
+        """The text that id `i` completes."""
+        return self._decoder.decode(self._bytes[i] if i < len(self._bytes) else b"")
+
+
+class _WindowStream:
+    """Of tokens whose text depends on their neighbours, as with a space that is only shown between
+    words: decodes those that were shown last together with those that were not yet."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode, self._ids, self._shown = decode, [], 0
+
+    def step(self, i: int) -> str:
+        """The text that id `i` completes."""
+        self._ids.append(i)
+        before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        return now[len(before) :]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

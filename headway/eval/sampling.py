@@ -73,7 +73,7 @@ def generate(
     try:
         state = model.init_state(1, len(ids) + max_tokens)
         new: list[int] = []
-        shown = ""
+        stream, shown = tokenizer.decode_stream(), 0
         following = torch.tensor([ids], device=device)
         for _ in range(max_tokens):
             logits_V = model.step(following, state, ranks)[0]
@@ -86,16 +86,12 @@ def generate(
                 break
             new.append(token)
             following = torch.tensor([[token]], device=device)
-            if on_token is not None:
-                text = tokenizer.decode(new).rstrip(
-                    "\ufffd"
-                )  # the rest of a character is still to come
-                if len(text) > len(shown):
-                    on_token(text[len(shown) :])
-                    shown = text
+            if on_token is not None and (piece := stream.step(token)):
+                on_token(piece)
+                shown += len(piece)
         text = tokenizer.decode(new)
-        if on_token is not None and len(text) > len(shown):
-            on_token(text[len(shown) :])
+        if on_token is not None and len(text) > shown:
+            on_token(text[shown:])  # a character that was not finished
         return text
     finally:
         rest(model)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.native import native
 
 
@@ -26,7 +27,7 @@ def activate_reference(pre: Tensor, activation: str) -> Tensor:
 
 def activate(pre: Tensor, activation: str) -> Tensor:
     """Equal to `activate_reference`, with autograd; float32 arithmetic, rounded once, on CPUs."""
-    if native().takes(pre):
+    if native().takes(pre) and not transformed():
         return _forward(pre, activation)
     return activate_reference(pre, activation)
 
@@ -73,6 +74,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, d_hid):
+    if torch.is_grad_enabled():
+
+        def reference(pre: Tensor) -> tuple[Tensor]:
+            return (activate_reference(pre, ctx.activation),)
+
+        return *reference_grads(reference, ctx.saved_tensors, (True,), (d_hid,)), None
     return _backward(d_hid, *ctx.saved_tensors, ctx.activation), None
 
 

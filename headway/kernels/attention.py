@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.native import native
 
 
@@ -39,6 +40,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         share a key/value head.
     Returns: `[B, S, N, d]` in q's dtype.
     """
+    if transformed():
+        return attention_reference(q, k, v)
     if native().takes(q, k, v) and q.shape[-1] % 2 == 0:  # bfloat16 is multiplied in pairs
         return _forward(q, k, v)[0]
     q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
@@ -84,6 +87,14 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, d_out, _):
+    if d_out is None:  # PyTorch may ask without a gradient
+        return None, None, None
+    if torch.is_grad_enabled():
+
+        def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+            return (attention_reference(q, k, v),)
+
+        return reference_grads(reference, ctx.saved_tensors[:3], ctx.needs_input_grad, (d_out,))
     return _backward(d_out, *ctx.saved_tensors)
 
 

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.differentiate import transformed
 from headway.kernels.native import native
+from headway.kernels.precision import widen
 
 CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
 
@@ -19,7 +21,8 @@ def cross_entropy_reference(
     x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
 ) -> Tensor:
     """Sum over valid targets (≥ 0) of −log softmax(softcap(x·Wᵀ))[target]; whole logits."""
-    logits = x_TD @ w_VD.T
+    logits = x_TD @ w_VD.to(x_TD.dtype).T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, target_T, ignore_index=-1, reduction="sum")
@@ -30,11 +33,13 @@ def cross_entropy(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float =
 
     Args:
         x_TD: `[T, D]`; its dtype is the dtype of the matmul, the softmax is float32 (or float64).
-        w_VD: `[V, D]` float32 (or float64).
+        w_VD: `[V, D]` float32 (or float64); narrower ones get the gradient of float32, rounded.
         target_T: int64 `[T]`; −1 is ignored.
         softcap: bounds logits to ±softcap; 0 is off.
     Returns: float32 (float64) scalar, the sum in nats.
     """
+    if transformed():
+        return cross_entropy_reference(x_TD, w_VD, target_T, softcap)
     return _CrossEntropy.apply(x_TD, w_VD, target_T, softcap)
 
 
@@ -45,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
         w = w_VD.to(x_TD.dtype)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x_TD) if needs_x else None
-        dw = torch.zeros_like(w_VD) if needs_w else None
+        dw = torch.zeros_like(widen(w_VD)) if needs_w else None  # a sum over many chunks
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         rows = max(1, CHUNK_ELEMENTS // w.shape[0])
         for start in range(0, x_TD.shape[0], rows):
@@ -61,6 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
             if dw is not None:
                 dw += d_logits.T @ x
         ctx.save_for_backward(dx, dw)
+        ctx.stored = w_VD.dtype
         return total
 
     @staticmethod
@@ -68,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, d_total):
         dx, dw = ctx.saved_tensors
         scaled = [None if g is None else g * d_total.to(g.dtype) for g in (dx, dw)]
-        return scaled[0], scaled[1], None, None
+        return scaled[0], None if scaled[1] is None else scaled[1].to(ctx.stored), None, None
 
 
 def _rows(

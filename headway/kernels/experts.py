@@ -22,22 +22,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from headway.config import Activation, UsageError
+from headway.config import Activation, Precision, UsageError
 from headway.kernels import experts_cpp, experts_grouped, experts_loop
 from headway.kernels.activation import activate
+from headway.kernels.differentiate import reference_grads, transformed
+from headway.kernels.experts_dense import experts_dense
 from headway.kernels.gpu import TAKEN, gpu
 from headway.kernels.native import native
+from headway.kernels.precision import widen
 from headway.kernels.rows import Rows
 
-WIDEST = {torch.bfloat16: 512, torch.float32: 128}
-"""L of the fused kernels, by the dtype of x: the float32 sums of 64 rows of 512 take half of the
-registers of a multiprocessor. Tiles of float32 tokens are multiplied in parts and spill above."""
+WIDEST = {torch.bfloat16: 256, torch.float32: 128}
+"""L up to which the fused forward pass keeps hidden units on the chip, by the dtype of x. Above, the
+float32 sums of a tile leave no registers for anything else."""
 
 MOST_GROUPS = 1023
 """Groups of one `F.grouped_mm` on a CUDA device; PyTorch refuses more."""
-
-WIDEST_FLOAT8 = 256
-"""L of the forward kernel in e4m3."""
 
 
 def experts_reference(
@@ -77,7 +77,7 @@ def experts(
     w_out_HEFL: Tensor,
     activation: Activation,
     recompute: bool = False,
-    precision: Literal["bfloat16", "float8"] = "bfloat16",
+    precision: Precision = "bfloat16",
 ) -> Tensor:
     """Σ over the chosen experts of gate · expert(x), for every sub-token.
 
@@ -86,8 +86,8 @@ def experts(
         bfloat16, float64).
         gate_NK: `[N, K]` float32 (or float64).
         rows: from `sort_rows`.
-        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32 (or float64); cast
-        once per call. On a GPU bfloat16 as well: nothing is cast then.
+        w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32, bfloat16 (float64,
+        float16); cast once per call.
         recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
         SwiGLU). The fused kernels always do.
         precision: `float8` multiplies in e4m3 in the forward pass of the fused kernels
@@ -96,15 +96,21 @@ def experts(
     Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
     Raises: UsageError for float8 where it cannot run.
     """
-    keep = not recompute and torch.is_grad_enabled()
+    gate_NK = widen(gate_NK)
+    if w_in_HEGFL.dtype != w_out_HEFL.dtype:
+        stored = torch.promote_types(w_in_HEGFL.dtype, w_out_HEFL.dtype)
+        w_in_HEGFL, w_out_HEFL = w_in_HEGFL.to(stored), w_out_HEFL.to(stored)
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
+    if transformed():
+        return experts_dense(*inputs, rows, activation)
+    keep = not recompute and torch.is_grad_enabled()
     return _forward(*inputs, *rows, activation, keep, precision)[0]
 
 
 class Choice(NamedTuple):
     """Which path runs."""
 
-    path: Literal["fused", "wide", "grouped", "cpp", "loop"]
+    path: Literal["fused", "grouped", "cpp", "loop"]
     why: str
     """One line for people."""
 
@@ -125,16 +131,12 @@ def choose(
     if masters not in TAKEN:
         return Choice("loop", f"a loop of matmuls: gates or weights are {masters}")
     if device == gpu().device and dtype in TAKEN:
-        if L % 16 == 0 and F % 16 == 0 and WIDEST[dtype] >= L:
-            return Choice("fused", f"Triton kernels: {gpu().why}")
-        return Choice("wide", f"Triton kernels, hidden units go through memory: {gpu().why}")
-    elif dtype not in TAKEN:
+        return Choice("fused", f"Triton kernels: {gpu().why}")
+    if dtype not in TAKEN:
         why = f"the Triton kernels take bfloat16 and float32, not {dtype}"
     else:
         why = f"no Triton kernels: {gpu().why}"
     if device == "cpu" and native().library is not None:
-        if masters != torch.float32:
-            return Choice("loop", f"a loop of matmuls: the C++ kernels take no {masters} weights")
         if native().takes(torch.empty(0, dtype=dtype)):
             return Choice("cpp", f"C++ kernels: {native().why}")
         return Choice("loop", f"a loop of matmuls: the C++ kernels do not take {dtype} here")
@@ -147,6 +149,12 @@ def choose(
     return Choice("loop", f"a loop of matmuls, sizes are read on the host, slow; {why}")
 
 
+def narrow(dtype: torch.dtype, L: int, F: int) -> bool:
+    """Whether the fused forward pass keeps hidden units on the chip (gpu/experts_narrow.py). Wider
+    experts' go through memory (gpu/experts_wide.py), where backward may find the pre-activations."""
+    return L % 16 == 0 and F % 16 == 0 and WIDEST[dtype] >= L
+
+
 def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
     """Raises UsageError where experts cannot multiply in float8."""
     choice = choose(device, dtype, L, F)
@@ -154,10 +162,10 @@ def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
         why = choice.why if device == "cuda" else gpu().why
         why = why if choice.path != "fused" else f"tokens are {dtype}, not bfloat16"
         raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")
-    if L > WIDEST_FLOAT8:
+    if not narrow(dtype, L, F):
         raise UsageError(
-            f"precision=float8 takes experts of width L up to {WIDEST_FLOAT8}, not {L}; "
-            f"use bfloat16"
+            f"precision=float8 takes experts of width L up to {WIDEST[dtype]}, and L and F in "
+            f"steps of 16, not {L} and {F}; use bfloat16"
         )
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -186,10 +194,6 @@ def _path(*inputs: Tensor) -> ModuleType:
             from headway.kernels.gpu import experts as fused  # imports Triton
 
             return fused
-        case "wide":
-            from headway.kernels.gpu import experts_wide
-
-            return experts_wide
         case "grouped":
             return experts_grouped
         case "cpp":
@@ -244,8 +248,9 @@ def _backward(
 def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation, keep, *_):
     width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
     out_NL = torch.empty_like(x_NL, memory_format=torch.contiguous_format)
-    keeps = keep and _choice(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL).path != "fused"
-    return out_NL, x_NL.new_empty(slot_R.numel() if keeps else 0, width)
+    if _choice(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL).path == "fused":
+        keep = keep and not narrow(x_NL.dtype, x_NL.shape[1], w_out_HEFL.shape[2])
+    return out_NL, x_NL.new_empty(slot_R.numel() if keep else 0, width)
 
 
 @_backward.register_fake
@@ -261,6 +266,17 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, do_NL, _):
+    if do_NL is None:  # PyTorch may ask without a gradient
+        return (None,) * 10
+    if torch.is_grad_enabled():
+        *inputs, slot_R, row_NK, counts_HE, _ = ctx.saved_tensors
+        rows = Rows(slot_R, row_NK, counts_HE)
+
+        def dense(x: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor]:
+            return (experts_dense(x, gate, w_in, w_out, rows, ctx.activation),)
+
+        grads = reference_grads(dense, inputs, ctx.needs_input_grad[:4], (do_NL,))
+        return (*grads, *(None,) * 6)
     grads = _backward(do_NL, *ctx.saved_tensors, ctx.activation, ctx.keep)
     return (*grads, *(None,) * 6)
 

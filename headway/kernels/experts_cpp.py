@@ -1,5 +1,6 @@
 """Experts in the C++ of cpu/experts.cpp: packed weights and every intermediate of an expert in the
-cache, float32 from the first product to the last rounding. See experts.py for the equations.
+cache, float32 from the first product to the last rounding. Weights are stored in float32 or
+bfloat16. See experts.py for the equations.
 """
 
 import torch
@@ -57,9 +58,12 @@ def backward(
 
 
 def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:
-    """Groups, K, L, F, G and the activation's number, as the kernels take them."""
+    """Groups, K, L, F, G, the activation's number and whether weights are bfloat16, as the kernels
+    take them.
+    """
     H, E, G, Fh, L = w_in_HEGFL.shape
-    return H * E, row_NK.shape[1], L, Fh, G, ("swiglu", "relu2", "gelu").index(activation)
+    number = ("swiglu", "relu2", "gelu").index(activation)
+    return H * E, row_NK.shape[1], L, Fh, G, number, int(w_in_HEGFL.dtype == torch.bfloat16)
 
 
 def _combine(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.activation import activate_into, activate_with_slope
+from headway.kernels.precision import widen
 
 
 def forward(
@@ -41,7 +42,7 @@ def forward(
     for e, n, token, y, pre in _groups(counts, token_R, y_RL, pre_R if keep else None):
         x = torch.index_select(x_NL, 0, token, out=x_s[:n])
         pre = torch.mm(x, w_in_T[e], out=pre_s[:n] if pre is None else pre)
-        hid = activate_into(_widen(pre), activation, hid_s.wide[:n])
+        hid = activate_into(widen(pre), activation, hid_s.wide[:n])
         torch.mm(hid_s.narrow(hid), w_out[e], out=y)
     return sum_slots(y_RL, row_NK, gate_NK), pre_R
 
@@ -88,8 +89,8 @@ def backward(
         if pre is None:
             pre = torch.mm(x, w_in_T[e], out=pre_s[:n])
         hid, dpre = hid_s.wide[:n], dpre_s.wide[:n]
-        activate_with_slope(_widen(pre), activation, hid, dpre)
-        z = _widen(torch.mm(do, w_out_T[e], out=z_s[:n]))
+        activate_with_slope(widen(pre), activation, hid, dpre)
+        z = widen(torch.mm(do, w_out_T[e], out=z_s[:n]))
         d_gate.copy_(torch.linalg.vecdot(hid, z))
         _mm_into(dw_out_E[e], hid_s.narrow(hid.mul_(gate)).T, do)
         dpre.view(n, -1, Fh).mul_(z.mul_(gate).unsqueeze(1))
@@ -121,17 +122,13 @@ class _Scratch:
     """
 
     def __init__(self, rows: int, width: int, like: Tensor):
-        wide = torch.float32 if like.dtype == torch.bfloat16 else like.dtype
+        wide = torch.promote_types(like.dtype, torch.float32)
         self.wide = like.new_empty(rows, width, dtype=wide)
         self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
 
     def narrow(self, values: Tensor) -> Tensor:
         """`values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the same."""
         return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -147,11 +144,11 @@ def sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
     weighted sum.
     """
     N, K = row_NK.shape
-    if y_RL.dtype == torch.bfloat16 or y_RL.device.type != "cpu":
-        y_NKL = y_RL[row_NK].float()
+    if y_RL.dtype in (torch.bfloat16, torch.float16) or y_RL.device.type != "cpu":
+        y_NKL = widen(y_RL[row_NK])
         if weight_NK is not None:
             y_NKL = y_NKL * weight_NK.unsqueeze(-1)
         return y_NKL.sum(1).to(y_RL.dtype)
     starts = torch.arange(0, N * K, K, device=row_NK.device)
-    weight = None if weight_NK is None else weight_NK.flatten()
+    weight = None if weight_NK is None else weight_NK.flatten().to(y_RL.dtype)
     return F.embedding_bag(row_NK.flatten(), y_RL, starts, mode="sum", per_sample_weights=weight)

@@ -5,7 +5,9 @@
 import torch
 from torch import Tensor
 
+from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.native import native
+from headway.kernels.precision import widen
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,6 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Equal to `rms_norm_reference`. `x` `[..., L]`, `weight` `[L]` or `[H, L]` (one row per head),
     result in x's dtype.
     """
+    if transformed():
+        return rms_norm_reference(x, weight, eps)
+    weight = widen(weight)  # a row or a few; its gradient is rounded once
     if native().takes(x, weight) and weight.dtype == torch.float32:
         return _forward(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
@@ -61,12 +66,26 @@ def _(dy, x, weight, scale):
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
-    x, weight, _ = inputs
+    x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight, output[1])
 
 
 def _autograd(ctx, dy, _):
+    if dy is None:  # PyTorch may ask without a gradient
+        return None, None, None
+    if torch.is_grad_enabled():
+        return _twice(ctx, dy)
     return (*_backward(dy, *ctx.saved_tensors), None)
+
+
+def _twice(ctx, dy: Tensor) -> tuple:
+    """Gradients that can be differentiated again."""
+    x, weight, _ = ctx.saved_tensors
+
+    def reference(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return (rms_norm_reference(x, weight, ctx.eps),)
+
+    return (*reference_grads(reference, (x, weight), ctx.needs_input_grad[:2], (dy,)), None)
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
@@ -81,11 +100,13 @@ class _RMSNorm(torch.autograd.Function):
         )
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            return _twice(ctx, dy)
         x, weight, scale = ctx.saved_tensors
         wide = x if x.dtype == torch.float64 else x.float()
         x_hat = wide * scale

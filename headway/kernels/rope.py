@@ -7,8 +7,9 @@ S positions · H heads · d head width.
 import torch
 from torch import Tensor
 
+from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.native import native
-from headway.kernels.norm import rms_norm
+from headway.kernels.norm import rms_norm, rms_norm_reference
 
 
 def rope_tables(
@@ -33,6 +34,8 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Equal to `rope_reference`; float32 arithmetic, rounded once. The backward rotates back."""
+    if transformed():
+        return rope_reference(x, cos, sin)
     if _is_native(x, cos, sin):
         return _turn(x, cos, sin, 1.0)
     return _Rope.apply(x, cos, sin)
@@ -42,7 +45,7 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
     """`rope(rms_norm(x, weight, eps), cos, sin)` for `weight [d]`, rounded once where it is one
     kernel.
     """
-    if _is_native(x, weight, cos, sin):
+    if not transformed() and _is_native(x, weight, cos, sin):
         return _norm_turn(x, weight, eps, cos, sin)[0]
     return rope(rms_norm(x, weight, eps), cos, sin)
 
@@ -58,9 +61,10 @@ class _Rope(torch.autograd.Function):
         return _rotate(x, cos, sin, 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _Rope.apply(dy, cos, -sin), None, None
         return _rotate(dy, cos, sin, -1), None, None
 
 
@@ -145,11 +149,21 @@ def _(dy, x, weight, scale, cos, sin):
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
-    x, weight, _, cos, sin = inputs
+    x, weight, ctx.eps, cos, sin = inputs
     ctx.save_for_backward(x, weight, output[1], cos, sin)
 
 
 def _autograd(ctx, dy, _):
+    if dy is None:  # PyTorch may ask without a gradient
+        return None, None, None, None, None
+    if torch.is_grad_enabled():
+        x, weight, _, cos, sin = ctx.saved_tensors
+
+        def reference(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+            return (rope_reference(rms_norm_reference(x, weight, ctx.eps), cos, sin),)
+
+        grads = reference_grads(reference, (x, weight), ctx.needs_input_grad[:2], (dy,))
+        return (*grads, None, None, None)
     return (*_norm_turn_backward(dy, *ctx.saved_tensors), None, None, None)
 
 

@@ -8,6 +8,7 @@ in references).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import RouterGate
+from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.gpu import gpu
 from headway.kernels.gpu.ops import route_tokens
 from headway.kernels.native import native
+from headway.kernels.precision import widen, without_autocast
 from headway.kernels.rows import count
 from headway.kernels.topk import top_k
 
@@ -95,10 +98,11 @@ def route(
 
     Args:
         x: `[T, H, L]`, or `[T, L]` that every head reads; float32, bfloat16 (float64).
-        w_HEL: `[H, E, L]` float32 (float64).
+        w_HEL: `[H, E, L]` float32 (float64); a narrower dtype is widened, as the bias is.
         the others as in `route_logits`. The GPU kernels cannot look at a replayed index without
         waiting for the device: where it is no expert its gate is NaN.
     """
+    w_HEL, bias_HE = widen(w_HEL), widen(bias_HE)
     arguments = (bias_HE, index_THK, k, gate, renormalize, float(scale))
     if keeps_no_logits(x, w_HEL, bias_HE):
         *rest, chosen_THK, _, _ = route_tokens(x, w_HEL, *arguments)
@@ -108,16 +112,20 @@ def route(
 
 def keeps_no_logits(x: Tensor, w_HEL: Tensor, bias_HE: Tensor) -> bool:
     """Whether `route` keeps nothing of size T×E for backward."""
-    return gpu().takes(x, w_HEL, bias_HE) and w_HEL.dtype == bias_HE.dtype == torch.float32
+    if transformed() or not gpu().takes(x, w_HEL, bias_HE):
+        return False
+    return widen(w_HEL).dtype == widen(bias_HE).dtype == torch.float32
 
 
 def logits(x: Tensor, w_HEL: Tensor) -> Tensor:
     """`[T, H, L]` (or `[T, L]`, the same for all heads) times `[H, E, L]` → `[T, H, E]`, in float32
     (float64)."""
-    x = x if x.dtype == torch.float64 else x.float()
-    if x.dim() == 2:
-        return F.linear(x, w_HEL.flatten(0, 1)).unflatten(-1, w_HEL.shape[:2])
-    return torch.bmm(x.transpose(0, 1), w_HEL.transpose(1, 2)).transpose(0, 1)
+    wide = torch.promote_types(torch.promote_types(x.dtype, w_HEL.dtype), torch.float32)
+    x, w_HEL = x.to(wide), w_HEL.to(wide)
+    with without_autocast(x):
+        if x.dim() == 2:
+            return F.linear(x, w_HEL.flatten(0, 1)).unflatten(-1, w_HEL.shape[:2])
+        return torch.bmm(x.transpose(0, 1), w_HEL.transpose(1, 2)).transpose(0, 1)
 
 
 def route_logits(
@@ -140,8 +148,10 @@ def route_logits(
         logit.
     Raises: IndexError where a replayed index is no expert (RuntimeError on PyTorch's path).
     """
+    bias_HE = bias_HE.to(logits_THE.dtype)
     arguments = (logits_THE, bias_HE, index_THK, k, gate, renormalize, float(scale))
-    if native().takes(logits_THE, bias_HE) and logits_THE.dtype == bias_HE.dtype == torch.float32:
+    takes = native().takes(logits_THE, bias_HE) and logits_THE.dtype == torch.float32
+    if takes and not transformed():
         *rest, chosen_THK = _forward(*arguments)
         return Routed(chosen_THK, *rest)
     return route_reference(*arguments)
@@ -214,10 +224,38 @@ def _save(ctx, inputs, output) -> None:
 
 def _autograd(ctx, d_gate_THK, d_prob_HE, d_z_H, *_):
     grads = (d_gate_THK, d_prob_HE, d_z_H)
+    if torch.is_grad_enabled():
+        logits_THE, index_THK = ctx.saved_tensors
+        given = (index_THK, grads, ctx.options)
+        return *route_twice(lambda z: z, (logits_THE,), (True,), *given), *(None,) * 6
     return (_backward(*ctx.saved_tensors, *grads, *ctx.options), *(None,) * 6)
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
+
+
+def route_twice(
+    logits_of: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    index_THK: Tensor,
+    grads: Sequence[Tensor | None],
+    options: Sequence,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of what the logits are made of, for a given selection; they can be
+    differentiated again.
+
+    Args: grads: of gates, mean scores and z, None is 0; options: gate, renormalize, scale.
+    """
+
+    def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
+        logits_THE, index = logits_of(*inputs), index_THK.long()
+        bias_HE = torch.zeros_like(logits_THE[0])  # only selects
+        found = route_reference(logits_THE, bias_HE, index, index.shape[-1], *options)
+        return found.gate_THK, found.prob_HE, found.z_H
+
+    return reference_grads(reference, inputs, needed, grads)
+
 
 _GATES = ("topk_softmax", "softmax_topk", "sigmoid")  # in the order of cpu/route.cpp
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.kernels.differentiate import transformed
 from headway.kernels.gpu import gpu
 from headway.kernels.gpu.ops import sort_rows as sort_rows_gpu
 from headway.kernels.native import native
@@ -34,9 +35,8 @@ def count(key: Tensor, n_keys: int) -> Tensor:
     before the data.
     """
     key = key.flatten()
-    return torch.zeros(n_keys, dtype=torch.int64, device=key.device).scatter_add_(
-        0, key, torch.ones_like(key)
-    )
+    none = torch.zeros(n_keys, dtype=torch.int64, device=key.device)
+    return none.scatter_add(0, key, torch.ones_like(key))  # not in place: `vmap` cannot
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
@@ -45,6 +45,8 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
 
     Args: index_THK: int64 or int32 `[T, H, K]`, 0 … E; E means that the slot takes no expert.
     """
+    if transformed():
+        return sort_rows_reference(index_THK, n_experts)
     if gpu().device == index_THK.device.type:
         return Rows(*sort_rows_gpu(index_THK, n_experts))
     if native().library is not None and index_THK.device.type == "cpu":

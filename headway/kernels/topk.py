@@ -8,6 +8,8 @@ it give a total order; for the k of a router that is also faster than sorting.
 import torch
 from torch import Tensor
 
+from headway.kernels.differentiate import transformed
+
 MAX_ROUNDS = 8  # beyond this a stable sort is faster
 
 
@@ -20,7 +22,7 @@ def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
 
 def top_k(scores_THE: Tensor, k: int) -> Tensor:
     """Equal to `top_k_reference` for every input (−inf ties with the lowest finite number)."""
-    if k > MAX_ROUNDS:
+    if k > MAX_ROUNDS or transformed():
         return top_k_reference(scores_THE, k)
     # a taken score becomes −inf, so that one not taken must stay above it
     left = scores_THE.detach().clamp(min=torch.finfo(scores_THE.dtype).min)

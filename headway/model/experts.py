@@ -4,12 +4,10 @@ H heads · E experts per head · F hidden width · L width · G = 2 for SwiGLU (
 Expert (h, e) is `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from headway.config import Activation
+from headway.config import Activation, Precision
 from headway.kernels.activation import n_inputs
 from headway.kernels.experts import experts
 from headway.kernels.rows import sort_rows
@@ -27,10 +25,11 @@ class Experts(nn.Module):
         d_expert: int,
         activation: Activation,
         recompute: bool = False,
+        precision: Precision = "bfloat16",
     ):
         super().__init__()
         self.activation: Activation = activation
-        self.precision: Literal["bfloat16", "float8"] = "bfloat16"
+        self.precision: Precision = precision
         self.recompute = recompute
         n_in = n_inputs(activation)
         self.w_in_HEGFL = nn.Parameter(torch.empty(n_heads, n_experts, n_in, d_expert, d_in))

@@ -15,7 +15,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from headway.config import Activation, BalanceConfig, MoEConfig, RouterConfig, UsageError
+from headway.config import (
+    Activation,
+    BalanceConfig,
+    MoEConfig,
+    Precision,
+    RouterConfig,
+    UsageError,
+)
 from headway.kernels.activation import n_inputs
 from headway.model.balance import RouteStats, merge_stats
 from headway.model.experts import Experts
@@ -35,7 +42,11 @@ class MoE(nn.Module):
         router, balance: how scores become gates; which bias rule selects.
         capacity_factor: 0 is dropless; else an expert takes at most ⌈factor·T·K/E⌉ rows of a call.
         recompute: constant-memory form.
-    Raises: UsageError where the sizes do not fit.
+        precision: of the experts' products in the forward pass; see `MoEConfig.precision`.
+    Raises: UsageError where the sizes do not fit; in `forward`, where float8 cannot run.
+
+    Weights may be stored in float32, bfloat16 or float16 (`layer.bfloat16()`); scores, gates and
+    the selection bias stay float32. Matmuls run in the dtype of x.
     """
 
     def __init__(
@@ -51,6 +62,7 @@ class MoE(nn.Module):
         balance: BalanceConfig = BalanceConfig(),
         capacity_factor: float = 0.0,
         recompute: bool = False,
+        precision: Precision = "bfloat16",
     ):
         super().__init__()
         self._build(
@@ -66,6 +78,7 @@ class MoE(nn.Module):
             balance,
             capacity_factor,
             recompute,
+            precision,
         )
         init_weights(self)
 
@@ -83,6 +96,7 @@ class MoE(nn.Module):
         balance,
         capacity_factor,
         recompute,
+        precision,
     ) -> None:
         self.n_heads = n_heads
         self.reads_token = router.reads == "token"
@@ -90,7 +104,9 @@ class MoE(nn.Module):
         self.router = Router(
             n_heads, d_router, n_experts, top_k, router, balance, capacity_factor, recompute
         )
-        self.experts = Experts(n_heads, n_experts, d_head, d_expert, activation, recompute)
+        self.experts = Experts(
+            n_heads, n_experts, d_head, d_expert, activation, recompute, precision
+        )
         self.shared = FeedForward(d_model, d_shared, activation) if d_shared else None
 
     def split(self, x_TD: Tensor) -> Tensor:
@@ -112,7 +128,7 @@ class MoE(nn.Module):
         statistics are those of the sub-tokens that were routed here.
         """
         assert ranks is None or index_THK is None
-        x_TD = x.flatten(0, -2)
+        x_TD = x.reshape(-1, x.shape[-1])
         if ranks is None:
             z_THL = self.split(x_TD)
             route = self.router(x_TD if self.reads_token else z_THL, index_THK)
@@ -149,7 +165,7 @@ class MultiHeadLatentMoE(MoE):
     (arXiv 2602.04870 §3.) Args as in `MoE`, and:
         n_heads: H; divides d_latent.
         d_latent: D_L = H·L; 0 means d_model.
-        latent_norm: learnable RMSNorm per head after W_in.
+        latent_norm: learnable RMSNorm per head after W_in; norm_eps is added to its mean square.
     """
 
     def __init__(
@@ -162,12 +178,14 @@ class MultiHeadLatentMoE(MoE):
         *,
         d_latent: int = 0,
         latent_norm: bool = True,
+        norm_eps: float = 1e-6,
         activation: Activation = "swiglu",
         d_shared: int = 0,
         router: RouterConfig = RouterConfig(),
         balance: BalanceConfig = BalanceConfig(),
         capacity_factor: float = 0.0,
         recompute: bool = False,
+        precision: Precision = "bfloat16",
     ):
         nn.Module.__init__(self)
         d_latent = d_latent or d_model
@@ -178,7 +196,7 @@ class MultiHeadLatentMoE(MoE):
             )
         d_head = d_latent // n_heads
         self.w_in = Linear(d_model, d_latent)
-        self.norm = RMSNorm(n_heads, d_head) if latent_norm else None
+        self.norm = RMSNorm(n_heads, d_head, eps=norm_eps) if latent_norm else None
         self._build(
             d_model,
             n_heads,
@@ -192,6 +210,7 @@ class MultiHeadLatentMoE(MoE):
             balance,
             capacity_factor,
             recompute,
+            precision,
         )
         self.w_out = Linear(d_latent, d_model)
         init_weights(self)
@@ -221,12 +240,14 @@ class LatentMoE(MultiHeadLatentMoE):
         d_expert: int,
         *,
         latent_norm: bool = True,
+        norm_eps: float = 1e-6,
         activation: Activation = "swiglu",
         d_shared: int = 0,
         router: RouterConfig = RouterConfig(reads="token"),
         balance: BalanceConfig = BalanceConfig(),
         capacity_factor: float = 0.0,
         recompute: bool = False,
+        precision: Precision = "bfloat16",
     ):
         super().__init__(
             d_model,
@@ -236,12 +257,14 @@ class LatentMoE(MultiHeadLatentMoE):
             d_expert,
             d_latent=d_latent,
             latent_norm=latent_norm,
+            norm_eps=norm_eps,
             activation=activation,
             d_shared=d_shared,
             router=router,
             balance=balance,
             capacity_factor=capacity_factor,
             recompute=recompute,
+            precision=precision,
         )
 
 
@@ -271,14 +294,8 @@ def latent_acc(
     return alpha * n_experts, alpha * top_k - paying
 
 
-def build_moe(d_model: int, c: MoEConfig, recompute: bool = False) -> MoE:
+def build_moe(d_model: int, c: MoEConfig, recompute: bool = False, norm_eps: float = 1e-6) -> MoE:
     """The sparse layer that a config describes."""
-    layer = _build_moe(d_model, c, recompute)
-    layer.experts.precision = c.precision
-    return layer
-
-
-def _build_moe(d_model: int, c: MoEConfig, recompute: bool) -> MoE:
     match c.kind:
         case "moe":
             return MoE(
@@ -292,6 +309,7 @@ def _build_moe(d_model: int, c: MoEConfig, recompute: bool) -> MoE:
                 balance=c.balance,
                 capacity_factor=c.capacity_factor,
                 recompute=recompute,
+                precision=c.precision,
             )
         case "latent" | "multi_head_latent":
             return MultiHeadLatentMoE(
@@ -302,12 +320,14 @@ def _build_moe(d_model: int, c: MoEConfig, recompute: bool) -> MoE:
                 c.d_expert,
                 d_latent=c.d_latent,
                 latent_norm=c.latent_norm,
+                norm_eps=norm_eps,
                 activation=c.activation,
                 d_shared=c.d_shared,
                 router=c.router,
                 balance=c.balance,
                 capacity_factor=c.capacity_factor,
                 recompute=recompute,
+                precision=c.precision,
             )
         case _:
             raise AssertionError(f"no sparse layer of kind {c.kind!r}")

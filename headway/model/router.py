@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headway.config import BalanceConfig, RouterConfig, UsageError
+from headway.kernels.differentiate import transformed
 from headway.kernels.route import keeps_no_logits, logits, route, route_logits
 from headway.kernels.rows import drop_over_capacity
 from headway.model.balance import RouteStats, quantile_margin
@@ -72,9 +73,18 @@ class Router(nn.Module):
         `index_THK` replays a selection: gates and statistics are then those of the given experts.
         """
         lean = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
-        if self.recompute and torch.is_grad_enabled() and not lean:
+        if self.recompute and torch.is_grad_enabled() and not lean and not transformed():
             return checkpoint(self._route, x, index_THK, use_reentrant=False)
         return self._route(x, index_THK)
+
+    def _apply(self, fn, recurse=True):
+        """As in `nn.Module`, and the bias stays float32 where the layer becomes bfloat16 or
+        float16: steps of `bias_rate` would be lost in rounding."""
+        bias_HE = self.bias_HE
+        super()._apply(fn, recurse)
+        if self.bias_HE.dtype in (torch.bfloat16, torch.float16):
+            self.bias_HE = bias_HE.to(self.bias_HE.device, torch.float32)
+        return self
 
     def logits(self, x: Tensor) -> Tensor:
         """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter

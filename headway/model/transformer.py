@@ -168,4 +168,4 @@ def _window(config: ModelConfig, layer: int) -> int:
 def _ffn(config: ModelConfig, layer: int, recompute: bool) -> MoE | FeedForward:
     if config.moe.kind == "dense" or layer < config.moe.n_dense_layers:
         return FeedForward(config.d_model, config.d_ff, config.activation)
-    return build_moe(config.d_model, config.moe, recompute)
+    return build_moe(config.d_model, config.moe, recompute, config.norm_eps)

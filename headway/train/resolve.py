@@ -143,6 +143,12 @@ def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
     return ()
 
 
+def expert_width(model: ModelConfig) -> int:
+    """L of the sparse layers."""
+    moe = model.moe
+    return model.d_model if moe.kind == "moe" else (moe.d_latent or model.d_model) // moe.n_heads
+
+
 def _experts(
     model: ModelConfig,
     mesh: MeshConfig,
@@ -151,8 +157,7 @@ def _experts(
     derived: dict[str, str],
 ) -> tuple[str, ...]:
     """Which path the experts of this model take on a GPU (on a CPU it is that of all kernels)."""
-    moe = model.moe
-    width = model.d_model if moe.kind == "moe" else (moe.d_latent or model.d_model) // moe.n_heads
+    moe, width = model.moe, expert_width(model)
     if moe.kind != "dense" and moe.precision == "float8":
         check_float8(device.type, dtype, width, moe.d_expert)
         derived["model.moe.precision"] = "float8: e4m3 in forward, bfloat16 in backward"

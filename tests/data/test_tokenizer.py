@@ -92,6 +92,65 @@ def test_sentencepiece_style_tokens_are_counted_in_bytes(tmp_path):
     assert load_tokenizer(str(tmp_path / "t.json")).token_bytes.tolist() == [0, 4, 2, 1, 1]
 
 
+def words(path):
+    """Words with a space in front that the first of a text does not show, and single bytes."""
+    names = ["</s>", "▁the", "▁cat", "s", "▁", "ü", *(f"<0x{i:02X}>" for i in range(256))]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    inner.add_special_tokens(["</s>"])
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    inner.save(str(path))
+    return load_tokenizer(str(path))
+
+
+def streamed(tokenizer, ids):
+    """The text in pieces, and what was held back at the end."""
+    stream = tokenizer.decode_stream()
+    pieces = [stream.step(i) for i in ids]
+    shown = sum(map(len, pieces))
+    return "".join(pieces) + tokenizer.decode(ids)[shown:]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "words"])
+def test_ids_decoded_one_at_a_time(bpe, tmp_path, kind):
+    tokenizer = {"bytes": lambda: load_tokenizer("bytes"), "bpe": lambda: bpe}.get(
+        kind, lambda: words(tmp_path / "t.json")
+    )()
+    stream, spoken = tokenizer.decode_stream(), tokenizer.encode("the cats").tolist()
+    for n, i in enumerate(spoken):
+        assert (
+            stream.step(i) == tokenizer.decode(spoken[: n + 1])[len(tokenizer.decode(spoken[:n])) :]
+        )
+    # the library shows a run of single bytes as U+FFFD throughout where one of them is wrong
+    ids = st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=12)
+    if kind == "words":
+        ids = st.text("the cat ü日本\U0001f600s").map(lambda text: tokenizer.encode(text).tolist())
+
+    @settings(deadline=None, max_examples=200)
+    @given(ids)
+    def any_ids(ids):
+        assert streamed(tokenizer, ids) == tokenizer.decode(ids)
+
+    any_ids()
+
+
+def test_a_space_is_shown_once_there_is_a_word_before_it(tmp_path):
+    stream = words(tmp_path / "t.json").decode_stream()
+    assert [stream.step(i) for i in (1, 2, 0, 3, 4, 5)] == ["the", " cat", "", "s", " ", "ü"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_decoding_one_at_a_time_takes_linear_time(tmp_path, monkeypatch, kind):
+    """Not one more id is decoded at the end of a long text than at its beginning."""
+    tokenizer = load_tokenizer("bytes") if kind == "bytes" else words(tmp_path / "t.json")
+    decode, decoded = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    stream = tokenizer.decode_stream()
+    for i in [1, 2, 3, 5] * 100:
+        stream.step(i)
+    assert max(decoded, default=0) <= 4
+
+
 def test_added_tokens_that_are_no_text_alphabet(bpe, tmp_path):
     train_bpe(SENTENCES, 320, tmp_path / "t.json")
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))

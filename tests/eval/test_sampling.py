@@ -95,6 +95,15 @@ def test_pieces_join_to_the_text(model, prompt):
     assert "".join(pieces) == text and len(pieces) > 1
 
 
+def test_long_texts_take_linear_time(model, monkeypatch):
+    """The whole text is decoded once, not once per token."""
+    tokenizer, decoded = load_tokenizer("bytes"), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    generate(model, tokenizer, "x", 60, temperature=0.0, on_token=lambda _: None)
+    assert len(decoded) == 1 and decoded[0] <= 60
+
+
 def test_padded_ids_are_never_drawn(model):
     class Ids:
         vocab_size, eos = 3, 2
@@ -104,5 +113,8 @@ def test_padded_ids_are_never_drawn(model):
 
         def decode(self, ids):
             return "".join("ab"[i] for i in ids)  # an id beyond the two would fail
+
+        def decode_stream(self):
+            return None
 
     assert set(generate(model, Ids(), "a", 20, temperature=9.0)) <= {"a", "b"}

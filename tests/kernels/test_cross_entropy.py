@@ -44,6 +44,19 @@ def test_float32_and_bfloat16():
         assert_close(a, b, 2e-2)
 
 
+def test_weights_stored_in_bfloat16_are_summed_over_chunks_in_float32(monkeypatch):
+    """500 chunks of a row, whose gradients are about alike: in bfloat16 the sum would stop growing."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    x = (1 + 0.1 * torch.randn(500, 16)).bfloat16()
+    w = torch.randn(30, 16).bfloat16().requires_grad_()
+    target = torch.randint(0, 30, (500,))
+    wide = w.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(cross_entropy_reference(x.double(), wide, target), wide)
+    (got,) = torch.autograd.grad(cross_entropy(x, w, target), w)
+    assert got.dtype == torch.bfloat16
+    assert_close(got, want, 5e-3)
+
+
 def test_all_ignored_gives_zero_loss_and_gradient():
     x = torch.randn(3, 4, requires_grad=True)
     loss = cross_entropy(x, torch.randn(5, 4), torch.full((3,), -1))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.kernels import experts as module
-from headway.kernels.experts import experts, experts_reference
+from headway.kernels.experts import choose, experts, experts_reference
 from headway.kernels.native import native
 from headway.kernels.rows import sort_rows
 from tests.compare import assert_close, relative_error
@@ -136,6 +136,44 @@ def test_cpp_blocks_of_rows_and_threads_give_the_same_bits(dtype):
     for results in (found[0], found[3]):
         for got, want in zip(results, (expected, *expected_grads), strict=True):
             assert relative_error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(700, 1, 3, 2, 24, 17), (40, 2, 5, 3, 33, 16)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_cpp_reads_weights_stored_in_bfloat16(dtype, sizes, recompute):
+    """The bits of float32 weights with the same values; their gradients, summed over blocks of rows
+    in float32, are rounded once. The first size has an expert without rows."""
+    if not native().takes(torch.empty(0, dtype=dtype)):
+        pytest.skip("this CPU does not multiply bfloat16")
+    (x, gate, *weights), index, d_out = make(*sizes, "swiglu", dtype)
+    if sizes[0] == 700:
+        index[..., 0], index[..., 1] = 0, 2
+    gate = gate.detach().float().requires_grad_()
+    narrow = [w.detach().bfloat16().requires_grad_() for w in weights]
+    wide = [w.detach().float().requires_grad_() for w in narrow]
+    assert choose("cpu", dtype, sizes[4], sizes[5], torch.bfloat16).path == "cpp"
+    got, grads = run((x, gate, *narrow), index, "swiglu", d_out, recompute)
+    want, want_grads = run((x, gate, *wide), index, "swiglu", d_out, recompute)
+    want_grads = (*want_grads[:2], *(g.bfloat16() for g in want_grads[2:]))
+    for a, b in zip((got, *grads), (want, *want_grads), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "w_in, w_out", [(torch.bfloat16, torch.float32), (torch.float64, torch.half)]
+)
+def test_weights_of_two_dtypes(w_in, w_out):
+    """Each gets its gradient in its own."""
+    inputs, index, d_out = make(40, 2, 5, 3, 24, 16, "swiglu", torch.float32)
+    kinds = (torch.float32, torch.float32, w_in, w_out)
+    inputs = [t.detach().to(d).requires_grad_() for t, d in zip(inputs, kinds, strict=True)]
+    out, grads = run(inputs, index, "swiglu", d_out)
+    want, want_grads = reference(inputs, index, "swiglu", d_out)
+    for got, b, dtype in zip((out, *grads), (want, *want_grads), (out.dtype, *kinds), strict=True):
+        assert got.dtype == dtype
+        assert_close(got, b, 1e-5 if dtype in (torch.float32, torch.float64) else 3e-3)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

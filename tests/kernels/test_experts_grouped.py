@@ -88,31 +88,24 @@ def test_zero_tokens():
 
 
 @pytest.mark.parametrize(
-    ("capability", "L", "path"),
+    ("capability", "L", "n_groups", "path"),
     [
-        ((9, 0), 512, "fused"),
-        ((9, 0), 528, "grouped"),
-        ((10, 0), 4096, "grouped"),
-        ((8, 0), 528, "loop"),
-        ((9, 0), 500, "loop"),
+        ((9, 0), 528, 8, "grouped"),
+        ((10, 0), 4096, 1023, "grouped"),
+        ((8, 0), 528, 8, "loop"),
+        ((9, 0), 500, 8, "loop"),
+        ((9, 0), 1024, 1024, "loop"),
     ],
 )
-def test_wide_experts_on_a_gpu(monkeypatch, capability, L, path):
-    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
+def test_experts_on_a_gpu_without_triton(monkeypatch, capability, L, n_groups, path):
+    """`F.grouped_mm` on CUDA refuses 1,024 groups, so a layer of 1,024 experts would fail in its first step."""
+    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("", "no Triton"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found = choose("cuda", torch.bfloat16, L, 256)
-    assert found.path == path and found.why
+    found = choose("cuda", torch.bfloat16, L, 256, n_groups)
+    assert found.path == path and "no Triton" in found.why
+    assert ("1024 experts are more than the 1023" in found.why) == (n_groups == 1024)
     assert choose("cuda", torch.float64, L, 256).path == "loop"
     assert choose("cuda", torch.float16, L, 256).path == "loop"
-    assert choose("cuda", torch.bfloat16, L, 256, masters=torch.bfloat16) == found
-
-
-@pytest.mark.parametrize(("n_groups", "path"), [(1023, "grouped"), (1024, "loop")])
-def test_more_groups_than_a_grouped_matmul_takes(monkeypatch, n_groups, path):
-    """`F.grouped_mm` on CUDA refuses 1,024 groups, so a wide layer of 1,024 experts would fail in its first step."""
+    assert choose("cuda", torch.bfloat16, L, 256, n_groups, torch.bfloat16) == found
     monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    found = choose("cuda", torch.bfloat16, 1024, 256, n_groups)
-    assert found.path == path
-    assert path == "grouped" or "1024 experts are more than the 1023" in found.why
-    assert choose("cuda", torch.bfloat16, 512, 256, n_groups).path == "fused"
+    assert choose("cuda", torch.bfloat16, L, 256, n_groups).path == "fused"

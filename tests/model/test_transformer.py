@@ -40,6 +40,38 @@ def test_loss_is_the_cross_entropy_of_its_logits(change):
         assert float(logits.abs().max()) < 3.0
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_torch_func_takes_a_whole_model(dtype, bound):
+    """Gradients of each sequence, and a tangent, by the reference of every operator."""
+    model = Transformer(SMALL, dtype=dtype, seed=0).to(dtype)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x, y = tokens(3)
+
+    def loss(p, x, y):
+        return torch.func.functional_call(model, p, (x[None], y[None])).nats
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    for i in range(3):
+        want = torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]).nats, [*model.parameters()])
+        for got, one in zip(each.values(), want, strict=True):
+            assert_close(got[i], one, bound)
+    directions = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, tangent = torch.func.jvp(lambda p: loss(p, x[0], y[0]), (parameters,), (directions,))
+    slope = sum((each[name][0] * directions[name]).sum() for name in parameters)
+    assert_close(tangent, slope, 10 * bound)
+
+
+def test_a_model_in_bfloat16():
+    """Weights and all: the loss is that of the same weights in float64."""
+    model = Transformer(SMALL, dtype=torch.bfloat16, seed=0).bfloat16()
+    wide = Transformer(SMALL, dtype=torch.float64).double()
+    wide.load_state_dict(model.state_dict())
+    x, y = tokens(4, 20)
+    assert_close(model(x, y).nats, wide(x, y).nats, 2e-3)
+    model(x, y).nats.backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
 def test_first_loss_is_log_v_and_seed_decides_the_weights():
     a, b, c = (Transformer(SMALL, seed=s) for s in (0, 0, 1))
     x, y = tokens(8, 32)

@@ -2,8 +2,9 @@
 //
 // The equations and the meaning of every argument are in ../experts.py. N sub-tokens · L width ·
 // F hidden width · G pre-activations per hidden unit · K slots · R sorted rows. T is the dtype of the
-// matmuls; sums, activations, gates and weights are float32. The result of an expert does not depend
-// on which thread computed it, so it is the same bits on any number of threads.
+// matmuls, W that in which weights are stored; sums, activations and gates are float32. A gradient of
+// weights is summed in float32 and rounded to W once. The result of an expert does not depend on
+// which thread computed it, so it is the same bits on any number of threads.
 #include "activation.h"
 
 using namespace headway;
@@ -31,8 +32,8 @@ void gather(const T* x, long L, const int64_t* slot, long K, long rows, T* out) 
 }
 
 // Units [L][G·Fp] of w_in [G, F, L], summed over L.
-template <class T>
-void pack_in(const float* w_in, const Shape& s, Unit* out) {
+template <class T, class W>
+void pack_in(const W* w_in, const Shape& s, Unit* out) {
   for (long g = 0; g < s.G; ++g)
     pack_columns<T>(w_in + g * s.F * s.L, s.L, s.F, s.L, out + g * s.Fp, s.GFp);
 }
@@ -119,8 +120,8 @@ void slopes(int activation, const S* pre, long pre_row, long up, long width, con
   }
 }
 
-template <class T>
-void forward(const T* x, const float* w_in, const float* w_out, const int64_t* slot, long K,
+template <class T, class W>
+void forward(const T* x, const W* w_in, const W* w_out, const int64_t* slot, long K,
              const Shape& s, int activation, long first, long rows, T* pre_out, float* y) {
   constexpr int PER = Elem<T>::PER;
   const long Lu = row_of<T>(s.L) / PER, Fu = pad(s.F, PER) / PER, most = rows < BLOCK ? rows : BLOCK;
@@ -149,15 +150,26 @@ void forward(const T* x, const float* w_in, const float* w_out, const int64_t* s
   }
 }
 
-template <class T>
-void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in, const float* w_out,
+// Adds up where the gradient is float32, else in `wide`, from which `rounded` takes it.
+static INLINE float* sum_of(float* dw, float*) { return dw; }
+static INLINE float* sum_of(bf16*, float* wide) { return wide; }
+static INLINE void rounded(const float*, float*, long) {}
+static INLINE void rounded(const float* wide, bf16* dw, long n) {
+  long i = 0;
+  for (; i + VL <= n; i += VL) Elem<bf16>::store(dw + i, load(wide + i));
+  for (; i < n; ++i) dw[i] = Elem<bf16>::narrow(wide[i]);
+}
+
+template <class T, class W>
+void backward(const T* x, const T* d_out, const float* gate_R, const W* w_in, const W* w_out,
               const int64_t* slot, long K, const Shape& s, int activation, long first, long rows,
-              const T* pre_in, float* dx, float* d_gate, float* dw_in, float* dw_out) {
+              const T* pre_in, float* dx, float* d_gate, W* dw_in, W* dw_out) {
   constexpr int PER = Elem<T>::PER;
   const long Lu = row_of<T>(s.L) / PER, most = rows < BLOCK ? rows : BLOCK, pairs = pad(most, PER) / PER;
   Unit *out_T, *in_rows, *in_T, *xi, *doi, *hid_r, *dpre_r;
   T *xs, *dos, *dpre;
-  float *pre, *z;
+  float *pre, *z, *wide;
+  const long n_in = s.G * s.F * s.L, n_out = s.F * s.L;
   Slices a;
   for (int pass = 0; pass < 2; ++pass) {
     out_T = a.take<Unit>(Lu * s.Fp), in_rows = a.take<Unit>(s.GFp / PER * s.Lp);
@@ -167,8 +179,10 @@ void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in
     hid_r = a.take<Unit>(pairs * s.Fp), dpre_r = a.take<Unit>(pairs * s.GFp);
     dpre = a.take<T>(most * s.GFp);
     pre = a.take<float>(pre_in ? 0 : most * s.GFp), z = a.take<float>(most * s.Fp);
+    wide = a.take<float>(std::is_same_v<W, float> ? 0 : n_in + n_out);
     if (!pass) a = {scratch(a.used)};
   }
+  float *sum_in = sum_of(dw_in, wide), *sum_out = sum_of(dw_out, wide + n_in);
   pack_columns<T>(w_out, s.L, s.F, s.L, out_T, s.Fp);
   for (long g = 0; g < s.G; ++g) {  // rows F … Fp of each half are zeros
     const long F_units = pad(s.F, PER) / PER;
@@ -190,11 +204,13 @@ void backward(const T* x, const T* d_out, const float* gate_R, const float* w_in
       slopes<T, T>(activation, pre_in + row * s.G * s.F, s.G * s.F, (s.G - 1) * s.F, s.F, m);
     else
       slopes<T, float>(activation, pre, s.GFp, s.GFp - s.Fp, s.Fp, m);
-    product<T>(s.F, s.L, nu, hid_r, 1, s.Fp, doi, s.Lp, dw_out, s.L, at > 0);
+    product<T>(s.F, s.L, nu, hid_r, 1, s.Fp, doi, s.Lp, sum_out, s.L, at > 0);
     for (long g = 0; g < s.G; ++g)
-      product<T>(s.F, s.L, nu, dpre_r + g * s.Fp, 1, s.GFp, xi, s.Lp, dw_in + g * s.F * s.L, s.L, at > 0);
+      product<T>(s.F, s.L, nu, dpre_r + g * s.Fp, 1, s.GFp, xi, s.Lp, sum_in + g * s.F * s.L, s.L, at > 0);
     product<T>(n, s.L, s.GFp / PER, (Unit*)dpre, s.GFp / PER, 1, in_rows, s.Lp, dx + row * s.L, s.L);
   }
+  rounded(sum_in, dw_in, n_in);
+  rounded(sum_out, dw_out, n_out);
 }
 
 // out[n] = Σ_k weight[n, k] · y[row[n, k]], slots in their order; rows from `taken` on are no expert's.
@@ -223,8 +239,8 @@ void combine(const float* y, const int64_t* row, const float* weight, long N, lo
   }
 }
 
-template <class T>
-void run_forward(const T* x, const float* w_in, const float* w_out, const int64_t* slot,
+template <class T, class W>
+void run_forward(const T* x, const W* w_in, const W* w_out, const int64_t* slot,
                  const int64_t* counts, long groups, long K, Shape s, int activation, T* pre, float* y, int threads) {
   long* start = (long*)malloc((groups + 1) * sizeof(long));
   start[0] = 0;
@@ -237,11 +253,10 @@ void run_forward(const T* x, const float* w_in, const float* w_out, const int64_
   free(start);
 }
 
-template <class T>
-void run_backward(const T* x, const T* d_out, const float* gate, const float* w_in, const float* w_out,
+template <class T, class W>
+void run_backward(const T* x, const T* d_out, const float* gate, const W* w_in, const W* w_out,
                   const int64_t* slot, const int64_t* counts, long groups, long K, Shape s, int activation,
-                  const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,
-                  int threads) {
+                  const T* pre, float* dx, float* d_gate, W* dw_in, W* dw_out, int threads) {
   long* start = (long*)malloc((groups + 1) * sizeof(long));
   start[0] = 0;
   for (long e = 0; e < groups; ++e) start[e + 1] = start[e] + counts[e];
@@ -256,8 +271,8 @@ void run_backward(const T* x, const T* d_out, const float* gate, const float* w_
       backward<T>(x, d_out, gate_R, w_in + e * in, w_out + e * out, slot, K, s, activation, start[e],
                   counts[e], pre, dx, d_gate_R, dw_in + e * in, dw_out + e * out);
     } else {
-      memset(dw_in + e * in, 0, in * sizeof(float));
-      memset(dw_out + e * out, 0, out * sizeof(float));
+      memset(dw_in + e * in, 0, in * sizeof(W));
+      memset(dw_out + e * out, 0, out * sizeof(W));
     }
   }
   for (long r = 0; r < taken; ++r) d_gate[slot[r]] = d_gate_R[r];  // the others were zeroed
@@ -277,19 +292,32 @@ int headway_has_bfloat16() {
 #endif
 }
 
+// `narrow`: weights are bfloat16, not float32.
 #define HEADWAY_EXPERTS(T, name)                                                                         \
   void headway_experts_forward_##name(                                                                   \
-      const T* x, const float* w_in, const float* w_out, const int64_t* slot, const int64_t* counts,     \
-      long groups, long K, long L, long F, long G, long activation, T* pre, float* y, int threads) {      \
-    run_forward<T>(x, w_in, w_out, slot, counts, groups, K, Shape(L, F, G), activation, pre, y, threads); \
+      const T* x, const void* w_in, const void* w_out, const int64_t* slot, const int64_t* counts,       \
+      long groups, long K, long L, long F, long G, long activation, long narrow, T* pre, float* y,       \
+      int threads) {                                                                                     \
+    const Shape s(L, F, G);                                                                              \
+    if (narrow)                                                                                          \
+      run_forward<T>(x, (const bf16*)w_in, (const bf16*)w_out, slot, counts, groups, K, s, activation,   \
+                     pre, y, threads);                                                                   \
+    else                                                                                                 \
+      run_forward<T>(x, (const float*)w_in, (const float*)w_out, slot, counts, groups, K, s, activation, \
+                     pre, y, threads);                                                                   \
   }                                                                                                      \
   void headway_experts_backward_##name(                                                                  \
-      const T* x, const T* d_out, const float* gate, const float* w_in, const float* w_out,              \
+      const T* x, const T* d_out, const float* gate, const void* w_in, const void* w_out,                \
       const int64_t* slot, const int64_t* counts, long groups, long K, long L, long F, long G,           \
-      long activation, const T* pre, float* dx, float* d_gate, float* dw_in, float* dw_out,              \
+      long activation, long narrow, const T* pre, float* dx, float* d_gate, void* dw_in, void* dw_out,   \
       int threads) {                                                                                     \
-    run_backward<T>(x, d_out, gate, w_in, w_out, slot, counts, groups, K, Shape(L, F, G), activation,    \
-                    pre, dx, d_gate, dw_in, dw_out, threads);                                            \
+    const Shape s(L, F, G);                                                                              \
+    if (narrow)                                                                                          \
+      run_backward<T>(x, d_out, gate, (const bf16*)w_in, (const bf16*)w_out, slot, counts, groups, K, s, \
+                      activation, pre, dx, d_gate, (bf16*)dw_in, (bf16*)dw_out, threads);                \
+    else                                                                                                 \
+      run_backward<T>(x, d_out, gate, (const float*)w_in, (const float*)w_out, slot, counts, groups, K,  \
+                      s, activation, pre, dx, d_gate, (float*)dw_in, (float*)dw_out, threads);           \
   }                                                                                                      \
   void headway_combine_##name(const float* y, const int64_t* row, const float* weight, long N, long K,   \
                               long L, long taken, T* out, int threads) {                                 \

@@ -83,6 +83,14 @@ struct Elem<bf16> {
   static INLINE void store(bf16* p, Vec v) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
   }
+#else  // weights are stored so on any CPU
+  static INLINE Vec load(const bf16* p) {
+    typedef uint16_t Half __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+    return (Vec)(__builtin_convertvector(*(const Half*)p, Int) << 16);
+  }
+  static INLINE void store(bf16* p, Vec v) {
+    for (int i = 0; i < VL; ++i) p[i] = narrow(v[i]);
+  }
 #endif
 };
 

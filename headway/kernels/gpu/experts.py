@@ -1,94 +1,17 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-"""Narrow experts on the GPU: every intermediate of a block of rows stays on the chip.
+"""Experts on the GPU: which kernels run each way. Equations and arguments are in ../experts.py.
 
-Equations and arguments are in ../experts.py, the kernels in experts_forward.py and
-experts_backward.py. An expert's rows are gathered, multiplied, activated, multiplied again and
-stored once, at the place of their slot; the sum over slots then reads contiguous memory in a fixed
-order. With bfloat16 tokens these rows are float16 with a float32 scale each: the output is then off
-by 2.4e-3 from float64, where rows in bfloat16 left 3.0e-3. Backward recomputes the pre-activations
-in both its kernels: one owns rows (dx, d_gate), the other owns weights and walks over the rows of
-its expert. No atomics, no host sync, nothing of size R×F in memory.
+Narrow experts keep the hidden units of a block of rows on the chip (experts_narrow.py), wide ones
+put them in memory (experts_wide.py). On an H100 backward changes over at half the width of forward:
+the narrow kernels make the pre-activations twice there.
 """
 
-from dataclasses import replace
-
-import torch
-import triton
 from torch import Tensor
 
-from headway.kernels import gpu
-from headway.kernels.gpu import on
-from headway.kernels.gpu.blocks import blocks
-from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
-from headway.kernels.gpu.experts_float8 import experts_forward_float8, quantize
-from headway.kernels.gpu.experts_forward import combine, experts_forward
-from headway.kernels.gpu.tune import Tiles, tiles
+from headway.kernels.experts import narrow
+from headway.kernels.gpu import experts_narrow, experts_wide
 
-KERNELS = ("forward", "backward_rows", "backward_weights")
-
-BFLOAT16 = {
-    32: (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 16, 4, 2)),
-    64: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
-    128: (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
-    256: (Tiles(128, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
-    512: (Tiles(64, 16, 8, 2, False), Tiles(64, 16, 8, 2, False), Tiles(32, 16, 8, 2)),
-}
-"""Padded L → the tiles of `KERNELS`: the largest that put nothing on the stack on Hopper. More rows
-read the weights less often (M FLOP per byte of the cache), more columns read the rows of the
-weights' gradient less often (3·BF FLOP per byte)."""
-
-FLOAT32 = Tiles(32, 16, 4, 1)
-"""Of every kernel up to L = 128: three products of TF32 parts take registers and memory for the
-parts (some go to the stack)."""
-
-FLOAT8 = {
-    32: Tiles(128, 64, 8, 2),
-    64: Tiles(128, 64, 8, 2),
-    128: Tiles(128, 32, 8, 2),
-    256: Tiles(64, 32, 8, 2),
-}
-"""Of the forward kernel; a product of e4m3 sums over 32 values at least."""
-
-AMPERE = {512: (Tiles(64, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2))}
-"""bfloat16 where a block has 163 KiB of shared memory (capability 8.0, 8.7); 227 on Hopper."""
-
-BLACKWELL = {512: (Tiles(64, 16, 8, 2, False), Tiles(64, 32, 8, 1, False), Tiles(32, 32, 8, 2))}
-"""bfloat16 where sums have a memory of their own (capability 10.0 to 11.0)."""
-
-SMALL = {
-    256: (Tiles(32, 16, 8, 1),) * 3,
-    512: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1)),
-}
-"""bfloat16 where a block has 99 KiB of shared memory (capability 8.6, 8.9, 12.0)."""
-
-CANDIDATES = tuple(
-    Tiles(rows, cols, warps, stages, hoist)
-    for rows in (16, 32, 64, 128)
-    for cols in (16, 32, 64)
-    for warps in (4, 8)
-    for stages in (1, 2, 3)
-    for hoist in (True, False)
-    if (hoist and rows > 16) or (rows, stages) == (16, 1) or (rows >= 64 and warps == 8)
-)
-"""What to try on a GPU, any kernel and shape; `tune` passes over those that do not fit."""
-
-
-def default_tiles(kernel: str, L: int, itemsize: int, capability: int = 90) -> Tiles:
-    """Chosen without a GPU, by compiling. `capability`: 90 for compute capability 9.0."""
-    if kernel == "forward_float8":
-        return FLOAT8[max(32, padded(L))]
-    if itemsize == 4:
-        return FLOAT32
-    match capability:
-        case 80 | 87:
-            table = BFLOAT16 | AMPERE
-        case 86 | 89 | 120 | 121:
-            table = BFLOAT16 | SMALL
-        case 100 | 103 | 110:
-            table = BFLOAT16 | BLACKWELL
-        case _:
-            table = BFLOAT16
-    return table[max(32, padded(L))][KERNELS.index(kernel)]
+WIDEST_BACKWARD = 128
+"""L up to which the narrow kernels are the faster ones in backward."""
 
 
 def forward(
@@ -103,28 +26,12 @@ def forward(
     keep: bool,
     precision: str = "bfloat16",
 ) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, no pre-activations `[0, G·F]`)."""
-    x, gate = x_NL.contiguous(), gate_NK.contiguous()
-    (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
-    if precision == "float8":
-        cut = tile_of("forward_float8", L, G, F, 1)
-        kernel, sizes = experts_forward_float8, (max(32, cut.cols), max(32, padded(L)))
-        w_out_HELF = w_out_HEFL.transpose(2, 3).contiguous()
-        weights = (*quantize(w_in_HEGFL.contiguous(), -1), *quantize(w_out_HELF, -1))
-    else:
-        cut = tile_of("forward", L, G, F, x.element_size())
-        kernel, sizes = experts_forward, (cut.cols, padded(L), cut.hoist)
-        weights = (cast(w_in_HEGFL, x), cast(w_out_HEFL, x))
-    table = blocks(counts_HE, slot_R.numel(), cut.rows)
-    y_NKL, scale_NK = empty_rows(x, N, K)
-    with on(x):
-        kernel[(table.group_B.numel(),)](
-            *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
-            *(cut.rows, *sizes),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-    return sum_slots(x, y_NKL, scale_NK, row_NK, table.start_G, padded(L)), x.new_empty(0, G * F)
+    """(out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else `[0, G·F]`)."""
+    L, F = x_NL.shape[1], w_out_HEFL.shape[2]
+    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation)
+    if narrow(x_NL.dtype, L, F):
+        return experts_narrow.forward(*inputs, precision)
+    return experts_wide.forward(*inputs, keep)
 
 
 def backward(
@@ -140,69 +47,9 @@ def backward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out, in x's precision."""
-    x, gate = x_NL.contiguous(), gate_NK.contiguous()
-    w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
-    (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
-    inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
-    # of slots without an expert it stays 0
-    d_gate = torch.zeros_like(gate, dtype=torch.float32)
-    dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
-    dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
-    dx_NKL, scale_NK = empty_rows(x, N, K)
-    with on(x):
-        cut = tile_of("backward_rows", L, G, F, x.element_size())
-        table = blocks(counts_HE, slot_R.numel(), cut.rows)
-        experts_backward_rows[(table.group_B.numel(),)](
-            *(*inputs, *table, d_gate, dx_NKL, scale_NK, *sizes),
-            *(cut.rows, cut.cols, padded(L), cut.hoist),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-        cut = tile_of("backward_weights", L, G, F, x.element_size())
-        experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
-            *(*inputs, table.start_G, dw_in, dw_out, *sizes),
-            *(cut.rows, cut.cols, padded(L), cut.hoist),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-    dx = sum_slots(x, dx_NKL, scale_NK, row_NK, table.start_G, padded(L))
-    return dx, d_gate.to(gate.dtype), dw_in, dw_out
-
-
-def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
-    """The tiles of a kernel for a shape; no wider than F."""
-    default = default_tiles(kernel, L, itemsize, gpu.capability())
-    found = tiles(f"experts_{kernel}", (L, G, F, itemsize), default)
-    return replace(found, cols=min(found.cols, padded(F)))
-
-
-def padded(width: int) -> int:
-    """A power of two, 16 at least: what a tile can be."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def empty_rows(x_NL: Tensor, N: int, K: int, columns: int = 1) -> tuple[Tensor, Tensor]:
-    """Memory for a row of each slot `[N, K, L]`, and the scale of each of its blocks of columns
-    `[N, K, columns]`."""
-    dtype = torch.float16 if x_NL.dtype == torch.bfloat16 else torch.float32
-    rows_NKL = x_NL.new_empty(N, K, x_NL.shape[1], dtype=dtype)
-    return rows_NKL, x_NL.new_empty(N, K, columns, dtype=torch.float32)
-
-
-def sum_slots(
-    like_NL: Tensor, y_NKL: Tensor, scale: Tensor, row_NK: Tensor, start_G: Tensor, BL: int
-) -> Tensor:
-    """Σ_k scale · y over the slots that have an expert; `[N, L]`. BL columns have one scale."""
-    N, K, L = y_NKL.shape
-    out, G = torch.empty_like(like_NL), start_G.numel() - 1
-    rows = max(1, 2048 // BL)
-    with on(out):
-        sizes = (N, K, G, L, rows, BL)
-        grid = (triton.cdiv(N, rows), triton.cdiv(L, BL))
-        combine[grid](y_NKL, scale, row_NK, start_G, out, *sizes)
-    return out
-
-
-def cast(w: Tensor, like: Tensor) -> Tensor:
-    return w.to(like.dtype).contiguous()
+    """Gradients of x, gates, w_in and w_out."""
+    L, F = x_NL.shape[1], w_out_HEFL.shape[2]
+    inputs = (do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
+    if narrow(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:
+        return experts_narrow.backward(*inputs, activation)
+    return experts_wide.backward(*inputs, pre_R, activation)

@@ -13,11 +13,11 @@ from headway.kernels.gpu.arith import dot, narrow, sigmoid
 from headway.kernels.gpu.experts_forward import (
     hidden_rows,
     product,
-    put_rows,
     row_tile,
     unpaired,
     weight_tile,
 )
+from headway.kernels.gpu.slots import put_rows
 
 
 @triton.jit
@@ -67,7 +67,6 @@ def experts_backward_rows(
     M: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
-    HOIST: tl.constexpr,
 ):
     """One block of rows of one expert: d_gate[slot] and, before the sum over slots, dx · scale."""
     b = tl.program_id(0)
@@ -85,7 +84,7 @@ def experts_backward_rows(
     w_out += g.to(tl.int64) * (F * L)
     d_gates = tl.zeros([M, BF], tl.float32)  # summed over its columns once, after the loop
     acc = tl.zeros([M, BL], tl.float32)
-    for f0 in tl.range(0, F, BF, disable_licm=not HOIST):
+    for f0 in range(0, F, BF):
         row_in, live_in = hidden_rows(f0, F, G, BF)
         row_out, live_out = hidden_rows(f0, F, 1, BF)
         w = weight_tile(w_in, row_in, live_in, cols, F, L, BF)
@@ -120,7 +119,6 @@ def experts_backward_weights(
     M: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
-    HOIST: tl.constexpr,
 ):
     """One chunk of the hidden width of one expert: its weights' gradients, summed over the expert's
     rows in their order; zeros where it has none. Chunks of an expert are neighbours: they read the
@@ -137,7 +135,7 @@ def experts_backward_weights(
     # [BL, …], not […, BL]: Hopper multiplies tiles of 64 rows, and BF is smaller
     acc_in = tl.zeros([BL, G * BF], tl.float32)
     acc_out = tl.zeros([BL, BF], tl.float32)
-    for r0 in tl.range(tl.load(start + g), end, M, disable_licm=not HOIST):
+    for r0 in range(tl.load(start + g), end, M):
         row = r0 + tl.arange(0, M)
         valid = row < end
         slot = tl.load(slots + row, mask=valid, other=0).to(tl.int32)

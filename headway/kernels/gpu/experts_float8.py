@@ -18,10 +18,10 @@ from headway.kernels.gpu.arith import dot_float8, narrow_float8, widen
 from headway.kernels.gpu.experts_forward import (
     activated,
     hidden_rows,
-    put_rows,
     row_tile,
     unpaired,
 )
+from headway.kernels.gpu.slots import put_rows
 
 LARGEST = tl.constexpr(448.0)
 

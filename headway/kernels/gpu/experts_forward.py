@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false
-"""The forward kernel of narrow experts, and the sum over slots; equations in ../experts.py.
+"""The forward kernel of narrow experts; equations in ../experts.py.
 
 M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
 """
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from headway.kernels.gpu.arith import dot, narrow, sigmoid
+from headway.kernels.gpu.slots import put_rows
 
 
 @triton.jit
@@ -18,28 +19,6 @@ def row_tile(x, token, valid, cols, L: tl.constexpr):
     if cols.shape[0] != L:
         inside = inside & (cols < L)[None, :]
     return tl.load(x + token.to(tl.int64)[:, None] * L + cols[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def put_rows(
-    out, scale, slot, valid, cols, values, factor,
-    L: tl.constexpr, BLOCKS: tl.constexpr = 1, block=0,
-):  # fmt: skip
-    """Stores factor · `values [M, BL]`, block `block` of BLOCKS of columns, at the places of their
-    slots: `out [N·K, L]` times `scale [N·K, BLOCKS]`. In float16 a row is divided by its largest
-    value first: 11 bits of each value where bfloat16 has 8, for four bytes more per row."""
-    if out.dtype.element_ty == tl.float16:
-        largest = tl.max(tl.abs(values), 1)
-        plain = (largest > 0) & (largest < float("inf"))  # else zeros, infinity or NaN: as they are
-        largest = tl.where(plain, largest, 1.0)
-        values = values / largest[:, None]
-        factor *= largest
-    inside = valid[:, None]
-    if cols.shape[0] * BLOCKS != L:
-        inside = inside & (cols < L)[None, :]
-    to = out + slot.to(tl.int64)[:, None] * L + cols[None, :]
-    tl.store(to, values.to(out.dtype.element_ty), mask=inside)
-    tl.store(scale + slot.to(tl.int64) * BLOCKS + block, factor, mask=valid)
 
 
 @triton.jit
@@ -121,7 +100,6 @@ def experts_forward(
     M: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
-    HOIST: tl.constexpr,
 ):
     """One block of rows of one expert: y·scale = gate · act(x·W_inᵀ)·W_out at the slots."""
     b = tl.program_id(0)
@@ -136,7 +114,7 @@ def experts_forward(
     w_in += g.to(tl.int64) * (G * F * L)
     w_out += g.to(tl.int64) * (F * L)
     acc = tl.zeros([M, BL], tl.float32)
-    for f0 in tl.range(0, F, BF, disable_licm=not HOIST):
+    for f0 in range(0, F, BF):
         row_in, live_in = hidden_rows(f0, F, G, BF)
         row_out, live_out = hidden_rows(f0, F, 1, BF)
         pre = product(x_tile, weight_tile(w_in, row_in, live_in, cols, F, L, BF), live_in, F, BF)
@@ -145,25 +123,3 @@ def experts_forward(
         acc = dot(hid, weight_tile(w_out, row_out, live_out, cols, F, L, BF), acc)
     gates = tl.load(gate + slot, mask=valid, other=0.0).to(tl.float32)
     put_rows(y, scale, slot, valid, cols, acc, gates, L)
-
-
-@triton.jit
-def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr, BL: tl.constexpr):
-    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots, a block of columns; slots whose
-    row lies past the last group have no expert: nothing was written there and nothing is read."""
-    n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    n_taken = tl.load(start + G)
-    blocks: tl.constexpr = (L + BL - 1) // BL
-    block = tl.program_id(1)
-    cols = block * BL + tl.arange(0, BL)
-    acc = tl.zeros([M, BL], tl.float32)
-    for k in range(0, K):
-        slot = n * K + k
-        has_expert = tl.load(row + slot, mask=n < N, other=n_taken) < n_taken
-        inside = has_expert[:, None] & (cols < L)[None, :]
-        values = tl.load(y + slot[:, None] * L + cols[None, :], mask=inside, other=0.0)
-        factor = tl.load(scale + slot * blocks + block, mask=has_expert, other=0.0)
-        acc += values.to(tl.float32) * factor[:, None]
-    inside = (n < N)[:, None] & (cols < L)[None, :]
-    at = out + n[:, None] * L + cols[None, :]
-    tl.store(at, narrow(acc, out.dtype.element_ty), mask=inside)

@@ -25,18 +25,22 @@ from headway.kernels import gpu
 from headway.kernels.gpu import on
 from headway.kernels.gpu.arith import dot, narrow, widen
 from headway.kernels.gpu.blocks import Blocks, blocks
-from headway.kernels.gpu.experts import cast, empty_rows, padded, sum_slots
 from headway.kernels.gpu.experts_backward import paired, slopes
-from headway.kernels.gpu.experts_forward import activated, hidden_rows, put_rows, unpaired
+from headway.kernels.gpu.experts_forward import activated, hidden_rows, unpaired
+from headway.kernels.gpu.slots import cast, empty_rows, padded, put_rows, sum_slots
 from headway.kernels.gpu.tune import Tiles, tiles
 
 BFLOAT16 = {
     "hidden": Tiles(128, 64, 8, 3),
     "rows": Tiles(128, 128, 8, 3),
-    "gradients": Tiles(128, 64, 8, 2),
-    "weights": Tiles(128, 128, 8, 3),
+    "gradients": Tiles(128, 64, 8, 3),
+    "weights": Tiles(128, 128, 4, 3),
 }
-"""`rows × cols` of a kernel's sums: M × BF, M × BN, M × BF, BD × BN."""
+"""`rows × cols` of a kernel's sums: M × BF, M × BN, M × BF, BD × BN. Near the fastest on an H100 at
+L 128 and 256."""
+
+AMPERE = BFLOAT16 | {"gradients": Tiles(128, 64, 8, 2)}
+"""Where a block has 163 KiB of shared memory (capability 8.0, 8.7)."""
 
 SMALL = {name: Tiles(64, 64, 4, 2) for name in BFLOAT16} | {"gradients": Tiles(64, 32, 4, 2)}
 """Where a block has less than 163 KiB of shared memory (capability 8.6, 8.9, 12.0), and float32."""
@@ -214,8 +218,14 @@ def wide_weights(
 
 def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
     """The tiles of one kernel of this file for a shape."""
-    small = itemsize == 4 or gpu.capability() in (86, 89, 120, 121)
-    default = (SMALL if small else BFLOAT16)[kernel]
+    match gpu.capability():
+        case 86 | 89 | 120 | 121:
+            table = SMALL
+        case 80 | 87:
+            table = AMPERE
+        case _:
+            table = BFLOAT16
+    default = (SMALL if itemsize == 4 else table)[kernel]
     return tiles(f"experts_wide_{kernel}", (L, G, F, itemsize), default)
 
 
@@ -310,9 +320,8 @@ def backward(
     counts_HE: Tensor,
     pre_R: Tensor,
     activation: str,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out."""
+    """Gradients of x, gates, w_in and w_out. Pre-activations of no rows are made again."""
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
     (_, _, G, F, L), R, S = w_in.shape, slot_R.numel(), gate.numel()
@@ -326,7 +335,7 @@ def backward(
         d_gate = gate.new_zeros(chunks, *gate.shape, dtype=torch.float32)
         wide_gradients[(table.group_B.numel() * chunks,)](
             *(do_NL, x, gate, w_in, w_out, slot_R, *table, pre_R, hid, d_pre, d_gate, call.K, S),
-            *(G, F, L, activation, keep, cut.rows, BF, call.depth),
+            *(G, F, L, activation, len(pre_R) > 0, cut.rows, BF, call.depth),
             num_warps=cut.warps,
             num_stages=cut.stages,
         )

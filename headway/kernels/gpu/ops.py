@@ -92,6 +92,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _autograd(ctx, d_gate_THK, d_prob_HE, d_z_H, *_):
     grads = (d_gate_THK, d_prob_HE, d_z_H)
+    if torch.is_grad_enabled():  # a second derivative is wanted: through the logits, in PyTorch
+        from headway.kernels.route import logits, route_twice
+
+        x, w_HEL, index_THK, _, _ = ctx.saved_tensors
+        given = (ctx.needs_input_grad[:2], index_THK, grads, ctx.options)
+        return *route_twice(logits, (x, w_HEL), *given), *(None,) * 6
     return (*_backward(*ctx.saved_tensors, *grads, *ctx.options), *(None,) * 6)
 
 

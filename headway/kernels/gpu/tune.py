@@ -29,9 +29,6 @@ class Tiles:
     warps: int
     stages: int
     """Loads under way at once."""
-    hoist: bool = True
-    """Of the experts: what does not change in a loop is computed before it. Hopper addresses 16
-    columns of a tile in shared memory by 64 bits; those of two tiles of 512 take 128 registers."""
 
 
 def tiles(kernel: str, shape: Sequence[int | str], default: Tiles) -> Tiles:

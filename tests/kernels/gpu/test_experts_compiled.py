@@ -49,8 +49,16 @@ def check(capability: int, L: int, F: int, activation: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout.splitlines()[-1])
-    multiply = [k for k in kernels if k["name"].startswith("experts")]
-    assert len(multiply) == (4 if capability >= 90 and L <= 256 else 3)
+    multiply = [k for k in kernels if k["name"].startswith(("experts", "wide"))]
+    names = [k["name"] for k in multiply]
+    wide = ["wide_gradients", "wide_rows", "wide_weights", "wide_weights"]
+    if L > 256:
+        assert names == ["wide_hidden", "wide_rows", *wide]
+    elif L > 128:
+        assert names[-4:] == wide and names[0] == "experts_forward"
+    else:
+        assert names[-2:] == ["experts_backward_rows", "experts_backward_weights"]
+    assert ("experts_forward_float8" in names) == (capability >= 90 and L <= 256)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability] * 1024, kernel
         if capability >= 90:
@@ -59,7 +67,7 @@ def check(capability: int, L: int, F: int, activation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "L"), [(90, 64), (90, 256), (100, 128), (90, 512), (100, 512)]
+    ("capability", "L"), [(90, 64), (90, 128), (90, 256), (100, 128), (100, 512)]
 )
 def test_tensor_cores_and_no_spills(capability, L):
     check(capability, L, 256, "swiglu")
@@ -68,7 +76,7 @@ def test_tensor_cores_and_no_spills(capability, L):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "L"),
-    [(c, L) for c in (80, 90, 100) for L in (32, 64, 96, 128, 256, 384, 512)]
+    [(c, L) for c in (80, 90, 100) for L in (32, 64, 96, 128, 256, 384, 2048)]
     + [(89, 256), (89, 512), (120, 512)],
 )
 @pytest.mark.parametrize(

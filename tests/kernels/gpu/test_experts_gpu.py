@@ -90,8 +90,6 @@ def test_any_number_of_slots(device, K):
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_widths_that_no_tile_divides(device, L, F, dtype):
-    if WIDEST[dtype] < L:
-        pytest.skip("float32 tokens take another path")
     compare(*_case(device, 20, 1, 3, 2, L, F, "swiglu", dtype))
 
 
@@ -228,7 +226,7 @@ def test_saves_tokens_gates_and_tables_alone(device, L):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        experts(inputs[0], inputs[1], tables(index, E), *inputs[2:], "swiglu")
+        experts(inputs[0], inputs[1], tables(index, E), *inputs[2:], "swiglu", recompute=True)
     weights = {t.data_ptr() for t in inputs[2:]}
     assert weights <= set(saved)
     found = sum(size for place, size in saved.items() if place not in weights)
@@ -295,14 +293,29 @@ def test_are_well_formed_custom_operators(device):
     torch.library.opcheck(backward, (d_out, *plain, *rows, pre, "swiglu", True), test_utils=tests)
 
 
-def test_the_path_is_chosen_by_width_and_dtype(device):
-    kind = device.type
-    assert choose(kind, BF16, 64, 64).path == "fused"
-    for dtype, widest in WIDEST.items():
-        assert choose(kind, dtype, widest, 16).path == "fused"
-        assert choose(kind, dtype, widest + 16, 16).path != "fused"
-    assert choose(kind, BF16, 40, 64).path != "fused" and choose(kind, BF16, 64, 24).path != "fused"
-    assert choose(kind, torch.float64, 64, 64).path == "loop"
+def test_the_path_is_chosen_by_dtype(device):
+    """Any width: narrow and wide experts have kernels of their own."""
+    for dtype in (BF16, F32):
+        for L, F in ((64, 64), (1024, 64), (40, 24), (7, 3)):
+            assert choose(device.type, dtype, L, F).path == "fused"
+    assert choose(device.type, torch.float64, 64, 64).path == "loop"
+    assert choose(device.type, BF16, 64, 64, masters=torch.float16).path == "loop"
+
+
+def test_backward_changes_over_between_two_forward_widths(device, monkeypatch):
+    """L 256: narrow kernels forward, wide ones backward."""
+    from headway.kernels.gpu import experts_narrow, experts_wide
+
+    def refuse(*args):
+        raise AssertionError("not the kernels for this width")
+
+    monkeypatch.setattr(experts_narrow, "backward", refuse)
+    monkeypatch.setattr(experts_wide, "forward", refuse)
+    compare(*_case(device, 20, 1, 3, 2, 256, 32, "swiglu", BF16))
+    monkeypatch.undo()
+    monkeypatch.setattr(experts_wide, "forward", refuse)
+    monkeypatch.setattr(experts_wide, "backward", refuse)
+    compare(*_case(device, 20, 1, 3, 2, 128, 32, "swiglu", BF16))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -378,9 +391,10 @@ def test_float8_says_where_it_cannot_run(device):
     with pytest.raises(UsageError, match="tokens are torch.float32"):
         float8(inputs, index, "swiglu")
     with pytest.raises(UsageError, match="needs the fused kernels"):
-        check_float8(device.type, BF16, 2 * WIDEST[BF16], 64)
-    with pytest.raises(UsageError, match="up to 256, not 272; use bfloat16"):
-        check_float8(device.type, BF16, 272, 64)
+        check_float8("meta", BF16, 64, 64)
+    for L, F in ((WIDEST[BF16] + 16, 64), (64, 24)):
+        with pytest.raises(UsageError, match=f"up to 256, .* not {L} and {F}; use bfloat16"):
+            check_float8(device.type, BF16, L, F)
 
 
 def test_float8_needs_hopper(monkeypatch):

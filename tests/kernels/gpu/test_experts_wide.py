@@ -4,7 +4,7 @@ pre-activations kept and made again."""
 import pytest
 import torch
 
-from headway.kernels.experts import choose, experts
+from headway.kernels.experts import choose, experts, narrow
 from headway.kernels.gpu import experts_wide
 from tests.compare import relative_error
 from tests.kernels.gpu.test_experts_gpu import BF16, F32, compare, draw, run, tables
@@ -16,7 +16,7 @@ def call(inputs, index, activation, d_out, keep):
     rows = tables(index, given[2].shape[1])
     out, pre = experts_wide.forward(*given, *rows, activation, keep)
     assert pre.shape[0] == (index.numel() if keep else 0)
-    return out, experts_wide.backward(d_out.contiguous(), *given, *rows, pre, activation, keep)
+    return out, experts_wide.backward(d_out.contiguous(), *given, *rows, pre, activation)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -59,8 +59,8 @@ def test_equals_the_narrow_kernels(device):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_is_the_path_of_wide_experts(device, recompute):
     """Through the operator, and what it keeps: pre-activations only where they are asked for."""
-    assert choose(device.type, BF16, 528, 64).path == "wide"
-    assert choose(device.type, F32, 144, 64).path == "wide"
+    assert choose(device.type, BF16, 528, 64).path == "fused" and not narrow(BF16, 528, 64)
+    assert not narrow(F32, 144, 64) and not narrow(BF16, 64, 40) and narrow(BF16, 256, 16)
     inputs, index, d_out = draw(device, 30, 1, 3, 2, 544, 16, "swiglu", BF16)
     rows, kept = tables(index, 3), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):

@@ -59,6 +59,26 @@ def test_the_layer_equals_its_float64_form(device, name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_penalty_and_torch_func_take_the_other_path(device, name):
+    """The kernels have first gradients only."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        layer, x = made(name, device, torch.float32)
+        layer, x = layer.to(dtype), x.detach().to(dtype).requires_grad_()
+
+        def loss(x, layer=layer):
+            out, stats = layer(x)
+            return out.square().sum() + balance_loss([stats], AUX)
+
+        (dx,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        second = torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()])
+        assert_close(torch.func.grad(loss)(x.detach()), dx, 1e-5)
+        found.append(second)
+    for got, want in zip(*found, strict=True):
+        assert_close(got, want, 5e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_nothing_waits_for_the_device(device, name):
     """With fake tensors there is nothing to read: a shape or a branch that follows the data fails."""
     with FakeTensorMode():

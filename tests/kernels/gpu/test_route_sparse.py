@@ -76,7 +76,9 @@ def test_an_index_that_is_no_expert_adds_nothing(device, monkeypatch):
     for way in ("by slots", "by experts"):
         go_by(way, monkeypatch)
         gate_THK = route(x, w, bias, index, 3, "sigmoid", False, 1.0).gate_THK
-        d_gate = torch.where(gate_THK.isnan(), 0.0, torch.linspace(1, 2, 72, device=device).view(12, 2, 3))
+        d_gate = torch.where(
+            gate_THK.isnan(), 0.0, torch.linspace(1, 2, 72, device=device).view(12, 2, 3)
+        )
         found.append(torch.autograd.grad(gate_THK, (x, w), d_gate))
     for a, b in zip(*found, strict=True):
         assert b.isfinite().all() and b.norm() > 0

@@ -1,0 +1,155 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Narrow experts on the GPU: every intermediate of a block of rows stays on the chip.
+
+Equations and arguments are in ../experts.py, the kernels in experts_forward.py and
+experts_backward.py. An expert's rows are gathered, multiplied, activated, multiplied again and
+stored once, at the place of their slot. Backward recomputes the pre-activations in both its
+kernels: one owns rows (dx, d_gate), the other owns weights and walks over the rows of its expert.
+No atomics, no host sync, nothing of size R×F in memory.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from headway.kernels import gpu
+from headway.kernels.gpu import on
+from headway.kernels.gpu.blocks import blocks
+from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
+from headway.kernels.gpu.experts_float8 import experts_forward_float8, quantize
+from headway.kernels.gpu.experts_forward import experts_forward
+from headway.kernels.gpu.slots import cast, empty_rows, padded, sum_slots
+from headway.kernels.gpu.tune import Tiles, tiles
+
+KERNELS = ("forward", "backward_rows", "backward_weights")
+
+BFLOAT16 = {
+    32: (Tiles(128, 32, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2)),
+    64: (Tiles(128, 32, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2)),
+    128: (Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 3), Tiles(64, 32, 4, 3)),
+    256: (Tiles(128, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(64, 32, 8, 2)),
+}
+"""Padded L → the tiles of `KERNELS`, the fastest on an H100 at 64, 128 and 256 (docs/numbers): two
+or three programs on a multiprocessor hide each other's waits."""
+
+FLOAT32 = Tiles(32, 16, 4, 1)
+"""Of every kernel: three products of TF32 parts take registers and memory for the parts (some go to
+the stack)."""
+
+FLOAT8 = {
+    32: Tiles(128, 64, 8, 2),
+    64: Tiles(128, 64, 8, 2),
+    128: Tiles(128, 32, 8, 2),
+    256: Tiles(64, 32, 8, 2),
+}
+"""Of the forward kernel; a product of e4m3 sums over 32 values at least."""
+
+AMPERE = {256: (Tiles(128, 16, 8, 2), *BFLOAT16[256][1:])}
+"""bfloat16 where a block has 163 KiB of shared memory (capability 8.0, 8.7); 227 on Hopper."""
+
+SMALL = {
+    128: (Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 2)),
+    256: (Tiles(32, 16, 8, 1),) * 3,
+}
+"""bfloat16 where a block has 99 KiB of shared memory (capability 8.6, 8.9, 12.0)."""
+
+
+def default_tiles(kernel: str, L: int, itemsize: int, capability: int = 90) -> Tiles:
+    """`capability`: 90 for compute capability 9.0."""
+    if kernel == "forward_float8":
+        return FLOAT8[max(32, padded(L))]
+    if itemsize == 4:
+        return FLOAT32
+    match capability:
+        case 80 | 87:
+            table = BFLOAT16 | AMPERE
+        case 86 | 89 | 120 | 121:
+            table = BFLOAT16 | SMALL
+        case _:
+            table = BFLOAT16
+    return table[max(32, padded(L))][KERNELS.index(kernel)]
+
+
+def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
+    """The tiles of a kernel for a shape; no wider than F."""
+    default = default_tiles(kernel, L, itemsize, gpu.capability())
+    found = tiles(f"experts_{kernel}", (L, G, F, itemsize), default)
+    return replace(found, cols=min(found.cols, padded(F)))
+
+
+def forward(
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    activation: str,
+    precision: str = "bfloat16",
+) -> tuple[Tensor, Tensor]:
+    """(out `[N, L]`, no pre-activations `[0, G·F]`)."""
+    x, gate = x_NL.contiguous(), gate_NK.contiguous()
+    (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
+    if precision == "float8":
+        cut = tile_of("forward_float8", L, G, F, 1)
+        kernel, sizes = experts_forward_float8, (max(32, cut.cols), max(32, padded(L)))
+        w_out_HELF = w_out_HEFL.transpose(2, 3).contiguous()
+        weights = (*quantize(w_in_HEGFL.contiguous(), -1), *quantize(w_out_HELF, -1))
+    else:
+        cut = tile_of("forward", L, G, F, x.element_size())
+        kernel, sizes = experts_forward, (cut.cols, padded(L))
+        weights = (cast(w_in_HEGFL, x), cast(w_out_HEFL, x))
+    table = blocks(counts_HE, slot_R.numel(), cut.rows)
+    y_NKL, scale_NK = empty_rows(x, N, K)
+    with on(x):
+        kernel[(table.group_B.numel(),)](
+            *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
+            *(cut.rows, *sizes),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+    return sum_slots(x, y_NKL, scale_NK, row_NK, table.start_G, padded(L)), x.new_empty(0, G * F)
+
+
+def backward(
+    do_NL: Tensor,
+    x_NL: Tensor,
+    gate_NK: Tensor,
+    w_in_HEGFL: Tensor,
+    w_out_HEFL: Tensor,
+    slot_R: Tensor,
+    row_NK: Tensor,
+    counts_HE: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, w_in and w_out, in x's precision."""
+    x, gate = x_NL.contiguous(), gate_NK.contiguous()
+    w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
+    (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
+    inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
+    # of slots without an expert it stays 0
+    d_gate = torch.zeros_like(gate, dtype=torch.float32)
+    dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
+    dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
+    dx_NKL, scale_NK = empty_rows(x, N, K)
+    with on(x):
+        cut = tile_of("backward_rows", L, G, F, x.element_size())
+        table = blocks(counts_HE, slot_R.numel(), cut.rows)
+        experts_backward_rows[(table.group_B.numel(),)](
+            *(*inputs, *table, d_gate, dx_NKL, scale_NK, *sizes),
+            *(cut.rows, cut.cols, padded(L)),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+        cut = tile_of("backward_weights", L, G, F, x.element_size())
+        experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
+            *(*inputs, table.start_G, dw_in, dw_out, *sizes),
+            *(cut.rows, cut.cols, padded(L)),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+    dx = sum_slots(x, dx_NKL, scale_NK, row_NK, table.start_G, padded(L))
+    return dx, d_gate.to(gate.dtype), dw_in, dw_out

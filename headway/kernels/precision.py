@@ -1,0 +1,21 @@
+"""Which dtype a computation has: float32 or better for scores, gates, sums and elementwise work."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
+
+
+def widen(x: Tensor) -> Tensor:
+    """float32 of bfloat16 and float16; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Matmuls here have the dtype of their operands, also where the caller's autocast would narrow
+    them."""
+    device = x.device.type
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

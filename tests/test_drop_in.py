@@ -1,0 +1,496 @@
+"""The layers in other people's code: what PyTorch can do with a module, it can do with these.
+
+Every test compares numbers with the layer used plainly, or with its equations in float64.
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+import io
+import types
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from headway import BalanceConfig, LatentMoE, MoE, MultiHeadLatentMoE, RouterConfig
+from headway.config import MoEConfig, UsageError
+from headway.kernels.native import native
+from headway.model.balance import new_bias
+from tests.compare import assert_close
+from tests.model.layer_reference import layer_reference
+
+KINDS = ["moe", "latent", "multi_head"]
+D = 16
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32, **options) -> MoE:
+    """A small layer, the same for all dtypes, with a selection bias that matters."""
+    torch.manual_seed(0)
+    if kind == "moe":
+        layer = MoE(D, 5, 2, 6, d_shared=7, **options)
+    elif kind == "latent":
+        layer = LatentMoE(D, 8, 5, 2, 6, d_shared=7, **options)
+    else:
+        layer = MultiHeadLatentMoE(D, 2, 5, 2, 6, d_shared=7, **options)
+    with torch.no_grad():
+        layer.router.bias_HE.normal_(generator=torch.Generator().manual_seed(1))
+    return layer.to(dtype)
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def loss_of(found) -> Tensor:
+    """A scalar that depends on everything a layer returns with a gradient, and is no constant."""
+    out, stats = found
+    return (
+        out.square().sum()
+        + stats.prob_HE.square().sum()
+        + stats.z_H.sum()
+        + out.flatten()[::3].sum()
+    )
+
+
+def gradients(layer: nn.Module, x: Tensor, call=None) -> list[Tensor]:
+    """Of `loss_of`: x first, then every parameter."""
+    x = x.detach().requires_grad_()
+    names = dict(layer.named_parameters())
+    loss = loss_of(layer(x) if call is None else call(x))
+    return list(torch.autograd.grad(loss, [x, *names.values()]))
+
+
+def equal(got, want, bound: float = 0.0) -> None:
+    """All of them, bit for bit unless there is a bound."""
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b) if bound == 0 else assert_close(a, b, bound) is None
+
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# stored in another dtype
+
+
+@each_kind
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_narrow_modules_equal_the_equations(kind, dtype, bound):
+    """`layer.bfloat16()` and `.half()`: output and every gradient, by float64 of the same weights."""
+    layer = build(kind, dtype)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    x = tokens(40, dtype=dtype)
+    _, chosen = layer_reference(build(kind, dtype).double(), x.double())
+    out, stats = layer(x, chosen)
+    assert out.dtype == dtype and stats.prob_HE.dtype == stats.z_H.dtype == torch.float32
+    wide = build(kind, dtype).double()
+    wide.router.bias_HE.copy_(layer.router.bias_HE)
+    assert_close(out, wide(x.double(), chosen)[0], bound)
+    d_out = tokens(40)
+    own = x.clone().requires_grad_()
+    got = torch.autograd.grad(layer(own, chosen)[0], [own, *layer.parameters()], d_out.to(dtype))
+    own = x.double().requires_grad_()
+    want = torch.autograd.grad(
+        wide(own, chosen)[0], [own, *wide.parameters()], d_out.to(dtype).double()
+    )
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, bound)
+
+
+@each_kind
+def test_narrow_weights_serve_wide_tokens_and_the_other_way_round(kind):
+    x = tokens(40)
+    for stored, used, bound in (
+        (torch.bfloat16, torch.float32, 1e-5),
+        (torch.double, torch.float32, 1e-5),
+    ):
+        layer = build(kind, stored)
+        out, _ = layer(x.to(used))
+        assert out.dtype == used
+        assert_close(out, copy.deepcopy(layer).double()(x.double())[0], bound)
+
+
+@each_kind
+def test_scores_stay_float32_and_the_bias_is_not_rounded_away(kind):
+    """A step of the sign rule is below bfloat16's resolution at 1."""
+    layer = build(kind, balance=BalanceConfig(aux=0, bias="sign", bias_rate=1e-3))
+    with torch.no_grad():
+        layer.router.bias_HE.fill_(1.0)
+    layer.bfloat16()
+    bias_HE = layer.router.bias_HE
+    assert bias_HE.dtype == torch.float32 and layer.router.w_HEL.dtype == torch.bfloat16
+    moved = new_bias(bias_HE, layer(tokens(40).bfloat16())[1], BalanceConfig(bias="sign"))
+    bias_HE.copy_(moved)
+    assert (layer.router.bias_HE - 1).abs().max() > 5e-4
+    assert layer.double().router.bias_HE.dtype == torch.float64
+
+
+@each_kind
+def test_autocast_narrows_matmuls_and_not_scores(kind):
+    """With the selection replayed, scores, gates and their statistics are those of float32."""
+    layer, x = build(kind), tokens(60)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer.split(x)
+        read = x if layer.reads_token else z
+        route = layer.router(read)
+        out, stats = layer(x)
+        got = gradients(layer, x)
+    want = layer.router(read.float())
+    assert route.gate_THK.dtype == stats.prob_HE.dtype == torch.float32
+    equal((route.index_THK, route.gate_THK), (want.index_THK, want.gate_THK))
+    assert_close(out, build(kind).double()(x.double(), route.index_THK.long())[0], 2e-2)
+    for a, b in zip(got, [x, *layer.parameters()], strict=True):
+        assert a.dtype == b.dtype == torch.float32
+
+
+# torch.func, forward mode, second derivatives
+
+OPTIONS = {
+    "softmax": dict(router=RouterConfig()),
+    "sigmoid": dict(router=RouterConfig(gate="sigmoid", renormalize=True, scale=2.0)),
+    "relu2": dict(router=RouterConfig(gate="softmax_topk"), activation="relu2"),
+    "gelu": dict(activation="gelu", balance=BalanceConfig(aux=0, bias="quantile")),
+    "token": dict(router=RouterConfig(reads="token"), recompute=True),
+    "capacity": dict(capacity_factor=0.6),
+}
+CASES = [("multi_head", name) for name in OPTIONS] + [("moe", "sigmoid"), ("latent", "token")]
+each_case = pytest.mark.parametrize("kind, options", CASES)
+PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+each_precision = pytest.mark.parametrize("dtype, bound", PRECISIONS, ids=["float64", "float32"])
+
+
+def functional(layer: nn.Module):
+    """loss(parameters, x) of functional code, and the parameters."""
+    kept = {name: p.detach() for name, p in layer.named_parameters()}
+    return lambda p, x: loss_of(functional_call(layer, p, (x,))), kept
+
+
+@each_case
+@each_precision
+def test_func_grad(kind, dtype, bound, options):
+    layer, x = build(kind, dtype, **OPTIONS[options]), tokens(9, dtype=dtype)
+    loss, parameters = functional(layer)
+    d_parameters, dx = grad(loss, argnums=(0, 1))(parameters, x)
+    equal([dx, *d_parameters.values()], gradients(layer, x), bound)
+
+
+@each_case
+@each_precision
+def test_gradients_of_each_sample(kind, dtype, bound, options):
+    """`vmap` of `grad` is a loop over samples; no operator falls back to one, which PyTorch says."""
+    layer, x = build(kind, dtype, **OPTIONS[options]), tokens(3, 7, dtype=dtype)
+    loss, parameters = functional(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        equal([g[i] for g in found.values()], gradients(layer, x[i])[1:], bound)
+
+
+@each_kind
+@each_precision
+def test_an_ensemble_is_a_loop_over_its_members(kind, dtype, bound):
+    """`vmap` over stacked parameters."""
+    members = [build(kind, dtype), build(kind, dtype)]
+    with torch.no_grad():
+        for p in members[1].parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    parameters, buffers = torch.func.stack_module_state(members)
+    x = tokens(9, dtype=dtype)
+    call = lambda p, b: functional_call(members[0], (p, b), (x,))[0]  # noqa: E731
+    equal(vmap(call)(parameters, buffers), [m(x)[0] for m in members], bound)
+
+
+@each_case
+@each_precision
+def test_forward_mode(kind, dtype, bound, options):
+    """The tangent of the loss is its gradient times the direction, by `jvp` and by dual tensors."""
+    layer, x = build(kind, dtype, **OPTIONS[options]), tokens(9, dtype=dtype)
+    direction = torch.randn_like(x)
+    want = (gradients(layer, x)[0] * direction).sum()
+    _, got = jvp(lambda x: loss_of(layer(x)), (x,), (direction,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss_of(layer(forward_ad.make_dual(x, direction)))).tangent
+    for tangent in (got, dual):
+        assert tangent.item() == pytest.approx(want.item(), rel=10 * bound)
+
+
+@each_case
+def test_second_derivatives(kind, options):
+    """By finite differences, of outputs and statistics, for x and every parameter."""
+    layer = build(kind, torch.float64, **OPTIONS[options])
+    x = tokens(3, dtype=torch.float64).requires_grad_()
+    parameters = dict(layer.named_parameters())
+
+    def call(x, *values):
+        out, stats = functional_call(layer, dict(zip(parameters, values, strict=True)), (x,))
+        return out, stats.prob_HE, stats.z_H
+
+    inputs = (x, *parameters.values())
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True, check_fwd_over_rev=True)
+
+
+@each_case
+def test_second_derivatives_in_float32(kind, options):
+    """A gradient penalty, as trained in float32 and in float64: through the C++ kernels where the
+    machine has them."""
+
+    def penalty(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        layer, x = build(kind, dtype, **OPTIONS[options]), tokens(9, dtype=dtype).requires_grad_()
+        loss = loss_of(layer(x))
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + dx.square().sum(), [x, *layer.parameters()])
+
+    equal(penalty(torch.float32), penalty(torch.float64), 2e-5)
+
+
+@each_kind
+def test_hessians_and_third_derivatives(kind):
+    layer, x = build(kind, torch.float64), tokens(1, dtype=torch.float64)
+    loss = lambda x: loss_of(layer(x))  # noqa: E731
+    want = jacfwd(grad(loss))(x)
+    equal((hessian(loss)(x), jacrev(grad(loss))(x)), (want, want), 1e-12)
+    dx = x.requires_grad_()
+    for _ in range(3):
+        (dx,) = torch.autograd.grad(dx.sum() if dx is not x else loss(x), x, create_graph=True)
+    equal([dx], [grad(lambda x: grad(lambda x: grad(loss)(x).sum())(x).sum())(x)], 1e-11)
+
+
+def test_a_compiled_vmap_of_grad():
+    layer, x = build("multi_head"), tokens(3, 7)
+    loss, parameters = functional(layer)
+    each = vmap(grad(loss), in_dims=(None, 0))
+    compiled = torch.compile(each, fullgraph=True, backend="aot_eager")
+    equal(compiled(parameters, x).values(), each(parameters, x).values(), 1e-6)
+
+
+# torch.compile, export, graphs
+
+
+@each_kind
+def test_one_compiled_graph_for_all_token_counts(kind):
+    """Outputs and gradients; the fast operators stay in the graphs of both directions."""
+    torch._dynamo.reset()
+    layer, graphs = build(kind), []
+
+    def keep(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for n in (5, 9, 33):
+        equal(gradients(layer, tokens(n), compiled), gradients(layer, tokens(n)), 1e-6)
+    assert len(graphs) == 2
+    if native().library is not None:
+        assert "headway.experts.default" in graphs[0]
+        assert "headway.experts_backward.default" in graphs[1]
+
+
+@each_kind
+def test_export(kind):
+    layer = build(kind).eval()
+    shapes = {"x": {0: torch.export.Dim("T", min=2)}}
+    exported = torch.export.export(layer, (tokens(6),), dynamic_shapes=shapes)
+    equal(exported.module()(tokens(21))[:1], layer(tokens(21))[:1])
+
+
+# modules
+
+
+@each_kind
+def test_activation_checkpointing(kind):
+    layer = build(kind)
+    call = functools.partial(checkpoint, layer, use_reentrant=False)
+    equal(gradients(layer, tokens(9), call), gradients(layer, tokens(9)))
+
+
+@each_kind
+def test_reentrant_activation_checkpointing(kind):
+    """Which sees only the tensors that a function returns, not those in a tuple of them."""
+    layer, found = build(kind), []
+    for call in (layer, functools.partial(checkpoint, layer, use_reentrant=True)):
+        layer.zero_grad()
+        x = tokens(9).requires_grad_()
+        call(x)[0].square().sum().backward()
+        found.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    equal(*found)
+
+
+@each_kind
+def test_copies_and_state_dicts(kind):
+    layer, other = build(kind), build(kind)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    other.load_state_dict(layer.state_dict())
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    want = gradients(layer, tokens(9))
+    for copied in (other, copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        equal(gradients(copied, tokens(9)), want)
+
+
+@each_kind
+def test_meta_device(kind):
+    """Shapes without memory, then the weights of another."""
+    layer = build(kind)
+    with torch.device("meta"):
+        empty = build(kind)
+    assert empty(tokens(9).to("meta"))[0].shape == (9, D)
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    equal(gradients(empty, tokens(9)), gradients(layer, tokens(9)))
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_tokens(kind, dtype):
+    """As a rank without work has."""
+    layer = build(kind, dtype)
+    out, stats = layer(tokens(0, dtype=dtype))
+    assert out.shape == (0, D) and (stats.counts_HE == 0).all() and (stats.prob_HE == 0).all()
+    for g in gradients(layer, tokens(0, dtype=dtype)):
+        assert (g == 0).all()
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nan_stays_in_its_token(kind, dtype):
+    layer, x = build(kind, dtype), tokens(9, dtype=dtype)
+    want, _ = layer(x)
+    broken = x.clone()
+    broken[4, 3] = float("nan")
+    out, _ = layer(broken)
+    assert out[4].isnan().any()
+    others = [i for i in range(9) if i != 4]
+    assert_close(out[others], want[others], 1e-6)
+
+
+@each_kind
+def test_layouts_of_the_input(kind):
+    layer, x = build(kind), tokens(4, 6)
+    want = layer(x)[0]
+    equal([layer(x.transpose(0, 1))[0].transpose(0, 1)], [want], 1e-6)
+    wide = torch.randn(4, 6, 2 * D)
+    wide[..., ::2] = x
+    equal([layer(wide[..., ::2])[0]], [want], 1e-6)
+    equal([layer(x[:1, :1].expand(3, 5, D))[0]], [layer(x[0, 0])[0].expand(3, 5, D)], 1e-6)
+
+
+@each_kind
+def test_without_gradients(kind):
+    layer, x = build(kind), tokens(9)
+    want = layer(x)[0]
+    with torch.no_grad():
+        equal([layer(x)[0]], [want])
+    with torch.inference_mode():
+        equal([layer(x)[0]], [want])
+
+
+@each_kind
+@pytest.mark.parametrize("part", ["experts", "router", "shared"])
+def test_frozen_parts(kind, part):
+    """The others' gradients are as before."""
+    layer, x = build(kind), tokens(9).requires_grad_()
+    want = dict(zip(dict(layer.named_parameters()), gradients(layer, x)[1:], strict=True))
+    layer.get_submodule(part).requires_grad_(False)
+    loss_of(layer(x)).backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is None if name.startswith(part) else torch.equal(p.grad, want[name])
+
+
+class Halved(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w / 2
+
+
+@each_kind
+def test_parametrised_weights(kind):
+    layer, x = build(kind), tokens(9)
+    plain = build(kind)
+    with torch.no_grad():
+        plain.experts.w_in_HEGFL /= 2
+    parametrize.register_parametrization(layer.experts, "w_in_HEGFL", Halved())
+    parametrizations.weight_norm(layer.router, "w_HEL")
+    equal([layer(x)[0]], [plain(x)[0]], 1e-6)
+    got = torch.autograd.grad(loss_of(layer(x)), layer.experts.parametrizations.w_in_HEGFL.original)
+    want = torch.autograd.grad(loss_of(plain(x)), plain.experts.w_in_HEGFL)
+    equal([2 * got[0]], want, 1e-5)
+
+
+@each_kind
+def test_hooks(kind):
+    layer, x, seen = build(kind), tokens(9), []
+    want = gradients(layer, x)
+    layer.experts.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.experts.register_forward_hook(lambda *_: seen.append("after"))
+    layer.experts.register_full_backward_hook(lambda *_: seen.append("back"))
+    layer.experts.w_out_HEFL.register_hook(lambda g: seen.append("weight") or 2 * g)
+    names = ["x", *dict(layer.named_parameters())]
+    for name, got, plain in zip(names, gradients(layer, x), want, strict=True):
+        assert torch.equal(got, 2 * plain if name == "experts.w_out_HEFL" else plain)
+    assert seen[:2] == ["before", "after"] and sorted(seen[2:]) == ["back", "weight"]
+
+
+@each_kind
+def test_a_forward_that_a_launcher_wraps(kind):
+    """As accelerate's `prepare`: autocast around `forward`, every float of the answer to float32."""
+    layer, x = build(kind), tokens(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = layer(x)[0]
+    inner = torch.autocast("cpu", torch.bfloat16)(layer.forward.__func__)
+
+    def forward(self, *args):
+        out, stats = inner(self, *args)
+        return out.float(), stats.map(Tensor.float)
+
+    layer.forward = types.MethodType(forward, layer)
+    out, _ = layer(x)
+    assert out.dtype == torch.float32
+    equal([out], [want.float()])
+
+
+# options
+
+
+@pytest.mark.parametrize("layer", [MoE, LatentMoE, MultiHeadLatentMoE])
+def test_every_option_of_a_recipe(layer):
+    """What a recipe can say of the layer, its constructor can."""
+    elsewhere = {"kind", "n_dense_layers"}
+    if layer is not MultiHeadLatentMoE:
+        elsewhere |= {"n_heads"}
+    if layer is MoE:
+        elsewhere |= {"d_latent", "latent_norm"}
+    wanted = {field.name for field in dataclasses.fields(MoEConfig)} - elsewhere
+    parameters = inspect.signature(layer).parameters
+    assert wanted <= set(parameters)
+    assert {"recompute"} | ({"norm_eps"} if layer is not MoE else set()) <= set(parameters)
+    for name in wanted & {"precision", "activation", "capacity_factor", "latent_norm"}:
+        assert parameters[name].default == getattr(MoEConfig(), name)
+
+
+@each_kind
+def test_float8_is_refused_where_it_cannot_run(kind):
+    layer = build(kind, precision="float8")
+    if torch.cuda.is_available():
+        layer.cuda()
+    with pytest.raises(UsageError, match="precision=float8 needs .*; use bfloat16"):
+        layer(next(layer.parameters()).new_ones(3, D))
+
+
+@pytest.mark.parametrize("kind", ["latent", "multi_head"])
+def test_the_latent_norm_takes_eps(kind):
+    layer, x = build(kind, torch.float64, norm_eps=0.5), tokens(9, dtype=torch.float64)
+    z = layer.w_in(x).unflatten(-1, (layer.n_heads, -1))
+    want = z / (z.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    equal([layer.split(x)], [want], 1e-12)

@@ -17,7 +17,7 @@ import base64
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Snapshot:
     texts: dict[str, dict[str, Any]]
     """JSON files and their contents; rank 0 writes them."""
     keep: int
-    up_to: int
+    up_to: Sequence[int]
 
     def copied(self) -> "Snapshot":
         """With tensors of its own, so that training may go on while it is written."""
@@ -68,10 +68,10 @@ def save(
     state: dict[str, Any],
     keep: int = 2,
     spread: Spread = ALONE,
-    up_to: int = 0,
+    up_to: Sequence[int] = (),
 ) -> Path:
-    """Writes `checkpoints/step-{step:06d}`, then removes all but the newest `keep` and the newest
-    one of at most `up_to` steps; returns its path. Collective.
+    """Writes `checkpoints/step-{step:06d}`, then removes all but the newest `keep` and, for each
+    step in `up_to`, the newest one up to there; returns its path. Collective.
 
     `state` is JSON-ready; the random number generators and the mesh are added to it. Raises
     `CheckpointError` on every rank when one of them cannot write, as on a full disk; then nothing
@@ -90,7 +90,7 @@ def take(
     state: dict[str, Any],
     keep: int = 2,
     spread: Spread = ALONE,
-    up_to: int = 0,
+    up_to: Sequence[int] = (),
     largest: int = LARGEST,
 ) -> Snapshot:
     """What `write` will write; arguments as for `save`, `largest` bytes of tensors in a file.

@@ -72,6 +72,14 @@ def reopen(path: Path, lock: Lock, log: Callable[[str], None]) -> Found:
     return find_checkpoint(path)
 
 
+def begin_at(start: Path | None) -> Found:
+    """The checkpoint of another run from which a new one goes on, where it is to. Raises
+    `UsageError` for a damaged one."""
+    if start is not None and (problem := saved.verify(start)):
+        raise UsageError(f"resume: {start} is damaged ({problem}); give another checkpoint")
+    return start, []
+
+
 def open_run(
     path: Path,
     info: dict[str, Any],
@@ -83,8 +91,6 @@ def open_run(
     """Makes the folder of a new run with its run.json and, where the run goes on from the
     checkpoint `start` of another one, copies of that and of the records. Returns the copy, or None.
     """
-    if start is not None and (problem := saved.verify(start)):
-        raise UsageError(f"resume: {start} is damaged ({problem}); give another checkpoint")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

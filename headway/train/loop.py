@@ -102,7 +102,9 @@ def _train(
         config.data.micro_batch_size,
     )
     run_dir, resume, overwrite, start = opening
-    found = mesh.first(lambda: folder.reopen(run_dir, lock, log)) if resume else (start, [])
+    found = mesh.first(
+        lambda: folder.reopen(run_dir, lock, log) if resume else folder.begin_at(start)
+    )
     if found[0] is not None:
         checkpoint.check_architecture(checkpoint.read_config(found[0]), config.model)
     if run.threads:
@@ -120,8 +122,8 @@ def _train(
     apart = begin(model, mesh, run.seed)
     info = _run_info(resolved, sizes, recipe_source)
     if not resume:
-        made = mesh.first(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
-        found = made, []
+        start = mesh.first(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
+        found = start, []
     _announce(resolved, mesh, sizes, run_dir, log)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own

@@ -54,6 +54,8 @@ class Run:
     saved: Path | None = None
     saved_step: int = -1
     error: str = ""
+    offered: list[int] = dataclasses.field(default_factory=list)
+    """Steps up to which the newest checkpoint is kept, since the user may go on from there."""
     writing: Writing | None = None
     """A checkpoint that is being written beside training."""
 
@@ -114,6 +116,7 @@ class Run:
         if old.schedule != "cosine" and step > fall:
             offer = f"no checkpoint from before its fall, after step {fall}, is kept"
             if before := saved.newest_up_to(self.dir, fall):
+                self.offered = [fall]
                 again = f"--run {self.dir}-{new.steps} --steps {new.steps}"
                 offer = f"to go on from before the fall: {resume_command(self.config.mesh, before)}"
                 offer += f" {again}"
@@ -264,8 +267,8 @@ class Run:
         parts = (self.model, self.optimizers, self.config.model, state)
         target = (self.dir, self.progress.step)
         run, optim = self.config.run, self.config.optim
-        up_to = 0 if optim.schedule == "cosine" else steps_before_fall(optim)
-        how = (run.keep_checkpoints, self.spread, up_to)
+        up_to = [] if optim.schedule == "cosine" else [steps_before_fall(optim)]
+        how = (run.keep_checkpoints, self.spread, [*up_to, *self.offered])
         if run.async_checkpoint:
             snapshot = checkpoint.take(*target, *parts, *how).copied()
             self.writing = Writing(snapshot, self.beside)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,14 @@ def commit(final: Path) -> None:
     sync(final.parent)
 
 
-def remove_old(parent: Path, keep: int, up_to: int = 0) -> None:
-    """Removes all but the newest `keep` and the newest one of at most `up_to` steps. Best effort: a
-    checkpoint that cannot be removed now is removed after a later save."""
+def remove_old(parent: Path, keep: int, up_to: Sequence[int] = ()) -> None:
+    """Removes all but the newest `keep` and, for each step in `up_to`, the newest one up to there.
+    Best effort: a checkpoint that cannot be removed now is removed after a later save."""
     listed = _listed(parent)
     whole = [(step, path) for step, path in listed if not path.name.endswith(".replaced")]
     kept = [path for _, path in whole[-keep:]]
-    kept += [path for step, path in whole if step <= up_to][-1:]
+    for last in up_to:
+        kept += [path for step, path in whole if step <= last][-1:]
     for _, path in listed:
         if path not in kept:
             with contextlib.suppress(OSError):

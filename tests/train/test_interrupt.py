@@ -82,8 +82,14 @@ def test_before_the_first_step_there_is_nothing_to_save(place, tmp_path, monkeyp
     monkeypatch.setenv("HEADWAY_CACHE", str(cache))
     folder = tmp_path / "run"
     words = ("train", f"{place}/tiny.py:tiny", "--run", folder, "--steps", 2)
+    prepare = loop.prepare
+
+    def interrupting(line):
+        assert line.startswith("tokenised")  # and not in its place in the cache yet
+        raising(number, number)()
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", at_call(1, os.fsync, raising(number, number)))
+        patch.setattr(loop, "prepare", lambda *args: prepare(*args[:2], interrupting))
         done = call(*words)
     name = number.name
     assert (done.code, done.err) == (

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from headway.config import RunError, UsageError
 from headway.train import lock as module
 from headway.train.lock import Holder, Lock
 from tests.command import call
-from tests.train.tiny_run import assert_same_run, records, tiny, train
+from tests.train.tiny_run import assert_same_run, tiny, train
 
 
 def leave(folder, holder, age=0.0):
@@ -73,7 +72,10 @@ def test_the_lock_of_a_killed_job_is_taken_over_with_a_line(whole, tmp_path, oth
     leave(run, holder)
     lines = []
     result = train(config, resume=run, log=lines.append)
-    assert f"process {holder.pid} on {holder.host}, which trained in {run}, is gone: taking over" in lines
+    assert (
+        f"process {holder.pid} on {holder.host}, which trained in {run}, is gone: taking over"
+        in lines
+    )
     assert_same_run(whole[0], tmp_path, whole[1], result)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -43,9 +44,21 @@ class Interrupt:
             signal.signal(number, handler)
         self._before = {}
 
-    def defer(self) -> None:
-        """From now on there is work to save: requests wait for the end of the step."""
+    def defer(self, collect: Callable[[str], list[str]]) -> None:
+        """From now on there is work to save: requests wait for the end of the step.
+
+        `collect` gives the values of all ranks: where one of them was asked to end before all had
+        come here, all raise KeyboardInterrupt.
+        """
         self._deferred = True
+        try:
+            names = collect(self.requested)
+        except RuntimeError:  # a rank that was asked to end has left
+            if not self.requested:
+                raise
+            names = [self.requested]
+        if name := next(filter(None, names), ""):
+            raise _nothing_to_save(name)
 
     def request(self, name: str) -> None:
         """Asks the run to end, as the signal `name` does; only the first request counts. Raises
@@ -54,7 +67,7 @@ class Interrupt:
             return
         self.requested = name
         if not self._deferred:
-            raise KeyboardInterrupt(f"{name}: nothing to save yet; the same command starts again")
+            raise _nothing_to_save(name)
         if os.environ.get("RANK", "0") == "0":
             more = "" if self._forwarded else "; a second Ctrl-C ends at once"
             # os.write, since a handler may interrupt a print that is under way
@@ -67,6 +80,10 @@ class Interrupt:
                 raise KeyboardInterrupt
             self._twice = True
         self.request(signal.Signals(number).name)
+
+
+def _nothing_to_save(name: str) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"{name}: nothing to save yet; the same command starts again")
 
 
 def ignore() -> None:

@@ -137,8 +137,7 @@ def _train(
         )
         if resume or start is not None:
             progress = side.restore(*found)
-        mesh.barrier()  # all are ready for work that is to be saved
-        interrupt.defer()
+        interrupt.defer(mesh.collect)
         if run.compile:
             for block in model.layers:
                 block.compile()

@@ -115,7 +115,7 @@ def test_torchrun_and_its_ranks(tmp_path):
         "2",
     ]
     words = ["train", f"{tmp_path}/recipe.py:tiny", "--run", str(tmp_path / "run")]
-    often = ["--steps", "9000", "--run.eval-every", "9000", "--run.async-checkpoint", "True"]
+    often = ["--steps", "9000", "--run.eval-every", "9000", "--run.async-checkpoint"]
     path = os.pathsep.join(p for p in sys.path if p)
     printed, sent = "", False
     with subprocess.Popen(
@@ -132,7 +132,8 @@ def test_torchrun_and_its_ranks(tmp_path):
                 sent = True
                 for pid in (*ranks_of(job.pid).values(), job.pid):
                     os.kill(pid, signal.SIGTERM)
-    assert sent and job.returncode == 1  # whatever its ranks return, after a signal
+    assert sent, printed
+    assert job.returncode == 1  # whatever its ranks return, after a signal
     said = re.findall(r"^SIGTERM.*|^headway.*", printed, re.MULTILINE)
     assert len(said) == 2 and said[0] == "SIGTERM: finishing this step, then saving"
     step = re.match(r"SIGTERM: step (\d+) is finished, saved ", said[1])

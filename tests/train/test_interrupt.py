@@ -26,6 +26,10 @@ def raising(*numbers):
     return act
 
 
+def alone(name):
+    return [name]
+
+
 def at_call(number, inner, act):
     """`inner`, which begins with `act` when it is called for the `number`th time."""
     calls = []
@@ -102,16 +106,33 @@ def test_before_the_first_step_there_is_nothing_to_save(place, tmp_path, monkeyp
 
 def test_a_second_ctrl_c_ends_at_once_and_torchrun_sends_no_second_one(monkeypatch):
     with Interrupt() as interrupt:
-        interrupt.defer()
+        interrupt.defer(alone)
         raising(signal.SIGTERM, signal.SIGINT)()
         assert interrupt.requested == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with Interrupt() as interrupt:
-        interrupt.defer()
+        interrupt.defer(alone)
         raising(signal.SIGINT, signal.SIGINT, signal.SIGINT)()
         assert interrupt.requested == "SIGINT"
+
+
+def test_ranks_of_which_one_was_asked_leave_together():
+    """However the request and the ranks' last meeting before step 1 fall."""
+
+    def gone(name):
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("connection closed by peer")
+
+    def lost(name):
+        raise RuntimeError("connection closed by peer")
+
+    for collect in (gone, lambda name: [name, "SIGTERM"]):
+        with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt, match="SIGTERM: nothing"):
+            interrupt.defer(collect)
+    with Interrupt() as interrupt, pytest.raises(RuntimeError, match="closed by peer"):
+        interrupt.defer(lost)
 
 
 def test_nohup_is_respected(monkeypatch):

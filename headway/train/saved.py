@@ -1,4 +1,4 @@
-"""The checkpoints that lie in a run folder: found, verified, put in place, removed."""
+"""The checkpoints that lie in a run folder: found, verified, put in place, copied, removed."""
 
 import contextlib
 import hashlib

@@ -20,6 +20,7 @@ from headway.config import RankError, ToldError, UsageError
 from headway.describe_command import describe
 from headway.options import parse, print_json
 from headway.plan_command import plan
+from headway.train import interrupt
 from headway.train_command import train
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def run() -> None:
         # take several times longer where something else wants the cores (docs/kernels.md); read
         # when PyTorch is imported
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    sys.exit(main())
+    code = main()
+    if code == 130:
+        interrupt.ignore()
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             who = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
             print(f"headway: {who}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("headway: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"headway: {error or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

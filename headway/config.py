@@ -326,7 +326,8 @@ class RunConfig:
     """Write checkpoints in a thread while training goes on: costs a copy of weights and optimiser
     state in host memory. The end of the run waits for the last one."""
     keep_checkpoints: int = 2
-    """Older checkpoints are deleted; ≥ 1."""
+    """Older checkpoints are deleted, but not the last one before `wsd` or `trapezoid` falls; ≥
+    1."""
     stop_bits_per_byte: float = 0.0
     """Stop early when an evaluation reaches this; 0 is off."""
     max_seconds: float = 0.0

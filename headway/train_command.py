@@ -7,10 +7,16 @@ from pathlib import Path
 from headway.config import Config, UsageError
 from headway.options import SHORTHANDS, override, print_json, take, take_switch
 from headway.parallel.agreement import leaves
+from headway.train.interrupt import Interrupt
 
 
 def train(args: list[str]) -> int:
     """`headway train RECIPE` or `headway train --resume RUN`; options are those of the config."""
+    with Interrupt() as interrupt:
+        return _train(args, interrupt)
+
+
+def _train(args: list[str], interrupt: Interrupt) -> int:
     as_json, args = take_switch(args, "--json")
     overwrite, args = take_switch(args, "--overwrite")
     resume, args = take(args, "--resume")
@@ -26,6 +32,7 @@ def train(args: list[str]) -> int:
         print(_train_help())
 
     from headway import recipes
+    from headway.train.folder import Opening, split
     from headway.validate import remarks, validate
 
     base = recipes.load(recipe) if recipe is not None else None
@@ -35,6 +42,8 @@ def train(args: list[str]) -> int:
             base, args, overwrite = None, [], False
     if resume is not None:
         config = _resumed(Path(resume), base, args)
+        if split(Path(resume))[1] is not None:  # which torchrun may start again, too
+            resume = _restarted(config) or resume
     else:
         assert base is not None
         config = override(base, args, f"headway train {recipe}")
@@ -45,15 +54,25 @@ def train(args: list[str]) -> int:
     for remark in remarks(config):
         print(f"note: {remark}")
 
+    def say(line: str) -> None:
+        try:
+            print(line, flush=True)
+        except OSError:  # whoever read it is gone, as `tee` after Ctrl-C: saving goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            interrupt.request("closed output")
+
     from headway.config import RunError
     from headway.train.loop import train as run_training
 
+    path = None if resume is None else Path(resume)
     try:
         result = run_training(
             config,
-            resume=None if resume is None else Path(resume),
+            resume=path,
             overwrite=overwrite,
             recipe_source="" if recipe is None else recipes.source(recipe),
+            log=say,
+            interrupt=interrupt,
         )
     except RunError as error:
         if str(error):
@@ -61,9 +80,7 @@ def train(args: list[str]) -> int:
         return 1
     from headway.summary import train_summary
 
-    print(
-        train_summary(config, result, resume or config.run.dir or f"runs/{config.recipe or 'run'}")
-    )
+    print(train_summary(config, result, str(Opening.of(config, path, overwrite).run_dir)))
     print_json(as_json, result)
     if result["error"]:
         print(f"headway: {result['error']}", file=sys.stderr)
@@ -85,21 +102,29 @@ def _restarted(config: Config) -> str | None:
 _MAY_CHANGE = ("optim.steps", "optim.spike", "optim.max_skipped", "data.micro_batch_size")
 
 
-def _resumed(run_dir: Path, recipe: Config | None, args: list[str]) -> Config:
+def _resumed(path: Path, recipe: Config | None, args: list[str]) -> Config:
     """The config of a run, with overrides of what may change within a run (`run.*`, the
-    mesh, the micro-batch and the length)."""
-    from headway.train.folder import read_config
+    mesh, the micro-batch and the length). From a checkpoint in it another run goes on, in a folder
+    of its own."""
+    from headway.train.folder import read_config, split
 
+    run_dir, start = split(path)
     saved = read_config(run_dir)
     if recipe is not None:
         _same_model(saved, override(recipe, args, f"headway train {recipe.recipe}"), run_dir)
-    config = override(saved, args, f"headway train --resume {run_dir}")
+    config = override(saved, args, f"headway train --resume {path}")
+    if start is not None and config.run.dir == saved.run.dir:
+        raise UsageError(
+            f"resume: {path} is a checkpoint of {run_dir}, which goes on from its newest one; "
+            "give the run, or another run's folder with --run"
+        )
     before, after = leaves(saved.to_dict()), leaves(config.to_dict())
     for name, value in after.items():
         free = (
             name.startswith("mesh.")
             or name in _MAY_CHANGE
             or (name.startswith("run.") and name not in ("run.seed", "run.dir"))
+            or (name == "run.dir" and start is not None)
         )
         if value != before[name] and not free:
             raise UsageError(
@@ -141,6 +166,8 @@ def _train_help() -> str:
         f"recipes: {recipe_names()}\n\n"
         f"short for\n{short}\n  {'--mesh hp=2,ep=2':<20} --mesh.hp 2 --mesh.ep 2\n\n"
         "  --resume RUN         go on with a run, bit for bit; its own config is used\n"
+        "  --resume RUN/checkpoints/STEP --run NEW\n"
+        "                       another run that goes on from that checkpoint\n"
         "  --overwrite          clear the run that --run holds\n"
         "  --json               end with one JSON object\n\n"
         "Every leaf of the config is an option: `headway train RECIPE --help` lists them.\n"

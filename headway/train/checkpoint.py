@@ -17,7 +17,7 @@ import base64
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Snapshot:
     texts: dict[str, dict[str, Any]]
     """JSON files and their contents; rank 0 writes them."""
     keep: int
+    up_to: Sequence[int]
 
     def copied(self) -> "Snapshot":
         """With tensors of its own, so that training may go on while it is written."""
@@ -67,15 +68,16 @@ def save(
     state: dict[str, Any],
     keep: int = 2,
     spread: Spread = ALONE,
+    up_to: Sequence[int] = (),
 ) -> Path:
-    """Writes `checkpoints/step-{step:06d}`, then removes all but the newest `keep`; returns its
-    path. Collective.
+    """Writes `checkpoints/step-{step:06d}`, then removes all but the newest `keep` and, for each
+    step in `up_to`, the newest one up to there; returns its path. Collective.
 
     `state` is JSON-ready; the random number generators and the mesh are added to it. Raises
     `CheckpointError` on every rank when one of them cannot write, as on a full disk; then nothing
     of this checkpoint is left and the earlier ones are untouched.
     """
-    snapshot = take(run_dir, step, model, optimizers, config, state, keep, spread)
+    snapshot = take(run_dir, step, model, optimizers, config, state, keep, spread, up_to)
     return write(snapshot, spread.mesh.collect)
 
 
@@ -88,6 +90,7 @@ def take(
     state: dict[str, Any],
     keep: int = 2,
     spread: Spread = ALONE,
+    up_to: Sequence[int] = (),
     largest: int = LARGEST,
 ) -> Snapshot:
     """What `write` will write; arguments as for `save`, `largest` bytes of tensors in a file.
@@ -127,6 +130,7 @@ def take(
         weights | moments,
         texts,
         keep,
+        up_to,
     )
 
 
@@ -173,7 +177,7 @@ def write(snapshot: Snapshot, collect: Collect) -> Path:
         for _, found in answers:
             hashes |= found or {}
     if leads:
-        saved.remove_old(final.parent, snapshot.keep)
+        saved.remove_old(final.parent, snapshot.keep, snapshot.up_to)
     return final
 
 

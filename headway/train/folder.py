@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from headway.config import Config, MeshConfig, UsageError, from_dict
+from headway.config import Config, MeshConfig, OptimConfig, UsageError, from_dict
 from headway.train import saved
+from headway.train.lock import Lock
 
 
 def job() -> str:
@@ -30,11 +33,88 @@ def restarted(path: Path) -> bool:
         return False
 
 
-def open_run(path: Path, info: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Makes the folder of a new run with its run.json, or checks the one of a run to resume."""
-    open_folder(path, resume, overwrite)
-    if not resume:
-        write_run(path, info)
+Found = tuple[Path | None, list[str]]
+"""What `find_checkpoint` returns."""
+
+
+class Opening(NamedTuple):
+    """How a run begins."""
+
+    run_dir: Path
+    resume: bool
+    """Go on with the run that `run_dir` holds."""
+    overwrite: bool
+    """Clear the run that `run_dir` holds."""
+    start: Path | None
+    """Go on from this checkpoint of another run."""
+
+    @classmethod
+    def of(cls, config: Config, resume: Path | None, overwrite: bool) -> "Opening":
+        """`resume` is the folder of a run, or of a checkpoint inside one."""
+        run_dir, start = split(resume) if resume is not None else (None, None)
+        if run_dir is not None and start is None:
+            return cls(run_dir, True, overwrite, None)
+        run_dir = Path(config.run.dir or f"runs/{config.recipe or 'run'}")
+        return cls(run_dir, False, overwrite, start)
+
+
+def split(path: Path) -> tuple[Path, Path | None]:
+    """(the run folder, the checkpoint folder in it or None) of a path to one of them."""
+    if (path / "run.json").is_file() or not path.name.startswith("step-"):
+        return path, None
+    return path.absolute().parent.parent, path
+
+
+def reopen(path: Path, lock: Lock, log: Callable[[str], None]) -> Found:
+    """Opens the folder of a run to resume; what `find_checkpoint` finds."""
+    open_folder(path, resume=True, overwrite=False)
+    lock.take(log)
+    return find_checkpoint(path)
+
+
+def begin_at(start: Path | None) -> Found:
+    """The checkpoint of another run from which a new one goes on, where it is to. Raises
+    `UsageError` for a damaged one."""
+    if start is not None and (problem := saved.verify(start)):
+        raise UsageError(f"resume: {start} is damaged ({problem}); give another checkpoint")
+    return start, []
+
+
+def open_run(
+    path: Path,
+    info: dict[str, Any],
+    overwrite: bool,
+    lock: Lock,
+    log: Callable[[str], None],
+    start: Path | None = None,
+) -> Path | None:
+    """Makes the folder of a new run with its run.json and, where the run goes on from the
+    checkpoint `start` of another one, copies of that and of the records. Returns the copy, or None.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    lock.take(log)
+    open_folder(path, resume=False, overwrite=overwrite)
+    found = None
+    if start is not None:
+        try:
+            found = saved.copy(start, path)
+            shutil.copyfile(start.parent.parent / "metrics.jsonl", path / "metrics.jsonl")
+        except OSError as error:
+            raise _unwritable(path, error) from None
+    write_run(path, info)
+    return found
+
+
+def keep_optim(path: Path, optim: OptimConfig) -> None:
+    """Writes the options of the optimiser with which a run goes on, such as its length, into its
+    run.json, so that it is resumed with them."""
+    kept = _read_run(path)
+    if kept["config"].get("optim") != asdict(optim):
+        kept["config"]["optim"] = asdict(optim)
+        write_run(path, kept)
 
 
 def open_folder(path: Path, resume: bool, overwrite: bool) -> None:
@@ -83,8 +163,15 @@ def resume_command(mesh: MeshConfig, path: Path | str) -> str:
 def read_config(path: Path) -> Config:
     """The resolved config of a run, to resume, evaluate or sample it. Raises `UsageError` without
     one."""
+    return from_dict(Config, _read_run(path)["config"])
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """run.json with a `config`. Raises `UsageError` without one."""
     try:
-        return from_dict(Config, json.loads((path / "run.json").read_text("utf-8"))["config"])
+        found = json.loads((path / "run.json").read_text("utf-8"))
+        from_dict(Config, found["config"])
+        return found
     except OSError as error:
         raise UsageError(f"{path} holds no readable run.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

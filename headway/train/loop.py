@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from headway.train.allocator import set_allocator
 from headway.train.evaluate import count_targets, micro_batches
 from headway.train.interrupt import Interrupt
 from headway.train.interval import SpikeDetector
+from headway.train.lock import Lock
 from headway.train.optim import build_optimizers
 from headway.train.progress import Progress
 from headway.train.resolve import Resolved, Sizes, crowded, resolve
@@ -40,15 +42,18 @@ def train(
     overwrite: bool = False,
     recipe_source: str = "",
     log: Log = print,
+    interrupt: Interrupt | None = None,
 ) -> dict[str, Any]:
     """Trains the model of `config` and returns what came out of it.
 
     Args:
         resume: the folder of a run to go on with, bit for bit; `folder.read_config` gives its
-            config. A run that was killed before its first checkpoint starts over.
+            config. A run that was killed before its first checkpoint starts over. Or a checkpoint
+            folder inside a run, from which another run, in `run.dir`, goes on.
         overwrite: clear a run that `run.dir` already holds, instead of refusing.
         recipe_source: text of the recipe, kept in run.json.
         log: gets every line for people.
+        interrupt: of a caller that is in its context; without, signals are caught here.
     Returns: `val_bits_per_byte`, `val_loss`, `first_val_bits_per_byte`, `best_val_bits_per_byte`,
         `loss` (training, nats/token), `tokens_per_second`, `steps`, `tokens`, `seconds`, `skipped`,
         `parameters_total`, `parameters_active`, `sample`, `checkpoint` and `report` (paths or
@@ -62,10 +67,15 @@ def train(
     def facts() -> dict[str, Any]:
         return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
 
-    with launch(resolved.config.mesh, resolved.device, facts) as mesh:
+    opening = folder.Opening.of(resolved.config, resume, overwrite)
+    with (
+        nullcontext(interrupt) if interrupt else Interrupt() as interrupt,
+        launch(resolved.config.mesh, resolved.device, facts) as mesh,
+        Lock(opening.run_dir) as lock,
+    ):
         resolved = dataclasses.replace(resolved, device=mesh.device)
         try:
-            return _train(mesh, resolved, tokenizer, resume, overwrite, recipe_source, log)
+            return _train(mesh, resolved, tokenizer, opening, lock, interrupt, recipe_source, log)
         except UsageError as error:
             if isinstance(error, ToldError):
                 raise
@@ -76,8 +86,9 @@ def _train(
     mesh: Mesh,
     resolved: Resolved,
     tokenizer: Tokenizer,
-    resume: Path | None,
-    overwrite: bool,
+    opening: folder.Opening,
+    lock: Lock,
+    interrupt: Interrupt,
     recipe_source: str,
     log: Log,
 ) -> dict[str, Any]:
@@ -90,8 +101,10 @@ def _train(
         config.model.moe.balance,
         config.data.micro_batch_size,
     )
-    run_dir = resume or Path(run.dir or f"runs/{config.recipe or 'run'}")
-    found = mesh.first(lambda: folder.find_checkpoint(run_dir)) if resume else (None, [])
+    run_dir, resume, overwrite, start = opening
+    found = mesh.first(
+        lambda: folder.reopen(run_dir, lock, log) if resume else folder.begin_at(start)
+    )
     if found[0] is not None:
         checkpoint.check_architecture(checkpoint.read_config(found[0]), config.model)
     if run.threads:
@@ -108,7 +121,9 @@ def _train(
     sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
     apart = begin(model, mesh, run.seed)
     info = _run_info(resolved, sizes, recipe_source)
-    mesh.first(lambda: folder.open_run(run_dir, info, resume is not None, overwrite))
+    if not resume:
+        start = mesh.first(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
+        found = start, []
     _announce(resolved, mesh, sizes, run_dir, log)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
@@ -116,12 +131,13 @@ def _train(
     progress = Progress(SpikeDetector(optim.spike))
 
     sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.leads else NoSink()
-    with sink, Interrupt() as interrupt:
+    with sink:
         side = Run(
             config, run_dir, model, sizes, optimizers, stream, tokenizer, progress, sink, log, apart
         )
-        if resume is not None:
+        if resume or start is not None:
             progress = side.restore(*found)
+        interrupt.defer(mesh.collect)
         if run.compile:
             for block in model.layers:
                 block.compile()
@@ -131,6 +147,7 @@ def _train(
 
         while progress.step < optim.steps and not progress.why_stop(run):
             mesh.at(progress.step)
+            lock.check()
             started = time.perf_counter()
             batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
             targets, n_bytes = count_targets(batch, side.token_bytes_V)

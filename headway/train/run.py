@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headway.config import Config, RunError, UsageError
+from headway.config import Config, OptimConfig, RunError, UsageError, from_dict
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
 from headway.eval.sampling import generate
@@ -25,12 +25,13 @@ from headway.train import checkpoint, saved
 from headway.train.background import Writing
 from headway.train.busy import Busy
 from headway.train.evaluate import evaluate
-from headway.train.folder import resume_command
+from headway.train.folder import keep_optim, resume_command
 from headway.train.interval import Interval
 from headway.train.optim import Optimizers
 from headway.train.progress import Progress
 from headway.train.resolve import Sizes
 from headway.train.saved import CheckpointError
+from headway.train.schedule import change, steps_before_fall
 
 Log = Callable[[str], None]
 
@@ -53,6 +54,8 @@ class Run:
     saved: Path | None = None
     saved_step: int = -1
     error: str = ""
+    offered: list[int] = dataclasses.field(default_factory=list)
+    """Steps up to which the newest checkpoint is kept, since the user may go on from there."""
     writing: Writing | None = None
     """A checkpoint that is being written beside training."""
 
@@ -93,12 +96,32 @@ class Run:
             self.log(f"resume: saved on {was}, goes on with {goes}")
         self.progress = Progress.from_dict(state["progress"], self.config.optim.spike)
         self.saved, self.saved_step = path, self.progress.step
+        if old := state.get("optim"):
+            self._tell_schedule(from_dict(OptimConfig, old))
         if self.spread.mesh.leads:
             saved.set_aside_after(self.dir, self.progress.step)
+            keep_optim(self.dir, self.config.optim)
         self.sink.resume_at(self.progress.step)
         self.event("resumed", "; ".join([f"from {path.name}", *problems]))
         self.log(f"resumed from {path} at step {self.progress.step}")
         return self.progress
+
+    def _tell_schedule(self, old: OptimConfig) -> None:
+        """Says how the learning rate goes on, where that is not by the schedule `old`; offers the
+        checkpoint before its fall."""
+        step, new = self.progress.step, self.config.optim
+        if not (line := change(step, old, new)):
+            return
+        fall = steps_before_fall(old)
+        if old.schedule != "cosine" and step > fall:
+            offer = f"no checkpoint from before its fall, after step {fall}, is kept"
+            if before := saved.newest_up_to(self.dir, fall):
+                self.offered = [fall]
+                again = f"--run {self.dir}-{new.steps} --steps {new.steps}"
+                offer = f"to go on from before the fall: {resume_command(self.config.mesh, before)}"
+                offer += f" {again}"
+            line += f"; {offer}"
+        self.log(f"resume: {line}")
 
     def _identity(self) -> dict[str, Any]:
         """What must not change within a run, beside the architecture."""
@@ -236,19 +259,22 @@ class Run:
         """A checkpoint of this step. An error is reported and kept in `error`; the run goes on."""
         state = {
             "progress": self.progress.to_dict(),
+            "optim": dataclasses.asdict(self.config.optim),
             "tokens": self.tokens,
             **self._identity(),
         }
         self.landed(wait=True)  # at most one is under way
         parts = (self.model, self.optimizers, self.config.model, state)
         target = (self.dir, self.progress.step)
-        keep, run = self.config.run.keep_checkpoints, self.config.run
+        run, optim = self.config.run, self.config.optim
+        up_to = [] if optim.schedule == "cosine" else [steps_before_fall(optim)]
+        how = (run.keep_checkpoints, self.spread, [*up_to, *self.offered])
         if run.async_checkpoint:
-            snapshot = checkpoint.take(*target, *parts, keep, self.spread).copied()
+            snapshot = checkpoint.take(*target, *parts, *how).copied()
             self.writing = Writing(snapshot, self.beside)
             return
         try:
-            self._saved(checkpoint.save(*target, *parts, keep, self.spread), self.progress.step)
+            self._saved(checkpoint.save(*target, *parts, *how), self.progress.step)
         except CheckpointError as error:
             self._not_saved(error)
 
@@ -286,6 +312,8 @@ class Run:
         elif stopped:
             self.event("stopped", stopped)
             self.log(f"stopped early: {stopped}")
+        report = self.report()
+        self.spread.mesh.barrier()  # a launcher may end all ranks as soon as one has left
         return {
             "val_bits_per_byte": progress.last and progress.last.val_bits_per_byte,
             "val_loss": progress.last and progress.last.val_loss,
@@ -301,7 +329,7 @@ class Run:
             "parameters_active": self.sizes.active,
             "sample": progress.sample,
             "checkpoint": str(self.saved) if self.saved else None,
-            "report": self.report(),
+            "report": report,
             "stopped": stopped,
             "interrupted": interrupted,
             "error": self.error,

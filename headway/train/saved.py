@@ -1,4 +1,4 @@
-"""The checkpoints that lie in a run folder: found, verified, put in place, removed."""
+"""The checkpoints that lie in a run folder: found, verified, put in place, copied, removed."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def verify(path: Path) -> str:
     return ""
 
 
+def newest_up_to(run_dir: Path, step: int) -> Path | None:
+    """The newest checkpoint of at most `step` steps, not verified; None without one."""
+    found = [path for number, path in _listed(folder(run_dir)) if number <= step]
+    return found[-1] if found else None
+
+
+def copy(path: Path, run_dir: Path) -> Path:
+    """A copy of a checkpoint in another run folder, whole or not at all; returns its path."""
+    final = folder(run_dir) / path.name
+    made = start(final)
+    shutil.copytree(path, made, dirs_exist_ok=True)
+    commit(final)
+    return final
+
+
 def set_aside_after(run_dir: Path, step: int) -> list[str]:
     """Renames checkpoints later than `step` to `*.damaged`, so that they cannot count as the newest
     again."""
@@ -93,12 +109,16 @@ def commit(final: Path) -> None:
     sync(final.parent)
 
 
-def remove_old(parent: Path, keep: int) -> None:
-    """Best effort: a checkpoint that cannot be removed now is removed after a later save."""
+def remove_old(parent: Path, keep: int, up_to: Sequence[int] = ()) -> None:
+    """Removes all but the newest `keep` and, for each step in `up_to`, the newest one up to there.
+    Best effort: a checkpoint that cannot be removed now is removed after a later save."""
     listed = _listed(parent)
-    newest = [path for _, path in listed if not path.name.endswith(".replaced")][-keep:]
+    whole = [(step, path) for step, path in listed if not path.name.endswith(".replaced")]
+    kept = [path for _, path in whole[-keep:]]
+    for last in up_to:
+        kept += [path for step, path in whole if step <= last][-1:]
     for _, path in listed:
-        if path not in newest:
+        if path not in kept:
             with contextlib.suppress(OSError):
                 doomed = temporary(path)  # half removed is never half a checkpoint
                 os.replace(path, doomed)

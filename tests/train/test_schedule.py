@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.config import OptimConfig, UsageError
-from headway.train.schedule import check_schedule, lr_factor
+from headway.train.schedule import change, check_schedule, lr_factor, steps_before_fall
 
 configs = st.builds(
     lambda steps, schedule, warmup, fall, floor: OptimConfig(
@@ -74,3 +75,58 @@ def test_values_of_each_schedule():
 def test_impossible_schedules_are_refused(change, words):
     with pytest.raises(UsageError, match=words):
         check_schedule(OptimConfig(**change))
+
+
+@given(configs)
+@settings(max_examples=100, deadline=None)
+def test_a_checkpoint_from_before_the_fall_has_seen_no_lower_rate_after_the_peak(config):
+    rates = [lr_factor(i, config) for i in range(config.steps)]
+    steps = steps_before_fall(config)
+    assert rates[steps - 1] == 1.0
+    assert config.min_lr_ratio == 1 or all(rate < 1 for rate in rates[steps:])
+
+
+WSD = OptimConfig(steps=100, lr=0.01, warmup=0.0, decay=0.3)
+LONGER = dataclasses.replace(WSD, steps=200)
+COSINE = dataclasses.replace(WSD, schedule="cosine", min_lr_ratio=0.1)
+
+
+@pytest.mark.parametrize(
+    "step, old, new, words",
+    [
+        (
+            100,
+            WSD,
+            LONGER,
+            "wsd over 100 steps and is wsd over 200 steps; the learning rate of step 100 was 0, that of step 101 is 0.01: a jump from zero",
+        ),
+        (85, WSD, LONGER, "step 85 was 0.00293, that of step 86 is 0.01: a jump by 3.41 times"),
+        (60, WSD, LONGER, "step 60 was 0.01, that of step 61 is 0.01: no jump"),
+        (
+            150,
+            LONGER,
+            dataclasses.replace(LONGER, schedule="trapezoid"),
+            "is trapezoid over 200 steps; .* 0.00592, that of step 151 is 0.00817: a jump by 1.38 times",
+        ),
+        (
+            100,
+            COSINE,
+            dataclasses.replace(COSINE, steps=200),
+            "cosine over 200 steps; .* was 0.001, that of step 101 is 0.00546: a jump by 5.46 times",
+        ),
+        (
+            100,
+            COSINE,
+            dataclasses.replace(WSD, steps=200, lr=0.02),
+            "was 0.001, that of step 101 is 0.02: a jump by 20 times",
+        ),
+    ],
+)
+def test_another_schedule_is_told_with_its_jump(step, old, new, words):
+    line = change(step, old, new)
+    assert re.search(words, line) and "\n" not in line
+    assert change(step, new, new) == "" and change(0, old, new) == ""
+
+
+def test_a_change_beside_the_rate_is_none():
+    assert change(60, WSD, dataclasses.replace(WSD, clip=3.0, max_skipped=5)) == ""

@@ -291,9 +291,9 @@ class Tokenize:
 def tokenize(options: Tokenize) -> int:
     """`headway tokenize`."""
     from headway.config import DataConfig
-    from headway.data.corpus import train_texts
     from headway.data.shards import validate as check_data
     from headway.data.tokenizer import train_bpe
+    from headway.data.units import train_texts
 
     check_data(DataConfig(source=options.data, val_fraction=options.val_fraction))
     made = train_bpe(

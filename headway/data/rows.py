@@ -67,7 +67,7 @@ def jsonl(path: Path, start: int = 0, end: int | None = None) -> Rows:
         begin = start
         if start:
             forward(file, start - 1)
-            begin += _end_line(file) - 1
+            begin += _end_line(file, None if end is None else end - begin + 1) - 1
         position, lines_before = begin, None
         for number in itertools.count(1):
             if end is not None and position >= end:
@@ -77,7 +77,7 @@ def jsonl(path: Path, start: int = 0, end: int | None = None) -> Rows:
                 return
             position += len(line)
             if len(line) == LINE_BYTES and line[-1:] != b"\n":
-                position += _end_line(file)
+                position += _end_line(file, None if end is None else end - position)
                 why = f"is a line of more than {LINE_BYTES >> 20} MiB; give each document its own"
                 row = Bad(why)
             elif not line.strip():
@@ -228,10 +228,10 @@ def _no_text(where: str, fields: list[str], what: str) -> str:
     return f"{where} has no `text` ({there}); name the {what} that holds the text `text`"
 
 
-def _end_line(file: BinaryIO) -> int:
-    """Read to the end of a line; the number of bytes."""
+def _end_line(file: BinaryIO, most: int | None) -> int:
+    """Read to the end of a line, but no more than about `most` bytes; the number of bytes."""
     size = 0
-    while part := file.readline(1 << 20):
+    while (most is None or size < most) and (part := file.readline(1 << 20)):
         size += len(part)
         if part[-1:] == b"\n":
             break

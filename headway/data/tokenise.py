@@ -142,7 +142,7 @@ def _join(job: Job, val_fraction: float, into: Path) -> tuple[dict[str, dict], i
             chosen.append(next(kept))
         split_P = np.isin(doc_P, chosen).astype(np.int64)
         split_P[np.isin(doc_P, skipped)] = -1
-        chosen = chosen[-1:]
+        chosen = chosen[-2:]  # the last document may go on in the next part
         end_P = np.cumsum(part.index["tokens"])
         changes_P = np.diff(split_P, prepend=-2) != 0
         changes_P |= np.diff(end_P // RUN_TOKENS, prepend=-1) != 0

@@ -13,6 +13,8 @@ import os
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from headway.config import UsageError
@@ -53,13 +55,20 @@ def files(spec: str) -> Found:
         if not found.files:
             raise UsageError(_nothing(spec, found.left_out))
         return found
+    # glob itself would follow a loop of links until names are too long, along every way there is
+    first = path.parts.index("**") if "**" in path.parts else len(path.parts)
+    pattern = path.parts[first:]
     matches, left_out = [], Counter()
-    for match in map(Path, glob.glob(str(path), recursive=True)):
+    for match in map(Path, glob.glob(str(Path(*path.parts[:first])))):
         if match.is_dir():
             below = walk(match)
-            matches += below.files
             left_out += below.left_out
-        else:
+            matches += [
+                file
+                for file in below.files
+                if _matches(file.path.relative_to(match).parts, pattern)
+            ]
+        elif not pattern:
             matches += ordinary([match], left_out)
     found = Found(once(matches, left_out), left_out)
     if not found.files:
@@ -84,6 +93,15 @@ def identity(spec: str) -> list:
         version,
         *([os.path.abspath(path), *state, made] for (path, *state), made in stated),
     ]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a pattern, in which `**` is any number of folders, fits a path or a folder of it."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _nothing(spec: str, left_out: Counter[str]) -> str:

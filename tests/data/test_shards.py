@@ -12,7 +12,8 @@ import pytest
 from headway.config import DataConfig, UsageError
 from headway.data import cache, parts, shard_file, shards, tokenise
 from headway.data.shard_file import ShardWriter, Tokens
-from headway.data.shards import prepare
+from headway.data.shards import Dataset, Source, prepare
+from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer, train_bpe
 
 BYTES = load_tokenizer("bytes")
@@ -104,6 +105,29 @@ def test_changed_text_tokenizer_or_split_is_tokenised_again(config, tmp_path):
     assert len(seen) == 4
 
 
+def test_text_that_changes_but_for_size_and_time_is_tokenised_again(config):
+    """As when `cp -p`, rsync or tar put another version in its place."""
+    path = Path(config.source[0]) / "00.txt"
+    first, stat = prepare(config, BYTES, quiet), path.stat()
+    path.write_text(path.read_text().replace("document 0", "tnemucod 0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert prepare(config, BYTES, quiet).fingerprint != first.fingerprint
+
+
+def test_skipped_documents_are_counted_and_the_first_five_named(config):
+    good = prepare(config, BYTES, quiet)
+    lines = "".join(f"{{{i}\n" for i in range(9))
+    (Path(config.source[0]) / "bad.jsonl").write_text(lines)
+    assert "bad.jsonl:1 is not JSON" in mistake(config)
+    for _ in range(2):  # the second time from the cache
+        said = []
+        data = prepare(replace(config, skip_bad=True), BYTES, said.append)
+        assert data.train_tokens + data.val_tokens == good.train_tokens + good.val_tokens
+        said = [line for line in said if not line.startswith("tokenis")]
+        assert said[0].endswith("skipped, as they cannot be read: 9") and len(said) == 6
+        assert [f"bad.jsonl:{i} is not JSON" in said[i] for i in range(1, 6)] == [True] * 5
+
+
 def test_fingerprint_does_not_depend_on_the_place(config, tmp_path):
     first = prepare(config, BYTES, quiet)
     Path(config.source[0]).rename(tmp_path / "elsewhere")
@@ -170,6 +194,32 @@ def test_progress_is_reported(config, monkeypatch):
     assert len(lines) > 5
     assert lines[0].startswith("tokenising ") and "MB/s" in lines[0]
     assert lines[-2].startswith("tokenised ") and "by 1 process" in lines[-2]
+
+
+def test_more_tokens_than_31_bits_hold(tmp_path):
+    """In a sparse shard places beyond 2³¹ are read, drawn as samples, and wrapped around."""
+    n, dtype = (1 << 31) + (1 << 20), np.dtype("<u2")
+    path = tmp_path / "train-00000.bin"
+    with path.open("wb") as file:
+        file.seek(2 * n - 2000)
+        file.write(np.full(1000, 7, dtype).tobytes())
+    shard = {"file": path.name, "tokens": n, "documents": 1, "bytes": 2 * n, "sha256": ""}
+    shard["sample"] = shard_file.sample_digest(path)
+    split = {"tokens": n, "documents": 1, "text_bytes": n, "shards": [shard]}
+    train = Tokens(tmp_path, split, dtype, 257, verify=False)
+    out = np.empty(1004, dtype=np.int64)
+    train.read(n - 1002, out)
+    assert out.tolist() == [0, 0, *[7] * 1000, 0, 0]
+    source = Source("x", tmp_path, train, train)
+    config = DataConfig(source=("x",), seq_len=7, batch_size=3)
+    stream = Stream(Dataset((source,), 257, 256, ""), config, seed=0)
+    sample = np.arange(3000, dtype=np.uint64) + np.uint64(n // 7 - 1000)
+    _, start = stream.locate(sample)  # over the end of an epoch
+    assert start.min() >= 0 and start.max() < n and (start > 1 << 31).any()
+    assert len({*start.tolist()}) > 2990
+    assert stream.batch(10**9).tokens_BS.shape == (3, 7)
+    assert stream.n_val_batches == -(-((n - 1) // 7) // 3)
+    assert stream.val_batch(stream.n_val_batches - 1).tokens_BS.shape[1] == 7
 
 
 # ---- damage ----

@@ -42,7 +42,7 @@ def tokenise(
     progress = _Progress(spec, job, n, log)
 
     def join(into: Path) -> None:
-        splits, skipped, bad = _join(job, config.val_fraction, into)
+        splits, skipped, bad = _join(job, config.val_fraction, into, progress.joining)
         if not sum(split["documents"] for split in splits.values()):
             found = f", and {skipped:,} that cannot be read ({bad[0]})" if bad else ""
             fix = "give a file, folder or glob with some"
@@ -109,6 +109,13 @@ class _Progress:
             line += f", {left:,.0f} s left"
         self.log(line)
 
+    def joining(self, unit: int) -> None:
+        """A line, if it is time for one, when the parts before `unit` have been joined."""
+        now = time.monotonic()
+        if now - self.shown > PROGRESS_SECONDS:
+            self.shown = now
+            self.log(f"joining {self.spec}: {unit:,} of {len(self.job.units):,} parts")
+
     def end(self) -> None:
         """The last line."""
         self.log(f"tokenised {self.spec}: {self._speed()}; kept in {self.job.target.parent}")
@@ -124,7 +131,9 @@ class _Progress:
         return sum(unit.bytes for number, unit in units if self.job.is_done(number))
 
 
-def _join(job: Job, val_fraction: float, into: Path) -> tuple[dict[str, dict], int, list[str]]:
+def _join(
+    job: Job, val_fraction: float, into: Path, tell: Callable[[int], None]
+) -> tuple[dict[str, dict], int, list[str]]:
     """Write the shards, from the parts. Their entries of the manifest by split, the number of
     documents that could not be read and lines about the first of them. Documents are numbered in
     the order of the source, and the number says which are validation."""
@@ -135,7 +144,8 @@ def _join(job: Job, val_fraction: float, into: Path) -> tuple[dict[str, dict], i
     writers = [ShardWriter(into, split, job.tokenizer.eos, job.dtype) for split in ("train", "val")]
     bad: list[str] = []
     n_skipped = len(skipped)
-    for part, doc_P in _numbered(job):
+    for number, (part, doc_P) in enumerate(_numbered(job)):
+        tell(number)
         bad += part.bad
         n_skipped += part.unread
         while len(doc_P) and chosen[-1] <= doc_P[-1]:

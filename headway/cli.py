@@ -6,6 +6,7 @@ line of stdout is one JSON object. PyTorch is imported inside the verbs that nee
 """
 
 import difflib
+import io
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from headway.config import RankError, ToldError, UsageError
 from headway.describe_command import describe
 from headway.options import parse, print_json
 from headway.plan_command import plan
+from headway.tokenize_command import tokenize
 from headway.train import interrupt
 from headway.train_command import train
 
@@ -31,7 +33,7 @@ VERBS = {
     "train": "train a recipe: headway train demo --run runs/first --steps 200",
     "eval": "bits per byte of a trained model on validation text",
     "sample": "let a trained model write",
-    "tokenize": "train a BPE tokenizer on your text",
+    "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
@@ -43,6 +45,9 @@ SPINS = "2000"
 
 def run() -> None:
     """Entry point of the `headway` command. Under torchrun only rank 0 speaks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -102,7 +107,7 @@ def _verb(args: list[str]) -> int:
         case "sample":
             return sample(parse(Sample, rest, "headway sample"))
         case "tokenize":
-            return tokenize(parse(Tokenize, rest, "headway tokenize"))
+            return tokenize(rest)
         case "report":
             return report(parse(Report, rest, "headway report"))
         case "describe":
@@ -286,51 +291,7 @@ def sample(options: Sample) -> int:
     return 0
 
 
-# tokenize, report
-
-
-@dataclass(frozen=True)
-class Tokenize:
-    """Train a byte-level BPE tokenizer and write it as `tokenizer.json`; validation text is left
-    out."""
-
-    data: tuple[str, ...] = ("stdlib",)
-    """Text, as for `train --data`."""
-    vocab_size: int = 4096
-    """Ids, the 256 bytes and the end of document included; ≥ 257."""
-    out: str = "tokenizer.json"
-    """File to write; then `headway train RECIPE --data.tokenizer FILE`."""
-    val_fraction: float = 0.05
-    """Share of the documents that is kept for validation, as in training."""
-    json: bool = False
-    """End with one JSON object."""
-
-
-def tokenize(options: Tokenize) -> int:
-    """`headway tokenize`."""
-    from headway.config import DataConfig
-    from headway.data.corpus import train_texts
-    from headway.data.shards import validate as check_data
-    from headway.data.tokenizer import train_bpe
-
-    check_data(DataConfig(source=options.data, val_fraction=options.val_fraction))
-    made = train_bpe(
-        train_texts(options.data, options.val_fraction), options.vocab_size, options.out
-    )
-    text = next(train_texts(options.data, options.val_fraction))[: 1 << 18]
-    ratio = len(text.encode("utf-8")) / max(len(made.encode(text)), 1)
-    print(f"{options.out}: {made.vocab_size:,} ids, {ratio:.2f} bytes per token")
-    print(f"train with it: headway train RECIPE --data.tokenizer {options.out}")
-    print_json(
-        options.json,
-        {
-            "tokenizer": options.out,
-            "vocab_size": made.vocab_size,
-            "bytes_per_token": ratio,
-            "fingerprint": made.fingerprint,
-        },
-    )
-    return 0
+# report
 
 
 @dataclass(frozen=True)

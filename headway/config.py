@@ -203,9 +203,10 @@ class DataConfig:
     """Where tokens come from. `(seed, step, rank) → samples` is a pure function of this."""
 
     source: tuple[str, ...] = ("stdlib",)
-    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, .jsonl
-    with a `text` field, .parquet), or `hf:NAME[:SPLIT]` for a Hugging Face data set (extra
-    `[data]`)."""
+    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, JSON
+    lines with a `text` field, .csv, .tsv or .parquet with a `text` column; .gz, .bz2, .xz and .zst
+    are unpacked), or `hf:NAME[:SPLIT]` for a Hugging Face data set. Parquet, .zst and hf need the
+    extra `[data]`."""
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
     tokenizer: str = "bytes"
@@ -222,6 +223,12 @@ class DataConfig:
     same gradient."""
     doc_mask: bool = False
     """Keep documents apart: no attention across a document boundary."""
+    skip_bad: bool = False
+    """Leave out documents that cannot be read (not UTF-8, not JSON, without `text`, …), count them
+    and name the first five, instead of refusing the source."""
+    workers: int = 0
+    """Processes that tokenise on this machine, ≥ 1; the shards are the same for any number. 0 means
+    one per core, fewer for little text."""
     cache_dir: str = ""
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
     data folder."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,6 +192,34 @@ def test_tokenize_makes_a_tokenizer_that_trains(place):
     assert (
         trained.code == 0 and trained.json["val_bits_per_byte"] < trained.json["val_loss"] / 0.6931
     )
+
+
+def test_shards_made_ahead_are_those_of_training(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path))
+    made = call("tokenize", "--shards", "--data", place / "text.txt", "--json")
+    assert made.code == 0 and len(made.json["shards"]) == 1
+    run = place / "runs" / "ahead"
+    trained = call("train", f"{place}/tiny.py:tiny", "--run", run, "--steps", 1)
+    assert trained.code == 0 and "tokenised" not in trained.out
+    total = made.json["train_tokens"] + made.json["val_tokens"]
+    assert total == (place / "text.txt").stat().st_size + 2
+
+
+def test_name_of_a_file_that_is_not_utf8(place, tmp_path):
+    """It is trained on, resumed and reported, and printed where stdout takes nothing else."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    Path(path).write_text((place / "text.txt").read_text())
+    run = tmp_path / "run"
+    assert (
+        call("train", f"{place}/tiny.py:tiny", "--data", path, "--run", run, "--steps", 1).code == 0
+    )
+    assert json.loads((run / "run.json").read_text())["config"]["data"]["source"] == [path]
+    assert call("train", "--resume", run, "--steps", 2, "--json").json["steps"] == 2
+    assert call("report", run).code == 0
+    command = [sys.executable, "-m", "headway", "tokenize", "--shards", "--data", path]
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 0 and rb"caf\udce9.txt: 1 file" in done.stdout
 
 
 def test_describe_equals_the_trained_model(run, place):

@@ -1,8 +1,9 @@
-"""Sources → documents. A source is what the user names; its documents come in a fixed order.
+"""Sources → files. A source is what the user names; its files come in a fixed order.
 
 stdlib                 the .py files of the running interpreter's standard library
-FILE, FOLDER or GLOB   text (one document per file), .jsonl or .ndjson (one per line, field
-                       `text`), .parquet (one per row, column `text`; extra `[data]`)
+FILE, FOLDER or GLOB   .jsonl, .ndjson, and .json with an object per line (field `text`); .csv, .tsv
+                       and .parquet (column `text`); anything else is text, one document per file;
+                       each may be packed (.gz, .bz2, .xz, .zst); .parquet and .zst need `[data]`
 hf:NAME[@CONFIG][:SPLIT[:N]]
                        a Hugging Face data set, streamed, or its first N rows (extra `[data]`)
 """
@@ -11,12 +12,14 @@ import glob
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from headway.config import UsageError
-from headway.data import rows
-from headway.data.document import Document, Text, TextFile, open_file, split
+from headway.data.files import Found, counted, once, ordinary, sampled_hashes, walk
+from headway.data.rows import HfName
 
 _NOT_LIBRARY = {
     "site-packages",
@@ -31,84 +34,81 @@ _NOT_LIBRARY = {
 _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
 
 
-def files(spec: str) -> list[Path]:
-    """The files of a source, sorted. Folders are searched for all but hidden files and
-    `__pycache__`. A `hf:NAME` has those of its local folder, or none. UsageError if nothing is
-    there."""
+def files(spec: str) -> Found:
+    """The files of a source, sorted, and what else is there. Folders are searched for all but
+    hidden files and `__pycache__`. A `hf:NAME` has those of its local folder, or none. UsageError
+    if nothing is there."""
     if spec == "stdlib":
-        return _stdlib_files()
+        return Found(ordinary(_stdlib_files(), Counter()))
     if spec.startswith("hf:"):
-        folder = Path(rows.HfName.parse(spec).name).expanduser()
-        return _walk(folder) if folder.is_dir() else []
+        folder = Path(HfName.parse(spec).name).expanduser()
+        return walk(folder) if folder.is_dir() else Found()
     path = Path(spec).expanduser()
     if path.is_dir():
-        found = _walk(path)
-        if not found:
-            raise UsageError(
-                f"data source {spec!r} is an empty folder; it needs text, .jsonl or .parquet files"
-            )
+        found = walk(path)
+        if not found.files:
+            raise UsageError(_nothing(spec, found.left_out))
         return found
     if path.exists():
-        return [path]
-    found = set()
-    for match in map(Path, glob.glob(str(path), recursive=True)):
-        found.update(_walk(match) if match.is_dir() else [match])
-    if not found:
+        found = Found()
+        found.files = ordinary([path], found.left_out)
+        if not found.files:
+            raise UsageError(_nothing(spec, found.left_out))
+        return found
+    # glob itself would follow a loop of links until names are too long, along every way there is
+    first = path.parts.index("**") if "**" in path.parts else len(path.parts)
+    pattern = path.parts[first:]
+    matches, left_out = [], Counter()
+    for match in map(Path, glob.glob(str(Path(*path.parts[:first])))):
+        if match.is_dir():
+            below = walk(match)
+            left_out += below.left_out
+            matches += [
+                file
+                for file in below.files
+                if _matches(file.path.relative_to(match).parts, pattern)
+            ]
+        elif not pattern:
+            matches += ordinary([match], left_out)
+    found = Found(once(matches, left_out), left_out)
+    if not found.files:
         what = "matches no file" if glob.has_magic(spec) else "does not exist"
         raise UsageError(
             f"data source {spec!r} {what}; give stdlib, a file, a folder, a glob or hf:NAME[:SPLIT]"
         )
-    return sorted(found)
+    return found
 
 
 def identity(spec: str) -> list:
-    """What tells two states of a source apart without reading it, JSON-ready: absolute path, size
-    and modification time of each file. A data set of the Hugging Face hub is known by its name
-    alone: to fetch a newer state of it, delete its folder in the cache."""
-    stated = [(os.path.abspath(path), path.stat()) for path in files(spec)]
+    """What tells two states of a source apart, JSON-ready: absolute path, size, modification time
+    and a hash of each file, sampled in large sources (`sampled_hashes`). A data set of the Hugging
+    Face hub is known by its name alone: to fetch a newer state of it, delete its folder in the
+    cache."""
+    found = files(spec).files
     version = list(sys.version_info[:3]) if spec == "stdlib" else []
     label = spec if spec.startswith("hf:") else "files"
-    return [label, version, *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stated)]
+    stated = zip(found, sampled_hashes(found), strict=True)
+    return [
+        label,
+        version,
+        *([os.path.abspath(path), *state, made] for (path, *state), made in stated),
+    ]
 
 
-def documents(spec: str) -> Iterator[Document]:
-    """Every document of a source that is not empty. UsageError on data that cannot be read."""
-    if spec.startswith("hf:"):
-        yield from rows.hugging_face(spec)
-        return
-    for path in files(spec):
-        match path.suffix.lower():
-            case ".jsonl" | ".ndjson":
-                yield from rows.jsonl(path)
-            case ".parquet":
-                yield from rows.parquet(path)
-            case ".py" if spec == "stdlib":
-                yield from _library_file(path)
-            case _:
-                size = path.stat().st_size
-                if size:
-                    yield TextFile(path, 0, size)
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a pattern, in which `**` is any number of folders, fits a path or a folder of it."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def train_texts(sources: Sequence[str], val_fraction: float) -> Iterator[str]:
-    """The training text of several sources in pieces, for training a tokenizer, which thus never
-    sees validation text."""
-    for spec in sources:
-        for part, document in split(documents(spec), val_fraction):
-            if part == "train":
-                yield from document.pieces()
-
-
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for root, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
-        found += [Path(root, name) for name in names if name[0] != "."]
-    return sorted(path for path in found if path.is_file())
-
-
-def _unreadable(error: OSError) -> None:
-    raise UsageError(f"cannot read folder {error.filename}: {error.strerror}")
+def _nothing(spec: str, left_out: Counter[str]) -> str:
+    if said := counted(left_out):
+        problem = f"holds no file to read; left out: {said}"
+        return f"data source {spec!r} {problem}; name such a folder or file itself"
+    return f"data source {spec!r} is an empty folder; it needs text, .jsonl, .csv or .parquet files"
 
 
 def _stdlib_files() -> list[Path]:
@@ -124,14 +124,3 @@ def _stdlib_files() -> list[Path]:
             f"this Python has no library sources in {root}; give other data than stdlib"
         )
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _library_file(path: Path) -> Iterator[Text]:
-    with open_file(path) as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        return  # a few library files are in another encoding, on purpose
-    if text and "\0" not in text:
-        yield Text(str(path), text)

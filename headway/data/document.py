@@ -1,21 +1,33 @@
-"""A document is one text of a source, read lazily; a stream of them is split into training and
-validation."""
+"""A document is one text of a source, read lazily in pieces; some are kept for validation."""
 
-import codecs
+import io
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from headway.config import UsageError
+from headway.data.files import BadData, forward, open_file
 
 Split = Literal["train", "val"]
+T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
-"""A text file is read in pieces of this size, cut after a newline, so a file of any size fits in
-memory."""
+"""A document is read in blocks of this size and cut after the last newline of each, so that one of
+any size fits in memory, and so that a process can begin at any block."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a document: what a tokenizer gets at once."""
+
+    text: str
+    begins: bool
+    """The document begins here."""
+    ends: bool
+    """It ends here."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +39,15 @@ class Text:
     text: str
     """The document."""
 
-    def pieces(self) -> Iterator[str]:
-        """The text, in one piece."""
-        yield self.text
+    def pieces(self) -> Iterator[Piece]:
+        """The text, cut as that of a file is: equal documents have equal tokens wherever they
+        lie."""
+        if len(self.text) <= PIECE_BYTES // 4:  # a character has at most 4 bytes
+            yield Piece(self.text, True, True)
+            return
+        content = self.text.encode()
+        for _, part, begins, ends in _cut(io.BytesIO(content), 0, len(content)):
+            yield Piece(part.decode(), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["Text", "Text"]:
         """Head and tail: the first 1 − val_fraction of the characters, and the rest."""
@@ -38,91 +56,125 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Bad:
+    """A document that cannot be read."""
+
+    why: str
+    """One line that names the place, the reason and the fix."""
+    begins: bool = True
+    """False after pieces of it that could be read."""
+    numbered: bool = False
+    """Whether it counts in the choice of validation documents: texts, of which other pieces may be
+    read elsewhere; rows do not."""
+
+
+@dataclass(frozen=True)
 class TextFile:
-    """The bytes [start, end) of a UTF-8 text file as one document, read only when asked for."""
+    """The bytes [start, end) of a UTF-8 text file (what a compressed one unpacks to) as one
+    document, read only when asked for."""
 
     path: Path
-    start: int
-    end: int
+    start: int = 0
+    end: int | None = None
+    """None is the end of the file, for one whose unpacked size is unknown."""
 
-    def pieces(self) -> Iterator[str]:
-        """The text in pieces of about a megabyte. UsageError if it is not UTF-8 text or holds NUL
-        bytes."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        carry = ""
+    def pieces(self, first: int | None = None, last: int | None = None) -> Iterator[Piece]:
+        """The pieces whose end lies in the bytes [first, last) of the file, both a whole number of
+        blocks from `start`; None: all. BadData if it is not UTF-8 text or holds NUL bytes."""
         with open_file(self.path) as file:
-            file.seek(self.start)
-            position = self.start
-            while position < self.end:
-                block = file.read(min(PIECE_BYTES, self.end - position))
-                if not block:
-                    raise UsageError(f"{self.path} became shorter while it was read; try again")
-                if b"\0" in block:
-                    raise _binary(self.path, f"a NUL byte at {position + block.index(0):,}")
-                position += len(block)
+            for at, content, begins, ends in _cut(file, self.start, self.end, first, last):
+                if b"\0" in content:
+                    raise _binary(self.path, f"a NUL byte at {at + content.index(0):,}")
                 try:
-                    text = carry + decoder.decode(block, final=position == self.end)
+                    text = content.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    # `object` is the block, after what the decoder kept of the one before.
-                    at = position - len(error.object) + error.start
-                    what = f"byte 0x{error.object[error.start]:02x} at {at:,}"
+                    what = f"byte 0x{content[error.start]:02x} at {at + error.start:,}"
                     raise _binary(self.path, what) from None
-                if position == len(block):
-                    text = text.removeprefix("\ufeff")
-                cut = len(text) if position == self.end else text.rfind("\n") + 1 or len(text)
-                carry = text[cut:]
-                if cut:
-                    yield text[:cut]
+                yield Piece(text if at else text.removeprefix("\ufeff"), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["TextFile", "TextFile"]:
         """Head and tail: the first 1 − val_fraction of the bytes, up to a whole character, and the
         rest."""
-        cut = self.start + int((self.end - self.start) * (1 - val_fraction))
+        end = self.end
+        if end is None:
+            with open_file(self.path) as file:
+                end = sum(len(block) for block in iter(lambda: file.read(PIECE_BYTES), b""))
+        cut = self.start + int((end - self.start) * (1 - val_fraction))
         with open_file(self.path) as file:
-            file.seek(cut)
+            forward(file, cut)
             following = file.read(4)
         cut += next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
-        return TextFile(self.path, self.start, cut), TextFile(self.path, cut, self.end)
+        return TextFile(self.path, self.start, cut), TextFile(self.path, cut, end)
 
 
 Document = Text | TextFile
 
 
-def split(stream: Iterable[Document], val_fraction: float) -> Iterator[tuple[Split, Document]]:
-    """Mark each document as training or validation, in one pass, without knowing how many there
-    are.
+def validation_numbers(val_fraction: float) -> Iterator[int]:
+    """The numbers of the documents that are kept for validation, rising, without end.
 
-    Each run of about 1/val_fraction documents gives one to validation, at a pseudo-random place of
-    the run (a fixed function of its number), so the share is right to within one document and
-    follows no period of the data. Two documents are enough for one each; a single one is cut into
-    head (training) and tail (validation).
+    Each run of about 1/val_fraction documents gives one, at a pseudo-random place of the run (a
+    fixed function of its number), so the share is right to within one document, follows no period
+    of the data, and needs nobody to know how many documents there are. The first run gives its
+    second document, so that two documents make both splits.
     """
-    iterator = iter(stream)
-    first, second = next(iterator, None), next(iterator, None)
-    if first is None:
-        return
-    if second is None:
-        head, tail = first.halves(val_fraction)
-        yield "train", head
-        yield "val", tail
-        return
     share = Fraction(str(val_fraction))
-    run, picked = -1, -1
-    for number, document in enumerate(itertools.chain((first, second), iterator)):
-        if int(number * share) != run:
-            run = int(number * share)
-            end = -int(-(run + 1) // share)  # the first document of the next run
-            # The first run gives its second document, so that two documents make both splits.
-            picked = 1 if run == 0 else number + _scramble(run) % (end - number)
-        yield ("val" if number == picked else "train"), document
+    yield 1
+    for run in itertools.count(1):
+        begin, end = (-int(-edge // share) for edge in (run, run + 1))
+        yield begin + _scramble(run) % (end - begin)
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Open for reading; UsageError if that is not possible."""
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+def split(stream: Iterable[T], val_fraction: float) -> Iterator[tuple[Split, T]]:
+    """Mark each document as training or validation, in one pass."""
+    kept = validation_numbers(val_fraction)
+    following = next(kept)
+    for number, document in enumerate(stream):
+        yield ("val" if number == following else "train"), document
+        if number == following:
+            following = next(kept)
+
+
+def _cut(
+    file: BinaryIO, start: int, end: int | None, first: int | None = None, last: int | None = None
+) -> Iterator[tuple[int, bytes, bool, bool]]:
+    """(place, content, whether the document begins and ends there) of each piece; see `pieces`."""
+    position = start if first is None else first
+    carry = b""
+    if position > start:
+        forward(file, position - PIECE_BYTES)
+        before = file.read(PIECE_BYTES)
+        carry = before[_cut_of(before) :]
+    else:
+        forward(file, position)
+
+    def read(at: int) -> bytes:
+        wanted = PIECE_BYTES if end is None else min(PIECE_BYTES, end - at)
+        block = file.read(wanted)
+        if end is not None and len(block) < wanted:
+            raise UsageError(f"{file.name} became shorter while it was read; try again")
+        return block
+
+    block = read(position)
+    while block and (last is None or position < last):
+        following = read(position + len(block))
+        cut = _cut_of(block) if following else len(block)
+        yield position - len(carry), carry + block[:cut], position == start, not following
+        position += len(block)
+        block, carry = following, block[cut:]
+
+
+def _cut_of(block: bytes) -> int:
+    """Where a piece ends in a block: after its last newline, else after its last whole
+    character."""
+    if newline := block.rfind(b"\n") + 1:
+        return newline
+    for back in range(1, min(3, len(block)) + 1):
+        byte = block[-back]
+        if byte & 0xC0 != 0x80:
+            length = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
+            return len(block) - back if length > back else len(block)
+    return len(block)
 
 
 def _scramble(value: int) -> int:
@@ -134,6 +186,6 @@ def _scramble(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _binary(path: Path, what: str) -> UsageError:
+def _binary(path: Path, what: str) -> BadData:
     fix = "convert it, or choose files by a glob such as 'DIR/**/*.txt'"
-    return UsageError(f"{path} is not UTF-8 text ({what}); {fix}")
+    return BadData(f"{path} is not UTF-8 text ({what}); {fix}")

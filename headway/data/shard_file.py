@@ -26,20 +26,30 @@ def damaged(folder: Path, what: str) -> UsageError:
 
 
 class ShardWriter:
-    """Writes the ids of one split into shards of at most `shard_tokens`; documents may cross
-    shards."""
+    """Writes the ids of one split into shards of at most `shard_tokens`; documents, each of which
+    ends in `eos`, may cross shards."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        eos: int,
+        dtype: np.dtype,
+        shard_tokens: int = SHARD_TOKENS,
+    ):
+        self.folder, self.split, self.eos, self.dtype = folder, split, eos, dtype
+        self.shard_tokens = shard_tokens
         self.tokens = self.documents = self.text_bytes = 0
         self._shards: list[dict[str, int | str]] = []
         self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
-        self._in_shard = self._documents_before = 0
+        self._in_shard = self._ends_in_shard = 0
 
-    def write(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append ids (any integer dtype) that stand for `text_bytes` bytes of text."""
+    def write(self, ids: np.ndarray, text_bytes: int, documents: int) -> None:
+        """Append ids (any integer dtype) that stand for `text_bytes` bytes of text, in which so
+        many documents begin."""
         self.text_bytes += text_bytes
+        self.documents += documents
         while len(ids):
             if self._file is None:
                 self._file = (self.folder / f"{self.split}-{len(self._shards):05d}.bin").open(
@@ -47,17 +57,13 @@ class ShardWriter:
                 )
             now, ids = np.split(ids, [self.shard_tokens - self._in_shard])
             content = now.astype(self.dtype).tobytes()
+            self._ends_in_shard += int(np.count_nonzero(now == self.eos))
             self._file.write(content)
             self._hash.update(content)
             self.tokens += len(now)
             self._in_shard += len(now)
             if self._in_shard == self.shard_tokens:
                 self._finish()
-
-    def end_document(self, eos: int) -> None:
-        """Append eos."""
-        self.documents += 1
-        self.write(np.array([eos]), 0)
 
     def close(self) -> dict:
         """Sync the last shard; the split's part of the manifest."""
@@ -76,14 +82,14 @@ class ShardWriter:
             {
                 "file": path.name,
                 "tokens": self._in_shard,
-                "documents": self.documents - self._documents_before,
+                "documents": self._ends_in_shard,
                 "bytes": path.stat().st_size,
                 "sha256": self._hash.hexdigest(),
                 "sample": sample_digest(path),
             }
         )
         self._file, self._hash = None, hashlib.sha256()
-        self._in_shard, self._documents_before = 0, self.documents
+        self._in_shard = self._ends_in_shard = 0
 
 
 class Tokens:

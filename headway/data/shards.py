@@ -6,16 +6,14 @@ Each source has its own folder, so that another mixture of the same sources cost
     CACHE/NAME-KEY/train-00000.bin    little-endian uint16 ids (uint32 above 65,536 of them),
                                       eos after each document
 
-KEY hashes the state of the source (path, size, modification time of each file), the tokenizer,
-val_fraction and the format.
+KEY hashes the state of the source (path, size, modification time and a hash of each file), the
+tokenizer, val_fraction, skip_bad and the format.
 """
 
 import hashlib
 import json
-import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +21,12 @@ import numpy as np
 
 from headway.config import DataConfig, UsageError
 from headway.data import cache, corpus
-from headway.data.document import Split, split
-from headway.data.shard_file import ShardWriter, Tokens, damaged
+from headway.data.shard_file import Tokens, damaged
+from headway.data.tokenise import tokenise
 from headway.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; another version is another key."""
-BATCH_CHARS = 8 << 20
-"""Text handed to the tokenizer at once: enough to keep all of its threads busy."""
-PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,8 @@ def validate(config: DataConfig) -> None:
     for name, value in (("seq_len", config.seq_len), ("batch_size", config.batch_size)):
         if value < 1:
             raise UsageError(f"data.{name} is {value}; it must be 1 or more")
+    if config.workers < 0:
+        raise UsageError(f"data.workers is {config.workers}; give 1 or more, or 0 for all cores")
     if weights and len(weights) != len(sources):
         raise UsageError(
             f"{len(weights)} weights for {len(sources)} sources; give one per source, or none"
@@ -101,8 +98,8 @@ def prepare(
     hashed whole, larger ones in 256 evenly spread blocks, which finds files that were cut off,
     exchanged or zeroed but may miss a single wrong bit; `verify=True` hashes everything (about 1 s
     per GB). `log` gets a line every few seconds of long work. Safe to call from many processes at
-    once. UsageError for data that cannot be read, and for a cache that is damaged or cannot be
-    written.
+    once, on one machine or on several that share the cache: they share the work too. UsageError
+    for data that cannot be read, and for a cache that is damaged or cannot be written.
     """
     validate(config)
     root = cache.root_of(config)
@@ -121,81 +118,17 @@ def _source(
 ) -> Source:
     _check_apart(spec, root)
     state = [FORMAT, corpus.identity(spec), tokenizer.fingerprint, config.val_fraction]
+    state += ["skip_bad"] if config.skip_bad else []
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec).name).strip("-")[:32] or "data"
     folder = root / f"{name}-{_hash(state)[:20]}"
-    cache.make(folder, lambda into: _tokenise(spec, config, tokenizer, into, log), log)
-    return _load(spec, folder, tokenizer, verify)
+    if not folder.is_dir():
+        tokenise(spec, config, tokenizer, folder, FORMAT, log)
+    return _load(spec, folder, tokenizer, verify, log)
 
 
-def _tokenise(
-    spec: str, config: DataConfig, tokenizer: Tokenizer, into: Path, log: Callable[[str], None]
-) -> None:
-    """Write the shards and the manifest of a source."""
-    root = into.parent
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    train, val = (ShardWriter(into, part, dtype) for part in ("train", "val"))
-    began = reported = time.monotonic()
-
-    def progress() -> str:
-        megabytes = (train.text_bytes + val.text_bytes) / 1e6
-        speed = megabytes / max(time.monotonic() - began, 1e-9)
-        return (
-            f"{megabytes:,.1f} MB, {train.documents + val.documents:,} documents, "
-            f"{train.tokens:,} training and {val.tokens:,} validation tokens, {speed:,.1f} MB/s"
-        )
-
-    for group in _groups(spec, config.val_fraction):
-        encoded = tokenizer.encode_batch([text for _, text, _ in group])
-        with cache.writing(root):
-            for (part, text, last), ids in zip(group, encoded, strict=True):
-                writer = train if part == "train" else val
-                writer.write(ids, len(text) if text.isascii() else len(text.encode()))
-                if last:
-                    writer.end_document(tokenizer.eos)
-        if time.monotonic() - reported > PROGRESS_SECONDS:
-            reported = time.monotonic()
-            log(f"tokenising {spec}: {progress()}")
-    if not train.documents + val.documents:
-        raise UsageError(
-            f"data source {spec!r} holds no text; give a file, folder or glob with some"
-        )
-    with cache.writing(root):
-        manifest = {
-            "format": FORMAT,
-            "source": spec,
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "val_fraction": config.val_fraction,
-            "dtype": dtype.name,
-            "splits": {"train": train.close(), "val": val.close()},
-        }
-        with (into / "manifest.json").open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-    log(f"tokenised {spec}: {progress()}; kept in {root}")
-
-
-def _groups(spec: str, val_fraction: float) -> Iterator[list[tuple[Split, str, bool]]]:
-    """Lists of (split, piece of text, does its document end here), of about BATCH_CHARS each."""
-    group: list[tuple[Split, str, bool]] = []
-    size = 0
-    for part, document in split(corpus.documents(spec), val_fraction):
-        pieces = document.pieces()
-        piece = next(pieces, None)
-        while piece is not None:
-            following = next(pieces, None)
-            group.append((part, piece, following is None))
-            size += len(piece)
-            piece = following
-            if size >= BATCH_CHARS:
-                yield group
-                group, size = [], 0
-    if group:
-        yield group
-
-
-def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool) -> Source:
+def _load(
+    spec: str, folder: Path, tokenizer: Tokenizer, verify: bool, log: Callable[[str], None]
+) -> Source:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         if (manifest["tokenizer"], manifest["vocab_size"]) != (
@@ -208,6 +141,9 @@ def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool) -> Source
             Tokens(folder, manifest["splits"][part], dtype, tokenizer.vocab_size, verify)
             for part in ("train", "val")
         )
+        log(f"data {spec}: {_summary(manifest, train, val)}")
+        for line in manifest["bad"]:
+            log(f"skipped: {line}")
     except UsageError:
         raise
     except PermissionError as error:
@@ -215,6 +151,17 @@ def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool) -> Source
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"{type(error).__name__}: {error}") from None
     return Source(spec, folder, train, val)
+
+
+def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:
+    """What a source is made of, what it gave and what was left out."""
+    megabytes = (train.text_bytes + val.text_bytes) / 1e6
+    said = (
+        f"{manifest['made_of']}; {megabytes:,.1f} MB of text; documents: {train.documents:,} for "
+        f"training, {val.documents:,} for validation; tokens: {len(train):,} and {len(val):,}"
+    )
+    skipped = manifest["skipped"]
+    return f"{said}; skipped, as they cannot be read: {skipped:,}" if skipped else said
 
 
 def _check_apart(spec: str, root: Path) -> None:

@@ -123,9 +123,10 @@ class JsonTokenizer:
     and bits per byte are approximate.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, content: str = ""):
+        """From a file, or from the `content` that was read from it."""
         try:
-            content = path.read_text("utf-8")
+            content = content or path.read_text("utf-8")
             self._inner = tokenizers.Tokenizer.from_str(content)
             spec = json.loads(content)
         except OSError as error:
@@ -140,6 +141,7 @@ class JsonTokenizer:
             raise UsageError(
                 f"{path} is no tokenizer.json: {reason}; make one with `headway tokenize`"
             ) from None
+        self._made_from = (path, content)
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -164,6 +166,10 @@ class JsonTokenizer:
                 continue
             self._bytes[i] = token.encode() if i in added else _shown(token, self._byte_level)
         self.token_bytes = np.array([len(shown) for shown in self._bytes], dtype=np.int64)
+
+    def __reduce__(self) -> tuple:
+        """For another process: the library's own pickles lose `encode_special_tokens`."""
+        return JsonTokenizer, self._made_from
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 [tokens], without eos or any other special token."""

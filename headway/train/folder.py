@@ -147,7 +147,9 @@ def write_run(path: Path, info: dict[str, Any]) -> None:
     written."""
     temporary = path / ".run.json"
     try:
-        temporary.write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
+        # the name of a data file need not be UTF-8: what is not becomes an escape of JSON
+        temporary.write_text(text, "utf-8", "backslashreplace")
         os.replace(temporary, path / "run.json")
     except OSError as error:
         raise _unwritable(path, error) from None

@@ -13,19 +13,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.config import UsageError
-from headway.data import corpus, document
+from headway.data import corpus, document, rows
 from headway.data.document import Text, TextFile, split
+from headway.data.units import plan, read, train_texts
 
 
-def texts(spec):
-    return ["".join(d.pieces()) for d in corpus.documents(str(spec))]
+def texts(spec, val_fraction=0.05, skip_bad=False):
+    """Every document of a source; a lone one in two parts."""
+    made = []
+    for unit in plan(str(spec), val_fraction)[0]:
+        for piece in read(unit, skip_bad):
+            if piece.begins:
+                made.append("")
+            made[-1] += piece.text
+    return [text for text in made if text]
 
 
 def parts(spec, val_fraction=0.2):
     made = {"train": [], "val": []}
-    for part, d in split(corpus.documents(str(spec)), val_fraction):
-        made[part].append("".join(d.pieces()))
+    for part, text in split(texts(spec, val_fraction), val_fraction):
+        made[part].append(text)
     return made
+
+
+def paths(spec):
+    return [file.path for file in corpus.files(spec).files]
+
+
+def whole(document):
+    return "".join(piece.text for piece in document.pieces())
 
 
 def error(spec):
@@ -39,7 +55,7 @@ def error(spec):
 
 
 def test_stdlib_is_library_code_in_a_fixed_order():
-    found = corpus.files("stdlib")
+    found = paths("stdlib")
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root).as_posix() for path in found]
     assert {"argparse.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
@@ -49,11 +65,9 @@ def test_stdlib_is_library_code_in_a_fixed_order():
         left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         assert not folders & left_out and name.endswith(".py")
     assert not any("_sysconfigdata" in name for name in names)
-    documents = list(corpus.documents("stdlib"))
+    documents = texts("stdlib")
     assert len(documents) > 200
-    by_name = {d.name: d.text for d in documents if isinstance(d, Text)}
-    path = root / "argparse.py"
-    assert by_name[str(path)] == path.read_bytes().decode()
+    assert (root / "argparse.py").read_bytes().decode() in documents
 
 
 def test_folder_is_read_recursively_and_sorted(tmp_path):
@@ -64,7 +78,7 @@ def test_folder_is_read_recursively_and_sorted(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "x").write_text("no")
     assert texts(tmp_path) == ["AB", "AZ", "B"]
-    assert texts(tmp_path / "**" / "*.md") == ["AZ"]
+    assert "".join(texts(tmp_path / "**" / "*.md")) == "AZ"
     assert texts(tmp_path / "a*") == ["AB", "AZ"]  # a glob that matches a folder
     assert texts(tmp_path / "**") == ["AB", "AZ", "B"]  # nothing twice
 
@@ -74,12 +88,17 @@ def test_text_keeps_every_character_across_pieces(tmp_path, monkeypatch):
     text = "é日本\r\n𝄞 line\nlonger line without an end ü"
     (tmp_path / "t.txt").write_bytes(text.encode())
     pieces = list(TextFile(tmp_path / "t.txt", 0, len(text.encode())).pieces())
-    assert "".join(pieces) == text and len(pieces) > 3
+    assert "".join(piece.text for piece in pieces) == text and len(pieces) > 3
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    monkeypatch.setattr(document, "PIECE_BYTES", 28)
+    in_memory = list(Text("", text).pieces())
+    assert in_memory == list(TextFile(tmp_path / "t.txt").pieces()) and len(in_memory) == 2
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "t.txt").write_bytes("\ufeffabc".encode())
-    assert texts(tmp_path / "t.txt") == ["abc"]
+    assert "".join(texts(tmp_path / "t.txt")) == "abc"
 
 
 def test_jsonl_and_parquet(tmp_path):
@@ -121,9 +140,9 @@ def test_hugging_face_local_data_set(tmp_path):
 
 
 def test_hugging_face_names():
-    parse = corpus.rows.HfName.parse
-    assert parse("hf:a/b") == corpus.rows.HfName("a/b", None, "train", None)
-    assert parse("hf:a/b@c:dev:10") == corpus.rows.HfName("a/b", "c", "dev", 10)
+    parse = rows.HfName.parse
+    assert parse("hf:a/b") == rows.HfName("a/b", None, "train", None)
+    assert parse("hf:a/b@c:dev:10") == rows.HfName("a/b", "c", "dev", 10)
     for bad in ("hf:", "hf::train", "hf:a:b:0", "hf:a:b:x", "hf:a:b:1:2"):
         with pytest.raises(UsageError, match="hf:NAME"):
             parse(bad)
@@ -182,9 +201,9 @@ def test_jsonl_mistakes_name_file_and_line(tmp_path, line, said):
 
 def test_parquet_mistakes(tmp_path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    assert "a.parquet has no `text` (fields: body)" in error(tmp_path / "a.parquet")
+    assert "a.parquet has no `text` (columns: body)" in error(tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "b.parquet")
-    assert "b.parquet row 2 has no `text`" in error(tmp_path / "b.parquet")
+    assert "b.parquet row 2 has null for its `text`" in error(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_text("not parquet at all")
     assert "cannot read" in error(tmp_path / "c.parquet")
 
@@ -242,12 +261,12 @@ def test_the_cut_never_breaks_a_character(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("cut") / "t.txt"
     path.write_bytes(text.encode())
     head, tail = TextFile(path, 0, len(text.encode())).halves(0.3)
-    assert "".join(head.pieces()) + "".join(tail.pieces()) == text.removeprefix("\ufeff")
+    assert whole(head) + whole(tail) == text.removeprefix("\ufeff")
 
 
 def test_train_texts_leave_validation_out(tmp_path):
     for i in range(20):
         (tmp_path / f"{i:02d}.txt").write_text(f"document {i}")
     made = parts(tmp_path, 0.2)
-    assert list(corpus.train_texts([str(tmp_path)], 0.2)) == made["train"]
+    assert list(train_texts([str(tmp_path)], 0.2)) == made["train"]
     assert len(made["val"]) == 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headway.config import DataConfig, UsageError
-from headway.data import cache, shard_file, shards
+from headway.data import cache, parts, shard_file, shards, tokenise
 from headway.data.shard_file import ShardWriter, Tokens
 from headway.data.shards import prepare
 from headway.data.tokenizer import load_tokenizer, train_bpe
@@ -39,6 +39,7 @@ def all_ids(tokens):
 
 def folder_of(config):
     (found,) = (path for path in Path(config.cache_dir).iterdir() if path.is_dir())
+    assert found.name[0] != "."
     return found
 
 
@@ -80,10 +81,15 @@ def test_manifest_says_what_is_there(config):
 
 def test_second_call_reads_the_cache(config, monkeypatch):
     first = prepare(config, BYTES, quiet)
-    monkeypatch.setattr(shards, "_tokenise", None)
+    monkeypatch.setattr(shards, "tokenise", None)
     lines = []
     again = prepare(config, BYTES, lines.append, verify=True)
-    assert again.fingerprint == first.fingerprint and not lines
+    assert again.fingerprint == first.fingerprint
+    (line,) = lines
+    assert line.endswith(
+        "data: 20 files (20 .txt); 0.0 MB of text; documents: 16 for training, 4 for validation; "
+        f"tokens: {first.train_tokens:,} and {first.val_tokens:,}"
+    )
     mixed = replace(config, weights=(3.0,), seq_len=7, batch_size=3, doc_mask=True)
     assert prepare(mixed, BYTES, quiet).fingerprint == first.fingerprint
 
@@ -98,6 +104,29 @@ def test_changed_text_tokenizer_or_split_is_tokenised_again(config, tmp_path):
     assert len(seen) == 4
 
 
+def test_text_that_changes_but_for_size_and_time_is_tokenised_again(config):
+    """As when `cp -p`, rsync or tar put another version in its place."""
+    path = Path(config.source[0]) / "00.txt"
+    first, stat = prepare(config, BYTES, quiet), path.stat()
+    path.write_text(path.read_text().replace("document 0", "tnemucod 0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert prepare(config, BYTES, quiet).fingerprint != first.fingerprint
+
+
+def test_skipped_documents_are_counted_and_the_first_five_named(config):
+    good = prepare(config, BYTES, quiet)
+    lines = "".join(f"{{{i}\n" for i in range(9))
+    (Path(config.source[0]) / "bad.jsonl").write_text(lines)
+    assert "bad.jsonl:1 is not JSON" in mistake(config)
+    for _ in range(2):  # the second time from the cache
+        said = []
+        data = prepare(replace(config, skip_bad=True), BYTES, said.append)
+        assert data.train_tokens + data.val_tokens == good.train_tokens + good.val_tokens
+        said = [line for line in said if not line.startswith("tokenis")]
+        assert said[0].endswith("skipped, as they cannot be read: 9") and len(said) == 6
+        assert [f"bad.jsonl:{i} is not JSON" in said[i] for i in range(1, 6)] == [True] * 5
+
+
 def test_fingerprint_does_not_depend_on_the_place(config, tmp_path):
     first = prepare(config, BYTES, quiet)
     Path(config.source[0]).rename(tmp_path / "elsewhere")
@@ -110,7 +139,7 @@ def test_sources_share_the_cache_in_any_mixture(config, tmp_path, monkeypatch):
     both = replace(config, source=(*config.source, str(tmp_path / "other.txt")))
     data = prepare(both, BYTES, quiet)
     assert [len(source.train) > 0 for source in data.sources] == [True, True]
-    monkeypatch.setattr(shards, "_tokenise", None)
+    monkeypatch.setattr(shards, "tokenise", None)
     swapped = replace(both, source=both.source[::-1])
     assert prepare(swapped, BYTES, quiet).fingerprint != data.fingerprint
     prepare(config, BYTES, quiet)
@@ -118,12 +147,12 @@ def test_sources_share_the_cache_in_any_mixture(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 100])
 def test_reading_across_shards(tmp_path, shard_tokens):
-    ids = np.random.default_rng(0).integers(0, 257, 173)
+    ids = np.random.default_rng(0).integers(0, 256, 173)
     dtype = np.dtype("<u2")
-    writer = ShardWriter(tmp_path, "train", dtype, shard_tokens)
+    writer = ShardWriter(tmp_path, "train", 256, dtype, shard_tokens)
     for part in np.split(ids, [50, 51, 120]):
-        writer.write(part, len(part))
-    writer.end_document(256)
+        writer.write(part, len(part), 0)
+    writer.write(np.array([256]), 0, 1)
     split = writer.close()
     assert len(split["shards"]) == -(-174 // shard_tokens)
     assert max(shard["tokens"] for shard in split["shards"]) <= shard_tokens
@@ -157,13 +186,13 @@ def test_large_vocabulary_takes_uint32(tmp_path):
 
 
 def test_progress_is_reported(config, monkeypatch):
-    monkeypatch.setattr(shards, "PROGRESS_SECONDS", -1.0)
-    monkeypatch.setattr(shards, "BATCH_CHARS", 100)
+    monkeypatch.setattr(tokenise, "PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr(parts, "BATCH_CHARS", 100)
     lines = []
     prepare(config, BYTES, lines.append)
     assert len(lines) > 5
     assert lines[0].startswith("tokenising ") and "MB/s" in lines[0]
-    assert lines[-1].startswith("tokenised ") and "20 documents" in lines[-1]
+    assert lines[-2].startswith("tokenised ") and "by 1 process" in lines[-2]
 
 
 # ---- damage ----
@@ -246,7 +275,7 @@ def test_full_or_read_only_disk(config, monkeypatch, number, said):
     monkeypatch.setattr(os, "fsync", refuse)
     message = mistake(config)
     assert said in message and config.cache_dir in message and "data.cache_dir" in message
-    assert [path for path in Path(config.cache_dir).iterdir() if path.is_dir()] == []
+    assert [path for path in Path(config.cache_dir).iterdir() if path.name[0] != "."] == []
     monkeypatch.undo()
     assert prepare(config, BYTES, quiet).train_tokens > 0
 
@@ -324,14 +353,14 @@ def test_race_without_locks_is_harmless(config, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(cache.fcntl, "flock", no_lock)
-    real = shards._tokenise
+    real = tokenise._join
 
-    def slow(spec, config, tokenizer, into, log):
-        real(spec, config, tokenizer, into, log)
-        monkeypatch.setattr(shards, "_tokenise", real)
-        prepare(config, tokenizer, log)  # somebody else is faster
+    def slow(*args):
+        monkeypatch.setattr(tokenise, "_join", real)
+        prepare(config, BYTES, quiet)  # somebody else is faster, and removes the parts
+        return real(*args)
 
-    monkeypatch.setattr(shards, "_tokenise", slow)
+    monkeypatch.setattr(tokenise, "_join", slow)
     assert prepare(config, BYTES, quiet, verify=True).train_tokens > 0
     assert not list(Path(config.cache_dir).glob(".*tmp*"))
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.config import DataConfig, UsageError
-from headway.data.shards import prepare
+from headway.data import shard_file
+from headway.data.shard_file import Tokens
+from headway.data.shards import Dataset, Source, prepare
 from headway.data.stream import Stream, _taken, _thresholds, mix, permute, pick
 from headway.data.tokenizer import load_tokenizer
 
@@ -328,3 +330,29 @@ def test_bad_weights(config, data):
     assert "2 weights for 3 sources" in mistake(
         Stream, data, replace(config, weights=(1.0, 2.0)), 0
     )
+
+
+def test_more_tokens_than_31_bits_hold(tmp_path):
+    """In a sparse shard places beyond 2³¹ are read, drawn as samples, and wrapped around."""
+    n, dtype = (1 << 31) + (1 << 20), np.dtype("<u2")
+    path = tmp_path / "train-00000.bin"
+    with path.open("wb") as file:
+        file.seek(2 * n - 2000)
+        file.write(np.full(1000, 7, dtype).tobytes())
+    shard = {"file": path.name, "tokens": n, "documents": 1, "bytes": 2 * n, "sha256": ""}
+    shard["sample"] = shard_file.sample_digest(path)
+    split = {"tokens": n, "documents": 1, "text_bytes": n, "shards": [shard]}
+    train = Tokens(tmp_path, split, dtype, 257, verify=False)
+    out = np.empty(1004, dtype=np.int64)
+    train.read(n - 1002, out)
+    assert out.tolist() == [0, 0, *[7] * 1000, 0, 0]
+    source = Source("x", tmp_path, train, train)
+    config = DataConfig(source=("x",), seq_len=7, batch_size=3)
+    stream = Stream(Dataset((source,), 257, 256, ""), config, seed=0)
+    sample = np.arange(3000, dtype=np.uint64) + np.uint64(n // 7 - 1000)
+    _, start = stream.locate(sample)  # over the end of an epoch
+    assert start.min() >= 0 and start.max() < n and (start > 1 << 31).any()
+    assert len({*start.tolist()}) > 2990
+    assert stream.batch(10**9).tokens_BS.shape == (3, 7)
+    assert stream.n_val_batches == -(-((n - 1) // 7) // 3)
+    assert stream.val_batch(stream.n_val_batches - 1).tokens_BS.shape[1] == 7

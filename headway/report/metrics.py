@@ -82,7 +82,7 @@ METRICS: tuple[Metric, ...] = (
         "flops_per_second",
         "Arithmetic",
         "FLOP/s",
-        "model FLOPs per token (forward and backward, active parameters) · tokens/s",
+        "FLOPs per token in training, as `headway describe` counts them · tokens/s",
         "Useful arithmetic; divided by the peak of the hardware it is MFU.",
     ),
     Metric(

@@ -311,8 +311,10 @@ class RunConfig:
     """Steps per progress line and per object in metrics.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0 means a tenth of the run. The last step is always evaluated."""
-    eval_batches: int = 16
-    """Batches of an evaluation, always the same ones; 0 means the whole validation split."""
+    eval_tokens: int = 32_768
+    """Validation tokens of an evaluation, in whole windows of seq_len: the same ones for every
+    batch size, mesh and seed. 0 means the whole split, which is the same text for every seq_len and
+    tokenizer too."""
     sample_every: int = 0
     """Steps between text samples; 0 means together with every other evaluation."""
     sample_prompt: str = "def "

@@ -75,13 +75,13 @@ def test_eval_reads_run_and_checkpoint(run, place):
     assert whole.code == 0
     one = call("eval", run / "checkpoints" / "step-000006", "--json")
     assert one.json["val_bits_per_byte"] == whole.json["val_bits_per_byte"]
-    again = call("eval", run, "--batches", 2, "--json").json["val_bits_per_byte"]
+    again = call("eval", run, "--tokens", 128, "--json").json["val_bits_per_byte"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
-    assert again == pytest.approx(last, rel=1e-6)  # the same two batches as in the loop
+    assert again == pytest.approx(last, rel=1e-6)  # the same eight windows as in the loop
     other = call("eval", run, "--data", place / "tiny.py", place / "text.txt", "--json")
     assert other.code == 2 or other.json["data"][0].endswith("tiny.py")
-    assert "below 0" in mistake("eval", run, "--batches", -1)
+    assert "below 0" in mistake("eval", run, "--tokens", -1)
 
 
 def test_sample_streams_the_same_text_for_a_seed(run):
@@ -107,6 +107,8 @@ def test_resume_names_the_field_that_differs(run, place):
     assert "model.d_model is 16" in mistake("train", "--resume", run, "--model.d-model", 32)
     assert "optim.lr is 0.001" in mistake("train", "--resume", run, "--optim.lr", 1)
     assert "run.seed is 0" in mistake("train", "--resume", run, "--seed", 1)
+    # its losses would be of two texts
+    assert "run.eval_tokens is 128" in mistake("train", "--resume", run, "--run.eval-tokens", 0)
     assert "model.n_layers is 1 in" in mistake("train", "demo", "--resume", run)
 
 

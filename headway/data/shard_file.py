@@ -89,9 +89,13 @@ class ShardWriter:
 class Tokens:
     """The ids of one split, mapped into memory over all of its shards; `len` is their number."""
 
-    def __init__(self, folder: Path, split: dict, dtype: np.dtype, vocab_size: int, verify: bool):
+    def __init__(
+        self, folder: Path, split: dict, dtype: np.dtype, token_bytes_V: np.ndarray, verify: bool
+    ):
         self.folder = folder
-        self.vocab_size = vocab_size
+        self.vocab_size = len(token_bytes_V)
+        self.bytes_V = token_bytes_V.astype(np.float64)
+        """Bytes of text for which each id stands."""
         self.documents: int = split["documents"]
         self.text_bytes: int = split["text_bytes"]
         """Bytes of UTF-8 text that the ids stand for."""

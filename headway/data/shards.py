@@ -205,7 +205,7 @@ def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool) -> Source
             raise damaged(folder, "its manifest names another tokenizer")
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         train, val = (
-            Tokens(folder, manifest["splits"][part], dtype, tokenizer.vocab_size, verify)
+            Tokens(folder, manifest["splits"][part], dtype, tokenizer.token_bytes, verify)
             for part in ("train", "val")
         )
     except UsageError:

@@ -14,6 +14,7 @@ from headway.config import Config, RankError, ToldError, UsageError
 from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
+from headway.data.validation import ValidationText, validation_text
 from headway.model.transformer import Transformer
 from headway.parallel.agreement import leaves
 from headway.parallel.exchange import begin
@@ -107,7 +108,8 @@ def _train(
         model = Transformer(config.model, dtype=resolved.dtype, recompute=run.recompute)
     sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
     apart = begin(model, mesh, run.seed)
-    info = _run_info(resolved, sizes, recipe_source)
+    validation = validation_text(stream, run.eval_tokens)
+    info = _run_info(resolved, sizes, validation, recipe_source)
     mesh.first(lambda: folder.open_run(run_dir, info, resume is not None, overwrite))
     _announce(resolved, mesh, sizes, run_dir, log)
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
@@ -118,7 +120,18 @@ def _train(
     sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.leads else NoSink()
     with sink, Interrupt() as interrupt:
         side = Run(
-            config, run_dir, model, sizes, optimizers, stream, tokenizer, progress, sink, log, apart
+            config,
+            run_dir,
+            model,
+            sizes,
+            optimizers,
+            stream,
+            validation,
+            tokenizer,
+            progress,
+            sink,
+            log,
+            apart,
         )
         if resume is not None:
             progress = side.restore(*found)
@@ -133,7 +146,7 @@ def _train(
             mesh.at(progress.step)
             started = time.perf_counter()
             batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
-            targets, n_bytes = count_targets(batch, side.token_bytes_V)
+            targets, n_bytes = count_targets(batch)
             micros = micro_batches(batch, micro, resolved.device)
             rate = lr_factor(progress.step, optim)
             got = gradient(
@@ -201,7 +214,9 @@ def _reason_to_skip(got: Gradient, spikes: SpikeDetector) -> str:
     return ""
 
 
-def _run_info(resolved: Resolved, sizes: Sizes, recipe_source: str) -> dict[str, Any]:
+def _run_info(
+    resolved: Resolved, sizes: Sizes, validation: ValidationText, recipe_source: str
+) -> dict[str, Any]:
     return {
         "config": resolved.config.to_dict(),
         "job": folder.job(),
@@ -209,6 +224,7 @@ def _run_info(resolved: Resolved, sizes: Sizes, recipe_source: str) -> dict[str,
         "derived": resolved.derived,
         **provenance(),
         "parameters": {"total": sizes.total, "active": sizes.active},
+        "validation": dataclasses.asdict(validation),
     }
 
 

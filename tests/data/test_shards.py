@@ -127,7 +127,7 @@ def test_reading_across_shards(tmp_path, shard_tokens):
     split = writer.close()
     assert len(split["shards"]) == -(-174 // shard_tokens)
     assert max(shard["tokens"] for shard in split["shards"]) <= shard_tokens
-    tokens = Tokens(tmp_path, split, dtype, 257, verify=True)
+    tokens = Tokens(tmp_path, split, dtype, BYTES.token_bytes, verify=True)
     ring = np.tile(np.append(ids, 256), 3)
     for start, length in [(0, 174), (0, 1), (173, 1), (99, 3), (170, 20), (5, 400)]:
         out = np.empty(length, dtype=np.int64)

@@ -327,13 +327,20 @@ class Report:
 
 def report(options: Report) -> int:
     """`headway report RUN [RUN…]`."""
-    from headway.report.html import write_report
+    from headway.report.html import load_runs, write_page
+    from headway.report.ranking import ranking
 
     alone = len(options.runs) == 1
     out = options.out or (str(Path(options.runs[0]) / "report.html") if alone else "report.html")
-    path = write_report(options.runs, out)
+    runs = load_runs(options.runs)
+    path, ranked = write_page(runs, out), ranking(runs)
     print(f"report of {', '.join(options.runs)}: {path}")
-    print_json(options.json, {"report": str(path), "runs": list(options.runs)})
+    if ranked.sentence:
+        print(ranked.sentence)
+    print_json(
+        options.json,
+        {"report": str(path), "runs": list(options.runs), "ranking": ranked.order},
+    )
     return 0
 
 

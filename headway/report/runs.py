@@ -270,6 +270,10 @@ def load_run(folder: str | Path) -> dict:
         "machine": {
             str(k): str(v) for k, v in (info.get("machine") or {}).items() if v is not None
         },
+        "validation": {
+            name: str((info.get("validation") or {}).get(name) or "")
+            for name in ("fingerprint", "sentence")
+        },
         "recipe_source": str(info.get("recipe_source") or ""),
     }
 

@@ -125,6 +125,7 @@ function configuration() {
 function provenance() {
   const pairs = RUNS.map((r) => ({
     commit: r.commit + (r.dirty ? " with uncommitted changes" : ""),
+    validated_on: r.validation.sentence || null,
     ...r.versions,
     ...r.machine,
   }));

@@ -119,6 +119,7 @@ function headline() {
   const lists = RUNS.map(headlines);
   top.append(
     title,
+    el("p", { class: "about", id: "ranking" }, DATA.ranking),
     el(
       "div",
       { class: "scroll" },

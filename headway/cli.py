@@ -185,6 +185,9 @@ def evaluate(options: Eval) -> int:
         data = dataclasses.replace(data, source=options.data, weights=())
     stream = Stream(prepare(data, found.tokenizer), data, found.config.run.seed)
     text = validation_text(stream, options.tokens)
+    # other data may share what they like: the model was not trained on them
+    for note in stream.dataset.approximate if options.data else stream.dataset.notes:
+        print(f"note: {note}")
     result = measure(found.model, stream, text.windows, data.micro_batch_size)
     print(
         f"{found.checkpoint}: {result.val_bits_per_byte:.4f} bits/byte, "

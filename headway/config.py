@@ -221,6 +221,9 @@ class DataConfig:
     same gradient."""
     doc_mask: bool = False
     """Keep documents apart: no attention across a document boundary."""
+    dedup: Literal["none", "exact"] = "none"
+    """`exact`: leave out training documents that are also in validation, or that training has
+    already; validation stays as it is. `none`: only count those that are in both."""
     cache_dir: str = ""
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
     data folder."""

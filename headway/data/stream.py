@@ -11,12 +11,14 @@ Sample g = step · batch_size + row. Three steps lead from g to a window of text
 3. Place. An epoch cuts the tokens, seen as a ring, from a random offset on: window borders move.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from headway.config import DataConfig, UsageError
+from headway.data.overlap import Kept
 from headway.data.shard_file import Tokens
 from headway.data.shards import Dataset, validate
 
@@ -114,7 +116,10 @@ class Stream:
         return source_B, start_B
 
     def _read(
-        self, tokens_B: list[Tokens], start_B: np.ndarray, most_B: np.ndarray | None = None
+        self,
+        tokens_B: Sequence[Tokens | Kept],
+        start_B: np.ndarray,
+        most_B: np.ndarray | None = None,
     ) -> Batch:
         """The windows that start at these tokens, each with its first `most_B` targets."""
         window_BS = np.empty((len(start_B), self.config.seq_len + 1), dtype=np.int64)

@@ -23,8 +23,10 @@ def validation_text(stream: Stream, tokens: int) -> ValidationText:
     """The windows that hold `tokens` tokens, rounded up to a whole window; 0: the whole split."""
     config, dataset, whole = stream.config, stream.dataset, stream.n_val_windows
     windows = min(-(-tokens // config.seq_len) or whole, whole)
-    digests = [source.val.digest for source in dataset.sources]
-    chosen = sorted(digests) if windows == whole else [*digests, config.seq_len, windows]
+    if windows == whole:
+        chosen = sorted(source.index.val.text for source in dataset.sources)
+    else:
+        chosen = [*(source.val.digest for source in dataset.sources), config.seq_len, windows]
     how_many = "all" if windows == whole else f"{windows:,} of"
     sentence = (
         f"{how_many} {whole:,} windows of {config.seq_len} tokens of {' '.join(config.source)}"

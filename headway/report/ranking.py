@@ -37,6 +37,9 @@ def ranking(runs: Sequence[Mapping]) -> Ranking:
     best_first = sorted(runs, key=lambda run: run["headline"]["val_last"])
     numbers = ", ".join(f"{r['name']} {r['headline']['val_last']:.4f}" for r in best_first)
     sentence = f"Ranked by validation bits/byte on {runs[0]['validation']['sentence']}: {numbers}"
+    for run in best_first:
+        if run["leak"]["short"]:
+            sentence += f"; of {run['name']}, {run['leak']['short']}"
     return Ranking([run["name"] for run in best_first], sentence)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from headway.config import Config, RankError, ToldError, UsageError
-from headway.data.shards import prepare
+from headway.data.shards import Dataset, prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.data.validation import ValidationText, validation_text
@@ -109,9 +109,12 @@ def _train(
     sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
     apart = begin(model, mesh, run.seed)
     validation = validation_text(stream, run.eval_tokens)
-    info = _run_info(resolved, sizes, validation, recipe_source)
+    info = _run_info(resolved, sizes, stream.dataset, validation, recipe_source)
     mesh.first(lambda: folder.open_run(run_dir, info, resume is not None, overwrite))
     _announce(resolved, mesh, sizes, run_dir, log)
+    log(f"validation: {validation.sentence}")
+    for note in stream.dataset.notes:
+        log(f"note: {note}")
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
     torch.manual_seed(run.seed + (mesh.rank << 32))
@@ -215,8 +218,13 @@ def _reason_to_skip(got: Gradient, spikes: SpikeDetector) -> str:
 
 
 def _run_info(
-    resolved: Resolved, sizes: Sizes, validation: ValidationText, recipe_source: str
+    resolved: Resolved,
+    sizes: Sizes,
+    dataset: Dataset,
+    validation: ValidationText,
+    recipe_source: str,
 ) -> dict[str, Any]:
+    overlap = dataset.overlap
     return {
         "config": resolved.config.to_dict(),
         "job": folder.job(),
@@ -225,6 +233,8 @@ def _run_info(
         **provenance(),
         "parameters": {"total": sizes.total, "active": sizes.active},
         "validation": dataclasses.asdict(validation),
+        "overlap": {**dataclasses.asdict(overlap), "sentence": overlap.sentence},
+        "approximate": dataset.approximate,
     }
 
 

@@ -139,6 +139,7 @@ def test_large_vocabulary_takes_uint32(tmp_path):
     class Wide:
         vocab_size, eos, fingerprint = 70_000, 69_999, "wide"
         token_bytes = np.ones(70_000, dtype=np.int64)
+        token_texts = [b"x"] * 70_000
 
         def encode(self, text):
             return np.array([69_000 + ord(char) % 900 for char in text], dtype=np.uint32)
@@ -192,8 +193,26 @@ def damage_missing(folder):
     (folder / "val-00000.bin").unlink()
 
 
+def damage_index(folder):
+    path = folder / "train-documents.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def damage_index_missing(folder):
+    (folder / "documents.json").unlink()
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_size, damage_value, damage_manifest, damage_manifest_keys, damage_missing]
+    "damage",
+    [
+        damage_size,
+        damage_value,
+        damage_manifest,
+        damage_manifest_keys,
+        damage_missing,
+        damage_index,
+        damage_index_missing,
+    ],
 )
 def test_damaged_cache_is_named(config, damage):
     prepare(config, BYTES, quiet)

@@ -60,6 +60,17 @@ def test_different_text_is_refused_and_named(folders):
     assert embedded(page)["ranking"].startswith("Not ranked: they were validated on different")
 
 
+def test_a_leak_is_said_beside_the_rank(folders, tmp_path):
+    leaking = make_run(tmp_path / "leaking", steps=40, layers=1, floor=1.1, text="aaaa")
+    info = json.loads((leaking / "run.json").read_text())
+    info["overlap"] = {"shared": 10, "validation_documents": 10, "sentence": "10 of 10 are"}
+    (leaking / "run.json").write_text(json.dumps(info))
+    found = ranking(load_runs([folders["better"], leaking]))
+    assert found.order == ["leaking", "better"]
+    said = "; of leaking, 10 of 10 validation documents are trained on"
+    assert found.sentence.endswith(said)
+
+
 def test_unknown_text_and_missing_evaluations_are_refused(folders):
     found = ranked(folders, "worse", "old")
     assert found.order is None and "run.json of old does not say" in found.sentence

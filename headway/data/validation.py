@@ -29,7 +29,8 @@ def validation_text(stream: Stream, tokens: int) -> ValidationText:
         chosen = [*(source.val.digest for source in dataset.sources), config.seq_len, windows]
     how_many = "all" if windows == whole else f"{windows:,} of"
     sentence = (
-        f"{how_many} {whole:,} windows of {config.seq_len} tokens of {' '.join(config.source)}"
+        f"{how_many} {whole:,} windows of {config.seq_len} tokens ({config.tokenizer}) of "
+        f"{' '.join(config.source)}"
     )
     fingerprint = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
     return ValidationText(windows, fingerprint, sentence)

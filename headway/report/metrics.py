@@ -47,14 +47,14 @@ METRICS: tuple[Metric, ...] = (
         "val_loss",
         "Validation loss",
         "nats/token",
-        "−(1/N) Σ log p(target) over the validation batches",
+        "−(1/N) Σ log p(target) over the validation windows",
         "The loss on text that is never trained on.",
     ),
     Metric(
         "val_bits_per_byte",
         "Validation bits/byte",
         "bits/byte",
-        "Σ −log p(target) / (ln 2 · bytes), over the validation batches",
+        "Σ −log p(target) / (ln 2 · bytes), over the validation windows",
         "The number to compare runs by.",
     ),
     Metric(

@@ -308,7 +308,7 @@ def test_validation_text_is_known_by_its_content(config, data):
     some = made(100)
     assert some.windows == 7 and some.sentence.startswith("7 of ")
     total = Stream(data, config, 0).n_val_windows
-    assert f" of {total} windows of 16 tokens of /" in some.sentence
+    assert f" of {total} windows of 16 tokens (bytes) of /" in some.sentence
     assert made(97, batch_size=2) == made(112, weights=(1.0, 2.0, 3.0), doc_mask=True) == some
     whole = made(0)
     assert whole == made(10**9) and whole.windows == total

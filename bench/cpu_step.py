@@ -27,12 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
-from bench.shapes import parameters
 from bench.texts import StreamText
 from bench.worker import Worker, work
 from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
+from headway.plan.cost import training_flops
 from headway.recipes.cpu import cpu_step
 from headway.train.allocator import set_allocator
 from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
@@ -196,14 +196,6 @@ def matmul_peak(dtype: torch.dtype, n: int) -> float:
     return 2 * n**3 / min(times) / 1e9
 
 
-def step_flops(model: ModelConfig, batch: int, length: int) -> float:
-    """Multiplications and additions of forward and backward: 6 per active weight, and causal
-    attention.
-    """
-    active = parameters(model)[1]
-    return batch * length * (6 * active + 6 * model.n_layers * model.d_model * length)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -277,7 +269,7 @@ def _row(name: str, results: list[dict], shape: ModelConfig, n_tokens: int, peak
             k: statistics.median(r[k] for r in results)
             for k in ("forward", "backward", "clip", "optimizer")
         },
-        "share_of_peak": step_flops(model, n_tokens // length, length) / seconds / 1e9 / peak,
+        "share_of_peak": training_flops(model, length) * n_tokens / seconds / 1e9 / peak,
         "peak_gflops": peak,
         "peak_mib": results[-1]["peak_mib"],
         "absolute_peak_mib": results[-1]["absolute_peak_mib"],

@@ -21,8 +21,10 @@ class StreamText:
         self.vocab_size = dataset.vocab_size
         self.stream = Stream(dataset, config, seed)
         self.bytes_V = torch.from_numpy(np.asarray(tokenizer.token_bytes, dtype=np.int64))
-        n = min(val_batches, self.stream.n_val_batches)
-        self._val = [self._pair(self.stream.val_batch(i)) for i in range(n)]
+        size = config.batch_size
+        n = min(val_batches, -(-self.stream.n_val_windows // size))
+        ends = [min((i + 1) * size, self.stream.n_val_windows) for i in range(n)]
+        self._val = [self._pair(self.stream.val_windows(i * size, e)) for i, e in enumerate(ends)]
 
     def train(self, step: int) -> tuple[Tensor, Tensor]:
         return self._pair(self.stream.batch(step))
@@ -35,7 +37,8 @@ class StreamText:
 
     @staticmethod
     def _pair(batch) -> tuple[Tensor, Tensor]:
-        return batch.tokens_BS, batch.targets_BS
+        full_B = (batch.targets_BS >= 0).all(1)  # rivals know no target to leave out
+        return batch.tokens_BS[full_B], batch.targets_BS[full_B]
 
 
 class Characters:

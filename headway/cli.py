@@ -173,8 +173,8 @@ class Eval:
     """A run folder, or one checkpoint folder inside it."""
     data: tuple[str, ...] = ()
     """Other text, as for `train --data`; its validation split is read."""
-    batches: int = 0
-    """Validation batches; 0 means the whole split."""
+    tokens: int = 0
+    """Validation tokens, in whole windows, as `run.eval_tokens`; 0 means the whole split."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: that of training, where it is here."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -187,35 +187,36 @@ def evaluate(options: Eval) -> int:
     """`headway eval RUN|CHECKPOINT`."""
     import dataclasses
 
-    import torch
-
     from headway.data.shards import prepare
     from headway.data.stream import Stream
+    from headway.data.validation import validation_text
     from headway.train.evaluate import evaluate as measure
     from headway.trained import load_trained
 
-    if options.batches < 0:
-        raise UsageError(f"--batches {options.batches} is below 0; 0 means the whole split")
+    if options.tokens < 0:
+        raise UsageError(f"--tokens {options.tokens} is below 0; 0 means the whole split")
     found = load_trained(options.run, options.device, options.dtype)
     _tell(found.problems, found.remarks)
     data = found.config.data
     if options.data:
         data = dataclasses.replace(data, source=options.data, weights=())
     stream = Stream(prepare(data, found.tokenizer), data, found.config.run.seed)
-    token_bytes = torch.from_numpy(found.tokenizer.token_bytes)
-    n_batches = min(options.batches or stream.n_val_batches, stream.n_val_batches)
-    result = measure(found.model, stream, token_bytes, n_batches, data.micro_batch_size)
+    text = validation_text(stream, options.tokens)
+    # other data may share what they like: the model was not trained on them
+    for note in stream.dataset.approximate if options.data else stream.dataset.notes:
+        print(f"note: {note}")
+    result = measure(found.model, stream, text.windows, data.micro_batch_size)
     print(
         f"{found.checkpoint}: {result.val_bits_per_byte:.4f} bits/byte, "
-        f"{result.val_loss:.4f} nats/token on {n_batches} of {stream.n_val_batches} "
-        f"validation batches of {' '.join(data.source)}"
+        f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
     print_json(
         options.json,
         {
             "val_bits_per_byte": result.val_bits_per_byte,
             "val_loss": result.val_loss,
-            "batches": n_batches,
+            "windows": text.windows,
+            "validation": text.fingerprint,
             "data": list(data.source),
             "checkpoint": str(found.checkpoint),
             **_where(found.model),
@@ -308,13 +309,20 @@ class Report:
 
 def report(options: Report) -> int:
     """`headway report RUN [RUN…]`."""
-    from headway.report.html import write_report
+    from headway.report.html import load_runs, write_page
+    from headway.report.ranking import ranking
 
     alone = len(options.runs) == 1
     out = options.out or (str(Path(options.runs[0]) / "report.html") if alone else "report.html")
-    path = write_report(options.runs, out)
+    runs = load_runs(options.runs)
+    path, ranked = write_page(runs, out), ranking(runs)
     print(f"report of {', '.join(options.runs)}: {path}")
-    print_json(options.json, {"report": str(path), "runs": list(options.runs)})
+    if ranked.sentence:
+        print(ranked.sentence)
+    print_json(
+        options.json,
+        {"report": str(path), "runs": list(options.runs), "ranking": ranked.order},
+    )
     return 0
 
 

@@ -229,6 +229,9 @@ class DataConfig:
     workers: int = 0
     """Processes that tokenise on this machine, ≥ 1; the shards are the same for any number. 0 means
     one per core, fewer for little text."""
+    dedup: Literal["none", "exact"] = "none"
+    """`exact`: leave out training documents that are also in validation, or that training has
+    already; validation stays as it is. `none`: only count those that are in both."""
     cache_dir: str = ""
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
     data folder."""
@@ -319,8 +322,10 @@ class RunConfig:
     """Steps per progress line and per object in metrics.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0 means a tenth of the run. The last step is always evaluated."""
-    eval_batches: int = 16
-    """Batches of an evaluation, always the same ones; 0 means the whole validation split."""
+    eval_tokens: int = 32_768
+    """Validation tokens of an evaluation, in whole windows of seq_len: the same ones for every
+    batch size, mesh and seed. 0 means the whole split, which is the same text for every seq_len and
+    tokenizer too."""
     sample_every: int = 0
     """Steps between text samples; 0 means together with every other evaluation."""
     sample_prompt: str = "def "

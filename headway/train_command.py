@@ -99,6 +99,8 @@ def _restarted(config: Config) -> str | None:
     return run_dir
 
 
+_OF_THE_RUN = ("run.seed", "run.dir", "run.eval_tokens")
+"""Of `run.*`, what stays: the losses of one run are to be compared with each other."""
 _MAY_CHANGE = ("optim.steps", "optim.spike", "optim.max_skipped", "data.micro_batch_size")
 
 
@@ -123,7 +125,7 @@ def _resumed(path: Path, recipe: Config | None, args: list[str]) -> Config:
         free = (
             name.startswith("mesh.")
             or name in _MAY_CHANGE
-            or (name.startswith("run.") and name not in ("run.seed", "run.dir"))
+            or (name.startswith("run.") and name not in _OF_THE_RUN)
             or (name == "run.dir" and start is not None)
         )
         if value != before[name] and not free:

@@ -199,7 +199,7 @@ def _check_run(config: Config) -> None:
         ("run.threads", run.threads, 0),
         ("run.log_every", run.log_every, 1),
         ("run.eval_every", run.eval_every, 0),
-        ("run.eval_batches", run.eval_batches, 0),
+        ("run.eval_tokens", run.eval_tokens, 0),
         ("run.sample_every", run.sample_every, 0),
         ("run.sample_tokens", run.sample_tokens, 0),
         ("run.checkpoint_every", run.checkpoint_every, 0),

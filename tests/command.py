@@ -18,7 +18,7 @@ def tiny():
                           moe=MoEConfig(n_experts=4, top_k=2, d_expert=8, n_heads=2)),
         data=DataConfig(source=(SOURCE,), seq_len=16, batch_size=4),
         optim=OptimConfig(steps=6),
-        run=RunConfig(log_every=2, eval_batches=2, sample_tokens=8),
+        run=RunConfig(log_every=2, eval_tokens=128, sample_tokens=8),
     )
 
 NOT_A_CONFIG = 3

@@ -78,13 +78,13 @@ def test_eval_reads_run_and_checkpoint(run, place):
     assert whole.code == 0
     one = call("eval", run / "checkpoints" / "step-000006", "--json")
     assert one.json["val_bits_per_byte"] == whole.json["val_bits_per_byte"]
-    again = call("eval", run, "--batches", 2, "--json").json["val_bits_per_byte"]
+    again = call("eval", run, "--tokens", 128, "--json").json["val_bits_per_byte"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
-    assert again == pytest.approx(last, rel=1e-6)  # the same two batches as in the loop
+    assert again == pytest.approx(last, rel=1e-6)  # the same eight windows as in the loop
     other = call("eval", run, "--data", place / "tiny.py", place / "text.txt", "--json")
     assert other.code == 2 or other.json["data"][0].endswith("tiny.py")
-    assert "below 0" in mistake("eval", run, "--batches", -1)
+    assert "below 0" in mistake("eval", run, "--tokens", -1)
 
 
 def test_sample_streams_the_same_text_for_a_seed(run):
@@ -163,6 +163,8 @@ def test_resume_names_the_field_that_differs(run, place):
     assert "model.d_model is 16" in mistake("train", "--resume", run, "--model.d-model", 32)
     assert "optim.lr is 0.001" in mistake("train", "--resume", run, "--optim.lr", 1)
     assert "run.seed is 0" in mistake("train", "--resume", run, "--seed", 1)
+    # its losses would be of two texts
+    assert "run.eval_tokens is 128" in mistake("train", "--resume", run, "--run.eval-tokens", 0)
     assert "model.n_layers is 1 in" in mistake("train", "demo", "--resume", run)
 
 
@@ -177,7 +179,11 @@ def test_report_of_several_runs(run, tmp_path):
     out = tmp_path / "both.html"
     done = call("report", run, run, "--out", out, "--json")
     assert done.code == 0 and done.json["report"] == str(out) and out.stat().st_size > 10_000
-    assert call("report", run).code == 0 and (run / "report.html").is_file()
+    assert "Ranked by validation bits/byte on 8 of" in done.out
+    assert sorted(done.json["ranking"]) == ["runs/first", "runs/first (2)"]
+    alone = call("report", run, "--json")
+    assert alone.code == 0 and (run / "report.html").is_file()
+    assert alone.json["ranking"] is None and "anked" not in alone.out
 
 
 def test_tokenize_makes_a_tokenizer_that_trains(place):
@@ -228,6 +234,10 @@ def test_describe_equals_the_trained_model(run, place):
     counted = json.loads((run / "run.json").read_text())["parameters"]
     assert done.json["parameters"] == counted["total"]
     assert done.json["active_parameters"] == counted["active"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for r in (r for r in records if "loss" in r):
+        per_token = r["flops_per_second"] / r["tokens_per_second"]
+        assert per_token == pytest.approx(done.json["flops_per_token_training"], rel=1e-12)
     assert done.json["traffic_bytes_per_token_and_layer"]["Head Parallel"] == 4 * 16 * 2 // 2
     more = call("describe", f"{place}/tiny.py:tiny", "--model.moe.n-experts", 8, "--json").json
     assert (

@@ -95,20 +95,24 @@ class ShardWriter:
 class Tokens:
     """The ids of one split, mapped into memory over all of its shards; `len` is their number."""
 
-    def __init__(self, folder: Path, split: dict, dtype: np.dtype, vocab_size: int, verify: bool):
+    def __init__(
+        self, folder: Path, split: dict, dtype: np.dtype, token_bytes_V: np.ndarray, verify: bool
+    ):
         self.folder = folder
-        self.vocab_size = vocab_size
+        self.vocab_size = len(token_bytes_V)
+        self.bytes_V = token_bytes_V.astype(np.float64)
+        """Bytes of text for which each id stands; on average, after `count_text`."""
         self.documents: int = split["documents"]
         self.text_bytes: int = split["text_bytes"]
         """Bytes of UTF-8 text that the ids stand for."""
         for shard in split["shards"]:
-            _check(folder, shard, dtype, verify)
+            check(folder, shard, dtype, verify)
         # Plain arrays over the maps: slicing a numpy.memmap is ten times slower.
-        self._parts = [
+        self.parts = [
             np.asarray(np.memmap(folder / shard["file"], dtype=dtype, mode="r"))
             for shard in split["shards"]
         ]
-        self._starts = [0, *accumulate(len(part) for part in self._parts)]
+        self._starts = [0, *accumulate(len(part) for part in self.parts)]
         if len(self) != split["tokens"]:
             raise damaged(folder, f"{len(self):,} tokens, manifest {split['tokens']:,}")
         hashes = "".join(shard["sha256"] for shard in split["shards"])
@@ -118,6 +122,14 @@ class Tokens:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def count_text(self, token_bytes: int, eos: int) -> None:
+        """Makes `bytes_V` add up to the bytes of the text, of which the ids show `token_bytes`."""
+        if token_bytes:
+            self.bytes_V *= self.text_bytes / token_bytes
+        elif self.text_bytes:  # nothing but unknown tokens
+            self.bytes_V[:] = self.text_bytes / (len(self) - self.documents)
+            self.bytes_V[eos] = 0
+
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (int64 [n]) with the ids from `start` on; the first id follows the last.
         UsageError for an id that is not in the vocabulary (a damaged shard)."""
@@ -125,10 +137,10 @@ class Tokens:
         number = bisect_right(self._starts, start) - 1
         inside, done = start - self._starts[number], 0
         while done < len(out):
-            now = self._parts[number][inside : inside + len(out) - done]
+            now = self.parts[number][inside : inside + len(out) - done]
             out[done : done + len(now)] = now
             done += len(now)
-            number, inside = (number + 1) % len(self._parts), 0
+            number, inside = (number + 1) % len(self.parts), 0
         if out.max() >= self.vocab_size:
             raise damaged(self.folder, f"token id {out.max()}, vocabulary {self.vocab_size}")
 
@@ -144,7 +156,8 @@ def sample_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check(folder: Path, shard: dict, dtype: np.dtype, verify: bool) -> None:
+def check(folder: Path, shard: dict, dtype: np.dtype, verify: bool) -> None:
+    """UsageError if a file is not what its entry says; `tokens` counts its items."""
     path = folder / shard["file"]
     size = path.stat().st_size
     if size != shard["bytes"] or size != shard["tokens"] * dtype.itemsize:

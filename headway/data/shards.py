@@ -5,6 +5,7 @@ Each source has its own folder, so that another mixture of the same sources cost
     CACHE/NAME-KEY/manifest.json      what is in it and from what, with a sha256 per shard
     CACHE/NAME-KEY/train-00000.bin    little-endian uint16 ids (uint32 above 65,536 of them),
                                       eos after each document
+    CACHE/NAME-KEY/documents.json     what the documents are, see document_index.py
 
 KEY hashes the state of the source (path, size, modification time and a hash of each file), the
 tokenizer, val_fraction, skip_bad and the format.
@@ -14,18 +15,20 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from headway.config import DataConfig, UsageError
 from headway.data import cache, corpus
+from headway.data.document_index import DocumentIndex
+from headway.data.overlap import Kept, Overlap, count, kept_documents
 from headway.data.shard_file import Tokens, damaged
 from headway.data.tokenise import tokenise
 from headway.data.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 4
 """Version of the folder's layout; another version is another key."""
 
 
@@ -37,8 +40,11 @@ class Source:
     """As the user named it."""
     folder: Path
     """Where its shards lie."""
-    train: Tokens
+    train: Tokens | Kept
     val: Tokens
+    index: DocumentIndex
+    approximate: str
+    """Why its bits per byte are approximate; empty where the ids show each byte of the text."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,23 @@ class Dataset:
     fingerprint: str
     """A hash of all tokens in their order: equal wherever the data are equal, whatever their
     paths."""
+    overlap: Overlap
+    """What training and validation share."""
+
+    @property
+    def approximate(self) -> tuple[str, ...]:
+        """Why bits per byte are approximate, for each source where they are."""
+        return tuple(source.approximate for source in self.sources if source.approximate)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of every number that is measured on these data, one line each."""
+        overlap, leak = self.overlap, ()
+        if overlap.shared:
+            leak = (f"{overlap.sentence}; --data.dedup exact leaves them out of training",)
+        elif overlap.removed:
+            leak = (overlap.sentence,)
+        return (*leak, *self.approximate)
 
     @property
     def train_tokens(self) -> int:
@@ -104,8 +127,22 @@ def prepare(
     validate(config)
     root = cache.root_of(config)
     sources = tuple(_source(spec, config, tokenizer, root, log, verify) for spec in config.source)
+    indices = [source.index for source in sources]
+    if config.dedup == "exact":
+        kept, overlap = kept_documents(indices)
+        sources = tuple(map(_without_repeats, sources, kept))
+    else:
+        overlap = count(indices)
     content = [tokenizer.fingerprint, *([s.train.digest, s.val.digest] for s in sources)]
-    return Dataset(sources, tokenizer.vocab_size, tokenizer.eos, _hash(content))
+    return Dataset(sources, tokenizer.vocab_size, tokenizer.eos, _hash(content), overlap)
+
+
+def _without_repeats(source: Source, kept_N: np.ndarray) -> Source:
+    if kept_N.all():
+        return source
+    assert isinstance(source.train, Tokens)
+    rows_N = source.index.documents(source.index.train)
+    return replace(source, train=Kept(source.train, rows_N, kept_N))
 
 
 def _source(
@@ -138,9 +175,13 @@ def _load(
             raise damaged(folder, "its manifest names another tokenizer")
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         train, val = (
-            Tokens(folder, manifest["splits"][part], dtype, tokenizer.vocab_size, verify)
+            Tokens(folder, manifest["splits"][part], dtype, tokenizer.token_bytes, verify)
             for part in ("train", "val")
         )
+        index = DocumentIndex.load(folder, verify)
+        shown = index.train.token_bytes, index.val.token_bytes
+        train.count_text(shown[0], tokenizer.eos)
+        val.count_text(shown[1], tokenizer.eos)
         log(f"data {spec}: {_summary(manifest, train, val)}")
         for line in manifest["bad"]:
             log(f"skipped: {line}")
@@ -150,7 +191,14 @@ def _load(
         raise UsageError(f"cannot read the cache {folder}: {error.strerror}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"{type(error).__name__}: {error}") from None
-    return Source(spec, folder, train, val)
+    has, approximate = (train.text_bytes, val.text_bytes), ""
+    if shown != has:
+        approximate = (
+            f"bits/byte are approximate: the tokenizer changes the text of {spec}, {sum(has):,} "
+            f"bytes of text are {sum(shown):,} in its tokens; they are divided by those of the "
+            "text, in which each token has its share"
+        )
+    return Source(spec, folder, train, val, index, approximate)
 
 
 def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:

@@ -11,12 +11,15 @@ Sample g = step · batch_size + row. Three steps lead from g to a window of text
 3. Place. An epoch cuts the tokens, seen as a ring, from a random offset on: window borders move.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from headway.config import DataConfig, UsageError
+from headway.data.overlap import Kept
+from headway.data.shard_file import Tokens
 from headway.data.shards import Dataset, validate
 
 _U64 = np.uint64
@@ -27,8 +30,8 @@ _SALT_PHASE, _SALT_ORDER, _SALT_OFFSET, _SALT_VAL = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of text. `targets_BS[b, s]` is the token after `tokens_BS[b, s]`; none is ignored (no
-    −1)."""
+    """Windows of text. `targets_BS[b, s]` is the token after `tokens_BS[b, s]`, or −1 where there
+    is none to predict."""
 
     tokens_BS: torch.Tensor
     """int64."""
@@ -37,6 +40,9 @@ class Batch:
     doc_BS: torch.Tensor | None
     """int32, the number of the token's document in its row, from 0; an eos belongs to the document
     that it ends. None unless `doc_mask`."""
+    bytes_B: torch.Tensor | None = None
+    """float64, bytes of text for which the targets of a row stand; None where nobody counts
+    them."""
 
 
 class Stream:
@@ -54,12 +60,12 @@ class Stream:
         self._splits = _thresholds(shares)
         phases = mix(_u64(seed), _u64(_SALT_PHASE), np.arange(len(shares), dtype=_U64))
         self._phases = [int(phase) >> 32 for phase in phases]
-        self._val_windows = [(len(source.val) - 1) // config.seq_len for source in dataset.sources]
+        self._val_windows = [-(-len(source.val) // config.seq_len) for source in dataset.sources]
 
     @property
-    def n_val_batches(self) -> int:
-        """Batches of the whole validation split; the last one may have fewer rows."""
-        return -(-sum(self._val_windows) // self.config.batch_size)
+    def n_val_windows(self) -> int:
+        """Windows of the whole validation split."""
+        return sum(self._val_windows)
 
     def batch(self, step: int, rank: int = 0, world: int = 1, micro: int = 0) -> Batch:
         """The rows of the global batch of `step` that `rank` takes: with micro-batches of `micro`
@@ -76,21 +82,22 @@ class Stream:
         source_B, start_B = self.locate(_U64(step * size) + row_B)
         return self._read([self.dataset.sources[s].train for s in source_B], start_B)
 
-    def val_batch(self, i: int) -> Batch:
-        """Batch i of validation, the same for every seed and weight. Windows of all sources are in
-        one fixed shuffled order, so that the first few batches are a fair sample; a rest shorter
-        than a window is left out."""
-        size, total = self.config.batch_size, sum(self._val_windows)
-        assert 0 <= i < self.n_val_batches
-        place_B = np.arange(i * size, min((i + 1) * size, total), dtype=_U64)
+    def val_windows(self, begin: int, end: int) -> Batch:
+        """Windows begin … end − 1 of validation, the same ones for every batch size, mesh, seed and
+        weight. Those of all sources are in one fixed shuffled order, so that the first few are a
+        fair sample. Together they have each token of the split as a target exactly once: the first
+        one follows the eos of the ring, and the last window of a source ends in targets of −1."""
+        size, total = self.config.seq_len, self.n_val_windows
+        assert 0 <= begin < end <= total
+        place_B = np.arange(begin, end, dtype=_U64)
         key_B = np.full(len(place_B), _SALT_VAL, dtype=_U64)
         window_B = permute(place_B, total, key_B).astype(np.int64)
         ends = np.cumsum(self._val_windows)
         source_B = np.searchsorted(ends, window_B, side="right")
-        inside_B = window_B - (ends - self._val_windows)[source_B]
-        return self._read(
-            [self.dataset.sources[s].val for s in source_B], inside_B * self.config.seq_len
-        )
+        first_B = (window_B - (ends - self._val_windows)[source_B]) * size
+        tokens_B = [self.dataset.sources[s].val for s in source_B]
+        length_B = np.array([len(tokens) for tokens in tokens_B])
+        return self._read(tokens_B, (first_B - 1) % length_B, length_B - first_B)
 
     def locate(self, sample_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source and first token (int64 [B] each) of the samples with these global numbers (uint64
@@ -108,7 +115,13 @@ class Stream:
             start_B[mine] = (offset + order * _u64(self.config.seq_len)) % _u64(length)
         return source_B, start_B
 
-    def _read(self, tokens_B: list, start_B: np.ndarray) -> Batch:
+    def _read(
+        self,
+        tokens_B: Sequence[Tokens | Kept],
+        start_B: np.ndarray,
+        most_B: np.ndarray | None = None,
+    ) -> Batch:
+        """The windows that start at these tokens, each with its first `most_B` targets."""
         window_BS = np.empty((len(start_B), self.config.seq_len + 1), dtype=np.int64)
         for row, tokens, start in zip(window_BS, tokens_B, start_B, strict=True):
             tokens.read(int(start), row)
@@ -116,13 +129,16 @@ class Stream:
         if self.config.doc_mask:
             ended_BS = np.cumsum(window_BS[:, :-1] == self.dataset.eos, axis=1, dtype=np.int32)
             doc_BS = np.concatenate([np.zeros_like(ended_BS[:, :1]), ended_BS[:, :-1]], axis=1)
-        tokens_BS, targets_BS = (
-            np.ascontiguousarray(part) for part in (window_BS[:, :-1], window_BS[:, 1:])
-        )
+        tokens_BS, targets_BS = window_BS[:, :-1].copy(), window_BS[:, 1:].copy()
+        bytes_BS = np.stack([t.bytes_V[row] for t, row in zip(tokens_B, targets_BS, strict=True)])
+        if most_B is not None:
+            beyond_BS = np.arange(self.config.seq_len) >= most_B[:, None]
+            targets_BS[beyond_BS], bytes_BS[beyond_BS] = -1, 0
         return Batch(
             torch.from_numpy(tokens_BS),
             torch.from_numpy(targets_BS),
             None if doc_BS is None else torch.from_numpy(doc_BS),
+            torch.from_numpy(bytes_BS.sum(1)),
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from headway.config import DataConfig
 from headway.data import cache, parts, workers
 from headway.data.document import validation_numbers
+from headway.data.document_index import write_index
 from headway.data.files import BadData
 from headway.data.parts import Job
 from headway.data.shard_file import ShardWriter, damaged
@@ -63,6 +64,8 @@ def tokenise(
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        with cache.writing(folder.parent):
+            write_index(into, tokenizer)
         progress.end()
 
     try:

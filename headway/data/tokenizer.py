@@ -56,6 +56,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def token_texts(self) -> Sequence[bytes]:
+        """Those bytes, by id."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal tokenizers, wherever their files lie."""
         ...
@@ -97,6 +102,11 @@ class ByteTokenizer:
         """int64 [257]: 1 for every byte, 0 for eos."""
         return (np.arange(257) < 256).astype(np.int64)
 
+    @property
+    def token_texts(self) -> Sequence[bytes]:
+        """Each byte, nothing for eos."""
+        return [*(bytes([i]) for i in range(256)), b""]
+
     def encode(self, text: str) -> np.ndarray:
         """uint8 [bytes of the text]."""
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -120,7 +130,7 @@ class JsonTokenizer:
 
     For byte-level BPE `token_bytes` and `decode` are exact. Other kinds (SentencePiece, WordPiece)
     may normalise the text and add or lose spaces; there `token_bytes` counts what each token shows,
-    and bits per byte are approximate.
+    and a data set scales it to the bytes of its text (`Tokens.count_text`).
     """
 
     def __init__(self, path: Path, content: str = ""):
@@ -170,6 +180,11 @@ class JsonTokenizer:
     def __reduce__(self) -> tuple:
         """For another process: the library's own pickles lose `encode_special_tokens`."""
         return JsonTokenizer, self._made_from
+
+    @property
+    def token_texts(self) -> Sequence[bytes]:
+        """What each id shows."""
+        return self._bytes
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 [tokens], without eos or any other special token."""

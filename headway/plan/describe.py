@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from headway.config import Config, UsageError
-from headway.plan.cost import active_parameters, flops, parameters
+from headway.plan.cost import active_parameters, flops, parameters, training_flops
 from headway.plan.memory import activations, states
 from headway.plan.shape import Item, shape_of, total
 from headway.plan.traffic import traffic
@@ -50,8 +50,8 @@ def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict
         "state_bytes": states(config),
         "activation_bytes": kept,
     }
-    totals = {name: int(total(items)) for name, items in groups.items()}
-    totals["flops_per_token_training"] = 3 * totals["flops_per_token_forward"]
+    totals = {name: round(total(items)) for name, items in groups.items()}
+    totals["flops_per_token_training"] = round(training_flops(model, data.seq_len))
     sent = traffic(model, n_ranks)
     return {
         "recipe": config.recipe,

@@ -35,7 +35,7 @@ def demo() -> Config:
         data=DataConfig(seq_len=256, batch_size=8),
         optim=OptimConfig(name="muon", steps=400, lr=3e-3, warmup=0.05),
         # on a machine slower than expected it stops in time, and says so
-        run=RunConfig(eval_every=80, eval_batches=8, log_every=10, max_seconds=240),
+        run=RunConfig(eval_every=80, eval_tokens=16_384, log_every=10, max_seconds=240),
     )
 
 
@@ -50,6 +50,7 @@ def dense() -> Config:
         # a large batch: Newton–Schulz costs the same whatever the number of tokens
         data=DataConfig(seq_len=128, batch_size=32),
         optim=OptimConfig(name="muon", steps=500, lr=3e-3, beta2=0.99, warmup=0.05, decay=0.4),
+        run=RunConfig(eval_tokens=65_536),
     )
 
 

@@ -35,7 +35,7 @@ def small() -> Config:
         ),
         data=DataConfig(seq_len=1024, batch_size=64, micro_batch_size=16),
         optim=OptimConfig(name="muon", steps=10_000, lr=1e-3),
-        run=RunConfig(recompute=True, checkpoint_every=1000, eval_batches=32),
+        run=RunConfig(recompute=True, checkpoint_every=1000, eval_tokens=1 << 21),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from headway.config import UsageError
 from headway.report.metrics import METRICS
+from headway.report.ranking import ranking
 from headway.report.runs import defaults, load_run
 
 SCRIPTS = (
@@ -72,6 +73,7 @@ def render(runs: list[dict]) -> str:
     )
     data = {
         "runs": runs,
+        "ranking": ranking(runs).sentence,
         "metrics": {m.name: dataclasses.asdict(m) for m in METRICS},
         "defaults": defaults(),
     }
@@ -91,11 +93,15 @@ def render(runs: list[dict]) -> str:
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or of several laid over each other, to the file `out`; returns
-    its path.
+    its path. Raises UsageError as `load_runs` and `write_page` do."""
+    return write_page(load_runs(run_dirs), out)
+
+
+def load_runs(run_dirs: Sequence[str | Path]) -> list[dict]:
+    """The runs of a page, each with a name of its own.
 
     `run_dirs` are run folders with run.json and metrics.jsonl; a run that is still going is fine.
-    The file is written beside `out` and renamed, so a reader never sees half a page. Raises
-    UsageError for a missing or corrupt run and for a place that cannot be written.
+    Raises UsageError for a missing or corrupt run.
     """
     folders = [Path(d) for d in run_dirs]
     if not folders:
@@ -104,6 +110,13 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         )
     runs = [load_run(folder) for folder in folders]
     _unique_names(runs, folders)
+    return runs
+
+
+def write_page(runs: list[dict], out: str | Path) -> Path:
+    """Write the page of these runs to the file `out`, beside it and then renamed, so that a reader
+    never sees half a page; returns its path. Raises UsageError for a place that cannot be
+    written."""
     page = render(runs)
     out = Path(out)
     temporary = out.with_name(out.name + ".tmp")

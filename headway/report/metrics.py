@@ -47,14 +47,14 @@ METRICS: tuple[Metric, ...] = (
         "val_loss",
         "Validation loss",
         "nats/token",
-        "−(1/N) Σ log p(target) over the validation batches",
+        "−(1/N) Σ log p(target) over the validation windows",
         "The loss on text that is never trained on.",
     ),
     Metric(
         "val_bits_per_byte",
         "Validation bits/byte",
         "bits/byte",
-        "Σ −log p(target) / (ln 2 · bytes), over the validation batches",
+        "Σ −log p(target) / (ln 2 · bytes), over the validation windows",
         "The number to compare runs by.",
     ),
     Metric(
@@ -82,7 +82,7 @@ METRICS: tuple[Metric, ...] = (
         "flops_per_second",
         "Arithmetic",
         "FLOP/s",
-        "model FLOPs per token (forward and backward, active parameters) · tokens/s",
+        "FLOPs per token in training, as `headway describe` counts them · tokens/s",
         "Useful arithmetic; divided by the peak of the hardware it is MFU.",
     ),
     Metric(

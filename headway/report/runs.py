@@ -213,6 +213,14 @@ def _headline(
     }
 
 
+def _leak(overlap: Mapping | None) -> dict[str, str]:
+    """What validation and training share: `sentence`, and `short` where they share something."""
+    overlap = overlap or {}
+    n, of = overlap.get("shared") or 0, overlap.get("validation_documents")
+    short = f"{n:,} of {of:,} validation documents are trained on" if n else ""
+    return {"sentence": str(overlap.get("sentence") or ""), "short": short}
+
+
 def load_run(folder: str | Path) -> dict:
     """Everything the page needs of one run folder (run.json and metrics.jsonl), as plain JSON
     values.
@@ -270,6 +278,12 @@ def load_run(folder: str | Path) -> dict:
         "machine": {
             str(k): str(v) for k, v in (info.get("machine") or {}).items() if v is not None
         },
+        "validation": {
+            name: str((info.get("validation") or {}).get(name) or "")
+            for name in ("fingerprint", "sentence")
+        },
+        "leak": _leak(info.get("overlap")),
+        "approximate": [str(why) for why in info.get("approximate") or ()],
         "recipe_source": str(info.get("recipe_source") or ""),
     }
 

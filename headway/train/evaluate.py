@@ -15,7 +15,7 @@ from headway.parallel.reduce import sum_over
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the validation batches, as means."""
+    """Sums over the validation windows, as means."""
 
     val_loss: float
     """Nats per token."""
@@ -24,7 +24,8 @@ class Evaluation:
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> list[Batch]:
-    """The rows of a batch in pieces of at most `size` rows, on `device`."""
+    """The rows of a batch in pieces of at most `size` rows, on `device`; their bytes are counted
+    with the whole batch."""
 
     def moved(part: Tensor | None) -> list[Tensor | None]:
         if part is None:
@@ -35,14 +36,13 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> list[Batch]:
     return [Batch(*part) for part in parts]  # type: ignore[arg-type]
 
 
-def count_targets(batch: Batch, token_bytes_V: Tensor) -> tuple[int, int]:
-    """(valid targets, bytes of their text) of a batch; `token_bytes_V` int64 `[V]`, 0 for special
-    tokens."""
-    valid = batch.targets_BS[batch.targets_BS >= 0]
-    return valid.numel(), int(token_bytes_V[valid].sum())
+def count_targets(batch: Batch) -> tuple[int, float]:
+    """(valid targets, bytes of their text) of a batch from a `Stream`."""
+    assert batch.bytes_B is not None
+    return int((batch.targets_BS >= 0).sum()), float(batch.bytes_B.sum())
 
 
-def bits_per_byte(nats: float, n_bytes: int) -> float:
+def bits_per_byte(nats: float, n_bytes: float) -> float:
     """Nats summed over a text, per byte of it, in bits; NaN for a text without bytes."""
     return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
@@ -51,30 +51,29 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 def evaluate(
     model: Transformer,
     stream: Stream,
-    token_bytes_V: Tensor,
-    n_batches: int,
+    n_windows: int,
     micro_batch_size: int,
     spread: Spread = ALONE,
 ) -> Evaluation:
-    """The first `n_batches` validation batches (0: all of them), always the same ones.
+    """The loss on the first `n_windows` validation windows, always the same ones.
 
-    Sums in float64 and divides once, so the result depends neither on the micro-batch nor on the
-    number of ranks beyond float32 rounding.
+    Each rank takes `micro_batch_size` of them at a time. Sums in float64 and divides once, so the
+    result depends neither on the micro-batch nor on the number of ranks beyond float32 rounding.
     """
-    wanted = min(n_batches or stream.n_val_batches, stream.n_val_batches)
     device, mesh = model.embed.weight.device, spread.mesh
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for i in range(wanted):
-        batch = share(stream.val_batch(i), mesh.rank, mesh.size)
+    for begin in range(0, n_windows, micro_batch_size * mesh.size):
+        end = min(begin + micro_batch_size * mesh.size, n_windows)
+        batch = share(stream.val_windows(begin, end), mesh.rank, mesh.size)
         for micro in micro_batches(batch, micro_batch_size, device):
             sums[0] += model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange).nats
-        sums[1:] += torch.tensor(count_targets(batch, token_bytes_V), device=device)
+        sums[1:] += torch.tensor(count_targets(batch), dtype=torch.float64, device=device)
     rest(model)
     model.train(was_training)
     nats, targets, n_bytes = sum_over(mesh.world, sums, mesh, "evaluation").tolist()
-    return Evaluation(nats / targets, bits_per_byte(nats, int(n_bytes)))
+    return Evaluation(nats / targets, bits_per_byte(nats, n_bytes))
 
 
 def share(batch: Batch, rank: int, world: int) -> Batch:
@@ -84,9 +83,11 @@ def share(batch: Batch, rank: int, world: int) -> Batch:
     missing = -len(batch.tokens_BS) % world
     each = (len(batch.tokens_BS) + missing) // world
 
-    def rows(part_BS: Tensor, fill: int) -> Tensor:
-        filled = torch.cat([part_BS, part_BS.new_full((missing, part_BS.shape[1]), fill)])
+    def rows(part: Tensor, fill: int = 0) -> Tensor:
+        filled = torch.cat([part, part.new_full((missing, *part.shape[1:]), fill)])
         return filled[rank * each : (rank + 1) * each]
 
-    doc_BS = None if batch.doc_BS is None else rows(batch.doc_BS, 0)
-    return Batch(rows(batch.tokens_BS, 0), rows(batch.targets_BS, -1), doc_BS)
+    doc_BS, bytes_B = (
+        None if part is None else rows(part) for part in (batch.doc_BS, batch.bytes_B)
+    )
+    return Batch(rows(batch.tokens_BS), rows(batch.targets_BS, -1), doc_BS, bytes_B)

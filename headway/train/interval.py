@@ -19,8 +19,8 @@ class Interval:
     `tokens`."""
 
     def __init__(self) -> None:
-        self.tokens = self.targets = self.bytes = self.steps = 0
-        self.seconds = self.nats = self.balance = self.grad_norm = 0.0
+        self.tokens = self.targets = self.steps = 0
+        self.seconds = self.bytes = self.nats = self.balance = self.grad_norm = 0.0
         self.counts: list[Tensor] = []
         """Rows per expert, float32 `[H, E]` per sparse layer (exact up to 2²⁴ rows)."""
         self.entropy: list[Tensor] = []
@@ -35,7 +35,7 @@ class Interval:
         self,
         nats: float,
         targets: int,
-        n_bytes: int,
+        n_bytes: float,
         balance: float,
         grad_norm: float,
         routes: list[RouteStats],

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from headway.config import Config, RankError, ToldError, UsageError
-from headway.data.shards import prepare
+from headway.data.shards import Dataset, prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
+from headway.data.validation import ValidationText, validation_text
 from headway.model.transformer import Transformer
 from headway.parallel.agreement import leaves
 from headway.parallel.exchange import begin
@@ -120,11 +121,15 @@ def _train(
         model = Transformer(config.model, dtype=resolved.dtype, recompute=run.recompute)
     sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
     apart = begin(model, mesh, run.seed)
-    info = _run_info(resolved, sizes, recipe_source)
+    validation = validation_text(stream, run.eval_tokens)
+    info = _run_info(resolved, sizes, stream.dataset, validation, recipe_source)
     if not resume:
         start = mesh.first(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
         found = start, []
     _announce(resolved, mesh, sizes, run_dir, log)
+    log(f"validation: {validation.sentence}")
+    for note in stream.dataset.notes:
+        log(f"note: {note}")
     optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
     torch.manual_seed(run.seed + (mesh.rank << 32))
@@ -133,7 +138,18 @@ def _train(
     sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.leads else NoSink()
     with sink:
         side = Run(
-            config, run_dir, model, sizes, optimizers, stream, tokenizer, progress, sink, log, apart
+            config,
+            run_dir,
+            model,
+            sizes,
+            optimizers,
+            stream,
+            validation,
+            tokenizer,
+            progress,
+            sink,
+            log,
+            apart,
         )
         if resume or start is not None:
             progress = side.restore(*found)
@@ -150,7 +166,7 @@ def _train(
             lock.check()
             started = time.perf_counter()
             batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
-            targets, n_bytes = count_targets(batch, side.token_bytes_V)
+            targets, n_bytes = count_targets(batch)
             micros = micro_batches(batch, micro, resolved.device)
             rate = lr_factor(progress.step, optim)
             got = gradient(
@@ -218,7 +234,14 @@ def _reason_to_skip(got: Gradient, spikes: SpikeDetector) -> str:
     return ""
 
 
-def _run_info(resolved: Resolved, sizes: Sizes, recipe_source: str) -> dict[str, Any]:
+def _run_info(
+    resolved: Resolved,
+    sizes: Sizes,
+    dataset: Dataset,
+    validation: ValidationText,
+    recipe_source: str,
+) -> dict[str, Any]:
+    overlap = dataset.overlap
     return {
         "config": resolved.config.to_dict(),
         "job": folder.job(),
@@ -226,6 +249,9 @@ def _run_info(resolved: Resolved, sizes: Sizes, recipe_source: str) -> dict[str,
         "derived": resolved.derived,
         **provenance(),
         "parameters": {"total": sizes.total, "active": sizes.active},
+        "validation": dataclasses.asdict(validation),
+        "overlap": {**dataclasses.asdict(overlap), "sentence": overlap.sentence},
+        "approximate": dataset.approximate,
     }
 
 

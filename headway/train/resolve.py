@@ -13,6 +13,7 @@ from headway.kernels.native import native
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import gathers
+from headway.plan.cost import training_flops
 from headway.plan.layout import Layout, auto_chunks
 from headway.validate import validate
 
@@ -195,11 +196,12 @@ class Sizes:
     active: int
     """Parameters that one token visits."""
     flops_per_token: float
+    """Of training, by the formula of `headway describe`."""
 
     @classmethod
     def of(cls, model: Transformer, seq_len: int) -> "Sizes":
         """Counted on the model before it is spread over ranks."""
-        return cls(*count_parameters(model), flops_per_token(model, seq_len))
+        return cls(*count_parameters(model), training_flops(model.config, seq_len))
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
@@ -208,27 +210,6 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     idle = sum(_idle(layer) for layer in model.sparse_layers())
     return total, total - idle
-
-
-def flops_per_token(model: Transformer, seq_len: int) -> float:
-    """Useful FLOPs of forward and backward per token: 6 per active matrix entry and the attention
-    scores.
-
-    The embedding's rows are looked up, not multiplied; norms and biases are left out. Causal
-    attention over S positions multiplies S/2 keys and values on average, or its window.
-    """
-    c = model.config
-    active = count_parameters(model)[1]
-    # a latent norm is a matrix by its shape, one row per head
-    named = model.named_parameters()
-    no_matmul = sum(p.numel() for name, p in named if p.ndim < 2 or "norm" in name)
-    no_matmul += 0 if c.tied else model.embed.weight.numel()
-    width = c.n_heads * (c.d_head or c.d_model // c.n_heads)
-    windows = [
-        (c.window[i % len(c.window)] if c.window else 0) or seq_len for i in range(c.n_layers)
-    ]
-    keys = sum(min(w, seq_len) * (1 - min(w, seq_len) / (2 * seq_len)) for w in windows)
-    return 6 * (active - no_matmul) + 12 * width * keys
 
 
 def _idle(layer: MoE) -> int:

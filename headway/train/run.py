@@ -13,6 +13,7 @@ import torch
 from headway.config import Config, OptimConfig, RunError, UsageError, from_dict
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
+from headway.data.validation import ValidationText
 from headway.eval.sampling import generate
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
@@ -46,6 +47,7 @@ class Run:
     sizes: Sizes
     optimizers: Optimizers
     stream: Stream
+    validation: ValidationText
     tokenizer: Tokenizer
     progress: Progress
     sink: JsonlSink | NoSink
@@ -63,7 +65,6 @@ class Run:
         mesh = self.spread.mesh
         self.busy = Busy(mesh)
         self.beside = mesh.collector() if self.config.run.async_checkpoint else mesh.collect
-        self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes)
         self.expected_bytes = 0.0
         if (exchange := self.spread.exchange) is not None:
             self.expected_bytes = exchanged(self.config, exchange.scheme, self.model.dtype.itemsize)
@@ -129,6 +130,7 @@ class Run:
             "seed": self.config.run.seed,
             "tokenizer": self.tokenizer.fingerprint,
             "data": self.stream.dataset.fingerprint,
+            "validation text": self.validation.fingerprint,
         }
 
     def write(self, record: dict[str, Any]) -> None:
@@ -218,17 +220,10 @@ class Run:
         return columns
 
     def evaluate(self) -> None:
-        """Validation, always on the same batches."""
-        data, n_batches = self.config.data, self.config.run.eval_batches
+        """Validation, always on the same windows."""
+        windows, micro = self.validation.windows, self.config.data.micro_batch_size
         with self.spread.mesh.traffic.aside():
-            found = evaluate(
-                self.model,
-                self.stream,
-                self.token_bytes_V,
-                n_batches,
-                data.micro_batch_size,
-                self.spread,
-            )
+            found = evaluate(self.model, self.stream, windows, micro, self.spread)
         self.progress.evaluated(found)
         self.write(dataclasses.asdict(found))
         self.log(

@@ -30,7 +30,7 @@ class Gradient:
     """Sum of −log p over the valid targets of the whole batch."""
     targets: int
     """Valid targets of the whole batch."""
-    bytes: int
+    bytes: float
     """Bytes of their text."""
     balance: float
     """Balance loss, mean over micro-batches."""
@@ -49,7 +49,7 @@ def gradient(
     balance: BalanceConfig,
     spread: Spread = ALONE,
     *,
-    n_bytes: int = 0,
+    n_bytes: float = 0.0,
     signal: bool = False,
 ) -> Gradient:
     """Backward through all micro-batches of a step; the gradient is that of the whole batch.
@@ -94,7 +94,7 @@ def gradient(
     return Gradient(
         nats=nats_sum,
         targets=int(targets),
-        bytes=int(text_bytes),
+        bytes=text_bytes,
         balance=even_sum / (len(micros) * mesh.size),
         norm=norm_value,
         routes=merged,

@@ -156,7 +156,7 @@ def test_reading_across_shards(tmp_path, shard_tokens):
     split = writer.close()
     assert len(split["shards"]) == -(-174 // shard_tokens)
     assert max(shard["tokens"] for shard in split["shards"]) <= shard_tokens
-    tokens = Tokens(tmp_path, split, dtype, 257, verify=True)
+    tokens = Tokens(tmp_path, split, dtype, BYTES.token_bytes, verify=True)
     ring = np.tile(np.append(ids, 256), 3)
     for start, length in [(0, 174), (0, 1), (173, 1), (99, 3), (170, 20), (5, 400)]:
         out = np.empty(length, dtype=np.int64)
@@ -168,6 +168,7 @@ def test_large_vocabulary_takes_uint32(tmp_path):
     class Wide:
         vocab_size, eos, fingerprint = 70_000, 69_999, "wide"
         token_bytes = np.ones(70_000, dtype=np.int64)
+        token_texts = [b"x"] * 70_000
 
         def encode(self, text):
             return np.array([69_000 + ord(char) % 900 for char in text], dtype=np.uint32)
@@ -221,8 +222,26 @@ def damage_missing(folder):
     (folder / "val-00000.bin").unlink()
 
 
+def damage_index(folder):
+    path = folder / "train-documents.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def damage_index_missing(folder):
+    (folder / "documents.json").unlink()
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_size, damage_value, damage_manifest, damage_manifest_keys, damage_missing]
+    "damage",
+    [
+        damage_size,
+        damage_value,
+        damage_manifest,
+        damage_manifest_keys,
+        damage_missing,
+        damage_index,
+        damage_index_missing,
+    ],
 )
 def test_damaged_cache_is_named(config, damage):
     prepare(config, BYTES, quiet)

@@ -13,6 +13,7 @@ from headway.data.shard_file import Tokens
 from headway.data.shards import Dataset, Source, prepare
 from headway.data.stream import Stream, _taken, _thresholds, mix, permute, pick
 from headway.data.tokenizer import load_tokenizer
+from headway.data.validation import validation_text
 
 BYTES = load_tokenizer("bytes")
 
@@ -227,7 +228,7 @@ def test_order_of_calls_does_not_matter(config, data):
     late = stream.batch(77)
     for step in (3, 500, 0):
         stream.batch(step)
-    stream.val_batch(0)
+    stream.val_windows(0, 2)
     assert equal(stream.batch(77), late)
     assert equal(Stream(data, config, 0).batch(77), late)
     assert not equal(Stream(data, config, 1).batch(77), late)
@@ -274,24 +275,56 @@ def test_the_default_corpus_end_to_end(tmp_path):
 # ---- validation ----
 
 
-def test_validation_visits_every_window_once_in_the_same_order_for_all(config, data):
-    streams = [Stream(data, config, 0), Stream(data, replace(config, weights=(9.0, 1.0, 1.0)), 5)]
-    total = sum((len(source.val) - 1) // 16 for source in data.sources)
-    assert streams[0].n_val_batches == -(-total // 8)
-    seen = []
-    for i in range(streams[0].n_val_batches):
-        batches = [stream.val_batch(i) for stream in streams]
-        assert equal(*batches)
-        assert torch.equal(batches[0].tokens_BS[:, 1:], batches[0].targets_BS[:, :-1])
-        assert len(batches[0].tokens_BS) == min(8, total - 8 * i)
-        seen += batches[0].tokens_BS.tolist()
+def test_each_validation_token_is_a_target_once_in_the_same_order_for_all(config, data):
+    other = replace(config, weights=(9.0, 1.0, 1.0), batch_size=3)
+    streams = [Stream(data, config, 0), Stream(data, other, 5)]
+    total = sum(-(-len(source.val) // 16) for source in data.sources)
+    assert [stream.n_val_windows for stream in streams] == [total] * 2
+    whole = streams[0].val_windows(0, total)
+    pieces = [streams[1].val_windows(i, min(i + 7, total)) for i in range(0, total, 7)]
+    assert torch.equal(torch.cat([piece.tokens_BS for piece in pieces]), whole.tokens_BS)
+    assert torch.equal(torch.cat([piece.targets_BS for piece in pieces]), whole.targets_BS)
     wanted = []
     for source in data.sources:
         ids = np.empty(len(source.val), dtype=np.int64)
         source.val.read(0, ids)
-        wanted += [ids[i * 16 : i * 16 + 16].tolist() for i in range((len(ids) - 1) // 16)]
-    assert sorted(seen) == sorted(wanted)
-    assert seen != wanted
+        before = np.append(256, ids[:-1])  # the first token follows an eos, as all documents do
+        for i in range(0, len(ids), 16):
+            wanted.append((before[i : i + 16].tolist(), ids[i : i + 16].tolist()))
+    assert whole.bytes_B is not None
+    seen = []
+    rows = zip(whole.tokens_BS.tolist(), whole.targets_BS.tolist(), whole.bytes_B, strict=True)
+    for tokens, targets, n_bytes in rows:
+        n = sum(target >= 0 for target in targets)
+        assert targets[n:] == [-1] * (16 - n)
+        assert n_bytes == sum(target < 256 for target in targets[:n])
+        seen.append((tokens[:n], targets[:n]))
+    assert sorted(seen) == sorted(wanted) and seen != wanted
+
+
+def test_validation_text_is_known_by_its_content(config, data):
+    def made(tokens, data=data, **change):
+        changed = replace(config, **change)
+        return validation_text(Stream(data, changed, 0), tokens)
+
+    some = made(100)
+    assert some.windows == 7 and some.sentence.startswith("7 of ")
+    total = Stream(data, config, 0).n_val_windows
+    assert f" of {total} windows of 16 tokens (bytes) of /" in some.sentence
+    assert made(97, batch_size=2) == made(112, weights=(1.0, 2.0, 3.0), doc_mask=True) == some
+    whole = made(0)
+    assert whole == made(10**9) and whole.windows == total
+    assert whole.sentence.startswith(f"all {total} windows of 16 tokens")
+    assert made(0, seq_len=8).fingerprint == whole.fingerprint
+    fewer = replace(data, sources=data.sources[:2])
+    prints = {
+        whole.fingerprint,
+        some.fingerprint,
+        made(90).fingerprint,
+        made(112, seq_len=8).fingerprint,
+        made(0, fewer, source=config.source[:2]).fingerprint,
+    }
+    assert len(prints) == 5
 
 
 # ---- mistakes ----

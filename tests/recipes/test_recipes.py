@@ -51,7 +51,7 @@ def test_demo_fits_its_five_minutes():
     forward = total(flops(config.model, config.data.seq_len))
     tokens = config.optim.steps * config.data.batch_size * config.data.seq_len
     evaluations = 1 + config.optim.steps // config.run.eval_every
-    evaluated = evaluations * config.run.eval_batches * config.data.batch_size * config.data.seq_len
+    evaluated = evaluations * config.run.eval_tokens
     assert forward * (3 * tokens + evaluated) < 50e9 * 270
     assert 0 < config.run.max_seconds <= 240
 

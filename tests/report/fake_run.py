@@ -37,8 +37,10 @@ def make_run(
     sample: str | None = None,
     events: bool = True,
     wire: bool = False,
+    text: str = "8c1d3e5f7a9b0c2d",
 ) -> Path:
-    """Write run.json and metrics.jsonl; `layers=0` makes a dense run. Returns the folder."""
+    """Write run.json and metrics.jsonl; `layers=0` makes a dense run, `text` is the fingerprint of
+    its validation. Returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     config = Config(
@@ -87,6 +89,11 @@ def make_run(
             "gpus": 0,
         },
         "parameters": {"total": 9_482_240, "active": 3_190_784},
+        "validation": {
+            "windows": 128,
+            "fingerprint": text,
+            "sentence": "128 of 3,022 windows of 256 tokens of stdlib",
+        },
     }
     (folder / "run.json").write_text(json.dumps(info, indent=1))
     taste = np.exp(

@@ -288,6 +288,7 @@ def test_runs_overlay_and_toggle(browser, runs, tmp_path):
     both = points(browser)
     assert both["loss"] == 3 * 69 and both["lr"] == 3 * 60 and both["dead"] == 2 * 60
     assert both["load"] == LAYERS * HEADS * EXPERTS  # the map shows one run
+    assert js(browser, "return $('#ranking').textContent").startswith("Ranked by validation bits")
     browser.find_element("css selector", ".runs button[data-run='1']").click()
     assert points(browser)["loss"] == 2 * 69
     assert js(browser, "return document.querySelectorAll('#chart-lr path.line').length") == 2

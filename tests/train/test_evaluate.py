@@ -1,8 +1,8 @@
 """Bits per byte against plain logits, and its independence of micro-batches."""
 
+import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,8 +10,9 @@ from headway.config import DataConfig, ModelConfig, MoEConfig
 from headway.data.shards import prepare
 from headway.data.stream import Batch, Stream
 from headway.data.tokenizer import load_tokenizer
+from headway.data.validation import validation_text
 from headway.model.transformer import Transformer
-from headway.train.evaluate import bits_per_byte, count_targets, evaluate, micro_batches
+from headway.train.evaluate import bits_per_byte, count_targets, evaluate, micro_batches, share
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def stream(tmp_path):
     return Stream(prepare(config, load_tokenizer("bytes"), lambda _: None), config, seed=0)
 
 
-def test_equals_the_plain_sum(stream):
+def model(dtype=torch.float32):
     config = ModelConfig(
         vocab_size=257,
         n_layers=1,
@@ -35,31 +36,54 @@ def test_equals_the_plain_sum(stream):
         n_heads=2,
         moe=MoEConfig(n_experts=2, top_k=2, d_expert=8),
     )
-    model = Transformer(config, seed=0)
-    token_bytes = torch.from_numpy(load_tokenizer("bytes").token_bytes)
-    nats = targets = n_bytes = 0
-    for i in range(3):
-        batch = stream.val_batch(i)
-        logits = model(batch.tokens_BS).logits_BSV.detach().double()
-        chosen = logits.log_softmax(-1).gather(-1, batch.targets_BS.unsqueeze(-1))
-        nats -= float(chosen.sum())
-        targets += batch.targets_BS.numel()
-        n_bytes += int((batch.targets_BS < 256).sum())
-    for micro in (5, 2):
-        found = evaluate(model, stream, token_bytes, 3, micro)
-        assert found.val_loss == pytest.approx(nats / targets, rel=1e-6)
+    return Transformer(config, dtype=dtype, seed=0).to(dtype)
+
+
+def test_equals_the_plain_sum(stream):
+    subject = model()
+    batch = stream.val_windows(0, 15)
+    logits = subject(batch.tokens_BS).logits_BSV.detach().double()
+    valid = batch.targets_BS >= 0
+    chosen = logits.log_softmax(-1).gather(-1, batch.targets_BS.clamp(min=0).unsqueeze(-1))
+    nats = -float(chosen.squeeze(-1)[valid].sum())
+    n_bytes = int((batch.targets_BS[valid] < 256).sum())
+    for micro in (15, 4, 1):
+        found = evaluate(subject, stream, 15, micro)
+        assert found.val_loss == pytest.approx(nats / int(valid.sum()), rel=1e-6)
         assert found.val_bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
-    assert model.training
-    everything = evaluate(model, stream, token_bytes, 0, 5)
-    assert everything == evaluate(model, stream, token_bytes, 10**6, 5) != found
+    assert subject.training
+    assert evaluate(subject, stream, 5, 5) != found
+
+
+def test_the_batch_size_does_not_choose_the_text(stream):
+    subject = model(torch.float64)
+    windows = validation_text(stream, 300).windows
+    found = [
+        evaluate(subject, Stream(stream.dataset, config, seed), windows, config.batch_size)
+        for seed, config in enumerate(
+            dataclasses.replace(stream.config, batch_size=size) for size in (1, 3, 8, 64)
+        )
+    ]
+    for other in found[1:]:
+        assert dataclasses.astuple(other) == pytest.approx(dataclasses.astuple(found[0]), rel=1e-12)
 
 
 def test_only_valid_targets_count():
     targets = torch.tensor([[3, -1, 0], [1, 1, -1]])
-    batch = Batch(torch.zeros(2, 3, dtype=torch.long), targets, None)
-    assert count_targets(batch, torch.from_numpy(np.array([5, 1, 9, 0]))) == (4, 7)
+    batch = Batch(torch.zeros(2, 3, dtype=torch.long), targets, None, torch.tensor([5.0, 2.0]))
+    assert count_targets(batch) == (4, 7)
     assert bits_per_byte(math.log(2) * 6, 3) == pytest.approx(2.0)
     assert math.isnan(bits_per_byte(1.0, 0))
+
+
+def test_ranks_take_all_rows_once_and_as_many_each():
+    tokens = torch.arange(15).view(5, 3)
+    whole = Batch(tokens, tokens + 1, tokens.int(), torch.arange(5.0))
+    parts = [share(whole, rank, 4) for rank in range(4)]
+    assert [len(p.tokens_BS) for p in parts] == [2] * 4
+    targets = torch.cat([p.targets_BS for p in parts])
+    assert torch.equal(targets[:5], tokens + 1) and (targets[5:] == -1).all()
+    assert sum(count_targets(p)[1] for p in parts) == 10
 
 
 def test_micro_batches_are_the_rows_in_order():

@@ -14,6 +14,7 @@ from headway.config import (
     RouterConfig,
     UsageError,
 )
+from headway.report.runs import load_run
 from headway.report.sinks import read_metrics
 from headway.train import checkpoint, folder, loop, run, saved
 from headway.train.run import RunError
@@ -241,3 +242,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
                 train(tiny(tmp_path, run={"dir": str(read_only)}))
         finally:
             subprocess.run(["umount", "-l", str(read_only)], check=True)
+
+
+def test_leaks_into_training_are_told(tmp_path):
+    """In the log, in run.json and in the report; `dedup` says what it left out."""
+    lines = [json.dumps({"text": f"one of {i % 12} texts of some length"}) for i in range(60)]
+    config = tiny(tmp_path, optim={"steps": 1})
+    (tmp_path / "leak.jsonl").write_text("\n".join(lines))
+    source = (str(tmp_path / "leak.jsonl"),)
+    for dedup, short in (("none", "3 of 3 validation documents are trained on"), ("exact", "")):
+        data = dataclasses.replace(config.data, source=source, dedup=dedup)
+        said: list[str] = []
+        train(dataclasses.replace(config, data=data), overwrite=True, log=said.append)
+        overlap = json.loads((tmp_path / "run" / "run.json").read_text())["overlap"]
+        assert overlap["validation_documents"] == 3 and overlap["shared"] == (3 if short else 0)
+        notes = [line for line in said if line.startswith("note: ") and "validation doc" in line]
+        assert len(notes) == 1 and overlap["sentence"] in notes[0]
+        found = load_run(tmp_path / "run")
+        assert found["leak"] == {"sentence": overlap["sentence"], "short": short}
+    assert overlap["removed_shared"] == 12 and overlap["removed_repeated"] == 36

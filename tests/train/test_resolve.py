@@ -17,9 +17,9 @@ from headway.config import (
 )
 from headway.model.transformer import Transformer
 from headway.train.resolve import (
+    Sizes,
     count_parameters,
     crowded,
-    flops_per_token,
     native_bfloat16,
     resolve,
 )
@@ -114,9 +114,9 @@ def test_counts_of_a_small_model():
     matrices = 2 * 4 * 16 * 16 + dense + sparse + 64 * 16
     norms = 2 * 2 * 16 + 16 + 2 * 2 * 8 + 16  # of the blocks, the end, QK-norm, the latent
     assert active == matrices + norms + 64 * 16
-    assert flops_per_token(model, 32) == 6 * matrices + 12 * 16 * 2 * 16
+    # a position of a causal layer sees (S+1)/2 keys on average, itself included
+    assert Sizes.of(model, 32).flops_per_token == 6 * matrices + 12 * 16 * 2 * 16.5
     windowed = Transformer(dataclasses.replace(config, window=(4, 0)))
-    keys = sum(min(i, 4) for i in range(32)) / 32
-    assert flops_per_token(windowed, 32) == pytest.approx(
-        6 * matrices + 12 * 16 * (keys + 16), rel=0.02
-    )
+    keys = sum(min(i, 4) for i in range(1, 33)) / 32
+    flops = Sizes.of(windowed, 32).flops_per_token
+    assert flops == 6 * matrices + 12 * 16 * (keys + 16.5)

@@ -88,7 +88,7 @@ def tiny(root: Path, **changes) -> Config:
             dtype="float32",
             log_every=3,
             eval_every=5,
-            eval_batches=2,
+            eval_tokens=256,
             sample_tokens=8,
             checkpoint_every=4,
         ),

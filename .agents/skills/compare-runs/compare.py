@@ -5,18 +5,8 @@ import sys
 from pathlib import Path
 
 from headway.config import UsageError
-from headway.report.sinks import read_metrics
-
-
-def last_validation(run: Path) -> float:
-    found = [
-        r["val_bits_per_byte"]
-        for r in read_metrics(run / "metrics.jsonl")
-        if "val_bits_per_byte" in r
-    ]
-    if not found:
-        raise UsageError(f"{run} has no evaluation yet; train it with --run.eval-every N")
-    return found[-1]
+from headway.report.html import load_runs
+from headway.report.ranking import ranking
 
 
 def main() -> int:
@@ -26,10 +16,15 @@ def main() -> int:
     parser.add_argument("--margin", type=float, default=0.01, help="bits/byte")
     options = parser.parse_args()
     try:
-        a, b = last_validation(options.run_a), last_validation(options.run_b)
+        runs = load_runs([options.run_a, options.run_b])
     except UsageError as error:
         print(error, file=sys.stderr)
         return 1
+    ranked = ranking(runs)
+    if ranked.order is None:
+        print(ranked.sentence, file=sys.stderr)
+        return 1
+    a, b = (run["headline"]["val_last"] for run in runs)
     print(f"{options.run_a} {a:.4f}  {options.run_b} {b:.4f}  difference {b - a:+.4f} bits/byte")
     return int(b - a > options.margin)
 

@@ -125,6 +125,9 @@ function configuration() {
 function provenance() {
   const pairs = RUNS.map((r) => ({
     commit: r.commit + (r.dirty ? " with uncommitted changes" : ""),
+    validated_on: r.validation.sentence || null,
+    leaks: r.leak.sentence || null,
+    "bits/byte": r.approximate.join(" ") || null,
     ...r.versions,
     ...r.machine,
   }));

@@ -56,6 +56,8 @@ function headlines(run) {
       bits,
       h.val_best === null
         ? "no evaluation yet"
+        : run.leak.short
+          ? run.leak.short
         : h.val_best < h.val_last
           ? `best ${fixed(h.val_best, 3)}`
           : "first → last evaluation",
@@ -119,6 +121,7 @@ function headline() {
   const lists = RUNS.map(headlines);
   top.append(
     title,
+    el("p", { class: "about", id: "ranking" }, DATA.ranking),
     el(
       "div",
       { class: "scroll" },

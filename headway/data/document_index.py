@@ -1,0 +1,134 @@
+"""What the documents of a source are: where each ends, a hash of it; and the bytes of its text.
+
+Made from the finished shards of a source and kept beside them:
+
+    CACHE/NAME-KEY/train-documents.bin    DOCUMENT, one per document, in their order
+    CACHE/NAME-KEY/documents.json         the rest of DocumentIndex by split, the number of leaks
+
+Equal text has equal tokens, so the hash of a document is that of its ids.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from headway.data.shard_file import Tokens, check, sample_digest
+from headway.data.tokenizer import Tokenizer
+
+DOCUMENT = np.dtype([("end", "<u8"), ("hash", "<u8")])
+"""Of each document: the place after its eos, in tokens; blake2b of its ids, eos included."""
+CHUNK_TOKENS = 1 << 22
+"""Ids that are read at once."""
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The documents of one split of a source."""
+
+    file: str
+    """Of DOCUMENT rows; with the next four as a shard's entry in the manifest."""
+    tokens: int
+    """Its rows."""
+    bytes: int
+    sha256: str
+    sample: str
+    token_bytes: int
+    """Bytes of text that the ids show. They are not those of the text where the tokenizer
+    normalises it, adds spaces or has no token for a part of it."""
+    text: str
+    """A hash of what the ids show, document by document: equal for equal text under any tokenizer
+    that keeps all of it. Of validation; empty for training."""
+
+
+@dataclass(frozen=True)
+class DocumentIndex:
+    """The documents of a source."""
+
+    folder: Path
+    train: SplitIndex
+    val: SplitIndex
+    shared: int
+    """Validation documents of the source that are in its training too."""
+
+    @classmethod
+    def load(cls, folder: Path, verify: bool) -> "DocumentIndex":
+        """From the cache. UsageError if it is damaged; OSError, ValueError, KeyError or TypeError
+        if it is not whole."""
+        found = json.loads((folder / "documents.json").read_bytes())
+        for split in ("train", "val"):
+            check(folder, found[split], DOCUMENT, verify)
+        train, val = (SplitIndex(**found[split]) for split in ("train", "val"))
+        return cls(folder, train, val, found["shared"])
+
+    def documents(self, split: SplitIndex) -> np.ndarray:
+        """DOCUMENT `[documents]`, mapped into memory."""
+        if not split.tokens:
+            return np.empty(0, dtype=DOCUMENT)
+        return np.asarray(np.memmap(self.folder / split.file, dtype=DOCUMENT, mode="r"))
+
+
+def write_index(folder: Path, tokenizer: Tokenizer) -> None:
+    """Index the shards of a folder whose manifest is written."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    entries, hashes = {}, {}
+    for split in ("train", "val"):
+        tokens = Tokens(folder, manifest["splits"][split], dtype, tokenizer.token_bytes, False)
+        documents_N, token_bytes, text = _scan(tokens.parts, tokenizer, split == "val")
+        hashes[split] = documents_N["hash"]
+        path, content = folder / f"{split}-documents.bin", documents_N.tobytes()
+        with path.open("wb") as file:
+            file.write(content)
+            _sync(file)
+        digest = hashlib.sha256(content).hexdigest()
+        found = (len(documents_N), len(content), digest, sample_digest(path), token_bytes, text)
+        entries[split] = asdict(SplitIndex(path.name, *found))
+    shared = int(np.isin(hashes["val"], hashes["train"]).sum())
+    with (folder / "documents.json").open("w") as file:
+        json.dump({**entries, "shared": shared}, file, indent=1)
+        _sync(file)
+
+
+def _scan(
+    parts: Sequence[np.ndarray], tokenizer: Tokenizer, show: bool
+) -> tuple[np.ndarray, int, str]:
+    """DOCUMENT rows, bytes that the ids show, and with `show` their hash."""
+    count_V = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    # An eos shows as a byte that no UTF-8 text holds, so that documents stay apart.
+    shown_V = [*tokenizer.token_texts]
+    shown_V[tokenizer.eos] = b"\xff"
+    text, document = hashlib.sha256(), hashlib.blake2b(digest_size=8)
+    ends: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    hashes = bytearray()
+    position = 0
+    for part in parts:
+        for begin in range(0, len(part), CHUNK_TOKENS):
+            chunk = part[begin : begin + CHUNK_TOKENS]
+            count_V += np.bincount(chunk, minlength=len(count_V))
+            if show:
+                text.update(b"".join(map(shown_V.__getitem__, chunk.tolist())))
+            stops = np.flatnonzero(chunk == tokenizer.eos) + 1
+            content, last = memoryview(chunk.tobytes()), 0
+            for stop in (stops * chunk.itemsize).tolist():
+                document.update(content[last:stop])
+                hashes += document.digest()
+                document, last = hashlib.blake2b(digest_size=8), stop
+            document.update(content[last:])
+            ends.append(position + stops)
+            position += len(chunk)
+    documents_N = np.empty(len(hashes) // 8, dtype=DOCUMENT)
+    documents_N["end"] = np.concatenate(ends)
+    documents_N["hash"] = np.frombuffer(hashes, "<u8")
+    token_bytes = int(count_V @ tokenizer.token_bytes)
+    return documents_N, token_bytes, text.hexdigest() if show else ""
+
+
+def _sync(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

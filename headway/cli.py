@@ -238,6 +238,11 @@ def sample(options: Sample) -> int:
         raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
     found = load_trained(options.run)
     _tell_problems(found.problems)
+    if factor := found.config.model.moe.capacity_factor:
+        print(
+            f"note: trained with model.moe.capacity_factor={factor}; sampling drops no token",
+            file=sys.stderr,
+        )
 
     def show(text: str) -> None:
         print(text, end="", flush=True)

@@ -1,5 +1,5 @@
-"""N ranks equal one process: loss, every gradient, the norm, the clip factor and five updates, in
-float64, to 1e-12."""
+"""N ranks equal one process that takes the whole batch at once: loss, every gradient, the norm, the
+clip factor and five updates, in float64, to 1e-12."""
 
 from dataclasses import dataclass, field, replace
 
@@ -59,10 +59,10 @@ class Case:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, clip=0.5))
     micro: int = 0
     """Rows of a rank's micro-batch; 0: all of its rows."""
-    one_micro: int = 0
-    """Rows of a micro-batch of the single process; 0: as many as all ranks take at once."""
     skew: bool = False
     """Every router sends all tokens to the first experts."""
+    blank: bool = False
+    """The first half of the rows, and with it some ranks and micro-batches, has no valid target."""
 
 
 def _mesh(dp=1, hp=1, ep=1, **options) -> MeshConfig:
@@ -72,7 +72,7 @@ def _mesh(dp=1, hp=1, ep=1, **options) -> MeshConfig:
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, clip=0.5)
 SIGN = BalanceConfig(aux=0.0, bias="sign", bias_rate=0.01)
 QUANTILE = BalanceConfig(aux=0.0, bias="quantile")
-LOCAL = BalanceConfig(aux=0.05, aux_scope="micro_batch")
+SEQUENCE = BalanceConfig(aux=0.05, z=1e-3, aux_scope="sequence")
 BY_ROUTER = {"sub-token": RouterConfig(), "token": TOKEN}
 
 EP = {
@@ -116,13 +116,12 @@ CASES: dict[str, Case] = {
     "sign bias, hp=2 ep=2": Case(heads(balance=SIGN), _mesh(hp=2, ep=2)),
     "sign bias, dp=2 hp=2": Case(heads(balance=SIGN), _mesh(2, 2)),
     "sign bias, flat, ep=4": Case(flat(balance=SIGN), _mesh(ep=4)),
-    # these two look at the tokens of one routing call: those of an hp axis, or of a rank
     "quantile bias, hp=4": Case(heads(balance=QUANTILE), _mesh(hp=4)),
-    "quantile bias, dp=2 hp=2": Case(heads(balance=QUANTILE), _mesh(2, 2), one_micro=8),
-    "quantile bias, flat, ep=4": Case(flat(balance=QUANTILE), _mesh(ep=4), one_micro=4),
-    "micro-batch scope, hp=4": Case(heads(balance=LOCAL), _mesh(hp=4)),
-    "micro-batch scope, dp=2 hp=2": Case(heads(balance=LOCAL), _mesh(2, 2), one_micro=8),
-    "micro-batch scope, flat, ep=4": Case(flat(balance=LOCAL), _mesh(ep=4), one_micro=4),
+    "quantile bias, dp=2 hp=2": Case(heads(balance=QUANTILE), _mesh(2, 2)),
+    "quantile bias, flat, ep=4": Case(flat(balance=QUANTILE), _mesh(ep=4)),
+    "sequence scope, hp=4": Case(heads(balance=SEQUENCE), _mesh(hp=4)),
+    "sequence scope, dp=2 hp=2": Case(heads(balance=SEQUENCE), _mesh(2, 2)),
+    "sequence scope, flat, ep=4": Case(flat(balance=SEQUENCE), _mesh(ep=4)),
     "all to the same experts, hp=2 ep=2": Case(heads(), _mesh(hp=2, ep=2), skew=True),
     "all to the same experts, flat, ep=4": Case(flat(), _mesh(ep=4), skew=True),
     "all to the same experts, flat, ep=4, per slot": Case(
@@ -140,9 +139,8 @@ def rows_of(mesh, micro: int) -> list[int]:
     return [row for start in starts for row in range(start, start + micro)]
 
 
-def train(mesh, case: Case, micro: int):
-    """Five steps on this rank's rows; everything that must not depend on the mesh, and the
-    ledger."""
+def train(mesh, case: Case, micro: int, steps: int = STEPS):
+    """Some steps on this rank's rows; everything that must not depend on the mesh."""
     model = Transformer(case.model, dtype=torch.float64, seed=0).double()
     if case.skew:
         with torch.no_grad():
@@ -150,15 +148,19 @@ def train(mesh, case: Case, micro: int):
                 layer.router.bias_HE[:, : layer.router.top_k] = 1e3
     apart = spread(model, mesh)
     optimizers = build_optimizers(model, case.optim, torch.float64, apart.layout)
-    balance, found = case.model.moe.balance, []
-    for step in range(STEPS):
+    balance, load, found = case.model.moe.balance, None, []
+    for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
         targets[0, :5] = -1  # ranks and micro-batches with unequal numbers of targets
+        if case.blank:
+            targets[: ROWS // 2] = -1
         mine = rows_of(mesh, micro)
         batch = Batch(tokens[mine], targets[mine], None)
         micros = micro_batches(batch, micro, torch.device("cpu"))
-        got = gradient(model, micros, int((batch.targets_BS >= 0).sum()), balance, apart)
+        valid = int((batch.targets_BS >= 0).sum())
+        got = gradient(model, micros, valid, balance, apart, load=load)
+        load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append(
             {
@@ -201,11 +203,10 @@ def compare(many, one) -> None:
 
 
 def check(ranks, case: Case) -> None:
-    """All ranks of the case's mesh against one process."""
+    """All ranks of the case's mesh against one process that takes the batch whole."""
+    one = ranks.remember(MeshConfig(), train, replace(case, mesh=MeshConfig(), micro=0), ROWS)[0]
     size = case.mesh.dp * case.mesh.hp * case.mesh.ep
-    micro = case.micro or ROWS // size
-    one = ranks.run(MeshConfig(), train, case, case.one_micro or micro * size)[0]
-    for answer in ranks.run(case.mesh, train, case, micro):
+    for answer in ranks.run(case.mesh, train, case, case.micro or ROWS // size):
         compare(answer, one)
 
 

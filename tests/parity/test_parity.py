@@ -70,9 +70,7 @@ def _mesh(dp=1, hp=1, ep=1, **options) -> MeshConfig:
 
 
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, clip=0.5)
-SIGN = BalanceConfig(aux=0.0, bias="sign", bias_rate=0.01)
-QUANTILE = BalanceConfig(aux=0.0, bias="quantile")
-SEQUENCE = BalanceConfig(aux=0.05, z=1e-3, aux_scope="sequence")
+CLIPPED = OptimConfig(lr=1e-3, clip=1e-2)
 BY_ROUTER = {"sub-token": RouterConfig(), "token": TOKEN}
 
 EP = {
@@ -113,17 +111,27 @@ CASES: dict[str, Case] = {
     "accumulation, hp=4": Case(heads(), _mesh(hp=4), micro=2),
     "accumulation, hp=2 ep=2, muon": Case(heads(), _mesh(hp=2, ep=2), MUON, micro=1),
     "muon, dp=2 hp=2, token": Case(heads(router=TOKEN), _mesh(2, 2), MUON),
-    "sign bias, hp=2 ep=2": Case(heads(balance=SIGN), _mesh(hp=2, ep=2)),
-    "sign bias, dp=2 hp=2": Case(heads(balance=SIGN), _mesh(2, 2)),
-    "sign bias, flat, ep=4": Case(flat(balance=SIGN), _mesh(ep=4)),
-    "quantile bias, hp=4": Case(heads(balance=QUANTILE), _mesh(hp=4)),
-    "quantile bias, dp=2 hp=2": Case(heads(balance=QUANTILE), _mesh(2, 2)),
-    "quantile bias, flat, ep=4": Case(flat(balance=QUANTILE), _mesh(ep=4)),
-    "sequence scope, hp=4": Case(heads(balance=SEQUENCE), _mesh(hp=4)),
-    "sequence scope, dp=2 hp=2": Case(heads(balance=SEQUENCE), _mesh(2, 2)),
-    "sequence scope, flat, ep=4": Case(flat(balance=SEQUENCE), _mesh(ep=4)),
+    "targets on some ranks only, dp=2 hp=2 ep=2": Case(heads(), _mesh(2, 2, 2), blank=True),
+    "targets in some micro-batches only, flat, dp=2 ep=2": Case(
+        flat(), _mesh(2, 1, 2), micro=1, blank=True
+    ),
+    "targets on some ranks only, fsdp": Case(heads(), _mesh(4, shard="fsdp"), blank=True),
+    "always clipped, dense layers, a shared expert, dp=2 hp=2 ep=2": Case(
+        replace(heads(n_dense_layers=1, d_shared=16), n_layers=3), _mesh(2, 2, 2), CLIPPED, micro=1
+    ),
+    "always clipped, dense layers, a shared expert, fsdp dp=2 hp=2 ep=2": Case(
+        replace(heads(n_dense_layers=1, d_shared=16), n_layers=3),
+        _mesh(2, 2, 2, shard="fsdp"),
+        CLIPPED,
+    ),
+    "tied, fsdp, hp=2 ep=2": Case(
+        replace(heads(), tied=True), _mesh(1, 2, 2, shard="fsdp"), micro=2
+    ),
     "all to the same experts, hp=2 ep=2": Case(heads(), _mesh(hp=2, ep=2), skew=True),
     "all to the same experts, flat, ep=4": Case(flat(), _mesh(ep=4), skew=True),
+    "all to the same experts, a capacity, ep=4": Case(
+        heads(capacity_factor=1.0), _mesh(ep=4), micro=1, skew=True
+    ),
     "all to the same experts, flat, ep=4, per slot": Case(
         flat(), _mesh(ep=4, ep_scheme="all_to_all", dedup=False), skew=True
     ),
@@ -170,6 +178,7 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
                 "norm": got.norm,
                 "clip": clip_factor(got.norm, case.optim.clip),
                 "counts": _stack([r.counts_HE for r in got.routes]),
+                "dropped": _stack([r.dropped for r in got.routes]),
                 "entropy": _stack([r.entropy_H for r in got.routes]),
                 "grads": whole(grads, apart),
             }
@@ -195,6 +204,7 @@ def compare(many, one) -> None:
         for key in ("nats", "targets", "balance", "norm", "clip", "entropy"):
             close(a[key], b[key], f"{key} of step {step}")
         assert torch.equal(a["counts"], b["counts"]), f"counts of step {step}"
+        close(a["dropped"], b["dropped"], f"share of slots dropped in step {step}")
         assert a["grads"].keys() >= b["grads"].keys()  # a slice without tokens has zeros
         for name, grad in b["grads"].items():
             close(a["grads"][name], grad, f"gradient of {name}, step {step}")

@@ -75,8 +75,8 @@ class BalanceConfig:
     bias: Literal["none", "sign", "quantile"] = "none"
     """A bias on the selection, never on the gates, updated once per optimiser step. `sign`:
     auxiliary-loss-free (arXiv 2408.15664). `quantile`: quantile balancing (arXiv 2607.24653); both
-    want `aux` = 0. The quantile is that of the step's tokens, from a histogram of 512 counts per
-    expert."""
+    want `aux` = 0. The quantile is that of all tokens of the step, from 512 counts per expert
+    that ranks add up (4 KiB per expert and step)."""
     bias_rate: float = 1e-3
     """Step of the `sign` rule; > 0."""
 

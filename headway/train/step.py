@@ -73,6 +73,7 @@ def gradient(
             before the first: even, which gives the auxiliary loss no gradient.
         signal: this rank was asked to end; the others will know.
     """
+    assert len({len(micro.tokens_BS) for micro in micros}) == 1, "means weigh parts of one size"
     device, layout = model.embed.weight.device, spread.layout
     mesh, reads_token = layout.mesh, model.config.moe.router.reads == "token"
     own = (valid_targets, n_bytes, signal)

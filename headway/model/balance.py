@@ -37,10 +37,10 @@ class RouteStats(NamedTuple):
     """
     dropped: Tensor
     """Share of slots dropped by the capacity, scalar."""
-    aux_H: Tensor | None
+    aux_H: Tensor | None = None
     """`aux_loss` of each sequence by its own load, mean over sequences; `[H]`, with gradient. None
     unless `aux_scope` is `sequence`."""
-    margins_HEQ: Tensor | None
+    margins_HEQ: Tensor | None = None
     """Histogram of the margins (`margin_counts`), int32 `[H, E, Q]`; None unless `bias` is
     `quantile`."""
 
@@ -115,14 +115,10 @@ def margin_counts(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
         return torch.zeros(H, E, N_BINS, dtype=torch.int32, device=scores_THE.device)
     biased = scores_THE.detach() + bias_HE
     margin_THE = biased - biased.topk(top_k + 1, dim=-1).values[..., -1:]
-    edges, first_E = _edges(margin_THE), torch.arange(E, device=biased.device) * N_BINS
-
-    def counted(margin_TE: Tensor) -> Tensor:
-        bin_TE = torch.bucketize(margin_TE.contiguous(), edges)  # edge < margin ≤ next edge
-        return count(bin_TE + first_E, E * N_BINS).view(E, N_BINS)
-
-    # head by head: numbers of bins are 64 bits wide
-    return torch.stack([counted(margin_TE) for margin_TE in margin_THE.unbind(1)]).int()
+    first_E = torch.arange(E, device=biased.device) * N_BINS
+    # head by head: the numbers of bins are 64 bits wide
+    counts = [count(_bin(m_TE) + first_E, E * N_BINS) for m_TE in margin_THE.unbind(1)]
+    return torch.stack(counts).view(H, E, N_BINS).int()
 
 
 def quantile_margin(margins_HEQ: Tensor, rows_HE: Tensor) -> Tensor:
@@ -137,18 +133,29 @@ def quantile_margin(margins_HEQ: Tensor, rows_HE: Tensor) -> Tensor:
     from_here = counts.flip(-1).cumsum(-1).flip(-1)  # tokens in this bin or above it
     bin_HE1 = ((from_here > fair_HE1).sum(-1, keepdim=True) - 1).clamp(min=0)
     inside, above = (x.gather(-1, bin_HE1) for x in (counts, from_here - counts))
-    edges = _edges(counts)
+    edges = _edges(counts.device)
     low, high = torch.cat([edges[:1], edges]), torch.cat([edges, edges[-1:]])
     share = (fair_HE1 - above) / inside.clamp(min=1)
     c_HE1 = torch.lerp(high[bin_HE1], low[bin_HE1], share)
     return torch.where(counts.sum(-1, keepdim=True) > fair_HE1, c_HE1, 0.0).squeeze(-1)
 
 
-def _edges(like: Tensor) -> Tensor:
+_STEPS = N_BINS // 2 - 1
+"""Bins from 0 to LARGEST."""
+_PER_ASINH = _STEPS / math.asinh(LARGEST / FINEST)
+
+
+def _bin(margin: Tensor) -> Tensor:
+    """The bin of each margin, edge < margin ≤ next edge; int64. What is no number is in the
+    first."""
+    steps = margin.div(FINEST).asinh_().mul_(_PER_ASINH).ceil_()
+    return steps.nan_to_num_(nan=-_STEPS).clamp_(-_STEPS, _STEPS + 1).add_(_STEPS).long()
+
+
+def _edges(device: torch.device) -> Tensor:
     """The Q − 1 margins between bins, symmetric around 0, which is one of them."""
-    steps = torch.linspace(0, math.asinh(LARGEST / FINEST), N_BINS // 2, dtype=torch.float64)
-    half = (FINEST * torch.sinh(steps)).to(like)
-    return torch.cat([-half[1:].flip(0), half])
+    steps = torch.arange(-_STEPS, _STEPS + 1, dtype=torch.float64, device=device)
+    return FINEST * torch.sinh(steps / _PER_ASINH)
 
 
 def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tensor:

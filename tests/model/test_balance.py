@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -126,6 +128,8 @@ def test_margins_at_and_beyond_the_edges_are_counted():
     middle = N_BINS // 2 - 1
     assert counts[0, 0, middle] == 1, "0 belongs to the bin below: it is not chosen"
     assert counts[0, 0, -1] == 2 and counts[0, 1, middle] == 4
+    scores[0, 0, 0] = math.nan
+    assert margin_counts(scores, torch.zeros(1, 2), 1).sum(-1).tolist() == [[4, 4]]
     rows = torch.tensor([[0.5, 0.5]])
     assert float(quantile_margin(counts, rows)[0, 0]) == pytest.approx(LARGEST)
 

@@ -78,6 +78,12 @@ def test_micro_batches(ranks, kind, micro):
     check(ranks, kind, MeshConfig(), micro)
 
 
+def name(value):
+    if not isinstance(value, MeshConfig):
+        return str(value)
+    return f"dp{value.dp}-hp{value.hp}-ep{value.ep}-{value.shard}"
+
+
 @pytest.mark.parametrize(
     ("kind", "mesh", "micro"),
     [
@@ -89,7 +95,7 @@ def test_micro_batches(ranks, kind, micro):
         ("flat", MeshConfig(ep=4, ep_scheme="all_gather", chunks=4), 4),
         ("flat", MeshConfig(dp=2, ep=2, ep_scheme="all_to_all", dedup=False), 1),
     ],
-    ids=str,
+    ids=name,
 )
 def test_meshes(ranks, kind, mesh, micro):
     check(ranks, kind, mesh, micro)

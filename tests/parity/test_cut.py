@@ -88,11 +88,11 @@ def name(value):
     ("kind", "mesh", "micro"),
     [
         ("sub-token", MeshConfig(dp=2), 4),
-        ("sub-token", MeshConfig(hp=2, ep=2, chunks=2), 2),
+        ("sub-token", MeshConfig(hp=2, ep=2, chunks=2), 1),
         ("sub-token", MeshConfig(2, 2, 2), 1),
         ("token", MeshConfig(hp=4, chunks=2), 4),
         ("token", MeshConfig(dp=2, hp=2, shard="fsdp"), 2),
-        ("flat", MeshConfig(ep=4, ep_scheme="all_gather", chunks=4), 4),
+        ("flat", MeshConfig(ep=4, ep_scheme="all_gather", chunks=4), 2),
         ("flat", MeshConfig(dp=2, ep=2, ep_scheme="all_to_all", dedup=False), 1),
     ],
     ids=name,

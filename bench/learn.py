@@ -109,9 +109,8 @@ class Trainer:
 
     def fork(self) -> "Trainer":
         """A copy that trains on from here, alone; both have used the same time."""
-        other = Trainer(
-            copy.deepcopy(self.model), self.loss, self.optim, self.text, self.after_step
-        )
+        loss, after_step = copy.deepcopy((self.loss, self.after_step))  # with a load of its own
+        other = Trainer(copy.deepcopy(self.model), loss, self.optim, self.text, after_step)
         state = {name: t.clone() for name, t in self.optimizers.tensors().items()}
         other.optimizers.load_tensors(state, self.optimizers.adamw.updates)
         other.step, other.cpu, other.wall, other.curve = (
@@ -177,31 +176,35 @@ def evaluate(model: nn.Module, loss: Loss, text: Text) -> float:
 
 
 class Sparse:
-    """The loss of a Headway model with its balance loss, and its bias rule after each step."""
+    """The loss of a Headway model with its balance loss, and its bias rule after each step.
+
+    As in `headway.train` the auxiliary loss reads the load of the step before; the first step reads
+    its own.
+    """
 
     def __init__(self, config: ModelConfig):
         self.balance = config.moe.balance
         self.stats: tuple[balance.RouteStats, ...] = ()
+        self.load: list[Tensor] | None = None
 
     def __call__(
         self, model: nn.Module, tokens_BS: Tensor, targets_BS: Tensor
     ) -> tuple[Tensor, Tensor]:
         out = model(tokens_BS, targets_BS)
-        self.stats = out.stats
-        return out.nats / targets_BS.numel() + balance.balance_loss(
-            out.stats, self.balance
-        ), out.nats.detach()
+        self.stats = tuple(s.detach() for s in out.stats)
+        even = balance.balance_loss(out.stats, self.balance, self.load)
+        return out.nats / targets_BS.numel() + even, out.nats.detach()
 
-    def update_bias(self, model: nn.Module) -> None:
-        """Move the selection biases, where the balance rule has any."""
+    def after_step(self, model: nn.Module) -> None:
+        """Keep the load of the step, and move the selection biases where the balance rule has
+        any."""
+        self.load = [s.counts_HE for s in self.stats]
         if self.balance.bias == "none":
             return
         assert isinstance(model, Transformer)
         with torch.no_grad():
             for layer, s in zip(model.sparse_layers(), self.stats, strict=True):
-                layer.router.bias_HE.copy_(
-                    balance.new_bias(layer.router.bias_HE, s.detach(), self.balance)
-                )
+                layer.router.bias_HE.copy_(balance.new_bias(layer.router.bias_HE, s, self.balance))
 
 
 def trainer(
@@ -222,4 +225,4 @@ def trainer(
             rescale(model)
     torch.manual_seed(seed)
     sparse = Sparse(config.model)
-    return Trainer(model, sparse, config.optim, text, after_step=sparse.update_bias)
+    return Trainer(model, sparse, config.optim, text, after_step=sparse.after_step)

@@ -261,6 +261,11 @@ def sample(options: Sample) -> int:
         raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
     found = load_trained(options.run, options.device, options.dtype)
     _tell(found.problems, found.remarks)
+    if factor := found.config.model.moe.capacity_factor:
+        print(
+            f"note: trained with model.moe.capacity_factor={factor}; sampling drops no token",
+            file=sys.stderr,
+        )
 
     def show(text: str) -> None:
         print(text, end="", flush=True)

@@ -64,16 +64,20 @@ class BalanceConfig:
     aux: float = 0.01
     """Coefficient of the auxiliary loss E·Σ f_e·P_e, averaged over layers and heads (1.0 when
     balanced); ≥ 0."""
-    aux_scope: Literal["micro_batch", "global_batch"] = "global_batch"
-    """Whose load f_e the auxiliary loss reads: the micro-batch's, or the running load of the whole
-    optimiser step (arXiv 2501.11873), which lets experts specialise by sequence."""
+    aux_scope: Literal["sequence", "global_batch"] = "global_batch"
+    """Whose load f_e the auxiliary loss reads. `global_batch`: that of a whole optimiser step
+    (arXiv 2501.11873), which lets experts specialise by sequence. It is the step before, so that
+    all micro-batches and ranks read the same; the first step reads an even load. `sequence`: each
+    sequence's own, with its own P_e (DeepSeek-V3, arXiv 2412.19437 §2.1.2); keeps the scores of all
+    experts in memory, on GPUs too."""
     z: float = 0.0
     """Coefficient of the router z-loss, mean (logsumexp of the scores)² (ST-MoE, eq. 5); ≥ 0,
     typically 1e-3."""
     bias: Literal["none", "sign", "quantile"] = "none"
     """A bias on the selection, never on the gates, updated once per optimiser step. `sign`:
     auxiliary-loss-free (arXiv 2408.15664). `quantile`: quantile balancing (arXiv 2607.24653); both
-    want `aux` = 0."""
+    want `aux` = 0. The quantile is that of all tokens of the step, from 512 counts per expert
+    that ranks add up (4 KiB per expert and step)."""
     bias_rate: float = 1e-3
     """Step of the `sign` rule; > 0."""
 
@@ -111,8 +115,8 @@ class MoEConfig:
     On, unlike the published layer, since it was better in each comparison made
     (docs/negative-results.md)."""
     capacity_factor: float = 0.0
-    """0 is dropless. Otherwise an expert takes at most ⌈factor·T·K/E⌉ rows per micro-batch; later
-    ones are dropped."""
+    """0 is dropless. Otherwise an expert takes at most ⌈factor·S·K/E⌉ rows of each sequence of S
+    tokens; later ones are dropped, in training and validation. Samples drop none."""
     n_dense_layers: int = 0
     """The first n layers keep a dense feed-forward network."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -189,7 +193,8 @@ class MeshConfig:
     being whole; take it when gathers should stay within a machine."""
     chunks: int = 0
     """Pieces in which a micro-batch passes a sparse layer, 0 to 4: one travels while another is
-    computed, same result. 0 chooses: 2 where an all-to-all of the ep axis spans nodes, else 1."""
+    computed, same result. 0 chooses: 2 where an all-to-all of the ep axis spans nodes, else 1. With
+    `capacity_factor` or `aux_scope=sequence` a piece holds whole sequences."""
     payload: Literal["matmul", "float8"] = "matmul"
     """How sub-tokens and their gradients travel on hp and ep. `matmul`: in the dtype of the
     matmuls, exact. `float8`: e4m3 with one float32 scale per sub-token, half the bytes of bfloat16
@@ -220,7 +225,7 @@ class DataConfig:
     """Sequences per optimiser step, over all ranks."""
     micro_batch_size: int = 0
     """Sequences per forward pass; divides batch_size; 0 means batch_size. Lower it to save memory:
-    same gradient."""
+    same step, but for the random numbers of `router.noisy` and `router.jitter`."""
     doc_mask: bool = False
     """Keep documents apart: no attention across a document boundary."""
     skip_bad: bool = False

@@ -120,6 +120,11 @@ def _check_moe(model: ModelConfig, moe: MoEConfig) -> dict[str, str]:
         ("model.moe.balance.z", moe.balance.z, 0),
     )
     _above_zero(("model.moe.balance.bias_rate", moe.balance.bias_rate))
+    if moe.balance.aux_scope not in ("sequence", "global_batch"):
+        raise UsageError(
+            f"model.moe.balance.aux_scope={moe.balance.aux_scope} is not known (the load of a "
+            "micro-batch depends on how a step is cut); use sequence or global_batch"
+        )
     check_router(moe.n_experts, moe.top_k, moe.router)
     if moe.n_dense_layers > model.n_layers:
         raise UsageError(
@@ -251,11 +256,29 @@ def _check_mesh(config: Config) -> None:
             f"a mesh of {world} ranks{micro} must divide batch_size={data.batch_size}, so that "
             f"every rank has as many rows; use batch_size {fit}"
         )
+    rows = data.micro_batch_size or data.batch_size // world
+    if mesh.chunks > rows and (counting := by_sequence(moe)):
+        raise UsageError(
+            f"mesh.chunks={mesh.chunks} cuts sequences, of which a micro-batch has {rows}, and "
+            f"{counting} counts by sequence; use mesh.chunks={rows} or "
+            f"data.micro_batch_size={mesh.chunks}"
+        )
     if world > 1 and config.run.compile:
         raise UsageError(
             f"run.compile=True and a mesh of {world} ranks: the collectives are not traced yet; "
             "use run.compile=False"
         )
+
+
+def by_sequence(moe: MoEConfig) -> str:
+    """What needs whole sequences in every pass of a sparse layer; empty where nothing does."""
+    if moe.kind == "dense":
+        return ""
+    if moe.capacity_factor:
+        return f"model.moe.capacity_factor={moe.capacity_factor}"
+    balance = moe.balance
+    counts = balance.aux and balance.aux_scope == "sequence"
+    return "model.moe.balance.aux_scope=sequence" if counts else ""
 
 
 def _at_least(*fields: tuple[str, float, float]) -> None:

@@ -60,6 +60,17 @@ MISTAKES = {
     "has no effect with kind=moe": moe(kind="moe", n_heads=1, d_latent=32),
     "n_dense_layers=3 exceeds model.n_layers=2": moe(n_dense_layers=3),
     "capacity_factor=-1.0 is below 0": moe(capacity_factor=-1.0),
+    "balance.aux_scope=micro_batch is not known": moe(
+        balance=BalanceConfig(aux_scope="micro_batch")  # type: ignore[arg-type]
+    ),
+    "mesh.chunks=2 cuts sequences, of which a micro-batch has 1": replace(
+        moe(capacity_factor=1.0),
+        mesh=MeshConfig(dp=2, chunks=2),
+        data=DataConfig(micro_batch_size=1),
+    ),
+    "and model.moe.balance.aux_scope=sequence counts by sequence; use mesh.chunks=2": replace(
+        moe(balance=BalanceConfig(aux_scope="sequence")), mesh=MeshConfig(dp=4, chunks=4)
+    ),
     "balance.aux=-0.1 is below 0": moe(balance=BalanceConfig(aux=-0.1)),
     "bias_rate=0.0 is not above 0": moe(balance=BalanceConfig(bias_rate=0.0)),
     "mesh needs hp=3 to divide n_heads=8; use hp=1, 2, 4 or 8": replace(

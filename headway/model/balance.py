@@ -1,17 +1,25 @@
 """Keeping experts evenly loaded: the auxiliary losses and bias rules, as pure functions of what a
 router returns.
 
-H heads · E experts per head · K chosen. Nothing here is attached by side effect: the loop adds
-`balance_loss` to the loss in one line and calls `update_bias` once per optimiser step.
+H heads · E experts per head · K chosen · Q bins of a histogram. Nothing here is attached by side
+effect: the loop adds `balance_loss` to the loss in one line and moves the biases (`new_bias`) once
+per optimiser step.
+
+No rule depends on how a step's batch is cut into micro-batches, chunks and ranks: each reads what
+adds up over the cuts (counts, means of equal parts), the step before, or single sequences, which
+are never cut.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headway.config import BalanceConfig
+from headway.config import BalanceConfig, UsageError
+from headway.kernels.rows import count
 
 
 class RouteStats(NamedTuple):
@@ -29,8 +37,12 @@ class RouteStats(NamedTuple):
     """
     dropped: Tensor
     """Share of slots dropped by the capacity, scalar."""
-    quantile_HE: Tensor | None
-    """Quantile balancing's correction c_e, `[H, E]`; None under other rules."""
+    aux_H: Tensor | None = None
+    """`aux_loss` of each sequence by its own load, mean over sequences; `[H]`, with gradient. None
+    unless `aux_scope` is `sequence`."""
+    margins_HEQ: Tensor | None = None
+    """Histogram of the margins (`margin_counts`), int32 `[H, E, Q]`; None unless `bias` is
+    `quantile`."""
 
     def detach(self) -> "RouteStats":
         """The same numbers without gradient."""
@@ -38,71 +50,116 @@ class RouteStats(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RouteStats":
         """Every tensor changed."""
-        return RouteStats(
-            counts_HE=change(self.counts_HE),
-            prob_HE=change(self.prob_HE),
-            z_H=change(self.z_H),
-            entropy_H=change(self.entropy_H),
-            dropped=change(self.dropped),
-            quantile_HE=None if self.quantile_HE is None else change(self.quantile_HE),
-        )
+        return RouteStats(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
+
+SUMMED = ("counts_HE", "margins_HEQ")
+"""Statistics that are sums over tokens; the others are means."""
 
 
 def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:
-    """E · Σ_e f_e·P_e, averaged over heads; 1.0 when balanced (Switch Transformer, arXiv 2101.03961
+    """E · Σ_e f_e·P_e of each head, 1.0 when balanced; `[H]` (Switch Transformer, arXiv 2101.03961
     eq. 4).
 
     f_e is the share of rows that chose expert e, so its K-fold sum over experts is 1.
     """
     f_HE = counts_HE / counts_HE.sum(-1, keepdim=True).clamp(min=1)
-    return prob_HE.shape[-1] * (f_HE * prob_HE).sum(-1).mean()
+    return prob_HE.shape[-1] * (f_HE * prob_HE).sum(-1)
 
 
 def balance_loss(
-    stats: Sequence[RouteStats], config: BalanceConfig, running: list[Tensor] | None = None
+    stats: Sequence[RouteStats], config: BalanceConfig, load: Sequence[Tensor] | None = None
 ) -> Tensor:
     """The auxiliary and z-loss of all layers, weighted and averaged over layers; scalar.
 
     Args:
-        running: for `aux_scope = global_batch`, the counts of the optimiser step's earlier
-        micro-batches, one per layer.
-            This call adds its own counts to it in place. None means that the micro-batch is the
-            whole step.
+        load: rows per expert `[H, E]`, one per layer, which the auxiliary loss of `global_batch`
+            reads. The training loop gives those of the step before, the same for all micro-batches
+            and ranks. None: the rows of `stats` themselves, for a loop of your own in which they
+            are those of a whole step.
+    Raises: UsageError where `config` counts by sequence and the layers do not.
     """
     if not stats:
         return torch.zeros(())
     total = stats[0].prob_HE.new_zeros(())
     for layer, s in enumerate(stats):
-        counts = s.counts_HE
-        if running is not None and config.aux_scope == "global_batch":
-            running[layer] = counts = running[layer] + counts
-        if config.aux:
-            total = total + config.aux * aux_loss(counts, s.prob_HE)
+        if config.aux and config.aux_scope == "sequence":
+            if s.aux_H is None:
+                raise UsageError(
+                    "aux_scope=sequence in the balance loss, and the layer was built with "
+                    "another balance; give both the same BalanceConfig"
+                )
+            total = total + config.aux * s.aux_H.mean()
+        elif config.aux:
+            counts_HE = s.counts_HE if load is None else load[layer]
+            total = total + config.aux * aux_loss(counts_HE, s.prob_HE).mean()
         if config.z:
             total = total + config.z * s.z_H.mean()
     return total / len(stats)
 
 
-def quantile_margin(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
-    """c_e, the (q+1)-th largest margin of expert e, q = K·T/E its fair share; `[H, E]` (arXiv
-    2607.24653).
+N_BINS = 512
+"""Q. Away from 0 a bin is 5% of its margin wide; within 1e-3 of 0 it is 5e-5 wide."""
+FINEST, LARGEST = 1e-3, 1e2
+"""Margins between which the width of bins grows with the margin; those over LARGEST count as it."""
+
+
+def margin_counts(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
+    """How many tokens have their margin of an expert in each of Q bins; int32 `[H, E, Q]`.
 
     The margin of a token is its biased score minus the (K+1)-th largest of the row: expert e is
-    chosen iff it is positive. Subtracting c_e from the bias would have given every expert its fair
-    share on these tokens.
+    chosen iff it is positive. Counts add up over micro-batches and ranks, quantiles do not.
     """
-    T, _, E = scores_THE.shape
-    if top_k >= E or T == 0:
-        return torch.zeros_like(bias_HE)
+    T, H, E = scores_THE.shape
+    if top_k >= E or T == 0:  # every expert is chosen: no margin says anything
+        return torch.zeros(H, E, N_BINS, dtype=torch.int32, device=scores_THE.device)
     biased = scores_THE.detach() + bias_HE
-    alpha = biased.topk(top_k + 1, dim=-1).values[..., -1:]
-    q = min(round(top_k * T / E), T - 1)
-    return (biased - alpha).kthvalue(T - q, dim=0).values
+    margin_THE = biased - biased.topk(top_k + 1, dim=-1).values[..., -1:]
+    first_E = torch.arange(E, device=biased.device) * N_BINS
+    # head by head: the numbers of bins are 64 bits wide
+    counts = [count(_bin(m_TE) + first_E, E * N_BINS) for m_TE in margin_THE.unbind(1)]
+    return torch.stack(counts).view(H, E, N_BINS).int()
+
+
+def quantile_margin(margins_HEQ: Tensor, rows_HE: Tensor) -> Tensor:
+    """c_e, the margin of expert e that as many tokens exceed as its fair share of rows; float64
+    `[H, E]` (arXiv 2607.24653). 0 where no token was counted.
+
+    Subtracting c_e from the bias would have given every expert its fair share on these tokens.
+    Between the edges of a bin its tokens are taken to lie evenly.
+    """
+    fair_HE1 = rows_HE.double().mean(-1)[:, None, None]
+    counts = margins_HEQ.double()
+    from_here = counts.flip(-1).cumsum(-1).flip(-1)  # tokens in this bin or above it
+    bin_HE1 = ((from_here > fair_HE1).sum(-1, keepdim=True) - 1).clamp(min=0)
+    inside, above = (x.gather(-1, bin_HE1) for x in (counts, from_here - counts))
+    edges = _edges(counts.device)
+    low, high = torch.cat([edges[:1], edges]), torch.cat([edges, edges[-1:]])
+    share = (fair_HE1 - above) / inside.clamp(min=1)
+    c_HE1 = torch.lerp(high[bin_HE1], low[bin_HE1], share)
+    return torch.where(counts.sum(-1, keepdim=True) > fair_HE1, c_HE1, 0.0).squeeze(-1)
+
+
+_STEPS = N_BINS // 2 - 1
+"""Bins from 0 to LARGEST."""
+_PER_ASINH = _STEPS / math.asinh(LARGEST / FINEST)
+
+
+def _bin(margin: Tensor) -> Tensor:
+    """The bin of each margin, edge < margin ≤ next edge; int64. What is no number is in the
+    first."""
+    steps = margin.div(FINEST).asinh_().mul_(_PER_ASINH).ceil_()
+    return steps.nan_to_num_(nan=-_STEPS).clamp_(-_STEPS, _STEPS + 1).add_(_STEPS).long()
+
+
+def _edges(device: torch.device) -> Tensor:
+    """The Q − 1 margins between bins, symmetric around 0, which is one of them."""
+    steps = torch.arange(-_STEPS, _STEPS + 1, dtype=torch.float64, device=device)
+    return FINEST * torch.sinh(steps / _PER_ASINH)
 
 
 def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tensor:
-    """The selection bias after one optimiser step, given the step's counts (summed) and quantiles
-    (averaged); `[H, E]`.
+    """The selection bias after one optimiser step, given the step's counts; `[H, E]`.
 
     `sign`: b += u·sign(mean load − load), then centred (arXiv 2408.15664 §2; centring as Moonlight
     2502.16982 App. C).
@@ -113,29 +170,25 @@ def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tenso
             torch.sign(stats.counts_HE.mean(-1, keepdim=True) - stats.counts_HE) * config.bias_rate
         )
     elif config.bias == "quantile":
-        assert stats.quantile_HE is not None
-        step = -stats.quantile_HE
+        assert stats.margins_HEQ is not None
+        step = -quantile_margin(stats.margins_HEQ, stats.counts_HE).to(bias_HE.dtype)
     else:
         return bias_HE
     return bias_HE + step - step.mean(-1, keepdim=True)
 
 
+def add_stats(a: RouteStats, b: RouteStats) -> RouteStats:
+    """Sums of all statistics of one layer; `mean_stats` makes them statistics of both parts."""
+    pairs = zip(a, b, strict=True)
+    return RouteStats(*(None if x is None or y is None else x + y for x, y in pairs))  # type: ignore[arg-type]
+
+
+def mean_stats(sums: RouteStats, n: int) -> RouteStats:
+    """What `add_stats` summed over `n` equal parts of a batch, as the statistics of all of it."""
+    means = {k: x / n for k, x in sums._asdict().items() if x is not None and k not in SUMMED}
+    return sums._replace(**means)
+
+
 def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
-    """The statistics of one layer over several equal parts of a batch: counts summed, the rest
-    averaged."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def mean(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean(0)
-
-    return RouteStats(
-        counts_HE=torch.stack([p.counts_HE for p in parts]).sum(0),
-        prob_HE=mean([p.prob_HE for p in parts]),
-        z_H=mean([p.z_H for p in parts]),
-        entropy_H=mean([p.entropy_H for p in parts]),
-        dropped=mean([p.dropped for p in parts]),
-        quantile_HE=None
-        if parts[0].quantile_HE is None
-        else mean([p.quantile_HE for p in parts if p.quantile_HE is not None]),
-    )
+    """The statistics of one layer over several equal parts of a batch."""
+    return mean_stats(reduce(add_stats, parts), len(parts))

@@ -40,7 +40,8 @@ class MoE(nn.Module):
         activation: of experts and shared expert.
         d_shared: hidden width of a shared expert at full width D; 0 means none.
         router, balance: how scores become gates; which bias rule selects.
-        capacity_factor: 0 is dropless; else an expert takes at most ⌈factor·T·K/E⌉ rows of a call.
+        capacity_factor: 0 is dropless; else an expert takes at most ⌈factor·S·K/E⌉ rows of each
+            sequence of S tokens, the first ones.
         recompute: constant-memory form.
         precision: of the experts' products in the forward pass; see `MoEConfig.precision`.
     Raises: UsageError where the sizes do not fit; in `forward`, where float8 cannot run.
@@ -118,26 +119,36 @@ class MoE(nn.Module):
         return y_THL.squeeze(1)
 
     def forward(
-        self, x: Tensor, index_THK: Tensor | None = None, ranks: Ranks | None = None
+        self,
+        x: Tensor,
+        index_THK: Tensor | None = None,
+        ranks: Ranks | None = None,
+        *,
+        dropless: bool = False,
     ) -> tuple[Tensor, RouteStats]:
-        """`[..., D]` → `[..., D]` in the same dtype, and the statistics that balance and the report
-        need.
+        """`[..., S, D]` → `[..., S, D]` in the same dtype, and the statistics that balance and the
+        report need.
 
-        `index_THK` `[T, H, K]` replays a selection instead of choosing one. With `ranks` the layer
-        is spread over several processes (`parallel.exchange`), T being this one's tokens, and the
-        statistics are those of the sub-tokens that were routed here.
+        Args:
+            x: sequences of S tokens, T tokens in all; S matters to what counts by sequence alone.
+            index_THK: `[T, H, K]`, replays a selection instead of choosing one.
+            ranks: the processes over which the layer is spread (`parallel.exchange`). T are then
+                this one's tokens, and the statistics those of the sub-tokens that were routed here.
+            dropless: ignore the capacity, as decoding does.
         """
         assert ranks is None or index_THK is None
-        x_TD = x.reshape(-1, x.shape[-1])
+        x_TD, S = x.reshape(-1, x.shape[-1]), x.shape[-2] if x.dim() > 1 else 1
         if ranks is None:
             z_THL = self.split(x_TD)
-            route = self.router(x_TD if self.reads_token else z_THL, index_THK)
+            read = x_TD if self.reads_token else z_THL
+            route = self.router(read, index_THK, seq_len=S, dropless=dropless)
             y_TD, stats = self.merge(self.experts(z_THL, route)), route.stats
             if self.shared is not None:
                 y_TD = y_TD + self.shared(x_TD)
             return y_TD.view(x.shape), stats
 
-        chunks = [Journey(self._journey(x_TD, ranks)) for x_TD in ranks.chunks(x_TD)]
+        pieces = ranks.chunks(x_TD, S if self.router.counts_sequences else 1)
+        chunks = [Journey(self._journey(x_TD, ranks, S, dropless)) for x_TD in pieces]
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while they travel
         parts, stats = zip(*take_turns(chunks), strict=True)
         y_TD = torch.cat(parts)
@@ -145,11 +156,14 @@ class MoE(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), merge_stats(stats)
 
-    def _journey(self, x_TD: Tensor, ranks: Ranks) -> Steps[tuple[Tensor, RouteStats]]:
+    def _journey(
+        self, x_TD: Tensor, ranks: Ranks, seq_len: int, dropless: bool
+    ) -> Steps[tuple[Tensor, RouteStats]]:
         """A chunk's way through a layer that is spread over processes."""
-        early = self.router(x_TD) if self.reads_token else None
+        how = {"seq_len": seq_len, "dropless": dropless}
+        early = self.router(x_TD, **how) if self.reads_token else None
         z_THL, route = yield ranks.scatter(self.split(x_TD), early)
-        route = self.router(z_THL) if route is None else route
+        route = self.router(z_THL, **how) if route is None else route
         z_THL, there, trip = yield ranks.dispatch(z_THL, route, self.router.n_experts)
         y_THL = yield ranks.combine(self.experts(z_THL, there), trip)
         y_THL = yield ranks.gather(y_THL)

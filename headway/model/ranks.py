@@ -80,8 +80,8 @@ class Ranks(Protocol):
         """The same for one layer of a model, under whose number its traffic is counted."""
         ...
 
-    def chunks(self, x_TD: Tensor) -> Sequence[Tensor]:
-        """The pieces that follow one another through the layer."""
+    def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
+        """The pieces that follow one another through the layer, of whole units of `unit` tokens."""
         ...
 
     def scatter(self, z_THL: Tensor, route: Route | None) -> Arriving[tuple[Tensor, Route | None]]:

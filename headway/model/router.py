@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from headway.config import BalanceConfig, RouterConfig, UsageError
 from headway.kernels.differentiate import transformed
-from headway.kernels.route import keeps_no_logits, logits, route, route_logits
+from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_logits
 from headway.kernels.rows import drop_over_capacity
-from headway.model.balance import RouteStats, quantile_margin
+from headway.model.balance import RouteStats, aux_loss, margin_counts
 
 
 class Route(NamedTuple):
@@ -35,8 +35,8 @@ class Router(nn.Module):
     Args:
         n_heads, d_in, n_experts, top_k: H, L, E, K. With `shared_input` every head reads the same
         `[T, d_in]` token.
-        config: gates, noise, jitter. balance: only its bias rule matters here.
-        capacity_factor: 0 is dropless.
+        config: gates, noise, jitter. balance: only what it counts matters here.
+        capacity_factor: 0 is dropless; else every sequence has its own capacity.
         recompute: keep nothing of size T×E for backward.
     Raises: UsageError where k, E and the gate do not fit.
     """
@@ -62,20 +62,37 @@ class Router(nn.Module):
         self.w_noise_HEL = (
             nn.Parameter(torch.empty(n_heads, n_experts, d_in)) if config.noisy else None
         )
-        self.wants_quantile = balance.bias == "quantile"
+        self.wants_margins = balance.bias == "quantile"
+        self.aux_by_sequence = balance.aux > 0 and balance.aux_scope == "sequence"
         # a buffer, saved with the model: added to the scores for selection only, moved by
         # `balance.new_bias`
         self.register_buffer("bias_HE", torch.zeros(n_heads, n_experts))
 
-    def forward(self, x: Tensor, index_THK: Tensor | None = None) -> Route:
+    @property
+    def counts_sequences(self) -> bool:
+        """Whether something here is counted by sequence, so that no sequence may be cut."""
+        return self.aux_by_sequence or self.capacity_factor > 0
+
+    def forward(
+        self,
+        x: Tensor,
+        index_THK: Tensor | None = None,
+        *,
+        seq_len: int | None = None,
+        dropless: bool = False,
+    ) -> Route:
         """Route `[T, H, L]` sub-tokens, or `[T, D]` tokens that all heads read.
 
-        `index_THK` replays a selection: gates and statistics are then those of the given experts.
+        Args:
+            index_THK: replays a selection; gates and statistics are those of the given experts.
+            seq_len: tokens of a sequence, which follow one another; divides T. None: they are one.
+            dropless: ignore the capacity.
         """
         lean = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
+        arguments = (x, index_THK, seq_len, dropless)
         if self.recompute and torch.is_grad_enabled() and not lean and not transformed():
-            return checkpoint(self._route, x, index_THK, use_reentrant=False)
-        return self._route(x, index_THK)
+            return checkpoint(self._route, *arguments, use_reentrant=False)
+        return self._route(*arguments)
 
     def _apply(self, fn, recurse=True):
         """As in `nn.Module`, and the bias stays float32 where the layer becomes bfloat16 or
@@ -102,39 +119,96 @@ class Router(nn.Module):
     def _is_plain(self) -> bool:
         """Whether nobody needs the logits themselves."""
         changed = self.config.jitter or self.w_noise_HEL is not None
-        return not self.wants_quantile and not (self.training and changed)
+        wanted = self.wants_margins or self.aux_by_sequence
+        return not wanted and not (self.training and changed)
 
-    def _route(self, x: Tensor, index_THK: Tensor | None) -> Route:
+    def _route(
+        self, x: Tensor, index_THK: Tensor | None, seq_len: int | None, dropless: bool
+    ) -> Route:
         c, bias_HE = self.config, self.bias_HE
-        options = (index_THK, self.top_k, c.gate, c.renormalize, c.scale)
+        options = (self.top_k, c.gate, c.renormalize, c.scale)
+        aux_H = margins_HEQ = None
         if self._is_plain():
-            logits_THE, routed = None, route(x, self.w_HEL, bias_HE, *options)
+            routed = route(x, self.w_HEL, bias_HE, index_THK, *options)
         else:
             logits_THE = self.logits(x)
-            routed = route_logits(logits_THE, bias_HE, *options)
+            if self.aux_by_sequence:
+                routed, aux_H = self._by_sequence(logits_THE, index_THK, seq_len)
+            else:
+                routed = route_logits(logits_THE, bias_HE, index_THK, *options)
+            if self.wants_margins:
+                raw_THE = logits_THE.detach()
+                score_THE = torch.sigmoid(raw_THE) if c.gate == "sigmoid" else raw_THE
+                margins_HEQ = margin_counts(score_THE, bias_HE, self.top_k)
         kept_THK, dropped = routed.index_THK, routed.gate_THK.new_zeros(())
-        if self.capacity_factor:
-            kept_THK = drop_over_capacity(kept_THK, self.n_experts, self.capacity(x.shape[0]))
+        if self.capacity_factor and not dropless:
+            kept_THK = self._drop(kept_THK, seq_len)
             dropped = (kept_THK == self.n_experts).to(dropped.dtype).mean()
-        quantile_HE = None
-        if self.wants_quantile:
-            assert logits_THE is not None
-            raw_THE = logits_THE.detach()
-            score_THE = torch.sigmoid(raw_THE) if c.gate == "sigmoid" else raw_THE
-            quantile_HE = quantile_margin(score_THE, bias_HE, self.top_k)
         stats = RouteStats(
             counts_HE=routed.counts_HE,
             prob_HE=routed.prob_HE,
             z_H=routed.z_H,
             entropy_H=routed.entropy_H,
             dropped=dropped,
-            quantile_HE=quantile_HE,
+            aux_H=aux_H,
+            margins_HEQ=margins_HEQ,
         )
         return Route(kept_THK, routed.gate_THK, stats)
 
-    def capacity(self, n_tokens: int) -> int:
-        """Most rows an expert takes: ⌈factor · T · K / E⌉."""
-        return -int(-self.capacity_factor * n_tokens * self.top_k // self.n_experts)
+    def _by_sequence(
+        self, logits_THE: Tensor, index_THK: Tensor | None, seq_len: int | None
+    ) -> tuple[Routed, Tensor]:
+        """Routes every sequence as if it were a head of its own; with the auxiliary loss of each
+        head, mean over sequences `[H]`."""
+        c, n = self.config, _sequences(logits_THE.shape[0], seq_len)
+        routed = route_logits(
+            _apart(logits_THE, n),
+            self.bias_HE.repeat_interleave(n, 0),
+            None if index_THK is None else _apart(index_THK, n),
+            self.top_k,
+            c.gate,
+            c.renormalize,
+            c.scale,
+        )
+        aux_HB = aux_loss(routed.counts_HE, routed.prob_HE).view(-1, n)
+        whole = Routed(
+            index_THK=_together(routed.index_THK, n),
+            gate_THK=_together(routed.gate_THK, n),
+            prob_HE=routed.prob_HE.unflatten(0, (-1, n)).mean(1),
+            z_H=routed.z_H.view(-1, n).mean(1),
+            entropy_H=routed.entropy_H.view(-1, n).mean(1),
+            counts_HE=routed.counts_HE.unflatten(0, (-1, n)).sum(1),
+        )
+        return whole, aux_HB.mean(1)
+
+    def _drop(self, index_THK: Tensor, seq_len: int | None) -> Tensor:
+        """E in place of every slot over the capacity of its expert in its sequence."""
+        T = index_THK.shape[0]
+        n = _sequences(T, seq_len)
+        kept = drop_over_capacity(_apart(index_THK, n), self.n_experts, self.capacity(T // n))
+        return _together(kept, n)
+
+    def capacity(self, seq_len: int) -> int:
+        """Most rows of a sequence that an expert takes: ⌈factor · S · K / E⌉."""
+        return -int(-self.capacity_factor * seq_len * self.top_k // self.n_experts)
+
+
+def _sequences(T: int, seq_len: int | None) -> int:
+    """How many there are in T tokens; no tokens are one empty sequence."""
+    return T // seq_len if seq_len and T else 1
+
+
+def _apart(x_THX: Tensor, n: int) -> Tensor:
+    """`[n·S, H, X]` → `[S, H·n, X]`: each of n sequences as a head of its own, those of one head
+    together."""
+    T, H, X = x_THX.shape
+    return x_THX.view(n, T // n, H, X).permute(1, 2, 0, 3).reshape(T // n, H * n, X)
+
+
+def _together(x_SNX: Tensor, n: int) -> Tensor:
+    """The inverse of `_apart`."""
+    S, N, X = x_SNX.shape
+    return x_SNX.view(S, N // n, n, X).permute(2, 0, 1, 3).reshape(S * n, N // n, X)
 
 
 def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:

@@ -48,14 +48,16 @@ class Block(nn.Module):
         return self._feed_forward(x_BSD, ranks)
 
     def step(self, x_BSD: Tensor, state: KVState, ranks: Ranks | None = None) -> Tensor:
-        """Decode the next positions."""
+        """Decode the next positions; no slot is dropped."""
         x_BSD = x_BSD + self.mixer.step(self.norm1(x_BSD), state)
-        return self._feed_forward(x_BSD, ranks)[0]
+        return self._feed_forward(x_BSD, ranks, dropless=True)[0]
 
-    def _feed_forward(self, x_BSD: Tensor, ranks: Ranks | None) -> tuple[Tensor, RouteStats | None]:
+    def _feed_forward(
+        self, x_BSD: Tensor, ranks: Ranks | None, dropless: bool = False
+    ) -> tuple[Tensor, RouteStats | None]:
         z_BSD = self.norm2(x_BSD)
         if isinstance(self.ffn, MoE):
-            y_BSD, stats = self.ffn(z_BSD, ranks=ranks)
+            y_BSD, stats = self.ffn(z_BSD, ranks=ranks, dropless=dropless)
             return x_BSD + y_BSD, stats
         return x_BSD + self.ffn(z_BSD), None
 
@@ -144,7 +146,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def step(self, tokens_BS: Tensor, state: list[KVState], ranks: Ranks | None = None) -> Tensor:
         """Append tokens (a prompt, or one per sequence) and return the logits after the last,
-        float32 `[B, V]`.
+        float32 `[B, V]`. Dropless whatever the capacity, so that a text does not depend on the
+        pieces in which it is decoded.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         for i, (block, s) in enumerate(zip(self.blocks(), state, strict=True)):

@@ -49,10 +49,11 @@ class Exchange:
             return "all_gather"
         return "all_to_all" if self.dedup else "all_to_all_per_slot"
 
-    def chunks(self, x_TD: Tensor) -> Sequence[Tensor]:
-        """`[T, D]` in equal pieces: as many as wanted, or the next smaller number that divides
-        T."""
-        n = max(n for n in range(1, self.n_chunks + 1) if len(x_TD) % n == 0)
+    def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
+        """`[T, D]` in equal pieces of whole units of `unit` tokens: as many as wanted, or the next
+        smaller number that divides the units."""
+        units = len(x_TD) // unit
+        n = max(n for n in range(1, self.n_chunks + 1) if units % n == 0)
         return x_TD.chunk(n)
 
     def scatter(self, z_THL: Tensor, route: Route | None) -> Arriving[tuple[Tensor, Route | None]]:

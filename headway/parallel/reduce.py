@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from headway.model.balance import RouteStats
+from headway.model.balance import SUMMED, RouteStats
 from headway.parallel.mesh import Axis, Mesh
 from headway.parallel.shard import Layout, local
 
@@ -161,27 +161,14 @@ def grad_norm(model: nn.Module, layout: Layout) -> Tensor:
     return sum_over(mesh.world, norm.to(mesh.device).square(), mesh, "norm").sqrt()
 
 
-def with_global_counts(
-    stats: Sequence[RouteStats], layout: Layout, reads_token: bool
-) -> Sequence[RouteStats]:
-    """The statistics of all layers with their counts summed over the ranks that hold the same
-    heads, in one reduction."""
-    mesh = layout.mesh
-    if mesh.size == 1 or not stats:
-        return stats
-    split = mesh.hp.size > 1 and not reads_token
-    counts = torch.stack([s.counts_HE for s in stats])
-    sum_over(mesh.routers if split else mesh.world, counts, mesh, "counts")
-    return [s._replace(counts_HE=c) for s, c in zip(stats, counts, strict=True)]
-
-
 def global_stats(
     routes: Sequence[RouteStats], sums: Tensor, layout: Layout, reads_token: bool
 ) -> tuple[list[RouteStats], Tensor]:
     """Statistics of all heads over the whole batch, and `sums` (float64 `[n]`) added up over the
     ranks: one reduction of everything that a step has to tell.
 
-    Counts are summed, the rest is averaged over the ranks that routed tokens of a head.
+    Counts are summed (exactly: float64), the rest is averaged over the ranks that routed tokens of
+    a head.
     """
     mesh = layout.mesh
     if mesh.size == 1:
@@ -202,7 +189,7 @@ def global_stats(
     for route in routes:
         for name, value in route._asdict().items():
             if value is not None:
-                scale = 1.0 if name == "counts_HE" else share if value.dim() else 1 / mesh.size
+                scale = 1.0 if name in SUMMED else share if value.dim() else 1 / mesh.size
                 parts.append(place(value.detach().double() * scale))
     flat = torch.cat([sums.to(mesh.device), *(p.flatten() for p in parts)])
     sum_over(mesh.world, flat, mesh, "statistics")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from headway.model.balance import RouteStats
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
 from headway.parallel.mesh import Axis, Mesh
@@ -83,13 +82,13 @@ class Layout:
         placement = self.placements.get(name)
         return whole if placement is None else placement.local(whole)
 
-    def local_heads(self, stats: RouteStats, layer: MoE) -> RouteStats:
-        """Of statistics of all heads, those of the heads whose router is here."""
+    def local_heads(self, x: Tensor, layer: MoE) -> Tensor:
+        """Of a statistic of all heads `[H, …]`, that of the heads whose router is here; a scalar as
+        it is."""
         H = layer.router.w_HEL.shape[0]
-        if stats.counts_HE.shape[0] == H:
-            return stats
-        mine = slice(self.mesh.hp.index * H, (self.mesh.hp.index + 1) * H)
-        return stats.map(lambda x: x[mine] if x.dim() else x)
+        if not x.dim() or x.shape[0] == H:
+            return x
+        return x[self.mesh.hp.index * H : (self.mesh.hp.index + 1) * H]
 
 
 def split(model: Transformer, mesh: Mesh) -> Layout:

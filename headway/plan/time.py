@@ -11,7 +11,7 @@
 | hp, ep | what `plan.pipeline` does not hide |
 | weights (FSDP) | max(comm / (2·layers·passes), comm − the parts of compute) |
 | gradients | max(comm / (layers + 1), comm − backward of the last pass, or of all with FSDP) |
-| small sums | (3 + passes) · latency · 2·(N−1) |
+| small sums | 3 · latency · 2·(N−1) |
 | optimiser | (2·weights + gradients + 2·state) bytes / memory bandwidth + Newton–Schulz |
 
 comm = bytes / bandwidth + latency · messages, of the axis, or what was measured (`plan.link`): that
@@ -136,7 +136,7 @@ def seconds(
         *_exchanges(setting, layout, n_tokens, passes),
         _weights(setting, layout, wires, passes, total(compute)),
         _gradients(setting, layout, wires, passes, total(compute)),
-        _small_sums(setting, layout, passes),
+        _small_sums(setting, layout),
     )
     items = (*compute, *exposed, *_optimiser(setting, layout, memory))
     return tuple(item for item in items if item.value)
@@ -206,17 +206,12 @@ def _gradients(
     return Item("gradients summed", exposed, formula)
 
 
-def _small_sums(setting: Setting, layout: Layout, passes: int) -> Item:
-    """Of `train/step.py` and `parallel/reduce.py`: targets, norm and statistics once per step, and
-    the counts of experts in every pass where the balance loss reads the whole batch's."""
-    config = setting.config
-    balance = config.model.moe.balance
-    counts = shape_of(config.model).n_sparse and balance.aux and balance.aux_scope == "global_batch"
-    calls = 3 + (passes if counts else 0)
+def _small_sums(setting: Setting, layout: Layout) -> Item:
+    """Of `train/step.py` and `parallel/reduce.py`: targets, norm and statistics, once per step."""
     seconds = 0.0
     if layout.ranks > 1:
-        seconds = calls * link(setting.machine, layout, "world", setting.per_node).ring(0)
-    return Item("small sums", seconds, "(3 + passes)·latency·2·(N−1)")
+        seconds = 3 * link(setting.machine, layout, "world", setting.per_node).ring(0)
+    return Item("small sums", seconds, "3·latency·2·(N−1)")
 
 
 def _exposed(comm: float, pieces: int, work: float) -> float:

@@ -175,12 +175,14 @@ def _train(
                 targets,
                 balance,
                 apart,
+                load=progress.load,
                 n_bytes=n_bytes,
                 signal=bool(interrupt.requested),
             )
             reason = _reason_to_skip(got, progress.spikes)
             if not reason:
                 update(model, optimizers, got, rate, optim, balance, apart)
+                progress.load = got.load
                 progress.spikes.add(got.nats / got.targets)
                 progress.interval.add_step(
                     got.nats, got.targets, got.bytes, got.balance, got.norm, got.routes

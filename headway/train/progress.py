@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from headway.config import RunConfig
 from headway.train.evaluate import Evaluation
 from headway.train.interval import Interval, SpikeDetector
@@ -26,6 +29,9 @@ class Progress:
     best_bits_per_byte: float | None = None
     sample: str = ""
     """The last text sample, without its prompt."""
+    load: list[Tensor] | None = None
+    """Rows per expert `[H, E]` of the last step that was applied, one per sparse layer, all heads
+    (`train.step.Gradient.load`)."""
     interval: Interval = field(default_factory=Interval)
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -53,10 +59,15 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` inverts it."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("spikes", "interval")}
+        plain = {k: v for k, v in vars(self).items() if k not in ("spikes", "interval", "load")}
         for name in ("first", "last"):
             plain[name] = None if plain[name] is None else asdict(plain[name])
-        return {**plain, "spikes": self.spikes.to_dict(), "interval": self.interval.to_dict()}
+        return {
+            **plain,
+            "load": None if self.load is None else [x.tolist() for x in self.load],
+            "spikes": self.spikes.to_dict(),
+            "interval": self.interval.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], spike_limit: float) -> "Progress":
@@ -64,9 +75,11 @@ class Progress:
         first, last = (
             None if values[k] is None else Evaluation(**values[k]) for k in ("first", "last")
         )
+        load = values.get("load")  # a checkpoint of before there was one goes on as step 0 begins
         objects = {
             "first": first,
             "last": last,
+            "load": None if load is None else [torch.tensor(x) for x in load],
             "spikes": SpikeDetector(spike_limit, **values["spikes"]),
             "interval": Interval.from_dict(values["interval"]),
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from headway.config import Config, MeshConfig, ModelConfig, RunConfig, UsageError
+from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig, UsageError
 from headway.kernels.experts import check_float8, choose
 from headway.kernels.native import native
 from headway.model.moe import MoE
@@ -15,7 +15,7 @@ from headway.model.transformer import Transformer
 from headway.parallel.exchange import gathers
 from headway.plan.cost import training_flops
 from headway.plan.layout import Layout, auto_chunks
-from headway.validate import validate
+from headway.validate import by_sequence, validate
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,14 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
         derived["run.checkpoint_every"] = f"{run.checkpoint_every}: with each evaluation"
     mesh = config.mesh
     if not mesh.chunks and mesh.dp * mesh.hp * mesh.ep > 1:
-        mesh = _chunks(mesh, model.moe.top_k, derived)
+        mesh = _chunks(mesh, model.moe, data.micro_batch_size, derived)
+    moe = model.moe
+    if moe.kind != "dense" and moe.capacity_factor:
+        rows = -int(-moe.capacity_factor * data.seq_len * moe.top_k // moe.n_experts)
+        derived["model.moe.capacity_factor"] = (
+            f"{moe.capacity_factor}: an expert takes at most {rows} rows of a sequence of "
+            f"{data.seq_len} tokens; samples drop none"
+        )
     device = _device(run, derived)
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
@@ -92,15 +99,17 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     return Resolved(config, device, dtype, iteration, derived, remarks)
 
 
-def _chunks(mesh: MeshConfig, top_k: int, derived: dict[str, str]) -> MeshConfig:
+def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]) -> MeshConfig:
     """`headway plan`'s rule. Ranks compare their options before step 0, so that nodes of different
     sizes, which might choose differently, are an error that names mesh.chunks."""
     world = mesh.dp * mesh.hp * mesh.ep
-    scheme = "all_gather" if gathers(mesh, top_k) else "all_to_all"
+    scheme = "all_gather" if gathers(mesh, moe.top_k) else "all_to_all"
     sharded = mesh.shard == "fsdp"
     layout = Layout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun sets it
     chunks, why = auto_chunks(layout, per_node)
+    if chunks > rows and (counting := by_sequence(moe)):
+        chunks, why = rows, f"{counting} counts by sequence, and a micro-batch has {rows}"
     derived["mesh.chunks"] = f"{chunks}: {why}"
     return dataclasses.replace(mesh, chunks=chunks)
 

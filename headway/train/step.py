@@ -1,5 +1,6 @@
 """One optimiser step: the gradient of a batch, and what is done with it."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from headway.config import BalanceConfig, OptimConfig
 from headway.data.stream import Batch
-from headway.model.balance import RouteStats, balance_loss, merge_stats, new_bias
+from headway.model.balance import RouteStats, add_stats, balance_loss, mean_stats, new_bias
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import ALONE, Spread
 from headway.parallel.fsdp import last_micro_batch
@@ -17,8 +18,8 @@ from headway.parallel.reduce import (
     grad_norm,
     sum_over,
     summed_gradients,
-    with_global_counts,
 )
+from headway.parallel.shard import Layout
 from headway.train.optim import Optimizers, clip_factor
 
 
@@ -41,6 +42,12 @@ class Gradient:
     signals: int
     """Ranks that were asked to end."""
 
+    @property
+    def load(self) -> list[Tensor]:
+        """Rows per expert `[H, E]`, one per sparse layer, all heads: what the auxiliary loss of the
+        next step reads."""
+        return [route.counts_HE for route in self.routes]
+
 
 def gradient(
     model: Transformer,
@@ -49,18 +56,24 @@ def gradient(
     balance: BalanceConfig,
     spread: Spread = ALONE,
     *,
+    load: Sequence[Tensor] | None = None,
     n_bytes: float = 0.0,
     signal: bool = False,
 ) -> Gradient:
-    """Backward through all micro-batches of a step; the gradient is that of the whole batch.
+    """Backward through all micro-batches of a step; the gradient is that of the whole batch,
+    however it is cut into micro-batches and spread over ranks.
 
     Args:
-        micros: of this rank's rows; as many, and as large, on every rank.
+        micros: of this rank's rows, all of one size; as many, and as large, on every rank.
         valid_targets, n_bytes: in these rows. Each target weighs the same however the batch is
             split.
         spread: the ranks over which batch and model are spread.
+        load: `Gradient.load` of the last step that was applied, for the auxiliary loss of
+            `global_batch`: that of this step is known only after its last forward pass. None
+            before the first: even, which gives the auxiliary loss no gradient.
         signal: this rank was asked to end; the others will know.
     """
+    assert len({len(micro.tokens_BS) for micro in micros}) == 1, "means weigh parts of one size"
     device, layout = model.embed.weight.device, spread.layout
     mesh, reads_token = layout.mesh, model.config.moe.router.reads == "token"
     own = (valid_targets, n_bytes, signal)
@@ -68,26 +81,24 @@ def gradient(
     sum_over(mesh.world, sizes, mesh, "targets")
     nats = torch.zeros((), dtype=torch.float64, device=device)
     balance_sum = torch.zeros((), dtype=torch.float64, device=device)
-    running: list[Tensor] = [torch.zeros((), device=device) for _ in model.sparse_layers()]
-    routes: list[list[RouteStats]] = [[] for _ in running]
+    loads = _local_loads(model, load, layout)
+    routes: list[RouteStats] = []
     for i, micro in enumerate(micros):
         last = i == len(micros) - 1
         last_micro_batch(model, last)
         out = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange)
-        stats = out.stats
-        if balance.aux and balance.aux_scope == "global_batch":
-            stats = with_global_counts(stats, layout, reads_token)
-        even = balance_loss(stats, balance, running)
+        even = balance_loss(out.stats, balance, loads)
         loss = out.nats / sizes[0].to(out.nats.dtype) + even / (len(micros) * mesh.size)
         with summed_gradients(model, layout) if last else nullcontext():
             loss.backward()
         nats += out.nats.detach()
         balance_sum += even.detach()
-        for kept, found in zip(routes, out.stats, strict=True):
-            kept.append(found.detach())
+        new = [stats.detach() for stats in out.stats]
+        routes = [add_stats(a, b) for a, b in zip(routes, new, strict=True)] if routes else new
     norm = grad_norm(model, layout)
     sums = torch.stack([nats, balance_sum])
-    merged, sums = global_stats([merge_stats(parts) for parts in routes], sums, layout, reads_token)
+    means = [mean_stats(route, len(micros)) for route in routes]
+    merged, sums = global_stats(means, sums, layout, reads_token)
     # The one wait for the device in a step.
     values = torch.cat([sums, sizes, norm.double().unsqueeze(0)]).tolist()
     nats_sum, even_sum, targets, text_bytes, signals, norm_value = values
@@ -118,5 +129,17 @@ def update(
     if balance.bias != "none":
         for layer, stats in zip(model.sparse_layers(), found.routes, strict=True):
             bias_HE = layer.router.get_buffer("bias_HE")
-            mine = spread.layout.local_heads(stats, layer)
+            mine = stats.map(lambda x, layer=layer: spread.layout.local_heads(x, layer))
             bias_HE.copy_(new_bias(bias_HE, mine, balance))
+
+
+def _local_loads(model: Transformer, load: Sequence[Tensor] | None, layout: Layout) -> list[Tensor]:
+    """Rows per expert of the heads that are routed here, one tensor per sparse layer."""
+    layers = model.sparse_layers()
+    even = [torch.ones_like(layer.router.bias_HE) for layer in layers]
+    if load is None:
+        return even
+    return [
+        layout.local_heads(whole, layer).to(like)
+        for whole, layer, like in zip(load, layers, even, strict=True)
+    ]

@@ -375,7 +375,7 @@ def test_more_tokens_than_31_bits_hold(tmp_path):
     shard = {"file": path.name, "tokens": n, "documents": 1, "bytes": 2 * n, "sha256": ""}
     shard["sample"] = shard_file.sample_digest(path)
     split = {"tokens": n, "documents": 1, "text_bytes": n, "shards": [shard]}
-    train = Tokens(tmp_path, split, dtype, 257, verify=False)
+    train = Tokens(tmp_path, split, dtype, np.ones(257, np.int64), verify=False)
     out = np.empty(1004, dtype=np.int64)
     train.read(n - 1002, out)
     assert out.tolist() == [0, 0, *[7] * 1000, 0, 0]

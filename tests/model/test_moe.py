@@ -135,6 +135,18 @@ def test_capacity_drops_the_later_tokens():
     assert stats.counts_HE.tolist() == [[10, 10, 0, 0, 0]]  # what was asked for, before dropping
 
 
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+def test_every_sequence_has_a_capacity_of_its_own(kind):
+    """What is dropped of a sequence does not depend on those beside it; tokens without a sequence
+    dim are one."""
+    layer = build(kind, capacity_factor=0.5)
+    x = torch.randn(4, 10, 12, dtype=torch.float64)
+    out, stats = layer(x)
+    assert 0 < float(stats.dropped) < 1
+    assert_close(out, torch.stack([layer(row)[0] for row in x]), 1e-12)
+    assert not torch.equal(out.flatten(0, 1), layer(x.flatten(0, 1))[0])
+
+
 def test_capacity_that_suffices_changes_nothing():
     x = torch.randn(10, 12, dtype=torch.float64)
     free, bounded = build("multi_head"), build("multi_head", capacity_factor=5.0)
@@ -225,7 +237,7 @@ def test_build_moe_follows_the_config():
     layer = build_moe(8, c)
     assert layer.experts.w_in_HEGFL.shape == (2, 4, 2, 3, 8)
     flat = build_moe(8, replace(c, kind="moe", balance=BalanceConfig(bias="quantile")))
-    assert type(flat) is MoE and flat.router.wants_quantile
+    assert type(flat) is MoE and flat.router.wants_margins
     assert math.prod(flat.experts.w_in_HEGFL.shape) == 4 * 2 * 3 * 8
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from headway.config import BalanceConfig, RouterConfig
+from headway.model.balance import aux_loss, merge_stats
 from headway.model.init import init_weights
 from headway.model.router import Router
 from tests.compare import assert_close
@@ -41,7 +42,37 @@ def test_statistics_are_their_definitions():
     entropy = -(prob * prob.log()).sum(-1).mean(0) / torch.log(torch.tensor(6.0)).double()
     assert_close(stats.entropy_H, entropy, 1e-6)
     assert stats.counts_HE.sum() == 50 * 2 * 2
-    assert stats.quantile_HE is None
+    assert stats.margins_HEQ is None and stats.aux_H is None
+
+
+@pytest.mark.parametrize("gate", ["topk_softmax", "sigmoid"])
+def test_sequences_have_an_auxiliary_loss_and_a_capacity_each(gate):
+    """Three sequences together equal each of them alone: what is chosen, dropped, and counted."""
+    balance = BalanceConfig(aux=0.01, aux_scope="sequence")
+    router = build(RouterConfig(gate=gate), balance, capacity_factor=1.0)
+    x = torch.randn(30, 2, 4, dtype=torch.float64)
+    one = router(x, seq_len=10)
+    alone = [router(part) for part in x.split(10)]
+    assert torch.equal(one.index_THK, torch.cat([r.index_THK for r in alone]))
+    assert (one.index_THK == 6).any() and (one.index_THK < 6).any(-1).any()
+    assert_close(one.gate_THK, torch.cat([r.gate_THK for r in alone]), 1e-12)
+    merged = merge_stats([r.stats for r in alone])
+    for name, value in merged._asdict().items():
+        if value is not None:
+            assert_close(one.stats._asdict()[name], value, 1e-12)
+    wholly = [aux_loss(r.stats.counts_HE, r.stats.prob_HE) for r in alone]
+    assert_close(one.stats.aux_H, torch.stack(wholly).mean(0), 1e-12)
+    assert not torch.equal(one.index_THK, router(x).index_THK), "one sequence of 30 drops others"
+    replayed = router(x, torch.roll(router(x, dropless=True).index_THK, 1, 0), seq_len=10)
+    assert (replayed.index_THK == 6).any() and replayed.stats.aux_H is not None
+
+
+def test_dropless_ignores_the_capacity():
+    bounded = build(capacity_factor=0.5)
+    x = torch.randn(30, 2, 4, dtype=torch.float64)
+    assert (bounded(x).index_THK == 6).any() and float(bounded(x).stats.dropped) > 0
+    free = bounded(x, dropless=True)
+    assert torch.equal(free.index_THK, build()(x).index_THK) and float(free.stats.dropped) == 0
 
 
 def test_noise_and_jitter_act_in_training_only():

@@ -81,6 +81,18 @@ def test_first_loss_is_log_v_and_seed_decides_the_weights():
     assert not torch.equal(a.embed.weight, c.embed.weight)
 
 
+def test_decoding_drops_nothing_whatever_the_capacity():
+    """Else a text would depend on the pieces in which it is decoded."""
+    bounded = replace(SMALL, moe=replace(SMALL.moe, capacity_factor=0.5))
+    model, free = (Transformer(c, dtype=torch.float64, seed=0).double() for c in (bounded, SMALL))
+    x, _ = tokens(2, 12)
+    want = free(x).logits_BSV
+    assert not torch.equal(model(x).logits_BSV, want)
+    state = model.init_state(2, 12)
+    assert_close(model.step(x[:, :11], state), want[:, 10], 1e-12)
+    assert_close(model.step(x[:, 11:], state), want[:, 11], 1e-12)
+
+
 @pytest.mark.parametrize("change", [{}, {"window": (4,)}, {"n_kv_heads": 1}], ids=str)
 def test_decoding_equals_forward(change):
     model = Transformer(replace(SMALL, **change), dtype=torch.float64, seed=0).double().eval()

@@ -1,6 +1,7 @@
 """A run saved on one mesh goes on with another: the same loss, the same files; on the same mesh the
 same bits."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,9 @@ from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import spread
 from headway.train import checkpoint, saved
+from headway.train.interval import SpikeDetector
 from headway.train.optim import build_optimizers
+from headway.train.progress import Progress
 from headway.train.saved import CheckpointError
 from headway.train.step import gradient, update
 from headway.train.tensor_files import TensorFile
@@ -48,31 +51,37 @@ def batches(mesh, step):
 
 
 def go_on(mesh, folder, first, last, model, optim, save_at=()):
-    """Steps first … last − 1 after the newest checkpoint, on this rank; the loss of each step."""
+    """Steps first … last − 1 after the newest checkpoint, on this rank; loss and norm of each."""
     net = Transformer(model, dtype=torch.float64, seed=0).double()
     apart = spread(net, mesh)
     optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
     torch.manual_seed(mesh.rank)
+    progress = Progress(SpikeDetector(0.0))
     if first:
         path, _ = saved.latest(Path(folder))
         assert path is not None and path.name == f"step-{first:06d}"
         torch.manual_seed(1234)
-        checkpoint.load(path, net, optimizers, model, apart.layout)
-    losses = []
+        state = checkpoint.load(path, net, optimizers, model, apart.layout)
+        progress = Progress.from_dict(state["progress"], 0.0)
+    found = []
     for step in range(first, last):
         micros, targets = batches(mesh, step)
-        got = gradient(net, micros, targets, model.moe.balance, apart)
-        losses.append(got.nats / got.targets)
+        got = gradient(net, micros, targets, model.moe.balance, apart, load=progress.load)
+        progress.load = got.load
+        found.append((got.nats / got.targets, got.norm))
         update(net, optimizers, got, 1.0, optim, model.moe.balance, apart)
         optimizers.zero_grad()
         if step + 1 in save_at:
-            checkpoint.save(Path(folder), step + 1, net, optimizers, model, {}, 9, apart)
-    return losses
+            state = {"progress": progress.to_dict()}
+            checkpoint.save(Path(folder), step + 1, net, optimizers, model, state, 9, apart)
+    return found
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim):
-    optim, model = OptimConfig(name=optim, lr=1e-3, clip=0.5), config()
+def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim, tied):
+    optim = OptimConfig(name=optim, lr=1e-3, clip=0.5)
+    model = dataclasses.replace(config(), tied=tied)
     reference = ranks.run(ONE, go_on, tmp_path / "one", 0, 2 * len(CHAIN), model, optim, (6,))[0]
     found = []
     for i, mesh in enumerate(CHAIN):
@@ -81,7 +90,8 @@ def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim):
         assert all(answer == answers[0] for answer in answers)
         found += answers[0]
     for step, (a, b) in enumerate(zip(found, reference, strict=True)):
-        close(a, b, f"loss of step {step}")
+        for x, y, what in zip(a, b, ("loss", "norm"), strict=True):
+            close(x, y, f"{what} of step {step}")
     one, many = (saved.folder(tmp_path / name) / "step-000006" for name in ("one", "many"))
     for file in ("model.safetensors", "optimizer.safetensors"):
         # names, shapes, places: the header, byte for byte
@@ -121,7 +131,7 @@ def test_on_the_same_mesh_the_bits_are_the_same(ranks, tmp_path):
     mesh, model, optim = MeshConfig(hp=2, ep=2), config(noisy=True), OptimConfig(lr=1e-3)
     whole = ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim, (2,))
     again = ranks.run(mesh, go_on, tmp_path, 2, 4, model, optim)
-    assert again == [losses[2:] for losses in whole]
+    assert again == [found[2:] for found in whole]
     (saved.folder(tmp_path) / "step-000002" / "manifest.json").unlink()
     assert ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim) == whole
 

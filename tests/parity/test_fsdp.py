@@ -69,13 +69,13 @@ def test_multi_head(ranks, mesh, optim):
 @pytest.mark.parametrize("mesh", [fsdp(2, 2), MeshConfig(2, 2, shard="hsdp")], ids=name)
 def test_routers_that_read_the_token_and_micro_batches(ranks, mesh, optim):
     config = heads(router=RouterConfig(reads="token"))
-    check(ranks, Case(config, mesh, optim, micro=2, one_micro=8))
+    check(ranks, Case(config, mesh, optim, micro=2))
 
 
 @optims
 @pytest.mark.parametrize("mesh", [fsdp(2, 1, 2), MeshConfig(2, 1, 2, shard="hsdp")], ids=name)
 def test_flat(ranks, mesh, optim):
-    check(ranks, Case(flat(), mesh, optim, micro=2, one_micro=8))
+    check(ranks, Case(flat(), mesh, optim, micro=2))
 
 
 @optims
@@ -86,7 +86,7 @@ def test_experts_that_do_not_divide(ranks, d_expert, optim):
 
 @optims
 def test_dense(ranks, optim):
-    check(ranks, Case(dense(), fsdp(4), optim, micro=2, one_micro=8))
+    check(ranks, Case(dense(), fsdp(4), optim, micro=2))
 
 
 @pytest.mark.parametrize("mesh", [fsdp(2, 2, chunks=2), fsdp(2, 1, 2, chunks=2)], ids=name)
@@ -110,15 +110,17 @@ def _story(mesh, config, optim, data, folder, steps):
     tokenizer = load_tokenizer("bytes")
     stream = Stream(prepare(data, tokenizer, print), data, 0)
     model, apart, optimizers = build(mesh, config, optim)
-    found = []
+    found, load = [], None
     for step in range(steps):
         seen = evaluate(model, stream, 11, 3, apart)  # shares that no rank count divides
         text = generate(model, tokenizer, "ab", 12, seed=step, ranks=apart.exchange)
         micro = 4 // mesh.size  # all ranks together always see four rows
         batch = stream.batch(step, mesh.rank, mesh.size, micro)
         micros = micro_batches(batch, micro, torch.device("cpu"))
-        got = gradient(model, micros, batch.targets_BS.numel(), config.moe.balance, apart)
-        update(model, optimizers, got, 1.0, optim, config.moe.balance, apart)
+        targets, balance = batch.targets_BS.numel(), config.moe.balance
+        got = gradient(model, micros, targets, balance, apart, load=load)
+        load = got.load
+        update(model, optimizers, got, 1.0, optim, balance, apart)
         optimizers.zero_grad()
         found.append(((seen.val_loss, seen.val_bits_per_byte, got.norm), text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
@@ -224,15 +226,17 @@ def bits(mesh, config, optim):
     model = Transformer(config, dtype=torch.bfloat16, seed=0)
     apart = spread(model, mesh)
     optimizers = build_optimizers(model, optim, torch.float32, apart.layout)
-    found = []
+    found, load = [], None
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
         mine = rows_of(mesh, 8)
         batch = Batch(tokens[mine], targets[mine], None)
-        got = gradient(model, [batch], batch.targets_BS.numel(), config.moe.balance, apart)
+        targets, balance = batch.targets_BS.numel(), config.moe.balance
+        got = gradient(model, [batch], targets, balance, apart, load=load)
+        load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        update(model, optimizers, got, 1.0, optim, config.moe.balance, apart)
+        update(model, optimizers, got, 1.0, optim, balance, apart)
         optimizers.zero_grad()
         found.append((got.nats, whole(grads, apart)))
     return found, whole(dict(model.state_dict()), apart)

@@ -1,5 +1,5 @@
-"""N ranks equal one process: loss, every gradient, the norm, the clip factor and five updates, in
-float64, to 1e-12."""
+"""N ranks equal one process that takes the whole batch at once: loss, every gradient, the norm, the
+clip factor and five updates, in float64, to 1e-12."""
 
 from dataclasses import dataclass, field, replace
 
@@ -59,10 +59,10 @@ class Case:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, clip=0.5))
     micro: int = 0
     """Rows of a rank's micro-batch; 0: all of its rows."""
-    one_micro: int = 0
-    """Rows of a micro-batch of the single process; 0: as many as all ranks take at once."""
     skew: bool = False
     """Every router sends all tokens to the first experts."""
+    blank: bool = False
+    """The first half of the rows, and with it some ranks and micro-batches, has no valid target."""
 
 
 def _mesh(dp=1, hp=1, ep=1, **options) -> MeshConfig:
@@ -70,9 +70,7 @@ def _mesh(dp=1, hp=1, ep=1, **options) -> MeshConfig:
 
 
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, clip=0.5)
-SIGN = BalanceConfig(aux=0.0, bias="sign", bias_rate=0.01)
-QUANTILE = BalanceConfig(aux=0.0, bias="quantile")
-LOCAL = BalanceConfig(aux=0.05, aux_scope="micro_batch")
+CLIPPED = OptimConfig(lr=1e-3, clip=1e-2)
 BY_ROUTER = {"sub-token": RouterConfig(), "token": TOKEN}
 
 EP = {
@@ -113,18 +111,27 @@ CASES: dict[str, Case] = {
     "accumulation, hp=4": Case(heads(), _mesh(hp=4), micro=2),
     "accumulation, hp=2 ep=2, muon": Case(heads(), _mesh(hp=2, ep=2), MUON, micro=1),
     "muon, dp=2 hp=2, token": Case(heads(router=TOKEN), _mesh(2, 2), MUON),
-    "sign bias, hp=2 ep=2": Case(heads(balance=SIGN), _mesh(hp=2, ep=2)),
-    "sign bias, dp=2 hp=2": Case(heads(balance=SIGN), _mesh(2, 2)),
-    "sign bias, flat, ep=4": Case(flat(balance=SIGN), _mesh(ep=4)),
-    # these two look at the tokens of one routing call: those of an hp axis, or of a rank
-    "quantile bias, hp=4": Case(heads(balance=QUANTILE), _mesh(hp=4)),
-    "quantile bias, dp=2 hp=2": Case(heads(balance=QUANTILE), _mesh(2, 2), one_micro=8),
-    "quantile bias, flat, ep=4": Case(flat(balance=QUANTILE), _mesh(ep=4), one_micro=4),
-    "micro-batch scope, hp=4": Case(heads(balance=LOCAL), _mesh(hp=4)),
-    "micro-batch scope, dp=2 hp=2": Case(heads(balance=LOCAL), _mesh(2, 2), one_micro=8),
-    "micro-batch scope, flat, ep=4": Case(flat(balance=LOCAL), _mesh(ep=4), one_micro=4),
+    "targets on some ranks only, dp=2 hp=2 ep=2": Case(heads(), _mesh(2, 2, 2), blank=True),
+    "targets in some micro-batches only, flat, dp=2 ep=2": Case(
+        flat(), _mesh(2, 1, 2), micro=1, blank=True
+    ),
+    "targets on some ranks only, fsdp": Case(heads(), _mesh(4, shard="fsdp"), blank=True),
+    "always clipped, dense layers, a shared expert, dp=2 hp=2 ep=2": Case(
+        replace(heads(n_dense_layers=1, d_shared=16), n_layers=3), _mesh(2, 2, 2), CLIPPED, micro=1
+    ),
+    "always clipped, dense layers, a shared expert, fsdp dp=2 hp=2 ep=2": Case(
+        replace(heads(n_dense_layers=1, d_shared=16), n_layers=3),
+        _mesh(2, 2, 2, shard="fsdp"),
+        CLIPPED,
+    ),
+    "tied, fsdp, hp=2 ep=2": Case(
+        replace(heads(), tied=True), _mesh(1, 2, 2, shard="fsdp"), micro=2
+    ),
     "all to the same experts, hp=2 ep=2": Case(heads(), _mesh(hp=2, ep=2), skew=True),
     "all to the same experts, flat, ep=4": Case(flat(), _mesh(ep=4), skew=True),
+    "all to the same experts, a capacity, ep=4": Case(
+        heads(capacity_factor=1.0), _mesh(ep=4), micro=1, skew=True
+    ),
     "all to the same experts, flat, ep=4, per slot": Case(
         flat(), _mesh(ep=4, ep_scheme="all_to_all", dedup=False), skew=True
     ),
@@ -140,9 +147,8 @@ def rows_of(mesh, micro: int) -> list[int]:
     return [row for start in starts for row in range(start, start + micro)]
 
 
-def train(mesh, case: Case, micro: int):
-    """Five steps on this rank's rows; everything that must not depend on the mesh, and the
-    ledger."""
+def train(mesh, case: Case, micro: int, steps: int = STEPS):
+    """Some steps on this rank's rows; everything that must not depend on the mesh."""
     model = Transformer(case.model, dtype=torch.float64, seed=0).double()
     if case.skew:
         with torch.no_grad():
@@ -150,15 +156,19 @@ def train(mesh, case: Case, micro: int):
                 layer.router.bias_HE[:, : layer.router.top_k] = 1e3
     apart = spread(model, mesh)
     optimizers = build_optimizers(model, case.optim, torch.float64, apart.layout)
-    balance, found = case.model.moe.balance, []
-    for step in range(STEPS):
+    balance, load, found = case.model.moe.balance, None, []
+    for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
         targets[0, :5] = -1  # ranks and micro-batches with unequal numbers of targets
+        if case.blank:
+            targets[: ROWS // 2] = -1
         mine = rows_of(mesh, micro)
         batch = Batch(tokens[mine], targets[mine], None)
         micros = micro_batches(batch, micro, torch.device("cpu"))
-        got = gradient(model, micros, int((batch.targets_BS >= 0).sum()), balance, apart)
+        valid = int((batch.targets_BS >= 0).sum())
+        got = gradient(model, micros, valid, balance, apart, load=load)
+        load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append(
             {
@@ -168,6 +178,7 @@ def train(mesh, case: Case, micro: int):
                 "norm": got.norm,
                 "clip": clip_factor(got.norm, case.optim.clip),
                 "counts": _stack([r.counts_HE for r in got.routes]),
+                "dropped": _stack([r.dropped for r in got.routes]),
                 "entropy": _stack([r.entropy_H for r in got.routes]),
                 "grads": whole(grads, apart),
             }
@@ -193,6 +204,7 @@ def compare(many, one) -> None:
         for key in ("nats", "targets", "balance", "norm", "clip", "entropy"):
             close(a[key], b[key], f"{key} of step {step}")
         assert torch.equal(a["counts"], b["counts"]), f"counts of step {step}"
+        close(a["dropped"], b["dropped"], f"share of slots dropped in step {step}")
         assert a["grads"].keys() >= b["grads"].keys()  # a slice without tokens has zeros
         for name, grad in b["grads"].items():
             close(a["grads"][name], grad, f"gradient of {name}, step {step}")
@@ -201,11 +213,10 @@ def compare(many, one) -> None:
 
 
 def check(ranks, case: Case) -> None:
-    """All ranks of the case's mesh against one process."""
+    """All ranks of the case's mesh against one process that takes the batch whole."""
+    one = ranks.remember(MeshConfig(), train, replace(case, mesh=MeshConfig(), micro=0), ROWS)[0]
     size = case.mesh.dp * case.mesh.hp * case.mesh.ep
-    micro = case.micro or ROWS // size
-    one = ranks.run(MeshConfig(), train, case, case.one_micro or micro * size)[0]
-    for answer in ranks.run(case.mesh, train, case, micro):
+    for answer in ranks.run(case.mesh, train, case, case.micro or ROWS // size):
         compare(answer, one)
 
 

@@ -168,7 +168,7 @@ class Recorder:
     def __init__(self, kinds, n_chunks):
         self.kinds, self.n_chunks, self.log = kinds, n_chunks, []
 
-    def chunks(self, x_TD):
+    def chunks(self, x_TD, unit):
         return x_TD.chunk(self.n_chunks)
 
     def _travel(self, x, kind, *rest):

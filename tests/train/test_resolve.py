@@ -38,6 +38,22 @@ def test_open_values_are_filled_in_and_explained():
     assert again.config == done.config and set(again.derived) - {"kernels"} == {"run.dtype"}
 
 
+def test_the_capacity_is_that_of_a_sequence(monkeypatch):
+    """Said before step 0, and chunks that nobody gave cut no sequence."""
+    flat = MoEConfig(kind="moe", n_experts=8, top_k=2, capacity_factor=1.25)
+    done = resolve(_changed(model=ModelConfig(moe=flat)), 257)
+    assert done.derived["model.moe.capacity_factor"] == (
+        "1.25: an expert takes at most 80 rows of a sequence of 256 tokens; samples drop none"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    spans = _changed(mesh=MeshConfig(ep=4), model=ModelConfig(moe=flat))
+    assert resolve(spans, 257).config.mesh.chunks == 2  # two rows in a micro-batch
+    one_row = dataclasses.replace(spans, data=DataConfig(micro_batch_size=1))
+    done = resolve(one_row, 257)
+    assert done.config.mesh.chunks == 1
+    assert "capacity_factor=1.25 counts by sequence" in done.derived["mesh.chunks"]
+
+
 def test_chunks_follow_the_nodes(monkeypatch):
     """As `headway plan` has it; one process has nothing to choose, and a given number stays."""
     flat = MoEConfig(kind="moe", n_experts=8, top_k=2)

@@ -272,9 +272,10 @@ def test_what_needs_logits_takes_the_other_path(device):
         (RouterConfig(jitter=0.1), BalanceConfig()),
         (RouterConfig(noisy=True), BalanceConfig()),
         (RouterConfig(), BalanceConfig(bias="quantile", aux=0.0)),
+        (RouterConfig(), BalanceConfig(aux_scope="sequence")),
     ):
         router = Router(2, 16, 10, 3, config, balance).to(device)
         init_weights(router, seed=0)
         fused.append(router(x).index_THK.dtype == torch.int32)
-    assert fused == [True, False, False, False]
+    assert fused == [True, False, False, False, False]
     assert router.double()(x.double()).gate_THK.dtype == torch.float64

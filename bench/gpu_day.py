@@ -107,7 +107,8 @@ def main() -> None:
     found = run_all(args, folder)
     rows = [{"stage": name} | row for name, stage in found.items() for row in stage["rows"]]
     missing = [name for name in args.stages if not found.get(name, {}).get("done")]
-    targets = gpu_stages.targets(rows) + [common.target("stages not whole", len(missing), 0, False)]
+    targets = gpu_stages.targets(rows)
+    targets.append(common.target("stages not whole", len(missing), 0, False))
     common.report("gpu_day_dry" if args.dry else "gpu_day", rows, targets, args)
     if args.json:
         return

@@ -1,4 +1,4 @@
-"""Which tiles are fastest on this GPU: every kernel of the experts and of the router, one at a time.
+"""Which tiles are fastest on this GPU: each kernel of the experts and the router, one at a time.
 
 First all candidates are compiled and launched once at a tiny size, in as many child processes as
 there are cores: what does not fit, spills, or ends its process drops out there. Then the rest are

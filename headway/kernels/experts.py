@@ -33,8 +33,8 @@ from headway.kernels.precision import widen
 from headway.kernels.rows import Rows
 
 WIDEST = {torch.bfloat16: 256, torch.float32: 128}
-"""L up to which the fused forward pass keeps hidden units on the chip, by the dtype of x. Above, the
-float32 sums of a tile leave no registers for anything else."""
+"""L up to which the fused forward pass keeps hidden units on the chip, by the dtype of x. Above,
+the float32 sums of a tile leave no registers for anything else."""
 
 MOST_GROUPS = 1023
 """Groups of one `F.grouped_mm` on a CUDA device; PyTorch refuses more."""
@@ -150,8 +150,8 @@ def choose(
 
 
 def narrow(dtype: torch.dtype, L: int, F: int) -> bool:
-    """Whether the fused forward pass keeps hidden units on the chip (gpu/experts_narrow.py). Wider
-    experts' go through memory (gpu/experts_wide.py), where backward may find the pre-activations."""
+    """Whether the fused forward pass keeps hidden units on the chip (gpu/experts_narrow.py). Those
+    of wider experts go through memory (gpu/experts_wide.py)."""
     return L % 16 == 0 and F % 16 == 0 and WIDEST[dtype] >= L
 
 

@@ -3,13 +3,15 @@
 """The kernels of wide experts: one product a kernel, hidden units go through memory; equations in
 ../experts.py.
 
-    forward    hid_RF = act(x[token]·W_inᵀ)      y[slot] = gate · hid·W_out          `wide_hidden`, `wide_rows`
-    backward   z = do[token]·W_outᵀ, d_pre_R, gate·hid, d_gate                       `wide_gradients`
-               dx[slot] = d_pre·W_in             dW_in = d_preᵀ·x, dW_out = hidᵀ·do  `wide_rows`, `wide_weights`
+    forward    wide_hidden     hid_RF = act(x[token]·W_inᵀ)
+               wide_rows       y[slot] = gate · hid·W_out
+    backward   wide_gradients  z = do[token]·W_outᵀ, then d_gate, gate·hid, d_pre_R
+               wide_rows       dx[slot] = d_pre·W_in
+               wide_weights    dW_in = d_preᵀ·x,  dW_out = (gate·hid)ᵀ·do
 
-Rows lie in sorted order, an expert's one behind the other. Every kernel is a matmul over tiles whose
-sums stay in registers, with the elementwise work before the store, so that products, loads and
-stores of different programs overlap; the narrow kernels, which keep everything on the chip, run
+Rows lie in sorted order, an expert's one behind the other. Every kernel is a matmul over tiles
+whose sums stay in registers, with the elementwise work before the store, so that products, loads
+and stores of different programs overlap; the narrow kernels, which keep everything on the chip, run
 their products one after the other. A row of R costs 2·F bytes in forward and 2·(G + 1)·F in
 backward, only while the operator runs.
 
@@ -111,7 +113,7 @@ def wide_rows(
     D: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y·scale at the slots of a block of rows, some of their columns: (gate ·) a [R, D]·w [D, L]."""
+    """y·scale at the slots of a block of rows, some columns: (gate ·) a [R, D]·w [D, L]."""
     columns: tl.constexpr = (L + BN - 1) // BN
     b = tl.program_id(0) // columns
     g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)

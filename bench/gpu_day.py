@@ -7,7 +7,7 @@ Stages (bench/gpu_stages.py) run one after the other, each in a process of its o
 hangs costs its own stage and no other. Each writes DIR/STAGE.json row by row; a stage that is whole
 there is not run again, so a call that was cut off goes on where it stopped. Needs torch and Triton,
 for the stage `tests` pytest and hypothesis (with pytest-xdist they share the cores), for the stage
-`step` transformers. Rows are raw; docs/gpu.md tells what they say.
+`step` transformers. docs/kernels.md tells what was found.
 """
 
 import argparse

@@ -4,7 +4,6 @@ people. A stage adds rows as they come; a row that fails says so and the next on
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -20,8 +19,9 @@ from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles
 from bench.gpu_rows import FLAT, Shape, narrow_shapes, router_shapes
 from headway.config import UsageError
 from headway.kernels.gpu import gpu
+from headway.report.provenance import provenance
 
-TOY = Shape(24, 2, 32, 4, 2, 32)
+TOY = Shape(6, 2, 16, 3, 2, 16)
 QWEN = "Qwen3-30B-A3B"
 
 
@@ -31,7 +31,7 @@ class Record:
     def __init__(self, folder: Path, name: str, dry: bool):
         self.folder, self.name, self.dry = folder, name, dry
         self.device = torch.device(gpu().device)
-        self.repeats = 2 if dry else 10
+        self.repeats = 1 if dry else 10
         self.rows: list[dict] = []
 
     def add(self, row: dict) -> None:
@@ -105,11 +105,10 @@ def tests(record: Record) -> None:
 
 def check(record: Record) -> None:
     """Errors of ours and of every rival against float64: a race against a wrong one is none."""
+    small, larger = Shape(48, 2, 64, 3, 2, 128), Shape(512, 8, 128, 16, 4, 256)
     for activation in ("swiglu", "gelu"):
-        shapes = [Shape(48, 2, 64, 3, 2, 128, activation)]
-        if not record.dry:
-            shapes += [Shape(512, 8, 128, 16, 4, 256, activation)]
-        for s in shapes:
+        shapes = (replace(TOY, T=24, F=32),) if record.dry else (small, larger)
+        for s in (replace(s, activation=activation) for s in shapes):
             for name, error in gpu_rows.expert_errors(s, record.device).items():
                 record.add({"what": f"{name}, {s}", "rival": name, **error})
 
@@ -177,7 +176,7 @@ def step(record: Record) -> None:
 def sanitizer(record: Record) -> None:
     """NVIDIA's memory and race checkers over router, sort and experts at a small size."""
     tool = shutil.which("compute-sanitizer")
-    for kind in ("memcheck", "racecheck"):
+    for kind in ("memcheck",) if record.dry else ("memcheck", "racecheck"):
         record.attempt(kind, lambda k=kind: _sanitize(tool, k, record))
 
 
@@ -222,7 +221,7 @@ def run(name: str, folder: Path, dry: bool) -> None:
     """One stage, in this process."""
     record = Record(folder, name, dry)
     STAGES[name](record)
-    write(folder, name, {"rows": record.rows, "done": True})
+    write(folder, name, {"rows": record.rows, "done": True, **provenance()})
 
 
 def load(folder: Path, name: str) -> dict:
@@ -320,7 +319,3 @@ def _has(module: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)

@@ -23,13 +23,18 @@ def block(folder: Path = NUMBERS) -> str:
             continue
         machine, versions = found["machine"], found["versions"]
         parts.append(
-            f"`bench/{found['bench']}.py` on {machine['cpu']}, {machine['cores']} cores "
-            f"({machine['cpu_capability']}), torch {versions['torch']}, commit "
-            f"{found['commit'][:10]}{' with changes' if found['dirty'] else ''}:\n\n"
+            f"`bench/{found['bench']}.py` on {_machine(machine)}, torch {versions['torch']}, "
+            f"commit {found['commit'][:10]}{' with changes' if found['dirty'] else ''}:\n\n"
             "| measured | value | target | met |\n|---|---|---|---|\n"
             + "\n".join(_row(t) for t in found["targets"])
         )
     return "\n\n".join(parts) if parts else "Nothing has been measured yet."
+
+
+def _machine(machine: dict) -> str:
+    if machine["gpu"]:
+        return machine["gpu"]
+    return f"{machine['cpu']}, {machine['cores']} cores ({machine['cpu_capability']})"
 
 
 def _row(target: dict) -> str:

@@ -148,8 +148,9 @@ _PER_ASINH = _STEPS / math.asinh(LARGEST / FINEST)
 def _bin(margin: Tensor) -> Tensor:
     """The bin of each margin, edge < margin ≤ next edge; int64. What is no number is in the
     first."""
-    steps = margin.div(FINEST).asinh_().mul_(_PER_ASINH).ceil_()
-    return steps.nan_to_num_(nan=-_STEPS).clamp_(-_STEPS, _STEPS + 1).add_(_STEPS).long()
+    steps = (margin / FINEST).asinh().mul_(_PER_ASINH).ceil_()
+    steps = steps.nan_to_num(nan=-_STEPS)  # this and the next have no rule for `vmap` in place
+    return steps.clamp(-_STEPS, _STEPS + 1).add_(_STEPS).long()
 
 
 def _edges(device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from headway.config import DataConfig, UsageError
 from headway.data import shard_file
+from headway.data.document_index import DocumentIndex, SplitIndex
+from headway.data.overlap import Overlap
 from headway.data.shard_file import Tokens
 from headway.data.shards import Dataset, Source, prepare
 from headway.data.stream import Stream, _taken, _thresholds, mix, permute, pick
@@ -379,13 +381,15 @@ def test_more_tokens_than_31_bits_hold(tmp_path):
     out = np.empty(1004, dtype=np.int64)
     train.read(n - 1002, out)
     assert out.tolist() == [0, 0, *[7] * 1000, 0, 0]
-    source = Source("x", tmp_path, train, train)
+    nothing = SplitIndex("", 0, 0, "", "", 0, "")
+    index = DocumentIndex(tmp_path, nothing, nothing, 0)
+    source = Source("x", tmp_path, train, train, index, "")
     config = DataConfig(source=("x",), seq_len=7, batch_size=3)
-    stream = Stream(Dataset((source,), 257, 256, ""), config, seed=0)
+    stream = Stream(Dataset((source,), 257, 256, "", Overlap(1, 0)), config, seed=0)
     sample = np.arange(3000, dtype=np.uint64) + np.uint64(n // 7 - 1000)
     _, start = stream.locate(sample)  # over the end of an epoch
     assert start.min() >= 0 and start.max() < n and (start > 1 << 31).any()
     assert len({*start.tolist()}) > 2990
     assert stream.batch(10**9).tokens_BS.shape == (3, 7)
-    assert stream.n_val_batches == -(-((n - 1) // 7) // 3)
-    assert stream.val_batch(stream.n_val_batches - 1).tokens_BS.shape[1] == 7
+    assert stream.n_val_windows == -(-n // 7)
+    assert stream.val_windows(stream.n_val_windows - 2, stream.n_val_windows).tokens_BS.shape == (2, 7)

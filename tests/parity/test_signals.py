@@ -99,7 +99,9 @@ def test_all_ranks_leave_while_one_tokenises(ranks, tmp_path):
     text = "SIGTERM: nothing to save yet; the same command starts again"
     assert ranks.launched(2, signalled, config, "tokenising", pids) == [text, text]
     assert not (tmp_path / "run").exists()
-    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    # of the cache only what is tokenised is kept, to go on with
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert all(path.name.endswith(".parts") for path in folders)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")

@@ -100,8 +100,10 @@ def test_before_the_first_step_there_is_nothing_to_save(place, tmp_path, monkeyp
         130,
         f"headway: {name}: nothing to save yet; the same command starts again\n",
     )
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [] and not folder.exists()
+    assert not folder.exists()  # and of the cache only what is tokenised is kept, to go on with
+    assert all(path.name.endswith(".parts") for path in cache.iterdir() if path.is_dir())
     assert call(*words).code == 0
+    assert not [path for path in cache.iterdir() if path.name.endswith(".parts")]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_torchrun_sends_no_second_one(monkeypatch):

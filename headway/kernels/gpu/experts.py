@@ -8,7 +8,7 @@ the narrow kernels make the pre-activations twice there.
 from torch import Tensor
 
 from headway.kernels.experts import narrow
-from headway.kernels.gpu import experts_narrow, experts_wide
+from headway.kernels.gpu import experts_narrow, experts_wide, on
 
 WIDEST_BACKWARD = 128
 """L up to which the narrow kernels are the faster ones in backward."""
@@ -29,9 +29,10 @@ def forward(
     """(out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else `[0, G·F]`)."""
     L, F = x_NL.shape[1], w_out_HEFL.shape[2]
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation)
-    if narrow(x_NL.dtype, L, F):
-        return experts_narrow.forward(*inputs, precision)
-    return experts_wide.forward(*inputs, keep)
+    with on(x_NL):
+        if narrow(x_NL.dtype, L, F):
+            return experts_narrow.forward(*inputs, precision)
+        return experts_wide.forward(*inputs, keep)
 
 
 def backward(
@@ -50,6 +51,7 @@ def backward(
     """Gradients of x, gates, w_in and w_out."""
     L, F = x_NL.shape[1], w_out_HEFL.shape[2]
     inputs = (do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
-    if narrow(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:
-        return experts_narrow.backward(*inputs, activation)
-    return experts_wide.backward(*inputs, pre_R, activation)
+    with on(x_NL):
+        if narrow(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:
+            return experts_narrow.backward(*inputs, activation)
+        return experts_wide.backward(*inputs, pre_R, activation)

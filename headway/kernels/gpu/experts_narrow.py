@@ -15,7 +15,6 @@ import triton
 from torch import Tensor
 
 from headway.kernels import gpu
-from headway.kernels.gpu import on
 from headway.kernels.gpu.blocks import blocks
 from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
 from headway.kernels.gpu.experts_float8 import experts_forward_float8, quantize
@@ -104,13 +103,12 @@ def forward(
         weights = (cast(w_in_HEGFL, x), cast(w_out_HEFL, x))
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
     y_NKL, scale_NK = empty_rows(x, N, K)
-    with on(x):
-        kernel[(table.group_B.numel(),)](
-            *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
-            *(cut.rows, *sizes),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+    kernel[(table.group_B.numel(),)](
+        *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
+        *(cut.rows, *sizes),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
     return sum_slots(x, y_NKL, scale_NK, row_NK, table.start_G, padded(L)), x.new_empty(0, G * F)
 
 
@@ -135,21 +133,20 @@ def backward(
     dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
     dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
     dx_NKL, scale_NK = empty_rows(x, N, K)
-    with on(x):
-        cut = tile_of("backward_rows", L, G, F, x.element_size())
-        table = blocks(counts_HE, slot_R.numel(), cut.rows)
-        experts_backward_rows[(table.group_B.numel(),)](
-            *(*inputs, *table, d_gate, dx_NKL, scale_NK, *sizes),
-            *(cut.rows, cut.cols, padded(L)),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-        cut = tile_of("backward_weights", L, G, F, x.element_size())
-        experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
-            *(*inputs, table.start_G, dw_in, dw_out, *sizes),
-            *(cut.rows, cut.cols, padded(L)),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+    cut = tile_of("backward_rows", L, G, F, x.element_size())
+    table = blocks(counts_HE, slot_R.numel(), cut.rows)
+    experts_backward_rows[(table.group_B.numel(),)](
+        *(*inputs, *table, d_gate, dx_NKL, scale_NK, *sizes),
+        *(cut.rows, cut.cols, padded(L)),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    cut = tile_of("backward_weights", L, G, F, x.element_size())
+    experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
+        *(*inputs, table.start_G, dw_in, dw_out, *sizes),
+        *(cut.rows, cut.cols, padded(L)),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
     dx = sum_slots(x, dx_NKL, scale_NK, row_NK, table.start_G, padded(L))
     return dx, d_gate.to(gate.dtype), dw_in, dw_out

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels import gpu
-from headway.kernels.gpu import on
 from headway.kernels.gpu.arith import dot, narrow, widen
 from headway.kernels.gpu.blocks import Blocks, blocks
 from headway.kernels.gpu.experts_backward import paired, slopes
@@ -299,16 +298,15 @@ def forward(
     (_, _, G, F, L), R = w_in.shape, slot_R.numel()
     call = _Call(x, slot_R, row_NK, counts_HE, (G, F, L))
     hid, pre = x.new_empty(R, F), x.new_empty(R if keep else 0, G * F)
-    with on(x):
-        cut = call.cut("hidden")
-        table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
-        wide_hidden[(table.group_B.numel() * triton.cdiv(F, BF),)](
-            *(x, w_in, slot_R, *table, hid, pre, call.K, G, F, L, activation, keep),
-            *(cut.rows, BF, call.depth),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-        return call.rows(hid, w_out, gate), pre
+    cut = call.cut("hidden")
+    table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
+    wide_hidden[(table.group_B.numel() * triton.cdiv(F, BF),)](
+        *(x, w_in, slot_R, *table, hid, pre, call.K, G, F, L, activation, keep),
+        *(cut.rows, BF, call.depth),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    return call.rows(hid, w_out, gate), pre
 
 
 def backward(
@@ -329,18 +327,17 @@ def backward(
     (_, _, G, F, L), R, S = w_in.shape, slot_R.numel(), gate.numel()
     call = _Call(x, slot_R, row_NK, counts_HE, (G, F, L))
     hid, d_pre = x.new_empty(R, F), x.new_empty(R, G * F)
-    with on(x):
-        cut = call.cut("gradients")
-        table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
-        chunks = triton.cdiv(F, BF)
-        # of slots without an expert it stays 0
-        d_gate = gate.new_zeros(chunks, *gate.shape, dtype=torch.float32)
-        wide_gradients[(table.group_B.numel() * chunks,)](
-            *(do_NL, x, gate, w_in, w_out, slot_R, *table, pre_R, hid, d_pre, d_gate, call.K, S),
-            *(G, F, L, activation, len(pre_R) > 0, cut.rows, BF, call.depth),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-        dx = call.rows(d_pre, w_in, None)
-        dw_in, dw_out = call.weights(d_pre, x, w_in_HEGFL), call.weights(hid, do_NL, w_out_HEFL)
+    cut = call.cut("gradients")
+    table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
+    chunks = triton.cdiv(F, BF)
+    # of slots without an expert it stays 0
+    d_gate = gate.new_zeros(chunks, *gate.shape, dtype=torch.float32)
+    wide_gradients[(table.group_B.numel() * chunks,)](
+        *(do_NL, x, gate, w_in, w_out, slot_R, *table, pre_R, hid, d_pre, d_gate, call.K, S),
+        *(G, F, L, activation, len(pre_R) > 0, cut.rows, BF, call.depth),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    dx = call.rows(d_pre, w_in, None)
+    dw_in, dw_out = call.weights(d_pre, x, w_in_HEGFL), call.weights(hid, do_NL, w_out_HEFL)
     return dx, d_gate.sum(0).to(gate.dtype), dw_in, dw_out

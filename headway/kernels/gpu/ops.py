@@ -7,6 +7,8 @@ T tokens · H heads · L width · E experts per head · K chosen · R = T·H·K 
 import torch
 from torch import Tensor
 
+from headway.kernels.gpu import on
+
 
 @torch.library.custom_op("headway::sort_rows_gpu", mutates_args=())
 def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +45,8 @@ def route_tokens(
     from headway.kernels.gpu import route
 
     out = _empty(x, w_HEL, index_THK, k, gate)
-    route.forward(x, w_HEL, bias_HE, index_THK, out, gate, renormalize, scale)
+    with on(x):
+        route.forward(x, w_HEL, bias_HE, index_THK, out, gate, renormalize, scale)
     return out
 
 
@@ -67,7 +70,8 @@ def _backward(
 
     out = _like(x), _like(w_HEL)
     saved, grads = (x, w_HEL, index_THK, kept_THK, rows_CTH), (d_gate_THK, d_prob_HE, d_z_H)
-    route_backward.backward(*saved, *grads, gate, renormalize, scale, *out)
+    with on(x):
+        route_backward.backward(*saved, *grads, gate, renormalize, scale, *out)
     return out
 
 

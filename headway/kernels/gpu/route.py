@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu import on
 from headway.kernels.gpu.arith import sigmoid
 from headway.kernels.gpu.scores import (
     fitting,
@@ -293,20 +292,19 @@ def forward(
     sizes, block = (T, H, E, L, *strides(x)), {"BL": BL, "ONCE": L <= BL}
     sums = x.new_empty(programs, H, 2 * E + chunks, dtype=torch.float32)
     sums_z = x.new_empty(n_tiles, H, dtype=torch.float32)
-    with on(x):
-        parts = split_w(w_HEL)
-        _choose[(n_tiles, H)](
-            x, parts, bias_HE.contiguous(), None if index_THK is None else index_THK.contiguous(),
-            gate_THK, chosen_THK, kept_THK, rows_CTH, sums, sums_z, *sizes, scale,
-            K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
-            WHOLE=whole, **block, **launch(cut),
+    parts = split_w(w_HEL)
+    _choose[(n_tiles, H)](
+        x, parts, bias_HE.contiguous(), None if index_THK is None else index_THK.contiguous(),
+        gate_THK, chosen_THK, kept_THK, rows_CTH, sums, sums_z, *sizes, scale,
+        K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
+        WHOLE=whole, **block, **launch(cut),
+    )  # fmt: skip
+    if not whole:
+        _columns[(programs, H, chunks)](
+            x, parts, chosen_THK, rows_CTH, sums, *sizes, walk, chunks,
+            K=K, SIGMOID=gate == "sigmoid", **block, **launch(column_cut),
         )  # fmt: skip
-        if not whole:
-            _columns[(programs, H, chunks)](
-                x, parts, chosen_THK, rows_CTH, sums, *sizes, walk, chunks,
-                K=K, SIGMOID=gate == "sigmoid", **block, **launch(column_cut),
-            )  # fmt: skip
-        _finish[(H, triton.cdiv(E, 128))](
-            sums, sums_z, prob_HE, z_H, entropy_H, counts_HE, programs, n_tiles, H, E, chunks,
-            1 / T, 1 / (T * math.log(max(E, 2))), BLOCK=128,
-        )  # fmt: skip
+    _finish[(H, triton.cdiv(E, 128))](
+        sums, sums_z, prob_HE, z_H, entropy_H, counts_HE, programs, n_tiles, H, E, chunks,
+        1 / T, 1 / (T * math.log(max(E, 2))), BLOCK=128,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu import on, route_sparse
+from headway.kernels.gpu import route_sparse
 from headway.kernels.gpu.arith import dot_close, dot_rounded, dot_split, narrow, sigmoid, split
 from headway.kernels.gpu.route import GATES
 from headway.kernels.gpu.scores import (
@@ -228,35 +228,34 @@ def backward(
     BL, BC = width(L, 64), width(L, 128)
     columns, sizes = triton.cdiv(L, BC), (T, H, E, L, *strides(x))
     shape = {"BL": BL, "ONCE": L <= BL}
-    with on(x):
-        cut, dx_cut, dw_cut = (fitting(f"route_{name}", x, w_HEL) for name in ("slots", "dx", "dw"))
-        by_slots = not dense and T * H * K < 2**31  # what a sort takes
-        by_slots = by_slots and route_sparse.reads_less(E, L, K, x.element_size(), dx_cut, dw_cut)
-        parts = None if by_slots else split_w(w_HEL)
-        _slots[(triton.cdiv(T, cut.rows), H)](
-            x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
-            K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
-            **shape, **launch(cut),
-        )  # fmt: skip
-        if by_slots:
-            route_sparse.backward(x, w_HEL, index_THK, ds, dx, dw_HEL)
-            return
-        tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
-        shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
+    cut, dx_cut, dw_cut = (fitting(f"route_{name}", x, w_HEL) for name in ("slots", "dx", "dw"))
+    by_slots = not dense and T * H * K < 2**31  # what a sort takes
+    by_slots = by_slots and route_sparse.reads_less(E, L, K, x.element_size(), dx_cut, dw_cut)
+    parts = None if by_slots else split_w(w_HEL)
+    _slots[(triton.cdiv(T, cut.rows), H)](
+        x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
+        K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
+        **shape, **launch(cut),
+    )  # fmt: skip
+    if by_slots:
+        route_sparse.backward(x, w_HEL, index_THK, ds, dx, dw_HEL)
+        return
+    tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
+    shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
 
-        heads = H if x.dim() == 2 else 1
-        token, head = (L, 0) if x.dim() == 2 else (H * L, L)
-        _d_tokens[(triton.cdiv(T, dx_cut.rows), H // heads, columns)](
-            *tensors, dx, *sizes, 1 / T, token, head, heads,
-            **shape, **launch(dx_cut),
-        )  # fmt: skip
+    heads = H if x.dim() == 2 else 1
+    token, head = (L, 0) if x.dim() == 2 else (H * L, L)
+    _d_tokens[(triton.cdiv(T, dx_cut.rows), H // heads, columns)](
+        *tensors, dx, *sizes, 1 / T, token, head, heads,
+        **shape, **launch(dx_cut),
+    )  # fmt: skip
 
-        blocks = triton.cdiv(E, dw_cut.cols) * columns
-        programs, walk = walks(triton.cdiv(T, dw_cut.rows), 4 * H * blocks)
-        part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)
-        _d_weights[(programs, H, blocks)](
-            *tensors, part, *sizes, 1 / T, walk, columns,
-            **shape, **launch(dw_cut),
-        )  # fmt: skip
-        if programs > 1:
-            torch.sum(part, 0, out=dw_HEL)
+    blocks = triton.cdiv(E, dw_cut.cols) * columns
+    programs, walk = walks(triton.cdiv(T, dw_cut.rows), 4 * H * blocks)
+    part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)
+    _d_weights[(programs, H, blocks)](
+        *tensors, part, *sizes, 1 / T, walk, columns,
+        **shape, **launch(dw_cut),
+    )  # fmt: skip
+    if programs > 1:
+        torch.sum(part, 0, out=dw_HEL)

@@ -34,6 +34,8 @@ with dry_launches(capability) as found:
     experts.backward(x, *inputs[:-2], empty(0, G * F), *inputs[-2:])
 print(json.dumps([dataclasses.asdict(kernel) for kernel in found]))
 """
+SPILL = 64
+"""Bytes per thread that Triton 3.9 puts on the stack for tiles that are the fastest ones, and spill nothing, with 3.6 on an H100."""
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 CORES = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
@@ -62,7 +64,7 @@ def check(capability: int, L: int, F: int, activation: str) -> None:
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability] * 1024, kernel
         if capability >= 90:
-            assert kernel["stack"] == 0, kernel
+            assert kernel["stack"] <= SPILL, kernel
     assert {k["tensor_core"] for k in multiply} == {CORES[capability]}
 
 

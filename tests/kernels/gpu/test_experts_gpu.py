@@ -391,7 +391,7 @@ def test_float8_says_where_it_cannot_run(device):
     with pytest.raises(UsageError, match="tokens are torch.float32"):
         float8(inputs, index, "swiglu")
     with pytest.raises(UsageError, match="needs the fused kernels"):
-        check_float8("meta", BF16, 64, 64)
+        check_float8(device.type, torch.float16, 64, 64)
     for L, F in ((WIDEST[BF16] + 16, 64), (64, 24)):
         with pytest.raises(UsageError, match=f"up to 256, .* not {L} and {F}; use bfloat16"):
             check_float8(device.type, BF16, L, F)

@@ -58,7 +58,7 @@ def cache(monkeypatch, tmp_path):
 
 def test_kept_tiles_are_what_later_calls_get(cache):
     """On disk under the GPU's name; a bench puts candidates into what was measured."""
-    default, best = Tiles(16, 16, 4, 2), Tiles(64, 32, 8, 3, False)
+    default, best = Tiles(16, 16, 4, 2), Tiles(64, 32, 8, 3)
     shape = (64, "swiglu")
     assert tiles("experts", shape, default) == default
     tuning.measured()[tuning.key("experts", shape)] = best

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-SPILL = 16
-"""Bytes per thread that the assembler itself gives up to stay below 168 or 128 registers, where one
-more program fits a multiprocessor."""
+SPILL = 64
+"""Bytes per thread: the assembler itself gives up some to stay below 168 or 128 registers, where one more program fits a multiprocessor,
+and the tiles that are the fastest on an H100 put some on the stack with other gates, more experts or another Triton."""
 
 WORK = """
 import json, sys, torch

@@ -1,6 +1,6 @@
 """What the GPU kernels would take of each GPU, without one: registers, spills, shared memory.
 
-    python bench/gpu_resources.py [--capability 80 90 100] [--width 64 256 512] [--json] [--save]
+    python bench/gpu_resources.py [--capability 80 90 100] [--width 64 128 256 512] [--json] [--save]
 
 Every kernel is compiled at its default tiles for the sizes below (`bench/dry_launch.py`). `blocks`
 is how many blocks of threads fit one multiprocessor by registers, shared memory and 2,048 threads;
@@ -65,7 +65,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--capability", type=int, nargs="+", default=[90])
-    parser.add_argument("--width", type=int, nargs="+", default=[64, 256, 512], help="L")
+    parser.add_argument("--width", type=int, nargs="+", default=[64, 128, 256, 512], help="L")
     common.add_options(parser, data=False)
     args = parser.parse_args()
     os.environ.pop(
@@ -74,8 +74,8 @@ def main() -> None:
     if unknown := set(args.capability) - set(SHARED_KIB):
         known = ", ".join(map(str, SHARED_KIB))
         raise UsageError(f"--capability {min(unknown)} is not known; use some of {known}")
-    if any(L % 16 or not 16 <= L <= 512 for L in args.width):
-        raise UsageError(f"--width {args.width} must be multiples of 16 up to 512")
+    if any(L % 16 or L < 16 for L in args.width):
+        raise UsageError(f"--width {args.width} must be multiples of 16")
     rows: list[dict] = []
     for capability in args.capability:
         for L in args.width:

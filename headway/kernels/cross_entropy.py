@@ -58,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
             x, target = x_TD[at], target_T[at]
             logits = x @ w.T
             loss, d_logits = _rows(logits, target, softcap, needs_x or needs_w)
-            total += loss.sum()
+            total = total + loss.sum()  # not in place: see `_RMSNorm` in norm.py
             if d_logits is None:
                 continue
             if dx is not None:

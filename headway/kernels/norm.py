@@ -101,7 +101,10 @@ class _RMSNorm(torch.autograd.Function):
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
-        return (wide * scale).mul_(weight).to(x.dtype)
+        # The last operator makes a new tensor. PyTorch 2.11 compiles a Function that ends in an
+        # operator that returns its input (in place, or `to` its own dtype) to gradients of 0.
+        out = wide * scale * weight
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):

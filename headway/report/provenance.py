@@ -73,12 +73,13 @@ def _version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of python, torch, cuda (what torch was built for, or `none`), numpy, safetensors and
-    headway."""
+    """Versions of python, torch, cuda (what torch was built for, or `none`), triton (or `unknown`),
+    numpy, safetensors and headway."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
+        "triton": _version("triton"),
         "numpy": _version("numpy"),
         "safetensors": _version("safetensors"),
         "headway": __version__,

@@ -392,4 +392,7 @@ def test_more_tokens_than_31_bits_hold(tmp_path):
     assert len({*start.tolist()}) > 2990
     assert stream.batch(10**9).tokens_BS.shape == (3, 7)
     assert stream.n_val_windows == -(-n // 7)
-    assert stream.val_windows(stream.n_val_windows - 2, stream.n_val_windows).tokens_BS.shape == (2, 7)
+    assert stream.val_windows(stream.n_val_windows - 2, stream.n_val_windows).tokens_BS.shape == (
+        2,
+        7,
+    )

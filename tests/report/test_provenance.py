@@ -65,7 +65,7 @@ def test_versions_and_machine_are_this_process():
     found = versions()
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
-    assert set(found) == {"python", "torch", "cuda", "numpy", "safetensors", "headway"}
+    assert set(found) == {"python", "torch", "cuda", "triton", "numpy", "safetensors", "headway"}
     assert found["headway"] == headway.__version__
     here = machine()
     assert here["cpu_capability"] == torch.backends.cpu.get_cpu_capability()

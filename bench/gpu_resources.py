@@ -102,6 +102,9 @@ def table(rows: list[dict]) -> str:
         cells = []
         for place in places:
             found = [r for r in rows if (r["capability"], r["L"]) == place and r["kernel"] == name]
+            if not found:  # other kernels do this width
+                cells.append("")
+                continue
             r = found[0]
             spilled = f", {r['stack']} B spilled" if r["stack"] else ""
             cells.append(f"{r['registers']}/{r['shared'] // 1024}/{r['blocks']}{spilled}")

@@ -219,7 +219,9 @@ def measure(record: "Record") -> None:
             mine = [(i, c) for i, c in enumerate(todo) if (c.kernel, c.L) == (kernel, s.L)]
             record.attempt(
                 f"{kernel} L {s.L}",
-                functools.partial(_row, s, mine, told, call_of(kernel, calls), min(5, record.repeats)),
+                functools.partial(
+                    _row, s, mine, told, call_of(kernel, calls), min(5, record.repeats)
+                ),
             )
 
 

@@ -1,4 +1,4 @@
-"""The rivals of bench/gpu_layer.py compute what they should: a race against a wrong one is none."""
+"""The rivals of bench/gpu_day.py compute what they should: a race against a wrong one is none."""
 
 import importlib.util
 import json

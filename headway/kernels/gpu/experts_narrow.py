@@ -45,7 +45,10 @@ FLOAT8 = {
 }
 """Of the forward kernel; a product of e4m3 sums over 32 values at least."""
 
-AMPERE = {256: (Tiles(128, 16, 8, 2), *BFLOAT16[256][1:])}
+AMPERE = {
+    128: (*BFLOAT16[128][:2], Tiles(64, 16, 4, 2)),
+    256: (Tiles(128, 16, 8, 2), *BFLOAT16[256][1:]),
+}
 """bfloat16 where a block has 163 KiB of shared memory (capability 8.0, 8.7); 227 on Hopper."""
 
 SMALL = {

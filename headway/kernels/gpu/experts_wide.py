@@ -40,7 +40,7 @@ BFLOAT16 = {
 """`rows × cols` of a kernel's sums: M × BF, M × BN, M × BF, BD × BN. Near the fastest on an H100 at
 L 128 and 256."""
 
-AMPERE = BFLOAT16 | {"gradients": Tiles(128, 64, 8, 2)}
+AMPERE = BFLOAT16 | {"gradients": Tiles(64, 32, 4, 3), "weights": Tiles(128, 128, 8, 3)}
 """Where a block has 163 KiB of shared memory (capability 8.0, 8.7)."""
 
 SMALL = {name: Tiles(64, 64, 4, 2) for name in BFLOAT16} | {"gradients": Tiles(64, 32, 4, 2)}

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headway.kernels import gpu
 from headway.kernels.gpu.arith import dot_close, dot_exact, dot_split, sigmoid, split
 from headway.kernels.gpu.tune import Tiles, tiles
 
@@ -123,8 +124,10 @@ def default_tiles(kernel: str, E: int) -> Tiles:
             return Tiles(64, 128, 8, 2) if E > 64 else Tiles(64, 64, 4, 2)
         case "route_slots":
             return Tiles(64, 64, 4, 2)
-        case _:
+        case "route_columns":
             return Tiles(64, 32, 4, 3)
+        case _:
+            return Tiles(64, 32, 4, 3) if gpu.capability() >= 90 else Tiles(64, 32, 8, 2)
 
 
 def fitting(kernel: str, x: Tensor, w_HEL: Tensor) -> Tiles:

@@ -1,6 +1,6 @@
 """What the GPU kernels would take of each GPU, without one: registers, spills, shared memory.
 
-    python bench/gpu_resources.py [--capability 80 90 100] [--width 64 128 256 512] [--json] [--save]
+    python bench/gpu_resources.py [--capability 80 90 100] [--width 64 128 256 512] [--save]
 
 Every kernel is compiled at its default tiles for the sizes below (`bench/dry_launch.py`). `blocks`
 is how many blocks of threads fit one multiprocessor by registers, shared memory and 2,048 threads;

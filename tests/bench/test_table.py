@@ -12,7 +12,7 @@ def test_the_documents_state_what_the_benches_measured():
 def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):
     found = {
         "bench": "x",
-        "machine": {"cpu": "CPU", "cores": 2, "cpu_capability": "AVX2"},
+        "machine": {"cpu": "CPU", "cores": 2, "cpu_capability": "AVX2", "gpu": None},
         "versions": {"torch": "2.13.0"},
         "commit": "0123456789abcdef",
         "dirty": False,
@@ -25,7 +25,10 @@ def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):
     text = block(tmp_path)
     assert "| speed | 1.235 | ≥ 2 | **no** |" in text
     assert "| memory | 0.4 | ≤ 0.5 | yes |" in text
-    assert "commit 0123456789:" in text
+    assert "`bench/x.py` on CPU, 2 cores (AVX2), torch 2.13.0, commit 0123456789:" in text
+    found["machine"] |= {"gpu": "NVIDIA H100"}
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    assert "`bench/x.py` on NVIDIA H100, torch 2.13.0" in block(tmp_path)
 
 
 def test_only_the_block_is_replaced():

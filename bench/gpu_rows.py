@@ -40,27 +40,10 @@ class Shape:
         return 3 * 2 * rows * (n_inputs(self.activation) + 1) * self.L * self.F
 
 
-def narrow_shapes(quick: bool) -> list[Shape]:
-    """A middle case for every head width, and one thing changed at a time."""
-    found = []
-    for L in (64, 128, 256, 512):
-        base = Shape(32 * 1024, 1024 // L, L, 256, 4, 256)
-        found += [base, replace(base, activation="gelu")]
-        if quick or L == 512:
-            continue
-        found += [replace(base, F=F) for F in (128, 512)]
-        found += [replace(base, E=E) for E in (64, 1024)]
-        found += [replace(base, K=K) for K in (2, 8)]
-        found += [replace(base, T=T * 1024) for T in (16, 128)]
-        found.append(replace(base, H=2 * base.H))
-    return found
+BASE = {L: Shape(32 * 1024, 1024 // L, L, 256, 4, 256) for L in (64, 128, 256, 512)}
+"""By width: as many heads as make 1,024, 256 experts each."""
 
-
-def router_shapes() -> list[Shape]:
-    """Routers of every head width, by experts and choices."""
-    one_each = [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
-    return [replace(s, E=E, K=K) for s in one_each for E, K in ((64, 2), (256, 4), (1024, 8))]
-
+ROUTERS = [replace(s, E=E, K=K) for E, K in ((256, 4), (64, 2), (1024, 8)) for s in BASE.values()]
 
 FLAT = {
     "OLMoE": Shape(16 * 1024, 1, 2048, 64, 8, 1024),

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles
-from bench.gpu_rows import FLAT, Shape, narrow_shapes, router_shapes
+from bench.gpu_rows import BASE, FLAT, ROUTERS, Shape
 from headway.config import UsageError
 from headway.kernels.gpu import gpu
 from headway.report.provenance import provenance
@@ -118,10 +118,9 @@ def profile(record: Record) -> None:
     if record.dry:
         shapes = [(TOY, 0.01)]
     else:
-        base = [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
-        shapes = [(s, 0.01) for s in (base[1], base[2], FLAT["OLMoE"], base[3], base[0])]
-        shapes += [(replace(base[2], F=512), 0.01), (replace(base[1], E=1024), 0.01)]
-        shapes += [(base[1], 0.0)]
+        shapes = [(s, 0.01) for s in (BASE[128], BASE[256], FLAT["OLMoE"], BASE[512], BASE[64])]
+        shapes += [(replace(BASE[256], F=512), 0.01), (replace(BASE[128], E=1024), 0.01)]
+        shapes += [(BASE[128], 0.0)]
     for s, aux in shapes:
         record.attempt(f"{s} aux {aux:g}", lambda s=s, aux=aux: gpu_profile.layer(s, aux, record))
 
@@ -136,12 +135,11 @@ def experts(record: Record) -> None:
     if record.dry:
         todo = [("experts", TOY, False)]
     else:
-        base = {s.L: s for s in narrow_shapes(quick=True) if s.activation == "swiglu"}
-        todo = [("experts", s, False) for s in (base[128], base[64], base[256], base[512])]
+        todo = [("experts", BASE[L], False) for L in (128, 64, 256, 512)]
         todo += [("flat", FLAT["OLMoE"], False)]
-        todo += [("experts", replace(base[128], E=64), False), ("flat", FLAT[QWEN], False)]
-        todo += [("experts", replace(base[128], E=64, activation="gelu"), True)]
-        todo += [("experts", replace(base[256], E=64), True)]
+        todo += [("experts", replace(BASE[128], E=64), False), ("flat", FLAT[QWEN], False)]
+        todo += [("experts", replace(BASE[128], E=64, activation="gelu"), True)]
+        todo += [("experts", replace(BASE[256], E=64), True)]
     for part, s, compiled in todo:
         record.attempt(
             f"{s}, compiled rivals too" if compiled else str(s),
@@ -151,14 +149,14 @@ def experts(record: Record) -> None:
 
 def router(record: Record) -> None:
     """The router beside its rivals, with and without the gradient of a balance loss."""
-    shapes = [TOY] if record.dry else router_shapes()
+    shapes = [TOY] if record.dry else ROUTERS
     for s in shapes:
         record.attempt(str(s), lambda s=s: gpu_rows.router_row(s, record))
 
 
 def layer(record: Record) -> None:
     """Whole sparse layers: time and peak memory."""
-    shapes = [TOY] if record.dry else [s for s in narrow_shapes(True) if s.activation == "swiglu"]
+    shapes = [TOY] if record.dry else BASE.values()
     for s in shapes:
         record.attempt(str(s), lambda s=s: gpu_rows.layer_row(s, record))
 
@@ -200,18 +198,18 @@ def _sanitize(tool: str | None, kind: str, record: Record) -> dict:
 
 STAGES: dict[str, Callable[[Record], None]] = {
     stage.__name__: stage
-    for stage in (machine, tests, check, profile, tiles, experts, router, layer, step, sanitizer)
+    for stage in (machine, tests, check, step, layer, router, profile, experts, tiles, sanitizer)
 }
 SECONDS = {
     "machine": 60,
     "tests": 200,
-    "check": 60,
-    "profile": 90,
-    "tiles": 120,
-    "experts": 150,
-    "router": 60,
-    "layer": 60,
+    "check": 90,
     "step": 120,
+    "layer": 60,
+    "router": 90,
+    "profile": 90,
+    "experts": 150,
+    "tiles": 160,
     "sanitizer": 120,
 }
 """At most, of each stage."""

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import gpu_measure, gpu_rows
-from bench.gpu_rows import FLAT, Shape, narrow_shapes
+from bench.gpu_rows import BASE, FLAT, Shape
 from headway.config import UsageError
 from headway.kernels.activation import n_inputs
 from headway.kernels.gpu import experts_narrow, experts_wide, tune
@@ -204,8 +204,7 @@ def compiled(record: "Record", n_cases: int) -> dict[int, dict]:
 def shapes_of(dry: bool) -> list[Shape]:
     if dry:
         return [Shape(6, 2, 16, 3, 2, 16)]
-    base = [s for s in narrow_shapes(quick=True) if s.activation == "swiglu"]
-    return [*base, FLAT["OLMoE"]]
+    return [*BASE.values(), FLAT["OLMoE"]]
 
 
 def measure(record: "Record") -> None:

@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
 
 def widen(x: Tensor) -> Tensor:
@@ -16,6 +15,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Matmuls here have the dtype of their operands, also where the caller's autocast would narrow
     them."""
     device = x.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # `is_autocast_available` would be the question, but PyTorch 2.11 does not compile it
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

@@ -1,6 +1,7 @@
 """The stages of bench/gpu_day.py: what each measures, at full and at toy size, and its lines for
 people. A stage adds rows as they come; a row that fails says so and the next one is tried."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -165,15 +166,21 @@ def step(record: Record) -> None:
     """A whole training step beside Transformers' of the same size: tokens/s, MFU, memory."""
     from bench import gpu_step
 
-    peak = load(record.folder, "machine")["rows"]
-    peak = peak[0]["matmul_tflops"] if peak else gpu_measure.matmul_tflops(record.device)
+    known = load(record.folder, "machine")["rows"]
+    known = [row["matmul_tflops"] for row in known if "matmul_tflops" in row]
+    peak = known[0] if known else gpu_measure.matmul_tflops(record.device)
     for name, (model, build) in gpu_step.rivals(record).items():
         record.attempt(name, lambda m=model, b=build: gpu_step.row(m, b, record, peak))
 
 
 def sanitizer(record: Record) -> None:
     """NVIDIA's memory and race checkers over router, sort and experts at a small size."""
-    tool = shutil.which("compute-sanitizer")
+    path = os.environ.get("PATH", "") + ":/usr/local/cuda/bin"
+    tool = shutil.which("compute-sanitizer", path=path)
+    if tool and not record.dry:  # compiles what the checkers then find in Triton's cache
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            warm = [sys.executable, "-W", "ignore", str(Path(gpu_profile.__file__).resolve())]
+            subprocess.run(warm, timeout=60, check=False)
     for kind in ("memcheck",) if record.dry else ("memcheck", "racecheck"):
         record.attempt(kind, lambda k=kind: _sanitize(tool, k, record))
 
@@ -204,13 +211,13 @@ SECONDS = {
     "machine": 60,
     "tests": 200,
     "check": 90,
-    "step": 120,
+    "step": 240,
     "layer": 60,
-    "router": 90,
+    "router": 180,
     "profile": 90,
     "experts": 150,
     "tiles": 160,
-    "sanitizer": 120,
+    "sanitizer": 270,
 }
 """At most, of each stage."""
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"headway: {error or 'interrupted'}", file=sys.stderr)
+            print(f"headway: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -66,6 +66,8 @@ class Bad:
     numbered: bool = False
     """Whether it counts in the choice of validation documents: texts, of which other pieces may be
     read elsewhere; rows do not."""
+    file: bool = False
+    """Whether it is a whole file of rows that cannot be read, which each of its spans says."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,6 @@ class TextFile:
             following = file.read(4)
         cut += next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
         return TextFile(self.path, self.start, cut), TextFile(self.path, cut, end)
-
-
-Document = Text | TextFile
 
 
 def validation_numbers(val_fraction: float) -> Iterator[int]:

@@ -73,6 +73,8 @@ class Part:
     """INDEX, one per piece."""
     bad: list[str]
     """The first documents that could not be read, a line each."""
+    files: list[str]
+    """Files of rows that could not be read to their end; every unit of a file names it."""
     unread: int
     """How many rows could not be read; texts are in the index."""
 
@@ -98,9 +100,8 @@ def load(job: Job, unit: int) -> Part:
     """The part of a unit. FileNotFoundError if it is not there."""
     path = job.folder / f"{unit:05d}.npz"
     with np.load(path) as made:
-        return Part(
-            path.with_suffix(".bin"), made["index"], made["bad"].tolist(), int(made["unread"])
-        )
+        lines = made["bad"].tolist(), made["files"].tolist()
+        return Part(path.with_suffix(".bin"), made["index"], *lines, int(made["unread"]))
 
 
 def _try(job: Job, unit: int, tell: Tell) -> bool:
@@ -121,7 +122,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
     unit, tokenizer = job.units[number], job.tokenizer
     path = job.folder / f"{number:05d}.bin"
     mark = f".{socket.gethostname()}-{os.getpid()}"  # another process may write the same unit
-    rows, bad, unread = [], [], 0
+    rows, bad, unread, files = [], [], 0, set()
     with path.with_suffix(mark).open("wb") as file:
         for batch in _batches(read(unit, job.skip_bad)):
             told = 0
@@ -132,6 +133,8 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
                     bad.append(one.why)
                     if one.numbered:
                         rows.append((0, 0, one.begins, True))
+                    elif one.file:
+                        files.add(one.why)
                     else:
                         unread += 1
                     continue
@@ -145,7 +148,9 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
         _sync(file)
     index = np.array(rows, dtype=INDEX)
     with path.with_suffix(mark + ".npz").open("wb") as file:
-        np.savez(file, index=index, unread=unread, bad=np.array(bad[:NAMED], dtype=str))
+        named = np.array(list(dict.fromkeys(bad))[:NAMED], dtype=str)
+        whole = np.array(sorted(files), dtype=str)
+        np.savez(file, index=index, unread=unread, bad=named, files=whole)
         _sync(file)
     path.with_suffix(mark).rename(path)
     path.with_suffix(mark + ".npz").rename(path.with_suffix(".npz"))

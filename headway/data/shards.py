@@ -28,7 +28,7 @@ from headway.data.shard_file import Tokens, damaged
 from headway.data.tokenise import tokenise
 from headway.data.tokenizer import Tokenizer
 
-FORMAT = 4
+FORMAT = 5
 """Version of the folder's layout; another version is another key."""
 
 

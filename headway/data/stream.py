@@ -238,6 +238,10 @@ def _check_size(dataset: Dataset, config: DataConfig) -> None:
         )
         for name, tokens, fix in parts:
             if len(tokens) < window:
+                if isinstance(tokens, Kept):
+                    fix = "leave out that source or data.dedup=exact, or give"
+                elif config.skip_bad and name == "validation":
+                    fix = "mend the documents that were skipped, raise val_fraction or give"
                 raise UsageError(
                     f"source {source.spec!r} has {len(tokens):,} {name} tokens, one window needs "
                     f"{window:,} (seq_len + 1); lower seq_len, {fix} more text"

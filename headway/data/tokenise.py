@@ -146,10 +146,12 @@ def _join(
     chosen = [next(kept)]
     writers = [ShardWriter(into, split, job.tokenizer.eos, job.dtype) for split in ("train", "val")]
     bad: list[str] = []
+    files: set[str] = set()  # whole files, which each of their units names
     n_skipped = len(skipped)
     for number, (part, doc_P) in enumerate(_numbered(job)):
         tell(number)
-        bad += part.bad
+        bad += [why for why in part.bad if why not in bad]
+        files |= set(part.files)
         n_skipped += part.unread
         while len(doc_P) and chosen[-1] <= doc_P[-1]:
             chosen.append(next(kept))
@@ -174,7 +176,7 @@ def _join(
                         writers[split_P[first]].write(ids, int(text_bytes), int(documents))
     with cache.writing(into.parent):
         train, val = (writer.close() for writer in writers)
-    return {"train": train, "val": val}, n_skipped, bad[: parts.NAMED]
+    return {"train": train, "val": val}, n_skipped + len(files), bad[: parts.NAMED]
 
 
 def _numbered(job: Job) -> Iterator[tuple[parts.Part, np.ndarray]]:

@@ -133,7 +133,8 @@ def _all(unit: Unit) -> Iterator[Piece | Bad]:
                 for row in _rows(span):
                     yield from [row] if isinstance(row, Bad) else row.pieces()
         except BadData as error:
-            yield Bad(str(error), begins, span.kind == "text")
+            is_text = span.kind == "text"
+            yield Bad(str(error), begins, numbered=is_text, file=not is_text)
 
 
 def _halved(unit: Unit) -> Iterator[Piece | Bad]:

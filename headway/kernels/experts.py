@@ -89,7 +89,7 @@ def experts(
         w_in_HEGFL, w_out_HEFL: `[H, E, G, F, L]` and `[H, E, F, L]`, float32, bfloat16 (float64,
         float16); cast once per call.
         recompute: the constant-memory form; recomputes `pre` in backward (2/9 more work with
-        SwiGLU). The fused kernels always do.
+        SwiGLU). The fused kernels of narrow experts always do.
         precision: `float8` multiplies in e4m3 in the forward pass of the fused kernels
         (gpu/experts_float8.py), on bfloat16 tokens; backward is that of `bfloat16`, which stands
         for the dtype of x.
@@ -103,7 +103,7 @@ def experts(
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
     if transformed():
         return experts_dense(*inputs, rows, activation)
-    keep = not recompute and torch.is_grad_enabled()
+    keep = not recompute and precision != "float8" and torch.is_grad_enabled()
     return _forward(*inputs, *rows, activation, keep, precision)[0]
 
 

@@ -29,6 +29,11 @@ class Route(NamedTuple):
     stats: RouteStats
 
 
+def capacity(factor: float, seq_len: int, top_k: int, n_experts: int) -> int:
+    """Rows of a sequence of S tokens that an expert takes at most: ⌈factor · S · K / E⌉."""
+    return -int(-factor * seq_len * top_k // n_experts)
+
+
 class Router(nn.Module):
     """One linear router per head.
 
@@ -190,7 +195,7 @@ class Router(nn.Module):
 
     def capacity(self, seq_len: int) -> int:
         """Most rows of a sequence that an expert takes: ⌈factor · S · K / E⌉."""
-        return -int(-self.capacity_factor * seq_len * self.top_k // self.n_experts)
+        return capacity(self.capacity_factor, seq_len, self.top_k, self.n_experts)
 
 
 def _sequences(T: int, seq_len: int | None) -> int:

@@ -48,7 +48,7 @@ METRICS: tuple[Metric, ...] = (
         "Validation loss",
         "nats/token",
         "−(1/N) Σ log p(target) over the validation windows",
-        "The loss on text that is never trained on.",
+        "The loss on documents kept for validation; the page says if training has some of them.",
     ),
     Metric(
         "val_bits_per_byte",

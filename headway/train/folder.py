@@ -54,7 +54,12 @@ class Opening(NamedTuple):
         run_dir, start = split(resume) if resume is not None else (None, None)
         if run_dir is not None and start is None:
             return cls(run_dir, True, overwrite, None)
-        run_dir = Path(config.run.dir or f"runs/{config.recipe or 'run'}")
+        source, run_dir = run_dir, Path(config.run.dir or f"runs/{config.recipe or 'run'}")
+        if source is not None and run_dir.resolve() == source.resolve():  # by whatever spelling
+            raise UsageError(
+                f"resume: {start} is a checkpoint of {source}, which goes on from its newest one; "
+                "give the run, or another run's folder with --run"
+            )
         return cls(run_dir, False, overwrite, start)
 
 

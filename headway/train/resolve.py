@@ -11,6 +11,7 @@ from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig
 from headway.kernels.experts import check_float8, choose
 from headway.kernels.native import native
 from headway.model.moe import MoE
+from headway.model.router import capacity
 from headway.model.transformer import Transformer
 from headway.parallel.exchange import gathers
 from headway.plan.cost import training_flops
@@ -83,7 +84,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
         mesh = _chunks(mesh, model.moe, data.micro_batch_size, derived)
     moe = model.moe
     if moe.kind != "dense" and moe.capacity_factor:
-        rows = -int(-moe.capacity_factor * data.seq_len * moe.top_k // moe.n_experts)
+        rows = capacity(moe.capacity_factor, data.seq_len, moe.top_k, moe.n_experts)
         derived["model.moe.capacity_factor"] = (
             f"{moe.capacity_factor}: an expert takes at most {rows} rows of a sequence of "
             f"{data.seq_len} tokens; samples drop none"

@@ -79,6 +79,8 @@ class Run:
         for problem in problems:
             self.log(f"resume: {problem}; going back")
         if path is None:
+            if self.spread.mesh.leads:
+                keep_optim(self.dir, self.config.optim)
             self.sink.resume_at(-1)
             self.log(f"resume: {self.dir} has no checkpoint yet; starting over at step 0")
             return self.progress
@@ -97,6 +99,7 @@ class Run:
             self.log(f"resume: saved on {was}, goes on with {goes}")
         self.progress = Progress.from_dict(state["progress"], self.config.optim.spike)
         self.saved, self.saved_step = path, self.progress.step
+        self.offered = state.get("offered", [])
         if old := state.get("optim"):
             self._tell_schedule(from_dict(OptimConfig, old))
         if self.spread.mesh.leads:
@@ -115,9 +118,9 @@ class Run:
             return
         fall = steps_before_fall(old)
         if old.schedule != "cosine" and step > fall:
-            offer = f"no checkpoint from before its fall, after step {fall}, is kept"
+            offer = f"{self.dir} keeps no checkpoint from before its fall, after step {fall}"
             if before := saved.newest_up_to(self.dir, fall):
-                self.offered = [fall]
+                self.offered = [*self.offered, fall]
                 again = f"--run {self.dir}-{new.steps} --steps {new.steps}"
                 offer = f"to go on from before the fall: {resume_command(self.config.mesh, before)}"
                 offer += f" {again}"
@@ -255,6 +258,7 @@ class Run:
         state = {
             "progress": self.progress.to_dict(),
             "optim": dataclasses.asdict(self.config.optim),
+            "offered": self.offered,
             "tokens": self.tokens,
             **self._identity(),
         }

@@ -1,6 +1,8 @@
 """A cache that is damaged, or cannot be written or read, is one line; nothing wrong is ever handed out."""
 
 import errno
+import gzip
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from headway.config import DataConfig, UsageError
 from headway.data import shard_file
 from headway.data.shards import prepare
+from headway.data.stream import Stream
 from tests.data.cached import BYTES, folder_of, mistake, quiet
 
 
@@ -134,3 +137,44 @@ def test_finished_cache_is_read_from_a_read_only_disk(config, monkeypatch):
     for name in ("mkdir", "chmod"):
         monkeypatch.setattr(Path, name, None)
     assert prepare(config, BYTES, quiet).fingerprint == first.fingerprint
+
+
+def test_a_damaged_file_of_rows_is_counted_and_named_once(tmp_path):
+    """Every unit that reads it meets the damage."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = "".join(
+        json.dumps({"text": f"{i} " + os.urandom(400).hex()}) + "\n" for i in range(6000)
+    )
+    packed = gzip.compress(lines.encode())
+    (folder / "broken.jsonl.gz").write_bytes(packed[: len(packed) * 9 // 10])
+    (folder / "whole.jsonl").write_text(
+        lines[: lines.index("\n", 100_000) + 1] + '{"text": null}\n'
+    )
+    data = DataConfig(
+        source=(str(folder),), cache_dir=str(tmp_path / "cache"), val_fraction=0.2, skip_bad=True
+    )
+    lines = []
+    prepare(data, BYTES, lines.append)
+    skipped = [line for line in lines if line.startswith("skipped: ")]
+    assert len(skipped) == 2 and sum("broken.jsonl.gz" in line for line in skipped) == 1
+    manifest = json.loads((folder_of(data) / "manifest.json").read_text())
+    assert manifest["skipped"] == 2
+
+
+def test_a_source_that_repeats_another_names_dedup(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"text {i} " * 20}) + "\n" for i in range(40))
+        )
+    data = DataConfig(
+        source=(str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")),
+        cache_dir=str(tmp_path / "cache"),
+        seq_len=64,
+        dedup="exact",
+        val_fraction=0.2,
+    )
+    with pytest.raises(
+        UsageError, match=r"leave out that source or data\.dedup=exact, or give more"
+    ):
+        Stream(prepare(data, BYTES, quiet), data, seed=0)

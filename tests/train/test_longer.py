@@ -3,12 +3,14 @@
 import json
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from headway.config import UsageError
 from headway.report.sinks import read_metrics
 from headway.train import folder
 from tests.command import call, mistake
@@ -88,7 +90,7 @@ def test_mistakes(finished):
     checkpoint = finished / "checkpoints" / "step-000012"
     text = mistake("train", "--resume", checkpoint)
     assert "is a checkpoint of" in text and "--run" in text
-    assert "already holds a run" in mistake(
+    assert "is a checkpoint of" in mistake(
         "train", "--resume", checkpoint, "--run", finished.parent / "run/../run"
     )
     for name, path in (
@@ -99,3 +101,24 @@ def test_mistakes(finished):
         text = mistake("train", "--resume", path, "--run", finished.parent / "new")
         assert f"{path.name} is damaged ({name} is missing)" in text
     assert not (finished.parent / "new").exists()
+
+
+def test_the_offered_checkpoint_survives_another_resume(finished):
+    """The offer is kept with the run's state: a second resume tells nothing and removes nothing."""
+    assert call("train", "--resume", finished, "--steps", 22).code == 0
+    assert call("train", "--resume", finished, "--steps", 34).code == 0
+    assert (finished / "checkpoints" / "step-000012").is_dir()
+    assert call("train", "--resume", finished, "--steps", 50).code == 0
+    assert (finished / "checkpoints" / "step-000012").is_dir()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_is_not_forked_into_itself(finished, overwrite):
+    """By whatever spelling of its folder: --overwrite would clear the checkpoint it starts from."""
+    start = finished / "checkpoints" / "step-000012"
+    config = tiny(finished.parent)
+    odd = str(finished.parent / "elsewhere" / ".." / "run")
+    config = replace(config, run=replace(config.run, dir=odd))
+    with pytest.raises(UsageError, match=r"is a checkpoint of .*, which goes on from its newest"):
+        train(config, resume=start, overwrite=overwrite)
+    assert start.is_dir() and (finished / "metrics.jsonl").is_file()

@@ -48,7 +48,8 @@ def backward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out."""
+    """Gradients of x, gates, w_in and w_out. The rows of `pre_R` tell what was kept; `keep` is for
+    the other paths."""
     L, F = x_NL.shape[1], w_out_HEFL.shape[2]
     inputs = (do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
     with on(x_NL):

@@ -28,10 +28,11 @@ BFLOAT16 = {
     32: (Tiles(128, 32, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2)),
     64: (Tiles(128, 32, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2)),
     128: (Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 3), Tiles(64, 32, 4, 3)),
-    256: (Tiles(128, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(64, 32, 8, 2)),
+    256: (Tiles(128, 32, 8, 3),),
 }
-"""Padded L → the tiles of `KERNELS`, the fastest on an H100 at 64, 128 and 256 (docs/numbers): two
-or three programs on a multiprocessor hide each other's waits."""
+"""Padded L → the tiles of `KERNELS`, the fastest on an H100 at 64 and 128, and of the forward pass
+at 256, whose backward is wide (docs/numbers): two or three programs on a multiprocessor hide each
+other's waits."""
 
 FLOAT32 = Tiles(32, 16, 4, 1)
 """Of every kernel: three products of TF32 parts take registers and memory for the parts (some go to
@@ -47,13 +48,13 @@ FLOAT8 = {
 
 AMPERE = {
     128: (*BFLOAT16[128][:2], Tiles(64, 16, 4, 2)),
-    256: (Tiles(128, 16, 8, 2), *BFLOAT16[256][1:]),
+    256: (Tiles(128, 16, 8, 2),),
 }
 """bfloat16 where a block has 163 KiB of shared memory (capability 8.0, 8.7); 227 on Hopper."""
 
 SMALL = {
     128: (Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 2)),
-    256: (Tiles(32, 16, 8, 1),) * 3,
+    256: (Tiles(32, 16, 8, 1),),
 }
 """bfloat16 where a block has 99 KiB of shared memory (capability 8.6, 8.9, 12.0)."""
 

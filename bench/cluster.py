@@ -120,9 +120,11 @@ class Cluster:
 
     def curves(self) -> list[Curve]:
         """Plain collectives of several sizes with nothing else to do, and where links have no limit
-        beside matmuls (`headway.measure_links`)."""
-        beside = self.mbit == UNLIMITED
-        found = self._all("curves", sizes=self.size.collectives, repeats=3, beside=beside)
+        beside matmuls (`headway.measure.links`)."""
+        overlap_cost = self.mbit == UNLIMITED
+        found = self._all(
+            "curves", sizes=self.size.collectives, repeats=3, overlap_cost=overlap_cost
+        )
         return [curve(values) for values in found[0]["curves"]]
 
     def _all(self, do: str, **arguments: Any) -> list[dict]:
@@ -164,8 +166,13 @@ def sweep(
     for case in found + alone:
         cluster.build(case)
     cluster.limit(UNLIMITED)
-    crowd = HOSTS / len(os.sched_getaffinity(0))
-    rates_row = {"bench": "rates", "measured": cluster.rates(), "crowd": crowd, "dtype": dtype}
+    oversubscription = HOSTS / len(os.sched_getaffinity(0))
+    rates_row = {
+        "bench": "rates",
+        "measured": cluster.rates(),
+        "oversubscription": oversubscription,
+        "dtype": dtype,
+    }
     rates = [UNLIMITED, *rates]
     took: dict[float, float] = {}
     measured: dict[float, list[list[Curve]]] = {mbit: [] for mbit in rates}

@@ -27,15 +27,15 @@ from headway.config import (
     from_dict,
 )
 from headway.data.stream import Batch
-from headway.measure import rates
-from headway.measure_links import curves
+from headway.kernels.precision import native_bfloat16
+from headway.measure.links import curves
+from headway.measure.rates import rates
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import Spread, spread
+from headway.optim.groups import Optimizers, build_optimizers
+from headway.parallel.dispatcher import Parallelism, parallelize
 from headway.parallel.mesh import Mesh, place
 from headway.parallel.traffic import Traffic
 from headway.train.allocator import set_allocator
-from headway.train.optim import Optimizers, build_optimizers
-from headway.train.resolve import native_bfloat16
 from headway.train.step import gradient, update
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def model_of(kind: str, k: int, size: Size, multiple: int) -> ModelConfig:
 @dataclasses.dataclass
 class _Model:
     model: Transformer
-    apart: Spread
+    parallelism: Parallelism
     optimizers: Optimizers
     size: Size
     steps: int = 0
@@ -181,9 +181,9 @@ class Host:
         """A model on a mesh."""
         config = from_dict(ModelConfig, model)
         built = Transformer(config, dtype=self.dtype, seed=0)
-        apart = spread(built, self._mesh(from_dict(MeshConfig, mesh)))
+        parallelism = parallelize(built, self._mesh(from_dict(MeshConfig, mesh)))
         optimizers = build_optimizers(built, OPTIM)
-        self.models[key] = _Model(built, apart, optimizers, Size(**size))
+        self.models[key] = _Model(built, parallelism, optimizers, Size(**size))
         return {}
 
     def _mesh(self, config: MeshConfig) -> Mesh:
@@ -199,14 +199,14 @@ class Host:
     def step(self, key: str) -> dict:
         """One training step, timed from a barrier; bytes are read around it."""
         at = self.models[key]
-        mesh, balance = at.apart.mesh, at.model.config.moe.balance
+        mesh, balance = at.parallelism.mesh, at.model.config.moe.balance
         batch = self._batch(at.steps, at.size)
         mesh.barrier()
         mesh.traffic.take()
         sent, received = sent_and_received()
         cpu, started = time.process_time(), time.perf_counter()
-        found = gradient(at.model, [batch], batch.targets_BS.numel(), balance, at.apart)
-        update(at.model, at.optimizers, found, 1.0, OPTIM, balance, at.apart)
+        found = gradient(at.model, [batch], batch.targets_BS.numel(), balance, at.parallelism)
+        update(at.model, at.optimizers, found, 1.0, OPTIM, balance, at.parallelism)
         at.optimizers.zero_grad()
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         after = sent_and_received()
@@ -220,11 +220,11 @@ class Host:
             "loss": found.nats / found.targets,
         }
 
-    def curves(self, sizes: list[int], repeats: int, beside: bool) -> dict:
+    def curves(self, sizes: list[int], repeats: int, overlap_cost: bool) -> dict:
         """Plain collectives and nothing else, among all hosts and among pairs of them."""
-        found = curves(CPU, self.world, False, sizes, repeats, beside=beside)
+        found = curves(CPU, self.world, False, sizes, repeats, overlap_cost=overlap_cost)
         if self.pair is not None:
-            found += curves(CPU, 2, False, sizes, repeats, self.pair, beside=beside)
+            found += curves(CPU, 2, False, sizes, repeats, self.pair, overlap_cost=overlap_cost)
         return {"curves": [dataclasses.asdict(curve) for curve in found]}
 
     def _batch(self, step: int, size: Size) -> Batch:

@@ -66,7 +66,7 @@ def calibrated(rates: dict, free: list[Curve], limited: list[Curve] | None) -> M
         name="an emulated host",
         dtype=rates["dtype"],
         curves=(*inside, *between),
-        crowd=rates["crowd"],
+        oversubscription=rates["oversubscription"],
         **rates["measured"],
     )
 

@@ -24,8 +24,8 @@ from bench import common
 from bench.cpu_step import matmul_peak
 from headway.config import UsageError
 from headway.kernels import activation, attention, experts, norm, rope
-from headway.kernels.native import Native, native
-from headway.kernels.rows import sort_rows
+from headway.kernels.cpp import Native, cpp_kernels
+from headway.kernels.permute import sort_rows
 from headway.train.allocator import set_allocator
 
 MODULES = (activation, attention, experts, norm, rope)
@@ -37,12 +37,12 @@ Case = tuple[Callable[..., Tensor], list[Tensor], float]
 def pytorch_paths() -> Iterator[None]:
     """The kernel files take their PyTorch path."""
     for module in MODULES:
-        module.native = lambda: Native(None, "the rival's turn")  # type: ignore[attr-defined]
+        module.cpp_kernels = lambda: Native(None, "the rival's turn")  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for module in MODULES:
-            module.native = native  # type: ignore[attr-defined]
+            module.cpp_kernels = cpp_kernels  # type: ignore[attr-defined]
 
 
 def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
@@ -109,13 +109,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--small", action="store_true", help="few tokens, to test this file")
     args = parser.parse_args()
-    if native().library is None:
-        raise UsageError(f"there are no C++ kernels to time: {native().why}")
+    if cpp_kernels().library is None:
+        raise UsageError(f"there are no C++ kernels to time: {cpp_kernels().why}")
     if args.threads:
         torch.set_num_threads(args.threads)
     set_allocator("keep")
     rows = []
-    for dtype in (torch.float32, *([torch.bfloat16] if native().bfloat16 else [])):
+    for dtype in (torch.float32, *([torch.bfloat16] if cpp_kernels().bfloat16 else [])):
         peak = matmul_peak(dtype, 64 if args.small else 2048)
         for name, case in cases(dtype, 32 if args.small else 2048).items():
             turns = {"ours": lambda c=case: seconds(c), "pytorch": lambda c=case: rival(c)}

@@ -7,7 +7,7 @@ D 384, 6 layers, 6 heads, 32 experts, top-4, F 192, S 256, B 8, V 512. A step is
 clipping by the global norm, and AdamW (fused on both sides). Each rival is built in a process of
 its own, and they take turns, a step each; what is compared is the ratio of median times with the
 peer's best `experts_implementation` and dtype, and the peak memory above that after the imports.
-bfloat16 rows keep AdamW's moments in bfloat16, as the peer keeps everything. `lean` rows take
+bfloat16 rows keep AdamW's moments in bfloat16, as the peer keeps everything. `fused` rows take
 Headway's options that save memory: recomputed experts, bfloat16 moments, an allocator that gives
 memory back. bfloat16 takes part where this CPU multiplies it natively; `--all`
 forces it, and the peer's `batched_mm`, which gathers a weight matrix per row (28 GB of gathers per
@@ -32,10 +32,10 @@ from bench.worker import Worker, work
 from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
+from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
 from headway.plan.cost import training_flops
 from headway.recipes.cpu import cpu_step
 from headway.train.allocator import set_allocator
-from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
 
 Step = Callable[[Tensor, Tensor], dict]
 SHAPE = cpu_step().model
@@ -48,18 +48,18 @@ SMALL = ModelConfig(
 )
 
 
-def ours(model: ModelConfig, dtype: torch.dtype, lean: bool = False) -> Config:
-    """A Headway side; `lean` takes the options that save memory. Moments are bfloat16 where the
+def ours(model: ModelConfig, dtype: torch.dtype, fused: bool = False) -> Config:
+    """A Headway side; `fused` takes the options that save memory. Moments are bfloat16 where the
     peer's are, which keeps its weights so too.
     """
     narrow = dtype == torch.bfloat16
     return Config(
         model=model,
-        optim=OptimConfig(lr=3e-4, state_dtype="bfloat16" if lean or narrow else "float32"),
+        optim=OptimConfig(lr=3e-4, state_dtype="bfloat16" if fused or narrow else "float32"),
         run=RunConfig(
             dtype="bfloat16" if narrow else "float32",
-            recompute=lean,
-            allocator="return" if lean else "keep",
+            recompute=fused,
+            allocator="return" if fused else "keep",
         ),
     )
 

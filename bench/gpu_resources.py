@@ -30,7 +30,8 @@ def launches(capability: int, L: int) -> list[dict]:
     """A forward and a backward pass of router, sort and experts; the router's backward both with
     the gradient of a balance loss and by slots."""
     from bench.dry_launch import dry_launches
-    from headway.kernels.gpu import experts, ops, route, route_backward, route_sparse, rows
+    from headway.kernels.gpu import experts, ops, route, route_backward, route_sparse
+    from headway.kernels.gpu import permute as rows
 
     gate, N = "topk_softmax", T * H
     with torch.device("meta"), dry_launches(capability) as found:

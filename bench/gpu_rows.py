@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bench import gpu_measure
-from headway.kernels.activation import n_inputs
+from headway.config import n_inputs
 from headway.kernels.experts import experts
+from headway.kernels.permute import sort_rows
 from headway.kernels.route import route
-from headway.kernels.rows import sort_rows
 from headway.model.moe import MultiHeadLatentMoE
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from bench.shapes import parameters
 from headway.config import ModelConfig, MoEConfig, OptimConfig
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
-from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
+from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
 
 if TYPE_CHECKING:
     from bench.gpu_stages import Record

@@ -23,8 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import gpu_measure, gpu_rows
 from bench.gpu_rows import BASE, FLAT, Shape
-from headway.config import UsageError
-from headway.kernels.activation import n_inputs
+from headway.config import UsageError, n_inputs
 from headway.kernels.gpu import experts_narrow, experts_wide, tune
 from headway.kernels.gpu.tune import Tiles
 
@@ -102,7 +101,7 @@ def passes(s: Shape, device: torch.device, n_experts: int) -> dict[str, Callable
     s = replace(s, E=n_experts)
     (x, gate, *weights), index, d_out = gpu_rows.inputs(s, device)
     x_NL, do_NL = x.detach().flatten(0, 1), d_out.flatten(0, 1)
-    from headway.kernels.gpu.rows import sort_rows
+    from headway.kernels.gpu.permute import sort_rows
 
     narrow = [w.detach().bfloat16() for w in weights]  # the cast is not part of a kernel
     given = (x_NL, gate.detach().flatten(0, 1), *narrow, *sort_rows(index, s.E))

@@ -214,7 +214,7 @@ class Workers:
                 for ready, _ in selector.select():
                     line = ready.fileobj.readline()  # type: ignore[union-attr]
                     selector.unregister(ready.fileobj)
-                    answer = json.loads(line) if line else {"error": self._last_words(ready.data)}
+                    answer = json.loads(line) if line else {"error": self._report(ready.data)}
                     if "error" in answer:  # the others may wait for this one until they time out
                         raise RuntimeError(f"host {ready.data}: {answer['error']}")
                     answers[ready.data] = answer
@@ -229,7 +229,7 @@ class Workers:
         for file in self.errors:
             file.close()
 
-    def _last_words(self, rank: int) -> str:
+    def _report(self, rank: int) -> str:
         self.errors[rank].seek(0)
         return (self.errors[rank].read().strip().splitlines() or ["the process ended"])[-1]
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from headway.config import Config, ModelConfig, OptimConfig
+from headway.kernels.precision import native_bfloat16
 from headway.model import balance
 from headway.model.transformer import Transformer
+from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
+from headway.optim.schedule import lr_factor
 from headway.train.allocator import set_allocator
-from headway.train.optim import build_optimizers, clip_factor, global_grad_norm
-from headway.train.resolve import native_bfloat16
-from headway.train.schedule import lr_factor
 
 TICKS = 100_000
 """Resolution of the schedule over the budget."""

@@ -23,7 +23,7 @@ from bench import common
 from headway import recipes
 from headway.config import Config
 from headway.data.tokenizer import load_tokenizer
-from headway.measure import measure
+from headway.measure.rates import measure
 from headway.plan.choose import plan
 from headway.plan.describe import with_vocab
 from headway.plan.machine import read

@@ -1,5 +1,5 @@
 """`python -m headway` is `headway`."""
 
-from headway.cli import run
+from headway.cli.main import run
 
 run()

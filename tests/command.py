@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from headway import cli
+from headway.cli import main as cli
 
 RECIPE = """
 from headway.config import Config, DataConfig, MoEConfig, ModelConfig, OptimConfig, RunConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from headway.config import UsageError
 from headway.data.files import Found, counted, once, ordinary, sampled_hashes, walk
-from headway.data.rows import HfName
+from headway.data.records import HfName
 
 _NOT_LIBRARY = {
     "site-packages",

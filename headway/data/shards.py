@@ -88,27 +88,6 @@ class Dataset:
         return sum(len(source.val) for source in self.sources)
 
 
-def validate(config: DataConfig) -> None:
-    """UsageError for values of `config` that no data could satisfy."""
-    sources, weights = config.source, config.weights
-    if not sources:
-        raise UsageError("data.source is empty; give stdlib, a file, a folder, a glob or hf:NAME")
-    if not 0 < config.val_fraction < 1:
-        raise UsageError(f"val_fraction {config.val_fraction} must lie between 0 and 1; try 0.05")
-    for name, value in (("seq_len", config.seq_len), ("batch_size", config.batch_size)):
-        if value < 1:
-            raise UsageError(f"data.{name} is {value}; it must be 1 or more")
-    if config.workers < 0:
-        raise UsageError(f"data.workers is {config.workers}; give 1 or more, or 0 for all cores")
-    if weights and len(weights) != len(sources):
-        raise UsageError(
-            f"{len(weights)} weights for {len(sources)} sources; give one per source, or none"
-        )
-    for spec, weight in zip(sources, weights, strict=False):
-        if not 0 < weight < float("inf"):  # also false for NaN
-            raise UsageError(f"weight {weight} of source {spec!r} must be a finite number above 0")
-
-
 def prepare(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -124,7 +103,7 @@ def prepare(
     once, on one machine or on several that share the cache: they share the work too. UsageError
     for data that cannot be read, and for a cache that is damaged or cannot be written.
     """
-    validate(config)
+    config.check()
     root = cache.root_of(config)
     sources = tuple(_source(spec, config, tokenizer, root, log, verify) for spec in config.source)
     indices = [source.index for source in sources]

@@ -20,7 +20,7 @@ import torch
 from headway.config import DataConfig, UsageError
 from headway.data.overlap import Kept
 from headway.data.shard_file import Tokens
-from headway.data.shards import Dataset, validate
+from headway.data.shards import Dataset
 
 _U64 = np.uint64
 _ROUNDS = 6
@@ -51,7 +51,7 @@ class Stream:
     def __init__(self, dataset: Dataset, config: DataConfig, seed: int):
         """UsageError if the data are shorter than a batch, or a split of a source is shorter than a
         window."""
-        validate(config)
+        config.check()
         named = tuple(source.spec for source in dataset.sources)
         assert named == config.source, "the dataset was prepared from another config"
         self.dataset, self.config, self.seed = dataset, config, seed

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
-from headway.model.ranks import Ranks
+from headway.model.dispatch import TokenDispatcher
 from headway.model.transformer import Transformer
-from headway.parallel.fsdp import rest
+from headway.parallel.fsdp import reshard
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -55,7 +55,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[str], None] | None = None,
-    ranks: Ranks | None = None,
+    dispatcher: TokenDispatcher | None = None,
 ) -> str:
     """The continuation of `prompt`, without it: at most `max_tokens` tokens, fewer when the
     document ends.
@@ -76,9 +76,9 @@ def generate(
         stream, shown = tokenizer.decode_stream(), 0
         following = torch.tensor([ids], device=device)
         for _ in range(max_tokens):
-            logits_V = model.step(following, state, ranks)[0]
-            if ranks is not None:
-                logits_V = ranks.agree(logits_V)
+            logits_V = model.step(following, state, dispatcher)[0]
+            if dispatcher is not None:
+                logits_V = dispatcher.broadcast(logits_V)
             logits_V = logits_V[: tokenizer.vocab_size].cpu()  # no padded ids
             drawn = probabilities(logits_V, temperature, top_k, top_p)
             token = int(torch.multinomial(drawn, 1, generator=generator))
@@ -94,5 +94,5 @@ def generate(
             on_token(text[shown:])  # a character that was not finished
         return text
     finally:
-        rest(model)
+        reshard(model)
         model.train(was_training)

@@ -8,13 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.config import n_inputs
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.native import native
-
-
-def n_inputs(activation: str) -> int:
-    """G, how many pre-activations one hidden unit reads: 2 for SwiGLU, else 1."""
-    return 2 if activation == "swiglu" else 1
 
 
 def activate_reference(pre: Tensor, activation: str) -> Tensor:
@@ -27,7 +23,7 @@ def activate_reference(pre: Tensor, activation: str) -> Tensor:
 
 def activate(pre: Tensor, activation: str) -> Tensor:
     """Equal to `activate_reference`, with autograd; float32 arithmetic, rounded once, on CPUs."""
-    if native().takes(pre) and not transformed():
+    if cpp_kernels().supports(pre) and not transformed():
         return _forward(pre, activation)
     return activate_reference(pre, activation)
 
@@ -38,7 +34,7 @@ def _forward(pre: Tensor, activation: str) -> Tensor:
     pre = pre.contiguous()
     width = pre.shape[-1] // n_inputs(activation)
     hid = pre.new_empty(*pre.shape[:-1], width)
-    native().call("activation", pre.dtype, pre, *_sizes(pre, activation), hid)
+    cpp_kernels().call("activation", pre.dtype, pre, *_sizes(pre, activation), hid)
     return hid
 
 
@@ -47,7 +43,9 @@ def _backward(d_hid: Tensor, pre: Tensor, activation: str) -> Tensor:
     """The gradient of `pre`."""
     d_hid, pre = d_hid.contiguous(), pre.contiguous()
     d_pre = torch.empty_like(pre)
-    native().call("activation_backward", pre.dtype, d_hid, pre, *_sizes(pre, activation), d_pre)
+    cpp_kernels().call(
+        "activation_backward", pre.dtype, d_hid, pre, *_sizes(pre, activation), d_pre
+    )
     return d_pre
 
 

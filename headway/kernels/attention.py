@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.native import native
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if transformed():
         return attention_reference(q, k, v)
-    if native().takes(q, k, v) and q.shape[-1] % 2 == 0:  # bfloat16 is multiplied in pairs
+    if cpp_kernels().supports(q, k, v) and q.shape[-1] % 2 == 0:  # bfloat16 is multiplied in pairs
         return _forward(q, k, v)[0]
     q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[2] != k.shape[2]
@@ -55,7 +55,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp of the scores `[B, N, S]` float32)."""
     (q, k, v), sizes = _arguments(q, k, v)
     out, lse = torch.empty_like(q), _row_sums(q)
-    native().call("attention_forward", q.dtype, q, k, v, *sizes, out, lse)
+    cpp_kernels().call("attention_forward", q.dtype, q, k, v, *sizes, out, lse)
     return out, lse
 
 
@@ -67,7 +67,7 @@ def _backward(
     (q, k, v), sizes = _arguments(q, k, v)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     tensors = (q, k, v, out, d_out.contiguous(), lse)
-    native().call("attention_backward", q.dtype, *tensors, *sizes, dq, dk, dv)
+    cpp_kernels().call("attention_backward", q.dtype, *tensors, *sizes, dq, dk, dv)
     return dq, dk, dv
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import transformed
-from headway.kernels.native import native
 from headway.kernels.precision import widen
 
 CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
@@ -83,7 +83,7 @@ def _rows(
     """Loss of every row, float32 (or float64) `[T]`, and with `back` the gradient of its logits, in
     their dtype and perhaps in their memory.
     """
-    if native().takes(logits_TV):
+    if cpp_kernels().supports(logits_TV):
         loss_T = _rows_native(logits_TV, target_T, softcap, back)
         return loss_T, logits_TV if back else None
     logits = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
@@ -111,7 +111,7 @@ def _rows_native(logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool
     """The C++ path; a target beyond the vocabulary gives NaN."""
     loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
     sizes = (*logits_TV.shape, float(softcap), int(back))
-    native().call(
+    cpp_kernels().call(
         "cross_entropy", logits_TV.dtype, logits_TV, target_T.contiguous(), *sizes, loss_T
     )
     return loss_T

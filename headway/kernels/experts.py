@@ -25,12 +25,12 @@ from torch import Tensor
 from headway.config import Activation, Precision, UsageError
 from headway.kernels import experts_cpp, experts_grouped, experts_loop
 from headway.kernels.activation import activate
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.experts_dense import experts_dense
 from headway.kernels.gpu import TAKEN, gpu
-from headway.kernels.native import native
+from headway.kernels.permute import Rows
 from headway.kernels.precision import widen
-from headway.kernels.rows import Rows
 
 WIDEST = {torch.bfloat16: 256, torch.float32: 128}
 """L up to which the fused forward pass keeps hidden units on the chip, by the dtype of x. Above,
@@ -136,12 +136,12 @@ def choose(
         why = f"the Triton kernels take bfloat16 and float32, not {dtype}"
     else:
         why = f"no Triton kernels: {gpu().why}"
-    if device == "cpu" and native().library is not None:
-        if native().takes(torch.empty(0, dtype=dtype)):
-            return Choice("cpp", f"C++ kernels: {native().why}")
+    if device == "cpu" and cpp_kernels().library is not None:
+        if cpp_kernels().supports(torch.empty(0, dtype=dtype)):
+            return Choice("cpp", f"C++ kernels: {cpp_kernels().why}")
         return Choice("loop", f"a loop of matmuls: the C++ kernels do not take {dtype} here")
     if device == "cpu":
-        return Choice("loop", f"a loop of matmuls: {native().why}")
+        return Choice("loop", f"a loop of matmuls: {cpp_kernels().why}")
     if dtype == torch.bfloat16 and L % 8 == 0 and F % 8 == 0 and _has_grouped_matmuls():
         if n_groups <= MOST_GROUPS:
             return Choice("grouped", f"grouped matmuls, sizes stay on the device; {why}")

@@ -6,7 +6,7 @@ bfloat16. See experts.py for the equations.
 import torch
 from torch import Tensor
 
-from headway.kernels.native import native
+from headway.kernels.cpp import cpp_kernels
 
 
 def forward(
@@ -27,7 +27,9 @@ def forward(
     y_RL = x.new_empty(R, L, dtype=torch.float32)
     pre_R = x.new_empty(R if keep else 0, G * Fh)
     kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
-    native().call("experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, kept, y_RL)
+    cpp_kernels().call(
+        "experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, kept, y_RL
+    )
     return _combine(x, y_RL, row_NK, counts_HE, gate_NK.contiguous()), pre_R
 
 
@@ -53,7 +55,7 @@ def backward(
     inputs = (x, do_NL, gate_NK.contiguous(), w_in, w_out, slot_R, counts_HE)
     kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
     found = (dx_RL, d_gate, dw_in, dw_out)
-    native().call("experts_backward", x.dtype, *inputs, *sizes, kept, *found)
+    cpp_kernels().call("experts_backward", x.dtype, *inputs, *sizes, kept, *found)
     return _combine(x, dx_RL, row_NK, counts_HE, None), d_gate, dw_in, dw_out
 
 
@@ -71,5 +73,5 @@ def _combine(
 ) -> Tensor:
     out, (N, K), taken = torch.empty_like(like), row_NK.shape, int(counts_HE.sum())
     sizes = (N, K, like.shape[1], taken)
-    native().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
+    cpp_kernels().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
     return out

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from headway.kernels.activation import activate_reference
+from headway.kernels.permute import Rows
 from headway.kernels.precision import widen, without_autocast
-from headway.kernels.rows import Rows
 
 
 def experts_dense(

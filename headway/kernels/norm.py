@@ -5,8 +5,8 @@
 import torch
 from torch import Tensor
 
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.native import native
 from headway.kernels.precision import widen
 
 
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
-    if native().takes(x, weight) and weight.dtype == torch.float32:
+    if cpp_kernels().supports(x, weight) and weight.dtype == torch.float32:
         return _forward(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
 
@@ -38,7 +38,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     L = weight.shape[-1]
     heads = weight.numel() // L
-    native().call("norm", x.dtype, x, weight, scale.numel(), heads, L, eps, out, scale)
+    cpp_kernels().call("norm", x.dtype, x, weight, scale.numel(), heads, L, eps, out, scale)
     return out, scale
 
 
@@ -49,7 +49,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Ten
     dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
     L = weight.shape[-1]
     sizes = (scale.numel(), weight.numel() // L, L)
-    native().call("norm_backward", x.dtype, dy, x, weight, scale, *sizes, dx, d_weight)
+    cpp_kernels().call("norm_backward", x.dtype, dy, x, weight, scale, *sizes, dx, d_weight)
     return dx, d_weight
 
 

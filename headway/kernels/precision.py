@@ -1,4 +1,5 @@
-"""Which dtype a computation has: float32 or better for scores, gates, sums and elementwise work."""
+"""Which dtype a computation has: float32 or better for scores, gates, sums and elementwise work;
+bfloat16 for matmuls where the hardware has it."""
 
 import contextlib
 
@@ -19,3 +20,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; elsewhere it is emulated and far slower than
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -7,8 +7,8 @@ S positions · H heads · d head width.
 import torch
 from torch import Tensor
 
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.native import native
 from headway.kernels.norm import rms_norm, rms_norm_reference
 
 
@@ -51,7 +51,7 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
 
 
 def _is_native(x: Tensor, *float32: Tensor) -> bool:
-    return native().takes(x, *float32) and all(t.dtype == torch.float32 for t in float32)
+    return cpp_kernels().supports(x, *float32) and all(t.dtype == torch.float32 for t in float32)
 
 
 class _Rope(torch.autograd.Function):
@@ -90,7 +90,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
     """`turn` −1 rotates back."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
-    native().call("rope", x.dtype, x, cos, sin, *_sizes(x, cos), turn, out)
+    cpp_kernels().call("rope", x.dtype, x, cos, sin, *_sizes(x, cos), turn, out)
     return out
 
 
@@ -120,7 +120,7 @@ def _norm_turn(
     x, weight, cos, sin = (t.contiguous() for t in (x, weight, cos, sin))
     out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     sizes = _sizes(x, cos)
-    native().call("norm_rope", x.dtype, x, weight, cos, sin, *sizes, eps, out, scale)
+    cpp_kernels().call("norm_rope", x.dtype, x, weight, cos, sin, *sizes, eps, out, scale)
     return out, scale
 
 
@@ -132,7 +132,7 @@ def _norm_turn_backward(
     dy, x, weight, cos, sin = (t.contiguous() for t in (dy, x, weight, cos, sin))
     dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
     tensors = (dy, x, weight, scale, cos, sin)
-    native().call("norm_rope_backward", x.dtype, *tensors, *_sizes(x, cos), dx, d_weight)
+    cpp_kernels().call("norm_rope_backward", x.dtype, *tensors, *_sizes(x, cos), dx, d_weight)
     return dx, d_weight
 
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import RouterGate
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.gpu import gpu
 from headway.kernels.gpu.ops import route_tokens
-from headway.kernels.native import native
+from headway.kernels.permute import count
 from headway.kernels.precision import widen, without_autocast
-from headway.kernels.rows import count
 from headway.kernels.topk import top_k
 
 
@@ -112,7 +112,7 @@ def route(
 
 def keeps_no_logits(x: Tensor, w_HEL: Tensor, bias_HE: Tensor) -> bool:
     """Whether `route` keeps nothing of size T×E for backward."""
-    if transformed() or not gpu().takes(x, w_HEL, bias_HE):
+    if transformed() or not gpu().supports(x, w_HEL, bias_HE):
         return False
     return widen(w_HEL).dtype == widen(bias_HE).dtype == torch.float32
 
@@ -150,7 +150,7 @@ def route_logits(
     """
     bias_HE = bias_HE.to(logits_THE.dtype)
     arguments = (logits_THE, bias_HE, index_THK, k, gate, renormalize, float(scale))
-    takes = native().takes(logits_THE, bias_HE) and logits_THE.dtype == torch.float32
+    takes = cpp_kernels().supports(logits_THE, bias_HE) and logits_THE.dtype == torch.float32
     if takes and not transformed():
         *rest, chosen_THK = _forward(*arguments)
         return Routed(chosen_THK, *rest)
@@ -177,7 +177,7 @@ def _forward(
     logits, token, head = _laid(logits_THE)
     out = _empty(logits_THE, K)
     inputs = (logits, bias_HE.contiguous(), index_THK, T, H, E, K, token, head)
-    native().call(
+    cpp_kernels().call(
         "route", torch.float32, *inputs, _GATES.index(gate), int(renormalize), scale, *out
     )
     return out
@@ -201,7 +201,7 @@ def _backward(
     grads = (None if d is None else d.contiguous() for d in (d_gate_THK, d_prob_HE, d_z_H))
     sizes = (T, H, E, K, token, head, _GATES.index(gate), int(renormalize), scale)
     inputs = (logits, index_THK.contiguous(), *grads)
-    native().call("route_backward", torch.float32, *inputs, *sizes, _laid(d_logits)[0])
+    cpp_kernels().call("route_backward", torch.float32, *inputs, *sizes, _laid(d_logits)[0])
     return d_logits
 
 

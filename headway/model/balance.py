@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headway.config import BalanceConfig, UsageError
-from headway.kernels.rows import count
+from headway.kernels.permute import count
 
 
 class RouteStats(NamedTuple):

@@ -7,10 +7,9 @@ Expert (h, e) is `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, wha
 import torch
 from torch import Tensor, nn
 
-from headway.config import Activation, Precision
-from headway.kernels.activation import n_inputs
+from headway.config import Activation, Precision, n_inputs
 from headway.kernels.experts import experts
-from headway.kernels.rows import sort_rows
+from headway.kernels.permute import sort_rows
 from headway.model.router import Route
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.config import Activation
-from headway.kernels.activation import activate, n_inputs
+from headway.config import Activation, n_inputs
+from headway.kernels.activation import activate
 from headway.kernels.norm import rms_norm
 
 

@@ -22,13 +22,13 @@ from headway.config import (
     Precision,
     RouterConfig,
     UsageError,
+    n_inputs,
 )
-from headway.kernels.activation import n_inputs
 from headway.model.balance import RouteStats, merge_stats
+from headway.model.dispatch import ChunkTask, Steps, TokenDispatcher, run_interleaved
 from headway.model.experts import Experts
 from headway.model.init import init_weights
 from headway.model.linear import FeedForward, Linear, RMSNorm
-from headway.model.ranks import Journey, Ranks, Steps, take_turns
 from headway.model.router import Router
 
 
@@ -122,7 +122,7 @@ class MoE(nn.Module):
         self,
         x: Tensor,
         index_THK: Tensor | None = None,
-        ranks: Ranks | None = None,
+        dispatcher: TokenDispatcher | None = None,
         *,
         dropless: bool = False,
     ) -> tuple[Tensor, RouteStats]:
@@ -132,13 +132,13 @@ class MoE(nn.Module):
         Args:
             x: sequences of S tokens, T tokens in all; S matters to what counts by sequence alone.
             index_THK: `[T, H, K]`, replays a selection instead of choosing one.
-            ranks: the processes over which the layer is spread (`parallel.exchange`). T are then
+            dispatcher: exchanges tokens with other processes (`parallel.dispatcher`). T are then
                 this one's tokens, and the statistics those of the sub-tokens that were routed here.
             dropless: ignore the capacity, as decoding does.
         """
-        assert ranks is None or index_THK is None
+        assert dispatcher is None or index_THK is None
         x_TD, S = x.reshape(-1, x.shape[-1]), x.shape[-2] if x.dim() > 1 else 1
-        if ranks is None:
+        if dispatcher is None:
             z_THL = self.split(x_TD)
             read = x_TD if self.reads_token else z_THL
             route = self.router(read, index_THK, seq_len=S, dropless=dropless)
@@ -147,26 +147,26 @@ class MoE(nn.Module):
                 y_TD = y_TD + self.shared(x_TD)
             return y_TD.view(x.shape), stats
 
-        pieces = ranks.chunks(x_TD, S if self.router.counts_sequences else 1)
-        chunks = [Journey(self._journey(x_TD, ranks, S, dropless)) for x_TD in pieces]
+        pieces = dispatcher.chunks(x_TD, S if self.router.counts_sequences else 1)
+        chunks = [ChunkTask(self._journey(x_TD, dispatcher, S, dropless)) for x_TD in pieces]
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while they travel
-        parts, stats = zip(*take_turns(chunks), strict=True)
+        parts, stats = zip(*run_interleaved(chunks), strict=True)
         y_TD = torch.cat(parts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), merge_stats(stats)
 
     def _journey(
-        self, x_TD: Tensor, ranks: Ranks, seq_len: int, dropless: bool
+        self, x_TD: Tensor, dispatcher: TokenDispatcher, seq_len: int, dropless: bool
     ) -> Steps[tuple[Tensor, RouteStats]]:
         """A chunk's way through a layer that is spread over processes."""
         how = {"seq_len": seq_len, "dropless": dropless}
         early = self.router(x_TD, **how) if self.reads_token else None
-        z_THL, route = yield ranks.scatter(self.split(x_TD), early)
+        z_THL, route = yield dispatcher.scatter(self.split(x_TD), early)
         route = self.router(z_THL, **how) if route is None else route
-        z_THL, there, trip = yield ranks.dispatch(z_THL, route, self.router.n_experts)
-        y_THL = yield ranks.combine(self.experts(z_THL, there), trip)
-        y_THL = yield ranks.gather(y_THL)
+        z_THL, there, trip = yield dispatcher.dispatch(z_THL, route, self.router.n_experts)
+        y_THL = yield dispatcher.combine(self.experts(z_THL, there), trip)
+        y_THL = yield dispatcher.gather(y_THL)
         return self.merge(y_THL), route.stats
 
 

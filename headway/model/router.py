@@ -4,7 +4,6 @@ T tokens · H heads · L width that the router reads · E experts per head · K 
 are float32 (float64 in references), whatever the dtype of the tokens.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from headway.config import BalanceConfig, RouterConfig, UsageError
+from headway.config import BalanceConfig, RouterConfig
 from headway.kernels.differentiate import transformed
+from headway.kernels.permute import drop_over_capacity
 from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_logits
-from headway.kernels.rows import drop_over_capacity
 from headway.model.balance import RouteStats, aux_loss, margin_counts
 
 
@@ -60,7 +59,7 @@ class Router(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        check_router(n_experts, top_k, config)
+        config.check(n_experts, top_k)
         self.n_experts, self.top_k, self.config = n_experts, top_k, config
         self.capacity_factor, self.recompute = capacity_factor, recompute
         self.w_HEL = nn.Parameter(torch.empty(n_heads, n_experts, d_in))
@@ -93,9 +92,9 @@ class Router(nn.Module):
             seq_len: tokens of a sequence, which follow one another; divides T. None: they are one.
             dropless: ignore the capacity.
         """
-        lean = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
+        fused = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
         arguments = (x, index_THK, seq_len, dropless)
-        if self.recompute and torch.is_grad_enabled() and not lean and not transformed():
+        if self.recompute and torch.is_grad_enabled() and not fused and not transformed():
             return checkpoint(self._route, *arguments, use_reentrant=False)
         return self._route(*arguments)
 
@@ -214,24 +213,3 @@ def _together(x_SNX: Tensor, n: int) -> Tensor:
     """The inverse of `_apart`."""
     S, N, X = x_SNX.shape
     return x_SNX.view(S, N // n, n, X).permute(2, 0, 1, 3).reshape(S * n, N // n, X)
-
-
-def check_router(n_experts: int, top_k: int, config: RouterConfig) -> None:
-    """Raise UsageError where k, E and the gate do not fit."""
-    if not 1 <= top_k <= n_experts:
-        raise UsageError(
-            f"top_k={top_k} must lie between 1 and n_experts={n_experts}; "
-            "lower top_k or add experts"
-        )
-    if top_k == 1 and config.gate == "topk_softmax":
-        raise UsageError(
-            "top_k=1 with gate='topk_softmax' makes every gate 1, so the router gets no gradient; "
-            "use gate='softmax_topk' or 'sigmoid'"
-        )
-    if top_k == 1 and config.renormalize:
-        raise UsageError("top_k=1 with renormalize=True makes every gate 1; set renormalize=False")
-    if not 0 < config.scale < math.inf or not 0 <= config.jitter < 1:  # also false for NaN
-        raise UsageError(
-            f"router needs a finite scale > 0 and 0 <= jitter < 1; "
-            f"got scale={config.scale}, jitter={config.jitter}"
-        )

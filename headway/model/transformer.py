@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.kernels.cross_entropy import cross_entropy
-from headway.model.attention import Attention, KVState
 from headway.model.balance import RouteStats
+from headway.model.dispatch import TokenDispatcher
 from headway.model.init import init_weights, initial_weights
 from headway.model.linear import FeedForward, Linear, RMSNorm
+from headway.model.mixers.attention import Attention, KVState
 from headway.model.moe import MoE, build_moe
-from headway.model.ranks import Ranks
 
 
 class Output(NamedTuple):
@@ -42,22 +42,24 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x_BSD: Tensor, doc_BS: Tensor | None = None, ranks: Ranks | None = None
+        self, x_BSD: Tensor, doc_BS: Tensor | None = None, dispatcher: TokenDispatcher | None = None
     ) -> tuple[Tensor, RouteStats | None]:
         x_BSD = x_BSD + self.mixer(self.norm1(x_BSD), doc_BS)
-        return self._feed_forward(x_BSD, ranks)
+        return self._feed_forward(x_BSD, dispatcher)
 
-    def step(self, x_BSD: Tensor, state: KVState, ranks: Ranks | None = None) -> Tensor:
+    def step(
+        self, x_BSD: Tensor, state: KVState, dispatcher: TokenDispatcher | None = None
+    ) -> Tensor:
         """Decode the next positions; no slot is dropped."""
         x_BSD = x_BSD + self.mixer.step(self.norm1(x_BSD), state)
-        return self._feed_forward(x_BSD, ranks, dropless=True)[0]
+        return self._feed_forward(x_BSD, dispatcher, dropless=True)[0]
 
     def _feed_forward(
-        self, x_BSD: Tensor, ranks: Ranks | None, dropless: bool = False
+        self, x_BSD: Tensor, dispatcher: TokenDispatcher | None, dropless: bool = False
     ) -> tuple[Tensor, RouteStats | None]:
         z_BSD = self.norm2(x_BSD)
         if isinstance(self.ffn, MoE):
-            y_BSD, stats = self.ffn(z_BSD, ranks=ranks, dropless=dropless)
+            y_BSD, stats = self.ffn(z_BSD, dispatcher=dispatcher, dropless=dropless)
             return x_BSD + y_BSD, stats
         return x_BSD + self.ffn(z_BSD), None
 
@@ -104,17 +106,17 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         targets_BS: Tensor | None = None,
         doc_BS: Tensor | None = None,
-        ranks: Ranks | None = None,
+        dispatcher: TokenDispatcher | None = None,
     ) -> Output:
         """Loss of `targets_BS` (−1 is ignored), or all logits without targets.
 
         Args: tokens_BS, targets_BS: int64 `[B, S]`. doc_BS: int32 `[B, S]` document numbers, to
-        keep documents apart. ranks: the processes over which the sparse layers are spread.
+        keep documents apart. dispatcher: the processes over which the sparse layers are spread.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         stats = []
         for i, block in enumerate(self.layers):
-            x_BSD, s = block(x_BSD, doc_BS, ranks and ranks.at(i))
+            x_BSD, s = block(x_BSD, doc_BS, dispatcher and dispatcher.at(i))
             if s is not None:
                 stats.append(s)
         x_BSD = self.norm(x_BSD)
@@ -144,14 +146,16 @@ class Transformer(nn.Module):
         ]
 
     @torch.no_grad()
-    def step(self, tokens_BS: Tensor, state: list[KVState], ranks: Ranks | None = None) -> Tensor:
+    def step(
+        self, tokens_BS: Tensor, state: list[KVState], dispatcher: TokenDispatcher | None = None
+    ) -> Tensor:
         """Append tokens (a prompt, or one per sequence) and return the logits after the last,
         float32 `[B, V]`. Dropless whatever the capacity, so that a text does not depend on the
         pieces in which it is decoded.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         for i, (block, s) in enumerate(zip(self.blocks(), state, strict=True)):
-            x_BSD = block.step(x_BSD, s, ranks and ranks.at(i))
+            x_BSD = block.step(x_BSD, s, dispatcher and dispatcher.at(i))
         return self._logits(self.norm(x_BSD[:, -1]))
 
     def _head_weight(self) -> Tensor:

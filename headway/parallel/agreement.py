@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from headway.config import ToldError, UsageError
+from headway.config import PeerError, UsageError
 
 
 def check(rank: int, facts: list[dict[str, Any]]) -> None:
-    """Raises on every rank where two differ: UsageError on rank 0, which prints it, ToldError on
+    """Raises on every rank where two differ: UsageError on rank 0, which prints it, PeerError on
     the others. `facts` are those of all ranks, in rank order."""
     text = difference(facts)
     if text:
-        raise UsageError(text) if rank == 0 else ToldError(text)
+        raise UsageError(text) if rank == 0 else PeerError(text)
 
 
 def difference(facts: list[dict[str, Any]]) -> str:
@@ -25,12 +25,3 @@ def difference(facts: list[dict[str, Any]]) -> str:
                     "start every rank with the same options, versions and data"
                 )
     return ""
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat

@@ -1,6 +1,6 @@
 """Collectives that travel while something else is computed, with gradients, counted.
 
-Each function starts and returns a `Flight`; `wait()` returns the tensors. Backward is the same in
+Each function issues an `AsyncCollective`; `wait()` returns the tensors. Backward is the same in
 reverse: the backward of `wait` starts the adjoint collective and the backward of the start waits
 for it, so what lay between the two in forward hides the way back as well.
 
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headway.parallel import pairwise
-from headway.parallel.float8 import narrow, widen
+from headway.parallel import p2p as pairwise
+from headway.parallel.fp8 import narrow, widen
 from headway.parallel.mesh import Axis
 from headway.parallel.traffic import Traffic
 
@@ -33,7 +33,7 @@ class Splits(NamedTuple):
         return Splits(self.receive, self.send)
 
 
-class Wire(NamedTuple):
+class CommContext(NamedTuple):
     """An axis and where its bytes are counted."""
 
     axis: Axis
@@ -56,7 +56,7 @@ class Wire(NamedTuple):
         seconds = time.perf_counter() - started
         self.traffic.waited(self.axis.name, self.purpose, seconds, self.layer)
 
-    def back(self) -> "Wire":
+    def back(self) -> "CommContext":
         """The same for the gradients."""
         return self._replace(purpose=f"{self.purpose} backward")
 
@@ -64,7 +64,7 @@ class Wire(NamedTuple):
 class _Message(NamedTuple):
     """One collective under way."""
 
-    wire: Wire
+    wire: CommContext
     received: Tensor
     posted: pairwise.Posted
 
@@ -75,17 +75,17 @@ class _Message(NamedTuple):
         return self.received
 
 
-class _Way(NamedTuple):
+class _CollectiveSpec(NamedTuple):
     """A collective, and whether its parts `[P·N, …]` are summed over the ranks on arrival."""
 
-    send: Callable[[Tensor, Wire], _Message]
+    send: Callable[[Tensor, CommContext], _Message]
     sums: bool = False
 
 
-def _exchange(splits: Splits | None) -> Callable[[Tensor, Wire], _Message]:
+def _exchange(splits: Splits | None) -> Callable[[Tensor, CommContext], _Message]:
     """All-to-all of rows; `None` sends the same number to everyone."""
 
-    def send(x: Tensor, wire: Wire) -> _Message:
+    def send(x: Tensor, wire: CommContext) -> _Message:
         x = x.contiguous()
         n, axis = x.shape[0], wire.axis
         received = x.new_empty(n if splits is None else sum(splits.receive), *x.shape[1:])
@@ -97,7 +97,7 @@ def _exchange(splits: Splits | None) -> Callable[[Tensor, Wire], _Message]:
     return send
 
 
-def _collect(x: Tensor, wire: Wire) -> _Message:
+def _collect(x: Tensor, wire: CommContext) -> _Message:
     """All-gather `[N, …]` → `[P·N, …]`."""
     x, axis = x.contiguous(), wire.axis
     received = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
@@ -113,7 +113,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class _Layout:
+class _Packing:
     """How several tensors `[N, …]` lie in the rows of one message."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -141,26 +141,28 @@ class _Layout:
         )
 
 
-class Flight:
+class AsyncCollective:
     """Tensors on their way; `wait` brings them in."""
 
-    def __init__(self, wire: Wire, forward: _Way, adjoint: _Way) -> None:
+    def __init__(
+        self, wire: CommContext, forward: _CollectiveSpec, adjoint: _CollectiveSpec
+    ) -> None:
         self.wire, self.forward, self.adjoint = wire, forward, adjoint
         self.message: _Message | None = None
-        self.layout = _Layout(())
+        self.layout = _Packing(())
         self.dtype = torch.float32
         self.token = torch.empty(0)
 
-    def depart(self, parts: Sequence[Tensor], way: _Way, wire: Wire) -> None:
+    def depart(self, parts: Sequence[Tensor], way: _CollectiveSpec, wire: CommContext) -> None:
         """Start a collective, in either direction."""
         assert self.message is None
         self.dtype = parts[0].dtype
         if wire.float8:
             parts = (*narrow(parts[0]), *parts[1:])
-        self.layout = _Layout(parts)
+        self.layout = _Packing(parts)
         self.message = way.send(self.layout.pack(parts), wire)
 
-    def arrive(self, way: _Way) -> tuple[Tensor, ...]:
+    def arrive(self, way: _CollectiveSpec) -> tuple[Tensor, ...]:
         """What it brought."""
         assert self.message is not None
         parts = self.layout.unpack(self.message.land())
@@ -173,7 +175,7 @@ class Flight:
         """The tensors, in the order in which they were sent."""
         # autograd keeps the flight, so the flight must not keep the token and autograd with it
         token, self.token = self.token, torch.empty(0)
-        return _Land.apply(self, token)  # type: ignore[return-value]
+        return _Complete.apply(self, token)  # type: ignore[return-value]
 
 
 def _rank_sum(received: Tensor, size: int) -> Tensor:
@@ -182,9 +184,9 @@ def _rank_sum(received: Tensor, size: int) -> Tensor:
     return received.unflatten(0, (size, -1)).sum(0, dtype=wide).to(received.dtype)
 
 
-class _Launch(torch.autograd.Function):
+class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flight: Flight, *parts: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, flight: AsyncCollective, *parts: Tensor) -> Tensor:  # type: ignore[override]
         flight.depart(parts, flight.forward, flight.wire)
         ctx.flight, ctx.floating = flight, [p.is_floating_point() for p in parts]
         return parts[0].new_empty(0)  # ties the two ends together for autograd
@@ -195,9 +197,9 @@ class _Launch(torch.autograd.Function):
         return None, *(next(found) if floating else None for floating in ctx.floating)
 
 
-class _Land(torch.autograd.Function):
+class _Complete(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flight: Flight, token: Tensor):  # type: ignore[override]
+    def forward(ctx, flight: AsyncCollective, token: Tensor):  # type: ignore[override]
         parts = flight.arrive(flight.forward)
         ctx.flight, ctx.floating = flight, [p.is_floating_point() for p in parts]
         ctx.mark_non_differentiable(*(p for p in parts if not p.is_floating_point()))
@@ -205,38 +207,53 @@ class _Land(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        flight: Flight = ctx.flight
+        flight: AsyncCollective = ctx.flight
         wanted = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
         flight.depart(wanted, flight.adjoint, flight.wire.back())
         return None, wanted[0].new_empty(0)
 
 
-def _start(flight: Flight, parts: Sequence[Tensor]) -> Flight:
-    flight.token = _Launch.apply(flight, *parts)  # type: ignore[assignment]
+def _start(flight: AsyncCollective, parts: Sequence[Tensor]) -> AsyncCollective:
+    flight.token = _Issue.apply(flight, *parts)  # type: ignore[assignment]
     return flight
 
 
-def all_to_all(parts: Sequence[Tensor], wire: Wire, splits: Splits | None = None) -> Flight:
+def all_to_all(
+    parts: Sequence[Tensor], wire: CommContext, splits: Splits | None = None
+) -> AsyncCollective:
     """Rows `[N, …]` to their ranks, in rank order; equal numbers without `splits`.
 
     Integer tensors travel along and take no gradient.
     """
     back = None if splits is None else splits.swapped()
-    return _start(Flight(wire, _Way(_exchange(splits)), _Way(_exchange(back))), parts)
+    return _start(
+        AsyncCollective(wire, _CollectiveSpec(_exchange(splits)), _CollectiveSpec(_exchange(back))),
+        parts,
+    )
 
 
-def all_gather(parts: Sequence[Tensor], wire: Wire) -> Flight:
+def all_gather(parts: Sequence[Tensor], wire: CommContext) -> AsyncCollective:
     """`[N, …]` → `[P·N, …]` on every rank. Backward sums over the ranks."""
-    return _start(Flight(wire, _Way(_collect), _Way(_exchange(None), sums=True)), parts)
+    return _start(
+        AsyncCollective(
+            wire, _CollectiveSpec(_collect), _CollectiveSpec(_exchange(None), sums=True)
+        ),
+        parts,
+    )
 
 
-def reduce_scatter(part: Tensor, wire: Wire) -> Flight:
+def reduce_scatter(part: Tensor, wire: CommContext) -> AsyncCollective:
     """`[P·N, …]` → `[N, …]`, the sum over the ranks: an all-to-all, which sends what a ring would
     send, and one sum in rank order. Backward gathers."""
-    return _start(Flight(wire, _Way(_exchange(None), sums=True), _Way(_collect)), (part,))
+    return _start(
+        AsyncCollective(
+            wire, _CollectiveSpec(_exchange(None), sums=True), _CollectiveSpec(_collect)
+        ),
+        (part,),
+    )
 
 
-def exchange_counts(send_P: Tensor, wire: Wire) -> Splits:
+def exchange_counts(send_P: Tensor, wire: CommContext) -> Splits:
     """Tells every rank how many rows it will get: int64 `[P]` there and back, and one wait for the
     device, since the sizes of what follows must be known."""
     axis = wire.axis

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from headway.model.router import Route
 from headway.parallel.collectives import (
-    Flight,
+    AsyncCollective,
+    CommContext,
     Splits,
-    Wire,
     all_gather,
     all_to_all,
     exchange_counts,
@@ -31,41 +31,41 @@ from headway.parallel.collectives import (
 )
 
 
-class Arrival(NamedTuple):
+class DispatchOutput(NamedTuple):
     """Sub-tokens at the rank of their experts, and the way back; None where they never left."""
 
     z_THL: Tensor
     route: Route
-    trip: "Trip | None"
+    trip: "CombineMetadata | None"
 
 
-class Dispatched:
+class DispatchHandle:
     """Sub-tokens on their way to the experts of this rank."""
 
-    def __init__(self, flight: Flight, route: Route, trip: "Trip") -> None:
+    def __init__(self, flight: AsyncCollective, route: Route, trip: "CombineMetadata") -> None:
         self.flight, self.route, self.trip = flight, route, trip
 
-    def wait(self) -> Arrival:
+    def wait(self) -> DispatchOutput:
         """`z [M, 1, L]`, its route over the H·E/P local experts as one head, and the way back."""
         z_ML, *rest = self.flight.wait()
         index_MK, gate_MK = self.trip.local(z_ML, rest)
         route = self.route._replace(
             index_THK=index_MK.long().unsqueeze(1), gate_THK=gate_MK.unsqueeze(1)
         )
-        return Arrival(z_ML.unsqueeze(1), route, self.trip)
+        return DispatchOutput(z_ML.unsqueeze(1), route, self.trip)
 
 
-class Trip:
+class CombineMetadata:
     """How the outputs come home; one subclass per way to travel."""
 
-    def __init__(self, wire: Wire, shape: torch.Size, n_local: int) -> None:
+    def __init__(self, wire: CommContext, shape: torch.Size, n_local: int) -> None:
         self.wire, self.shape, self.n_local = wire, shape, n_local
 
     def local(self, z_ML: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Indices among the local experts, `n_local` where an expert is elsewhere, and gates."""
         return rest[0], rest[1]
 
-    def back(self, y_M1L: Tensor) -> "Returning":
+    def back(self, y_M1L: Tensor) -> "CombineHandle":
         """Start the way home."""
         raise NotImplementedError
 
@@ -74,10 +74,10 @@ class Trip:
         raise NotImplementedError
 
 
-class Returning:
+class CombineHandle:
     """Outputs on their way home."""
 
-    def __init__(self, flight: Flight, trip: Trip) -> None:
+    def __init__(self, flight: AsyncCollective, trip: CombineMetadata) -> None:
         self.flight, self.trip = flight, trip
 
     def wait(self) -> Tensor:
@@ -86,8 +86,8 @@ class Returning:
 
 
 def dispatch(
-    z_THL: Tensor, route: Route, n_experts: int, wire: Wire, *, gathers: bool, dedup: bool
-) -> Dispatched:
+    z_THL: Tensor, route: Route, n_experts: int, wire: CommContext, *, gathers: bool, dedup: bool
+) -> DispatchHandle:
     """Send `[T, H, L]` to the experts that `route` chose among `n_experts` per head."""
     size, index = wire.axis.size, wire.axis.index
     T, H, L = z_THL.shape
@@ -103,7 +103,7 @@ def dispatch(
     if gathers:
         both_NK = torch.where(owner_NK < size, owner_NK * n_local + there_NK, size * n_local)
         flight = all_gather((z_NL, both_NK.to(narrow), gate_NK), wire)
-        return Dispatched(flight, route, _Gathered(wire, z_THL.shape, n_local, index))
+        return DispatchHandle(flight, route, _Gathered(wire, z_THL.shape, n_local, index))
     if not dedup:
         return _per_slot(z_NL, gate_NK, owner_NK, there_NK, route, wire, z_THL.shape, n_local)
     needs_NP = torch.zeros(T * H, size + 1, dtype=torch.bool, device=z_THL.device)
@@ -115,11 +115,11 @@ def dispatch(
     rows = _Rows(row_R, splits.send, T * H)
     parts = (_Take.apply(z_NL, rows), index_RK.to(narrow), _Take.apply(gate_NK, rows))
     flight = all_to_all(parts, wire, splits)  # type: ignore[arg-type]
-    return Dispatched(flight, route, _PerRank(wire, z_THL.shape, n_local, rows, splits))
+    return DispatchHandle(flight, route, _PerRank(wire, z_THL.shape, n_local, rows, splits))
 
 
-class _Gathered(Trip):
-    def __init__(self, wire: Wire, shape: torch.Size, n_local: int, index: int) -> None:
+class _Gathered(CombineMetadata):
+    def __init__(self, wire: CommContext, shape: torch.Size, n_local: int, index: int) -> None:
         super().__init__(wire, shape, n_local)
         self.index = index
 
@@ -128,34 +128,34 @@ class _Gathered(Trip):
         there_MK = (mine_MK < 0) | (mine_MK >= self.n_local)
         return torch.where(there_MK, self.n_local, mine_MK), rest[1]
 
-    def back(self, y_M1L: Tensor) -> Returning:
+    def back(self, y_M1L: Tensor) -> CombineHandle:
         wire = self.wire._replace(purpose="combine")
-        return Returning(reduce_scatter(y_M1L.squeeze(1), wire), self)
+        return CombineHandle(reduce_scatter(y_M1L.squeeze(1), wire), self)
 
     def combine(self, y_RL: Tensor) -> Tensor:
         return y_RL
 
 
-class _PerRank(Trip):
+class _PerRank(CombineMetadata):
     def __init__(
-        self, wire: Wire, shape: torch.Size, n_local: int, rows: "_Rows", splits: Splits
+        self, wire: CommContext, shape: torch.Size, n_local: int, rows: "_Rows", splits: Splits
     ) -> None:
         super().__init__(wire, shape, n_local)
         self.rows, self.splits = rows, splits
 
-    def back(self, y_M1L: Tensor) -> Returning:
+    def back(self, y_M1L: Tensor) -> CombineHandle:
         wire = self.wire._replace(purpose="combine")
-        return Returning(all_to_all([y_M1L.squeeze(1)], wire, self.splits.swapped()), self)
+        return CombineHandle(all_to_all([y_M1L.squeeze(1)], wire, self.splits.swapped()), self)
 
     def combine(self, y_RL: Tensor) -> Tensor:
         return _Sum.apply(y_RL, self.rows)  # type: ignore[return-value]
 
 
-class _PerSlot(Trip):
+class _PerSlot(CombineMetadata):
     """One row per slot: every received row goes through one expert, with gate 1."""
 
     def __init__(
-        self, wire: Wire, shape: torch.Size, n_local: int, splits: Splits, row_NK, gate_NK
+        self, wire: CommContext, shape: torch.Size, n_local: int, splits: Splits, row_NK, gate_NK
     ) -> None:
         super().__init__(wire, shape, n_local)
         self.splits, self.row_NK, self.gate_NK = splits, row_NK, gate_NK
@@ -163,9 +163,9 @@ class _PerSlot(Trip):
     def local(self, z_ML, rest):
         return rest[0], torch.ones_like(rest[0], dtype=self.gate_NK.dtype)
 
-    def back(self, y_M1L: Tensor) -> Returning:
+    def back(self, y_M1L: Tensor) -> CombineHandle:
         wire = self.wire._replace(purpose="combine")
-        return Returning(all_to_all([y_M1L.squeeze(1)], wire, self.splits.swapped()), self)
+        return CombineHandle(all_to_all([y_M1L.squeeze(1)], wire, self.splits.swapped()), self)
 
     def combine(self, y_RL: Tensor) -> Tensor:
         padded = torch.cat([y_RL, y_RL.new_zeros(1, y_RL.shape[1])])  # of the dropped slots
@@ -179,10 +179,10 @@ def _per_slot(
     owner_NK: Tensor,
     there_NK: Tensor,
     route: Route,
-    wire: Wire,
+    wire: CommContext,
     shape: torch.Size,
     n_local: int,
-) -> Dispatched:
+) -> DispatchHandle:
     size, K = wire.axis.size, owner_NK.shape[1]
     owner_R = owner_NK.flatten()
     order_R = torch.sort(owner_R, stable=True).indices
@@ -195,7 +195,7 @@ def _per_slot(
     z_RL = z_NL.repeat_interleave(K, 0)[kept_R]
     flight = all_to_all((z_RL, there_R1), wire, splits)
     trip = _PerSlot(wire, shape, n_local, splits, row_NK.view_as(owner_NK), gate_NK)
-    return Dispatched(flight, route, trip)
+    return DispatchHandle(flight, route, trip)
 
 
 class _Rows:

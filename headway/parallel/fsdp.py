@@ -54,27 +54,27 @@ from headway.model.linear import RMSNorm
 from headway.model.moe import MoE
 from headway.model.router import Router
 from headway.model.transformer import Transformer
-from headway.parallel.collectives import Wire
+from headway.parallel.collectives import CommContext
 from headway.parallel.mesh import Axis, Mesh
-from headway.parallel.shard import Layout, Pieces
+from headway.parallel.placement import Sharding, ShardSpec
 from headway.parallel.traffic import Traffic
 
 
-def shard(model: Transformer, layout: Layout) -> Layout:
+def shard(model: Transformer, sharding: Sharding) -> Sharding:
     """Cuts the parameters of a split model into pieces, in place, as `mesh.shard` wants it, and
     says where they lie now."""
-    mesh = layout.mesh
+    mesh = sharding.mesh
     kind = mesh.config.shard
     if kind == "replicate" or mesh.size == 1:
-        return layout
+        return sharding
     assert mesh.device_mesh is not None
     device_mesh, axis = _ranks_of_blocks(mesh)
-    cuts: dict[str, Pieces] = {}
+    cuts: dict[str, ShardSpec] = {}
     whole: set[nn.Parameter] = set()
     small = {p for m in model.modules() if isinstance(m, RMSNorm | Router) for p in m.parameters()}
     for name, p in model.named_parameters():
-        if layout.placements[name].replicas is mesh.world and p not in small:
-            cuts[name] = Pieces(0, p.shape[0], axis)
+        if sharding.placements[name].replicas is mesh.world and p not in small:
+            cuts[name] = ShardSpec(0, p.shape[0], axis)
         else:
             whole.add(p)
     for i, block in enumerate(model.blocks()):
@@ -92,19 +92,19 @@ def shard(model: Transformer, layout: Layout) -> Layout:
     first = mesh.dp.index == 0 if kind == "hsdp" else True
     placements = {
         name: replace(old, first=first, pieces=cuts[name]) if name in cuts else old
-        for name, old in layout.placements.items()
+        for name, old in sharding.placements.items()
     }
-    return Layout(mesh, placements)
+    return Sharding(mesh, placements)
 
 
-def rest(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Frees what FSDP keeps gathered after a forward pass without backward: the embedding and the
     head, which training needs at once again."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def last_micro_batch(model: nn.Module, last: bool) -> None:
+def set_gradient_sync(model: nn.Module, last: bool) -> None:
     """Before each backward. Gradients are added up over the ranks that share a parameter after
     every micro-batch, so that they never lie whole; over the replicas of `hsdp` after the last."""
     if isinstance(model, FSDPModule):
@@ -120,7 +120,9 @@ def _ranks_of_blocks(mesh: Mesh) -> tuple[DeviceMesh, Axis]:
     return both, Axis("replica", size, mesh.rank % size, both.get_group("replica"))
 
 
-def _cut_experts(experts: Experts, mesh: Mesh, dtype: torch.dtype, layer: int) -> dict[str, Pieces]:
+def _cut_experts(
+    experts: Experts, mesh: Mesh, dtype: torch.dtype, layer: int
+) -> dict[str, ShardSpec]:
     """Experts are cut over dp: between heads, else between experts, else within them."""
     assert mesh.device_mesh is not None
     size = mesh.dp.size
@@ -129,7 +131,9 @@ def _cut_experts(experts: Experts, mesh: Mesh, dtype: torch.dtype, layer: int) -
     within = (3, 2) if F % size == 0 else (0, 0)
     dims = (0, 0) if H % size == 0 else (1, 1) if E % size == 0 else within
     of = {experts.w_in_HEGFL: dims[0], experts.w_out_HEFL: dims[1]}
-    cuts = {name: Pieces(of[p], p.shape[of[p]], mesh.dp) for name, p in experts.named_parameters()}
+    cuts = {
+        name: ShardSpec(of[p], p.shape[of[p]], mesh.dp) for name, p in experts.named_parameters()
+    }
     # a view, and nothing writes to it in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .*Experts.* returned a view")
     fully_shard(
@@ -177,7 +181,7 @@ class _Gather(_Buffers, AllGather):
     """
 
     def __init__(self, axis: Axis, traffic: Traffic, dtype: torch.dtype, layer: int | None) -> None:
-        self.wire, self.dtype = Wire(axis, traffic, "fsdp all-gather", layer), dtype
+        self.wire, self.dtype = CommContext(axis, traffic, "fsdp all-gather", layer), dtype
 
     def __call__(
         self,
@@ -202,7 +206,7 @@ class _Scatter(_Buffers, ReduceScatter):
     """FSDP's reduce-scatter, counted."""
 
     def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
-        self.wire = Wire(axis, traffic, "fsdp reduce-scatter", layer)
+        self.wire = CommContext(axis, traffic, "fsdp reduce-scatter", layer)
 
     def __call__(
         self,
@@ -221,7 +225,7 @@ class _Replicas:
     """Counts the all-reduce of `hsdp` over the replicas, which FSDP has just issued."""
 
     def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
-        self.wire = Wire(axis, traffic, "fsdp all-reduce", layer)
+        self.wire = CommContext(axis, traffic, "fsdp all-reduce", layer)
 
     def __call__(self, reduced: Tensor) -> None:
         size = self.wire.axis.size

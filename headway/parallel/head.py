@@ -12,13 +12,13 @@ A router that reads the whole token has run before; its indices and gates ride i
 from torch import Tensor
 
 from headway.model.router import Route
-from headway.parallel.collectives import Wire, all_to_all, index_dtype
+from headway.parallel.collectives import CommContext, all_to_all, index_dtype
 
 
-class Scattering:
+class ScatterHandle:
     """`[T, H, L]` and a route `[T, H, K]` → `[P·T, H/P, L]` and `[P·T, H/P, K]`, in rank order."""
 
-    def __init__(self, z_THL: Tensor, route: Route | None, wire: Wire) -> None:
+    def __init__(self, z_THL: Tensor, route: Route | None, wire: CommContext) -> None:
         self.route = route
         parts = [z_THL]
         if route is not None:
@@ -34,10 +34,10 @@ class Scattering:
         return z_THL, Route(rest[0].long(), rest[1], self.route.stats)
 
 
-class Gathering:
+class GatherHandle:
     """The way back: `[P·T, H/P, L]` → `[T, H, L]`, every token to its rank, heads in order."""
 
-    def __init__(self, y_THL: Tensor, wire: Wire) -> None:
+    def __init__(self, y_THL: Tensor, wire: CommContext) -> None:
         self.flight, self.size = all_to_all([y_THL], wire), wire.axis.size
 
     def wait(self) -> Tensor:

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from headway.config import MeshConfig, RankError, ToldError, UsageError
+from headway.config import MeshConfig, PeerError, RankError, UsageError
 from headway.parallel.agreement import check
-from headway.parallel.heartbeat import Heartbeat
 from headway.parallel.traffic import Traffic
+from headway.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this rank's tensors lie, for small reductions."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
-    heart: Heartbeat | None = field(default=None, compare=False)
+    watchdog: Watchdog | None = field(default=None, compare=False)
     """Tells the others where this rank stands; None in a single process."""
 
     @property
@@ -74,7 +74,7 @@ class Mesh:
         return {axis.name: axis.size for axis in (self.dp, self.hp, self.ep)}
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank writes the files and speaks to people."""
         return self.rank == 0
 
@@ -83,7 +83,7 @@ class Mesh:
         if self.size > 1:
             dist.barrier(group=self.world.group)
 
-    def agree(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """Rank 0's value, for decisions that all ranks must take alike."""
         if self.size == 1:
             return value
@@ -91,51 +91,52 @@ class Mesh:
         dist.broadcast(agreed, src=0)
         return float(agreed)
 
-    def collect(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in rank order; anything that can be pickled."""
         found: list[T] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(found, value)
         return found
 
-    def collector(self) -> Callable[[Any], list[Any]]:
-        """A `collect` over a connection of its own, for a thread beside training. Collective."""
+    def object_gatherer(self) -> Callable[[Any], list[Any]]:
+        """`all_gather_object` over a connection of its own, for a thread beside training.
+        Collective."""
         if self.size == 1:
-            return self.collect
+            return self.all_gather_object
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout))
 
-        def collect(value: Any) -> list[Any]:
+        def gather(value: Any) -> list[Any]:
             found = [value] * self.size
             dist.all_gather_object(found, value, group=group)
             return found
 
-        return collect
+        return gather
 
-    def first(self, act: Callable[[], T]) -> T:
+    def on_main(self, act: Callable[[], T]) -> T:
         """What `act` gives on rank 0, on every rank. Its UsageError is one on every rank, and rank
         0 prints it."""
         if self.size == 1:
             return act()
         found: list[Any] = [None, ""]
         problem: UsageError | None = None
-        if self.leads:
+        if self.is_main:
             try:
                 found[0] = act()
             except UsageError as error:
                 problem, found[1] = error, str(error)
         dist.broadcast_object_list(found, src=0)
         if found[1]:
-            raise problem or ToldError(found[1])
+            raise problem or PeerError(found[1])
         return found[0]
 
-    def agree_on(self, facts: dict[str, Any]) -> None:
+    def check_equal(self, facts: dict[str, Any]) -> None:
         """Raises UsageError where a fact is another one on another rank. Collective."""
-        check(self.rank, self.collect(facts))
+        check(self.rank, self.all_gather_object(facts))
 
-    def at(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """A step begins."""
-        if self.heart is not None:
-            self.heart.at(step)
+        if self.watchdog is not None:
+            self.watchdog.begin_step(step)
 
     @contextmanager
     def one_per_host(self) -> Iterator[None]:
@@ -201,21 +202,21 @@ def launch(
     where = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     beats = dist.PrefixStore(attempt, dist.TCPStore(*where, timeout=wait, wait_for_workers=False))
     try:
-        with Heartbeat(beats, rank, world, config.timeout, traffic) as heart:
+        with Watchdog(beats, rank, world, config.timeout, traffic) as watchdog:
             found: list[Any] = [None] * world
             dist.all_gather_object(found, facts())
             check(rank, found)
             _check_product(config, world, rank)
-            yield replace(place(config, rank, device), traffic=traffic, heart=heart)
+            yield replace(place(config, rank, device), traffic=traffic, watchdog=watchdog)
     finally:
         dist.destroy_process_group()
 
 
 def _check_product(config: MeshConfig, world: int, rank: int) -> None:
     """As many ranks in the mesh as there are processes."""
-    wanted = config.dp * config.hp * config.ep
+    wanted = config.size
     if wanted != world:
-        raise (ToldError if rank else UsageError)(
+        raise (PeerError if rank else UsageError)(
             f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {wanted} processes and "
             f"there {'is 1' if world == 1 else f'are {world}'}; "
             + (
@@ -232,7 +233,7 @@ def fake(config: MeshConfig, rank: int = 0) -> Iterator[Mesh]:
     in one process, on the meta device or with small tensors."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    world = config.dp * config.hp * config.ep
+    world = config.size
     assert 0 <= rank < world
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headway.model.balance import SUMMED, RouteStats
 from headway.parallel.mesh import Axis, Mesh
-from headway.parallel.shard import Layout, local
+from headway.parallel.placement import Sharding, local
 
 BUCKET = 4 << 20
 """Bytes of gradients that are added up in one message."""
@@ -38,7 +38,7 @@ def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
 
 
 @contextmanager
-def summed_gradients(model: nn.Module, layout: Layout) -> Iterator[None]:
+def summed_gradients(model: nn.Module, sharding: Sharding) -> Iterator[None]:
     """Adds up the gradients of every parameter over its replicas while the backward pass in the
     body, the last of a step, goes on; but for those that FSDP adds up itself.
 
@@ -46,9 +46,9 @@ def summed_gradients(model: nn.Module, layout: Layout) -> Iterator[None]:
     leaves when its gradients are there and the bucket before it has left, so that all ranks send
     the same in the same order; the end of the body waits for all of them.
     """
-    buckets = _buckets(model, layout)
+    buckets = _buckets(model, sharding)
     handles = []
-    leaving = _Leaving(buckets, layout.mesh)
+    leaving = _BucketReducer(buckets, sharding.mesh)
     for bucket in buckets:
         for p in bucket.parameters:
             handles.append(p.register_post_accumulate_grad_hook(partial(leaving.ready, bucket)))
@@ -72,7 +72,7 @@ class _Bucket:
     work: dist.Work | None = None
 
 
-class _Leaving:
+class _BucketReducer:
     """The buckets of one backward pass, in their order."""
 
     def __init__(self, buckets: list[_Bucket], mesh: Mesh) -> None:
@@ -111,12 +111,12 @@ class _Leaving:
         bucket.work = dist.all_reduce(flat, group=axis.group, async_op=True)
 
 
-def _buckets(model: nn.Module, layout: Layout) -> list[_Bucket]:
+def _buckets(model: nn.Module, sharding: Sharding) -> list[_Bucket]:
     """In the order in which backward is expected to fill them: the last layer first."""
     open_: dict[tuple[str, torch.dtype], _Bucket] = {}
     found: list[_Bucket] = []
     for name, p in reversed(list(model.named_parameters())):
-        placement = layout.placements.get(name)
+        placement = sharding.placements.get(name)
         if placement is None or placement.replicas.size == 1 or placement.pieces is not None:
             continue
         key = (placement.replicas.name, p.dtype)
@@ -146,14 +146,14 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(wide)
 
 
-def grad_norm(model: nn.Module, layout: Layout) -> Tensor:
+def grad_norm(model: nn.Module, sharding: Sharding) -> Tensor:
     """‖g‖₂ over the gradients of the whole model, each slice counted once; a float64 scalar, the
     same bits on every rank. 0 without gradients."""
-    mesh = layout.mesh
+    mesh = sharding.mesh
     mine = [
         local(p.grad)
         for name, p in model.named_parameters()
-        if p.grad is not None and (mesh.size == 1 or layout.placements[name].first)
+        if p.grad is not None and (mesh.size == 1 or sharding.placements[name].first)
     ]
     norm = total_norm(mine)
     if mesh.size == 1:
@@ -162,7 +162,7 @@ def grad_norm(model: nn.Module, layout: Layout) -> Tensor:
 
 
 def global_stats(
-    routes: Sequence[RouteStats], sums: Tensor, layout: Layout, reads_token: bool
+    routes: Sequence[RouteStats], sums: Tensor, sharding: Sharding, reads_token: bool
 ) -> tuple[list[RouteStats], Tensor]:
     """Statistics of all heads over the whole batch, and `sums` (float64 `[n]`) added up over the
     ranks: one reduction of everything that a step has to tell.
@@ -170,7 +170,7 @@ def global_stats(
     Counts are summed (exactly: float64), the rest is averaged over the ranks that routed tokens of
     a head.
     """
-    mesh = layout.mesh
+    mesh = sharding.mesh
     if mesh.size == 1:
         return list(routes), sums
     split = mesh.hp.size > 1 and not reads_token

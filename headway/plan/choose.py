@@ -12,8 +12,8 @@ from headway.config import UsageError
 from headway.plan.cost import training_flops
 from headway.plan.describe import summary
 from headway.plan.layout import (
-    Axis,
-    Layout,
+    AxisName,
+    MeshLayout,
     auto_chunks,
     held_parameters,
     illegal,
@@ -26,10 +26,10 @@ from headway.plan.rank_memory import memory
 from headway.plan.shape import total
 from headway.plan.time import Setting, seconds, work
 from headway.plan.traffic import Scheme, payload_bytes
-from headway.plan.wire import ep_totals, sent
+from headway.plan.volume import ep_totals, sent
 
 SchemeChoice = Literal["auto", "all_to_all", "all_to_all_per_slot", "all_gather"]
-_AXES: tuple[Axis, ...] = ("hp", "ep", "dp", "routers", "world")
+_AXES: tuple[AxisName, ...] = ("hp", "ep", "dp", "routers", "world")
 
 
 def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[str, Any]:
@@ -82,8 +82,8 @@ def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[
 
 
 def _variants(
-    setting: Setting, mesh: Layout, micro: int, passes: int, wanted: SchemeChoice
-) -> Iterator[Layout]:
+    setting: Setting, mesh: MeshLayout, micro: int, passes: int, wanted: SchemeChoice
+) -> Iterator[MeshLayout]:
     """With the schemes of an ep axis, and with replicas or sharded."""
     schemes: list[Scheme | None] = [None]
     if mesh.ep > 1 and wanted == "auto":
@@ -97,7 +97,9 @@ def _variants(
             yield replace(mesh, scheme=scheme, shard=shard)
 
 
-def _by_scheme(setting: Setting, layout: Layout, micro: int, passes: int) -> dict[Scheme, float]:
+def _by_scheme(
+    setting: Setting, layout: MeshLayout, micro: int, passes: int
+) -> dict[Scheme, float]:
     config, calls = setting.config, passes * setting.chunks_on(layout)
     n_tokens = micro * passes * config.data.seq_len
     b = payload_bytes(config.mesh, setting.bytes_per_value)
@@ -106,7 +108,7 @@ def _by_scheme(setting: Setting, layout: Layout, micro: int, passes: int) -> dic
 
 def _row(
     setting: Setting,
-    layout: Layout,
+    layout: MeshLayout,
     micro: int,
     passes: int,
     formulas: dict[str, dict[str, str]],

@@ -26,14 +26,14 @@ from typing import NamedTuple
 from headway.config import Config
 from headway.plan import traffic as t
 from headway.plan.cost import flops
-from headway.plan.layout import Axis, Layout
+from headway.plan.layout import AxisName, MeshLayout
 from headway.plan.link import Link, Rates
 from headway.plan.machine import Machine
-from headway.plan.pipeline import Kind, Layer, Message, Work, exposed, program
+from headway.plan.overlap import Kind, Layer, Message, Work, exposed, program
 from headway.plan.shape import shape_of
-from headway.plan.wire import exchanges
+from headway.plan.volume import exchanges
 
-_KINDS: tuple[tuple[Axis, Kind, Kind], ...] = (
+_KINDS: tuple[tuple[AxisName, Kind, Kind], ...] = (
     ("hp", "scatter", "gather"),
     ("ep", "dispatch", "combine"),
 )
@@ -48,7 +48,7 @@ class Costs(NamedTuple):
     ep: float
 
 
-def link(machine: Machine, layout: Layout, axis: Axis, per_node: int) -> Link:
+def link(machine: Machine, layout: MeshLayout, axis: AxisName, per_node: int) -> Link:
     """How the ranks of an axis are connected."""
     inside = layout.in_one_node(axis, per_node)
     within = Rates(machine.intra_node, machine.latency)
@@ -59,14 +59,14 @@ def link(machine: Machine, layout: Layout, axis: Axis, per_node: int) -> Link:
         within if inside else between,
         within,
         machine.curves,
-        machine.by_hand,
+        machine.cpu_driven,
     )
 
 
 def costs(
     config: Config,
     machine: Machine,
-    layout: Layout,
+    layout: MeshLayout,
     n_tokens: int,
     chunks: int,
     *,
@@ -106,7 +106,7 @@ def costs(
 def stages(
     config: Config,
     machine: Machine,
-    layout: Layout,
+    layout: MeshLayout,
     n_tokens: int,
     b: int,
     imbalance: float,
@@ -134,7 +134,7 @@ def stages(
         merge=work("latent projections", 0.5),
         departing=copied[0],
         arriving=copied[1],
-        early_route=config.model.moe.router.reads == "token",
+        early_route=config.model.moe.reads_token,
     )
 
 
@@ -147,7 +147,7 @@ def _message(axis: str, way: Link, n_bytes: float, uneven: float) -> Message:
 
 
 def _copies(
-    config: Config, machine: Machine, layout: Layout, n_tokens: int, b: int
+    config: Config, machine: Machine, layout: MeshLayout, n_tokens: int, b: int
 ) -> tuple[dict[Kind, Work], dict[Kind, Work]]:
     """Before and after each exchange: bytes of the table above over the speed of rows."""
     s = shape_of(config.model)
@@ -161,7 +161,7 @@ def _copies(
 
     values = n_tokens * s.D_L
     if layout.hp > 1:
-        packed = 2 * b if config.model.moe.router.reads == "token" else 0
+        packed = 2 * b if config.model.moe.reads_token else 0
         note("scatter", values, (2 * b + packed, 2 * b + packed), (packed, packed))
         note("gather", values, (0, 0), (2 * b, 2 * b))
     if layout.ep > 1 and layout.scheme == "all_to_all":

@@ -23,11 +23,11 @@ from headway.plan.cost import parameters
 from headway.plan.shape import Item, shape_of
 from headway.plan.traffic import Scheme
 
-Axis = Literal["dp", "hp", "ep", "routers", "world"]
+AxisName = Literal["dp", "hp", "ep", "routers", "world"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class MeshLayout:
     """A mesh, how sub-tokens travel on its `ep` axis, and whether replicas are sharded."""
 
     dp: int = 1
@@ -41,7 +41,7 @@ class Layout:
     def ranks(self) -> int:
         return self.dp * self.hp * self.ep
 
-    def size(self, axis: Axis) -> int:
+    def size(self, axis: AxisName) -> int:
         """Ranks of an axis; `routers` are those that hold the same heads, dp × ep."""
         return {
             "dp": self.dp,
@@ -51,7 +51,7 @@ class Layout:
             "world": self.ranks,
         }[axis]
 
-    def in_one_node(self, axis: Axis, per_node: int) -> bool:
+    def in_one_node(self, axis: AxisName, per_node: int) -> bool:
         """Whether every group of the axis lies in one node of `per_node` ranks: the block of
         consecutive ranks that it spans must divide the node."""
         span = {"ep": self.ep, "hp": self.hp * self.ep}.get(axis, self.ranks)
@@ -66,7 +66,7 @@ class Share:
     """Parameters of one rank that are replicated over the same axis."""
 
     name: Literal["replicated", "embedding and head", "norms and routers", "routers", "experts"]
-    axis: Axis
+    axis: AxisName
     """The ranks that hold the same ones."""
     parts: int
     """The pieces that all such parameters are cut into: hp for routers, hp·ep for experts."""
@@ -74,20 +74,20 @@ class Share:
     """With FSDP: how often a forward and backward pass gathers them; 0 where they stay whole."""
 
 
-def shares(model: ModelConfig, layout: Layout) -> dict[str, Share]:
+def shares(model: ModelConfig, layout: MeshLayout) -> dict[str, Share]:
     """Group of `cost.parameters` → how it is split."""
     cut = layout.shard
     split = {"experts": Share("experts", "dp", layout.hp * layout.ep, 2 if cut else 0)}
     if cut:
         split["norms"] = split["routers"] = Share("norms and routers", "world", 1)
         split["embedding and output head"] = Share("embedding and head", "world", 1, 1)
-    if layout.hp > 1 and model.moe.router.reads == "sub_token":
+    if layout.hp > 1 and not model.moe.reads_token:
         split["routers"] = Share("routers", "routers", layout.hp)
     rest = Share("replicated", "world", 1, 2 if cut else 0)
     return {item.name: split.get(item.name, rest) for item in parameters(model)}
 
 
-def used_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
+def used_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
     """What one rank computes with, in groups."""
     by_name = shares(model, layout)
     found = []
@@ -98,7 +98,7 @@ def used_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
     return tuple(found)
 
 
-def held_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
+def held_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
     """What one rank stores: the same, or with `shard` its piece of it."""
     if not layout.shard:
         return used_parameters(model, layout)
@@ -116,14 +116,14 @@ def held_parameters(model: ModelConfig, layout: Layout) -> tuple[Item, ...]:
     )
 
 
-def meshes(n_ranks: int) -> Iterator[Layout]:
+def meshes(n_ranks: int) -> Iterator[MeshLayout]:
     """Every dp × hp × ep of N ranks, legal or not."""
     for hp in _divisors(n_ranks):
         for ep in _divisors(n_ranks // hp):
-            yield Layout(n_ranks // (hp * ep), hp, ep)
+            yield MeshLayout(n_ranks // (hp * ep), hp, ep)
 
 
-def illegal(model: ModelConfig, layout: Layout) -> str:
+def illegal(model: ModelConfig, layout: MeshLayout) -> str:
     """Why a mesh cannot run the model, in a line; empty where it can."""
     s, moe = shape_of(model), model.moe
     if layout.hp > 1 and (moe.kind != "multi_head_latent" or not s.n_sparse):
@@ -138,7 +138,7 @@ def illegal(model: ModelConfig, layout: Layout) -> str:
     return ""
 
 
-def auto_chunks(layout: Layout, per_node: int) -> tuple[int, str]:
+def auto_chunks(layout: MeshLayout, per_node: int) -> tuple[int, str]:
     """What `mesh.chunks=0` becomes, and why: 2 where sub-tokens follow the router to other nodes.
     Most of a step is travel then. Heads gain on slow links what they lose on fast ones
     (docs/cluster.md), and within a node two small exchanges cost more than they hide."""

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-Collective = Literal["all_to_all", "all_reduce", "beside"]
-"""`beside`: the time that an all-to-all adds to work that goes on beside it and takes longer."""
+Collective = Literal["all_to_all", "all_reduce", "overlap_cost"]
+"""`overlap_cost`: the time that an all-to-all adds to longer work that overlaps it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Link:
     within: Rates
     """The same within a node."""
     curves: Sequence[Curve] = ()
-    by_hand: bool = False
+    cpu_driven: bool = False
     """Whether the processor that computes moves the bytes too (gloo), and no engine of its own."""
 
     def exchange(self, n_bytes: float, busiest: float = 0.0) -> float:
@@ -92,10 +92,10 @@ class Link:
         limits it; else all of its time there where the processor moves the bytes, and none where
         engines do."""
         alone = Link(self.ranks, True, self.within, self.within, self.curves)
-        curve = alone._curve("beside", 1)
+        curve = alone._curve("overlap_cost", 1)
         if curve is not None:
             return curve.seconds(n_bytes)
-        return alone.exchange(n_bytes) if self.by_hand else 0.0
+        return alone.exchange(n_bytes) if self.cpu_driven else 0.0
 
     def together(self, n_bytes: float, busiest: float = 0.0) -> float:
         """How fast each of two such exchanges goes that are under way at once, over the speed of
@@ -116,7 +116,7 @@ class Link:
         """Of the processor, for an all-reduce: all of its time within a node where the processor
         moves the bytes."""
         alone = Link(self.ranks, True, self.within, self.within, self.curves)
-        return alone.ring(n_bytes) if self.by_hand else 0.0
+        return alone.ring(n_bytes) if self.cpu_driven else 0.0
 
     def _measured(self, curve: Curve, n_bytes: float, busiest: float) -> float:
         """Where the load is uneven one link is full, and what crosses it has it for itself."""

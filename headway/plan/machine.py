@@ -51,10 +51,10 @@ class Machine:
     """Of the matmuls that were measured; empty where nothing was."""
     curves: tuple[Curve, ...] = ()
     """Collectives that were measured; they count more than bandwidth and latency."""
-    by_hand: bool = False
+    cpu_driven: bool = False
     """Whether the processor that computes moves the bytes of an exchange too: gloo on CPUs. On GPUs
     copy engines and network cards do."""
-    crowd: float = 1.0
+    oversubscription: float = 1.0
     """Ranks per core that they share, as emulated hosts do; 1 where each has its own."""
 
     def origin_of(self, name: str) -> Origin:
@@ -75,7 +75,7 @@ class Machine:
     def uneven(self, imbalance: float) -> float:
         """By how much the busiest rank's experts take longer than the mean; on shared cores the
         others leave theirs to it."""
-        return max(imbalance / self.crowd, 1.0)
+        return max(imbalance / self.oversubscription, 1.0)
 
     def peak_of(self, bytes_per_value: int) -> float:
         """FLOP/s of matmuls in the dtype: 2 bytes bfloat16, 4 bytes float32."""
@@ -92,7 +92,7 @@ _ASSUMED = (
     "rows_efficiency",
     "latency",
 )
-_OTHER = ("name", "origin", "dtype", "curves", "by_hand", "crowd")
+_OTHER = ("name", "origin", "dtype", "curves", "cpu_driven", "oversubscription")
 NUMBERS = tuple(f.name for f in fields(Machine) if f.name not in _OTHER)
 """The fields that are numbers."""
 
@@ -116,7 +116,7 @@ MACHINES: dict[str, Machine] = {
         "a CPU process",
         *(1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3),
         origin=_GUESSED,
-        by_hand=True,
+        cpu_driven=True,
     ),
 }
 """`--gpu` → the machine. Memory in decimal bytes, some 6 % less than the device reports: room for

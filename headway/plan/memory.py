@@ -134,7 +134,7 @@ def _router(model: ModelConfig, s: Shape, T: int, b: int, recompute: bool) -> in
     if model.moe.router.noisy:
         scores += 8 * T * s.H * s.E
     if b != 4:  # the float32 copy of what it reads
-        reads_token = model.moe.router.reads == "token" or not s.projected
+        reads_token = model.moe.reads_token or not s.projected
         scores += 4 * T * (s.D if reads_token else s.D_L)
     return scores
 

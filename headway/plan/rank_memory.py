@@ -5,7 +5,7 @@ CUDA's context, NCCL's buffers and fragmentation; `plan.machine` leaves some 6 %
 """
 
 from headway.config import Config
-from headway.plan.layout import Layout, held_parameters, shares, used_parameters
+from headway.plan.layout import MeshLayout, held_parameters, shares, used_parameters
 from headway.plan.memory import activations, states_of
 from headway.plan.shape import Item, shape_of
 from headway.plan.traffic import expected_ranks, gate_bytes, index_bytes
@@ -16,7 +16,7 @@ GATHERED = "weights gathered for use"
 
 def memory(
     config: Config,
-    layout: Layout,
+    layout: MeshLayout,
     micro: int,
     bytes_per_value: int,
     imbalance: float = 1.0,
@@ -43,7 +43,7 @@ def memory(
     return tuple(item for item in items if item.value)
 
 
-def _received(config: Config, layout: Layout, n_tokens: int, b: int) -> Item:
+def _received(config: Config, layout: MeshLayout, n_tokens: int, b: int) -> Item:
     """Expert Parallel keeps what it received beside what it sent; Head Parallel keeps as many
     sub-tokens as one process does, those of its heads."""
     s = shape_of(config.model)
@@ -61,7 +61,7 @@ def _received(config: Config, layout: Layout, n_tokens: int, b: int) -> Item:
     return Item(name, s.n_sparse * n * value, formula)
 
 
-def _gathered(config: Config, layout: Layout, b: int) -> Item:
+def _gathered(config: Config, layout: MeshLayout, b: int) -> Item:
     """FSDP: the weights of two layers of this rank (the one in use and the next), and a layer's
     whole gradients; or the embedding and the head where that is more. Experts, embedding and head
     travel in b bytes and arrive in float32."""
@@ -78,7 +78,7 @@ def _gathered(config: Config, layout: Layout, b: int) -> Item:
     )
 
 
-def _uneven(kept: tuple[Item, ...], layout: Layout, imbalance: float) -> Item:
+def _uneven(kept: tuple[Item, ...], layout: MeshLayout, imbalance: float) -> Item:
     rows = sum(item.value for item in kept if item.name in ("experts", "sorted rows"))
     more = (imbalance - 1) * rows if layout.ep > 1 else 0
     return Item("rows of the busiest rank", more, "(imbalance − 1)·(experts + sorted rows)")

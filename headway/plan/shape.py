@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from headway.config import ModelConfig
+from headway.config import ModelConfig, n_inputs
 
 
 @dataclass(frozen=True)
@@ -66,32 +66,25 @@ class Shape:
 def shape_of(model: ModelConfig) -> Shape:
     """The sizes of a valid config whose `vocab_size` is resolved."""
     moe = model.moe
-    dense = model.n_layers if moe.kind == "dense" else moe.n_dense_layers
-    latent = moe.kind in ("latent", "multi_head_latent")
-    heads = moe.n_heads if moe.kind == "multi_head_latent" else 1
-    d_latent = (moe.d_latent or model.d_model) if latent else model.d_model
-    reads_token = moe.router.reads == "token"
-    windows = tuple(
-        model.window[i % len(model.window)] if model.window else 0 for i in range(model.n_layers)
-    )
+    n_sparse = sum(model.is_sparse(layer) for layer in range(model.n_layers))
     return Shape(
         V=model.vocab_size,
         D=model.d_model,
         N=model.n_heads,
-        M=model.n_kv_heads or model.n_heads,
-        d=model.d_head or model.d_model // model.n_heads,
+        M=model.kv_heads,
+        d=model.head_width,
         F_dense=model.d_ff,
-        G_dense=2 if model.activation == "swiglu" else 1,
-        H=heads,
+        G_dense=n_inputs(model.activation),
+        H=moe.n_heads,
         E=moe.n_experts,
         K=moe.top_k,
         F=moe.d_expert,
-        G=2 if moe.activation == "swiglu" else 1,
-        D_L=d_latent,
-        D_R=model.d_model if reads_token else d_latent // heads,
+        G=moe.n_inputs,
+        D_L=moe.latent_width(model.d_model),
+        D_R=moe.router_width(model.d_model),
         F_shared=moe.d_shared,
-        n_sparse=model.n_layers - dense,
-        n_dense=dense,
-        windows=windows,
-        projected=latent,
+        n_sparse=n_sparse,
+        n_dense=model.n_layers - n_sparse,
+        windows=tuple(model.window_of(layer) for layer in range(model.n_layers)),
+        projected=moe.is_latent,
     )

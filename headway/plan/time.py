@@ -35,15 +35,15 @@ from dataclasses import dataclass
 from headway.config import Config
 from headway.plan.cost import flops
 from headway.plan.layer import costs, link
-from headway.plan.layout import Layout, auto_chunks, used_parameters
+from headway.plan.layout import MeshLayout, auto_chunks, used_parameters
 from headway.plan.machine import WIDE, Machine
 from headway.plan.memory import by_muon
 from headway.plan.rank_memory import CAST, GATHERED
 from headway.plan.shape import Item, shape_of, total
-from headway.plan.wire import Sent
+from headway.plan.volume import CommVolume
 
 COPIED = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
-HIDDEN = "comm − what stages of other chunks hide (plan/pipeline.py)"
+HIDDEN = "comm − what stages of other chunks hide (plan/overlap.py)"
 _NOT_KEPT = ("weights", "gradients", "AdamW moments", "Muon momentum", CAST, GATHERED)
 
 
@@ -59,7 +59,7 @@ class Setting:
     """0 is chosen for each mesh, `layout.auto_chunks`."""
     imbalance: float = 1.0
 
-    def chunks_on(self, layout: Layout) -> int:
+    def chunks_on(self, layout: MeshLayout) -> int:
         """Pieces of a micro-batch on a mesh."""
         return self.chunks or auto_chunks(layout, self.per_node)[0]
 
@@ -86,11 +86,11 @@ def work(config: Config, n_tokens: int, imbalance: float = 1.0) -> dict[str, Ite
 
 def seconds(
     setting: Setting,
-    layout: Layout,
+    layout: MeshLayout,
     n_tokens: int,
     passes: int,
     memory: tuple[Item, ...],
-    wires: tuple[Sent, ...],
+    wires: tuple[CommVolume, ...],
 ) -> tuple[Item, ...]:
     """The parts. `memory` and `wires` are the rank's, from `rank_memory.memory` and
     `wire.sent`."""
@@ -142,7 +142,7 @@ def seconds(
     return tuple(item for item in items if item.value)
 
 
-def _comm(setting: Setting, layout: Layout, sent: Sent) -> float:
+def _comm(setting: Setting, layout: MeshLayout, sent: CommVolume) -> float:
     machine = setting.machine
     inside = layout.in_one_node(sent.axis, setting.per_node)
     bandwidth = machine.intra_node if inside else machine.inter_node
@@ -150,7 +150,7 @@ def _comm(setting: Setting, layout: Layout, sent: Sent) -> float:
 
 
 def _weights(
-    setting: Setting, layout: Layout, wires: tuple[Sent, ...], passes: int, compute: float
+    setting: Setting, layout: MeshLayout, wires: tuple[CommVolume, ...], passes: int, compute: float
 ) -> Item:
     comm = sum(_comm(setting, layout, w) for w in wires if w.kind == "weights")
     pieces = 2 * setting.config.model.n_layers * passes
@@ -159,7 +159,7 @@ def _weights(
 
 
 def _exchanges(
-    setting: Setting, layout: Layout, n_tokens: int, passes: int
+    setting: Setting, layout: MeshLayout, n_tokens: int, passes: int
 ) -> tuple[Item, Item, Item]:
     """Copies around the exchanges of the sparse layers, and what of them nothing hides."""
     names = "copies around exchanges", "Head Parallel, exposed", "Expert Parallel, exposed"
@@ -183,7 +183,7 @@ def _exchanges(
 
 
 def _gradients(
-    setting: Setting, layout: Layout, wires: tuple[Sent, ...], passes: int, compute: float
+    setting: Setting, layout: MeshLayout, wires: tuple[CommVolume, ...], passes: int, compute: float
 ) -> Item:
     comm = work = 0.0
     for sent in wires:
@@ -206,7 +206,7 @@ def _gradients(
     return Item("gradients summed", exposed, formula)
 
 
-def _small_sums(setting: Setting, layout: Layout) -> Item:
+def _small_sums(setting: Setting, layout: MeshLayout) -> Item:
     """Of `train/step.py` and `parallel/reduce.py`: targets, norm and statistics, once per step."""
     seconds = 0.0
     if layout.ranks > 1:
@@ -219,7 +219,7 @@ def _exposed(comm: float, pieces: int, work: float) -> float:
     return max(comm / pieces, comm - work) if comm else 0.0
 
 
-def _optimiser(setting: Setting, layout: Layout, memory: tuple[Item, ...]) -> tuple[Item, Item]:
+def _optimiser(setting: Setting, layout: MeshLayout, memory: tuple[Item, ...]) -> tuple[Item, Item]:
     held = {item.name: item.value for item in memory}
     moved = (
         2 * held["weights"]
@@ -242,7 +242,7 @@ def _optimiser(setting: Setting, layout: Layout, memory: tuple[Item, ...]) -> tu
     )
 
 
-def newton_schulz(config: Config, layout: Layout) -> float:
+def newton_schulz(config: Config, layout: MeshLayout) -> float:
     """FLOPs of Muon's orthogonalisation on one rank and step: five steps of three matmuls per m × n
     matrix, m ≤ n. Every rank does the matrices that it holds; with `shard` the ranks share out
     those that they would hold together."""

@@ -205,7 +205,7 @@ def traffic(
     ways = 4 if training else 2
     found = []
     if model.moe.kind == "multi_head_latent":
-        token = model.moe.router.reads == "token"
+        token = model.moe.reads_token
         trips = head_bytes(1, s.H, s.L, s.K, s.E, n_ranks, bytes_per_value, reads_token=token)
         slots = f" + H·K·(i+{'2g' if training else 'g'})" if token else ""
         formula = f"({ways}·D_L·b{slots})" if slots else f"{ways}·D_L·b"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.eval.bits_per_byte import bits_per_byte
 from headway.model.balance import RouteStats
 from headway.report.metrics import load_summary
-from headway.train.evaluate import bits_per_byte
 
 
 class Interval:

@@ -11,28 +11,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from headway.config import Config, RankError, ToldError, UsageError
+from headway.checkpoint import run_folder as folder
+from headway.checkpoint import save as checkpoint
+from headway.checkpoint.lock import Lock
+from headway.config import Config, PeerError, RankError, UsageError, leaves
 from headway.data.shards import Dataset, prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.data.validation import ValidationText, validation_text
+from headway.eval.bits_per_byte import count_targets, micro_batches
 from headway.model.transformer import Transformer
-from headway.parallel.agreement import leaves
-from headway.parallel.exchange import begin
+from headway.optim.groups import build_optimizers
+from headway.optim.schedule import lr_factor
+from headway.parallel.dispatcher import materialize
 from headway.parallel.mesh import Mesh, launch
 from headway.report.provenance import commit, provenance, versions
 from headway.report.sinks import JsonlSink, NoSink
-from headway.train import checkpoint, folder
 from headway.train.allocator import set_allocator
-from headway.train.evaluate import count_targets, micro_batches
 from headway.train.interrupt import Interrupt
 from headway.train.interval import SpikeDetector
-from headway.train.lock import Lock
-from headway.train.optim import build_optimizers
 from headway.train.progress import Progress
-from headway.train.resolve import Resolved, Sizes, crowded, resolve
+from headway.train.resolve import Resolved, Sizes, oversubscribed, resolve
 from headway.train.run import Log, Run
-from headway.train.schedule import lr_factor
 from headway.train.step import Gradient, gradient, update
 
 
@@ -78,7 +78,7 @@ def train(
         try:
             return _train(mesh, resolved, tokenizer, opening, lock, interrupt, recipe_source, log)
         except UsageError as error:
-            if isinstance(error, ToldError):
+            if isinstance(error, PeerError):
                 raise
             raise RankError(f"rank {mesh.rank}: {error}") if mesh.rank else error from None
 
@@ -94,7 +94,7 @@ def _train(
     log: Log,
 ) -> dict[str, Any]:
     """`train` on one of the ranks of a mesh."""
-    log = log if mesh.leads else _silent
+    log = log if mesh.is_main else _silent
     config = resolved.config
     run, optim, balance, micro = (
         config.run,
@@ -103,7 +103,7 @@ def _train(
         config.data.micro_batch_size,
     )
     run_dir, resume, overwrite, start = opening
-    found = mesh.first(
+    found = mesh.on_main(
         lambda: folder.reopen(run_dir, lock, log) if resume else folder.begin_at(start)
     )
     if found[0] is not None:
@@ -116,26 +116,26 @@ def _train(
     # before the run folder is touched: a wrong --data must not clear a run
     with mesh.one_per_host():
         stream = Stream(prepare(config.data, tokenizer, log), config.data, run.seed)
-    mesh.agree_on({"the fingerprint of the data": stream.dataset.fingerprint})
+    mesh.check_equal({"the fingerprint of the data": stream.dataset.fingerprint})
     with torch.device("meta"):
         model = Transformer(config.model, dtype=resolved.dtype, recompute=run.recompute)
     sizes = Sizes.of(model, config.data.seq_len)  # of the whole model, before it is spread
-    apart = begin(model, mesh, run.seed)
+    parallelism = materialize(model, mesh, run.seed)
     validation = validation_text(stream, run.eval_tokens)
     info = _run_info(resolved, sizes, stream.dataset, validation, recipe_source)
     if not resume:
-        start = mesh.first(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
+        start = mesh.on_main(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
         found = start, []
     _announce(resolved, mesh, sizes, run_dir, log)
     log(f"validation: {validation.sentence}")
     for note in stream.dataset.notes:
         log(f"note: {note}")
-    optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, apart.layout)
+    optimizers = build_optimizers(model, optim, resolved.newton_schulz_dtype, parallelism.sharding)
     # of router noise and jitter, other ones on every rank; weights and samples have their own
     torch.manual_seed(run.seed + (mesh.rank << 32))
     progress = Progress(SpikeDetector(optim.spike))
 
-    sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.leads else NoSink()
+    sink = JsonlSink(run_dir / "metrics.jsonl") if mesh.is_main else NoSink()
     with sink:
         side = Run(
             config,
@@ -149,11 +149,11 @@ def _train(
             progress,
             sink,
             log,
-            apart,
+            parallelism,
         )
         if resume or start is not None:
             progress = side.restore(*found)
-        interrupt.defer(mesh.collect)
+        interrupt.defer(mesh.all_gather_object)
         if run.compile:
             for block in model.layers:
                 block.compile()
@@ -162,7 +162,7 @@ def _train(
         asked = ""
 
         while progress.step < optim.steps and not progress.why_stop(run):
-            mesh.at(progress.step)
+            mesh.begin_step(progress.step)
             lock.check()
             started = time.perf_counter()
             batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
@@ -174,14 +174,14 @@ def _train(
                 micros,
                 targets,
                 balance,
-                apart,
+                parallelism,
                 load=progress.load,
                 n_bytes=n_bytes,
                 signal=bool(interrupt.requested),
             )
             reason = _reason_to_skip(got, progress.spikes)
             if not reason:
-                update(model, optimizers, got, rate, optim, balance, apart)
+                update(model, optimizers, got, rate, optim, balance, parallelism)
                 progress.load = got.load
                 progress.spikes.add(got.nats / got.targets)
                 progress.interval.add_step(
@@ -191,7 +191,7 @@ def _train(
             progress.step += 1
             elapsed = time.perf_counter() - started
             if run.max_seconds:  # all ranks must stop at the same step
-                elapsed = mesh.agree(elapsed)
+                elapsed = mesh.broadcast(elapsed)
             progress.seconds += elapsed
             progress.interval.add_time(batch.tokens_BS.numel() * mesh.size, elapsed)
 
@@ -265,7 +265,7 @@ def _announce(resolved: Resolved, mesh: Mesh, sizes: Sizes, run_dir: Path, log: 
         log(f"slow: {remark}")
     if resolved.device.type == "cpu":
         threads, policy = torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY", "")
-        if note := crowded(os.getloadavg()[0], os.cpu_count() or 1, threads, policy):
+        if note := oversubscribed(os.getloadavg()[0], os.cpu_count() or 1, threads, policy):
             log(f"note: {note}")
     run = resolved.config.run
     kept = "recomputed in backward" if run.recompute else "kept for backward"

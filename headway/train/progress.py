@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headway.config import RunConfig
-from headway.train.evaluate import Evaluation
+from headway.eval.bits_per_byte import Evaluation
 from headway.train.interval import Interval, SpikeDetector
 
 

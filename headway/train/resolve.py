@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig, UsageError
+from headway.config.check import validate
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.experts import check_float8, choose
-from headway.kernels.native import native
+from headway.kernels.precision import native_bfloat16
 from headway.model.moe import MoE
 from headway.model.router import capacity
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import gathers
+from headway.parallel.dispatcher import gathers
 from headway.plan.cost import training_flops
-from headway.plan.layout import Layout, auto_chunks
-from headway.validate import by_sequence, validate
+from headway.plan.layout import MeshLayout, auto_chunks
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,6 @@ class Resolved:
     """Field → the sentence that is printed and kept in run.json."""
     remarks: tuple[str, ...]
     """Slow or skipped paths; with `run.strict` they are errors."""
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself; elsewhere it is emulated and far slower than
-    float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve(config: Config, vocab_size: int) -> Resolved:
@@ -64,7 +57,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
             f"use {vocab_size} or more, or 0"
         )
     if not data.micro_batch_size:
-        world = config.mesh.dp * config.mesh.hp * config.mesh.ep
+        world = config.mesh.size
         data = dataclasses.replace(data, micro_batch_size=data.batch_size // world)
         derived["data.micro_batch_size"] = f"{data.micro_batch_size}: " + (
             "the whole batch in one pass" if world == 1 else f"one pass on each of {world} ranks"
@@ -80,7 +73,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
         run = dataclasses.replace(run, checkpoint_every=run.eval_every)
         derived["run.checkpoint_every"] = f"{run.checkpoint_every}: with each evaluation"
     mesh = config.mesh
-    if not mesh.chunks and mesh.dp * mesh.hp * mesh.ep > 1:
+    if not mesh.chunks and mesh.size > 1:
         mesh = _chunks(mesh, model.moe, data.micro_batch_size, derived)
     moe = model.moe
     if moe.kind != "dense" and moe.capacity_factor:
@@ -103,13 +96,12 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
 def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]) -> MeshConfig:
     """`headway plan`'s rule. Ranks compare their options before step 0, so that nodes of different
     sizes, which might choose differently, are an error that names mesh.chunks."""
-    world = mesh.dp * mesh.hp * mesh.ep
     scheme = "all_gather" if gathers(mesh, moe.top_k) else "all_to_all"
     sharded = mesh.shard == "fsdp"
-    layout = Layout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun sets it
-    chunks, why = auto_chunks(layout, per_node)
-    if chunks > rows and (counting := by_sequence(moe)):
+    sharding = MeshLayout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size))  # torchrun sets it
+    chunks, why = auto_chunks(sharding, per_node)
+    if chunks > rows and (counting := moe.counts_by_sequence):
         chunks, why = rows, f"{counting} counts by sequence, and a micro-batch has {rows}"
     derived["mesh.chunks"] = f"{chunks}: {why}"
     return dataclasses.replace(mesh, chunks=chunks)
@@ -147,17 +139,11 @@ def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
     """Builds the C++ kernels now, not in the middle of the first step."""
     if device.type != "cpu":
         return ()
-    found = native()
+    found = cpp_kernels()
     if found.library is None:
         return (f"the C++ kernels will not run, the slower PyTorch paths do: {found.why}",)
     derived["kernels"] = f"C++, {found.why}"
     return ()
-
-
-def expert_width(model: ModelConfig) -> int:
-    """L of the sparse layers."""
-    moe = model.moe
-    return model.d_model if moe.kind == "moe" else (moe.d_latent or model.d_model) // moe.n_heads
 
 
 def _experts(
@@ -168,20 +154,19 @@ def _experts(
     derived: dict[str, str],
 ) -> tuple[str, ...]:
     """Which path the experts of this model take on a GPU (on a CPU it is that of all kernels)."""
-    moe, width = model.moe, expert_width(model)
+    moe, width = model.moe, model.moe.head_width(model.d_model)
     if moe.kind != "dense" and moe.precision == "float8":
         check_float8(device.type, dtype, width, moe.d_expert)
         derived["model.moe.precision"] = "float8: e4m3 in forward, bfloat16 in backward"
     if device.type != "cuda" or moe.kind == "dense":
         return ()
-    heads = 1 if moe.kind == "moe" else moe.n_heads
-    n_groups = heads * moe.n_experts // (mesh.hp * mesh.ep)
+    n_groups = moe.n_heads * moe.n_experts // (mesh.hp * mesh.ep)
     found = choose("cuda", dtype, width, moe.d_expert, n_groups)
     derived["experts"] = found.why
     return (f"experts of width {width}: {found.why}",) if found.path == "loop" else ()
 
 
-def crowded(load: float, cores: int, threads: int, wait_policy: str) -> str:
+def oversubscribed(load: float, cores: int, threads: int, wait_policy: str) -> str:
     """What helps on CPUs that are busy with other work; empty where nothing is to be said.
 
     Args:

@@ -10,29 +10,30 @@ from typing import Any
 
 import torch
 
+from headway.checkpoint import checkpoint_dir as saved
+from headway.checkpoint import save as checkpoint
+from headway.checkpoint.async_save import AsyncSave
+from headway.checkpoint.checkpoint_dir import CheckpointError
+from headway.checkpoint.run_folder import keep_optim, resume_command
 from headway.config import Config, OptimConfig, RunError, UsageError, from_dict
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
 from headway.data.validation import ValidationText
+from headway.eval.bits_per_byte import evaluate
 from headway.eval.sampling import generate
 from headway.model.moe import MoE
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import ALONE, Spread
-from headway.plan.wire import exchanged
+from headway.optim.groups import Optimizers
+from headway.optim.schedule import change, steps_before_fall
+from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
+from headway.parallel.straggler import StragglerDetector
+from headway.plan.volume import exchanged
 from headway.report.html import write_report
 from headway.report.metrics import progress_line
 from headway.report.sinks import JsonlSink, NoSink
-from headway.train import checkpoint, saved
-from headway.train.background import Writing
-from headway.train.busy import Busy
-from headway.train.evaluate import evaluate
-from headway.train.folder import keep_optim, resume_command
 from headway.train.interval import Interval
-from headway.train.optim import Optimizers
 from headway.train.progress import Progress
 from headway.train.resolve import Sizes
-from headway.train.saved import CheckpointError
-from headway.train.schedule import change, steps_before_fall
 
 Log = Callable[[str], None]
 
@@ -52,22 +53,26 @@ class Run:
     progress: Progress
     sink: JsonlSink | NoSink
     log: Log
-    spread: Spread = ALONE
+    parallelism: Parallelism = SINGLE_PROCESS
     saved: Path | None = None
     saved_step: int = -1
     error: str = ""
     offered: list[int] = dataclasses.field(default_factory=list)
     """Steps up to which the newest checkpoint is kept, since the user may go on from there."""
-    writing: Writing | None = None
+    writing: AsyncSave | None = None
     """A checkpoint that is being written beside training."""
 
     def __post_init__(self) -> None:
-        mesh = self.spread.mesh
-        self.busy = Busy(mesh)
-        self.beside = mesh.collector() if self.config.run.async_checkpoint else mesh.collect
+        mesh = self.parallelism.mesh
+        self.busy = StragglerDetector(mesh)
+        self.gather_objects = (
+            mesh.object_gatherer() if self.config.run.async_checkpoint else mesh.all_gather_object
+        )
         self.expected_bytes = 0.0
-        if (exchange := self.spread.exchange) is not None:
-            self.expected_bytes = exchanged(self.config, exchange.scheme, self.model.dtype.itemsize)
+        if (dispatcher := self.parallelism.dispatcher) is not None:
+            self.expected_bytes = exchanged(
+                self.config, dispatcher.scheme, self.model.dtype.itemsize
+            )
 
     @property
     def tokens(self) -> int:
@@ -79,13 +84,13 @@ class Run:
         for problem in problems:
             self.log(f"resume: {problem}; going back")
         if path is None:
-            if self.spread.mesh.leads:
+            if self.parallelism.mesh.is_main:
                 keep_optim(self.dir, self.config.optim)
             self.sink.resume_at(-1)
             self.log(f"resume: {self.dir} has no checkpoint yet; starting over at step 0")
             return self.progress
         state = checkpoint.load(
-            path, self.model, self.optimizers, self.config.model, self.spread.layout
+            path, self.model, self.optimizers, self.config.model, self.parallelism.sharding
         )
         for name, value in self._identity().items():
             if state[name] != value:
@@ -93,7 +98,7 @@ class Run:
                     f"resume: {name} is {state[name]} in the checkpoint and {value} now; "
                     "restore it, or start another run with --run"
                 )
-        before, now = state.get("mesh"), self.spread.mesh.sizes
+        before, now = state.get("mesh"), self.parallelism.mesh.sizes
         if before and before != now:
             was, goes = (", ".join(f"{k}={n}" for k, n in m.items()) for m in (before, now))
             self.log(f"resume: saved on {was}, goes on with {goes}")
@@ -102,7 +107,7 @@ class Run:
         self.offered = state.get("offered", [])
         if old := state.get("optim"):
             self._tell_schedule(from_dict(OptimConfig, old))
-        if self.spread.mesh.leads:
+        if self.parallelism.mesh.is_main:
             saved.set_aside_after(self.dir, self.progress.step)
             keep_optim(self.dir, self.config.optim)
         self.sink.resume_at(self.progress.step)
@@ -164,7 +169,7 @@ class Run:
             self.report()
             self.landed(wait=True)
             advice = f"{text}; lower optim.lr or look at the data (limit optim.max_skipped)"
-            raise RunError(advice if self.spread.mesh.leads else "")
+            raise RunError(advice if self.parallelism.mesh.is_main else "")
 
     def record_interval(self, lr: float) -> None:
         """The progress line, and its record."""
@@ -189,7 +194,7 @@ class Run:
 
     def _wire(self, interval: Interval) -> dict[str, Any]:
         """What this rank sent in the interval; nothing in a single process."""
-        mesh, data = self.spread.mesh, self.config.data
+        mesh, data = self.parallelism.mesh, self.config.data
         if mesh.size == 1:
             return {}
         steps = interval.tokens / (data.batch_size * data.seq_len)
@@ -209,7 +214,7 @@ class Run:
         """The same by block, as columns: what report/metrics.py says of `wire_layers`."""
         expected = self.expected_bytes / max(1, len(self.model.sparse_layers()))
         columns: dict[str, list[float]] = {}
-        for layer, axes in self.spread.mesh.traffic.by_layer().items():
+        for layer, axes in self.parallelism.mesh.traffic.by_layer().items():
             tokens = sum(c.bytes for axis, c in axes.items() if axis in ("hp", "ep"))
             row = {
                 "layer": layer,
@@ -225,8 +230,8 @@ class Run:
     def evaluate(self) -> None:
         """Validation, always on the same windows."""
         windows, micro = self.validation.windows, self.config.data.micro_batch_size
-        with self.spread.mesh.traffic.aside():
-            found = evaluate(self.model, self.stream, windows, micro, self.spread)
+        with self.parallelism.mesh.traffic.aside():
+            found = evaluate(self.model, self.stream, windows, micro, self.parallelism)
         self.progress.evaluated(found)
         self.write(dataclasses.asdict(found))
         self.log(
@@ -239,7 +244,7 @@ class Run:
         run = self.config.run
         if not run.sample_tokens:
             return
-        with self.spread.mesh.traffic.aside():
+        with self.parallelism.mesh.traffic.aside():
             text = generate(
                 self.model,
                 self.tokenizer,
@@ -248,7 +253,7 @@ class Run:
                 0.8,
                 50,
                 seed=run.seed,
-                ranks=self.spread.exchange,
+                dispatcher=self.parallelism.dispatcher,
             )
         self.progress.sample = text
         self.write({"prompt": run.sample_prompt, "sample": text})
@@ -267,10 +272,10 @@ class Run:
         target = (self.dir, self.progress.step)
         run, optim = self.config.run, self.config.optim
         up_to = [] if optim.schedule == "cosine" else [steps_before_fall(optim)]
-        how = (run.keep_checkpoints, self.spread, [*up_to, *self.offered])
+        how = (run.keep_checkpoints, self.parallelism, [*up_to, *self.offered])
         if run.async_checkpoint:
             snapshot = checkpoint.take(*target, *parts, *how).copied()
-            self.writing = Writing(snapshot, self.beside)
+            self.writing = AsyncSave(snapshot, self.gather_objects)
             return
         try:
             self._saved(checkpoint.save(*target, *parts, *how), self.progress.step)
@@ -312,7 +317,7 @@ class Run:
             self.event("stopped", stopped)
             self.log(f"stopped early: {stopped}")
         report = self.report()
-        self.spread.mesh.barrier()  # a launcher may end all ranks as soon as one has left
+        self.parallelism.mesh.barrier()  # a launcher may end all ranks as soon as one has left
         return {
             "val_bits_per_byte": progress.last and progress.last.val_bits_per_byte,
             "val_loss": progress.last and progress.last.val_loss,
@@ -336,7 +341,7 @@ class Run:
 
     def report(self) -> str | None:
         """Writes report.html; returns its path, None when it could not be written."""
-        if not self.spread.mesh.leads:
+        if not self.parallelism.mesh.is_main:
             return None
         try:
             return str(write_report([self.dir], self.dir / "report.html"))

@@ -11,16 +11,16 @@ from headway.config import BalanceConfig, OptimConfig
 from headway.data.stream import Batch
 from headway.model.balance import RouteStats, add_stats, balance_loss, mean_stats, new_bias
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import ALONE, Spread
-from headway.parallel.fsdp import last_micro_batch
+from headway.optim.groups import Optimizers, clip_factor
+from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
+from headway.parallel.fsdp import set_gradient_sync
+from headway.parallel.placement import Sharding
 from headway.parallel.reduce import (
     global_stats,
     grad_norm,
     sum_over,
     summed_gradients,
 )
-from headway.parallel.shard import Layout
-from headway.train.optim import Optimizers, clip_factor
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def gradient(
     micros: list[Batch],
     valid_targets: int,
     balance: BalanceConfig,
-    spread: Spread = ALONE,
+    parallelism: Parallelism = SINGLE_PROCESS,
     *,
     load: Sequence[Tensor] | None = None,
     n_bytes: float = 0.0,
@@ -74,31 +74,31 @@ def gradient(
         signal: this rank was asked to end; the others will know.
     """
     assert len({len(micro.tokens_BS) for micro in micros}) == 1, "means weigh parts of one size"
-    device, layout = model.embed.weight.device, spread.layout
-    mesh, reads_token = layout.mesh, model.config.moe.router.reads == "token"
+    device, sharding = model.embed.weight.device, parallelism.sharding
+    mesh, reads_token = sharding.mesh, model.config.moe.reads_token
     own = (valid_targets, n_bytes, signal)
     sizes = torch.tensor(own, dtype=torch.float64, device=device)
     sum_over(mesh.world, sizes, mesh, "targets")
     nats = torch.zeros((), dtype=torch.float64, device=device)
     balance_sum = torch.zeros((), dtype=torch.float64, device=device)
-    loads = _local_loads(model, load, layout)
+    loads = _local_loads(model, load, sharding)
     routes: list[RouteStats] = []
     for i, micro in enumerate(micros):
         last = i == len(micros) - 1
-        last_micro_batch(model, last)
-        out = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, spread.exchange)
+        set_gradient_sync(model, last)
+        out = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, parallelism.dispatcher)
         even = balance_loss(out.stats, balance, loads)
         loss = out.nats / sizes[0].to(out.nats.dtype) + even / (len(micros) * mesh.size)
-        with summed_gradients(model, layout) if last else nullcontext():
+        with summed_gradients(model, sharding) if last else nullcontext():
             loss.backward()
         nats += out.nats.detach()
         balance_sum += even.detach()
         new = [stats.detach() for stats in out.stats]
         routes = [add_stats(a, b) for a, b in zip(routes, new, strict=True)] if routes else new
-    norm = grad_norm(model, layout)
+    norm = grad_norm(model, sharding)
     sums = torch.stack([nats, balance_sum])
     means = [mean_stats(route, len(micros)) for route in routes]
-    merged, sums = global_stats(means, sums, layout, reads_token)
+    merged, sums = global_stats(means, sums, sharding, reads_token)
     # The one wait for the device in a step.
     values = torch.cat([sums, sizes, norm.double().unsqueeze(0)]).tolist()
     nats_sum, even_sum, targets, text_bytes, signals, norm_value = values
@@ -121,7 +121,7 @@ def update(
     lr_factor: float,
     optim: OptimConfig,
     balance: BalanceConfig,
-    spread: Spread = ALONE,
+    parallelism: Parallelism = SINGLE_PROCESS,
 ) -> None:
     """Clips by the one global norm, steps the optimisers, then moves the selection biases once."""
     optimizers.set_lr(lr_factor)
@@ -129,17 +129,19 @@ def update(
     if balance.bias != "none":
         for layer, stats in zip(model.sparse_layers(), found.routes, strict=True):
             bias_HE = layer.router.get_buffer("bias_HE")
-            mine = stats.map(lambda x, layer=layer: spread.layout.local_heads(x, layer))
+            mine = stats.map(lambda x, layer=layer: parallelism.sharding.local_heads(x, layer))
             bias_HE.copy_(new_bias(bias_HE, mine, balance))
 
 
-def _local_loads(model: Transformer, load: Sequence[Tensor] | None, layout: Layout) -> list[Tensor]:
+def _local_loads(
+    model: Transformer, load: Sequence[Tensor] | None, sharding: Sharding
+) -> list[Tensor]:
     """Rows per expert of the heads that are routed here, one tensor per sparse layer."""
     layers = model.sparse_layers()
     even = [torch.ones_like(layer.router.bias_HE) for layer in layers]
     if load is None:
         return even
     return [
-        layout.local_heads(whole, layer).to(like)
+        sharding.local_heads(whole, layer).to(like)
         for whole, layer, like in zip(load, layers, even, strict=True)
     ]

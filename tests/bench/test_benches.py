@@ -9,7 +9,7 @@ import torch
 from bench import cpu_kernels, cpu_step, plan_step, quality, shakespeare
 from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
-from headway.kernels.native import native
+from headway.kernels.cpp import cpp_kernels
 
 KEYS = {"bench", "machine", "versions", "commit", "rows", "targets"}
 
@@ -54,16 +54,16 @@ def test_shakespeare(path, capsys, monkeypatch):
     assert found["rows"][0]["step"] == 6
 
 
-@pytest.mark.skipif(native().library is None, reason=native().why)
+@pytest.mark.skipif(cpp_kernels().library is None, reason=cpp_kernels().why)
 def test_cpu_kernels(capsys, monkeypatch):
     found = last_line(cpu_kernels.main, capsys, monkeypatch, "--small", "--repetitions", "1")
-    assert len(found["rows"]) == 7 * (2 if native().bfloat16 else 1)
+    assert len(found["rows"]) == 7 * (2 if cpp_kernels().bfloat16 else 1)
     for row in found["rows"]:
         ours, theirs = (
             row[f"{side} forward ms"] + row[f"{side} backward ms"] for side in ("ours", "pytorch")
         )
         assert row["speedup"] == pytest.approx(theirs / ours)
-    assert cpu_kernels.MODULES[0].native is native
+    assert cpu_kernels.MODULES[0].cpp_kernels is cpp_kernels
 
 
 def test_interval_is_students():

@@ -119,13 +119,13 @@ def network(mbit, rate):
 
 RATES = {"bench": "rates", "crowd": 2.0, "dtype": "bfloat16"}
 RATES["measured"] = {"peak": 1e11, "memory_bandwidth": 1e10, "experts_efficiency": 0.2}
-ALONE = [
+SINGLE_PROCESS = [
     {"bench": "alone", "name": name, "k": k, "mbit": mbit, "step_ms": 250.0}
     for name in ("moe", "multi_head_latent")
     for k in (4, 8)
     for mbit in (0.0, 100.0)
 ]
-BESIDE = [RATES, network(0.0, 1e9), network(100.0, 12.5e6), *ALONE]
+BESIDE = [RATES, network(0.0, 1e9), network(100.0, 12.5e6), *SINGLE_PROCESS]
 NAMES = ("EP", "EP dedup", "EP dedup, 2 chunks", "HP", "HP, 2 chunks")
 CASES = [named(name, k) for name in NAMES for k in (4, 8)]
 

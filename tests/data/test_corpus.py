@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.config import UsageError
-from headway.data import corpus, document, rows
+from headway.data import corpus, document
+from headway.data import records as rows
 from headway.data.document import Text, TextFile, split
 from headway.data.units import plan, read, train_texts
 

@@ -16,8 +16,8 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.validation import validation_text
+from headway.eval.bits_per_byte import evaluate
 from headway.model.transformer import Transformer
-from headway.train.evaluate import evaluate
 
 NFD = [unicodedata.normalize("NFD", f"äöü é {i}") for i in range(24)]
 TEXTS = {

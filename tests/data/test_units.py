@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from headway.config import UsageError
-from headway.data import rows, units
+from headway.data import records as rows
+from headway.data import units
 from headway.data.document import Bad
 from headway.data.units import plan, read, train_texts
 

@@ -10,7 +10,7 @@ from headway.kernels.activation import (
     n_inputs,
 )
 from tests.compare import assert_close
-from tests.kernels.native_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
+from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
 ACTIVATIONS = ["swiglu", "relu2", "gelu"]
 

@@ -6,7 +6,7 @@ import torch
 from headway.kernels import attention as module
 from headway.kernels.attention import attention, attention_reference
 from tests.compare import assert_close
-from tests.kernels.native_paths import NATIVE_DTYPES, needs_native, switch_off, threads
+from tests.kernels.cpp_paths import NATIVE_DTYPES, needs_native, switch_off, threads
 
 # (output, gradients). In bfloat16 the rounding of the result alone costs 1.7e-3 rms, and P and dS are
 # rounded before. dP − δ cancels where a row has few keys: of 2 positions the gradients are off by up

@@ -6,7 +6,7 @@ import torch
 
 from headway.kernels import cross_entropy, norm, rope
 from tests.compare import assert_close
-from tests.kernels.native_paths import switch_off
+from tests.kernels.cpp_paths import switch_off
 
 
 def cases():

@@ -4,7 +4,7 @@ import torch
 from headway.kernels import cross_entropy as module
 from headway.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from tests.compare import assert_close
-from tests.kernels.native_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
+from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.kernels import experts as module
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.experts import choose, experts, experts_reference
-from headway.kernels.native import native
-from headway.kernels.rows import sort_rows
+from headway.kernels.permute import sort_rows
 from tests.compare import assert_close, relative_error
-from tests.kernels.native_paths import needs_native, switch_off, threads
+from tests.kernels.cpp_paths import needs_native, switch_off, threads
 
 ACTIVATIONS = ["swiglu", "relu2", "gelu"]
 
@@ -70,8 +70,8 @@ def path(request, monkeypatch) -> str:
     """Runs a test on each of the two paths."""
     if request.param == "PyTorch":
         switch_off(monkeypatch, module)
-    elif native().library is None:
-        pytest.skip(native().why)
+    elif cpp_kernels().library is None:
+        pytest.skip(cpp_kernels().why)
     return request.param
 
 
@@ -119,7 +119,7 @@ def test_cpp_equals_loops_at_any_size(T, H, E, L, F, data, activation, recompute
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpp_blocks_of_rows_and_threads_give_the_same_bits(dtype):
     """More rows per expert than a block holds; an expert with all of them, and one with none."""
-    if dtype == torch.bfloat16 and not native().bfloat16:
+    if dtype == torch.bfloat16 and not cpp_kernels().bfloat16:
         pytest.skip("this CPU does not multiply bfloat16")
     inputs, index, d_out = make(700, 1, 3, 2, 24, 17, "swiglu", dtype)
     index[..., 0], index[..., 1] = 0, 2
@@ -145,7 +145,7 @@ def test_cpp_blocks_of_rows_and_threads_give_the_same_bits(dtype):
 def test_cpp_reads_weights_stored_in_bfloat16(dtype, sizes, recompute):
     """The bits of float32 weights with the same values; their gradients, summed over blocks of rows
     in float32, are rounded once. The first size has an expert without rows."""
-    if not native().takes(torch.empty(0, dtype=dtype)):
+    if not cpp_kernels().supports(torch.empty(0, dtype=dtype)):
         pytest.skip("this CPU does not multiply bfloat16")
     (x, gate, *weights), index, d_out = make(*sizes, "swiglu", dtype)
     if sizes[0] == 700:
@@ -184,7 +184,7 @@ def test_bfloat16_within_tolerance(activation, scale, path):
     The design asks 3e-3 of the output. torch has no bf16 matmul with a float32 result on CPUs, so on that path both
     matmuls round: four roundings of 1.7e-3 rms (pre-activation, hidden, row, output) leave 3.1e-3 to 4.7e-3.
     """
-    if path == "C++" and not native().bfloat16:
+    if path == "C++" and not cpp_kernels().bfloat16:
         pytest.skip("this CPU does not multiply bfloat16")
     inputs, index, d_out = make(64, 1, 4, 2, 32, 16, activation, torch.bfloat16, scale=scale)
     x, gate, w_in, w_out = inputs

@@ -4,7 +4,7 @@ import torch
 from headway.kernels import norm
 from headway.kernels.norm import rms_norm, rms_norm_reference
 from tests.compare import assert_close
-from tests.kernels.native_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
+from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from headway.kernels import rope as module
 from headway.kernels.norm import rms_norm_reference
 from headway.kernels.rope import norm_rope, rope, rope_reference, rope_tables
 from tests.compare import assert_close
-from tests.kernels.native_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
+from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
 
 def test_equals_reference_with_gradient():

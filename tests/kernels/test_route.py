@@ -10,7 +10,7 @@ from headway.kernels.topk import top_k
 from headway.model.init import init_weights
 from headway.model.router import Router
 from tests.compare import assert_close, relative_error
-from tests.kernels.native_paths import needs_native, switch_off, threads
+from tests.kernels.cpp_paths import needs_native, switch_off, threads
 
 GATES = ("topk_softmax", "softmax_topk", "sigmoid")
 WITH_GRADIENT = ("gate_THK", "prob_HE", "z_H")

@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from headway.parallel.exchange import Spread
+from headway.parallel.dispatcher import Parallelism
 from headway.parallel.mesh import Axis
-from headway.parallel.shard import Pieces, local
+from headway.parallel.placement import ShardSpec, local
 
 
 def whole(
-    slices: dict[str, Tensor], spread: Spread, owner: Callable[[str], str] = str
+    slices: dict[str, Tensor], parallelism: Parallelism, owner: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
     """Every tensor at its global shape, on every rank; names as they are. Collective.
 
@@ -21,7 +21,7 @@ def whole(
     found = {}
     for name, x in slices.items():
         x = local(x)
-        placement = spread.layout.placements.get(owner(name))
+        placement = parallelism.sharding.placements.get(owner(name))
         if placement is not None and placement.pieces is not None:
             x = _join_pieces(x, placement.pieces)
         for dim, axis in enumerate(placement.axes if placement else ()):
@@ -38,7 +38,7 @@ def _join(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def _join_pieces(x: Tensor, pieces: Pieces) -> Tensor:
+def _join_pieces(x: Tensor, pieces: ShardSpec) -> Tensor:
     """The slice that FSDP cut; the last pieces travel filled up."""
     dim, missing = pieces.dim, pieces.each - x.shape[pieces.dim]
     if missing:

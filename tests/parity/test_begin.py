@@ -7,8 +7,8 @@ import torch
 
 from headway.config import BalanceConfig, MeshConfig, RouterConfig
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import begin, spread
-from headway.parallel.shard import local
+from headway.parallel.dispatcher import materialize, parallelize
+from headway.parallel.placement import local
 from tests.parity.gathered import whole
 from tests.parity.test_parity import heads
 
@@ -20,14 +20,14 @@ def start(mesh):
     """Slices of this rank one way and the other; those of all ranks, put together."""
     with torch.device("meta"):
         model = Transformer(MODEL)
-    apart = begin(model, mesh, seed=3)
+    parallelism = materialize(model, mesh, seed=3)
     reference = Transformer(MODEL, seed=3)
     everything = {n: x.clone() for n, x in reference.state_dict().items()}
-    spread(reference, mesh)
+    parallelize(reference, mesh)
     mine, theirs = (
         {name: local(x).clone() for name, x in m.state_dict().items()} for m in (model, reference)
     )
-    return mine, theirs, whole(dict(model.state_dict()), apart), everything
+    return mine, theirs, whole(dict(model.state_dict()), parallelism), everything
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ from typing import Literal
 import pytest
 import torch
 
+from headway.checkpoint import checkpoint_dir as saved
+from headway.checkpoint import save as checkpoint
+from headway.checkpoint.checkpoint_dir import CheckpointError
+from headway.checkpoint.tensor_files import TensorFile
 from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import spread
-from headway.train import checkpoint, saved
+from headway.optim.groups import build_optimizers
+from headway.parallel.dispatcher import parallelize
 from headway.train.interval import SpikeDetector
-from headway.train.optim import build_optimizers
 from headway.train.progress import Progress
-from headway.train.saved import CheckpointError
 from headway.train.step import gradient, update
-from headway.train.tensor_files import TensorFile
 from tests.parity.test_parity import ROWS, close, heads
 
 ONE = MeshConfig()
@@ -40,7 +41,7 @@ def config(noisy=False, bias: Literal["none", "sign"] = "sign"):
 
 def batches(mesh, step):
     from headway.data.stream import Batch
-    from headway.train.evaluate import micro_batches
+    from headway.eval.bits_per_byte import micro_batches
 
     generator = torch.Generator().manual_seed(step)
     tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
@@ -53,27 +54,27 @@ def batches(mesh, step):
 def go_on(mesh, folder, first, last, model, optim, save_at=()):
     """Steps first … last − 1 after the newest checkpoint, on this rank; loss and norm of each."""
     net = Transformer(model, dtype=torch.float64, seed=0).double()
-    apart = spread(net, mesh)
-    optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
+    parallelism = parallelize(net, mesh)
+    optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
     torch.manual_seed(mesh.rank)
     progress = Progress(SpikeDetector(0.0))
     if first:
         path, _ = saved.latest(Path(folder))
         assert path is not None and path.name == f"step-{first:06d}"
         torch.manual_seed(1234)
-        state = checkpoint.load(path, net, optimizers, model, apart.layout)
+        state = checkpoint.load(path, net, optimizers, model, parallelism.sharding)
         progress = Progress.from_dict(state["progress"], 0.0)
     found = []
     for step in range(first, last):
         micros, targets = batches(mesh, step)
-        got = gradient(net, micros, targets, model.moe.balance, apart, load=progress.load)
+        got = gradient(net, micros, targets, model.moe.balance, parallelism, load=progress.load)
         progress.load = got.load
         found.append((got.nats / got.targets, got.norm))
-        update(net, optimizers, got, 1.0, optim, model.moe.balance, apart)
+        update(net, optimizers, got, 1.0, optim, model.moe.balance, parallelism)
         optimizers.zero_grad()
         if step + 1 in save_at:
             state = {"progress": progress.to_dict()}
-            checkpoint.save(Path(folder), step + 1, net, optimizers, model, state, 9, apart)
+            checkpoint.save(Path(folder), step + 1, net, optimizers, model, state, 9, parallelism)
     return found
 
 
@@ -104,12 +105,12 @@ def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim, tied):
 def resave(mesh, source, target, model, optim):
     """Loads a checkpoint and writes it again."""
     net = Transformer(model, dtype=torch.float64, seed=1).double()
-    apart = spread(net, mesh)
-    optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
+    parallelism = parallelize(net, mesh)
+    optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
     path, _ = saved.latest(Path(source))
     assert path is not None
-    checkpoint.load(path, net, optimizers, model, apart.layout)
-    checkpoint.save(Path(target), 2, net, optimizers, model, {}, 9, apart)
+    checkpoint.load(path, net, optimizers, model, parallelism.sharding)
+    checkpoint.save(Path(target), 2, net, optimizers, model, {}, 9, parallelism)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(2, 2, 2)], ids=str)
@@ -139,8 +140,8 @@ def test_on_the_same_mesh_the_bits_are_the_same(ranks, tmp_path):
 def fails_once(mesh, folder, model, optim):
     """Rank 1 has no space at its first save; what every rank saw."""
     net = Transformer(model, dtype=torch.float64, seed=0).double()
-    apart = spread(net, mesh)
-    optimizers = build_optimizers(net, optim, torch.float64, apart.layout)
+    parallelism = parallelize(net, mesh)
+    optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
     write, seen = TensorFile.write, []
 
     def full(self, folder, pieces):
@@ -148,7 +149,7 @@ def fails_once(mesh, folder, model, optim):
 
     def save(step):
         try:
-            checkpoint.save(Path(folder), step, net, optimizers, model, {}, 9, apart)
+            checkpoint.save(Path(folder), step, net, optimizers, model, {}, 9, parallelism)
         except CheckpointError as error:
             seen.append(str(error))
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from headway import recipes
+from headway.checkpoint import save as checkpoint
 from headway.config import (
     DataConfig,
     MeshConfig,
@@ -19,19 +20,18 @@ from headway.config import (
     RouterConfig,
     UsageError,
 )
+from headway.config.check import validate
 from headway.data.shards import prepare
 from headway.data.stream import Batch, Stream
 from headway.data.tokenizer import load_tokenizer
+from headway.eval.bits_per_byte import evaluate, micro_batches
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import spread
+from headway.optim.groups import build_optimizers
+from headway.parallel.dispatcher import parallelize
 from headway.parallel.mesh import fake
-from headway.parallel.shard import local
-from headway.train import checkpoint
-from headway.train.evaluate import evaluate, micro_batches
-from headway.train.optim import build_optimizers
+from headway.parallel.placement import local
 from headway.train.step import gradient, update
-from headway.validate import validate
 from tests.parity.gathered import whole
 from tests.parity.test_parity import ROWS, Case, check, close, dense, flat, heads, rows_of
 
@@ -109,30 +109,30 @@ def story(mesh, config, optim, data, folder, steps=3):
 def _story(mesh, config, optim, data, folder, steps):
     tokenizer = load_tokenizer("bytes")
     stream = Stream(prepare(data, tokenizer, print), data, 0)
-    model, apart, optimizers = build(mesh, config, optim)
+    model, parallelism, optimizers = build(mesh, config, optim)
     found, load = [], None
     for step in range(steps):
-        seen = evaluate(model, stream, 11, 3, apart)  # shares that no rank count divides
-        text = generate(model, tokenizer, "ab", 12, seed=step, ranks=apart.exchange)
+        seen = evaluate(model, stream, 11, 3, parallelism)  # shares that no rank count divides
+        text = generate(model, tokenizer, "ab", 12, seed=step, dispatcher=parallelism.dispatcher)
         micro = 4 // mesh.size  # all ranks together always see four rows
         batch = stream.batch(step, mesh.rank, mesh.size, micro)
         micros = micro_batches(batch, micro, torch.device("cpu"))
         targets, balance = batch.targets_BS.numel(), config.moe.balance
-        got = gradient(model, micros, targets, balance, apart, load=load)
+        got = gradient(model, micros, targets, balance, parallelism, load=load)
         load = got.load
-        update(model, optimizers, got, 1.0, optim, balance, apart)
+        update(model, optimizers, got, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
         found.append(((seen.val_loss, seen.val_bits_per_byte, got.norm), text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
-    path = checkpoint.save(folder, steps, model, optimizers, config, {}, spread=apart)
+    path = checkpoint.save(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
     for p in model.parameters():
         local(p).detach().zero_()
-    again, apart, optimizers = build(mesh, config, optim)
-    checkpoint.load(path, again, optimizers, config, apart.layout)
+    again, parallelism, optimizers = build(mesh, config, optim)
+    checkpoint.load(path, again, optimizers, config, parallelism.sharding)
     owner = checkpoint._parameter_of
     loaded = (
-        whole(dict(again.state_dict()), apart),
-        whole(optimizers.tensors(), apart, owner=owner),
+        whole(dict(again.state_dict()), parallelism),
+        whole(optimizers.tensors(), parallelism, owner=owner),
     )
     held = sum(local(p).numel() for p in again.parameters())
     return found, str(path), loaded, held, mesh.traffic.take()
@@ -140,8 +140,8 @@ def _story(mesh, config, optim, data, folder, steps):
 
 def build(mesh, config, optim):
     model = Transformer(config, dtype=torch.float64, seed=0).double()
-    apart = spread(model, mesh)
-    return model, apart, build_optimizers(model, optim, torch.float64, apart.layout)
+    parallelism = parallelize(model, mesh)
+    return model, parallelism, build_optimizers(model, optim, torch.float64, parallelism.sharding)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_a_model_for_512_ranks(kind):
         model = Transformer(config)
         total = sum(p.numel() for p in model.parameters())
         experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-        apart = spread(model, mesh)
-        optimizers = build_optimizers(model, MUON, torch.bfloat16, apart.layout)
+        parallelism = parallelize(model, mesh)
+        optimizers = build_optimizers(model, MUON, torch.bfloat16, parallelism.sharding)
     here = sum(local(p).numel() for p in model.parameters())
     routers = sum(p.numel() for n, p in model.named_parameters() if ".router." in n)
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
@@ -224,8 +224,8 @@ def test_a_model_for_512_ranks(kind):
 def bits(mesh, config, optim):
     """Three steps with matmuls in bfloat16: nats, gradients and parameters, whole."""
     model = Transformer(config, dtype=torch.bfloat16, seed=0)
-    apart = spread(model, mesh)
-    optimizers = build_optimizers(model, optim, torch.float32, apart.layout)
+    parallelism = parallelize(model, mesh)
+    optimizers = build_optimizers(model, optim, torch.float32, parallelism.sharding)
     found, load = [], None
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -233,13 +233,13 @@ def bits(mesh, config, optim):
         mine = rows_of(mesh, 8)
         batch = Batch(tokens[mine], targets[mine], None)
         targets, balance = batch.targets_BS.numel(), config.moe.balance
-        got = gradient(model, [batch], targets, balance, apart, load=load)
+        got = gradient(model, [batch], targets, balance, parallelism, load=load)
         load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        update(model, optimizers, got, 1.0, optim, balance, apart)
+        update(model, optimizers, got, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
-        found.append((got.nats, whole(grads, apart)))
-    return found, whole(dict(model.state_dict()), apart)
+        found.append((got.nats, whole(grads, parallelism)))
+    return found, whole(dict(model.state_dict()), parallelism)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2), MeshConfig(1, 2), MeshConfig(1, 1, 2)], ids=str)

@@ -7,7 +7,7 @@ from headway.config import MeshConfig
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
 from headway.parallel import reduce
-from headway.parallel.exchange import spread
+from headway.parallel.dispatcher import parallelize
 from headway.parallel.reduce import summed_gradients
 from tests.parity.test_parity import ROWS, close, heads, rows_of
 
@@ -16,18 +16,18 @@ def sums(mesh, n_bytes):
     """Gradients with buckets of this size; the messages that left during backward, and all."""
     before, reduce.BUCKET = reduce.BUCKET, n_bytes
     model = Transformer(heads(), dtype=torch.float64, seed=0).double()
-    apart = spread(model, mesh)
+    parallelism = parallelize(model, mesh)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
     mine = rows_of(mesh, ROWS // mesh.size)
-    out = model(tokens[mine], targets[mine], None, apart.exchange)
+    out = model(tokens[mine], targets[mine], None, parallelism.dispatcher)
     balance = heads().moe.balance
     loss = out.nats / targets.numel() + balance_loss(out.stats, balance, None) / mesh.size
 
     def sent():
         return sum(c.calls for key, c in mesh.traffic.counts.items() if key.purpose == "gradients")
 
-    with summed_gradients(model, apart.layout):
+    with summed_gradients(model, parallelism.sharding):
         loss.backward()
         during = sent()
     reduce.BUCKET = before

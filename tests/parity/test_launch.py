@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from headway import cli
+from headway.cli import main as cli
 from headway.config import MeshConfig, RunError, UsageError
-from headway.parallel import heartbeat
+from headway.parallel import watchdog as heartbeat
 from headway.parallel.agreement import difference
-from headway.parallel.heartbeat import Heartbeat, Position, who_is_behind
 from headway.parallel.mesh import launch
 from headway.parallel.reduce import sum_over
+from headway.parallel.straggler import StragglerDetector, slowest
 from headway.parallel.traffic import Traffic
-from headway.train.busy import Busy, slowest
+from headway.parallel.watchdog import Position, Watchdog, who_is_behind
 
 TWO = MeshConfig(hp=2)
 
@@ -51,7 +51,7 @@ def test_a_launch_places_every_rank(ranks):
 def test_the_first_difference_between_ranks_is_named_once(ranks, facts, words):
     (kind, text), (other, _) = ranks.launched(2, entered, TWO, facts)
     assert kind == "UsageError" and text.startswith(words) and text.endswith("versions and data")
-    assert other == "ToldError"
+    assert other == "PeerError"
 
 
 def test_difference_is_that_of_the_first_rank():
@@ -63,7 +63,7 @@ def test_difference_is_that_of_the_first_rank():
 def test_a_product_that_is_not_the_number_of_processes(ranks):
     text = "mesh dp=1, hp=3, ep=1 needs 3 processes and there are 2; use --mesh with a product of 2"
     (kind, found), (other, _) = ranks.launched(2, entered, MeshConfig(hp=3))
-    assert (kind, found, other) == ("UsageError", text, "ToldError")
+    assert (kind, found, other) == ("UsageError", text, "PeerError")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def hangs(rank, world, config):
         with launch(config) as mesh:
             x = torch.ones(3)
             for step in range(9):
-                mesh.at(step)
+                mesh.begin_step(step)
                 sum_over(mesh.hp, x, mesh, "first")
                 if step == 7 and rank == 1:
                     time.sleep(config.timeout + 2.5)
@@ -158,7 +158,7 @@ def test_a_process_that_cannot_be_told_is_ended_by_its_thread(monkeypatch, capfd
     monkeypatch.setattr(heartbeat.os, "_exit", ended.append)
     traffic = Traffic()
     store.set("at/1", '[2, 10, "hp scatter", 5, false]')
-    with Heartbeat(store, 0, 2, timeout=-4.8, traffic=traffic) as heart:
+    with Watchdog(store, 0, 2, timeout=-4.8, traffic=traffic) as heart:
         traffic.add("hp", "gather", 1)
         heart.at(3)
         deadline = time.monotonic() + 10
@@ -175,7 +175,7 @@ def test_a_process_that_cannot_be_told_is_ended_by_its_thread(monkeypatch, capfd
 
 
 def works(mesh):
-    busy, x = Busy(mesh), torch.ones(1)
+    busy, x = StragglerDetector(mesh), torch.ones(1)
     started = time.perf_counter()
     for _ in range(4):
         time.sleep(0.2 if mesh.rank == 2 else 0.1)

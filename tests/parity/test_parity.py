@@ -15,10 +15,10 @@ from headway.config import (
     RouterConfig,
 )
 from headway.data.stream import Batch
+from headway.eval.bits_per_byte import micro_batches
 from headway.model.transformer import Transformer
-from headway.parallel.exchange import spread
-from headway.train.evaluate import micro_batches
-from headway.train.optim import build_optimizers, clip_factor
+from headway.optim.groups import build_optimizers, clip_factor
+from headway.parallel.dispatcher import parallelize
 from headway.train.step import gradient, update
 from tests.parity.gathered import whole
 
@@ -154,8 +154,8 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
         with torch.no_grad():
             for layer in model.sparse_layers():
                 layer.router.bias_HE[:, : layer.router.top_k] = 1e3
-    apart = spread(model, mesh)
-    optimizers = build_optimizers(model, case.optim, torch.float64, apart.layout)
+    parallelism = parallelize(model, mesh)
+    optimizers = build_optimizers(model, case.optim, torch.float64, parallelism.sharding)
     balance, load, found = case.model.moe.balance, None, []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -167,7 +167,7 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
         batch = Batch(tokens[mine], targets[mine], None)
         micros = micro_batches(batch, micro, torch.device("cpu"))
         valid = int((batch.targets_BS >= 0).sum())
-        got = gradient(model, micros, valid, balance, apart, load=load)
+        got = gradient(model, micros, valid, balance, parallelism, load=load)
         load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append(
@@ -180,12 +180,12 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
                 "counts": _stack([r.counts_HE for r in got.routes]),
                 "dropped": _stack([r.dropped for r in got.routes]),
                 "entropy": _stack([r.entropy_H for r in got.routes]),
-                "grads": whole(grads, apart),
+                "grads": whole(grads, parallelism),
             }
         )
-        update(model, optimizers, got, 1.0, case.optim, balance, apart)
+        update(model, optimizers, got, 1.0, case.optim, balance, parallelism)
         optimizers.zero_grad()
-    return found, whole(dict(model.state_dict()), apart)
+    return found, whole(dict(model.state_dict()), parallelism)
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:

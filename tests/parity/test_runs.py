@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headway import cli
+from headway.cli import main as cli
 from headway.config import MeshConfig, UsageError
 from headway.report.sinks import read_metrics
 from headway.train.loop import train
@@ -101,14 +101,14 @@ def with_own_text(rank, world, root):
 def test_other_data_on_another_rank_is_found_before_step_0(ranks, tmp_path):
     (kind, text), (other, _) = ranks.launched(2, with_own_text, tmp_path)
     assert kind == "UsageError" and text.startswith("rank 1 has the fingerprint of the data=")
-    assert other == "ToldError" and not (tmp_path / "0" / "run").exists()
+    assert other == "PeerError" and not (tmp_path / "0" / "run").exists()
 
 
 def test_a_mistake_that_rank_0_meets_is_told_once(ranks, tmp_path):
     config = on_mesh(tiny(tmp_path))
     (tmp_path / "run").write_text("a file")
     (kind, text), (other, _) = ranks.launched(2, runs, config)
-    assert kind == "UsageError" and text.startswith("cannot write ") and other == "ToldError"
+    assert kind == "UsageError" and text.startswith("cannot write ") and other == "PeerError"
 
 
 RECIPE = """

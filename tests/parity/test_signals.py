@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from headway.train import checkpoint, loop, run, saved
+from headway.checkpoint import checkpoint_dir as saved
+from headway.checkpoint import save as checkpoint
+from headway.train import loop, run
 from tests.parity.test_runs import RECIPE, on_mesh, ranks_of
 from tests.train.tiny_run import records, tiny
 

@@ -8,16 +8,16 @@ import torch
 
 from headway.config import MeshConfig, RouterConfig
 from headway.data.stream import Batch
+from headway.eval.bits_per_byte import micro_batches
 from headway.model.transformer import Transformer
-from headway.parallel.collectives import Flight
-from headway.parallel.exchange import spread
+from headway.parallel.collectives import AsyncCollective
+from headway.parallel.dispatcher import parallelize
 from headway.plan import traffic
 from headway.plan.cost import parameters
-from headway.plan.layout import Layout
+from headway.plan.layout import Sharding
 from headway.plan.shape import shape_of
 from headway.plan.shape import total as sum_of
-from headway.plan.wire import sent
-from headway.train.evaluate import micro_batches
+from headway.plan.volume import sent
 from headway.train.step import gradient
 from tests.parity.test_parity import ROWS, Case, flat, heads, latent, rows_of
 
@@ -28,13 +28,13 @@ S = 8
 def count(mesh, case: Case, dtype=torch.float32):
     """One step; bytes by purpose, and the ledger's counts."""
     model = Transformer(case.model, dtype=dtype, seed=0)
-    apart = spread(model, mesh)
+    parallelism = parallelize(model, mesh)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, S), generator=generator)
     mine = rows_of(mesh, ROWS // mesh.size)
     batch = Batch(tokens[mine], targets[mine], None)
     micros = micro_batches(batch, case.micro or len(mine), torch.device("cpu"))
-    gradient(model, micros, batch.targets_BS.numel(), case.model.moe.balance, apart)
+    gradient(model, micros, batch.targets_BS.numel(), case.model.moe.balance, parallelism)
     entries = {tuple(key): c.bytes for key, c in mesh.traffic.counts.items()}
     return {key: c["bytes"] for key, c in mesh.traffic.take().items()}, entries
 
@@ -189,10 +189,12 @@ PREFIX = {
 def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
     """Weights, gradients and tokens of a step, byte for byte, by axis."""
     mesh = replace(mesh, shard="fsdp")
-    layout = Layout(mesh.dp, mesh.hp, mesh.ep, "all_gather" if mesh.ep > 1 else None, shard=True)
+    sharding = Sharding(
+        mesh.dp, mesh.hp, mesh.ep, "all_gather" if mesh.ep > 1 else None, shard=True
+    )
     T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
     want: dict[tuple[str, str], float] = {}
-    for part in sent(model, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
+    for part in sent(model, sharding, T, passes, b, chunks=max(mesh.chunks, 1)):
         purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
         key = (part.axis, "" if part.kind == "tokens" else purpose)
         want[key] = want.get(key, 0) + part.bytes
@@ -212,7 +214,7 @@ def flights_left(mesh, case: Case) -> int:
     gc.disable()
     try:
         count(mesh, case)
-        return sum(isinstance(o, Flight) for o in gc.get_objects())
+        return sum(isinstance(o, AsyncCollective) for o in gc.get_objects())
     finally:
         gc.enable()
 

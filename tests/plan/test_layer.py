@@ -7,7 +7,7 @@ import pytest
 from headway.config import RouterConfig, RunConfig
 from headway.plan.cost import flops
 from headway.plan.layer import costs, link, stages
-from headway.plan.layout import Layout
+from headway.plan.layout import MeshLayout
 from headway.plan.link import Curve
 from headway.plan.traffic import expected_ranks
 from tests.plan.test_time import CONFIG, MACHINE, MODEL, T
@@ -23,48 +23,50 @@ def found(layout, config=CONFIG, machine=MACHINE, chunks=1, imbalance=1.0, per_n
 
 def test_stages_add_up_to_the_layer():
     forward = {i.name: i.value * T / 2 for i in flops(MODEL, 16)}  # of one of two layers
-    layer = stages(CONFIG, MACHINE, Layout(), T, 2, 1.0)
+    layer = stages(CONFIG, MACHINE, MeshLayout(), T, 2, 1.0)
     assert layer.experts.forward == pytest.approx(forward["experts"] / 2e8)
     assert layer.experts.backward == pytest.approx(2 * layer.experts.forward)
     projections = layer.split.forward + layer.merge.forward
     assert projections == pytest.approx(forward["latent projections"] / 2.5e8)
     assert layer.router.forward == pytest.approx(forward["routers"] / 2.5e8)
     assert layer.shared.forward == 0 and not layer.early_route
-    again = stages(replace(CONFIG, run=RunConfig(recompute=True)), MACHINE, Layout(), T, 2, 1.0)
+    again = stages(replace(CONFIG, run=RunConfig(recompute=True)), MACHINE, MeshLayout(), T, 2, 1.0)
     assert again.experts.backward == pytest.approx((2 + 2 / 3) * layer.experts.forward)
 
 
 def test_copies():
     values = T * 32
-    assert found(Layout(hp=2)).copies == pytest.approx(8 * 2 * values / SPEED)
+    assert found(MeshLayout(hp=2)).copies == pytest.approx(8 * 2 * values / SPEED)
     token = replace(MODEL, moe=replace(MODEL.moe, router=RouterConfig(reads="token")))
-    assert found(Layout(hp=2), replace(CONFIG, model=token)).copies == pytest.approx(
+    assert found(MeshLayout(hp=2), replace(CONFIG, model=token)).copies == pytest.approx(
         16 * 2 * values / SPEED
     )
     rows = values * expected_ranks(2, 2)
-    once = found(Layout(ep=2, scheme="all_to_all")).copies
+    once = found(MeshLayout(ep=2, scheme="all_to_all")).copies
     assert once == pytest.approx((14 * 2 + 32) * rows / SPEED)
-    slots = found(Layout(ep=2, scheme="all_to_all_per_slot")).copies
+    slots = found(MeshLayout(ep=2, scheme="all_to_all_per_slot")).copies
     assert slots == pytest.approx((25 * 2 + 44) * 2 * values / SPEED)
-    gathered = found(Layout(ep=2, scheme="all_gather")).copies
+    gathered = found(MeshLayout(ep=2, scheme="all_gather")).copies
     assert gathered == pytest.approx((2 * 2 + (4 * 2 + 8) * 2) * values / SPEED)
 
 
 def test_the_busiest_link_decides_where_load_is_uneven():
     even, uneven = (
-        found(Layout(ep=2, scheme="all_to_all"), imbalance=x, per_node=1) for x in (1.0, 1.5)
+        found(MeshLayout(ep=2, scheme="all_to_all"), imbalance=x, per_node=1) for x in (1.0, 1.5)
     )
     latency = (4 + 1) * 1e-3 + 8 / 1e5  # of four exchanges and the counts
     assert uneven.ep - latency == pytest.approx(1.5 * (even.ep - latency))
-    gathered = [found(Layout(ep=2, scheme="all_gather"), imbalance=x) for x in (1.0, 1.5)]
+    gathered = [found(MeshLayout(ep=2, scheme="all_gather"), imbalance=x) for x in (1.0, 1.5)]
     assert gathered[0].ep == gathered[1].ep
 
 
 def test_crowded_ranks_share_out_uneven_work():
-    layout = Layout(ep=2, scheme="all_to_all")
+    layout = MeshLayout(ep=2, scheme="all_to_all")
     busy = [
-        stages(CONFIG, replace(MACHINE, crowd=crowd), layout, T, 2, 1.5).experts.forward
-        for crowd in (1.0, 1.2, 2.0)
+        stages(
+            CONFIG, replace(MACHINE, oversubscription=oversubscription), layout, T, 2, 1.5
+        ).experts.forward
+        for oversubscription in (1.0, 1.2, 2.0)
     ]
     assert [x / busy[2] for x in busy] == pytest.approx([1.5, 1.25, 1.0])
 
@@ -74,13 +76,13 @@ def test_chunks_of_measured_exchanges_share_the_link():
     alone = Curve("all_to_all", 2, True, 1, ((0.0, 1e-9), (1e6, 1.0)))
     both = Curve("all_to_all", 2, True, 2, ((0.0, 1e-9), (1e6, 0.5)))
     quick = replace(MACHINE, peak=1e30, memory_bandwidth=1e30, curves=(alone, both))
-    layout = Layout(hp=2)
+    layout = MeshLayout(hp=2)
     assert found(layout, machine=quick, chunks=2).hp == pytest.approx(
         found(layout, machine=quick).hp / 2, rel=1e-3
     )
 
 
 def test_links_know_their_place():
-    inside, between = (link(MACHINE, Layout(hp=2), "hp", per_node) for per_node in (8, 1))
+    inside, between = (link(MACHINE, MeshLayout(hp=2), "hp", per_node) for per_node in (8, 1))
     assert (inside.rates.bandwidth, between.rates.bandwidth) == (1e6, 1e5)
     assert inside.inside and not between.inside and between.within == inside.rates

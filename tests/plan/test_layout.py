@@ -7,7 +7,7 @@ import pytest
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
 from headway.plan.cost import parameters
 from headway.plan.layout import (
-    Layout,
+    MeshLayout,
     auto_chunks,
     held_parameters,
     illegal,
@@ -46,15 +46,15 @@ def test_legal_meshes_divide_heads_and_experts(n):
 @pytest.mark.parametrize(
     ("model", "layout", "words"),
     [
-        (WIDE, Layout(hp=5), "hp=5 does not divide n_heads=12; use hp=1, 2, 3, 4, 6 or 12"),
-        (WIDE, Layout(hp=24), "hp=24 does not divide n_heads=12"),
-        (WIDE, Layout(ep=4), "ep=4 does not divide n_experts=10; use ep=1, 2, 5 or 10"),
-        (MODELS["flat"], Layout(hp=2), "hp needs multi_head_latent: hp=2 and kind=moe"),
-        (MODELS["dense"], Layout(ep=2), "ep needs experts: ep=2 and every layer is dense"),
-        (MODELS["dense"], Layout(hp=2), "hp needs multi_head_latent: hp=2 and kind=dense"),
+        (WIDE, MeshLayout(hp=5), "hp=5 does not divide n_heads=12; use hp=1, 2, 3, 4, 6 or 12"),
+        (WIDE, MeshLayout(hp=24), "hp=24 does not divide n_heads=12"),
+        (WIDE, MeshLayout(ep=4), "ep=4 does not divide n_experts=10; use ep=1, 2, 5 or 10"),
+        (MODELS["flat"], MeshLayout(hp=2), "hp needs multi_head_latent: hp=2 and kind=moe"),
+        (MODELS["dense"], MeshLayout(ep=2), "ep needs experts: ep=2 and every layer is dense"),
+        (MODELS["dense"], MeshLayout(hp=2), "hp needs multi_head_latent: hp=2 and kind=dense"),
         (
             replace(WIDE, moe=replace(WIDE.moe, n_dense_layers=2)),
-            Layout(hp=2),
+            MeshLayout(hp=2),
             "hp needs multi_head_latent: hp=2 and kind=dense",
         ),
     ],
@@ -65,14 +65,16 @@ def test_reasons(model, layout, words):
 
 def test_axes_and_nodes():
     """ep innermost: 2·4·4 ranks in nodes of 8 keep ep inside and nothing else."""
-    layout = Layout(dp=2, hp=4, ep=4)
+    layout = MeshLayout(dp=2, hp=4, ep=4)
     axes = ("dp", "hp", "ep", "routers", "world")
     assert [layout.size(a) for a in axes] == [2, 4, 4, 8, 32]
     assert [layout.in_one_node(a, 8) for a in axes] == [False, False, True, False, False]
     assert [layout.in_one_node(a, 16) for a in axes] == [False, True, True, False, False]
     assert [layout.in_one_node(a, 32) for a in axes] == [True] * 5
     # blocks of 3 in nodes of 8: the third block lies in two nodes
-    assert not Layout(dp=4, ep=3).in_one_node("ep", 8) and Layout(dp=2, ep=3).in_one_node("ep", 8)
+    assert not MeshLayout(dp=4, ep=3).in_one_node("ep", 8) and MeshLayout(dp=2, ep=3).in_one_node(
+        "ep", 8
+    )
 
 
 def groups(items):
@@ -81,7 +83,7 @@ def groups(items):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_rank_holds_the_model(name):
-    for layout in (Layout(), Layout(shard=True)):
+    for layout in (MeshLayout(), MeshLayout(shard=True)):
         assert total(used_parameters(MODELS[name], layout)) == total(parameters(MODELS[name]))
         assert total(held_parameters(MODELS[name], layout)) == total(parameters(MODELS[name]))
 
@@ -90,7 +92,7 @@ def test_what_a_rank_holds():
     """dp 3 · hp 4 · ep 5: experts / 20, sub-token routers / 4; sharded by 3 and 60 besides, but for
     norms and routers."""
     whole = groups(parameters(WIDE))
-    layout = Layout(3, 4, 5, "all_to_all")
+    layout = MeshLayout(3, 4, 5, "all_to_all")
     used = groups(used_parameters(WIDE, layout))
     held = groups(held_parameters(WIDE, replace(layout, shard=True)))
     assert groups(held_parameters(WIDE, layout)) == used
@@ -129,20 +131,20 @@ def test_chunks_are_chosen_by_where_the_ep_axis_lies():
     two = {
         (layout, per_node)
         for layout in (
-            Layout(dp=4),
-            Layout(hp=4),
-            Layout(ep=4, scheme="all_to_all"),
-            Layout(ep=4, scheme="all_to_all_per_slot"),
-            Layout(ep=4, scheme="all_gather"),
-            Layout(hp=2, ep=2, scheme="all_to_all"),
-            Layout(dp=2, ep=2, scheme="all_to_all", shard=True),
+            MeshLayout(dp=4),
+            MeshLayout(hp=4),
+            MeshLayout(ep=4, scheme="all_to_all"),
+            MeshLayout(ep=4, scheme="all_to_all_per_slot"),
+            MeshLayout(ep=4, scheme="all_gather"),
+            MeshLayout(hp=2, ep=2, scheme="all_to_all"),
+            MeshLayout(dp=2, ep=2, scheme="all_to_all", shard=True),
         )
         for per_node in (1, 2, 4)
         if auto_chunks(layout, per_node)[0] == 2
     }
     assert two == {
-        *((Layout(ep=4, scheme="all_to_all"), n) for n in (1, 2)),
-        *((Layout(ep=4, scheme="all_to_all_per_slot"), n) for n in (1, 2)),
-        (Layout(hp=2, ep=2, scheme="all_to_all"), 1),
+        *((MeshLayout(ep=4, scheme="all_to_all"), n) for n in (1, 2)),
+        *((MeshLayout(ep=4, scheme="all_to_all_per_slot"), n) for n in (1, 2)),
+        (MeshLayout(hp=2, ep=2, scheme="all_to_all"), 1),
     }
-    assert "spans nodes" in auto_chunks(Layout(ep=4, scheme="all_to_all"), 1)[1]
+    assert "spans nodes" in auto_chunks(MeshLayout(ep=4, scheme="all_to_all"), 1)[1]

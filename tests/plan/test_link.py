@@ -50,12 +50,12 @@ def test_two_at_once():
 
 def test_the_work_of_a_host_that_moves_bytes_itself():
     """All that it takes where no link limits it, or what was measured beside other work there."""
-    link = Link(4, False, RATES, WITHIN, by_hand=True)
+    link = Link(4, False, RATES, WITHIN, cpu_driven=True)
     assert link.work(2e6) == pytest.approx(0.5 + 3e-3)
     assert link.ring_work(2e6) == pytest.approx(0.5 + 6e-3)
-    curves = [measured(), measured("beside", inside=True, scale=2.0)]
-    for by_hand in (True, False):
-        assert Link(4, False, RATES, WITHIN, curves, by_hand).work(1e6) == pytest.approx(1.0)
+    curves = [measured(), measured("overlap_cost", inside=True, scale=2.0)]
+    for cpu_driven in (True, False):
+        assert Link(4, False, RATES, WITHIN, curves, cpu_driven).work(1e6) == pytest.approx(1.0)
 
 
 def test_a_curve_of_a_file():

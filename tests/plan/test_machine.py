@@ -70,14 +70,14 @@ def test_measured_collectives(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps({"measured": {}, "curves": curves}))
     machine = read(str(path))
-    assert [c.inside for c in machine.curves] == [True, False] and machine.by_hand
+    assert [c.inside for c in machine.curves] == [True, False] and machine.cpu_driven
     assert [c.inside for c in with_network(machine, "100").curves] == [True]
-    assert not read(str(path), "h100").by_hand
+    assert not read(str(path), "h100").cpu_driven
 
 
 def test_a_busy_rank_on_cores_of_its_own_and_on_shared_ones():
     assert named("cpu").uneven(1.5) == 1.5
-    assert [replace(named("cpu"), crowd=2.0).uneven(x) for x in (1.5, 3.0)] == [1.0, 1.5]
+    assert [replace(named("cpu"), oversubscription=2.0).uneven(x) for x in (1.5, 3.0)] == [1.0, 1.5]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from headway.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimConfig, RouterConfig
-from headway.kernels.native import native
+from headway.kernels.cpp import cpp_kernels
 from headway.model.transformer import Transformer
+from headway.optim.groups import build_optimizers
 from headway.plan.memory import activations, states
 from headway.plan.shape import total
-from headway.train.optim import build_optimizers
-from tests.kernels.native_paths import needs_native
+from tests.kernels.cpp_paths import needs_native
 
 SPARSE = MoEConfig(n_heads=2, n_experts=8, top_k=3, d_expert=20)
 BASE = ModelConfig(
@@ -81,7 +81,7 @@ def test_activation_bytes_match_saved_tensors(name, recompute):
     assert formula == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.skipif(not native().bfloat16, reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(not cpp_kernels().bfloat16, reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize(
     "name", ["multi-head latent", "shared, latent norm, wider latent", "whole token", "flat"]
 )

@@ -7,14 +7,14 @@ import torch
 
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from headway.model.transformer import Transformer
+from headway.optim.groups import build_optimizers
 from headway.plan.cost import flops
-from headway.plan.layout import Layout
+from headway.plan.layout import MeshLayout
 from headway.plan.machine import Machine
 from headway.plan.rank_memory import memory
 from headway.plan.shape import Item, total
 from headway.plan.time import Setting, newton_schulz, seconds, work
-from headway.plan.wire import sent
-from headway.train.optim import build_optimizers
+from headway.plan.volume import sent
 from tests.plan.test_memory import MODELS
 
 MACHINE = Machine(
@@ -43,16 +43,16 @@ def parts(layout, config=CONFIG, per_node=8, chunks=1, imbalance=1.0, b=2):
 def test_compute():
     """One rank, D = 32 < 1024: narrow matmuls at a quarter of 1e9 FLOP/s, experts at a fifth."""
     forward = {i.name: i.value for i in flops(MODEL, 16)}
-    found = parts(Layout())
+    found = parts(MeshLayout())
     experts, scores = forward.pop("experts"), forward.pop("attention scores")
     assert experts == 2 * 2 * 2 * 3 * 8 * 32
     assert found["experts"] == pytest.approx(3 * T * experts / 2e8)
     assert found["attention scores"] == pytest.approx(3 * T * scores / 1e8)
     assert found["matmuls"] == pytest.approx(3 * T * sum(forward.values()) / 2.5e8)
-    slow = parts(Layout(), b=4)
+    slow = parts(MeshLayout(), b=4)
     assert slow["experts"] == pytest.approx(10 * found["experts"])  # float32's own peak
     wide = Config(model=replace(MODEL, d_model=1024), data=CONFIG.data)
-    assert parts(Layout(), wide)["matmuls"] == pytest.approx(
+    assert parts(MeshLayout(), wide)["matmuls"] == pytest.approx(
         work(wide, T)["matmuls"].value / 5e8  # large matmuls reach a half
     )
 
@@ -64,7 +64,7 @@ def test_recompute_does_the_first_matmul_of_experts_again():
 
 
 def test_imbalance_slows_experts_of_an_ep_axis_alone():
-    ep, hp = Layout(ep=2, scheme="all_gather"), Layout(hp=2)
+    ep, hp = MeshLayout(ep=2, scheme="all_gather"), MeshLayout(hp=2)
     assert parts(ep, imbalance=1.5)["experts"] == pytest.approx(1.5 * parts(ep)["experts"])
     assert parts(hp, imbalance=1.5) == parts(hp)
 
@@ -73,26 +73,26 @@ def test_exchange_and_its_overlap(monkeypatch):
     """2 layers · 64 tokens · 32 values · 2 bytes · ½ · 4 ways over 1e6 bytes/s, and 16 messages."""
     name = "Head Parallel, exposed"
     comm = 4 * 2 * 64 * 32 * 2 / 2 / 1e6 + 1e-3 * 4 * 2 * PASSES
-    assert parts(Layout(hp=2))[name] == pytest.approx(comm)
+    assert parts(MeshLayout(hp=2))[name] == pytest.approx(comm)
     between = 4 * 2 * 64 * 32 * 2 / 2 / 1e5 + 1e-3 * 4 * 2 * PASSES
-    assert parts(Layout(hp=2), per_node=1)[name] == pytest.approx(between)
+    assert parts(MeshLayout(hp=2), per_node=1)[name] == pytest.approx(between)
     # in 4 chunks: 4 times the messages, of which some work of the sparse layers hides some
     more = comm + 3 * 1e-3 * 4 * 2 * PASSES
-    assert 0.5 * more < parts(Layout(hp=2), chunks=4)[name] < 0.97 * more
+    assert 0.5 * more < parts(MeshLayout(hp=2), chunks=4)[name] < 0.97 * more
     monkeypatch.setattr(Machine, "rate", lambda *_: 1e30)
     monkeypatch.setattr(f"{__name__}.MACHINE", replace(MACHINE, memory_bandwidth=1e30))
-    assert parts(Layout(hp=2), chunks=4)[name] == pytest.approx(more)
+    assert parts(MeshLayout(hp=2), chunks=4)[name] == pytest.approx(more)
 
 
 def test_small_sums():
     """Targets, norm and statistics, whatever the passes: 2·(4−1) messages each."""
-    assert parts(Layout(dp=2, hp=2))["small sums"] == pytest.approx(3 * 6e-3)
-    assert "small sums" not in parts(Layout())
+    assert parts(MeshLayout(dp=2, hp=2))["small sums"] == pytest.approx(3 * 6e-3)
+    assert "small sums" not in parts(MeshLayout())
 
 
 def test_gradients_hide_behind_the_last_backward_pass():
     """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all."""
-    layout = Layout(dp=2, hp=2)
+    layout = MeshLayout(dp=2, hp=2)
     wires = {w.name: w for w in sent(MODEL, layout, T, PASSES, 2)}
     comm = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
     assert len(wires) == 4
@@ -115,16 +115,16 @@ def test_gradients_hide_behind_the_last_backward_pass():
 def test_every_further_chunk_reads_the_experts_again():
     """4 heads on 4 ranks: 2 layers · 8 experts · 3·8·8 parameters, read three times in two bytes,
     and 12 bytes to add their gradient."""
-    assert "experts again" not in parts(Layout(hp=4), chunks=1)
-    found = parts(Layout(hp=4), chunks=3)["experts again"]
+    assert "experts again" not in parts(MeshLayout(hp=4), chunks=1)
+    found = parts(MeshLayout(hp=4), chunks=3)["experts again"]
     assert found == pytest.approx(PASSES * 2 * (3 * 2 + 12) * 2 * 8 * 3 * 8 * 8 / 1e8)
 
 
 def test_memory_traffic_and_optimiser():
-    held = memory(CONFIG, Layout(), 2, 2)
+    held = memory(CONFIG, MeshLayout(), 2, 2)
     by_name = {i.name: i.value for i in held}
     n = by_name["weights"] / 4
-    found = parts(Layout())
+    found = parts(MeshLayout())
     assert found["optimiser"] == pytest.approx((8 * n + 4 * n + 16 * n) / 1e8)
     kept = total(held) - 16 * n - by_name["weights cast to the matmul's dtype"]
     assert found["memory traffic"] == pytest.approx(PASSES * (2 * kept + 6 * n) / 1e8)
@@ -143,13 +143,13 @@ def test_newton_schulz_of_the_built_model(name, experts):
         m, n = sorted(p.shape[-2:])
         expected += p.numel() // (m * n) * 5 * (4 * m * m * n + 2 * m**3)
     config = Config(model=MODELS[name], optim=optim)
-    assert newton_schulz(config, Layout()) == expected
-    sharded = newton_schulz(config, Layout(dp=2, shard=True))
+    assert newton_schulz(config, MeshLayout()) == expected
+    sharded = newton_schulz(config, MeshLayout(dp=2, shard=True))
     assert sharded == pytest.approx(expected / 2)
 
 
 def test_parts_are_items_with_formulas():
-    layout = Layout(dp=2, hp=2, ep=2, scheme="all_to_all", shard=True)
+    layout = MeshLayout(dp=2, hp=2, ep=2, scheme="all_to_all", shard=True)
     setting = Setting(CONFIG, MACHINE)
     held, wires = memory(CONFIG, layout, 2, 2), sent(MODEL, layout, T, PASSES, 2)
     found = seconds(setting, layout, T, PASSES, held, wires)

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from headway.config import Config, UsageError
+from headway.config.check import remarks, validate
 from headway.plan.cost import flops
 from headway.plan.describe import with_vocab
 from headway.plan.shape import total
 from headway.recipes import RECIPES, load, source
-from headway.validate import remarks, validate
 
 
 @pytest.mark.parametrize("name", RECIPES)

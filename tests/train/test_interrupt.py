@@ -9,8 +9,9 @@ from fcntl import ioctl
 
 import pytest
 
-from headway import cli
-from headway.train import loop, run, saved
+from headway.checkpoint import checkpoint_dir as saved
+from headway.cli import main as cli
+from headway.train import loop, run
 from headway.train.interrupt import SIGNALS, Interrupt
 from tests.command import call
 from tests.train.tiny_run import assert_same_run, events, tiny, train

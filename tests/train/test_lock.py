@@ -10,9 +10,9 @@ import time
 
 import pytest
 
+from headway.checkpoint import lock as module
+from headway.checkpoint.lock import Holder, Lock
 from headway.config import RunError, UsageError
-from headway.train import lock as module
-from headway.train.lock import Holder, Lock
 from tests.command import call
 from tests.train.tiny_run import assert_same_run, tiny, train
 
@@ -155,7 +155,7 @@ def until(true):
 TAKERS = """
 import pathlib, sys, time
 from headway.config import UsageError
-from headway.train.lock import Lock
+from headway.checkpoint.lock import Lock
 folder = pathlib.Path(sys.argv[1])
 for round in range(40):
     here = folder / str(round)

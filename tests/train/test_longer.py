@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headway.checkpoint import run_folder as folder
 from headway.config import UsageError
 from headway.report.sinks import read_metrics
-from headway.train import folder
 from tests.command import call, mistake
 from tests.train import tiny_run
 from tests.train.tiny_run import records, tiny, train

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from headway.checkpoint import checkpoint_dir as saved
+from headway.checkpoint import run_folder as folder
+from headway.checkpoint import save as checkpoint
+from headway.checkpoint.checkpoint_dir import CheckpointError
 from headway.config import (
     RouterConfig,
     UsageError,
 )
 from headway.report.runs import load_run
 from headway.report.sinks import read_metrics
-from headway.train import checkpoint, folder, loop, run, saved
+from headway.train import loop, run
 from headway.train.run import RunError
-from headway.train.saved import CheckpointError
 from tests.train.tiny_run import assert_same_run, events, records, tiny, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"

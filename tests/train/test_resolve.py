@@ -15,12 +15,12 @@ from headway.config import (
     RunConfig,
     UsageError,
 )
+from headway.kernels.precision import native_bfloat16
 from headway.model.transformer import Transformer
 from headway.train.resolve import (
     Sizes,
     count_parameters,
-    crowded,
-    native_bfloat16,
+    oversubscribed,
     resolve,
 )
 
@@ -75,8 +75,15 @@ def test_chunks_follow_the_nodes(monkeypatch):
 
 
 def test_a_crowded_machine_is_told_what_helps():
-    assert "--run.threads 1" in crowded(5.5, 2, 2, "") and "5.5 processes" in crowded(5.5, 2, 2, "")
-    assert crowded(0.4, 2, 2, "") == crowded(5.5, 2, 1, "") == crowded(5.5, 2, 2, "PASSIVE") == ""
+    assert "--run.threads 1" in oversubscribed(5.5, 2, 2, "") and "5.5 processes" in oversubscribed(
+        5.5, 2, 2, ""
+    )
+    assert (
+        oversubscribed(0.4, 2, 2, "")
+        == oversubscribed(5.5, 2, 1, "")
+        == oversubscribed(5.5, 2, 2, "PASSIVE")
+        == ""
+    )
 
 
 def _changed(**parts):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from headway.checkpoint import run_folder as folder
 from headway.config import (
     UsageError,
 )
-from headway.train import folder, loop
+from headway.train import loop
 from tests.train import tiny_run
 from tests.train.tiny_run import assert_same_run, events, tiny, train
 

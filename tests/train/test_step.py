@@ -7,10 +7,10 @@ import torch
 
 from headway.config import BalanceConfig, ModelConfig, MoEConfig, OptimConfig
 from headway.data.stream import Batch
+from headway.eval.bits_per_byte import micro_batches
 from headway.model.balance import aux_loss, new_bias
 from headway.model.transformer import Transformer
-from headway.train.evaluate import micro_batches
-from headway.train.optim import build_optimizers, global_grad_norm
+from headway.optim.groups import build_optimizers, global_grad_norm
 from headway.train.step import gradient, update
 
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from headway.checkpoint import run_folder as folder
 from headway.config import (
     BalanceConfig,
     Config,
@@ -22,7 +23,7 @@ from headway.config import (
     RunConfig,
 )
 from headway.report.sinks import read_metrics
-from headway.train import folder, loop
+from headway.train import loop
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "memory_gib")
 WORDS = [

@@ -28,7 +28,7 @@ class Gpu:
     why: str
     """One line for people."""
 
-    def takes(self, *tensors: Tensor | None) -> bool:
+    def supports(self, *tensors: Tensor | None) -> bool:
         """Whether the kernels can work on these: all on the device, in bfloat16 or float32."""
         return bool(self.device) and all(
             t is None or (t.device.type == self.device and t.dtype in TAKEN) for t in tensors

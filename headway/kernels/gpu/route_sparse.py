@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headway.kernels.gpu.arith import narrow, widen
 from headway.kernels.gpu.blocks import blocks
-from headway.kernels.gpu.rows import STEP, sort_rows
+from headway.kernels.gpu.permute import STEP, sort_rows
 from headway.kernels.gpu.scores import load_x, strides, width
 from headway.kernels.gpu.tune import Tiles
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from headway.kernels.experts import choose, experts
-from headway.kernels.rows import Rows, sort_rows_reference
+from headway.kernels.permute import Rows, sort_rows_reference
 from headway.model.moe import MultiHeadLatentMoE
 from tests.compare import assert_close, relative_error
 from tests.kernels.test_experts import ACTIVATIONS, make, reference

@@ -20,7 +20,7 @@ def fresh(monkeypatch, wish: str) -> Gpu:
 def test_switched_off(monkeypatch):
     found = fresh(monkeypatch, "0")
     assert "HEADWAY_TRITON=0" in found.why
-    assert not found.takes(torch.zeros(1))
+    assert not found.supports(torch.zeros(1))
 
 
 def test_without_triton(monkeypatch):
@@ -31,7 +31,7 @@ def test_without_triton(monkeypatch):
 def test_without_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = fresh(monkeypatch, "1")
-    assert found.why == "there is no CUDA device" and not found.takes(torch.zeros(1))
+    assert found.why == "there is no CUDA device" and not found.supports(torch.zeros(1))
 
 
 def test_on_a_device_that_is_too_old(monkeypatch):
@@ -43,9 +43,9 @@ def test_on_a_device_that_is_too_old(monkeypatch):
 
 def test_the_interpreter_takes_what_a_device_would():
     found = Gpu("cpu", "")
-    assert found.takes(torch.zeros(1), None, torch.zeros(1, dtype=torch.bfloat16))
-    assert not found.takes(torch.zeros(1, dtype=torch.float64))
-    assert not found.takes(torch.zeros(1, device="meta"))
+    assert found.supports(torch.zeros(1), None, torch.zeros(1, dtype=torch.bfloat16))
+    assert not found.supports(torch.zeros(1, dtype=torch.float64))
+    assert not found.supports(torch.zeros(1, device="meta"))
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Checkpoints and run folders: writing them, finding them, reading a model back."""

@@ -1,0 +1,136 @@
+"""A trained model for those who only read it: the device and dtype that this machine has, and the
+weights of a checkpoint. No option of training is looked at."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+
+from headway.checkpoint import checkpoint_dir, run_folder
+from headway.checkpoint.save import load_model
+from headway.config import Config, Precision, UsageError
+from headway.data.tokenizer import Tokenizer, load_tokenizer
+from headway.kernels.experts import check_float8
+from headway.kernels.precision import native_bfloat16
+from headway.model.transformer import Transformer
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a trained model computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the matmuls."""
+    precision: Precision
+    """Of the experts' products."""
+    remarks: tuple[str, ...]
+    """One sentence for each difference from training that this machine makes necessary."""
+
+
+class Trained(NamedTuple):
+    """A model with everything that is needed to use it."""
+
+    config: Config
+    """The config of the run."""
+    model: Transformer
+    """On its device, in evaluation mode."""
+    tokenizer: Tokenizer
+    checkpoint: Path
+    problems: list[str]
+    """One sentence for each newer checkpoint that is damaged."""
+    remarks: tuple[str, ...]
+    """Those of the `Runtime`."""
+
+
+def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto") -> Trained:
+    """Return the model of a run folder (its newest whole checkpoint), or of one checkpoint folder
+    inside a run.
+
+    The model is built on the meta device and every tensor is read once.
+
+    Args: device, dtype: as for `resolve_runtime`.
+
+    Raises UsageError where there is no whole checkpoint, no run.json above it, or no such device.
+    """
+    run_dir, checkpoint, problems = _find(Path(path))
+    config = run_folder.read_config(run_dir)
+    runtime = resolve_runtime(config, device, dtype)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            f"{run_dir} has model.vocab_size={config.model.vocab_size} and the tokenizer "
+            f"{config.data.tokenizer} has {tokenizer.vocab_size} ids; restore the run's tokenizer"
+        )
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    moe = replace(config.model.moe, precision=runtime.precision)
+    with torch.device("meta"):
+        model = Transformer(replace(config.model, moe=moe), dtype=runtime.dtype)
+    model.to_empty(device=runtime.device)
+    load_model(checkpoint, model)
+    return Trained(config, model.eval(), tokenizer, checkpoint, problems, runtime.remarks)
+
+
+def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "auto") -> Runtime:
+    """Choose device, dtype and expert precision for the model of a run.
+
+    `auto` takes what the run was trained with, where this machine has it, and otherwise what it
+    has, with a remark. A machine that is slow is no error here, whatever `run.strict` says. Raises
+    UsageError for `device="cuda"` without a CUDA device.
+    """
+    run, moe, remarks = config.run, config.model.moe, []
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UsageError("--device cuda and this torch sees no CUDA device; use --device cpu")
+    if device == "auto":
+        device = run.device
+        if device == "cuda" and not cuda:
+            device = "cpu"
+            remarks.append("trained with run.device=cuda, and this torch sees none: on the CPU")
+    chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    native = native_bfloat16(chosen)
+    if dtype == "auto":
+        dtype = run.dtype
+        if dtype == "bfloat16" and not native:
+            dtype = "float32"
+            remarks.append(
+                f"trained with run.dtype=bfloat16, which this {chosen.type} emulates: in float32"
+            )
+    narrow = dtype == "bfloat16" or (dtype == "auto" and native)
+    matmuls = torch.bfloat16 if narrow else torch.float32
+    precision: Precision = "bfloat16"
+    if moe.kind != "dense" and moe.precision == "float8":
+        try:
+            width = moe.head_width(config.model.d_model)
+            check_float8(chosen.type, matmuls, width, moe.d_expert)
+            precision = "float8"
+        except UsageError as error:
+            why = str(error).replace("=float8 ", "=float8, which ").removesuffix("; use bfloat16")
+            name = str(matmuls).removeprefix("torch.")
+            remarks.append(f"trained with {why}; here the experts multiply in {name}")
+    return Runtime(chosen, matmuls, precision, tuple(remarks))
+
+
+def _find(path: Path) -> tuple[Path, Path, list[str]]:
+    """Return the run folder, the checkpoint to read and one sentence per damaged newer one."""
+    if (path / "run.json").is_file():
+        checkpoint, problems = run_folder.find_checkpoint(path)
+        if checkpoint is None:
+            raise UsageError(
+                f"{path} holds no checkpoint yet; train it first: headway train --resume {path}"
+            )
+        return path, checkpoint, problems
+    if (path / "manifest.json").is_file() or path.name.startswith("step-"):
+        if problem := checkpoint_dir.verify(path):
+            raise UsageError(
+                f"checkpoint {path} is damaged: {problem}; give the run folder for the one before"
+            )
+        return path.parent.parent, path, []
+    raise UsageError(
+        f"{path} is neither a run folder nor a checkpoint; give the --run of a `headway train`"
+    )

@@ -1,0 +1,81 @@
+"""What a newcomer wants to see at the end of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from headway.checkpoint.run_folder import resume_command
+from headway.config import Config
+from headway.plan.describe import with_vocab
+from headway.plan.shape import shape_of
+from headway.plan.traffic import traffic
+from headway.report.sinks import read_metrics
+
+MOST_RANKS = 8
+"""A node; Head Parallel uses at most as many ranks as there are heads."""
+
+
+def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
+    """The result of `train` as aligned lines of text."""
+    rows = [("interrupted" if result["interrupted"] else "done", _done(result))]
+    rows.append(
+        (
+            "parameters",
+            f"{result['parameters_total']:,} total, "
+            f"{result['parameters_active']:,} active per token",
+        )
+    )
+    if result["val_bits_per_byte"] is not None:
+        rows.append(("bits/byte", _bits(result)))
+    if shape_of(with_vocab(config).model).n_sparse:
+        rows += [("balance", _balance(Path(run_dir))), ("traffic", _traffic(config))]
+    if result["sample"]:
+        text = config.run.sample_prompt + result["sample"]
+        rows.append(("sample", text.rstrip().replace("\n", "\n" + " " * 13)))
+    rows.append(("checkpoint", result["checkpoint"] or "none"))
+    rows.append(("report", result["report"] or "none"))
+    if result["interrupted"]:
+        rows.append(("go on", resume_command(config.mesh, run_dir)))
+    elif result["checkpoint"]:
+        rows.append(("try", f"headway sample {run_dir} --prompt 'import '"))
+    return "\n" + "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _done(result: dict[str, Any]) -> str:
+    text = (
+        f"{result['steps']:,} steps, {result['tokens']:,} tokens, "
+        f"{result['seconds']:.0f} s of training, {result['tokens_per_second']:,.0f} tokens/s"
+    )
+    return text + (f", {result['skipped']} steps skipped" if result["skipped"] else "")
+
+
+def _bits(result: dict[str, Any]) -> str:
+    first, last = result["first_val_bits_per_byte"], result["val_bits_per_byte"]
+    if first == last:  # a run that ended before its first interval did
+        return f"{first:.3f} on validation text before the first step, not evaluated since"
+    return f"{first:.3f} → {last:.3f} on validation text"
+
+
+def _balance(run_dir: Path) -> str:
+    """Of the last interval; the file may be missing on a full disk."""
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.is_file() else []
+    last = next((r for r in reversed(records) if r.get("load_max") is not None), None)
+    if last is None:
+        return "not recorded"
+    return (
+        f"load / fair share: min {last['load_min']:.2f}, p95 {last['load_p95']:.2f}, "
+        f"max {last['load_max']:.2f}; {last['dead']} dead experts"
+    )
+
+
+def _traffic(config: Config) -> str:
+    model = with_vocab(config).model
+    shape = shape_of(model)
+    ranks = min(MOST_RANKS, shape.H) if shape.H > 1 else MOST_RANKS
+    sent = {i.name: i.value * shape.n_sparse for i in traffic(model, ranks)}
+    whole = sent["Expert Parallel"]
+    once = sent["Expert Parallel, one copy per rank"]
+    text = f"Expert Parallel {whole:,.0f} bytes ({once:,.0f} with one copy per rank)"
+    if "Head Parallel" in sent:
+        text = f"Head Parallel {sent['Head Parallel']:,.0f} bytes, {text}"
+    return f"per token in training, if {ranks} ranks shared the experts: {text}"

@@ -1,0 +1,98 @@
+"""`headway tokenize`: train a tokenizer, or make the token shards that training would make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headway.cli.options import parse, print_json
+from headway.config import DataConfig, UsageError
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Train a byte-level BPE tokenizer and write it as `tokenizer.json`, leaving validation text
+    out; or with `--shards` tokenise text, as training does before its first step."""
+
+    data: tuple[str, ...] = ("stdlib",)
+    """Text, as for `train --data`."""
+    val_fraction: float = 0.05
+    """Share of the documents that is kept for validation, as in training."""
+    skip_bad: bool = False
+    """Leave out documents that cannot be read, as data.skip_bad in training."""
+    vocab_size: int = 4096
+    """Ids, the 256 bytes and the end of document included; ≥ 257."""
+    out: str = "tokenizer.json"
+    """File to write; then `headway train RECIPE --data.tokenizer FILE`."""
+    shards: bool = False
+    """Tokenise the text into the cache. Machines that share the cache and start this at the same
+    time, such as the tasks of an array job, share the work."""
+    tokenizer: str = "bytes"
+    """With --shards: `bytes`, or the path of a `tokenizer.json`."""
+    cache_dir: str = ""
+    """With --shards: the cache; empty means $HEADWAY_CACHE or ~/.cache/headway."""
+    workers: int = 0
+    """With --shards: processes on this machine; 0 means one per core."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def tokenize(args: Sequence[str]) -> int:
+    """`headway tokenize`."""
+    options, default = parse(Tokenize, args, "headway tokenize"), Tokenize()
+    others = ("vocab_size", "out") if options.shards else ("tokenizer", "cache_dir", "workers")
+    for name in others:
+        if vars(options)[name] != vars(default)[name]:
+            flag = f"--{name.replace('_', '-')} {vars(options)[name]}"
+            if options.shards:
+                raise UsageError(f"--shards trains no tokenizer; leave out {flag} or --shards")
+            raise UsageError(f"{flag} is for tokenising; add --shards or leave it out")
+    data = DataConfig(
+        source=options.data,
+        tokenizer=options.tokenizer,
+        val_fraction=options.val_fraction,
+        skip_bad=options.skip_bad,
+        cache_dir=options.cache_dir,
+        workers=options.workers,
+    )
+    data.check()
+    return _shards(data, options.json) if options.shards else _train(data, options)
+
+
+def _train(data: DataConfig, options: Tokenize) -> int:
+    from headway.data.tokenizer import train_bpe
+    from headway.data.units import train_texts
+
+    def texts():
+        return train_texts(data.source, data.val_fraction, data.skip_bad)
+
+    made = train_bpe(texts(), options.vocab_size, options.out)
+    text = next(texts())[: 1 << 18]
+    ratio = len(text.encode("utf-8")) / max(len(made.encode(text)), 1)
+    print(f"{options.out}: {made.vocab_size:,} ids, {ratio:.2f} bytes per token")
+    print(f"train with it: headway train RECIPE --data.tokenizer {options.out}")
+    print_json(
+        options.json,
+        {
+            "tokenizer": options.out,
+            "vocab_size": made.vocab_size,
+            "bytes_per_token": ratio,
+            "fingerprint": made.fingerprint,
+        },
+    )
+    return 0
+
+
+def _shards(data: DataConfig, json: bool) -> int:
+    from headway.data.shards import prepare
+    from headway.data.tokenizer import load_tokenizer
+
+    made = prepare(data, load_tokenizer(data.tokenizer), lambda line: print(line, flush=True))
+    print_json(
+        json,
+        {
+            "shards": [str(source.folder) for source in made.sources],
+            "train_tokens": made.train_tokens,
+            "val_tokens": made.val_tokens,
+            "fingerprint": made.fingerprint,
+        },
+    )
+    return 0

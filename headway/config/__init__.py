@@ -1,0 +1,46 @@
+"""One frozen tree of options. A recipe is a function that returns a `Config`; the command line
+overrides leaves.
+
+Every field has a docstring: meaning, unit, legal range, when to change it. `headway train RECIPE
+--help` is made from these texts. Each section checks itself (`check()`); rules across sections are
+in `config.check`. This package imports nothing but the standard library, so layers and kernels can
+read it anywhere."""
+
+from headway.config.data import DataConfig
+from headway.config.errors import PeerError, RankError, RunError, UsageError
+from headway.config.mesh import MeshConfig
+from headway.config.model import ModelConfig
+from headway.config.moe import (
+    Activation,
+    BalanceConfig,
+    MoEConfig,
+    Precision,
+    RouterConfig,
+    RouterGate,
+    n_inputs,
+)
+from headway.config.optim import OptimConfig
+from headway.config.run import RunConfig
+from headway.config.tree import Config, from_dict, leaves
+
+__all__ = [
+    "Activation",
+    "BalanceConfig",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PeerError",
+    "Precision",
+    "RankError",
+    "RouterConfig",
+    "RouterGate",
+    "RunConfig",
+    "RunError",
+    "UsageError",
+    "from_dict",
+    "leaves",
+    "n_inputs",
+]

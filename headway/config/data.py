@@ -1,0 +1,76 @@
+"""Options of the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headway.config.bounds import alternatives, divisors
+from headway.config.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from. `(seed, step, rank) → samples` is a pure function of this."""
+
+    source: tuple[str, ...] = ("stdlib",)
+    """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, JSON
+    lines with a `text` field, .csv, .tsv or .parquet with a `text` column; .gz, .bz2, .xz and .zst
+    are unpacked), or `hf:NAME[:SPLIT]` for a Hugging Face data set. Parquet, .zst and hf need the
+    extra `[data]`."""
+    weights: tuple[float, ...] = ()
+    """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`)."""
+    val_fraction: float = 0.05
+    """Share of the files (documents; for a single text its tail) that is kept for validation; 0 < f
+    < 1."""
+    seq_len: int = 256
+    """S, positions per sample, in tokens."""
+    batch_size: int = 8
+    """Sequences per optimiser step, over all ranks."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass; divides batch_size; 0 means batch_size. Lower it to save memory:
+    same step, but for the random numbers of `router.noisy` and `router.jitter`."""
+    doc_mask: bool = False
+    """Keep documents apart: no attention across a document boundary."""
+    skip_bad: bool = False
+    """Leave out documents that cannot be read (not UTF-8, not JSON, without `text`, …), count them
+    and name the first five, instead of refusing the source."""
+    workers: int = 0
+    """Processes that tokenise on this machine, ≥ 1; the shards are the same for any number. 0 means
+    one per core, fewer for little text."""
+    dedup: Literal["none", "exact"] = "none"
+    """`exact`: leave out training documents that are also in validation, or that training has
+    already; validation stays as it is. `none`: only count those that are in both."""
+    cache_dir: str = ""
+    """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
+    data folder."""
+
+    def check(self) -> None:
+        """Raise UsageError for values that no data could satisfy."""
+        sources, weights = self.source, self.weights
+        if not sources:
+            raise UsageError(
+                "data.source is empty; give stdlib, a file, a folder, a glob or hf:NAME"
+            )
+        if not 0 < self.val_fraction < 1:
+            raise UsageError(f"val_fraction {self.val_fraction} must lie between 0 and 1; try 0.05")
+        for name, value in (("seq_len", self.seq_len), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise UsageError(f"data.{name} is {value}; it must be 1 or more")
+        if self.workers < 0:
+            raise UsageError(f"data.workers is {self.workers}; give 1 or more, or 0 for all cores")
+        if weights and len(weights) != len(sources):
+            raise UsageError(
+                f"{len(weights)} weights for {len(sources)} sources; give one per source, or none"
+            )
+        for spec, weight in zip(sources, weights, strict=False):
+            if not 0 < weight < float("inf"):  # also false for NaN
+                raise UsageError(
+                    f"weight {weight} of source {spec!r} must be a finite number above 0"
+                )
+        batch, micro = self.batch_size, self.micro_batch_size
+        if micro < 0 or (micro and batch % micro):
+            raise UsageError(
+                f"data.micro_batch_size={micro} must divide data.batch_size={batch}; "
+                f"use {alternatives(divisors(batch))}"
+            )

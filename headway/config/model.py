@@ -1,0 +1,130 @@
+"""Options of the network."""
+
+from dataclasses import dataclass, field
+
+from headway.config.bounds import above_zero, at_least, nearest_divisors
+from headway.config.errors import UsageError
+from headway.config.moe import Activation, MoEConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, dense or sparse
+    feed-forward."""
+
+    vocab_size: int = 0
+    """V; 0 means: the tokenizer's size rounded up to a multiple of 64."""
+    n_layers: int = 6
+    """Blocks."""
+    d_model: int = 384
+    """D, width of the residual stream."""
+    n_heads: int = 6
+    """Query heads of attention; divides d_model unless d_head is given."""
+    n_kv_heads: int = 0
+    """Key/value heads; divides n_heads; 0 means n_heads."""
+    d_head: int = 0
+    """Width of an attention head, even; 0 means d_model / n_heads."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys, per head."""
+    attn_gate: bool = False
+    """A sigmoid gate per head on the attention output, read from the block's input (arXiv
+    2505.06708)."""
+    window: tuple[int, ...] = ()
+    """Sliding attention window in tokens, one entry per layer, repeated over the layers; 0 is full
+    attention; empty is full attention everywhere."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary embedding."""
+    d_ff: int = 1024
+    """Hidden width of the dense feed-forward network (dense layers only)."""
+    activation: Activation = "swiglu"
+    """Of the dense feed-forward network."""
+    tied: bool = False
+    """Share the embedding with the output head."""
+    logit_softcap: float = 0.0
+    """Bounds the logits softly, cap·tanh(logits/cap); 0 is off."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the embedding; the scale of all other weights is derived in
+    model/init.py."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """The sparse layer."""
+
+    @property
+    def kv_heads(self) -> int:
+        """M, key/value heads of attention."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """d, the width of an attention head."""
+        return self.d_head or self.d_model // self.n_heads
+
+    def window_of(self, layer: int) -> int:
+        """The attention window of block `layer` in tokens; 0 is full attention."""
+        return self.window[layer % len(self.window)] if self.window else 0
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether block `layer` has a sparse feed-forward layer."""
+        return self.moe.kind != "dense" and layer >= self.moe.n_dense_layers
+
+    def check(self) -> dict[str, str]:
+        """Derived value → the sentence that says where it comes from. Raises UsageError, one line,
+        for the first thing that cannot work."""
+        at_least(
+            ("model.n_layers", self.n_layers, 1),
+            ("model.d_model", self.d_model, 1),
+            ("model.n_heads", self.n_heads, 1),
+            ("model.vocab_size", self.vocab_size, 0),
+            ("model.n_kv_heads", self.n_kv_heads, 0),
+            ("model.d_head", self.d_head, 0),
+            ("model.logit_softcap", self.logit_softcap, 0),
+        )
+        above_zero(
+            ("model.rope_theta", self.rope_theta),
+            ("model.norm_eps", self.norm_eps),
+            ("model.init_std", self.init_std),
+        )
+        derived = self._check_attention()
+        if any(entry < 0 for entry in self.window):
+            raise UsageError(
+                f"model.window={' '.join(map(str, self.window))} has an entry below 0; "
+                "use tokens, or 0 for full attention"
+            )
+        if len(self.window) > self.n_layers:
+            raise UsageError(
+                f"model.window has {len(self.window)} entries and model.n_layers={self.n_layers}; "
+                f"use at most {self.n_layers} entries"
+            )
+        if self.moe.kind == "dense" or self.moe.n_dense_layers:
+            at_least(("model.d_ff", self.d_ff, 1))
+        if self.moe.kind != "dense":
+            derived |= self.moe.check(self.d_model, self.n_layers)
+        return derived
+
+    def _check_attention(self) -> dict[str, str]:
+        derived = {}
+        d_head = self.d_head
+        if not d_head:
+            if self.d_model % self.n_heads:
+                raise UsageError(
+                    f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model}; "
+                    f"use n_heads={nearest_divisors(self.d_model, self.n_heads)}, "
+                    "or set model.d_head"
+                )
+            d_head = self.d_model // self.n_heads
+            derived["model.d_head"] = f"{d_head}: d_model {self.d_model} / n_heads {self.n_heads}"
+        if d_head % 2:
+            raise UsageError(
+                f"an attention head of width {d_head} (d_model={self.d_model}, "
+                f"n_heads={self.n_heads}, d_head={self.d_head}) is odd, and RoPE rotates pairs; "
+                f"set model.d_head to {d_head + 1}"
+            )
+        if not self.n_kv_heads:
+            derived["model.n_kv_heads"] = f"{self.n_heads}: as many as n_heads"
+        elif self.n_heads % self.n_kv_heads:
+            raise UsageError(
+                f"model.n_kv_heads={self.n_kv_heads} must divide model.n_heads={self.n_heads}; "
+                f"use n_kv_heads={nearest_divisors(self.n_heads, self.n_kv_heads)}"
+            )
+        return derived

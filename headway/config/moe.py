@@ -1,0 +1,228 @@
+"""Options of the sparse layer: router, balance, experts."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from headway.config.bounds import above_zero, at_least, nearest_divisors
+from headway.config.errors import UsageError
+
+Activation = Literal["swiglu", "relu2", "gelu"]
+RouterGate = Literal["softmax_topk", "topk_softmax", "sigmoid"]
+Precision = Literal["bfloat16", "float8"]
+
+
+def n_inputs(activation: str) -> int:
+    """G: pre-activations per hidden unit; SwiGLU multiplies two, gate and up."""
+    return 2 if activation == "swiglu" else 1
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """scores → selection → gates. One router per head; scores, gates and reductions are float32."""
+
+    gate: RouterGate = "topk_softmax"
+    """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs
+    top-k ≥ 2, else the gate is the constant 1). `softmax_topk`: softmax over all experts, then
+    select. `sigmoid`: each score alone."""
+    renormalize: bool = False
+    """Divide the k gates by their sum (for `softmax_topk` and `sigmoid`; `topk_softmax` sums to 1
+    already)."""
+    scale: float = 1.0
+    """Multiplies every gate; > 0. Nemotron-3 uses 5.0 with `sigmoid` and renormalised gates."""
+    reads: Literal["auto", "sub_token", "token"] = "auto"
+    """What the router of a latent layer reads: its own sub-token of width L or the whole token of
+    width D. `auto` is what was published: the sub-token for Multi-Head LatentMoE, the token for
+    LatentMoE. Flat MoE always reads the token."""
+    noisy: bool = False
+    """Noisy top-k (Shazeer et al. 2017, eq. 4): adds N(0,1)·softplus(x·W_noise) to the scores in
+    training."""
+    jitter: float = 0.0
+    """Multiplies the router's input by U(1−jitter, 1+jitter) in training (Switch Transformer,
+    §2.2); 0 ≤ jitter < 1."""
+
+    def check(self, n_experts: int, top_k: int) -> None:
+        """Raise UsageError where k, E and the gate do not fit."""
+        if not 1 <= top_k <= n_experts:
+            raise UsageError(
+                f"top_k={top_k} must lie between 1 and n_experts={n_experts}; "
+                "lower top_k or add experts"
+            )
+        if top_k == 1 and self.gate == "topk_softmax":
+            raise UsageError(
+                "top_k=1 with gate='topk_softmax' makes every gate 1, so the router gets no "
+                "gradient; use gate='softmax_topk' or 'sigmoid'"
+            )
+        if top_k == 1 and self.renormalize:
+            raise UsageError(
+                "top_k=1 with renormalize=True makes every gate 1; set renormalize=False"
+            )
+        if not 0 < self.scale < math.inf or not 0 <= self.jitter < 1:  # also false for NaN
+            raise UsageError(
+                f"router needs a finite scale > 0 and 0 <= jitter < 1; "
+                f"got scale={self.scale}, jitter={self.jitter}"
+            )
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Keeps the load of the experts even; shown as load / fair share: 1.0 fair, 0.0 dead."""
+
+    aux: float = 0.01
+    """Coefficient of the auxiliary loss E·Σ f_e·P_e, averaged over layers and heads (1.0 when
+    balanced); ≥ 0."""
+    aux_scope: Literal["sequence", "global_batch"] = "global_batch"
+    """Whose load f_e the auxiliary loss reads. `global_batch`: that of a whole optimiser step
+    (arXiv 2501.11873), which lets experts specialise by sequence. It is the step before, so that
+    all micro-batches and ranks read the same; the first step reads an even load. `sequence`: each
+    sequence's own, with its own P_e (DeepSeek-V3, arXiv 2412.19437 §2.1.2); keeps the scores of all
+    experts in memory, on GPUs too."""
+    z: float = 0.0
+    """Coefficient of the router z-loss, mean (logsumexp of the scores)² (ST-MoE, eq. 5); ≥ 0,
+    typically 1e-3."""
+    bias: Literal["none", "sign", "quantile"] = "none"
+    """A bias on the selection, never on the gates, updated once per optimiser step. `sign`:
+    auxiliary-loss-free (arXiv 2408.15664). `quantile`: quantile balancing (arXiv 2607.24653); both
+    want `aux` = 0. The quantile is that of all tokens of the step, from 512 counts per expert
+    that ranks add up (4 KiB per expert and step)."""
+    bias_rate: float = 1e-3
+    """Step of the `sign` rule; > 0."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value out of range."""
+        at_least(("model.moe.balance.aux", self.aux, 0), ("model.moe.balance.z", self.z, 0))
+        above_zero(("model.moe.balance.bias_rate", self.bias_rate))
+        if self.aux_scope not in ("sequence", "global_batch"):
+            raise UsageError(
+                f"model.moe.balance.aux_scope={self.aux_scope} is not known (the load of a "
+                "micro-batch depends on how a step is cut); use sequence or global_batch"
+            )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The sparse feed-forward layer. `kind = dense` uses the block's dense feed-forward network
+    instead."""
+
+    kind: Literal["dense", "moe", "latent", "multi_head_latent"] = "multi_head_latent"
+    """`moe`: flat mixture, experts of width D. `latent`: LatentMoE (arXiv 2601.18089), experts of
+    width d_latent, the token goes down once and up once. `multi_head_latent`: Multi-Head LatentMoE
+    (arXiv 2602.04870), H independent small mixtures, each on its own sub-token of width L =
+    d_latent / n_heads."""
+    n_experts: int = 32
+    """E, experts per head; ≥ top_k."""
+    top_k: int = 4
+    """K, experts chosen per token and head; 1 ≤ K ≤ E, any integer."""
+    d_expert: int = 192
+    """F, hidden width of one expert."""
+    n_heads: int = 1
+    """H, heads of the layer; only `multi_head_latent` takes more than 1; divides d_latent."""
+    d_latent: int = 0
+    """D_L, total latent width (ℓ for `latent`, H·L for `multi_head_latent`); 0 means d_model."""
+    activation: Activation = "swiglu"
+    """Of the experts and of the shared expert."""
+    precision: Precision = "bfloat16"
+    """Of the experts' products in the forward pass. `float8`: e4m3 with float32 scales, on GPUs of
+    compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2) from
+    float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`."""
+    d_shared: int = 0
+    """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
+    latent_norm: bool = True
+    """Learnable RMSNorm per head after the input projection (`moe` has no projection, hence none).
+    On, unlike the published layer, since it was better in each comparison made
+    (docs/negative-results.md)."""
+    capacity_factor: float = 0.0
+    """0 is dropless. Otherwise an expert takes at most ⌈factor·S·K/E⌉ rows of each sequence of S
+    tokens; later ones are dropped, in training and validation. Samples drop none."""
+    n_dense_layers: int = 0
+    """The first n layers keep a dense feed-forward network."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """Scores, selection, gates."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Auxiliary losses and bias rules."""
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether tokens are projected to a latent width before routing and back after it."""
+        return self.kind in ("latent", "multi_head_latent")
+
+    @property
+    def reads_token(self) -> bool:
+        """Whether routers read whole tokens and so can run before sub-tokens are sent. In a flat
+        MoE, where the sub-token is the token, this makes no difference."""
+        reads = self.router.reads
+        return reads == "token" or (reads == "auto" and self.kind == "latent")
+
+    @property
+    def n_inputs(self) -> int:
+        """G, pre-activations per hidden unit of an expert."""
+        return n_inputs(self.activation)
+
+    def latent_width(self, d_model: int) -> int:
+        """D_L = H·L, the total width of the sub-tokens of a token; D for a flat MoE."""
+        return (self.d_latent or d_model) if self.is_latent else d_model
+
+    def head_width(self, d_model: int) -> int:
+        """L, the width of a sub-token and of its experts; D for a flat MoE."""
+        return self.latent_width(d_model) // self.n_heads
+
+    def router_width(self, d_model: int) -> int:
+        """The width of what a router reads: D or L."""
+        return d_model if self.reads_token else self.head_width(d_model)
+
+    @property
+    def counts_by_sequence(self) -> str:
+        """The option that needs whole sequences in every pass of a sparse layer; empty for none."""
+        if self.kind == "dense":
+            return ""
+        if self.capacity_factor:
+            return f"model.moe.capacity_factor={self.capacity_factor}"
+        if self.balance.aux and self.balance.aux_scope == "sequence":
+            return "model.moe.balance.aux_scope=sequence"
+        return ""
+
+    def check(self, d_model: int, n_layers: int) -> dict[str, str]:
+        """Derived value → the sentence that says where it comes from. Raises UsageError where the
+        sizes do not fit a model of `n_layers` blocks of width `d_model`."""
+        at_least(
+            ("model.moe.n_experts", self.n_experts, 1),
+            ("model.moe.d_expert", self.d_expert, 1),
+            ("model.moe.n_heads", self.n_heads, 1),
+            ("model.moe.d_latent", self.d_latent, 0),
+            ("model.moe.d_shared", self.d_shared, 0),
+            ("model.moe.capacity_factor", self.capacity_factor, 0),
+            ("model.moe.n_dense_layers", self.n_dense_layers, 0),
+        )
+        self.balance.check()
+        self.router.check(self.n_experts, self.top_k)
+        if self.n_dense_layers > n_layers:
+            raise UsageError(
+                f"model.moe.n_dense_layers={self.n_dense_layers} exceeds "
+                f"model.n_layers={n_layers}; use {n_layers} or fewer, or kind=dense"
+            )
+        if self.n_heads > 1 and self.kind != "multi_head_latent":
+            raise UsageError(
+                f"model.moe.n_heads={self.n_heads} needs kind=multi_head_latent, and "
+                f"kind={self.kind}; use n_heads=1 or that kind"
+            )
+        if self.kind == "moe":
+            if self.d_latent:
+                raise UsageError(
+                    f"model.moe.d_latent={self.d_latent} has no effect with kind=moe; "
+                    "use d_latent=0, or kind=latent"
+                )
+            return {}
+        d_latent = self.latent_width(d_model)
+        if d_latent % self.n_heads:
+            raise UsageError(
+                f"model.moe.n_heads={self.n_heads} must divide the latent width {d_latent}; "
+                f"use n_heads={nearest_divisors(d_latent, self.n_heads)}"
+            )
+        derived = {}
+        if not self.d_latent:
+            derived["model.moe.d_latent"] = f"{d_latent}: as wide as d_model"
+        if self.n_heads > 1:
+            derived["width of a latent head"] = (
+                f"{self.head_width(d_model)}: d_latent {d_latent} / n_heads {self.n_heads}"
+            )
+        return derived

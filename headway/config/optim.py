@@ -1,0 +1,107 @@
+"""Options of the optimiser and its schedule."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headway.config.bounds import above_zero, at_least
+from headway.config.errors import UsageError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser, schedule, clipping."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises every matrix of the blocks (stacked experts too) and leaves the rest to
+    AdamW."""
+    steps: int = 1000
+    """Optimiser steps of the run; ≥ 1."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_experts: bool = True
+    """Whether `muon` takes the stacked experts too. Without, AdamW does: a step costs less, since
+    Newton–Schulz orthogonalises every expert whatever the number of tokens."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    muon_adjust: Literal["original", "match_rms_adamw"] = "original"
+    """How Muon's rate follows the shape of a matrix, as in torch.optim.Muon: `original` √max(1,
+    rows/columns); `match_rms_adamw` 0.2·√max(rows, columns), so that AdamW's rates fit (then set
+    muon_lr to lr)."""
+    embed_lr_scale: float = 1.0
+    """Multiplies the learning rate of the embedding and the output head."""
+    router_lr_scale: float = 1.0
+    """Multiplies the learning rate of the routers."""
+    expert_lr_scale: float = 1.0
+    """Multiplies the learning rate of the experts."""
+    schedule: Literal["wsd", "cosine", "trapezoid"] = "wsd"
+    """After warm-up. `wsd`: constant, then down by 1−√x to min_lr_ratio. `cosine`: half a cosine.
+    `trapezoid`:
+    constant, then linearly to min_lr_ratio."""
+    warmup: float = 0.02
+    """Share of the steps in which the rate rises linearly from 0; 0 ≤ warmup < 1."""
+    decay: float = 0.3
+    """Share of the steps in which `wsd` and `trapezoid` fall; 0 < decay ≤ 1 − warmup."""
+    min_lr_ratio: float = 0.0
+    """The rate at the last step over the peak rate; 0 ≤ ratio ≤ 1."""
+    beta1: float = 0.9
+    """AdamW's first decay."""
+    beta2: float = 0.95
+    """AdamW's second decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    weight_decay: float = 0.1
+    """Decoupled; on matrices only, never on norms, biases or the embedding."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of AdamW's moments. `bfloat16` saves 4 bytes per parameter and needs beta2 ≤ 0.99,
+    since a slower average would be lost in rounding (DeepSeek-V3, arXiv 2412.19437 §3.3.3, keeps
+    them so)."""
+    spike: float = 0.0
+    """A step whose loss exceeds the running mean by this many running standard deviations is
+    skipped and counted; 0 is off. A non-finite step is always skipped and counted."""
+    max_skipped: int = 20
+    """The run fails after this many skipped steps in a row."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value out of range, and where warm-up and decay leave no
+        schedule."""
+        if self.steps < 1:
+            raise UsageError(f"optim.steps={self.steps} is below 1; use 1 or more")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"optim.warmup={self.warmup} is outside 0 ≤ warmup < 1; try 0.02")
+        if self.schedule != "cosine" and not 0 < self.decay <= 1 - self.warmup:
+            raise UsageError(
+                f"optim.decay={self.decay} does not fit beside optim.warmup={self.warmup}; "
+                f"use 0 < decay ≤ {1 - self.warmup:g}"
+            )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UsageError(f"optim.min_lr_ratio={self.min_lr_ratio} is outside 0…1; try 0")
+        above_zero(
+            ("optim.lr", self.lr),
+            ("optim.muon_lr", self.muon_lr),
+            ("optim.eps", self.eps),
+        )
+        at_least(
+            ("optim.embed_lr_scale", self.embed_lr_scale, 0),
+            ("optim.router_lr_scale", self.router_lr_scale, 0),
+            ("optim.expert_lr_scale", self.expert_lr_scale, 0),
+            ("optim.weight_decay", self.weight_decay, 0),
+            ("optim.clip", self.clip, 0),
+            ("optim.spike", self.spike, 0),
+            ("optim.max_skipped", self.max_skipped, 1),
+        )
+        for name, value in (
+            ("beta1", self.beta1),
+            ("beta2", self.beta2),
+            ("momentum", self.momentum),
+        ):
+            if not 0 <= value < 1:
+                raise UsageError(f"optim.{name}={value} is outside 0 ≤ {name} < 1; try 0.9")
+        if self.state_dtype == "bfloat16" and self.beta2 > 0.99:
+            raise UsageError(
+                f"optim.state_dtype=bfloat16 loses an average as slow as optim.beta2={self.beta2} "
+                "in rounding; use beta2 ≤ 0.99 or state_dtype=float32"
+            )

@@ -1,0 +1,137 @@
+"""AdamW (arXiv 1711.05101) on torch's fused kernel, with moments in float32 or in bfloat16."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.kernels.cpp import cpp_kernels
+from headway.parallel.placement import local
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW(fused=True), plus bfloat16 moments and a clip factor inside the step.
+
+    bfloat16 moments (DeepSeek-V3, arXiv 2412.19437 §3.3.3) are widened, updated in float32 and
+    rounded back: in one pass where the C++ kernels run, else in slices of `chunk` elements through
+    the fused kernel, so that no temporary is larger. `updates` counts the steps taken; every
+    parameter shares it.
+
+    Args:
+        params: parameters or groups of them, float32 (or float64); contiguous when moments are
+            bfloat16.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled.
+        state_dtype: of both moments; None keeps the parameter's. With bfloat16, beta2 ≤ 0.99: a
+            slower average would be lost in rounding (its step of 1 − beta2 must stay above 2⁻⁸).
+        chunk: elements per slice of the bfloat16 update.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        state_dtype: torch.dtype | None = None,
+        chunk: int = 1 << 18,
+    ) -> None:
+        if state_dtype == torch.bfloat16 and betas[1] > 0.99:
+            raise ValueError(f"bfloat16 moments need beta2 <= 0.99 and got {betas[1]}")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.betas, self.eps, self.state_dtype, self.chunk = betas, eps, state_dtype, chunk
+        self.updates = 0
+
+    @torch.no_grad()
+    def step(self, grad_scale: float = 1.0) -> None:  # type: ignore[override]
+        """One update with the gradients times `grad_scale` (the clip factor).
+
+        The fused kernel scales the gradients in place when `grad_scale` is not 1; zero them
+        afterwards.
+        """
+        self.updates += 1
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self.init_state(p)
+            by_place: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
+            for p in params:
+                key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
+                by_place.setdefault(key, []).append(p)
+            for same in by_place.values():
+                grads = [local(p.grad) for p in same if p.grad is not None]
+                here = [local(p) for p in same]
+                first = [self.state[p]["exp_avg"] for p in same]
+                second = [self.state[p]["exp_avg_sq"] for p in same]
+                if first[0].dtype == same[0].dtype:
+                    self._fused(group, here, grads, first, second, grad_scale)
+                else:
+                    for four in zip(here, grads, first, second, strict=True):
+                        self._sliced(group, *four, grad_scale)
+
+    def init_state(self, p: Tensor) -> None:
+        """Zeros for a parameter that has no moments yet."""
+        if not self.state[p]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[p][name] = torch.zeros_like(local(p), dtype=self.state_dtype or p.dtype)
+
+    def _fused(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        grad_scale: float,
+    ) -> None:
+        device = params[0].device
+        updates = torch.full((), self.updates, dtype=torch.float32, device=device)
+        # The kernel divides by its scale, a float32 scalar.
+        inverse = None if grad_scale == 1.0 else updates.new_tensor(1 / grad_scale)
+        torch.ops.aten._fused_adamw_(
+            params,
+            grads,
+            first,
+            second,
+            [],
+            [updates] * len(params),
+            lr=group["lr"],
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=group["weight_decay"],
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=inverse,
+        )
+
+    def _sliced(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        first: Tensor,
+        second: Tensor,
+        grad_scale: float,
+    ) -> None:
+        if (
+            cpp_kernels().supports(param, grad, first)
+            and param.dtype == grad.dtype == torch.float32
+        ):
+            beta1, beta2 = self.betas
+            rates = (group["lr"], beta1, beta2, self.eps, group["weight_decay"])
+            corrections = (1 - beta1**self.updates, 1 - beta2**self.updates)
+            tensors = (param, grad.contiguous(), first, second)
+            sizes = (param.numel(), *rates, *corrections, float(grad_scale))
+            cpp_kernels().call("adamw", first.dtype, *tensors, *sizes)
+            return
+        wide_first, wide_second = torch.empty(2, self.chunk, dtype=param.dtype, device=param.device)
+        slices = (t.view(-1).split(self.chunk) for t in (param, grad.contiguous(), first, second))
+        for p, g, m, v in zip(*slices, strict=True):
+            wide_m = wide_first[: p.numel()].copy_(m)
+            wide_v = wide_second[: p.numel()].copy_(v)
+            self._fused(group, [p], [g], [wide_m], [wide_v], grad_scale)
+            m.copy_(wide_m)
+            v.copy_(wide_v)

@@ -1,0 +1,220 @@
+"""Which parameter is updated by what: named groups, one global gradient norm, one clip factor."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from headway.config import OptimConfig, UsageError
+from headway.optim.adamw import AdamW
+from headway.optim.muon import Muon
+from headway.parallel.dispatcher import SINGLE_PROCESS
+from headway.parallel.placement import Sharding, ShardSpec, local
+from headway.parallel.reduce import total_norm
+
+
+def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """‖g‖₂ over all gradients together, a float64 scalar; 0 without gradients."""
+    return total_norm(p.grad for p in parameters if p.grad is not None)
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What the gradients are multiplied with so that their norm is at most `limit`; 1.0 where
+    `limit` is 0.
+
+    As in torch.nn.utils.clip_grad_norm_.
+    """
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+
+
+def group_of(name: str, param: Tensor) -> str:
+    """The group of a parameter, from its name and its number of dims alone."""
+    parts = name.split(".")
+    if parts[0] in ("embed", "head"):
+        return parts[0]
+    # A norm of a latent layer has one row per head, [H, L]: two dims, and yet no matrix.
+    is_vector = param.ndim < 2 or any("norm" in part for part in parts)
+    if "router" in parts:
+        return "router_vectors" if is_vector else "routers"
+    if is_vector:
+        return "vectors"
+    if "experts" in parts:
+        # Stored [inputs, outputs], unlike every other matrix; Muon's shape factor wants to know.
+        return "experts_out" if parts[-1].endswith("FL") and "out" in parts[-1] else "experts"
+    return "matrices"
+
+
+class Optimizers:
+    """AdamW and, with `optim.name=muon`, Muon beside it, over named parameter groups.
+
+    Use: `set_lr(factor)`, `step(grad_scale)`, `zero_grad()`. State goes in and out under the names
+    of the parameters (`layers.0.attn.q.weight.exp_avg`), never under indices.
+    """
+
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        groups: dict[str, list[str]],
+        adamw: AdamW,
+        muon: Muon | None,
+    ) -> None:
+        self.named, self.groups, self.adamw, self.muon = named, groups, adamw, muon
+
+    def all(self) -> list[AdamW | Muon]:
+        """The optimisers in use."""
+        return [self.adamw] if self.muon is None else [self.adamw, self.muon]
+
+    def set_lr(self, factor: float) -> None:
+        """Sets the rate of every group to `factor` times its peak."""
+        for optimizer in self.all():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+
+    def step(self, grad_scale: float = 1.0) -> None:
+        """One update with the gradients times `grad_scale`; the gradients are used up by it."""
+        for optimizer in self.all():
+            optimizer.step(grad_scale)
+
+    def zero_grad(self) -> None:
+        """Frees all gradients."""
+        for p in self.named.values():
+            p.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state, `<parameter>.<moment>` → tensor of the shape that the parameter has here (no
+        copies)."""
+        return {
+            f"{name}.{key}": value
+            for optimizer in self.all()
+            for name, p in self.named.items()
+            if p in optimizer.state
+            for key, value in optimizer.state[p].items()
+        }
+
+    def without_state(self) -> list[str]:
+        """Parameters that were never updated, as one that no gradient has reached."""
+        held = {p for optimizer in self.all() for p, state in optimizer.state.items() if state}
+        return [name for name, p in self.named.items() if p not in held]
+
+    def add_state(self, names: set[str]) -> None:
+        """State as before the first update, where there is none; changes no update."""
+        for optimizer in self.all():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if any(self.named[name] is p for name in names):
+                        optimizer.init_state(p)
+
+    def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Inverse of `tensors`; `updates` is the number of steps behind them.
+
+        Raises `UsageError` when the tensors belong to another optimiser or another model.
+        """
+        makes = (
+            {p: ("momentum",) for g in self.muon.param_groups for p in g["params"]}
+            if self.muon
+            else {}
+        )
+        adam_dtype = self.adamw.state_dtype
+        for optimizer in self.all():
+            optimizer.state.clear()
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition(".")
+            p = self.named.get(name)
+            if p is None or local(p).shape != value.shape:
+                raise UsageError(
+                    f"resume: the checkpoint's optimiser state {key} fits no parameter; "
+                    "resume with the run's own recipe"
+                )
+            expected = makes.get(p, ("exp_avg", "exp_avg_sq"))
+            if moment not in expected:
+                raise UsageError(
+                    f"resume: the checkpoint has {key} where this recipe keeps {expected[0]}; "
+                    "resume with the same optim.name"
+                )
+            owner = self.muon if self.muon is not None and p in makes else self.adamw
+            dtype = adam_dtype if owner is self.adamw and adam_dtype is not None else p.dtype
+            owner.state[p][moment] = value.to(device=p.device, dtype=dtype, copy=True)
+        self.adamw.updates = updates
+
+
+def build_optimizers(
+    model: nn.Module,
+    config: OptimConfig,
+    newton_schulz_dtype: torch.dtype = torch.float32,
+    sharding: Sharding = SINGLE_PROCESS.sharding,
+) -> Optimizers:
+    """Puts every parameter of `model` into exactly one group of one optimiser.
+
+    `newton_schulz_dtype` is the run's matmul dtype: bfloat16 where the hardware multiplies it
+    natively. `sharding` says which parameters are sharded.
+    """
+    if config.state_dtype == "bfloat16" and config.beta2 > 0.99:
+        raise UsageError(
+            f"optim.state_dtype=bfloat16 loses updates at optim.beta2={config.beta2}; "
+            "use beta2 ≤ 0.99 or float32"
+        )
+    named = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    groups: dict[str, list[str]] = {}
+    for name, p in named.items():
+        groups.setdefault(group_of(name, p), []).append(name)
+    lr_scale = {
+        "embed": config.embed_lr_scale,
+        "head": config.embed_lr_scale,
+        "routers": config.router_lr_scale,
+        "router_vectors": config.router_lr_scale,
+        "experts": config.expert_lr_scale,
+        "experts_out": config.expert_lr_scale,
+        "matrices": 1.0,
+        "vectors": 1.0,
+    }
+    no_decay = {"embed", "vectors", "router_vectors"}
+    for_muon = {"matrices"} if config.name == "muon" else set()
+    if for_muon and config.muon_experts:
+        for_muon |= {"experts", "experts_out"}
+    adam_groups, muon_groups = [], []
+    for group, names in groups.items():
+        peak = (config.muon_lr if group in for_muon else config.lr) * lr_scale[group]
+        made = {
+            "name": group,
+            "params": [named[name] for name in names],
+            "lr": peak,
+            "peak_lr": peak,
+            "weight_decay": 0.0 if group in no_decay else config.weight_decay,
+        }
+        if group in for_muon:
+            muon_groups.append({**made, "transposed": group == "experts_out"})
+        else:
+            adam_groups.append(made)
+    placed = sum(p.numel() for g in adam_groups + muon_groups for p in g["params"])
+    total = sum(p.numel() for p in model.parameters())
+    assert placed == total and math.isfinite(placed), (
+        f"{placed} of {total} parameters have an optimiser"
+    )
+    adamw = AdamW(
+        adam_groups,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        state_dtype=torch.bfloat16 if config.state_dtype == "bfloat16" else None,
+    )
+    muon = None
+    if muon_groups:
+        muon = Muon(
+            muon_groups,
+            momentum=config.momentum,
+            adjust=config.muon_adjust,
+            dtype=newton_schulz_dtype,
+            cuts=_cut_matrices(named, sharding),
+            traffic=sharding.mesh.traffic,
+        )
+    return Optimizers(named, groups, adamw, muon)
+
+
+def _cut_matrices(named: dict[str, nn.Parameter], sharding: Sharding) -> dict[Tensor, ShardSpec]:
+    """The parameters of which a matrix (the last two dims) lies on several ranks."""
+    found: dict[Tensor, ShardSpec] = {}
+    for name, p in named.items():
+        pieces = sharding.placements[name].pieces if sharding.placements else None
+        if p.ndim >= 2 and pieces is not None and pieces.dim >= p.ndim - 2:
+            found[p] = pieces
+    return found

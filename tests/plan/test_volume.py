@@ -1,0 +1,104 @@
+"""What a rank sends in a step, against hand numbers."""
+
+from dataclasses import replace
+
+import pytest
+
+from headway.config import ModelConfig, MoEConfig, RouterConfig
+from headway.plan.cost import parameters
+from headway.plan.layout import MeshLayout
+from headway.plan.volume import ep_totals, sent
+from tests.plan.test_memory import MODELS
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    n_layers=3,
+    d_model=32,
+    n_heads=4,
+    moe=MoEConfig(n_heads=4, n_experts=8, top_k=2, d_expert=8, n_dense_layers=1),
+)
+T = 128  # of a rank, in 4 passes
+
+
+def by_name(layout, model=MODEL, **options):
+    return {w.name: w for w in sent(model, layout, T, 4, 2, **options)}
+
+
+def n_of(name):
+    return {i.name: int(i.value) for i in parameters(MODEL)}[name]
+
+
+def test_one_rank_sends_nothing():
+    assert sent(MODEL, MeshLayout(), T, 4, 2) == () == sent(MODEL, MeshLayout(shard=True), T, 4, 2)
+
+
+def test_head_parallel():
+    """2 sparse layers · 128 tokens · 32 values of 2 bytes, a half of it, four times."""
+    found = by_name(MeshLayout(hp=2))
+    assert found["Head Parallel"].bytes == 2 * 4 * T * 32 * 2 // 2
+    assert found["Head Parallel"].messages == 4 * 2 * 4
+    token = replace(MODEL, moe=replace(MODEL.moe, router=RouterConfig(reads="token")))
+    more = by_name(MeshLayout(hp=2), token)["Head Parallel"].bytes - found["Head Parallel"].bytes
+    assert more == 2 * T * 4 * 2 * (2 + 4 + 4) // 2
+
+
+def test_head_parallel_by_gradients():
+    """hp = 4: no rank shares experts, so none of their gradients travel; routers neither."""
+    found = by_name(MeshLayout(hp=4))
+    assert set(found) == {"Head Parallel", "gradients all-reduced, replicated"}
+    n = sum(int(i.value) for i in parameters(MODEL)) - n_of("experts") - n_of("routers")
+    assert found["gradients all-reduced, replicated"].bytes == 2 * 4 * n * 3 // 4
+    assert found["gradients all-reduced, replicated"].messages == 6
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_expert_parallel(chunks):
+    """N = 512 sub-tokens of width 8 in bfloat16, K = 2, two sparse layers."""
+    slots = by_name(MeshLayout(ep=2, scheme="all_to_all_per_slot"), chunks=chunks)
+    assert slots["Expert Parallel, one copy per slot"].bytes == 2 * 512 * (4 * 16 + 2)
+    assert slots["counts of rows"].bytes == 2 * 4 * chunks * 8
+    once = by_name(MeshLayout(ep=2, scheme="all_to_all"), chunks=chunks)
+    rows = 512 * 1.5 / 2
+    assert once["Expert Parallel, one copy per rank"].bytes == 2 * rows * (4 * 16 + 2 * 10)
+    gathered = by_name(MeshLayout(ep=2, scheme="all_gather"), chunks=chunks)
+    assert gathered["Expert Parallel, all-gather"].bytes == 2 * 512 * (4 * 16 + 2 * 10)
+    assert "counts of rows" not in gathered
+    assert gathered["Expert Parallel, all-gather"].messages == 2 * 4 * chunks * 4
+
+
+def test_imbalance_grows_what_follows_the_router():
+    for scheme, factor in (("all_to_all", 1.5), ("all_to_all_per_slot", 1.5), ("all_gather", 1)):
+        layout = MeshLayout(ep=2, scheme=scheme)
+        even = sum(w.bytes for w in by_name(layout).values() if w.name.startswith("Expert"))
+        busy = by_name(layout, imbalance=1.5).values()
+        assert sum(w.bytes for w in busy if w.name.startswith("Expert")) == factor * even
+
+
+def test_totals_by_scheme_include_the_counts():
+    for scheme, value in ep_totals(MODEL, MeshLayout(ep=4), T, 4, 2).items():
+        found = sent(MODEL, MeshLayout(ep=4, scheme=scheme), T, 4, 2)
+        assert value == sum(w.bytes for w in found if w.kind == "tokens")
+
+
+def test_fsdp_gathers_twice_and_scatters_once_a_pass():
+    found = by_name(MeshLayout(dp=2, hp=2, shard=True))
+    whole = sum(int(i.value) for i in parameters(MODEL))
+    ends, small = n_of("embedding and output head"), n_of("norms")
+    n = whole - n_of("experts") - n_of("routers") - small - ends
+    assert found["weights gathered, replicated"].bytes == 4 * 2 * 2 * n * 3 // 4
+    assert found["weights gathered, replicated"].messages == 4 * 2 * 3 * 3
+    assert found["gradients reduce-scattered, replicated"].bytes == 4 * 4 * n * 3 // 4
+    assert found["weights gathered, embedding and head"].bytes == 4 * 2 * ends * 3 // 4
+    assert found["gradients reduce-scattered, embedding and head"].bytes == 4 * 4 * ends * 3 // 4
+    assert found["weights gathered, experts"].bytes == 4 * 2 * 2 * (n_of("experts") // 2) // 2
+    assert found["weights gathered, experts"].messages == 4 * 2 * 2
+    routers = found["gradients all-reduced, routers"]
+    assert (routers.bytes, routers.axis) == (2 * 4 * (n_of("routers") // 2) // 2, "routers")
+    assert found["gradients all-reduced, norms and routers"].bytes == 2 * 4 * small * 3 // 4
+    again = by_name(MeshLayout(dp=2, hp=2, shard=True), chunks=2)["weights gathered, experts"]
+    assert again.bytes == 2 * found["weights gathered, experts"].bytes
+
+
+def test_a_dense_model_sends_gradients_alone():
+    found = sent(MODELS["dense"], MeshLayout(dp=2), T, 1, 4)
+    assert [(w.name, w.axis) for w in found] == [("gradients all-reduced, replicated", "world")]

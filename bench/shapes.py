@@ -73,7 +73,8 @@ def equal_shape(
                 activation=activation,
                 d_shared=d_shared,
                 latent_norm=latent_norm,
-                router=router,
+                # the recorded comparison had LatentMoE's router read the sub-token
+                router=replace(router, reads="sub_token") if kind == "latent" else router,
                 balance=balance,
             ),
         )

@@ -117,7 +117,7 @@ def network(mbit, rate):
     return {"bench": "network", "mbit": mbit, "curves": curves}
 
 
-RATES = {"bench": "rates", "crowd": 2.0, "dtype": "bfloat16"}
+RATES = {"bench": "rates", "oversubscription": 2.0, "dtype": "bfloat16"}
 RATES["measured"] = {"peak": 1e11, "memory_bandwidth": 1e10, "experts_efficiency": 0.2}
 SINGLE_PROCESS = [
     {"bench": "alone", "name": name, "k": k, "mbit": mbit, "step_ms": 250.0}

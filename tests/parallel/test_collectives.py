@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headway.parallel.collectives import _Layout
+from headway.parallel.collectives import _Packing
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7])
@@ -14,7 +14,7 @@ def test_a_message_of_any_number_of_rows_is_unpacked(n):
         torch.arange(n, dtype=torch.int16).view(n, 1),
         torch.randn(n, 1),
     )
-    layout = _Layout(parts)
+    layout = _Packing(parts)
     rows = layout.pack(parts)
     assert rows.shape == (n, 24 + 2 + 4)
     for found, part in zip(layout.unpack(rows), parts, strict=True):

@@ -160,7 +160,7 @@ def test_a_process_that_cannot_be_told_is_ended_by_its_thread(monkeypatch, capfd
     store.set("at/1", '[2, 10, "hp scatter", 5, false]')
     with Watchdog(store, 0, 2, timeout=-4.8, traffic=traffic) as heart:
         traffic.add("hp", "gather", 1)
-        heart.at(3)
+        heart.begin_step(3)
         deadline = time.monotonic() + 10
         while not ended and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -14,7 +14,7 @@ from headway.parallel.collectives import AsyncCollective
 from headway.parallel.dispatcher import parallelize
 from headway.plan import traffic
 from headway.plan.cost import parameters
-from headway.plan.layout import Sharding
+from headway.plan.layout import MeshLayout
 from headway.plan.shape import shape_of
 from headway.plan.shape import total as sum_of
 from headway.plan.volume import sent
@@ -189,7 +189,7 @@ PREFIX = {
 def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
     """Weights, gradients and tokens of a step, byte for byte, by axis."""
     mesh = replace(mesh, shard="fsdp")
-    sharding = Sharding(
+    sharding = MeshLayout(
         mesh.dp, mesh.hp, mesh.ep, "all_gather" if mesh.ep > 1 else None, shard=True
     )
     T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)

@@ -20,7 +20,7 @@ any size fits in memory, and so that a process can begin at any block."""
 
 
 @dataclass(frozen=True)
-class LocalShard:
+class TextPiece:
     """A piece of a document: what a tokenizer gets at once."""
 
     text: str
@@ -39,15 +39,15 @@ class Text:
     text: str
     """The document."""
 
-    def pieces(self) -> Iterator[LocalShard]:
+    def pieces(self) -> Iterator[TextPiece]:
         """The text, cut as that of a file is: equal documents have equal tokens wherever they
         lie."""
         if len(self.text) <= PIECE_BYTES // 4:  # a character has at most 4 bytes
-            yield LocalShard(self.text, True, True)
+            yield TextPiece(self.text, True, True)
             return
         content = self.text.encode()
         for _, part, begins, ends in _cut(io.BytesIO(content), 0, len(content)):
-            yield LocalShard(part.decode(), begins, ends)
+            yield TextPiece(part.decode(), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["Text", "Text"]:
         """Head and tail: the first 1 − val_fraction of the characters, and the rest."""
@@ -80,7 +80,7 @@ class TextFile:
     end: int | None = None
     """None is the end of the file, for one whose unpacked size is unknown."""
 
-    def pieces(self, first: int | None = None, last: int | None = None) -> Iterator[LocalShard]:
+    def pieces(self, first: int | None = None, last: int | None = None) -> Iterator[TextPiece]:
         """The pieces whose end lies in the bytes [first, last) of the file, both a whole number of
         blocks from `start`; None: all. BadData if it is not UTF-8 text or holds NUL bytes."""
         with open_file(self.path) as file:
@@ -92,7 +92,7 @@ class TextFile:
                 except UnicodeDecodeError as error:
                     what = f"byte 0x{content[error.start]:02x} at {at + error.start:,}"
                     raise _binary(self.path, what) from None
-                yield LocalShard(text if at else text.removeprefix("\ufeff"), begins, ends)
+                yield TextPiece(text if at else text.removeprefix("\ufeff"), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["TextFile", "TextFile"]:
         """Head and tail: the first 1 − val_fraction of the bytes, up to a whole character, and the

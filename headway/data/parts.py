@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from headway.data import cache
-from headway.data.document import Bad, LocalShard
+from headway.data.document import Bad, TextPiece
 from headway.data.tokenizer import Tokenizer
 from headway.data.units import Unit, read
 
@@ -126,7 +126,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
     with path.with_suffix(mark).open("wb") as file:
         for batch in _batches(read(unit, job.skip_bad)):
             told = 0
-            texts = [one.text if isinstance(one, LocalShard) else "" for one in batch]
+            texts = [one.text if isinstance(one, TextPiece) else "" for one in batch]
             for one, text, ids in zip(batch, texts, tokenizer.encode_batch(texts), strict=True):
                 # Here every document passes, in pieces: its text and its ids.
                 if isinstance(one, Bad):
@@ -156,13 +156,13 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
     path.with_suffix(mark + ".npz").rename(path.with_suffix(".npz"))
 
 
-def _batches(pieces: Iterator[LocalShard | Bad]) -> Iterator[list[LocalShard | Bad]]:
+def _batches(pieces: Iterator[TextPiece | Bad]) -> Iterator[list[TextPiece | Bad]]:
     """Lists of pieces of about BATCH_CHARS each."""
-    batch: list[LocalShard | Bad] = []
+    batch: list[TextPiece | Bad] = []
     size = 0
     for one in pieces:
         batch.append(one)
-        size += len(one.text) if isinstance(one, LocalShard) else 0
+        size += len(one.text) if isinstance(one, TextPiece) else 0
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0

@@ -12,7 +12,7 @@ from typing import Literal
 from headway.data import document
 from headway.data import records as rows
 from headway.data.corpus import files
-from headway.data.document import Bad, LocalShard, Text, TextFile, split
+from headway.data.document import Bad, TextPiece, Text, TextFile, split
 from headway.data.files import BadData, compressed, counted, kind_of, open_file
 
 Kind = Literal["text", "JSON lines", "table", "parquet", "library", "data set"]
@@ -85,7 +85,7 @@ def plan(spec: str, val_fraction: float) -> tuple[list[Unit], str]:
     return units, said
 
 
-def read(unit: Unit, skip_bad: bool = False) -> Iterator[LocalShard | Bad]:
+def read(unit: Unit, skip_bad: bool = False) -> Iterator[TextPiece | Bad]:
     """The documents of a unit in pieces, without empty ones. What cannot be read is BadData, or
     with `skip_bad` a `Bad`, which may follow pieces of the same document."""
     for one in _halved(unit) if unit.halve else _all(unit):
@@ -101,18 +101,18 @@ def train_texts(
     sees validation text."""
     for spec in sources:
         pieces = (one for unit in plan(spec, val_fraction)[0] for one in read(unit, skip_bad))
-        pieces = (one for one in pieces if isinstance(one, LocalShard) or one.numbered)
+        pieces = (one for one in pieces if isinstance(one, TextPiece) or one.numbered)
         for part, of_document in split(_documents(pieces), val_fraction):
             if part == "train":
-                yield from (one.text for one in of_document if isinstance(one, LocalShard))
+                yield from (one.text for one in of_document if isinstance(one, TextPiece))
 
 
-def _documents(pieces: Iterator[LocalShard | Bad]) -> Iterator[Iterator[LocalShard | Bad]]:
+def _documents(pieces: Iterator[TextPiece | Bad]) -> Iterator[Iterator[TextPiece | Bad]]:
     """The pieces of each document, which are to be read before the next document is asked for."""
     number = itertools.count()
     current = 0
 
-    def numbered(one: LocalShard | Bad) -> int:
+    def numbered(one: TextPiece | Bad) -> int:
         nonlocal current
         current = next(number) if one.begins else current
         return current
@@ -120,7 +120,7 @@ def _documents(pieces: Iterator[LocalShard | Bad]) -> Iterator[Iterator[LocalSha
     yield from (group for _, group in itertools.groupby(pieces, numbered))
 
 
-def _all(unit: Unit) -> Iterator[LocalShard | Bad]:
+def _all(unit: Unit) -> Iterator[TextPiece | Bad]:
     for span in unit.spans:
         begins = span.start == span.document[0]
         try:
@@ -138,7 +138,7 @@ def _all(unit: Unit) -> Iterator[LocalShard | Bad]:
             yield Bad(str(error), begins, numbered=is_text, file=not is_text)
 
 
-def _halved(unit: Unit) -> Iterator[LocalShard | Bad]:
+def _halved(unit: Unit) -> Iterator[TextPiece | Bad]:
     """`_all`, of a unit of rows that may have a single one."""
     found = [row for row in itertools.islice(_texts(unit.spans), 2)]
     if len(found) == 1:

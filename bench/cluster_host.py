@@ -26,7 +26,7 @@ from headway.config import (
     RouterConfig,
     from_dict,
 )
-from headway.data.stream import Batch
+from headway.data.batch import Batch
 from headway.kernels.precision import native_bfloat16
 from headway.measure.links import curves
 from headway.measure.rates import rates

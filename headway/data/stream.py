@@ -12,12 +12,12 @@ Sample g = step · batch_size + row. Three steps lead from g to a window of text
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from headway.config import DataConfig, UsageError
+from headway.data.batch import Batch
 from headway.data.overlap import Kept
 from headway.data.shard_file import Tokens
 from headway.data.shards import Dataset
@@ -26,23 +26,6 @@ _U64 = np.uint64
 _ROUNDS = 6
 # Salts keep the uses of one seed apart.
 _SALT_PHASE, _SALT_ORDER, _SALT_OFFSET, _SALT_VAL = 1, 2, 3, 4
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of text. `targets_BS[b, s]` is the token after `tokens_BS[b, s]`, or −1 where there
-    is none to predict."""
-
-    tokens_BS: torch.Tensor
-    """int64."""
-    targets_BS: torch.Tensor
-    """int64."""
-    doc_BS: torch.Tensor | None
-    """int32, the number of the token's document in its row, from 0; an eos belongs to the document
-    that it ends. None unless `doc_mask`."""
-    bytes_B: torch.Tensor | None = None
-    """float64, bytes of text for which the targets of a row stand; None where nobody counts
-    them."""
 
 
 class Stream:

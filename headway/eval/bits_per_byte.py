@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from headway.data.stream import Batch, Stream
+from headway.data.batch import count_targets, micro_batches, rank_rows
+from headway.data.stream import Stream
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
 from headway.parallel.fsdp import reshard
@@ -21,25 +21,6 @@ class Evaluation:
     """Nats per token."""
     val_bits_per_byte: float
     """Σ −log p / (ln 2 · bytes of the target text)."""
-
-
-def micro_batches(batch: Batch, size: int, device: torch.device) -> list[Batch]:
-    """The rows of a batch in pieces of at most `size` rows, on `device`; their bytes are counted
-    with the whole batch."""
-
-    def moved(part: Tensor | None) -> list[Tensor | None]:
-        if part is None:
-            return [None] * -(-len(batch.tokens_BS) // size)
-        return [p.to(device, non_blocking=True) for p in part.split(size)]
-
-    parts = zip(*map(moved, (batch.tokens_BS, batch.targets_BS, batch.doc_BS)), strict=True)
-    return [Batch(*part) for part in parts]  # type: ignore[arg-type]
-
-
-def count_targets(batch: Batch) -> tuple[int, float]:
-    """(valid targets, bytes of their text) of a batch from a `Stream`."""
-    assert batch.bytes_B is not None
-    return int((batch.targets_BS >= 0).sum()), float(batch.bytes_B.sum())
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -66,7 +47,7 @@ def evaluate(
     model.eval()
     for begin in range(0, n_windows, micro_batch_size * mesh.size):
         end = min(begin + micro_batch_size * mesh.size, n_windows)
-        batch = share(stream.val_windows(begin, end), mesh.rank, mesh.size)
+        batch = rank_rows(stream.val_windows(begin, end), mesh.rank, mesh.size)
         for micro in micro_batches(batch, micro_batch_size, device):
             sums[0] += model(
                 micro.tokens_BS, micro.targets_BS, micro.doc_BS, parallelism.dispatcher
@@ -76,20 +57,3 @@ def evaluate(
     model.train(was_training)
     nats, targets, n_bytes = sum_over(mesh.world, sums, mesh, "evaluation").tolist()
     return Evaluation(nats / targets, bits_per_byte(nats, n_bytes))
-
-
-def share(batch: Batch, rank: int, world: int) -> Batch:
-    """The rows of one rank, as many on each; rows without targets fill up the last ones."""
-    if world == 1:
-        return batch
-    missing = -len(batch.tokens_BS) % world
-    each = (len(batch.tokens_BS) + missing) // world
-
-    def rows(part: Tensor, fill: int = 0) -> Tensor:
-        filled = torch.cat([part, part.new_full((missing, *part.shape[1:]), fill)])
-        return filled[rank * each : (rank + 1) * each]
-
-    doc_BS, bytes_B = (
-        None if part is None else rows(part) for part in (batch.doc_BS, batch.bytes_B)
-    )
-    return Batch(rows(batch.tokens_BS), rows(batch.targets_BS, -1), doc_BS, bytes_B)

@@ -15,11 +15,11 @@ from headway.checkpoint import run_folder as folder
 from headway.checkpoint import save as checkpoint
 from headway.checkpoint.lock import Lock
 from headway.config import Config, PeerError, RankError, UsageError, leaves
+from headway.data.batch import count_targets, micro_batches
 from headway.data.shards import Dataset, prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.data.validation import ValidationText, validation_text
-from headway.eval.bits_per_byte import count_targets, micro_batches
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.optim.schedule import lr_factor

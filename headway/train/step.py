@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headway.config import BalanceConfig, OptimConfig
-from headway.data.stream import Batch
+from headway.data.batch import Batch
 from headway.model.balance import RouteStats, add_stats, balance_loss, mean_stats, new_bias
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, clip_factor

@@ -8,10 +8,10 @@ import torch
 
 from headway.config import DataConfig, ModelConfig, MoEConfig
 from headway.data.shards import prepare
-from headway.data.stream import Batch, Stream
+from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.validation import validation_text
-from headway.eval.bits_per_byte import bits_per_byte, count_targets, evaluate, micro_batches, share
+from headway.eval.bits_per_byte import bits_per_byte, evaluate
 from headway.model.transformer import Transformer
 
 
@@ -68,30 +68,6 @@ def test_the_batch_size_does_not_choose_the_text(stream):
         assert dataclasses.astuple(other) == pytest.approx(dataclasses.astuple(found[0]), rel=1e-12)
 
 
-def test_only_valid_targets_count():
-    targets = torch.tensor([[3, -1, 0], [1, 1, -1]])
-    batch = Batch(torch.zeros(2, 3, dtype=torch.long), targets, None, torch.tensor([5.0, 2.0]))
-    assert count_targets(batch) == (4, 7)
+def test_a_text_without_bytes_has_no_bits_per_byte():
     assert bits_per_byte(math.log(2) * 6, 3) == pytest.approx(2.0)
     assert math.isnan(bits_per_byte(1.0, 0))
-
-
-def test_ranks_take_all_rows_once_and_as_many_each():
-    tokens = torch.arange(15).view(5, 3)
-    whole = Batch(tokens, tokens + 1, tokens.int(), torch.arange(5.0))
-    parts = [share(whole, rank, 4) for rank in range(4)]
-    assert [len(p.tokens_BS) for p in parts] == [2] * 4
-    targets = torch.cat([p.targets_BS for p in parts])
-    assert torch.equal(targets[:5], tokens + 1) and (targets[5:] == -1).all()
-    assert sum(count_targets(p)[1] for p in parts) == 10
-
-
-def test_micro_batches_are_the_rows_in_order():
-    tokens = torch.arange(15).view(5, 3)
-    batch = Batch(tokens, tokens + 1, tokens.int())
-    parts = micro_batches(batch, 2, torch.device("cpu"))
-    assert [len(p.tokens_BS) for p in parts] == [2, 2, 1]
-    assert torch.equal(torch.cat([p.targets_BS for p in parts]), tokens + 1)
-    assert torch.equal(torch.cat([p.doc_BS for p in parts if p.doc_BS is not None]), tokens.int())
-    plain = micro_batches(Batch(tokens, tokens, None), 5, torch.device("cpu"))
-    assert len(plain) == 1 and plain[0].doc_BS is None

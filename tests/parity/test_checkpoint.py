@@ -40,8 +40,7 @@ def config(noisy=False, bias: Literal["none", "sign"] = "sign"):
 
 
 def batches(mesh, step):
-    from headway.data.stream import Batch
-    from headway.eval.bits_per_byte import micro_batches
+    from headway.data.batch import Batch, micro_batches
 
     generator = torch.Generator().manual_seed(step)
     tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)

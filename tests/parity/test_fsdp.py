@@ -21,10 +21,11 @@ from headway.config import (
     UsageError,
 )
 from headway.config.check import validate
+from headway.data.batch import Batch, micro_batches
 from headway.data.shards import prepare
-from headway.data.stream import Batch, Stream
+from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
-from headway.eval.bits_per_byte import evaluate, micro_batches
+from headway.eval.bits_per_byte import evaluate
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers

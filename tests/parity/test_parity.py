@@ -14,8 +14,7 @@ from headway.config import (
     OptimConfig,
     RouterConfig,
 )
-from headway.data.stream import Batch
-from headway.eval.bits_per_byte import micro_batches
+from headway.data.batch import Batch, micro_batches
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor
 from headway.parallel.dispatcher import parallelize

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from headway.config import MeshConfig, RouterConfig
-from headway.data.stream import Batch
-from headway.eval.bits_per_byte import micro_batches
+from headway.data.batch import Batch, micro_batches
 from headway.model.transformer import Transformer
 from headway.parallel.collectives import AsyncCollective
 from headway.parallel.dispatcher import parallelize

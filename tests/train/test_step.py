@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from headway.config import BalanceConfig, ModelConfig, MoEConfig, OptimConfig
-from headway.data.stream import Batch
-from headway.eval.bits_per_byte import micro_batches
+from headway.data.batch import Batch, micro_batches
 from headway.model.balance import aux_loss, new_bias
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, global_grad_norm

@@ -32,8 +32,8 @@ from headway.measure.links import curves
 from headway.measure.rates import rates
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, build_optimizers
-from headway.parallel.dispatcher import Parallelism, parallelize
 from headway.parallel.mesh import Mesh, place
+from headway.parallel.parallelize import Parallelism, parallelize
 from headway.parallel.traffic import Traffic
 from headway.train.allocator import set_allocator
 from headway.train.step import gradient, update

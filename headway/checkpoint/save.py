@@ -30,9 +30,9 @@ from headway.checkpoint.checkpoint_dir import CheckpointError
 from headway.checkpoint.tensor_files import LARGEST, TensorFile, TensorReader, index, plan
 from headway.config import ModelConfig, UsageError, from_dict, leaves
 from headway.optim.groups import Optimizers
-from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
-from headway.parallel.local_shards import LocalShard, piece, window
-from headway.parallel.placement import Sharding, local
+from headway.parallel.local_shards import LocalShard, local_shard, local_slices
+from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
+from headway.parallel.placement import Sharding, to_local
 
 Collect = Callable[[Any], list[Any]]
 """Every rank's value, in rank order; waits for all ranks."""
@@ -55,7 +55,7 @@ class Snapshot:
 
     def copied(self) -> "Snapshot":
         """With tensors of its own, so that training may go on while it is written."""
-        return dataclasses.replace(self, pieces={k: p.copied() for k, p in self.pieces.items()})
+        return dataclasses.replace(self, pieces={k: p.to_cpu() for k, p in self.pieces.items()})
 
 
 def save(
@@ -99,9 +99,9 @@ def take(
     missing = [names for _, names in found]
     # an expert that got no token on one mesh may have had some on another
     optimizers.add_state(set().union(*missing) - set(missing[0]).intersection(*missing))
-    weights = {name: piece(name, x, sharding) for name, x in _model_tensors(model).items()}
+    weights = {name: local_shard(name, x, sharding) for name, x in _model_tensors(model).items()}
     moments = {
-        name: piece(name, x, sharding, _parameter_of(name))
+        name: local_shard(name, x, sharding, _parameter_of(name))
         for name, x in optimizers.tensors().items()
     }
     texts = {
@@ -204,12 +204,12 @@ def load_model(path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS
             )
         with torch.no_grad():
             for name, target in targets.items():
-                shape, wanted = reader.shape(name), piece(name, target, sharding).shape
+                shape, wanted = reader.shape(name), local_shard(name, target, sharding).shape
                 if shape != wanted:
                     raise CheckpointError(
                         f"{path.name}: {name} is {shape} in the file and {wanted} in the model"
                     )
-                target.copy_(reader.read(name, window(name, shape, sharding)))
+                target.copy_(reader.read(name, local_slices(name, shape, sharding)))
 
 
 def load(
@@ -228,7 +228,7 @@ def load(
     state = json.loads((path / "state.json").read_text())
     with TensorReader(path, "optimizer") as reader:
         moments = {
-            name: reader.read(name, window(_parameter_of(name), reader.shape(name), sharding))
+            name: reader.read(name, local_slices(_parameter_of(name), reader.shape(name), sharding))
             for name in reader.names()
         }
     optimizers.load_tensors(moments, state["updates"])
@@ -255,7 +255,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     (tied head) appears once."""
     tensors, seen = {}, set()
     for name, value in model.state_dict().items():
-        value = local(value)
+        value = to_local(value)
         if value.numel() and value.data_ptr() in seen:
             continue
         seen.add(value.data_ptr())

@@ -8,8 +8,8 @@ import torch
 from headway.data.batch import count_targets, micro_batches, rank_rows
 from headway.data.stream import Stream
 from headway.model.transformer import Transformer
-from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
 from headway.parallel.fsdp import reshard
+from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 from headway.parallel.reduce import sum_over
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels
-from headway.parallel.placement import local
+from headway.parallel.placement import to_local
 
 
 class AdamW(torch.optim.Optimizer):
@@ -61,8 +61,8 @@ class AdamW(torch.optim.Optimizer):
                 key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
                 by_place.setdefault(key, []).append(p)
             for same in by_place.values():
-                grads = [local(p.grad) for p in same if p.grad is not None]
-                here = [local(p) for p in same]
+                grads = [to_local(p.grad) for p in same if p.grad is not None]
+                here = [to_local(p) for p in same]
                 first = [self.state[p]["exp_avg"] for p in same]
                 second = [self.state[p]["exp_avg_sq"] for p in same]
                 if first[0].dtype == same[0].dtype:
@@ -75,7 +75,9 @@ class AdamW(torch.optim.Optimizer):
         """Zeros for a parameter that has no moments yet."""
         if not self.state[p]:
             for name in ("exp_avg", "exp_avg_sq"):
-                self.state[p][name] = torch.zeros_like(local(p), dtype=self.state_dtype or p.dtype)
+                self.state[p][name] = torch.zeros_like(
+                    to_local(p), dtype=self.state_dtype or p.dtype
+                )
 
     def _fused(
         self,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from headway.config import OptimConfig, UsageError
 from headway.optim.adamw import AdamW
 from headway.optim.muon import Muon
-from headway.parallel.dispatcher import SINGLE_PROCESS
-from headway.parallel.placement import Sharding, ShardSpec, local
+from headway.parallel.parallelize import SINGLE_PROCESS
+from headway.parallel.placement import Sharding, ShardSpec, to_local
 from headway.parallel.reduce import total_norm
 
 
@@ -121,7 +121,7 @@ class Optimizers:
         for key, value in tensors.items():
             name, _, moment = key.rpartition(".")
             p = self.named.get(name)
-            if p is None or local(p).shape != value.shape:
+            if p is None or to_local(p).shape != value.shape:
                 raise UsageError(
                     f"resume: the checkpoint's optimiser state {key} fits no parameter; "
                     "resume with the run's own recipe"
@@ -214,7 +214,7 @@ def _cut_matrices(named: dict[str, nn.Parameter], sharding: Sharding) -> dict[Te
     """The parameters of which a matrix (the last two dims) lies on several ranks."""
     found: dict[Tensor, ShardSpec] = {}
     for name, p in named.items():
-        pieces = sharding.placements[name].pieces if sharding.placements else None
+        pieces = sharding.placements[name].shard if sharding.placements else None
         if p.ndim >= 2 and pieces is not None and pieces.dim >= p.ndim - 2:
             found[p] = pieces
     return found

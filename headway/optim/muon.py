@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.parallel.full_tensors import apply_to_full
-from headway.parallel.placement import ShardSpec, local
+from headway.parallel.placement import ShardSpec, to_local
 from headway.parallel.traffic import Traffic
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero; as in torch.optim.Muon
@@ -115,7 +115,7 @@ class Muon(torch.optim.Optimizer):
     def init_state(self, p: Tensor) -> None:
         """A zero momentum for a parameter that has none yet."""
         if not self.state[p]:
-            zeros = torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+            zeros = torch.zeros_like(to_local(p), memory_format=torch.contiguous_format)
             self.state[p]["momentum"] = zeros
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
@@ -124,7 +124,7 @@ class Muon(torch.optim.Optimizer):
         rate = self._rate(p, group)
         # Chunks of whole matrices keep every temporary small, however many experts are stacked.
         at_once = max(1, self.chunk // (rows * columns))
-        views = (local(p), local(grad).contiguous(), self._momentum(p))
+        views = (to_local(p), to_local(grad).contiguous(), self._momentum(p))
         n = views[0].numel() // (rows * columns)
         stacks = (t.view(n, rows, columns).split(at_once) for t in views)
         for p_n, g_n, m_n in zip(*stacks, strict=True):
@@ -141,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         for i in range(0, len(several), size):
             batch = several[i : i + size]
             directions = [
-                self._direction(local(p.grad), self._momentum(p), grad_scale)
+                self._direction(to_local(p.grad), self._momentum(p), grad_scale)
                 for p, _ in batch
                 if p.grad is not None
             ]
@@ -150,8 +150,8 @@ class Muon(torch.optim.Optimizer):
                 directions, cuts, self._newton_schulz, self.dtype, self.traffic, "muon"
             )
             for (p, group), update in zip(batch, updates, strict=True):
-                local(p).mul_(1 - group["lr"] * group["weight_decay"])
-                local(p).add_(update, alpha=-self._rate(p, group))
+                to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                to_local(p).add_(update, alpha=-self._rate(p, group))
 
     def _newton_schulz(self, x: Tensor) -> Tensor:
         """`newton_schulz` of a stack with any number of leading dims, in chunks."""

@@ -8,19 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from headway.config import MeshConfig
 from headway.model.dispatch import Completed, Future
 from headway.model.router import Route
-from headway.model.transformer import Transformer
 from headway.parallel import expert, head
 from headway.parallel.collectives import CommContext
-from headway.parallel.fsdp import shard
 from headway.parallel.mesh import Mesh
-from headway.parallel.placement import Sharding, local, split
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class MeshDispatcher:
     mesh: Mesh
     n_chunks: int
     """Pieces of the tokens, so that one travels while the next is computed."""
-    gathers: bool
+    use_all_gather: bool
     """On ep: all-gather and reduce-scatter in place of the all-to-all that follows the router."""
     dedup: bool
     """On ep: one copy per rank and not per slot."""
@@ -44,7 +40,7 @@ class MeshDispatcher:
     @property
     def scheme(self) -> Literal["all_to_all", "all_to_all_per_slot", "all_gather"]:
         """How sub-tokens travel on ep, under the name that `plan` gives it."""
-        if self.gathers:
+        if self.use_all_gather:
             return "all_gather"
         return "all_to_all" if self.dedup else "all_to_all_per_slot"
 
@@ -72,7 +68,7 @@ class MeshDispatcher:
             route,
             n_experts,
             self._wire("ep", "dispatch"),
-            gathers=self.gathers,
+            use_all_gather=self.use_all_gather,
             dedup=self.dedup,
         )
 
@@ -98,51 +94,7 @@ class MeshDispatcher:
         return CommContext(among, mesh.traffic, purpose, self.layer, float8)
 
 
-@dataclass(frozen=True)
-class Parallelism:
-    """A model on a mesh: what lies where, and how tokens travel."""
-
-    sharding: Sharding
-    dispatcher: MeshDispatcher | None
-    """None in a single process."""
-
-    @property
-    def mesh(self) -> Mesh:
-        """The ranks."""
-        return self.sharding.mesh
-
-
-SINGLE_PROCESS = Parallelism(Sharding(Mesh(), {}), None)
-"""A single process."""
-
-
-def parallelize(model: Transformer, mesh: Mesh) -> Parallelism:
-    """Leaves on this rank its part of a whole model, in place."""
-    if mesh.size == 1:
-        return Parallelism(Sharding(mesh, {}), None)
-    config = mesh.config
-    # 0 is chosen by who knows the nodes (`train.resolve`); tokens pass whole where nobody did
-    n_chunks = max(config.chunks, 1)
-    dispatcher = MeshDispatcher(
-        mesh, n_chunks, gathers(config, model.config.moe.top_k), config.dedup
-    )
-    return Parallelism(shard(model, split(model, mesh)), dispatcher)
-
-
-def materialize(model: Transformer, mesh: Mesh, seed: int) -> Parallelism:
-    """Spreads a whole model that was built on the meta device, and gives this rank's part the
-    initial values that a single process would draw. No more than one parameter ever lies whole."""
-    drawn = model.initial(seed)
-    parallelism = parallelize(model, mesh)
-    model.to_empty(device=mesh.device)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, whole in drawn:
-            local(tensors[name]).copy_(parallelism.sharding.slice(name, whole))
-    return parallelism
-
-
-def gathers(config: MeshConfig, top_k: int) -> bool:
+def uses_all_gather(config: MeshConfig, top_k: int) -> bool:
     """Whether ep travels by all-gather; `auto` takes the scheme with fewer bytes.
 
     All-gather sends P−1 copies of a sub-token. The all-to-all sends it to each other rank that has

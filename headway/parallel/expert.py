@@ -86,7 +86,13 @@ class CombineHandle:
 
 
 def dispatch(
-    z_THL: Tensor, route: Route, n_experts: int, wire: CommContext, *, gathers: bool, dedup: bool
+    z_THL: Tensor,
+    route: Route,
+    n_experts: int,
+    wire: CommContext,
+    *,
+    use_all_gather: bool,
+    dedup: bool,
 ) -> DispatchHandle:
     """Send `[T, H, L]` to the experts that `route` chose among `n_experts` per head."""
     size, index = wire.axis.size, wire.axis.index
@@ -100,7 +106,7 @@ def dispatch(
     owner_NK = index_NK.div(each, rounding_mode="floor")
     there_NK = head_N1 * each + index_NK % each
     narrow = index_dtype(H * n_experts)
-    if gathers:
+    if use_all_gather:
         both_NK = torch.where(owner_NK < size, owner_NK * n_local + there_NK, size * n_local)
         flight = all_gather((z_NL, both_NK.to(narrow), gate_NK), wire)
         return DispatchHandle(flight, route, _Gathered(wire, z_THL.shape, n_local, index))

@@ -1,6 +1,6 @@
-"""Where in a whole tensor the part of this rank lies: what reading and writing files need."""
+"""Where the part that a rank holds is in the full tensor: what reading and writing files need."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,40 +10,39 @@ from headway.parallel.placement import Sharding
 
 @dataclass(frozen=True)
 class LocalShard:
-    """The part of one tensor that lies on this rank."""
+    """The part of one tensor that this rank holds."""
 
     tensor: Tensor
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the full tensor."""
     start: tuple[int, ...]
-    """Index in the whole tensor of the first element of this part."""
+    """Index in the full tensor of the first element of this part."""
     writes: bool
     """Whether this rank writes it: the first of those that hold the same part."""
 
-    def copied(self) -> "LocalShard":
-        """The same on the CPU, in memory of its own."""
-        tensor = self.tensor.detach()
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-        return LocalShard(kept, self.shape, self.start, self.writes)
+    def to_cpu(self) -> "LocalShard":
+        """Return a copy on the CPU that shares no memory with this one."""
+        copy = torch.empty(self.tensor.shape, dtype=self.tensor.dtype).copy_(self.tensor.detach())
+        return replace(self, tensor=copy)
 
 
-def piece(name: str, local: Tensor, sharding: Sharding, owner: str = "") -> LocalShard:
-    """Of a tensor of this rank; `owner` is the parameter in whose place it lies, for optimiser
-    states."""
-    placement = sharding.placements.get(owner or name)
+def local_shard(name: str, local: Tensor, sharding: Sharding, parameter: str = "") -> LocalShard:
+    """Describe a tensor that this rank holds. An optimiser state is placed as its `parameter`."""
+    placement = sharding.placements.get(parameter or name)
     if placement is None:
         return LocalShard(local, tuple(local.shape), (0,) * local.dim(), sharding.mesh.is_main)
     shape, start = list(local.shape), [0] * local.dim()
-    if (cut := placement.pieces) is not None:
-        shape[cut.dim], start[cut.dim] = cut.rows, cut.start
+    if (shard := placement.shard) is not None:
+        shape[shard.dim], start[shard.dim] = shard.rows, shard.start
     for dim, axis in enumerate(placement.axes):
         start[dim] += axis.index * shape[dim]
         shape[dim] *= axis.size
     return LocalShard(local, tuple(shape), tuple(start), placement.first)
 
 
-def window(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[slice, ...]:
-    """What of a whole tensor of this shape belongs here: one slice per dim, () for all of it."""
+def local_slices(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[slice, ...]:
+    """Return the part of a full tensor of `shape` that this rank holds: one slice per dim, () for
+    all of it."""
     placement = sharding.placements.get(name)
     if placement is None:
         return ()
@@ -51,9 +50,9 @@ def window(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[slice
     for dim, axis in enumerate(placement.axes):
         size[dim] //= axis.size
         start[dim] = axis.index * size[dim]
-    if (cut := placement.pieces) is not None:
-        start[cut.dim] += cut.start
-        size[cut.dim] = cut.length(cut.axis.index)
+    if (shard := placement.shard) is not None:
+        start[shard.dim] += shard.start
+        size[shard.dim] = shard.length(shard.axis.index)
     if tuple(size) == shape:
         return ()
     return tuple(slice(first, first + n) for first, n in zip(start, size, strict=True))

@@ -1,6 +1,16 @@
-"""Which part of a parameter or buffer lies on which rank.
+"""Which part of a parameter or buffer a rank holds.
 
-Every tensor has a global name and a global shape, whatever the mesh; a rank holds a slice of it.
+Every tensor has a global name and a global shape, whatever the mesh. The axes of the mesh give a
+rank a slice of it; FSDP may shard that slice again. `experts.w_in` `[H=4, E=6, …]` on dp=2, hp=2,
+ep=2 as the rank dp=1, hp=0, ep=1 holds it:
+
+    full tensor                    slice by axes (hp, ep)     shard over dp along dim 0
+    E   0 1 2 3 4 5                    3 4 5
+    H 0 · · · x x x    hp=0: H 0 1     x x x    dp=0
+      1 · · · x x x    ep=1: E 3 4 5   x x x    dp=1: H 1         x x x
+      2 · · · · · ·
+      3 · · · · · ·
+    shape [4, 6, …]                [2, 3, …]                  [1, 3, …], start (1, 3, …)
 """
 
 from collections.abc import Iterable
@@ -17,57 +27,53 @@ from headway.parallel.mesh import Axis, Mesh
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How FSDP cuts a slice further: rows of one dim, in equal pieces of which the last may be
-    shorter or empty (`torch.chunk`)."""
+    """How FSDP shards a slice over an axis: rows of one dim in equal shards, of which the last ones
+    may be shorter or empty (as `torch.chunk` does)."""
 
     dim: int
     rows: int
-    """Of the slice, along `dim`."""
+    """Size of the slice along `dim`."""
     axis: Axis
 
     @property
-    def each(self) -> int:
-        """Rows of every piece but the last."""
+    def rows_per_rank(self) -> int:
+        """Rows of every full shard."""
         return -(-self.rows // self.axis.size)
 
     def length(self, index: int) -> int:
-        """Rows of one piece."""
-        return max(0, min(self.each, self.rows - index * self.each))
+        """Return the rows of the shard of rank `index` of the axis."""
+        return max(0, min(self.rows_per_rank, self.rows - index * self.rows_per_rank))
 
     @property
     def start(self) -> int:
-        """First row of this rank's piece."""
-        return min(self.axis.index * self.each, self.rows)
+        """First row of this rank's shard."""
+        return min(self.axis.index * self.rows_per_rank, self.rows)
 
-    def local(self, x: Tensor) -> Tensor:
-        """This rank's piece, a view."""
+    def local_view(self, x: Tensor) -> Tensor:
+        """Return this rank's shard of a slice, a view."""
         return x.narrow(self.dim, self.start, self.length(self.axis.index))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Of one tensor."""
+    """Which part of one tensor this rank holds."""
 
     axes: tuple[Axis, ...]
-    """Dim i is split evenly over axes[i]; further dims are whole."""
+    """Dim i is split evenly over axes[i]; further dims are not split."""
     replicas: Axis
-    """The ranks that hold the same slice; their gradients are added up."""
+    """The ranks that hold the same slice; their gradients are summed."""
     first: bool
     """Whether this rank is the first of them: it counts the slice in global sums."""
-    pieces: ShardSpec | None = None
-    """How FSDP cuts the slice. It then adds up the gradients itself."""
+    shard: ShardSpec | None = None
+    """How FSDP shards the slice, if it does. It then sums the gradients itself."""
 
-    def slice(self, whole: Tensor) -> Tensor:
-        """This rank's slice before FSDP cuts it, a view."""
+    def local_view(self, full: Tensor) -> Tensor:
+        """Return the part of a full tensor that this rank holds, a view."""
+        part = full
         for dim, axis in enumerate(self.axes):
-            each = whole.shape[dim] // axis.size
-            whole = whole.narrow(dim, axis.index * each, each)
-        return whole
-
-    def local(self, whole: Tensor) -> Tensor:
-        """What of a whole tensor lies on this rank, a view."""
-        part = self.slice(whole)
-        return part if self.pieces is None else self.pieces.local(part)
+            size = part.shape[dim] // axis.size
+            part = part.narrow(dim, axis.index * size, size)
+        return part if self.shard is None else self.shard.local_view(part)
 
 
 @dataclass(frozen=True)
@@ -77,45 +83,47 @@ class Sharding:
     mesh: Mesh
     placements: dict[str, Placement]
 
-    def slice(self, name: str, whole: Tensor) -> Tensor:
-        """What of a whole tensor lies here; a view."""
+    def local_view(self, name: str, full: Tensor) -> Tensor:
+        """Return the part of a full tensor that this rank holds, a view."""
         placement = self.placements.get(name)
-        return whole if placement is None else placement.local(whole)
+        return full if placement is None else placement.local_view(full)
 
     def local_heads(self, x: Tensor, layer: MoE) -> Tensor:
-        """Of a statistic of all heads `[H, …]`, that of the heads whose router is here; a scalar as
-        it is."""
+        """Return the rows of a statistic `[H, …]` of all heads for the heads whose router is on
+        this rank; a scalar is returned as it is."""
         H = layer.router.w_HEL.shape[0]
         if not x.dim() or x.shape[0] == H:
             return x
         return x[self.mesh.hp.index * H : (self.mesh.hp.index + 1) * H]
 
 
-def split(model: Transformer, mesh: Mesh) -> Sharding:
-    """Leaves on this rank its slices of a whole model, in place, and says what lies where."""
+def partition(model: Transformer, mesh: Mesh) -> Sharding:
+    """Replace the tensors of a full model by this rank's slices, in place; return their
+    placements. FSDP comes after it (`fsdp.apply_fsdp`)."""
     first = mesh.dp.index == 0
-    whole = Placement((), mesh.world, mesh.rank == 0)
+    replicated = Placement((), mesh.world, mesh.rank == 0)
     experts = Placement((mesh.hp, mesh.ep), mesh.dp, first)
     routers = Placement((mesh.hp,), mesh.routers, mesh.routers.index == 0)
-    placements = {name: whole for name, _ in _tensors(model)}
+    placements = {name: replicated for name, _ in _tensors(model)}
     for prefix, layer in model.named_modules():
         if not isinstance(layer, MoE):
             continue
-        parts: list[tuple[str, nn.Module, Placement]] = [("experts", layer.experts, experts)]
+        sliced: list[tuple[str, nn.Module, Placement]] = [("experts", layer.experts, experts)]
         if mesh.hp.size > 1 and not layer.reads_token:
-            parts.append(("router", layer.router, routers))
-        for part, module, placement in parts:
+            sliced.append(("router", layer.router, routers))
+        for part, module, placement in sliced:
             for name, tensor in _tensors(module):
                 placements[f"{prefix}.{part}.{name}"] = placement
                 with torch.no_grad():
-                    # a copy, so that the memory of the whole is given back
-                    tensor.set_(placement.local(tensor).clone())  # type: ignore[call-overload]
+                    # a copy, so that the memory of the full tensor is freed
+                    local = placement.local_view(tensor).clone()
+                    tensor.set_(local)  # type: ignore[call-overload]
     return Sharding(mesh, placements)
 
 
-def local(x: Tensor) -> Tensor:
-    """What of a tensor lies in this process: all of a plain one, this rank's piece of one that FSDP
-    has cut. It shares memory with `x`."""
+def to_local(x: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds: a plain tensor itself, this rank's shard
+    of a `DTensor`. It shares memory with `x`."""
     return x.to_local().detach() if isinstance(x, DTensor) else x
 
 

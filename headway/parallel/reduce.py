@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headway.model.balance import SUMMED, RouteStats
 from headway.parallel.mesh import Axis, Mesh
-from headway.parallel.placement import Sharding, local
+from headway.parallel.placement import Sharding, to_local
 
 BUCKET = 4 << 20
 """Bytes of gradients that are added up in one message."""
@@ -117,7 +117,7 @@ def _buckets(model: nn.Module, sharding: Sharding) -> list[_Bucket]:
     found: list[_Bucket] = []
     for name, p in reversed(list(model.named_parameters())):
         placement = sharding.placements.get(name)
-        if placement is None or placement.replicas.size == 1 or placement.pieces is not None:
+        if placement is None or placement.replicas.size == 1 or placement.shard is not None:
             continue
         key = (placement.replicas.name, p.dtype)
         bucket = open_.get(key)
@@ -151,7 +151,7 @@ def grad_norm(model: nn.Module, sharding: Sharding) -> Tensor:
     same bits on every rank. 0 without gradients."""
     mesh = sharding.mesh
     mine = [
-        local(p.grad)
+        to_local(p.grad)
         for name, p in model.named_parameters()
         if p.grad is not None and (mesh.size == 1 or sharding.placements[name].first)
     ]

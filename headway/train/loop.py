@@ -23,8 +23,8 @@ from headway.data.validation import ValidationText, validation_text
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.optim.schedule import lr_factor
-from headway.parallel.dispatcher import materialize
 from headway.parallel.mesh import Mesh, launch
+from headway.parallel.parallelize import materialize
 from headway.report.provenance import commit, provenance, versions
 from headway.report.sinks import JsonlSink, NoSink
 from headway.train.allocator import set_allocator

@@ -15,7 +15,7 @@ from headway.kernels.precision import native_bfloat16
 from headway.model.moe import MoE
 from headway.model.router import capacity
 from headway.model.transformer import Transformer
-from headway.parallel.dispatcher import gathers
+from headway.parallel.dispatcher import uses_all_gather
 from headway.plan.cost import training_flops
 from headway.plan.layout import MeshLayout, auto_chunks
 
@@ -96,7 +96,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
 def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]) -> MeshConfig:
     """`headway plan`'s rule. Ranks compare their options before step 0, so that nodes of different
     sizes, which might choose differently, are an error that names mesh.chunks."""
-    scheme = "all_gather" if gathers(mesh, moe.top_k) else "all_to_all"
+    scheme = "all_gather" if uses_all_gather(mesh, moe.top_k) else "all_to_all"
     sharded = mesh.shard == "fsdp"
     sharding = MeshLayout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size))  # torchrun sets it

@@ -25,7 +25,7 @@ from headway.model.moe import MoE
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers
 from headway.optim.schedule import change, steps_before_fall
-from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
+from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 from headway.parallel.straggler import StragglerDetector
 from headway.plan.volume import exchanged
 from headway.report.html import write_report

@@ -12,8 +12,8 @@ from headway.data.batch import Batch
 from headway.model.balance import RouteStats, add_stats, balance_loss, mean_stats, new_bias
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, clip_factor
-from headway.parallel.dispatcher import SINGLE_PROCESS, Parallelism
 from headway.parallel.fsdp import set_gradient_sync
+from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 from headway.parallel.placement import Sharding
 from headway.parallel.reduce import (
     global_stats,

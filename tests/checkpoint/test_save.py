@@ -20,8 +20,8 @@ from headway.checkpoint.checkpoint_dir import CheckpointError, latest
 from headway.checkpoint.tensor_files import TensorFile, TensorReader, plan
 from headway.config import ModelConfig, MoEConfig, OptimConfig, UsageError
 from headway.optim.groups import build_optimizers
-from headway.parallel.dispatcher import SINGLE_PROCESS
-from headway.parallel.local_shards import piece
+from headway.parallel.local_shards import local_shard
+from headway.parallel.parallelize import SINGLE_PROCESS
 
 CONFIG = ModelConfig(vocab_size=64, d_model=128)
 
@@ -102,7 +102,7 @@ def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path):
         "turned": torch.randn(4, 6).T,
         "u": torch.ones(3).byte(),
     }
-    pieces = {name: piece(name, x, SINGLE_PROCESS.sharding) for name, x in tensors.items()}
+    pieces = {name: local_shard(name, x, SINGLE_PROCESS.sharding) for name, x in tensors.items()}
     [file] = plan("model", pieces)
     file.create(tmp_path)
     file.write(tmp_path, pieces)

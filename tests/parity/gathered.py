@@ -1,4 +1,4 @@
-"""Whole tensors from the slices of all ranks."""
+"""Gather full tensors from the parts that all ranks hold."""
 
 from collections.abc import Callable
 
@@ -6,31 +6,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from headway.parallel.dispatcher import Parallelism
 from headway.parallel.mesh import Axis
-from headway.parallel.placement import ShardSpec, local
+from headway.parallel.parallelize import Parallelism
+from headway.parallel.placement import ShardSpec, to_local
 
 
-def whole(
-    slices: dict[str, Tensor], parallelism: Parallelism, owner: Callable[[str], str] = str
+def full_tensors(
+    tensors: dict[str, Tensor], parallelism: Parallelism, parameter: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """Every tensor at its global shape, on every rank; names as they are. Collective.
+    """Return every tensor at its global shape, on every rank, under its name. Collective.
 
-    `owner` gives the parameter in whose place a tensor lies, for optimiser states.
+    `parameter` gives the name of the parameter whose placement a tensor has, for optimiser states.
     """
-    found = {}
-    for name, x in slices.items():
-        x = local(x)
-        placement = parallelism.sharding.placements.get(owner(name))
-        if placement is not None and placement.pieces is not None:
-            x = _join_pieces(x, placement.pieces)
+    full = {}
+    for name, x in tensors.items():
+        x = to_local(x)
+        placement = parallelism.sharding.placements.get(parameter(name))
+        if placement is not None and placement.shard is not None:
+            x = _unshard(x, placement.shard)
         for dim, axis in enumerate(placement.axes if placement else ()):
-            x = _join(x, dim, axis)
-        found[name] = x
-    return found
+            x = _all_gather(x, dim, axis)
+        full[name] = x
+    return full
 
 
-def _join(x: Tensor, dim: int, axis: Axis) -> Tensor:
+def _all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
@@ -38,9 +38,9 @@ def _join(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def _join_pieces(x: Tensor, pieces: ShardSpec) -> Tensor:
-    """The slice that FSDP cut; the last pieces travel filled up."""
-    dim, missing = pieces.dim, pieces.each - x.shape[pieces.dim]
+def _unshard(x: Tensor, shard: ShardSpec) -> Tensor:
+    """Return the slice that FSDP sharded; short shards are padded for the exchange."""
+    dim, missing = shard.dim, shard.rows_per_rank - x.shape[shard.dim]
     if missing:
         x = torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim)
-    return _join(x, dim, pieces.axis).narrow(dim, 0, pieces.rows)
+    return _all_gather(x, dim, shard.axis).narrow(dim, 0, shard.rows)

@@ -7,9 +7,9 @@ import torch
 
 from headway.config import BalanceConfig, MeshConfig, RouterConfig
 from headway.model.transformer import Transformer
-from headway.parallel.dispatcher import materialize, parallelize
-from headway.parallel.placement import local
-from tests.parity.gathered import whole
+from headway.parallel.parallelize import materialize, parallelize
+from headway.parallel.placement import to_local
+from tests.parity.gathered import full_tensors
 from tests.parity.test_parity import heads
 
 NOISY = RouterConfig(noisy=True)
@@ -25,9 +25,10 @@ def start(mesh):
     everything = {n: x.clone() for n, x in reference.state_dict().items()}
     parallelize(reference, mesh)
     mine, theirs = (
-        {name: local(x).clone() for name, x in m.state_dict().items()} for m in (model, reference)
+        {name: to_local(x).clone() for name, x in m.state_dict().items()}
+        for m in (model, reference)
     )
-    return mine, theirs, whole(dict(model.state_dict()), parallelism), everything
+    return mine, theirs, full_tensors(dict(model.state_dict()), parallelism), everything
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from headway.checkpoint.tensor_files import TensorFile
 from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
-from headway.parallel.dispatcher import parallelize
+from headway.parallel.parallelize import parallelize
 from headway.train.interval import SpikeDetector
 from headway.train.progress import Progress
 from headway.train.step import gradient, update

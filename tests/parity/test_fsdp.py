@@ -29,11 +29,11 @@ from headway.eval.bits_per_byte import evaluate
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
-from headway.parallel.dispatcher import parallelize
 from headway.parallel.mesh import fake
-from headway.parallel.placement import local
+from headway.parallel.parallelize import parallelize
+from headway.parallel.placement import to_local
 from headway.train.step import gradient, update
-from tests.parity.gathered import whole
+from tests.parity.gathered import full_tensors
 from tests.parity.test_parity import ROWS, Case, check, close, dense, flat, heads, rows_of
 
 ADAMW = OptimConfig(lr=1e-3, clip=0.5)
@@ -127,15 +127,15 @@ def _story(mesh, config, optim, data, folder, steps):
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
     path = checkpoint.save(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
     for p in model.parameters():
-        local(p).detach().zero_()
+        to_local(p).detach().zero_()
     again, parallelism, optimizers = build(mesh, config, optim)
     checkpoint.load(path, again, optimizers, config, parallelism.sharding)
     owner = checkpoint._parameter_of
     loaded = (
-        whole(dict(again.state_dict()), parallelism),
-        whole(optimizers.tensors(), parallelism, owner=owner),
+        full_tensors(dict(again.state_dict()), parallelism),
+        full_tensors(optimizers.tensors(), parallelism, parameter=owner),
     )
-    held = sum(local(p).numel() for p in again.parameters())
+    held = sum(to_local(p).numel() for p in again.parameters())
     return found, str(path), loaded, held, mesh.traffic.take()
 
 
@@ -209,7 +209,7 @@ def test_a_model_for_512_ranks(kind):
         experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
         parallelism = parallelize(model, mesh)
         optimizers = build_optimizers(model, MUON, torch.bfloat16, parallelism.sharding)
-    here = sum(local(p).numel() for p in model.parameters())
+    here = sum(to_local(p).numel() for p in model.parameters())
     routers = sum(p.numel() for n, p in model.named_parameters() if ".router." in n)
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
     if kind == "fsdp":
@@ -239,8 +239,8 @@ def bits(mesh, config, optim):
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         update(model, optimizers, got, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
-        found.append((got.nats, whole(grads, parallelism)))
-    return found, whole(dict(model.state_dict()), parallelism)
+        found.append((got.nats, full_tensors(grads, parallelism)))
+    return found, full_tensors(dict(model.state_dict()), parallelism)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2), MeshConfig(1, 2), MeshConfig(1, 1, 2)], ids=str)

@@ -7,7 +7,7 @@ from headway.config import MeshConfig
 from headway.model.balance import balance_loss
 from headway.model.transformer import Transformer
 from headway.parallel import reduce
-from headway.parallel.dispatcher import parallelize
+from headway.parallel.parallelize import parallelize
 from headway.parallel.reduce import summed_gradients
 from tests.parity.test_parity import ROWS, close, heads, rows_of
 

@@ -17,9 +17,9 @@ from headway.config import (
 from headway.data.batch import Batch, micro_batches
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor
-from headway.parallel.dispatcher import parallelize
+from headway.parallel.parallelize import parallelize
 from headway.train.step import gradient, update
-from tests.parity.gathered import whole
+from tests.parity.gathered import full_tensors
 
 BOUND = 1e-12
 STEPS = 5
@@ -179,12 +179,12 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
                 "counts": _stack([r.counts_HE for r in got.routes]),
                 "dropped": _stack([r.dropped for r in got.routes]),
                 "entropy": _stack([r.entropy_H for r in got.routes]),
-                "grads": whole(grads, parallelism),
+                "grads": full_tensors(grads, parallelism),
             }
         )
         update(model, optimizers, got, 1.0, case.optim, balance, parallelism)
         optimizers.zero_grad()
-    return found, whole(dict(model.state_dict()), parallelism)
+    return found, full_tensors(dict(model.state_dict()), parallelism)
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from headway.config import MeshConfig, RouterConfig
 from headway.data.batch import Batch, micro_batches
 from headway.model.transformer import Transformer
 from headway.parallel.collectives import AsyncCollective
-from headway.parallel.dispatcher import parallelize
+from headway.parallel.parallelize import parallelize
 from headway.plan import traffic
 from headway.plan.cost import parameters
 from headway.plan.layout import MeshLayout
@@ -188,12 +188,12 @@ PREFIX = {
 def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
     """Weights, gradients and tokens of a step, byte for byte, by axis."""
     mesh = replace(mesh, shard="fsdp")
-    sharding = MeshLayout(
+    layout = MeshLayout(
         mesh.dp, mesh.hp, mesh.ep, "all_gather" if mesh.ep > 1 else None, shard=True
     )
     T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
     want: dict[tuple[str, str], float] = {}
-    for part in sent(model, sharding, T, passes, b, chunks=max(mesh.chunks, 1)):
+    for part in sent(model, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
         purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
         key = (part.axis, "" if part.kind == "tokens" else purpose)
         want[key] = want.get(key, 0) + part.bytes

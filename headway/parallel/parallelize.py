@@ -1,0 +1,57 @@
+"""Put a model on a mesh: which rank holds which part of it, and how its tokens are exchanged."""
+
+from dataclasses import dataclass
+
+import torch
+
+from headway.model.transformer import Transformer
+from headway.parallel.dispatcher import MeshDispatcher, uses_all_gather
+from headway.parallel.fsdp import apply_fsdp
+from headway.parallel.mesh import Mesh
+from headway.parallel.placement import Sharding, partition, to_local
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """A model on a mesh: the placement of its tensors and the exchange of its tokens."""
+
+    sharding: Sharding
+    dispatcher: MeshDispatcher | None
+    """None in a single process."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.sharding.mesh
+
+
+SINGLE_PROCESS = Parallelism(Sharding(Mesh(), {}), None)
+
+
+def parallelize(model: Transformer, mesh: Mesh) -> Parallelism:
+    """Replace the tensors of a full model by the parts that this rank holds, in place."""
+    if mesh.size == 1:
+        return Parallelism(Sharding(mesh, {}), None)
+    config = mesh.config
+    dispatcher = MeshDispatcher(
+        mesh,
+        # 0 is resolved by who knows the nodes (`train.resolve`); elsewhere it means one chunk
+        n_chunks=max(config.chunks, 1),
+        use_all_gather=uses_all_gather(config, model.config.moe.top_k),
+        dedup=config.dedup,
+    )
+    return Parallelism(apply_fsdp(model, partition(model, mesh)), dispatcher)
+
+
+def materialize(model: Transformer, mesh: Mesh, seed: int) -> Parallelism:
+    """Parallelise a full model that was built on the meta device, and give this rank's part the
+    initial values that a single process would draw. At most one full parameter is in memory at a
+    time."""
+    initial = model.initial(seed)
+    parallelism = parallelize(model, mesh)
+    model.to_empty(device=mesh.device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, full in initial:
+            to_local(tensors[name]).copy_(parallelism.sharding.local_view(name, full))
+    return parallelism

@@ -1,8 +1,10 @@
-"""From command line words to a config: tyro does the parsing, and every mistake becomes one line.
+"""From command-line words to dataclasses. tyro parses and makes `--help` from the fields and their
+docstrings; every mistake becomes one line.
 
-tyro makes options and `--help` from dataclasses and the docstrings of their fields; it reports
-mistakes in a box. Here unknown names are found first, so that the message can name the nearest
-option, and other boxes are folded to a line.
+The options of a verb are a frozen dataclass. `train`, `describe` and `plan` also take every leaf of
+the config: `parse_with_config` splits their words into the two, and `override` applies the second
+to a config. Unknown names are looked for before tyro parses, so that the message can name the
+nearest option; what tyro reports in a box is folded to a line.
 """
 
 import contextlib
@@ -10,14 +12,14 @@ import dataclasses
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
 from headway.config import Config, UsageError
-
-T = TypeVar("T")
 
 SHORTHANDS = {
     "--data": "--data.source",
@@ -29,10 +31,27 @@ SHORTHANDS = {
 }
 """Short names of leaves that nearly every command needs; `--mesh hp=2,ep=2` is short for `--mesh.hp
 2 --mesh.ep 2`."""
+HELP = {"--help", "-h"}
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Options of the verbs that start from a recipe."""
+
+    recipe: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")
+    ] = ""
+    """Name of a recipe, or FILE.py:FUNCTION for one of your own."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+T = TypeVar("T")
+R = TypeVar("R", bound=RecipeOptions)
 
 
 def parse(options: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
-    """An instance of the dataclass `options` from `args`, starting from `default`.
+    """Return an instance of the dataclass `options` from `args`, starting from `default`.
 
     Prints help and raises SystemExit(0) for `--help`. Raises UsageError, one line, for everything
     that does not parse.
@@ -50,27 +69,53 @@ def parse(options: type[T], args: Sequence[str], prog: str, default: T | None = 
         raise UsageError(f"{_unboxed(box.getvalue())}; see {prog} --help") from None
 
 
+def parse_with_config(options: type[R], args: Sequence[str], prog: str) -> tuple[R, list[str]]:
+    """Return the options of a verb and the other words, which name leaves of the config.
+
+    A word belongs to the option before it. `--help` prints the verb's options; with a recipe it
+    stays among the other words, so that `override` lists the leaves too.
+    """
+    flags = list(_flags(options))
+    _check_names(args, [*flags, *_config_flags()])
+    verb_words: list[str] = []
+    config_words: list[str] = []
+    words = verb_words
+    for word in args:
+        if word.startswith("--"):
+            words = verb_words if _flag(word) in flags else config_words
+        if word not in HELP:
+            words.append(word)
+    parsed = parse(options, verb_words, prog)
+    if HELP & set(args):
+        with contextlib.suppress(SystemExit):
+            parse(options, ["--help"], prog)
+        print(_config_help(prog))
+        if not parsed.recipe:
+            raise SystemExit(0)
+        config_words.append("--help")
+    return parsed, config_words
+
+
+def load_recipe(verb: str, recipe: str, words: Sequence[str]) -> Config:
+    """Return the config of a recipe with the leaves that `words` name."""
+    from headway import recipes
+
+    if not recipe:
+        raise UsageError(f"{verb} needs a recipe; use {recipe_names()}")
+    return override(recipes.load(recipe), words, f"headway {verb} {recipe}")
+
+
 def override(base: Config, args: Sequence[str], prog: str) -> Config:
-    """`base` with the leaves that `args` name, under their full names or shorthands."""
-    _check_names(args, [*_flags(Config), *SHORTHANDS, "--mesh"])
+    """Return `base` with the leaves that `args` name, under their full names or shorthands."""
+    _check_names(args, _config_flags())
     return parse(Config, list(_long_names(args)), prog, base)
 
 
-def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """(value of `flag VALUE` or `flag=VALUE`, the other words); None when the flag is not there."""
-    for i, word in enumerate(args):
-        if word.startswith(f"{flag}="):
-            return word[len(flag) + 1 :], args[:i] + args[i + 1 :]
-        if word == flag:
-            if i + 1 == len(args) or args[i + 1].startswith("--"):
-                raise UsageError(f"{flag} needs a value, as in `{flag} VALUE`")
-            return args[i + 1], args[:i] + args[i + 2 :]
-    return None, args
+def recipe_names() -> str:
+    """List what a verb takes as its recipe."""
+    from headway.recipes import RECIPES
 
-
-def take_switch(args: list[str], flag: str) -> tuple[bool, list[str]]:
-    """(whether `flag` is there, the other words)."""
-    return flag in args, [word for word in args if word != flag]
+    return f"{', '.join(RECIPES)}, or FILE.py:FUNCTION"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -87,21 +132,40 @@ def print_json(wanted: bool, value: dict[str, Any]) -> None:
         print(json.dumps(value, ensure_ascii=False))
 
 
+def _config_help(prog: str) -> str:
+    short = "\n".join(f"  {short:<20} {leaf}" for short, leaf in SHORTHANDS.items())
+    return (
+        f"recipes: {recipe_names()}\n\n"
+        f"short for\n{short}\n  {'--mesh hp=2,ep=2':<20} --mesh.hp 2 --mesh.ep 2\n\n"
+        f"Every leaf of the config is an option: `{prog} RECIPE --help` lists them.\n"
+    )
+
+
 def _flags(options: Any, prefix: str = "") -> Iterator[str]:
-    """Every option that tyro makes of a dataclass: `--a.b-c`, and `--a.no-b-c` for switches."""
+    """Yield every option that tyro makes of a dataclass: `--a.b-c`, and `--a.no-b-c` for
+    switches."""
     for field in dataclasses.fields(options):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(field.type):
             yield from _flags(field.type, f"{prefix}{name}.")
-        else:
+        elif tyro.conf.Positional not in get_args(field.type):
             yield f"--{prefix}{name}"
             if field.type is bool:
                 yield f"--{prefix}no-{name}"
 
 
+def _config_flags() -> list[str]:
+    return [*_flags(Config), *SHORTHANDS, "--mesh"]
+
+
+def _flag(word: str) -> str:
+    """Return the option of `--a_b=c` as tyro spells it, `--a-b`."""
+    return word.partition("=")[0].replace("_", "-")
+
+
 def _check_names(args: Sequence[str], known: list[str]) -> None:
     for word in args:
-        name = word.partition("=")[0].replace("_", "-")
+        name = _flag(word)
         if word.startswith("--") and name not in ("--", "--help") and name not in known:
             near = nearest(name, known)
             hint = f"did you mean {near}?" if near else "--help lists all options"
@@ -132,8 +196,8 @@ def _mesh(text: str) -> Iterator[str]:
 
 
 def _unboxed(text: str) -> str:
-    """What tyro's box says below its title, as one line. The box is drawn with `│` and `─`, or with
-    dashes alone."""
+    """Return what tyro's box says below its title, as one line. The box is drawn with `│` and `─`,
+    or with dashes alone."""
     paragraphs: list[list[str]] = [[]]
     for line in text.splitlines():
         inside = line.strip("│╰╯ ")
@@ -142,5 +206,12 @@ def _unboxed(text: str) -> str:
         else:
             paragraphs[-1].append(inside)
     body = next((p for p in paragraphs[1:] if p), paragraphs[0])
-    found = " ".join(" ".join(body).split()).rstrip(".")
-    return found[:1].lower() + found[1:]
+    sentence = " ".join(" ".join(body).split()).rstrip(".")
+    if bad := _NO_NUMBER.fullmatch(sentence):
+        flag, kind, value = bad.groups()
+        return f"{flag} {value} is no {'whole ' if kind == 'int' else ''}number"
+    return sentence[:1].lower() + sentence[1:]
+
+
+_NO_NUMBER = re.compile(r"Error parsing (\S+): .* (?:to )?(int|float)\b[^:]*: '?(.*?)'?")
+"""What tyro says of a word that Python's `int` or `float` refuses."""

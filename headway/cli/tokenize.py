@@ -1,4 +1,4 @@
-"""`headway tokenize`: train a tokenizer, or make the token shards that training would make."""
+"""`headway tokenize`: train a tokenizer, or write the token shards that training would write."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Tokenize:
 
 
 def tokenize(args: Sequence[str]) -> int:
-    """`headway tokenize`."""
+    """Run `headway tokenize` and return its exit code."""
     options, default = parse(Tokenize, args, "headway tokenize"), Tokenize()
     others = ("vocab_size", "out") if options.shards else ("tokenizer", "cache_dir", "workers")
     for name in others:
@@ -64,18 +64,18 @@ def _train(data: DataConfig, options: Tokenize) -> int:
     def texts():
         return train_texts(data.source, data.val_fraction, data.skip_bad)
 
-    made = train_bpe(texts(), options.vocab_size, options.out)
+    tokenizer = train_bpe(texts(), options.vocab_size, options.out)
     text = next(texts())[: 1 << 18]
-    ratio = len(text.encode("utf-8")) / max(len(made.encode(text)), 1)
-    print(f"{options.out}: {made.vocab_size:,} ids, {ratio:.2f} bytes per token")
+    ratio = len(text.encode("utf-8")) / max(len(tokenizer.encode(text)), 1)
+    print(f"{options.out}: {tokenizer.vocab_size:,} ids, {ratio:.2f} bytes per token")
     print(f"train with it: headway train RECIPE --data.tokenizer {options.out}")
     print_json(
         options.json,
         {
             "tokenizer": options.out,
-            "vocab_size": made.vocab_size,
+            "vocab_size": tokenizer.vocab_size,
             "bytes_per_token": ratio,
-            "fingerprint": made.fingerprint,
+            "fingerprint": tokenizer.fingerprint,
         },
     )
     return 0
@@ -85,14 +85,14 @@ def _shards(data: DataConfig, json: bool) -> int:
     from headway.data.shards import prepare
     from headway.data.tokenizer import load_tokenizer
 
-    made = prepare(data, load_tokenizer(data.tokenizer), lambda line: print(line, flush=True))
+    dataset = prepare(data, load_tokenizer(data.tokenizer), lambda line: print(line, flush=True))
     print_json(
         json,
         {
-            "shards": [str(source.folder) for source in made.sources],
-            "train_tokens": made.train_tokens,
-            "val_tokens": made.val_tokens,
-            "fingerprint": made.fingerprint,
+            "shards": [str(source.folder) for source in dataset.sources],
+            "train_tokens": dataset.train_tokens,
+            "val_tokens": dataset.val_tokens,
+            "fingerprint": dataset.fingerprint,
         },
     )
     return 0

@@ -11,7 +11,6 @@ from headway.config import (
     RouterConfig,
     RunConfig,
 )
-from headway.model.moe import latent_acc
 
 
 def demo() -> Config:
@@ -62,6 +61,8 @@ def moe() -> Config:
 def latent() -> Config:
     """LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as the
     FLOPs allow."""
+    from headway.model.moe import latent_acc  # which imports PyTorch
+
     n_experts, top_k = latent_acc(32, 8, alpha=2, d_expert=64, d_model=128, activation="swiglu")
     return _sparse(
         "latent",

@@ -261,6 +261,8 @@ def _announce(resolved: Resolved, mesh: Mesh, sizes: Sizes, run_dir: Path, log: 
     """What will run, before step 0."""
     for name, sentence in resolved.derived.items():
         log(f"{name} = {sentence}")
+    for note in resolved.notes:
+        log(f"note: {note}")
     for remark in resolved.remarks:
         log(f"slow: {remark}")
     if resolved.device.type == "cpu":

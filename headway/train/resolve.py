@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig, UsageError
+from headway.config.check import remarks as config_remarks
 from headway.config.check import validate
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.experts import check_float8, choose
@@ -33,6 +34,8 @@ class Resolved:
     """Of Muon's iteration: as the matmuls, but never emulated bfloat16."""
     derived: dict[str, str]
     """Field → the sentence that is printed and kept in run.json."""
+    notes: tuple[str, ...]
+    """What works, and yet is probably not meant; with `run.strict` errors."""
     remarks: tuple[str, ...]
     """Slow or skipped paths; with `run.strict` they are errors."""
 
@@ -42,8 +45,8 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
 
     Raises `UsageError` for values that cannot work, before anything is written.
     """
-    validate(config)
-    derived: dict[str, str] = {}
+    derived = validate(config)
+    notes = config_remarks(config)
     model, data, run = config.model, config.data, config.run
     if not model.vocab_size:
         rounded = -(-vocab_size // 64) * 64
@@ -86,11 +89,11 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
     remarks += _experts(model, mesh, device, dtype, derived)
-    if remarks and run.strict:
-        raise UsageError(f"run.strict: {remarks[0]}")
+    if run.strict and (notes or remarks):
+        raise UsageError(f"run.strict: {[*notes, *remarks][0]}")
     config = dataclasses.replace(config, model=model, data=data, mesh=mesh, run=run)
     iteration = dtype if native_bfloat16(device) else torch.float32
-    return Resolved(config, device, dtype, iteration, derived, remarks)
+    return Resolved(config, device, dtype, iteration, derived, notes, remarks)
 
 
 def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]) -> MeshConfig:

@@ -223,7 +223,7 @@ def test_name_of_a_file_that_is_not_utf8(place, tmp_path):
     assert call("train", "--resume", run, "--steps", 2, "--json").json["steps"] == 2
     assert call("report", run).code == 0
     command = [sys.executable, "-m", "headway", "tokenize", "--shards", "--data", path]
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": root})
     assert done.returncode == 0 and rb"caf\udce9.txt: 1 file" in done.stdout
 

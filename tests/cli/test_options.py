@@ -1,13 +1,20 @@
 """Options: shorthands, overrides of every leaf, and messages in one line."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from headway.cli import main as cli
 from headway.cli import options
-from headway.cli.options import override, take
-from headway.config import Config, leaves
+from headway.cli.options import override, parse_with_config
+from headway.cli.plan import Plan
+from headway.cli.train import Train
+from headway.config import Config, UsageError, leaves
+from headway.plan.machine import MACHINES, NETWORKS
+from headway.plan.traffic import SCHEMES
+from headway.recipes import RECIPES
 
 
 def test_shorthands_name_leaves_that_exist():
@@ -17,7 +24,7 @@ def test_shorthands_name_leaves_that_exist():
 
 
 def test_overrides_reach_their_leaves():
-    made = override(
+    config = override(
         Config(recipe="x"),
         "--model.moe.top-k 7 --model.moe.router.gate sigmoid --model.window 3 0 --data a b --steps 9 --seed=4 "
         "--checkpoint-every 2 --run here --mesh hp=2,ep=4 --model.no-qk-norm --run.compile --model.d_model 64".split(
@@ -25,20 +32,20 @@ def test_overrides_reach_their_leaves():
         ),
         "headway train x",
     )
-    assert made.model.moe.top_k == 7 and made.model.moe.router.gate == "sigmoid"
-    assert made.model.window == (3, 0) and made.data.source == ("a", "b")
-    assert (made.optim.steps, made.run.seed, made.run.checkpoint_every, made.run.dir) == (
+    assert config.model.moe.top_k == 7 and config.model.moe.router.gate == "sigmoid"
+    assert config.model.window == (3, 0) and config.data.source == ("a", "b")
+    assert (config.optim.steps, config.run.seed, config.run.checkpoint_every, config.run.dir) == (
         9,
         4,
         2,
         "here",
     )
-    assert (made.mesh.dp, made.mesh.hp, made.mesh.ep) == (1, 2, 4)
-    assert not made.model.qk_norm and made.run.compile and made.model.d_model == 64
+    assert (config.mesh.dp, config.mesh.hp, config.mesh.ep) == (1, 2, 4)
+    assert not config.model.qk_norm and config.run.compile and config.model.d_model == 64
     untouched = replace(
-        Config(recipe="x"), model=made.model, data=made.data, optim=made.optim, run=made.run
+        Config(recipe="x"), model=config.model, data=config.data, optim=config.optim, run=config.run
     )
-    assert replace(untouched, mesh=made.mesh) == made
+    assert replace(untouched, mesh=config.mesh) == config
 
 
 def test_every_leaf_is_an_option(capsys):
@@ -49,10 +56,40 @@ def test_every_leaf_is_an_option(capsys):
         assert f"--{head}.{tail}" in text if head else f"--{tail}" in text
 
 
-def test_take():
-    assert take(["a", "--resume", "x", "b"], "--resume") == ("x", ["a", "b"])
-    assert take(["--resume=x"], "--resume") == ("x", [])
-    assert take(["a"], "--resume") == (None, ["a"])
+def test_words_of_a_verb_are_told_from_those_of_the_config():
+    words = "x --json --data a b --resume=r --steps 9 --overwrite".split()
+    options, rest = parse_with_config(Train, words, "headway train")
+    assert options == Train(recipe="x", json=True, resume="r", overwrite=True)
+    assert rest == ["--data", "a", "b", "--steps", "9"]
+    options, rest = parse_with_config(Plan, "--gpus 4 x --gpus_per_node 2".split(), "headway plan")
+    assert (options.recipe, options.gpus, options.gpus_per_node, rest) == ("x", "4", 2, [])
+    with pytest.raises(UsageError, match="unknown option --gpus; --help"):
+        parse_with_config(Train, ["x", "--gpus", "4"], "headway train")
+
+
+def test_help_names_what_can_be_given(capsys):
+    """Machines, networks and schemes of `plan`, recipes and short names of all three verbs."""
+    for verb in ("train", "plan", "describe"):
+        assert cli.main([verb, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        named = [*RECIPES, *options.SHORTHANDS, "--json"]
+        if verb == "plan":
+            named += [*MACHINES, *NETWORKS, *SCHEMES]
+        assert [name for name in named if name not in text] == []
+        assert cli.main([verb, "demo", "--help"]) == 0  # the leaves with the recipe's values
+        assert "--model.moe.n-experts INT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", ["--help", "train --help", "plan --help", "train dmo", "report"])
+def test_what_needs_no_pytorch_does_not_import_it(args):
+    program = f"""
+import sys
+from headway.cli import main as cli
+cli.main({args.split()!r})
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

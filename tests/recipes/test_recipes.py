@@ -18,7 +18,7 @@ def test_recipes_are_valid_and_named(name):
     config = load(name)
     assert config.recipe == name
     validate(config)
-    assert remarks(config) == []
+    assert remarks(config) == ()
     assert f"def {name}(" in source(name)
     assert RECIPES[name].__doc__
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headway.config import (
+    BalanceConfig,
     Config,
     DataConfig,
     MeshConfig,
@@ -15,6 +16,7 @@ from headway.config import (
     RunConfig,
     UsageError,
 )
+from headway.config.check import validate
 from headway.kernels.precision import native_bfloat16
 from headway.model.transformer import Transformer
 from headway.train.resolve import (
@@ -34,8 +36,11 @@ def test_open_values_are_filled_in_and_explained():
     assert done.config.run.checkpoint_every == 5  # a crash costs no more than what was evaluated
     assert done.derived["run.eval_every"] == "5: a tenth of 57 steps"
     assert done.dtype == (torch.bfloat16 if native_bfloat16(done.device) else torch.float32)
+    config_values = validate(config)
+    assert config_values and done.derived.items() >= config_values.items()
     again = resolve(done.config, 257)
-    assert again.config == done.config and set(again.derived) - {"kernels"} == {"run.dtype"}
+    assert again.config == done.config
+    assert set(again.derived) - {*config_values, "kernels"} == {"run.dtype"}
 
 
 def test_the_capacity_is_that_of_a_sequence(monkeypatch):
@@ -107,6 +112,14 @@ def _changed(**parts):
 def test_values_that_cannot_work_are_refused(config, words):
     with pytest.raises(UsageError, match=words):
         resolve(config, 257)
+
+
+def test_remarks_on_the_config_are_notes_and_errors_when_strict():
+    both = ModelConfig(moe=MoEConfig(balance=BalanceConfig(bias="sign", aux=0.01)))
+    (note,) = resolve(_changed(model=both), 257).notes
+    assert "aux=0.01 both even out the load" in note
+    with pytest.raises(UsageError, match="run.strict: model.moe.balance.bias=sign and aux=0.01"):
+        resolve(_changed(model=both, run=RunConfig(device="cpu", strict=True)), 257)
 
 
 @pytest.mark.skipif(native_bfloat16(torch.device("cpu")), reason="this CPU multiplies bfloat16")

@@ -1,0 +1,72 @@
+"""`headway sample`: text from a trained model."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headway.cli import trained
+from headway.cli.options import parse, print_json
+from headway.config import UsageError
+
+
+@dataclass(frozen=True)
+class Sample(trained.TrainedOptions):
+    """Text from a trained model, streamed as it is written."""
+
+    prompt: str = ""
+    """Where the text starts; empty starts a document."""
+    tokens: int = 200
+    """Most tokens to write; fewer when the document ends."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token each time."""
+    top_k: int = 50
+    """Draw from the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Then from the smallest set whose probability reaches p; 1 keeps all."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
+def sample(args: Sequence[str]) -> int:
+    """Run `headway sample RUN` and return its exit code."""
+    options = parse(Sample, args, "headway sample")
+
+    from headway.eval.sampling import check_sampling, generate
+
+    check_sampling(options.temperature, options.top_k, options.top_p)
+    if options.tokens < 1:
+        raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
+    model = trained.load(options)
+    if factor := model.config.model.moe.capacity_factor:
+        print(
+            f"note: trained with model.moe.capacity_factor={factor}; sampling drops no token",
+            file=sys.stderr,
+        )
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    show(options.prompt)
+    text = generate(
+        model.model,
+        model.tokenizer,
+        options.prompt,
+        options.tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        on_token=show,
+    )
+    print()
+    print_json(
+        options.json,
+        {
+            "prompt": options.prompt,
+            "text": text,
+            "tokens": len(model.tokenizer.encode(text)),
+            "seed": options.seed,
+            **trained.facts(model),
+        },
+    )
+    return 0

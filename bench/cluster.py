@@ -40,7 +40,7 @@ from bench.cluster_report import (
 )
 from bench.hosts import Hosts, Workers, address, hosts
 from headway.config import MeshConfig
-from headway.plan.link import Curve, curve
+from headway.plan.link import Curve, parse_curve
 
 UNLIMITED = 0.0
 WEAK_K = 4
@@ -125,7 +125,7 @@ class Cluster:
         found = self._all(
             "curves", sizes=self.size.collectives, repeats=3, overlap_cost=overlap_cost
         )
-        return [curve(values) for values in found[0]["curves"]]
+        return [parse_curve(values) for values in found[0]["curves"]]
 
     def _all(self, do: str, **arguments: Any) -> list[dict]:
         return self.workers.ask([{"do": do, **arguments} for _ in range(HOSTS)])

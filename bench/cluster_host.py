@@ -28,8 +28,8 @@ from headway.config import (
 )
 from headway.data.batch import Batch
 from headway.kernels.precision import native_bfloat16
-from headway.measure.links import curves
-from headway.measure.rates import rates
+from headway.measure.links import measure_curves
+from headway.measure.rates import measure_rates
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, build_optimizers
 from headway.parallel.mesh import Mesh, place
@@ -148,7 +148,7 @@ class Host:
             case "step":
                 return self.step(**command)
             case "rates":
-                return rates(CPU, **command)
+                return measure_rates(CPU, **command)
             case "curves":
                 return self.curves(**command)
             case other:
@@ -222,9 +222,11 @@ class Host:
 
     def curves(self, sizes: list[int], repeats: int, overlap_cost: bool) -> dict:
         """Plain collectives and nothing else, among all hosts and among pairs of them."""
-        found = curves(CPU, self.world, False, sizes, repeats, overlap_cost=overlap_cost)
+        found = measure_curves(CPU, self.world, False, sizes, repeats, overlap_cost=overlap_cost)
         if self.pair is not None:
-            found += curves(CPU, 2, False, sizes, repeats, self.pair, overlap_cost=overlap_cost)
+            found += measure_curves(
+                CPU, 2, False, sizes, repeats, self.pair, overlap_cost=overlap_cost
+            )
         return {"curves": [dataclasses.asdict(curve) for curve in found]}
 
     def _batch(self, step: int, size: Size) -> Batch:

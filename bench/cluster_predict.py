@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from bench.cluster_host import OPTIM, Size, share_of
 from bench.cluster_report import Case
 from headway.config import Config, DataConfig, ModelConfig
-from headway.plan.choose import plan
-from headway.plan.link import Curve, curve
+from headway.plan.choose import rank_meshes
+from headway.plan.link import Curve, parse_curve
 from headway.plan.machine import MACHINES, Machine
 from headway.plan.time import Setting
 
@@ -35,7 +35,9 @@ def with_predictions(rows: list[dict], cases: Iterable[Case], size: Size) -> lis
     by_key = {(c.name, c.k): c for c in cases}
     rates = next(r for r in rows if r["bench"] == "rates")
     alone = {(r["name"], r["k"], r["mbit"]): r["step_ms"] for r in rows if r["bench"] == "alone"}
-    network = {r["mbit"]: [curve(c) for c in r["curves"]] for r in rows if r["bench"] == "network"}
+    network = {
+        r["mbit"]: [parse_curve(c) for c in r["curves"]] for r in rows if r["bench"] == "network"
+    }
     found = []
     for row in rows:
         if row["bench"] == "sweep":
@@ -75,7 +77,7 @@ def scaled(machine: Machine, model: ModelConfig, size: Size, width: int, ms: flo
     """The machine on which the one-process step of a case takes `ms`."""
     config = _config(share_of(model, HOSTS), size, 1)
     setting = Setting(config, machine, bytes_per_value=width)
-    factor = ms / (1000 * plan(setting, 1)["meshes"][0]["step_seconds"])
+    factor = ms / (1000 * rank_meshes(setting, 1)["meshes"][0]["step_seconds"])
     return dataclasses.replace(
         machine,
         peak=machine.peak / factor,
@@ -96,7 +98,7 @@ def predicted(
     wanted = (mesh.dp, mesh.hp, mesh.ep, "replicate")
     row = next(
         r
-        for r in plan(setting, ranks, scheme)["meshes"]
+        for r in rank_meshes(setting, ranks, scheme)["meshes"]
         if (r["dp"], r["hp"], r["ep"], r["replicas"]) == wanted
     )
     return {name: 1000 * seconds for name, seconds in row["seconds"].items()}

@@ -13,7 +13,7 @@ from bench import common
 from bench.cluster_host import Size
 from bench.shapes import parameters
 from headway.config import MeshConfig, ModelConfig
-from headway.plan.traffic import traffic
+from headway.plan.traffic import traffic_per_token
 
 BEST = "the best EP"
 
@@ -101,7 +101,7 @@ def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
 
 
 def _formula(case: Case, ranks: int, width: int, scheme: str) -> float:
-    return next(i.value for i in traffic(case.model, ranks, width) if i.name == scheme)
+    return next(i.value for i in traffic_per_token(case.model, ranks, width) if i.name == scheme)
 
 
 def sweep_row(

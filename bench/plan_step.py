@@ -23,10 +23,10 @@ from bench import common
 from headway import recipes
 from headway.config import Config
 from headway.data.tokenizer import load_tokenizer
-from headway.measure.rates import measure
-from headway.plan.choose import plan
+from headway.measure.rates import measure_machine
+from headway.plan.choose import rank_meshes
 from headway.plan.describe import with_vocab
-from headway.plan.machine import read
+from headway.plan.machine import read_machine
 from headway.plan.time import Setting
 
 RECIPES = ("demo", "moe", "latent", "multi_head_latent", "dense", "cpu_step")
@@ -34,10 +34,10 @@ RECIPES = ("demo", "moe", "latent", "multi_head_latent", "dense", "cpu_step")
 
 def predicted(config: Config, file: Path) -> dict:
     """The one mesh of one process."""
-    machine = read(str(file))
+    machine = read_machine(str(file))
     config = with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
     setting = Setting(config, machine, bytes_per_value=2 if machine.dtype == "bfloat16" else 4)
-    return plan(setting, 1)["meshes"][0]
+    return rank_meshes(setting, 1)["meshes"][0]
 
 
 def measured(recipe: str, steps: int, folder: Path, options: list[str]) -> list[float]:
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for i in range(args.repetitions):
             file = Path(place) / f"machine-{i}.json"
-            measure(file, seconds=args.seconds)
+            measure_machine(file, seconds=args.seconds)
             for row in rows:
                 name = row["recipe"]
                 found = predicted(recipes.load(name), file)

@@ -29,6 +29,6 @@ def describe(args: Sequence[str]) -> int:
     derived = validate(config)
     config = formulas.with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
     costs = formulas.describe(config, options.P, 2 if config.run.dtype == "bfloat16" else 4)
-    print(formulas.render(costs, config, derived))
+    print(formulas.format_description(costs, config, derived))
     print_json(options.json, costs)
     return 0

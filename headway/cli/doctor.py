@@ -24,9 +24,9 @@ def doctor(args: Sequence[str]) -> int:
     """Run `headway doctor` and return its exit code."""
     options = parse(Doctor, args, "headway doctor")
     if options.measure:
-        from headway.measure.rates import measure
+        from headway.measure.rates import measure_machine
 
-        rates = measure(Path(options.measure), lambda line: print(line, flush=True))
+        rates = measure_machine(Path(options.measure), lambda line: print(line, flush=True))
         if os.environ.get("RANK", "0") == "0":
             print(f"{options.measure}: use it with `headway plan RECIPE --gpus N --machine FILE`")
             print_json(options.json, rates)

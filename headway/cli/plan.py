@@ -56,9 +56,9 @@ def plan(args: Sequence[str]) -> int:
 
     from headway.config.check import validate
     from headway.data.tokenizer import load_tokenizer
-    from headway.plan.choose import plan as choose
+    from headway.plan.choose import rank_meshes
     from headway.plan.describe import with_vocab
-    from headway.plan.table import render
+    from headway.plan.table import format_plan
     from headway.plan.time import Setting
     from headway.plan.traffic import SCHEMES
 
@@ -82,17 +82,17 @@ def plan(args: Sequence[str]) -> int:
         chunks,
         options.imbalance,
     )
-    table = choose(setting, _count("--gpus", options.gpus), options.scheme)
-    print(render(table))
-    print_json(options.json, table)
-    return 0 if table["best"] else 1
+    ranking = rank_meshes(setting, _count("--gpus", options.gpus), options.scheme)
+    print(format_plan(ranking))
+    print_json(options.json, ranking)
+    return 0 if ranking["best"] else 1
 
 
 def _machine(options: Plan) -> Machine:
     if options.machine:
-        machine = machines.read(options.machine, options.gpu)
+        machine = machines.read_machine(options.machine, options.gpu)
     else:
-        machine = machines.named(options.gpu or "h100")
+        machine = machines.machine_named(options.gpu or "h100")
     return machines.with_network(machine, options.network) if options.network else machine
 
 

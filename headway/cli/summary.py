@@ -7,7 +7,7 @@ from headway.checkpoint.run_folder import resume_command
 from headway.config import Config
 from headway.plan.describe import with_vocab
 from headway.plan.shape import shape_of
-from headway.plan.traffic import traffic
+from headway.plan.traffic import traffic_per_token
 from headway.report.sinks import read_metrics
 
 MOST_RANKS = 8
@@ -72,7 +72,7 @@ def _traffic(config: Config) -> str:
     model = with_vocab(config).model
     shape = shape_of(model)
     ranks = min(MOST_RANKS, shape.H) if shape.H > 1 else MOST_RANKS
-    sent = {i.name: i.value * shape.n_sparse for i in traffic(model, ranks)}
+    sent = {i.name: i.value * shape.n_sparse for i in traffic_per_token(model, ranks)}
     whole = sent["Expert Parallel"]
     once = sent["Expert Parallel, one copy per rank"]
     text = f"Expert Parallel {whole:,.0f} bytes ({once:,.0f} with one copy per rank)"

@@ -22,7 +22,7 @@ LEAST = 5e-3
 """Seconds of the work beside an exchange, at least."""
 
 
-def curves(
+def measure_curves(
     device: torch.device,
     ranks: int,
     inside: bool,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from headway.config import BalanceConfig, RouterConfig, UsageError
 from headway.kernels.attention import attention
 from headway.kernels.precision import native_bfloat16
-from headway.measure.links import curves, two_numbers
+from headway.measure.links import measure_curves, two_numbers
 from headway.model.experts import Experts
 from headway.model.router import Router
 from headway.plan.cost import mean_keys
@@ -29,7 +29,9 @@ from headway.report.provenance import provenance
 Show = Callable[[str], None]
 
 
-def measure(path: Path, show: Show = lambda text: None, seconds: float = 0.5) -> dict[str, Any]:
+def measure_machine(
+    path: Path, show: Show = lambda text: None, seconds: float = 0.5
+) -> dict[str, Any]:
     """Measures, writes the machine file and returns what it holds; `seconds` per number.
 
     `show` is called with a line after each number, on rank 0 alone. Raises UsageError where the
@@ -70,7 +72,7 @@ def _all(
         details[key] = {"value": value, "unit": unit, "what": what}
         show(f"{key:<22} {value:>12,.4g} {unit:<8} {what}")
 
-    measured = rates(device, seconds, note)
+    measured = measure_rates(device, seconds, note)
     if big:
         measured["memory"] = float(torch.cuda.mem_get_info(device)[0])
         note("memory", measured["memory"] / 1e9, "GB", "free on the device")
@@ -82,7 +84,7 @@ def _all(
         sizes = [1 << n for n in ((12, 20, 24, 28) if big else (12, 18, 20, 22, 23))]
         repeats = max(3, min(50, int(50 * seconds)))
         inside = ranks == local
-        found = curves(device, ranks, inside, sizes, repeats, overlap_cost=inside)
+        found = measure_curves(device, ranks, inside, sizes, repeats, overlap_cost=inside)
         bandwidth, latency = two_numbers(found[0])
         measured["intra_node" if inside else "inter_node"] = bandwidth
         measured["latency"] = latency
@@ -109,7 +111,7 @@ def _all(
 Note = Callable[[str, float, str, str], None]
 
 
-def rates(
+def measure_rates(
     device: torch.device,
     seconds: float,
     note: Note = lambda key, value, unit, what: None,

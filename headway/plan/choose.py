@@ -1,7 +1,7 @@
 """`headway plan`: every mesh of N ranks for a recipe and a machine, ranked by predicted step time.
 
-A mesh that cannot run the model gets a reason; one that does not fit in memory comes last, with
-both numbers of bytes.
+A mesh that cannot run the model gets a reason; one that does not fit in memory is listed last, with
+the bytes it needs and the bytes there are.
 """
 
 from collections.abc import Iterator
@@ -24,19 +24,19 @@ from headway.plan.layout import (
 from headway.plan.machine import NUMBERS
 from headway.plan.rank_memory import memory
 from headway.plan.shape import total
-from headway.plan.time import Setting, seconds, work
+from headway.plan.time import Setting, step_flops, step_seconds
 from headway.plan.traffic import Scheme, payload_bytes
-from headway.plan.volume import ep_totals, sent
+from headway.plan.volume import comm_volumes, ep_totals
 
 SchemeChoice = Literal["auto", "all_to_all", "all_to_all_per_slot", "all_gather"]
 _AXES: tuple[AxisName, ...] = ("hp", "ep", "dp", "routers", "world")
 
 
-def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[str, Any]:
-    """Everything that `headway plan` shows, JSON-ready.
+def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[str, Any]:
+    """Return everything that `headway plan` shows, JSON-ready; the fastest mesh comes first.
 
-    `scheme` of the ep axis: `auto` lists the all-to-all that sends fewer bytes and the all-gather
-    beside each other. Raises UsageError where no mesh of N ranks can run, whatever its axes.
+    `scheme` of the ep axis: `auto` lists both the all-gather and the all-to-all that sends fewer
+    bytes. Raises UsageError where no mesh of N ranks can run, whatever its axes.
     """
     config = setting.config
     if n_ranks < 1:
@@ -84,7 +84,7 @@ def plan(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -> dict[
 def _variants(
     setting: Setting, mesh: MeshLayout, micro: int, passes: int, wanted: SchemeChoice
 ) -> Iterator[MeshLayout]:
-    """With the schemes of an ep axis, and with replicas or sharded."""
+    """Yield the mesh with each scheme of its ep axis, replicated and sharded."""
     schemes: list[Scheme | None] = [None]
     if mesh.ep > 1 and wanted == "auto":
         sizes = _by_scheme(setting, mesh, micro, passes)
@@ -117,7 +117,7 @@ def _row(
     n_tokens = micro * passes * config.data.seq_len
     uneven = setting.imbalance if layout.ep > 1 else 1.0
     held = memory(config, layout, micro, b, uneven)
-    wires = sent(
+    volumes = comm_volumes(
         config.model,
         layout,
         n_tokens,
@@ -127,10 +127,10 @@ def _row(
         chunks=setting.chunks_on(layout),
         imbalance=uneven,
     )
-    parts = seconds(setting, layout, n_tokens, passes, held, wires)
-    flops = work(config, n_tokens)
+    parts = step_seconds(setting, layout, n_tokens, passes, held, volumes)
+    flops = step_flops(config, n_tokens)
     done = [flops[name] for name in ("matmuls", "attention scores", "experts")]
-    for group, items in (("memory", held), ("bytes_sent", wires), ("seconds", parts)):
+    for group, items in (("memory", held), ("bytes_sent", volumes), ("seconds", parts)):
         formulas.setdefault(group, {}).update({i.name: i.formula for i in items})
     formulas.setdefault("flops", {}).update({i.name: i.formula for i in done})
     bytes_held, step = round(total(held)), total(parts)
@@ -159,9 +159,9 @@ def _row(
         "parameters_held": round(total(held_parameters(config.model, layout))),
         "flops": {i.name: round(i.value) for i in done},
         "flops_total": round(sum(i.value for i in done)),
-        "bytes_sent": {w.name: round(w.bytes) for w in wires},
-        "bytes_sent_total": round(sum(w.bytes for w in wires)),
-        "messages": {w.name: w.messages for w in wires},
+        "bytes_sent": {w.name: round(w.bytes) for w in volumes},
+        "bytes_sent_total": round(sum(w.bytes for w in volumes)),
+        "messages": {w.name: w.messages for w in volumes},
         "ep_bytes_by_scheme": {name: round(value) for name, value in by_scheme.items()},
         "links": {
             axis: "within a node" if layout.in_one_node(axis, setting.per_node) else "between nodes"

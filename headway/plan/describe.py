@@ -1,5 +1,4 @@
-"""The text and the numbers of `headway describe`: what a config costs, each line with its
-formula."""
+"""`headway describe`: what a config costs, as numbers and as text, each line with its formula."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,16 +7,16 @@ from headway.config import Config, UsageError
 from headway.plan.cost import active_parameters, flops, parameters, training_flops
 from headway.plan.memory import activations, states
 from headway.plan.shape import Item, shape_of, total
-from headway.plan.traffic import traffic
+from headway.plan.traffic import traffic_per_token
 
 TYPICAL_VOCAB = 320
-"""Of the byte tokenizer, 257 rounded up to a multiple of 64; used when neither config nor caller
-names one."""
+"""The byte tokenizer's 257 rounded up to a multiple of 64; used when neither config nor caller
+names a size."""
 
 
 def with_vocab(config: Config, vocab_size: int = 0) -> Config:
-    """The config with a vocabulary: its own, else `vocab_size` rounded up to a multiple of 64, else
-    bytes."""
+    """Return the config with a vocabulary: its own, else `vocab_size` rounded up to a multiple of
+    64, else that of bytes."""
     if config.model.vocab_size:
         return config
     rounded = -(-vocab_size // 64) * 64 or TYPICAL_VOCAB
@@ -25,8 +24,8 @@ def with_vocab(config: Config, vocab_size: int = 0) -> Config:
 
 
 def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict[str, Any]:
-    """All costs of a valid config, JSON-ready: groups of `{name: {value, formula}}` and their
-    totals.
+    """Return all costs of a valid config, JSON-ready: groups of `{name: {value, formula}}` and
+    their totals.
 
     `bytes_per_value` is of the matmuls: 4 for float32, 2 for bfloat16. Traffic is always that of
     bfloat16.
@@ -35,7 +34,7 @@ def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict
         raise UsageError(f"--P {n_ranks} ranks send nothing; use 2 or more")
     model, data = config.model, config.data
     micro = data.micro_batch_size or data.batch_size
-    kept = activations(
+    activation_items = activations(
         model,
         micro,
         data.seq_len,
@@ -48,11 +47,11 @@ def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict
         "active_parameters": active_parameters(model),
         "flops_per_token_forward": flops(model, data.seq_len),
         "state_bytes": states(config),
-        "activation_bytes": kept,
+        "activation_bytes": activation_items,
     }
     totals = {name: round(total(items)) for name, items in groups.items()}
     totals["flops_per_token_training"] = round(training_flops(model, data.seq_len))
-    sent = traffic(model, n_ranks)
+    sent = traffic_per_token(model, n_ranks)
     return {
         "recipe": config.recipe,
         "model": summary(config),
@@ -65,7 +64,7 @@ def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict
 
 
 def summary(config: Config) -> str:
-    """One line on the architecture."""
+    """Return one line on the architecture."""
     m, s = config.model, shape_of(config.model)
     text = f"{s.n_layers} layers, D {s.D}, V {s.V}, "
     text += f"{s.N} attention heads ({s.M} key/value) of width {s.d}"
@@ -83,10 +82,10 @@ def summary(config: Config) -> str:
     return text
 
 
-def render(found: dict[str, Any], config: Config, derived: dict[str, str]) -> str:
-    """`describe` as text for people."""
+def format_description(costs: dict[str, Any], config: Config, derived: dict[str, str]) -> str:
+    """Format the result of `describe` as text for people."""
     micro = config.data.micro_batch_size or config.data.batch_size
-    lines = [f"{found['recipe'] or 'config'}: {found['model']}"]
+    lines = [f"{costs['recipe'] or 'config'}: {costs['model']}"]
     lines += [f"  {name} = {sentence}" for name, sentence in derived.items()]
     headings = {
         "parameters": "parameters",
@@ -96,10 +95,10 @@ def render(found: dict[str, Any], config: Config, derived: dict[str, str]) -> st
         "activation_bytes": f"bytes kept for backward, {micro} × {config.data.seq_len} tokens",
     }
     for name, heading in headings.items():
-        lines += ["", f"{heading}: {found[name]:,}{_unit(name, found[name])}"]
-        lines += _rows(found["items"][name])
-    ranks = found["traffic_ranks"]
-    sent = found["items"]["traffic_bytes_per_token_and_layer"]
+        lines += ["", f"{heading}: {costs[name]:,}{_unit(name, costs[name])}"]
+        lines += _rows(costs["items"][name])
+    ranks = costs["traffic_ranks"]
+    sent = costs["items"]["traffic_bytes_per_token_and_layer"]
     if sent:
         lines += ["", f"bytes sent per token and sparse layer in training, P = {ranks}, bfloat16:"]
         lines += _rows(sent)

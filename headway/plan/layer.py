@@ -1,9 +1,9 @@
-"""One sparse layer on a mesh, as `plan.pipeline` wants it: seconds of its stages and exchanges.
+"""Seconds of the stages and exchanges of one sparse layer on a mesh, for `plan.overlap`.
 
-Rows are copied around an exchange: gathered into the order of the ranks, packed with their indices
-and gates, unpacked, summed. Counted from `parallel/head.py`, `parallel/expert.py` and
-`parallel/collectives.py`, in bytes read and written per value of b bytes; rows that stay at home
-are copied too.
+Tokens are copied around an exchange: permuted into the order of the ranks, packed with their
+indices and gates, unpacked, summed. The table counts `parallel/head.py`, `parallel/expert.py` and
+`parallel/collectives.py` in bytes read and written per value of b bytes; local tokens are copied
+too.
 
 | exchange | before it: forward, backward | after it: forward, backward |
 |---|---|---|
@@ -16,9 +16,9 @@ are copied too.
 | dispatch, all-gather | 2b, 0 | 2b, b + 4 |
 | combine, all-gather | 0, 0 | b + 4, 0 |
 
-Backward of what stands before an exchange happens after the gradient's exchange, and the other way
-round. Sums are in float32. The rows of an all-gather are those that are received, but for its 2b
-before, which are of a rank's own.
+In backward, what precedes an exchange in forward follows the gradient's exchange, and the other
+way round. Sums are in float32. An all-gather counts the received tokens, but for its 2b before,
+which are a rank's local ones.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from headway.plan.link import Link, Rates
 from headway.plan.machine import Machine
 from headway.plan.overlap import Kind, Layer, Message, Work, exposed, program
 from headway.plan.shape import shape_of
-from headway.plan.volume import exchanges
+from headway.plan.volume import layer_exchanges
 
 _KINDS: tuple[tuple[AxisName, Kind, Kind], ...] = (
     ("hp", "scatter", "gather"),
@@ -39,17 +39,18 @@ _KINDS: tuple[tuple[AxisName, Kind, Kind], ...] = (
 )
 
 
-class Costs(NamedTuple):
-    """Seconds of one sparse layer and pass beside the work that one process would do."""
+class ExchangeCosts(NamedTuple):
+    """Seconds of one sparse layer and pass beyond the work of a single process."""
 
     copies: float
     hp: float
-    """Exposed on the hp axis."""
+    """Exposed communication on the hp axis."""
     ep: float
+    """Exposed communication on the ep axis."""
 
 
-def link(machine: Machine, layout: MeshLayout, axis: AxisName, per_node: int) -> Link:
-    """How the ranks of an axis are connected."""
+def axis_link(machine: Machine, layout: MeshLayout, axis: AxisName, per_node: int) -> Link:
+    """Return how the ranks of an axis are connected."""
     inside = layout.in_one_node(axis, per_node)
     within = Rates(machine.intra_node, machine.latency)
     between = Rates(machine.inter_node, machine.latency)
@@ -63,7 +64,7 @@ def link(machine: Machine, layout: MeshLayout, axis: AxisName, per_node: int) ->
     )
 
 
-def costs(
+def exchange_costs(
     config: Config,
     machine: Machine,
     layout: MeshLayout,
@@ -73,34 +74,36 @@ def costs(
     per_node: int,
     bytes_per_value: int,
     imbalance: float,
-) -> Costs:
-    """Args:
-    n_tokens: T, of this rank in a pass.
-    imbalance: rows of the busiest rank of an ep axis over the mean.
+) -> ExchangeCosts:
+    """Return what the exchanges of one sparse layer cost in a pass.
+
+    Args:
+        n_tokens: T, of this rank in a pass.
+        imbalance: permuted tokens of the most loaded rank of an ep axis over the mean.
     """
     copied = _copies(config, machine, layout, n_tokens, bytes_per_value)
     layer = stages(config, machine, layout, n_tokens, bytes_per_value, imbalance, copied)
-    there: dict[Kind, Message] = {}
-    back: dict[Kind, Message] = {}
+    forward: dict[Kind, Message] = {}
+    backward: dict[Kind, Message] = {}
     on_wire = t.payload_bytes(config.mesh, bytes_per_value)
-    found = exchanges(config.model, layout, n_tokens, on_wire)
-    for axis, out, home in _KINDS:
-        if axis not in found:
+    volumes = layer_exchanges(config.model, layout, n_tokens, on_wire)
+    for axis, out, back in _KINDS:
+        if axis not in volumes:
             continue
-        way, trips = link(machine, layout, axis, per_node), found[axis]
+        link, sent = axis_link(machine, layout, axis, per_node), volumes[axis]
         uneven = imbalance if axis == "ep" and layout.scheme != "all_gather" else 1.0
-        there[out] = _message(axis, way, trips.dispatch / chunks, uneven)
-        there[home] = _message(axis, way, trips.combine / chunks, uneven)
-        back[home] = _message(axis, way, trips.combine_backward / chunks, uneven)
-        back[out] = _message(axis, way, trips.dispatch_backward / chunks, uneven)
+        forward[out] = _message(axis, link, sent.dispatch / chunks, uneven)
+        forward[back] = _message(axis, link, sent.combine / chunks, uneven)
+        backward[back] = _message(axis, link, sent.combine_backward / chunks, uneven)
+        backward[out] = _message(axis, link, sent.dispatch_backward / chunks, uneven)
     counted = layout.ep > 1 and layout.scheme != "all_gather"
     counts = Message("ep", 0.0)
     if counted:
-        way = link(machine, layout, "ep", per_node)
-        counts = Message("ep", way.exchange(t.count_bytes(layout.ep)))
-    waits = exposed(program(layer, chunks, counted), there, back, counts)
+        link = axis_link(machine, layout, "ep", per_node)
+        counts = Message("ep", link.exchange(t.count_bytes(layout.ep)))
+    waits = exposed(program(layer, chunks, counted), forward, backward, counts)
     extra = sum(w.forward + w.backward for w in (*copied[0].values(), *copied[1].values()))
-    return Costs(extra, waits.get("hp", 0.0), waits.get("ep", 0.0))
+    return ExchangeCosts(extra, waits.get("hp", 0.0), waits.get("ep", 0.0))
 
 
 def stages(
@@ -112,8 +115,8 @@ def stages(
     imbalance: float,
     copied: tuple[dict[Kind, Work], dict[Kind, Work]] = ({}, {}),
 ) -> Layer:
-    """The layer's own work, each stage at the rate of its matmuls; backward is twice forward, and
-    more with `recompute`."""
+    """Return the seconds of the layer's stages, each at the rate of its matmuls; backward is twice
+    forward, and more with `recompute`."""
     s = shape_of(config.model)
     forward = {item.name: item.value for item in flops(config.model, config.data.seq_len)}
     matmul = machine.rate("matmul", b, s.D)
@@ -132,24 +135,25 @@ def stages(
         shared=work("shared experts"),
         experts=Work(experts, (2 + again) * experts),
         merge=work("latent projections", 0.5),
-        departing=copied[0],
-        arriving=copied[1],
+        copies_before=copied[0],
+        copies_after=copied[1],
         early_route=config.model.moe.reads_token,
     )
 
 
-def _message(axis: str, way: Link, n_bytes: float, uneven: float) -> Message:
-    """Between steps of a computation an exchange takes the processor's time at least, also where
-    nothing is computed beside it."""
-    busiest, work = n_bytes * uneven, way.work(n_bytes)
-    seconds = max(way.exchange(n_bytes, busiest), work)
-    return Message(axis, seconds, way.together(n_bytes, busiest), work / seconds)
+def _message(axis: str, link: Link, n_bytes: float, uneven: float) -> Message:
+    """Return an exchange of `n_bytes`; between steps of a computation it takes at least the
+    processor's time, even where nothing overlaps it."""
+    busiest, work = n_bytes * uneven, link.work(n_bytes)
+    seconds = max(link.exchange(n_bytes, busiest), work)
+    return Message(axis, seconds, link.concurrent_speed(n_bytes, busiest), work / seconds)
 
 
 def _copies(
     config: Config, machine: Machine, layout: MeshLayout, n_tokens: int, b: int
 ) -> tuple[dict[Kind, Work], dict[Kind, Work]]:
-    """Before and after each exchange: bytes of the table above over the speed of rows."""
+    """Return the work before and after each exchange: bytes of the table above over the bandwidth
+    of permuted tokens."""
     s = shape_of(config.model)
     speed = machine.memory_bandwidth * machine.rows_efficiency
     before: dict[Kind, Work] = {}

@@ -1,7 +1,7 @@
-"""Where the parts of a model lie: every mesh of N ranks, why some cannot run, what a rank holds.
+"""Placement of a model: every mesh of N ranks, why some cannot run it, what a rank holds.
 
-Rank r stands at dp = r // (HP·EP), hp = r // EP % HP, ep = r % EP. The batch is split over all
-ranks, so each has its own T = batch_size·seq_len / N tokens of a step.
+Rank r has the coordinates dp = r // (HP·EP), hp = r // EP % HP, ep = r % EP. The batch is split
+over all ranks: T = batch_size·seq_len / N tokens of a step on each.
 
 | parameters | split over | replicated over |
 |---|---|---|
@@ -10,7 +10,7 @@ ranks, so each has its own T = batch_size·seq_len / N tokens of a step.
 | everything else | | all N ranks |
 
 With `shard` (FSDP) weights, gradients and optimiser state of all but norms and routers are also
-split over the ranks that replicate them otherwise, and the weights are gathered where they are
+sharded over the ranks that replicate them otherwise, and the weights are gathered where they are
 used.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headway.config import Config, ModelConfig, UsageError
+from headway.config.bounds import alternatives, divisors
 from headway.plan.cost import parameters
 from headway.plan.shape import Item, shape_of
 from headway.plan.traffic import Scheme
@@ -28,7 +29,7 @@ AxisName = Literal["dp", "hp", "ep", "routers", "world"]
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """A mesh, how sub-tokens travel on its `ep` axis, and whether replicas are sharded."""
+    """A mesh, the exchange on its `ep` axis, and whether replicas are sharded."""
 
     dp: int = 1
     hp: int = 1
@@ -42,7 +43,7 @@ class MeshLayout:
         return self.dp * self.hp * self.ep
 
     def size(self, axis: AxisName) -> int:
-        """Ranks of an axis; `routers` are those that hold the same heads, dp × ep."""
+        """Return the ranks of an axis; `routers` are those that hold the same heads, dp × ep."""
         return {
             "dp": self.dp,
             "hp": self.hp,
@@ -52,8 +53,8 @@ class MeshLayout:
         }[axis]
 
     def in_one_node(self, axis: AxisName, per_node: int) -> bool:
-        """Whether every group of the axis lies in one node of `per_node` ranks: the block of
-        consecutive ranks that it spans must divide the node."""
+        """Return whether every group of the axis is within one node of `per_node` ranks: the block
+        of consecutive ranks that it spans must divide the node."""
         span = {"ep": self.ep, "hp": self.hp * self.ep}.get(axis, self.ranks)
         return self.ranks <= per_node or per_node % span == 0
 
@@ -63,43 +64,44 @@ class MeshLayout:
 
 @dataclass(frozen=True)
 class Share:
-    """Parameters of one rank that are replicated over the same axis."""
+    """How parameters that are replicated over the same axis are divided among ranks."""
 
     name: Literal["replicated", "embedding and head", "norms and routers", "routers", "experts"]
     axis: AxisName
     """The ranks that hold the same ones."""
     parts: int
-    """The pieces that all such parameters are cut into: hp for routers, hp·ep for experts."""
+    """Shards of all such parameters: hp for routers, hp·ep for experts."""
     gathers: int = 0
-    """With FSDP: how often a forward and backward pass gathers them; 0 where they stay whole."""
+    """How often FSDP gathers them in a forward and backward pass; 0 where they are replicated."""
 
 
 def shares(model: ModelConfig, layout: MeshLayout) -> dict[str, Share]:
-    """Group of `cost.parameters` → how it is split."""
-    cut = layout.shard
-    split = {"experts": Share("experts", "dp", layout.hp * layout.ep, 2 if cut else 0)}
-    if cut:
+    """Return group of `cost.parameters` → how it is divided among ranks."""
+    sharded = layout.shard
+    split = {"experts": Share("experts", "dp", layout.hp * layout.ep, 2 if sharded else 0)}
+    if sharded:
         split["norms"] = split["routers"] = Share("norms and routers", "world", 1)
         split["embedding and output head"] = Share("embedding and head", "world", 1, 1)
     if layout.hp > 1 and not model.moe.reads_token:
         split["routers"] = Share("routers", "routers", layout.hp)
-    rest = Share("replicated", "world", 1, 2 if cut else 0)
+    rest = Share("replicated", "world", 1, 2 if sharded else 0)
     return {item.name: split.get(item.name, rest) for item in parameters(model)}
 
 
 def used_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
-    """What one rank computes with, in groups."""
+    """Return the parameters that one rank computes with, in groups."""
     by_name = shares(model, layout)
-    found = []
+    items = []
     for item in parameters(model):
         parts = by_name[item.name].parts
-        cut = {"experts": " / (hp·ep)", "routers": " / hp"}.get(item.name, "") if parts > 1 else ""
-        found.append(Item(item.name, item.value / parts, f"({item.formula}){cut}"))
-    return tuple(found)
+        over = {"experts": " / (hp·ep)", "routers": " / hp"}.get(item.name, "") if parts > 1 else ""
+        items.append(Item(item.name, item.value / parts, f"({item.formula}){over}"))
+    return tuple(items)
 
 
 def held_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
-    """What one rank stores: the same, or with `shard` its piece of it."""
+    """Return the parameters that one rank stores: those it uses, or with `shard` its shard of
+    them."""
     if not layout.shard:
         return used_parameters(model, layout)
     by_name = shares(model, layout)
@@ -117,45 +119,48 @@ def held_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
 
 
 def meshes(n_ranks: int) -> Iterator[MeshLayout]:
-    """Every dp × hp × ep of N ranks, legal or not."""
-    for hp in _divisors(n_ranks):
-        for ep in _divisors(n_ranks // hp):
+    """Yield every dp × hp × ep of N ranks, legal or not."""
+    for hp in divisors(n_ranks):
+        for ep in divisors(n_ranks // hp):
             yield MeshLayout(n_ranks // (hp * ep), hp, ep)
 
 
 def illegal(model: ModelConfig, layout: MeshLayout) -> str:
-    """Why a mesh cannot run the model, in a line; empty where it can."""
+    """Return why a mesh cannot run the model, in a line; empty where it can."""
     s, moe = shape_of(model), model.moe
     if layout.hp > 1 and (moe.kind != "multi_head_latent" or not s.n_sparse):
         kind = moe.kind if s.n_sparse else "dense"
         return f"hp needs multi_head_latent: hp={layout.hp} and kind={kind}"
     if s.H % layout.hp:
-        return f"hp={layout.hp} does not divide n_heads={s.H}; use hp={_list(_divisors(s.H))}"
+        return f"hp={layout.hp} does not divide n_heads={s.H}; use hp={alternatives(divisors(s.H))}"
     if layout.ep > 1 and not s.n_sparse:
         return f"ep needs experts: ep={layout.ep} and every layer is dense; use ep=1"
     if s.E % layout.ep:
-        return f"ep={layout.ep} does not divide n_experts={s.E}; use ep={_list(_divisors(s.E))}"
+        return (
+            f"ep={layout.ep} does not divide n_experts={s.E}; use ep={alternatives(divisors(s.E))}"
+        )
     return ""
 
 
 def auto_chunks(layout: MeshLayout, per_node: int) -> tuple[int, str]:
-    """What `mesh.chunks=0` becomes, and why: 2 where sub-tokens follow the router to other nodes.
-    Most of a step is travel then. Heads gain on slow links what they lose on fast ones
-    (docs/cluster.md), and within a node two small exchanges cost more than they hide."""
+    """Return what `mesh.chunks=0` becomes, and why: 2 where sub-tokens are dispatched to experts on
+    other nodes, since most of a step is then communication. Head Parallel gains on slow links what
+    it loses on fast ones (docs/cluster.md), and within a node two small exchanges cost more than
+    they hide."""
     if layout.ep == 1:
         return 1, "no ep axis"
     if layout.scheme == "all_gather":
-        return 1, f"ep={layout.ep} travels by all-gather"
+        return 1, f"ep={layout.ep} uses all-gather"
     if layout.in_one_node("ep", per_node):
-        return 1, f"ep={layout.ep} lies within a node"
+        return 1, f"ep={layout.ep} is within a node"
     if layout.shard and layout.dp > 1:
         return 1, "fsdp would gather the experts once per chunk"
-    return 2, f"ep={layout.ep} spans nodes: one half travels while the other is computed"
+    return 2, f"ep={layout.ep} spans nodes: one half is sent while the other is computed"
 
 
 def micro_batch(config: Config, n_ranks: int) -> tuple[int, int]:
-    """(sequences of a forward pass, forward passes of a step) of one rank: the largest divisor of
-    batch_size / N that is at most data.micro_batch_size.
+    """Return (sequences of a forward pass, forward passes of a step) of one rank: the largest
+    divisor of batch_size / N that is at most data.micro_batch_size, and the passes it needs.
 
     Raises UsageError where N ranks cannot share the batch, which no mesh of them can change.
     """
@@ -164,21 +169,9 @@ def micro_batch(config: Config, n_ranks: int) -> tuple[int, int]:
         near = -(-batch // n_ranks) * n_ranks
         raise UsageError(
             f"data.batch_size={batch} does not divide among --gpus {n_ranks}; "
-            f"use --data.batch-size {near}, or --gpus {_list(_divisors(batch))}"
+            f"use --data.batch-size {near}, or --gpus {alternatives(divisors(batch))}"
         )
-    own = batch // n_ranks
-    most = min(config.data.micro_batch_size or own, own)
-    micro = max(d for d in _divisors(own) if d <= most)
-    return micro, own // micro
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _list(numbers: list[int], most: int = 8) -> str:
-    """`1, 2, 4 or 8`."""
-    names = [str(n) for n in numbers]
-    if len(names) > most:
-        return f"{', '.join(names[:most])}, …"
-    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    sequences = batch // n_ranks
+    most = min(config.data.micro_batch_size or sequences, sequences)
+    micro = max(d for d in divisors(sequences) if d <= most)
+    return micro, sequences // micro

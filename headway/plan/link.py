@@ -1,10 +1,10 @@
 """Seconds of a collective on one axis of a mesh: two numbers of a machine, or what was measured.
 
-An exchange (all-to-all) of n bytes that leave a rank takes n / bandwidth + latency·(P−1), a ring
-(all-reduce) n / bandwidth + latency·2·(P−1). Where `headway doctor --measure` has measured
-collectives of several sizes, their times are interpolated instead: small messages pass at another
-rate than large ones (switches and token buckets let bursts through, TCP loses more of a long
-exchange). What an exchange costs the processor beside which it travels is measured on its own.
+An all-to-all in which a rank sends n bytes takes n / bandwidth + latency·(P−1), a ring all-reduce n
+/ bandwidth + latency·2·(P−1). Where `headway doctor --measure` has measured collectives of several
+sizes, their times are interpolated instead, because small messages reach another rate than large
+ones (switches and token buckets let bursts through, TCP loses more of a long exchange). The time
+that an exchange takes from a processor that computes meanwhile is measured separately.
 """
 
 import itertools
@@ -24,14 +24,15 @@ class Curve:
     collective: Collective
     ranks: int
     inside: bool
-    """Whether all of them were in one node."""
+    """Whether all ranks were in one node."""
     at_once: int
-    """Collectives that were under way at the same time."""
+    """Collectives in flight at the same time."""
     points: tuple[tuple[float, float], ...]
-    """(bytes that leave a rank, seconds) of all of them together, by bytes."""
+    """(bytes that a rank sends, seconds) of all `at_once` collectives together, by bytes."""
 
     def seconds(self, n_bytes: float) -> float:
-        """Straight lines between the points and beyond the last; the first point is the least."""
+        """Interpolate linearly between the points and beyond the last; below the first point the
+        time is that of the first."""
         points = self.points
         if n_bytes <= points[0][0] or len(points) == 1:
             return points[0][1]
@@ -40,8 +41,9 @@ class Curve:
         return t0 + (t1 - t0) * (n_bytes - n0) / (n1 - n0)
 
 
-def curve(values: dict[str, Any]) -> Curve:
-    """Of a machine file. ValueError, TypeError or KeyError where it is none."""
+def parse_curve(values: dict[str, Any]) -> Curve:
+    """Return the curve of a machine file. Raises ValueError, TypeError or KeyError for damaged
+    values."""
     points = tuple((float(n), float(t)) for n, t in values["points"])
     rising = all(a[0] < b[0] for a, b in itertools.pairwise(points))
     if not points or not rising or any(t <= 0 for _, t in points):
@@ -59,7 +61,7 @@ class Rates(NamedTuple):
     """Two numbers in place of curves."""
 
     bandwidth: float
-    """Bytes/s that leave a rank."""
+    """Bytes/s that a rank sends."""
     latency: float
     """Seconds per message."""
 
@@ -70,17 +72,17 @@ class Link:
 
     ranks: int
     inside: bool
-    """Whether every group of the axis lies in one node."""
+    """Whether every group of the axis is within one node."""
     rates: Rates
     within: Rates
-    """The same within a node."""
+    """Rates between ranks of one node."""
     curves: Sequence[Curve] = ()
     cpu_driven: bool = False
-    """Whether the processor that computes moves the bytes too (gloo), and no engine of its own."""
+    """Whether the processor that computes also moves the bytes (gloo), instead of a DMA engine."""
 
     def exchange(self, n_bytes: float, busiest: float = 0.0) -> float:
-        """An all-to-all in which `n_bytes` leave a rank on average, and through the fullest link,
-        in one of its directions, `busiest`."""
+        """Return the seconds of an all-to-all in which a rank sends `n_bytes` on average and the
+        most loaded link carries `busiest` bytes in one direction."""
         curve = self._curve("all_to_all", 1)
         if curve is not None:
             return self._measured(curve, n_bytes, busiest)
@@ -88,43 +90,45 @@ class Link:
         return most / self.rates.bandwidth + (self.ranks - 1) * self.rates.latency
 
     def work(self, n_bytes: float) -> float:
-        """Of the processor, for such an exchange: what was measured within a node, where no link
-        limits it; else all of its time there where the processor moves the bytes, and none where
-        engines do."""
-        alone = Link(self.ranks, True, self.within, self.within, self.curves)
-        curve = alone._curve("overlap_cost", 1)
+        """Return the seconds that such an exchange takes from the processor: as measured within a
+        node, where no link limits it; else its whole duration within a node where the processor
+        moves the bytes, and 0 where DMA engines do."""
+        curve = self._within_node._curve("overlap_cost", 1)
         if curve is not None:
             return curve.seconds(n_bytes)
-        return alone.exchange(n_bytes) if self.cpu_driven else 0.0
+        return self._within_node.exchange(n_bytes) if self.cpu_driven else 0.0
 
-    def together(self, n_bytes: float, busiest: float = 0.0) -> float:
-        """How fast each of two such exchanges goes that are under way at once, over the speed of
-        one alone; 0 where nothing was measured: then they take turns."""
+    def concurrent_speed(self, n_bytes: float, busiest: float = 0.0) -> float:
+        """Return the speed of each of two concurrent exchanges over that of a single one; 0 where
+        this was not measured: exchanges are then serialised."""
         curve = self._curve("all_to_all", 2)
         if curve is None:
             return 0.0
         return self.exchange(n_bytes, busiest) / self._measured(curve, 2 * n_bytes, 2 * busiest)
 
     def ring(self, n_bytes: float) -> float:
-        """An all-reduce in which `n_bytes` leave a rank."""
+        """Return the seconds of an all-reduce in which a rank sends `n_bytes`."""
         curve = self._curve("all_reduce", 1)
         if curve is not None:
             return curve.seconds(n_bytes)
         return n_bytes / self.rates.bandwidth + 2 * (self.ranks - 1) * self.rates.latency
 
     def ring_work(self, n_bytes: float) -> float:
-        """Of the processor, for an all-reduce: all of its time within a node where the processor
-        moves the bytes."""
-        alone = Link(self.ranks, True, self.within, self.within, self.curves)
-        return alone.ring(n_bytes) if self.cpu_driven else 0.0
+        """Return the seconds that an all-reduce takes from the processor: its whole duration within
+        a node where the processor moves the bytes, else 0."""
+        return self._within_node.ring(n_bytes) if self.cpu_driven else 0.0
+
+    @property
+    def _within_node(self) -> "Link":
+        return Link(self.ranks, True, self.within, self.within, self.curves)
 
     def _measured(self, curve: Curve, n_bytes: float, busiest: float) -> float:
-        """Where the load is uneven one link is full, and what crosses it has it for itself."""
+        """Interpolate; with uneven load, the most loaded link serves a single transfer."""
         even = curve.seconds(n_bytes)
         return max(even, self.ring(busiest)) if busiest > n_bytes else even
 
     def _curve(self, collective: Collective, at_once: int) -> Curve | None:
-        """The one that was measured on the most similar number of ranks."""
+        """Return the curve that was measured on the most similar number of ranks."""
         fitting = [
             c
             for c in self.curves

@@ -1,4 +1,4 @@
-"""What one rank of a cluster can do: public numbers of vendors, assumptions, or measurements.
+"""Rates of one rank of a cluster: public numbers of vendors, assumptions, or measurements.
 
 Rates are per rank and in one direction. A number is `vendor` (a data sheet), `assumed` (nobody
 measured it) or `measured` (`headway doctor --measure FILE` on the machine itself).
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from headway.config import UsageError
-from headway.plan.link import Curve, curve
+from headway.plan.link import Curve, parse_curve
 
 Origin = Literal["vendor", "assumed", "measured", "given"]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank: its arithmetic, its memory, and its share of the network."""
+    """One rank: its FLOP/s, its memory, and its share of the network."""
 
     name: str
     peak: float
@@ -29,42 +29,42 @@ class Machine:
     memory_bandwidth: float
     """Bytes/s, read and written bytes together."""
     intra_node: float
-    """Bytes/s that leave a rank for others of its node."""
+    """Bytes/s that a rank sends to others of its node."""
     inter_node: float
-    """Bytes/s that leave a rank for other nodes."""
+    """Bytes/s that a rank sends to other nodes."""
     latency: float
     """Seconds per message of a collective, whatever its size."""
     efficiency: float = 0.6
     """Share of the peak that matmuls of a model of D ≥ 1024 reach."""
     narrow_efficiency: float = 0.3
-    """The same where D < 1024."""
+    """Share of the peak that matmuls reach where D < 1024."""
     experts_efficiency: float = 0.4
     """Share of the peak that the experts reach, forward and backward."""
     attention_efficiency: float = 0.4
-    """Share of the peak that attention reaches, forward and backward, on what causality leaves."""
+    """Share of the peak that attention reaches, forward and backward, on causal pairs."""
     rows_efficiency: float = 0.5
-    """Share of the memory's bandwidth at which rows are gathered, weighed and summed around an
-    exchange, forward and backward."""
+    """Share of the memory's bandwidth at which permuted tokens are gathered, weighted and summed
+    around an exchange, forward and backward."""
     origin: dict[str, Origin] = field(default_factory=dict)
     """Field → where its number comes from; see `origin_of`."""
     dtype: Literal["", "float32", "bfloat16"] = ""
-    """Of the matmuls that were measured; empty where nothing was."""
+    """Dtype of the measured matmuls; empty where nothing was measured."""
     curves: tuple[Curve, ...] = ()
-    """Collectives that were measured; they count more than bandwidth and latency."""
+    """Measured collectives; they take precedence over bandwidth and latency."""
     cpu_driven: bool = False
-    """Whether the processor that computes moves the bytes of an exchange too: gloo on CPUs. On GPUs
-    copy engines and network cards do."""
+    """Whether the processor that computes also moves the bytes of an exchange: gloo on CPUs. On
+    GPUs copy engines and network cards do."""
     oversubscription: float = 1.0
-    """Ranks per core that they share, as emulated hosts do; 1 where each has its own."""
+    """Ranks per core where ranks share cores, as emulated hosts do; else 1."""
 
     def origin_of(self, name: str) -> Origin:
-        """Where a number comes from."""
+        """Return where a number comes from."""
         return self.origin.get(name, "assumed" if name in _ASSUMED else "vendor")
 
     def rate(
         self, kind: Literal["matmul", "experts", "attention"], bytes_per_value: int, d_model: int
     ) -> float:
-        """FLOP/s that are reached: the peak of the dtype times the share of it."""
+        """Return the achieved FLOP/s: the peak of the dtype times the share of it."""
         share = {
             "matmul": self.efficiency if d_model >= WIDE else self.narrow_efficiency,
             "experts": self.experts_efficiency,
@@ -73,12 +73,12 @@ class Machine:
         return share * self.peak_of(bytes_per_value)
 
     def uneven(self, imbalance: float) -> float:
-        """By how much the busiest rank's experts take longer than the mean; on shared cores the
-        others leave theirs to it."""
+        """Return the slowdown of the most loaded rank's experts; with oversubscribed cores idle
+        ranks free theirs."""
         return max(imbalance / self.oversubscription, 1.0)
 
     def peak_of(self, bytes_per_value: int) -> float:
-        """FLOP/s of matmuls in the dtype: 2 bytes bfloat16, 4 bytes float32."""
+        """Return the peak FLOP/s of matmuls in bfloat16 (2 bytes per value) or float32 (4)."""
         return self.peak if bytes_per_value == 2 else self.peak_float32
 
 
@@ -102,19 +102,65 @@ _GUESSED: dict[str, Origin] = dict.fromkeys(NUMBERS, "assumed")
 MACHINES: dict[str, Machine] = {
     # NVIDIA H100 data sheet, SXM: 989 TFLOP/s bfloat16 without sparsity, 67 float32, 80 GB HBM3 at
     # 3.35 TB/s, NVLink 900 GB/s both ways.
-    "h100": Machine("H100 SXM", 989e12, 67e12, 80e9, 3.35e12, 450e9, _NDR, 5e-6),
+    "h100": Machine(
+        "H100 SXM",
+        peak=989e12,
+        peak_float32=67e12,
+        memory=80e9,
+        memory_bandwidth=3.35e12,
+        intra_node=450e9,
+        inter_node=_NDR,
+        latency=5e-6,
+    ),
     # NVIDIA H200 data sheet, SXM: arithmetic and NVLink of the H100, 141 GB HBM3e at 4.8 TB/s.
-    "h200": Machine("H200 SXM", 989e12, 67e12, 141e9, 4.8e12, 450e9, _NDR, 5e-6),
+    "h200": Machine(
+        "H200 SXM",
+        peak=989e12,
+        peak_float32=67e12,
+        memory=141e9,
+        memory_bandwidth=4.8e12,
+        intra_node=450e9,
+        inter_node=_NDR,
+        latency=5e-6,
+    ),
     # NVIDIA HGX B200 data sheet, an eighth of it: 2.25 PFLOP/s bfloat16 without sparsity, 75
     # TFLOP/s float32, 180 GB (of 192) at 8 TB/s, NVLink 5 with 1.8 TB/s both ways.
-    "b200": Machine("B200", 2.25e15, 75e12, 180e9, 8e12, 900e9, _NDR, 5e-6),
+    "b200": Machine(
+        "B200",
+        peak=2.25e15,
+        peak_float32=75e12,
+        memory=180e9,
+        memory_bandwidth=8e12,
+        intra_node=900e9,
+        inter_node=_NDR,
+        latency=5e-6,
+    ),
     # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s bfloat16, 19.5 float32, 2.0 TB/s, NVLink 600
     # GB/s both ways. (A DGX A100 has 200 Gbit/s per GPU: --network hdr.)
-    "a100": Machine("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, _NDR, 5e-6),
-    # Nobody's data sheet: a process with a few cores, gloo within a machine, 10 Gbit/s between.
+    "a100": Machine(
+        "A100 SXM 80 GB",
+        peak=312e12,
+        peak_float32=19.5e12,
+        memory=80e9,
+        memory_bandwidth=2.0e12,
+        intra_node=300e9,
+        inter_node=_NDR,
+        latency=5e-6,
+    ),
+    # Assumed: a process with a few cores, gloo within a machine, 10 Gbit/s between machines.
     "cpu": Machine(
         "a CPU process",
-        *(1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3),
+        peak=1e11,
+        peak_float32=1e11,
+        memory=16e9,
+        memory_bandwidth=2e10,
+        intra_node=2e9,
+        inter_node=1.25e9,
+        latency=5e-5,
+        efficiency=1.0,
+        narrow_efficiency=0.8,
+        experts_efficiency=0.5,
+        attention_efficiency=0.3,
         origin=_GUESSED,
         cpu_driven=True,
     ),
@@ -126,8 +172,8 @@ NETWORKS = {"10gbe": 10, "25gbe": 25, "100gbe": 100, "edr": 100, "hdr": 200, "nd
 """Preset of `--network` → Gbit/s per rank and direction: Ethernet, and InfiniBand by generation."""
 
 
-def named(name: str) -> Machine:
-    """The machine of `--gpu`. Raises UsageError for an unknown one."""
+def machine_named(name: str) -> Machine:
+    """Return the machine of `--gpu`. Raises UsageError for an unknown name."""
     machine = MACHINES.get(name.lower())
     if machine is None:
         raise UsageError(f"--gpu {name} is unknown; use {', '.join(MACHINES)}, or --machine FILE")
@@ -135,7 +181,7 @@ def named(name: str) -> Machine:
 
 
 def with_network(machine: Machine, network: str) -> Machine:
-    """The machine with another network between nodes: Gbit/s per rank, or a preset."""
+    """Return the machine with another network between nodes: Gbit/s per rank, or a preset."""
     gbit: float | None = NETWORKS.get(network.lower())
     if gbit is None:
         try:
@@ -152,20 +198,20 @@ def with_network(machine: Machine, network: str) -> Machine:
     return replace(machine, inter_node=gbit * 1e9 / 8, origin=origin, curves=inside)
 
 
-def read(path: str, gpu: str = "") -> Machine:
-    """The machine that `headway doctor --measure` wrote to a file: what was measured there, and the
-    rest from the table, as `gpu` or the file says.
+def read_machine(path: str, gpu: str = "") -> Machine:
+    """Return the machine of a file that `headway doctor --measure` wrote: its measured numbers, and
+    the others from the table's entry that `gpu` or the file names.
 
-    Raises UsageError for a file that is none, or numbers that are not above 0.
+    Raises UsageError for a file of another kind, or numbers that are not above 0.
     """
     again = f"make one with `headway doctor --measure {path}`"
     try:
-        found = json.loads(Path(path).read_text("utf-8"))
+        content = json.loads(Path(path).read_text("utf-8"))
     except OSError:
         raise UsageError(f"--machine {path}: there is no such file; {again}") from None
     except ValueError:
         raise UsageError(f"--machine {path} is no JSON; {again}") from None
-    measured = found.get("measured") if isinstance(found, dict) else None
+    measured = content.get("measured") if isinstance(content, dict) else None
     if not isinstance(measured, dict):
         raise UsageError(f"--machine {path} has no `measured`; {again}")
     for name, value in measured.items():
@@ -174,17 +220,17 @@ def read(path: str, gpu: str = "") -> Machine:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value < float("inf"):
             raise UsageError(f"--machine {path}: {name}={value!r} is not above 0; {again}")
-    dtype = found.get("dtype", "")
+    dtype = content.get("dtype", "")
     if dtype not in ("", "float32", "bfloat16"):
         raise UsageError(f"--machine {path}: dtype={dtype!r} is neither float32 nor bfloat16")
     try:
-        curves = tuple(curve(c) for c in found.get("curves", []))
+        curves = tuple(parse_curve(c) for c in content.get("curves", []))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--machine {path}: its curves are damaged ({error}); {again}") from None
-    base = named(gpu or str(found.get("based_on", "cpu")))
+    base = machine_named(gpu or str(content.get("based_on", "cpu")))
     origin: dict[str, Origin] = {name: base.origin_of(name) for name in NUMBERS}
     origin |= dict.fromkeys(measured, "measured")
     numbers = {name: float(value) for name, value in measured.items()}
-    name = str(found.get("name") or base.name)
+    name = str(content.get("name") or base.name)
     more = {"name": name, "origin": origin, "dtype": dtype, "curves": curves}
     return replace(base, **{**numbers, **more})

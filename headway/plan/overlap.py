@@ -1,13 +1,18 @@
-"""What overlaps in a sparse layer: a simulation of one rank that computes and exchanges.
+"""Overlap in a sparse layer: a simulation of one rank that computes and exchanges.
 
-The program of a rank is that of `model.moe.MoE.forward` with `ranks`: leg after leg, each chunk
-after chunk. An exchange starts where the code starts it and is waited for where the code waits, so
-overlap is found, not assumed; backward is the program in reverse. Two resources:
+The program of a rank is that of `model.moe.MoE.forward` with a dispatcher: the chunks take turns,
+each runs to its next exchange. An exchange starts and is waited for where the code does so, so
+overlap is simulated, not assumed; backward is the program in reverse. With two chunks:
 
-- the processor, which works or waits. Where it moves the bytes itself (gloo), exchanges under way
-  take their share of its time;
-- the network. Exchanges take turns, or where two at once were measured share it at that speed. The
-  exchange of counts waits in the same queue, and the host waits for it.
+    processor  route 0 │ route 1 │ experts 0      │ experts 1      │ merge 0 │ merge 1
+    network            │ dispatch 0 │ dispatch 1  │ combine 0      │ combine 1 │
+
+There are two resources:
+
+- the processor, which computes or waits. Where it moves the bytes itself (gloo), exchanges in
+  flight take their share of its time;
+- the network. Exchanges are serialised, or share it at the measured speed of two concurrent ones.
+  The exchange of counts waits in the same queue, and the host waits for it.
 """
 
 from collections import defaultdict
@@ -26,16 +31,16 @@ class Message:
 
     axis: str
     seconds: float
-    """Alone."""
-    together: float = 0.0
-    """Speed of each of two at once; 0: they take turns."""
+    """Duration with nothing else in flight."""
+    concurrent_speed: float = 0.0
+    """Relative speed of each of two concurrent exchanges; 0: they are serialised."""
     share: float = 0.0
-    """Of the processor's time, while it is under way alone."""
+    """Share of the processor's time that it takes while it is alone in flight."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of computing in forward and in backward."""
+    """Seconds of computation in forward and in backward."""
 
     forward: float
     backward: float
@@ -46,7 +51,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Start:
-    """An exchange begins."""
+    """Issue an exchange."""
 
     kind: Kind
     chunk: int
@@ -54,7 +59,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Wait:
-    """Its bytes are needed."""
+    """Block until an exchange has completed."""
 
     kind: Kind
     chunk: int
@@ -62,7 +67,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Counts:
-    """Ranks tell each other how many rows will come, forward only."""
+    """Exchange the numbers of permuted tokens, forward only; the host waits."""
 
 
 Op = Work | Start | Wait | Counts
@@ -78,47 +83,47 @@ class Layer:
     shared: Work
     experts: Work
     merge: Work
-    departing: Mapping[Kind, Work]
-    """Rows are gathered and packed before an exchange. Only the exchanges named here happen."""
-    arriving: Mapping[Kind, Work]
-    """They are unpacked and summed after it."""
+    copies_before: Mapping[Kind, Work]
+    """Permuting and packing before an exchange. Only the exchanges named here happen."""
+    copies_after: Mapping[Kind, Work]
+    """Unpacking and summing after it."""
     early_route: bool
-    """Whether the router reads the token, so that it runs before heads travel."""
+    """Whether the router reads the token, so that it runs before heads are scattered."""
 
 
 def program(layer: Layer, chunks: int, counts: bool) -> list[Op]:
-    """The forward pass, in the order of `model.moe.MoE.forward`: every chunk goes on until
-    something travels, then it is the next one's turn."""
-    legs: list[list[list[Op]]] = [_legs(layer, chunk, chunks, counts) for chunk in range(chunks)]
-    turns = [[op for ops in turn for op in ops] for turn in zip(*legs, strict=True)]
+    """Return the forward pass in the order of `model.moe.MoE.forward`: each chunk runs until it
+    has issued an exchange, then the next one does."""
+    segments = [_segments(layer, chunk, chunks, counts) for chunk in range(chunks)]
+    turns = [[op for ops in turn for op in ops] for turn in zip(*segments, strict=True)]
     return [*turns[0], layer.shared, *(op for turn in turns[1:] for op in turn)]
 
 
-def _legs(layer: Layer, chunk: int, chunks: int, counts: bool) -> list[list[Op]]:
-    """One chunk's way, cut where it waits."""
-    legs: list[list[Op]] = [[]]
+def _segments(layer: Layer, chunk: int, chunks: int, counts: bool) -> list[list[Op]]:
+    """Return the program of one chunk, split where it waits."""
+    segments: list[list[Op]] = [[]]
 
-    def travel(kind: Kind) -> None:
-        if kind in layer.departing:
-            legs[-1] += [layer.departing[kind] / chunks, Start(kind, chunk)]
-            legs.append([Wait(kind, chunk), layer.arriving[kind] / chunks])
+    def exchange(kind: Kind) -> None:
+        if kind in layer.copies_before:
+            segments[-1] += [layer.copies_before[kind] / chunks, Start(kind, chunk)]
+            segments.append([Wait(kind, chunk), layer.copies_after[kind] / chunks])
 
-    legs[-1] += [layer.split / chunks, layer.router / chunks if layer.early_route else NOTHING]
-    travel("scatter")
-    legs[-1].append(NOTHING if layer.early_route else layer.router / chunks)
+    segments[-1] += [layer.split / chunks, layer.router / chunks if layer.early_route else NOTHING]
+    exchange("scatter")
+    segments[-1].append(NOTHING if layer.early_route else layer.router / chunks)
     if counts:
-        legs[-1].append(Counts())
-    travel("dispatch")
-    legs[-1].append(layer.experts / chunks)
-    travel("combine")
-    travel("gather")
-    legs[-1].append(layer.merge / chunks)
-    return legs
+        segments[-1].append(Counts())
+    exchange("dispatch")
+    segments[-1].append(layer.experts / chunks)
+    exchange("combine")
+    exchange("gather")
+    segments[-1].append(layer.merge / chunks)
+    return segments
 
 
 def reverse(ops: list[Op]) -> Iterator[Op]:
-    """Backward: where forward waits for an exchange its gradient's starts, and the other way round
-    (`parallel.collectives`)."""
+    """Yield the backward pass: the exchange of a gradient starts where forward waits for the
+    exchange, and is waited for where forward starts it (`parallel.collectives`)."""
     for op in reversed(ops):
         match op:
             case Work(_, backward):
@@ -133,21 +138,21 @@ def reverse(ops: list[Op]) -> Iterator[Op]:
 
 def exposed(
     ops: list[Op],
-    there: Mapping[Kind, Message],
-    back: Mapping[Kind, Message],
+    forward: Mapping[Kind, Message],
+    backward: Mapping[Kind, Message],
     counts: Message,
 ) -> dict[str, float]:
-    """Axis → seconds that a layer takes beyond its work, forward and backward.
+    """Return axis → seconds that a layer takes beyond its work, forward and backward.
 
-    `there` and `back` are the exchanges of one chunk in forward and in backward.
+    `forward` and `backward` are the exchanges of one chunk in either pass.
     """
-    found: dict[str, float] = defaultdict(float)
-    for direction, messages in ((ops, there), (reverse(ops), back)):
+    exposed_by_axis: dict[str, float] = defaultdict(float)
+    for direction, messages in ((ops, forward), (reverse(ops), backward)):
         rank = _Rank()
         for op in direction:
             match op:
-                case Work(forward, _):
-                    rank.work(forward)
+                case Work(seconds, _):
+                    rank.work(seconds)
                 case Start(kind, chunk):
                     rank.start((kind, chunk), messages[kind])
                 case Wait(kind, chunk):
@@ -156,64 +161,67 @@ def exposed(
                     rank.start(None, counts)
                     rank.wait(None)
         for axis, seconds in rank.exposed.items():
-            found[axis] += seconds
-    return found
+            exposed_by_axis[axis] += seconds
+    return exposed_by_axis
 
 
 @dataclass
-class _Flight:
+class _Transfer:
     key: object
     message: Message
-    left: float
-    """Seconds alone."""
+    remaining: float
+    """Seconds that it still takes with nothing else in flight."""
 
 
 class _Rank:
-    """A clock that runs from one event to the next."""
+    """A rank whose clock advances from one event to the next."""
 
     def __init__(self) -> None:
-        self.flights: list[_Flight] = []
+        self.in_flight: list[_Transfer] = []
         self.exposed: dict[str, float] = defaultdict(float)
 
     def start(self, key: object, message: Message) -> None:
-        """Behind those that are under way."""
-        self.flights.append(_Flight(key, message, message.seconds))
+        """Queue an exchange behind those in flight."""
+        self.in_flight.append(_Transfer(key, message, message.seconds))
 
     def work(self, seconds: float) -> None:
-        """Computes, beside what is under way."""
+        """Compute while exchanges are in flight."""
         while seconds > 0:
-            busy = sum(f.message.share * speed for f, speed in self._moving())
+            busy = sum(f.message.share * speed for f, speed in self._active())
             pace = max(1.0 - busy, 0.0)
-            landing = self._landing()
-            took = min(seconds / pace if pace else landing, landing)
-            if self.flights:
-                self.exposed[self.flights[0].message.axis] += took * (1 - pace)
-            seconds = 0.0 if took < landing else seconds - took * pace
-            self._pass(took)
+            completion = self._next_completion()
+            took = min(seconds / pace if pace else completion, completion)
+            if self.in_flight:
+                self.exposed[self.in_flight[0].message.axis] += took * (1 - pace)
+            seconds = 0.0 if took < completion else seconds - took * pace
+            self._advance(took)
 
     def wait(self, key: object) -> None:
-        """Stands still until it is here."""
-        while any(f.key == key for f in self.flights):
-            took = self._landing()
-            self.exposed[next(f for f in self.flights if f.key == key).message.axis] += took
-            self._pass(took)
+        """Advance the clock until the exchange has completed."""
+        while any(f.key == key for f in self.in_flight):
+            took = self._next_completion()
+            self.exposed[next(f for f in self.in_flight if f.key == key).message.axis] += took
+            self._advance(took)
 
-    def _moving(self) -> list[tuple[_Flight, float]]:
-        first = self.flights[:AT_ONCE]
-        if len(first) == AT_ONCE and all(f.message.together for f in first):
-            return [(f, f.message.together) for f in first]
+    def _active(self) -> list[tuple[_Transfer, float]]:
+        first = self.in_flight[:AT_ONCE]
+        if len(first) == AT_ONCE and all(f.message.concurrent_speed for f in first):
+            return [(f, f.message.concurrent_speed) for f in first]
         return [(f, 1.0) for f in first[:1]]
 
-    def _landing(self) -> float:
-        """Seconds until the next one is here."""
-        return min((f.left / speed for f, speed in self._moving()), default=float("inf"))
+    def _next_completion(self) -> float:
+        """Return the seconds until the next exchange completes."""
+        return min((f.remaining / speed for f, speed in self._active()), default=float("inf"))
 
-    def _pass(self, seconds: float) -> None:
-        if not self.flights:
+    def _advance(self, seconds: float) -> None:
+        if not self.in_flight:
             return
-        landing = self._landing()
-        for flight, speed in self._moving():
-            flight.left -= seconds * speed
-            if seconds >= landing and flight.left <= 1e-12 + 1e-9 * flight.message.seconds:
-                flight.left = 0.0
-        self.flights = [f for f in self.flights if f.left > 0]
+        completion = self._next_completion()
+        for transfer, speed in self._active():
+            transfer.remaining -= seconds * speed
+            if (
+                seconds >= completion
+                and transfer.remaining <= 1e-12 + 1e-9 * transfer.message.seconds
+            ):
+                transfer.remaining = 0.0
+        self.in_flight = [f for f in self.in_flight if f.remaining > 0]

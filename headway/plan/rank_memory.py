@@ -1,4 +1,4 @@
-"""Bytes that one rank of a mesh holds: `plan.memory` for its share, and what parallelism adds.
+"""Bytes that one rank of a mesh holds: `plan.memory` for its shards, and what parallelism adds.
 
 On one rank this is `memory.states` and `memory.activations`. Not counted: short-lived buffers,
 CUDA's context, NCCL's buffers and fragmentation; `plan.machine` leaves some 6 % for them.
@@ -21,9 +21,9 @@ def memory(
     bytes_per_value: int,
     imbalance: float = 1.0,
 ) -> tuple[Item, ...]:
-    """In groups; `micro` sequences per forward pass of the rank. `layout.shard` divides weights,
-    gradients and optimiser state over the ranks that replicate them."""
-    kept = activations(
+    """Return the bytes in groups; `micro` sequences per forward pass of the rank. `layout.shard`
+    divides weights, gradients and optimiser state over the ranks that replicate them."""
+    activation_items = activations(
         config.model,
         micro,
         config.data.seq_len,
@@ -32,20 +32,20 @@ def memory(
         doc_mask=config.data.doc_mask,
     )
     if layout.shard:  # casts are gathered and freed layer by layer
-        kept = tuple(item for item in kept if item.name != CAST)
+        activation_items = tuple(item for item in activation_items if item.name != CAST)
     items = (
         *states_of(held_parameters(config.model, layout), config.optim),
-        *kept,
+        *activation_items,
         _received(config, layout, micro * config.data.seq_len, bytes_per_value),
         _gathered(config, layout, bytes_per_value),
-        _uneven(kept, layout, imbalance),
+        _uneven(activation_items, layout, imbalance),
     )
     return tuple(item for item in items if item.value)
 
 
 def _received(config: Config, layout: MeshLayout, n_tokens: int, b: int) -> Item:
-    """Expert Parallel keeps what it received beside what it sent; Head Parallel keeps as many
-    sub-tokens as one process does, those of its heads."""
+    """Return what Expert Parallel received, which it keeps beside what it sent; Head Parallel keeps
+    as many sub-tokens as a single process, those of its heads."""
     s = shape_of(config.model)
     name, n = "sub-tokens received from the ep axis", n_tokens * s.H
     if layout.ep == 1:
@@ -62,23 +62,23 @@ def _received(config: Config, layout: MeshLayout, n_tokens: int, b: int) -> Item
 
 
 def _gathered(config: Config, layout: MeshLayout, b: int) -> Item:
-    """FSDP: the weights of two layers of this rank (the one in use and the next), and a layer's
-    whole gradients; or the embedding and the head where that is more. Experts, embedding and head
-    travel in b bytes and arrive in float32."""
+    """Return what FSDP gathers: the weights of two layers of this rank (the current one and the
+    next) and one layer's full gradients; or the embedding and the head where that is more. Experts,
+    embedding and head are sent in b bytes and converted to float32."""
     by_name = shares(config.model, layout)
-    found = {"replicated": 0.0, "experts": 0.0, "embedding and head": 0.0}
+    gathered = {"replicated": 0.0, "experts": 0.0, "embedding and head": 0.0}
     for item in used_parameters(config.model, layout):
         share = by_name[item.name]
         if share.gathers and layout.size(share.axis) > 1:
-            found[share.name] += item.value
-    blocks, experts, ends = found.values()
+            gathered[share.name] += item.value
+    blocks, experts, ends = gathered.values()
     layers = (3 * b * blocks + 12 * experts) / config.model.n_layers
     return Item(
         GATHERED, max(layers, 8 * ends), "max((3·b·n + 12·experts)/layers, 8·(embedding and head))"
     )
 
 
-def _uneven(kept: tuple[Item, ...], layout: MeshLayout, imbalance: float) -> Item:
-    rows = sum(item.value for item in kept if item.name in ("experts", "sorted rows"))
+def _uneven(activation_items: tuple[Item, ...], layout: MeshLayout, imbalance: float) -> Item:
+    rows = sum(item.value for item in activation_items if item.name in ("experts", "sorted rows"))
     more = (imbalance - 1) * rows if layout.ep > 1 else 0
     return Item("rows of the busiest rank", more, "(imbalance − 1)·(experts + sorted rows)")

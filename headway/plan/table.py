@@ -3,7 +3,7 @@
 from typing import Any
 
 MOST_ROWS = 12
-"""Of the table; `--json` has all."""
+"""Most rows of the table; `--json` has all."""
 _UNITS = {
     "peak": ("TFLOP/s", 1e12),
     "peak_float32": ("TFLOP/s", 1e12),
@@ -15,17 +15,17 @@ _UNITS = {
 }
 
 
-def render(found: dict[str, Any]) -> str:
-    """`plan.choose.plan` as text for people."""
-    rows, best = found["meshes"], found["best"]
+def format_plan(ranking: dict[str, Any]) -> str:
+    """Format the result of `choose.rank_meshes` as text for people."""
+    rows, best = ranking["meshes"], ranking["best"]
     fit = [row for row in rows if row["fits"]]
     lines = [
-        f"{found['recipe'] or 'config'}: {found['model']}",
-        f"{found['gpus']} ranks, {found['gpus_per_node']} per node, {found['dtype']}; "
-        f"{found['tokens_per_step']:,} tokens per step, of one rank {found['passes']} × "
-        f"{found['micro_batch_size']} sequences",
+        f"{ranking['recipe'] or 'config'}: {ranking['model']}",
+        f"{ranking['gpus']} ranks, {ranking['gpus_per_node']} per node, {ranking['dtype']}; "
+        f"{ranking['tokens_per_step']:,} tokens per step, of one rank {ranking['passes']} × "
+        f"{ranking['micro_batch_size']} sequences",
         "",
-        *_machine(found["machine"]),
+        *_machine(ranking["machine"]),
         "",
         f"{len(rows)} ways on {len({r['mesh'] for r in rows})} meshes, {len(fit)} fit; "
         "fastest first",
@@ -33,34 +33,34 @@ def render(found: dict[str, Any]) -> str:
     ]
     if len(fit) > MOST_ROWS:
         lines.append(f"  … {len(fit) - MOST_ROWS} more: --json has all")
-    lines += _refused(found)
+    lines += _refused(ranking)
     if best is None:
         smallest = min(rows, key=lambda row: row["memory_bytes"])
         lines += ["", f"no mesh fits; the smallest, {_name(smallest)}, {smallest['reason']}"]
     else:
-        lines += ["", *_explained(best, found)]
+        lines += ["", *_explained(best, ranking)]
     return "\n".join(lines)
 
 
-def _options(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What makes the mesh on the command line, and sends what was predicted."""
+def _options(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
+    """Return the command-line options that run the mesh as predicted."""
     words = [f"--mesh dp={row['dp']},hp={row['hp']},ep={row['ep']}"]
     if row["scheme"] == "all_to_all_per_slot":
         words.append("--mesh.ep-scheme all_to_all --mesh.dedup False")
     elif row["scheme"]:
         words.append(f"--mesh.ep-scheme {row['scheme']}")
-    if found["chunks"] != "auto":
-        words.append(f"--mesh.chunks {found['chunks']}")
-    if found["payload"] != "matmul":
-        words.append(f"--mesh.payload {found['payload']}")
+    if ranking["chunks"] != "auto":
+        words.append(f"--mesh.chunks {ranking['chunks']}")
+    if ranking["payload"] != "matmul":
+        words.append(f"--mesh.payload {ranking['payload']}")
     lines = []
     if row["replicas"] == "fsdp":
         words.append("--mesh.shard fsdp")
-        best = found["best_replicated"]
+        best = ranking["best_replicated"]
         lines = ["without fsdp no mesh fits"]
         if best is not None:
             lines = [f"fastest without fsdp: {_name(best)}, {1e3 * best['step_seconds']:,.1f} ms"]
-    words.append(f"--data.micro-batch-size {found['micro_batch_size']}")
+    words.append(f"--data.micro-batch-size {ranking['micro_batch_size']}")
     return [*lines, f"options: {' '.join(words)}"]
 
 
@@ -112,40 +112,40 @@ def _line(row: dict[str, Any]) -> str:
 
 def _groups(seconds: dict[str, float]) -> dict[str, float]:
     names = ("compute", "exposed", "gradients", "optimiser")
-    found: dict[str, float] = {name: 0.0 for name in names}
+    groups: dict[str, float] = dict.fromkeys(names, 0.0)
     for name, value in seconds.items():
         if name.endswith("exposed"):
-            found["exposed"] += value
+            groups["exposed"] += value
         elif name in ("gradients summed", "small sums"):
-            found["gradients"] += value
+            groups["gradients"] += value
         elif name in ("optimiser", "Newton–Schulz"):
-            found["optimiser"] += value
+            groups["optimiser"] += value
         else:
-            found["compute"] += value
-    return found
+            groups["compute"] += value
+    return groups
 
 
-def _refused(found: dict[str, Any]) -> list[str]:
-    """One line per mesh that cannot run or does not fit."""
-    too_big = [row for row in found["meshes"] if not row["fits"]]
+def _refused(ranking: dict[str, Any]) -> list[str]:
+    """Return one line per mesh that cannot run or does not fit."""
+    too_big = [row for row in ranking["meshes"] if not row["fits"]]
     lines = []
     if too_big:
         lines += ["", f"{len(too_big)} do not fit"]
         lines += [f"  {_name(row)}: {row['reason']}" for row in too_big[:MOST_ROWS]]
         if len(too_big) > MOST_ROWS:
             lines.append(f"  … {len(too_big) - MOST_ROWS} more: --json has all")
-    if found["illegal"]:
-        lines += ["", f"{len(found['illegal'])} meshes cannot run"]
+    if ranking["illegal"]:
+        lines += ["", f"{len(ranking['illegal'])} meshes cannot run"]
         lines += [
             f"  dp={row['dp']},hp={row['hp']},ep={row['ep']}: {row['reason']}"
-            for row in found["illegal"]
+            for row in ranking["illegal"]
         ]
     return lines
 
 
-def _explained(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Every number of a mesh beside its formula."""
-    formulas = found["formulas"]
+def _explained(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
+    """Return every number of a mesh beside its formula."""
+    formulas = ranking["formulas"]
     lines = [
         f"fastest: {_name(row)}, {1e3 * row['step_seconds']:,.1f} ms per step, "
         f"{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1%}",
@@ -173,4 +173,4 @@ def _explained(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
         lines.append(
             f"links: {', '.join(f'{axis} {place}' for axis, place in row['links'].items())}"
         )
-    return lines + _options(row, found)
+    return lines + _options(row, ranking)

@@ -1,10 +1,9 @@
-"""Bytes that leave one rank for a sparse layer, from plain integers, for Head and Expert Parallel.
+"""Bytes that one rank sends for a sparse layer, from plain integers, for Head and Expert Parallel.
 
 T tokens of the rank · H heads · L width of a head (D_L = H·L) · E experts per head · K chosen ·
-N sub-tokens of the rank (T·H, which the exchange of heads leaves as many) · P ranks of the axis ·
-b bytes of a value (1 float8, 2 bfloat16, 4 float32, 8 float64) · g bytes of a gate (4; 8 where b is
-8) · i bytes of an index (2 where H·E < 32768, else 4). What a rank keeps for itself is not on the
-wire.
+N sub-tokens of the rank (T·H, also after heads were exchanged) · P ranks of the axis · b bytes of a
+value (1 float8, 2 bfloat16, 4 float32, 8 float64) · g bytes of a gate (4; 8 where b is 8) · i bytes
+of an index (2 where H·E < 32768, else 4). What a rank keeps for itself is not counted.
 
 | scheme | dispatch | combine | backward of combine | backward of dispatch |
 |---|---|---|---|---|
@@ -14,11 +13,11 @@ wire.
 | … one copy per rank, R rows | R·(L·b + K·(i+g)) | R·L·b | R·L·b | R·(L·b + K·g) |
 | … all-gather | N·(L·b + K·(i+g))·(P−1) | N·L·b·(P−1) | the same | N·(L·b + K·g)·(P−1) |
 
-The R rows that leave follow the router: N·K·(P−1)/P with a copy per slot and even choices, and
-N·c·(P−1)/P with a copy per rank, c = P·(1 − (1 − 1/P)^K) being the expected number of ranks among K
-independent choices; an exchange of their counts, 8·(P−1) bytes, comes first. The other schemes have
-sizes that are fixed in advance. One copy per rank is what DeepEP does. A sub-token in float8 brings
-its float32 scale: L + 4 bytes in place of L·b.
+The R rows (permuted tokens) that a rank sends depend on the router: N·K·(P−1)/P with a copy per
+slot and even choices, and N·c·(P−1)/P with a copy per rank, where c = P·(1 − (1 − 1/P)^K) is the
+expected number of ranks among K independent choices; an exchange of their counts, 8·(P−1) bytes,
+comes first. The sizes of the other schemes are fixed in advance. DeepEP sends one copy per rank. A
+sub-token in float8 is sent with its float32 scale: L + 4 bytes in place of L·b.
 """
 
 from typing import Literal, NamedTuple
@@ -27,14 +26,14 @@ from headway.config import MeshConfig, ModelConfig
 from headway.plan.shape import Item, shape_of
 
 Scheme = Literal["all_to_all", "all_to_all_per_slot", "all_gather"]
-"""How sub-tokens travel on the `ep` axis: one copy per rank, one copy per slot, or all to all
-ranks."""
+"""How sub-tokens are dispatched on the `ep` axis: one copy per rank, one copy per slot, or all
+sub-tokens to all ranks."""
 
 SCHEMES: tuple[Scheme, ...] = ("all_to_all", "all_to_all_per_slot", "all_gather")
 
 
-class Trips(NamedTuple):
-    """Bytes leaving one rank in each of the four exchanges of a layer. Integers for integer
+class ExchangeBytes(NamedTuple):
+    """Bytes that one rank sends in each of the four exchanges of a layer. Integers for integer
     arguments, where the sizes divide."""
 
     dispatch: float
@@ -52,32 +51,33 @@ class Trips(NamedTuple):
 
 
 def index_bytes(n_heads: int, n_experts: int) -> int:
-    """i: the width of an index among H·E experts."""
+    """Return i, the bytes of an index among H·E experts."""
     return 2 if n_heads * n_experts < 32768 else 4
 
 
 def payload_bytes(mesh: MeshConfig, bytes_per_value: int) -> int:
-    """b of sub-tokens on the wire, where the matmuls have `bytes_per_value`."""
+    """Return b of sub-tokens as they are sent, where the matmuls have `bytes_per_value`."""
     return 1 if mesh.payload == "float8" else bytes_per_value
 
 
 def row_bytes(width: int, bytes_per_value: int) -> int:
-    """Of a sub-token: L·b, and 4 for its scale where b is 1 (`mesh.payload=float8`)."""
+    """Return the bytes of a sub-token: L·b, and 4 for its scale where b is 1
+    (`mesh.payload=float8`)."""
     return width * bytes_per_value + (4 if bytes_per_value == 1 else 0)
 
 
 def gate_bytes(bytes_per_value: int) -> int:
-    """g: gates are float32, and float64 where everything is."""
+    """Return g: gates are float32, and float64 where everything is."""
     return 8 if bytes_per_value == 8 else 4
 
 
 def expected_ranks(top_k: int, n_ranks: int) -> float:
-    """c: distinct ranks among K independent, even choices of P ranks."""
+    """Return c, the expected number of distinct ranks among K independent, even choices of P."""
     return n_ranks * (1 - (1 - 1 / n_ranks) ** top_k)
 
 
 def expected_rows(n_sub_tokens: float, top_k: int, n_ranks: int, scheme: Scheme) -> float:
-    """R: rows that are expected to leave a rank under an all-to-all scheme."""
+    """Return R, the rows that a rank is expected to send under an all-to-all scheme."""
     assert scheme != "all_gather"
     copies = expected_ranks(top_k, n_ranks) if scheme == "all_to_all" else top_k
     return n_sub_tokens * copies * (n_ranks - 1) / n_ranks
@@ -93,51 +93,56 @@ def head_bytes(
     bytes_per_value: int,
     *,
     reads_token: bool = False,
-) -> Trips:
-    """Head Parallel, T tokens of H heads of width L over P ranks; exact when P divides H.
+) -> ExchangeBytes:
+    """Return the bytes of Head Parallel, T tokens of H heads of width L over P ranks; exact when P
+    divides H.
 
-    `reads_token`: the router reads the whole token, so that indices and gates ride along.
+    `reads_token`: the router reads the whole token, so that indices and gates are sent too.
     """
-    values = _leaving(n_tokens * n_heads * row_bytes(width, bytes_per_value), n_ranks)
+    values = _sent(n_tokens * n_heads * row_bytes(width, bytes_per_value), n_ranks)
     slots = n_tokens * n_heads * top_k if reads_token else 0
     gate, index = gate_bytes(bytes_per_value), index_bytes(n_heads, n_experts)
-    return Trips(
-        values + _leaving(slots * (index + gate), n_ranks),
+    return ExchangeBytes(
+        values + _sent(slots * (index + gate), n_ranks),
         values,
         values,
-        values + _leaving(slots * gate, n_ranks),
+        values + _sent(slots * gate, n_ranks),
     )
 
 
-def slot_rows_bytes(rows: float, width: int, bytes_per_value: int, index: int) -> Trips:
-    """Expert Parallel with one copy per slot: `rows` of width L leave, each with its `index` bytes;
-    the gates stay at home."""
+def slot_rows_bytes(rows: float, width: int, bytes_per_value: int, index: int) -> ExchangeBytes:
+    """Return the bytes of Expert Parallel with one copy per slot: `rows` of width L are sent, each
+    with its `index` bytes; gates stay local."""
     row = row_bytes(width, bytes_per_value)
-    return Trips(rows * (row + index), rows * row, rows * row, rows * row)
+    return ExchangeBytes(rows * (row + index), rows * row, rows * row, rows * row)
 
 
-def rank_rows_bytes(rows: float, width: int, top_k: int, bytes_per_value: int, index: int) -> Trips:
-    """Expert Parallel with one copy per rank: `rows` of width L leave, each with K indices and
-    gates."""
+def rank_rows_bytes(
+    rows: float, width: int, top_k: int, bytes_per_value: int, index: int
+) -> ExchangeBytes:
+    """Return the bytes of Expert Parallel with one copy per rank: `rows` of width L are sent, each
+    with K indices and gates."""
     row, gate = row_bytes(width, bytes_per_value), gate_bytes(bytes_per_value)
-    return Trips(
+    return ExchangeBytes(
         rows * (row + top_k * (index + gate)), rows * row, rows * row, rows * (row + top_k * gate)
     )
 
 
 def gather_bytes(
     n_sub_tokens: int, width: int, top_k: int, n_ranks: int, bytes_per_value: int, index: int
-) -> Trips:
-    """Expert Parallel by all-gather and reduce-scatter of N sub-tokens per rank; exact."""
+) -> ExchangeBytes:
+    """Return the bytes of Expert Parallel by all-gather and reduce-scatter of N sub-tokens per
+    rank; exact."""
     row, gate = row_bytes(width, bytes_per_value), gate_bytes(bytes_per_value)
     sent = n_sub_tokens * (n_ranks - 1)
-    return Trips(
+    return ExchangeBytes(
         sent * (row + top_k * (index + gate)), sent * row, sent * row, sent * (row + top_k * gate)
     )
 
 
 def count_bytes(n_ranks: int) -> int:
-    """The exchange of counts before an all-to-all of rows: one int64 to every other rank."""
+    """Return the bytes of the exchange of counts before an all-to-all of rows: one int64 to every
+    other rank."""
     return 8 * (n_ranks - 1)
 
 
@@ -149,8 +154,8 @@ def expected_bytes(
     n_ranks: int,
     bytes_per_value: int,
     index: int,
-) -> Trips:
-    """Expert Parallel under `scheme`, with as many rows as are expected; without the counts."""
+) -> ExchangeBytes:
+    """Return the expected bytes of Expert Parallel under `scheme`, without the counts."""
     if scheme == "all_gather":
         return gather_bytes(n_sub_tokens, width, top_k, n_ranks, bytes_per_value, index)
     rows = expected_rows(n_sub_tokens, top_k, n_ranks, scheme)
@@ -160,19 +165,19 @@ def expected_bytes(
 
 
 def all_reduce_bytes(n_values: float, n_ranks: int, bytes_per_value: int = 4) -> float:
-    """A ring all-reduce: every rank sends 2·(P−1)/P of the values."""
-    return _leaving(2 * bytes_per_value * n_values, n_ranks)
+    """Return the bytes of a ring all-reduce: every rank sends 2·(P−1)/P of the values."""
+    return _sent(2 * bytes_per_value * n_values, n_ranks)
 
 
 def scatter_bytes(n_values: float, n_ranks: int, bytes_per_value: int = 4) -> float:
-    """A ring reduce-scatter of n values, or an all-gather of n values: (P−1)/P of them."""
-    return _leaving(bytes_per_value * n_values, n_ranks)
+    """Return the bytes of a ring reduce-scatter or all-gather of n values: (P−1)/P of them."""
+    return _sent(bytes_per_value * n_values, n_ranks)
 
 
-def _leaving(n: float, n_ranks: int) -> float:
-    """n·(P−1)/P; an integer where n is one that P divides."""
-    whole = isinstance(n, int) and n % n_ranks == 0
-    return n // n_ranks * (n_ranks - 1) if whole else n * (n_ranks - 1) / n_ranks
+def _sent(n: float, n_ranks: int) -> float:
+    """Return n·(P−1)/P; an integer where n is an integer that P divides."""
+    exact = isinstance(n, int) and n % n_ranks == 0
+    return n // n_ranks * (n_ranks - 1) if exact else n * (n_ranks - 1) / n_ranks
 
 
 _NAMES: dict[Scheme, str] = {
@@ -190,30 +195,30 @@ _FORMULAS: dict[Scheme, tuple[str, str]] = {
 }
 
 
-def traffic(
+def traffic_per_token(
     model: ModelConfig, n_ranks: int, bytes_per_value: int = 2, training: bool = True
 ) -> tuple[Item, ...]:
-    """Bytes per token and sparse layer of each scheme; not to be added up. Empty without sparse
-    layers.
+    """Return the bytes per token and sparse layer of each scheme, which are alternatives; empty
+    without sparse layers.
 
-    Head Parallel needs heads: it is there for Multi-Head LatentMoE alone, and works when P divides
-    H. Without `training` the two forward exchanges alone.
+    Head Parallel needs heads: it is listed for Multi-Head LatentMoE only, and works when P divides
+    H. Without `training` only the two forward exchanges are counted.
     """
     s = shape_of(model)
     if not s.n_sparse:
         return ()
     ways = 4 if training else 2
-    found = []
+    items = []
     if model.moe.kind == "multi_head_latent":
         token = model.moe.reads_token
-        trips = head_bytes(1, s.H, s.L, s.K, s.E, n_ranks, bytes_per_value, reads_token=token)
+        exchange = head_bytes(1, s.H, s.L, s.K, s.E, n_ranks, bytes_per_value, reads_token=token)
         slots = f" + H·K·(i+{'2g' if training else 'g'})" if token else ""
         formula = f"({ways}·D_L·b{slots})" if slots else f"{ways}·D_L·b"
-        value = trips.total if training else trips.forward
-        found.append(Item("Head Parallel", value, f"{formula}·(P−1)/P"))
+        value = exchange.total if training else exchange.forward
+        items.append(Item("Head Parallel", value, f"{formula}·(P−1)/P"))
     for scheme, name in _NAMES.items():
         index = index_bytes(s.H, s.E)
-        trips = expected_bytes(scheme, s.H, s.L, s.K, n_ranks, bytes_per_value, index)
+        exchange = expected_bytes(scheme, s.H, s.L, s.K, n_ranks, bytes_per_value, index)
         formula = _FORMULAS[scheme][0 if training else 1].format(ways)
-        found.append(Item(name, trips.total if training else trips.forward, formula))
-    return tuple(found)
+        items.append(Item(name, exchange.total if training else exchange.forward, formula))
+    return tuple(items)

@@ -1,8 +1,8 @@
-"""What one rank sends in an optimiser step: sub-tokens, gradients and, with FSDP, weights.
+"""Bytes that one rank sends in an optimiser step: sub-tokens, gradients and, with FSDP, weights.
 
-Letters as in `plan.traffic`; T is all tokens of the rank in a step. A message is what a rank sends
-to one other: P−1 in an exchange or a ring of gathering, 2·(P−1) in a ring all-reduce. n is the
-number of parameters that the rank computes with; passes are its micro-batches.
+Letters as in `plan.traffic`; T is all tokens of the rank in a step. A message goes from one rank to
+one other: P−1 in an all-to-all or a ring all-gather, 2·(P−1) in a ring all-reduce. n is the number
+of parameters that the rank computes with; passes are its micro-batches.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from headway.plan.shape import Shape, shape_of
 
 @dataclass(frozen=True)
 class CommVolume:
-    """Bytes of one kind that leave a rank in a step."""
+    """Bytes of one kind that a rank sends in a step."""
 
     name: str
     kind: Literal["tokens", "weights", "gradients"]
@@ -27,7 +27,7 @@ class CommVolume:
     formula: str
 
 
-def sent(
+def comm_volumes(
     model: ModelConfig,
     layout: MeshLayout,
     n_tokens: int,
@@ -38,72 +38,73 @@ def sent(
     chunks: int = 1,
     imbalance: float = 1.0,
 ) -> tuple[CommVolume, ...]:
-    """All of it, over all sparse layers.
+    """Return all that a rank sends in a step, over all sparse layers.
 
     Args:
         n_tokens: T, of this rank in a step.
         passes: forward passes (micro-batches) of a step.
         bytes_per_value: b, of the matmuls' dtype.
-        payload: b of sub-tokens on the wire; None: the same.
-        chunks: pieces that a micro-batch is cut into for overlap; more messages, the same bytes.
-        imbalance: rows of the busiest rank of an ep axis over the mean; an all-gather does not
-            depend on it.
+        payload: b of sub-tokens as they are sent; None: the same.
+        chunks: parts of a micro-batch for overlap; more messages, the same bytes.
+        imbalance: permuted tokens of the most loaded rank of an ep axis over the mean; an
+            all-gather does not depend on it.
     """
     s, b = shape_of(model), bytes_per_value
-    found, calls = [], s.n_sparse * passes * chunks
-    on_wire = b if payload is None else payload
+    volumes, calls = [], s.n_sparse * passes * chunks
+    payload = b if payload is None else payload
     if layout.hp > 1:
-        found.append(_heads(model, s, layout, n_tokens, on_wire, calls))
+        volumes.append(_heads(model, s, layout, n_tokens, payload, calls))
     if layout.ep > 1:
-        found += _experts(s, layout, n_tokens, on_wire, calls, imbalance)
+        volumes += _experts(s, layout, n_tokens, payload, calls, imbalance)
     for share, n in _groups(model, layout).items():
         if layout.size(share.axis) > 1:
-            found += _parameters(share, n, layout, s, passes, b, chunks)
-    return tuple(found)
+            volumes += _parameters(share, n, layout, s, passes, b, chunks)
+    return tuple(volumes)
 
 
 def ep_totals(
     model: ModelConfig, layout: MeshLayout, n_tokens: int, calls: int, bytes_per_value: int
 ) -> dict[t.Scheme, float]:
-    """Bytes on the ep axis under each scheme, per step, with even choices; `calls` exchanges of
-    counts per layer. One copy per rank never sends more sub-tokens than an all-gather, c ≤ P; but
-    it needs the counts, and the host waits for them."""
+    """Return the bytes on the ep axis under each scheme, per step, with even choices; `calls`
+    exchanges of counts per layer. One copy per rank never sends more sub-tokens than an all-gather,
+    c ≤ P; but it needs the counts, and the host waits for them."""
     s = shape_of(model)
-    found = {}
+    totals = {}
     for scheme in t.SCHEMES:
         counts = 0 if scheme == "all_gather" else calls * t.count_bytes(layout.ep)
-        trips = _trips(s, scheme, layout.ep, n_tokens, bytes_per_value)
-        found[scheme] = s.n_sparse * (trips.total + counts)
-    return found
+        exchange = _ep_bytes(s, scheme, layout.ep, n_tokens, bytes_per_value)
+        totals[scheme] = s.n_sparse * (exchange.total + counts)
+    return totals
 
 
-def _trips(s: Shape, scheme: t.Scheme, n_ranks: int, n_tokens: int, b: int) -> t.Trips:
+def _ep_bytes(s: Shape, scheme: t.Scheme, n_ranks: int, n_tokens: int, b: int) -> t.ExchangeBytes:
     index = t.index_bytes(s.H, s.E)
     return t.expected_bytes(scheme, n_tokens * s.H, s.L, s.K, n_ranks, b, index)
 
 
-def exchanges(
+def layer_exchanges(
     model: ModelConfig, layout: MeshLayout, n_tokens: int, b: int
-) -> dict[AxisName, t.Trips]:
-    """The four exchanges of one sparse layer on each axis that has any, T tokens of the rank."""
+) -> dict[AxisName, t.ExchangeBytes]:
+    """Return the four exchanges of one sparse layer on each axis that has any, for T tokens of the
+    rank."""
     s = shape_of(model)
-    found: dict[AxisName, t.Trips] = {}
+    by_axis: dict[AxisName, t.ExchangeBytes] = {}
     if layout.hp > 1:
         token = model.moe.reads_token
         sizes = n_tokens, s.H, s.L, s.K, s.E, layout.hp, b
-        found["hp"] = t.head_bytes(*sizes, reads_token=token)
+        by_axis["hp"] = t.head_bytes(*sizes, reads_token=token)
     if layout.scheme is not None and layout.ep > 1:
-        found["ep"] = _trips(s, layout.scheme, layout.ep, n_tokens, b)
-    return found
+        by_axis["ep"] = _ep_bytes(s, layout.scheme, layout.ep, n_tokens, b)
+    return by_axis
 
 
-def exchanged(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
-    """Bytes of sub-tokens and outputs that a rank is expected to send in an optimiser step of a
-    run, over all sparse layers."""
+def token_bytes(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
+    """Return the bytes of sub-tokens and outputs that a rank is expected to send in an optimiser
+    step of a run, over all sparse layers."""
     mesh, data = config.mesh, config.data
     layout = MeshLayout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None)
     rows = data.batch_size // layout.ranks
-    found = sent(
+    volumes = comm_volumes(
         config.model,
         layout,
         rows * data.seq_len,
@@ -112,18 +113,20 @@ def exchanged(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
         payload=t.payload_bytes(mesh, bytes_per_value),
         chunks=max(mesh.chunks, 1),
     )
-    return sum(part.bytes for part in found if part.kind == "tokens")
+    return sum(part.bytes for part in volumes if part.kind == "tokens")
 
 
 def _heads(
     model: ModelConfig, s: Shape, layout: MeshLayout, n_tokens: int, b: int, calls: int
 ) -> CommVolume:
-    trips = exchanges(model, layout, n_tokens, b)["hp"]
+    exchange = layer_exchanges(model, layout, n_tokens, b)["hp"]
     extra = " + H·K·(i+2g)" if model.moe.reads_token else ""
     values = "H·(L+4)" if b == 1 else "D_L·b"
     formula = f"layers·T·(4·{values}{extra})·(hp−1)/hp"
     messages = 4 * calls * (layout.hp - 1)
-    return CommVolume("Head Parallel", "tokens", "hp", s.n_sparse * trips.total, messages, formula)
+    return CommVolume(
+        "Head Parallel", "tokens", "hp", s.n_sparse * exchange.total, messages, formula
+    )
 
 
 _EXPERTS: dict[t.Scheme, tuple[str, str]] = {
@@ -148,7 +151,7 @@ def _experts(
     assert layout.scheme is not None
     name, formula = _EXPERTS[layout.scheme]
     formula = formula.replace("L·b", "(L+4)") if b == 1 else formula
-    value = s.n_sparse * _trips(s, layout.scheme, layout.ep, n_tokens, b).total
+    value = s.n_sparse * _ep_bytes(s, layout.scheme, layout.ep, n_tokens, b).total
     others = layout.ep - 1
     if layout.scheme == "all_gather":
         return [CommVolume(name, "tokens", "ep", value, 4 * calls * others, formula)]
@@ -169,22 +172,22 @@ def _experts(
 
 
 def _groups(model: ModelConfig, layout: MeshLayout) -> dict[Share, int]:
-    """Parameters of a rank, added up by how they are split."""
+    """Return the parameters of a rank, summed by how they are divided among ranks."""
     by_name = shares(model, layout)
-    found: dict[Share, int] = {}
+    counts: dict[Share, int] = {}
     for item in parameters(model):
         share = by_name[item.name]
-        found[share] = found.get(share, 0) + int(item.value) // share.parts
-    return {share: n for share, n in found.items() if n}
+        counts[share] = counts.get(share, 0) + int(item.value) // share.parts
+    return {share: n for share, n in counts.items() if n}
 
 
 def _parameters(
     share: Share, n: int, layout: MeshLayout, s: Shape, passes: int, b: int, chunks: int
 ) -> list[CommVolume]:
-    """Gradients by all-reduce once a step. With `shard` weights are gathered where they are used,
-    in forward and in backward (experts for every chunk of tokens; embedding and head once for
-    both), and gradients reduce-scattered after each pass, so that none stay whole. Exact where P
-    divides the first dim of each parameter; pieces are filled up otherwise."""
+    """Return what parameters cost: an all-reduce of gradients once per step, or with `shard` an
+    all-gather of weights where they are used, in forward and in backward (experts for every chunk
+    of tokens; embedding and head once for both), and a reduce-scatter of gradients after each pass.
+    Exact where P divides the first dim of each parameter; shards are padded otherwise."""
     axis, P = share.axis, layout.size(share.axis)
     size = {"world": "N", "routers": "(dp·ep)", "dp": "dp"}[axis]
     leaves = f"n·({size}−1)/{size}"

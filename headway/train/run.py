@@ -27,7 +27,7 @@ from headway.optim.groups import Optimizers
 from headway.optim.schedule import change, steps_before_fall
 from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 from headway.parallel.straggler import StragglerDetector
-from headway.plan.volume import exchanged
+from headway.plan.volume import token_bytes
 from headway.report.html import write_report
 from headway.report.metrics import progress_line
 from headway.report.sinks import JsonlSink, NoSink
@@ -70,7 +70,7 @@ class Run:
         )
         self.expected_bytes = 0.0
         if (dispatcher := self.parallelism.dispatcher) is not None:
-            self.expected_bytes = exchanged(
+            self.expected_bytes = token_bytes(
                 self.config, dispatcher.scheme, self.model.dtype.itemsize
             )
 

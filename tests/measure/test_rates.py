@@ -13,7 +13,7 @@ import torch
 from headway.measure import rates as m
 from headway.measure.links import two_numbers
 from headway.plan.link import Curve
-from headway.plan.machine import NUMBERS, read
+from headway.plan.machine import NUMBERS, read_machine
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def test_the_network_under_torchrun(tmp_path):
     assert found == json.loads(file.read_text()) and found["ranks"] == 2
     assert done.stdout.count("\nall-to-all") == 1
     assert {"intra_node", "latency"} <= set(found["measured"]) <= set(NUMBERS)
-    machine = read(str(file))
+    machine = read_machine(str(file))
     assert machine.origin_of("intra_node") == "measured" and 1e-7 < machine.latency < 0.1
     kinds = [(c.collective, c.at_once, c.ranks, c.inside) for c in machine.curves]
     names = ("all_to_all", 1), ("all_to_all", 2), ("all_reduce", 1), ("overlap_cost", 1)

@@ -16,7 +16,7 @@ from headway.plan.cost import parameters
 from headway.plan.layout import MeshLayout
 from headway.plan.shape import shape_of
 from headway.plan.shape import total as sum_of
-from headway.plan.volume import sent
+from headway.plan.volume import comm_volumes
 from headway.train.step import gradient
 from tests.parity.test_parity import ROWS, Case, flat, heads, latent, rows_of
 
@@ -43,7 +43,7 @@ def tokens_of(mesh: MeshConfig) -> int:
 
 
 def trips(found, axis, there, back):
-    """In the order of `traffic.Trips`."""
+    """In the order of `traffic.ExchangeBytes`."""
     keys = (there, back, f"{back} backward", f"{there} backward")
     return tuple(found[f"{axis} {key}"] for key in keys)
 
@@ -193,7 +193,7 @@ def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
     )
     T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
     want: dict[tuple[str, str], float] = {}
-    for part in sent(model, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
+    for part in comm_volumes(model, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
         purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
         key = (part.axis, "" if part.kind == "tokens" else purpose)
         want[key] = want.get(key, 0) + part.bytes

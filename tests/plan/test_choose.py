@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from headway.config import Config, DataConfig, MoEConfig, UsageError
-from headway.plan.choose import plan
+from headway.plan.choose import rank_meshes
 from headway.plan.describe import with_vocab
 from headway.plan.layout import illegal, meshes
 from headway.plan.machine import MACHINES
 from headway.plan.memory import activations, states
 from headway.plan.shape import total
-from headway.plan.table import render
+from headway.plan.table import format_plan
 from headway.plan.time import Setting
 from headway.recipes import load
 from tests.plan.test_memory import MODELS
@@ -23,7 +23,7 @@ SMALL = Config(recipe="one", model=MODELS["multi-head latent"], data=DataConfig(
 
 @pytest.fixture(scope="module")
 def large():
-    return plan(Setting(LARGE, H100), 64)
+    return rank_meshes(Setting(LARGE, H100), 64)
 
 
 def test_every_legal_mesh_is_listed(large):
@@ -68,7 +68,7 @@ def test_sums_and_formulas(large):
 
 def test_chunks_are_chosen_and_said():
     """Nodes of two: an ep axis of four spans them, one of two does not."""
-    rows = plan(Setting(SMALL, H100, 2), 4)["meshes"]
+    rows = rank_meshes(Setting(SMALL, H100, 2), 4)["meshes"]
     chosen = {(r["ep"], r["scheme"], r["replicas"], r["dp"]): r["chunks"] for r in rows}
     assert {key for key, chunks in chosen.items() if chunks != 1} == {
         (4, scheme, replicas, 1)
@@ -76,13 +76,13 @@ def test_chunks_are_chosen_and_said():
         if scheme not in (None, "all_gather")
     }
     assert any("spans nodes" in r["chunks_because"] for r in rows)
-    given = plan(Setting(SMALL, H100, 2, chunks=3), 4)
+    given = rank_meshes(Setting(SMALL, H100, 2, chunks=3), 4)
     assert {r["chunks"] for r in given["meshes"]} == {3} and given["chunks"] == 3
-    assert "chunks: 3, --chunks 3" in render(given)
+    assert "chunks: 3, --chunks 3" in format_plan(given)
 
 
 def test_one_rank_is_describe():
-    found = plan(Setting(SMALL, H100, bytes_per_value=4), 1)
+    found = rank_meshes(Setting(SMALL, H100, bytes_per_value=4), 1)
     (row,) = found["meshes"]
     model, data = SMALL.model, SMALL.data
     kept = activations(model, 16, data.seq_len, bytes_per_value=4)
@@ -94,34 +94,34 @@ def test_one_rank_is_describe():
 def test_schemes_can_be_asked_for():
     setting = Setting(SMALL, H100)
     for scheme in ("all_to_all", "all_to_all_per_slot", "all_gather"):
-        rows = plan(setting, 2, scheme)["meshes"]
+        rows = rank_meshes(setting, 2, scheme)["meshes"]
         assert {r["scheme"] for r in rows} == {None, scheme}
-    auto = [r for r in plan(setting, 2)["meshes"] if r["ep"] == 2]
+    auto = [r for r in rank_meshes(setting, 2)["meshes"] if r["ep"] == 2]
     fewest = [r for r in auto if r["fewest_bytes"]]
     sizes = fewest[0]["ep_bytes_by_scheme"]
     assert sizes[fewest[0]["scheme"]] == min(sizes.values())
 
 
 def test_nothing_fits():
-    found = plan(Setting(SMALL, replace(H100, memory=1e4)), 2)
+    found = rank_meshes(Setting(SMALL, replace(H100, memory=1e4)), 2)
     assert found["best"] is None and not any(r["fits"] for r in found["meshes"])
-    assert "no mesh fits; the smallest" in render(found)
+    assert "no mesh fits; the smallest" in format_plan(found)
 
 
 def test_ranks_and_batch():
     with pytest.raises(UsageError, match="--gpus 0 is below 1"):
-        plan(Setting(SMALL, H100), 0)
+        rank_meshes(Setting(SMALL, H100), 0)
     with pytest.raises(UsageError, match="batch_size=16 does not divide among --gpus 3"):
-        plan(Setting(SMALL, H100), 3)
+        rank_meshes(Setting(SMALL, H100), 3)
 
 
 def test_dense_and_flat_models():
     for model, listed in (("dense", {"dp=4,hp=1,ep=1"}), ("flat", {4, 2, 1})):
         config = replace(SMALL, model=MODELS[model])
-        found = plan(Setting(config, H100), 4)
+        found = rank_meshes(Setting(config, H100), 4)
         names = {r["mesh"] for r in found["meshes"]}
         assert len(names) == len(listed) and all("hp=1" in name for name in names)
-        assert "fastest" in render(found)
+        assert "fastest" in format_plan(found)
 
 
 def test_more_heads_than_ranks_send_the_same_for_any_k():
@@ -130,7 +130,7 @@ def test_more_heads_than_ranks_send_the_same_for_any_k():
     for k in (1, 2, 6):
         moe: MoEConfig = replace(SMALL.model.moe, top_k=k)
         config = replace(SMALL, model=replace(SMALL.model, moe=moe))
-        rows = plan(Setting(config, H100), 2)["meshes"]
+        rows = rank_meshes(Setting(config, H100), 2)["meshes"]
         (row,) = [r for r in rows if r["hp"] == 2 and r["replicas"] == "replicate"]
         sent.append(row["bytes_sent"]["Head Parallel"])
     assert len(set(sent)) == 1

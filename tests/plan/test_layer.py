@@ -6,7 +6,7 @@ import pytest
 
 from headway.config import RouterConfig, RunConfig
 from headway.plan.cost import flops
-from headway.plan.layer import costs, link, stages
+from headway.plan.layer import axis_link, exchange_costs, stages
 from headway.plan.layout import MeshLayout
 from headway.plan.link import Curve
 from headway.plan.traffic import expected_ranks
@@ -18,7 +18,7 @@ MACHINE = replace(MACHINE, rows_efficiency=0.5)
 
 def found(layout, config=CONFIG, machine=MACHINE, chunks=1, imbalance=1.0, per_node=8):
     options = {"per_node": per_node, "bytes_per_value": 2, "imbalance": imbalance}
-    return costs(config, machine, layout, T, chunks, **options)
+    return exchange_costs(config, machine, layout, T, chunks, **options)
 
 
 def test_stages_add_up_to_the_layer():
@@ -83,6 +83,6 @@ def test_chunks_of_measured_exchanges_share_the_link():
 
 
 def test_links_know_their_place():
-    inside, between = (link(MACHINE, MeshLayout(hp=2), "hp", per_node) for per_node in (8, 1))
+    inside, between = (axis_link(MACHINE, MeshLayout(hp=2), "hp", per_node) for per_node in (8, 1))
     assert (inside.rates.bandwidth, between.rates.bandwidth) == (1e6, 1e5)
     assert inside.inside and not between.inside and between.within == inside.rates

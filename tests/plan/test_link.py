@@ -2,7 +2,7 @@
 
 import pytest
 
-from headway.plan.link import Curve, Link, Rates, curve
+from headway.plan.link import Curve, Link, Rates, parse_curve
 
 RATES, WITHIN = Rates(1e6, 1e-3), Rates(4e6, 1e-3)
 POINTS = ((0.0, 0.01), (1e6, 0.5), (3e6, 2.5))
@@ -17,7 +17,7 @@ def test_two_numbers():
     assert link.exchange(2e6) == pytest.approx(2.0 + 3e-3)
     assert link.exchange(2e6, 3e6) == pytest.approx(3.0 + 3e-3)
     assert link.ring(2e6) == pytest.approx(2.0 + 6e-3)
-    assert link.together(2e6) == 0.0 and link.work(2e6) == link.ring_work(2e6) == 0.0
+    assert link.concurrent_speed(2e6) == 0.0 and link.work(2e6) == link.ring_work(2e6) == 0.0
 
 
 def test_a_curve_is_straight_between_points_and_beyond():
@@ -45,7 +45,7 @@ def test_the_fullest_link_has_its_rate_for_itself():
 def test_two_at_once():
     """Two of 1e6 (0.5 s alone) in 0.75 s: each at two thirds of its speed."""
     link = Link(4, False, RATES, WITHIN, [measured(), measured(at_once=2, scale=0.5)])
-    assert link.together(1e6) == pytest.approx(2 / 3)
+    assert link.concurrent_speed(1e6) == pytest.approx(2 / 3)
 
 
 def test_the_work_of_a_host_that_moves_bytes_itself():
@@ -60,7 +60,7 @@ def test_the_work_of_a_host_that_moves_bytes_itself():
 
 def test_a_curve_of_a_file():
     values = {"collective": "all_to_all", "ranks": 4, "inside": False, "at_once": 1}
-    assert curve(values | {"points": [list(p) for p in POINTS]}) == measured()
+    assert parse_curve(values | {"points": [list(p) for p in POINTS]}) == measured()
     for points in ([], [[2, 1], [1, 2]], [[1, 0]], [[1]]):
         with pytest.raises(ValueError, match="points|unpack"):
-            curve(values | {"points": points})
+            parse_curve(values | {"points": points})

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from headway.config import UsageError
-from headway.plan.machine import MACHINES, NUMBERS, named, read, with_network
+from headway.plan.machine import MACHINES, NUMBERS, machine_named, read_machine, with_network
 
 
 def test_public_numbers():
@@ -32,13 +32,13 @@ def test_rates():
 
 
 def test_network():
-    assert with_network(named("H100"), "200").inter_node == 25e9
-    edr = with_network(named("h100"), "edr")
+    assert with_network(machine_named("H100"), "200").inter_node == 25e9
+    edr = with_network(machine_named("h100"), "edr")
     assert edr.inter_node == 12.5e9 and edr.origin_of("inter_node") == "given"
     assert edr.origin_of("latency") == "assumed" and edr.intra_node == 450e9
     for word in ("-1", "nan", "fast", "0", "inf"):
         with pytest.raises(UsageError, match="--network"):
-            with_network(named("h100"), word)
+            with_network(machine_named("h100"), word)
 
 
 def test_a_machine_file(tmp_path):
@@ -53,12 +53,12 @@ def test_a_machine_file(tmp_path):
             }
         )
     )
-    found = read(str(path))
+    found = read_machine(str(path))
     assert (found.name, found.peak, found.latency, found.dtype) == ("box", 2e14, 7e-6, "bfloat16")
     assert found.memory_bandwidth == 2e12
     assert found.origin_of("peak") == found.origin_of("latency") == "measured"
     assert found.origin_of("memory") == "vendor" and found.origin_of("efficiency") == "assumed"
-    assert read(str(path), "h200").memory == 141e9
+    assert read_machine(str(path), "h200").memory == 141e9
     measured = with_network(found, "hdr")
     assert measured.origin_of("inter_node") == "given" and measured.origin_of("peak") == "measured"
 
@@ -69,15 +69,18 @@ def test_measured_collectives(tmp_path):
     curves = [kind | {"inside": inside} for inside in (True, False)]
     path = tmp_path / "machine.json"
     path.write_text(json.dumps({"measured": {}, "curves": curves}))
-    machine = read(str(path))
+    machine = read_machine(str(path))
     assert [c.inside for c in machine.curves] == [True, False] and machine.cpu_driven
     assert [c.inside for c in with_network(machine, "100").curves] == [True]
-    assert not read(str(path), "h100").cpu_driven
+    assert not read_machine(str(path), "h100").cpu_driven
 
 
 def test_a_busy_rank_on_cores_of_its_own_and_on_shared_ones():
-    assert named("cpu").uneven(1.5) == 1.5
-    assert [replace(named("cpu"), oversubscription=2.0).uneven(x) for x in (1.5, 3.0)] == [1.0, 1.5]
+    assert machine_named("cpu").uneven(1.5) == 1.5
+    assert [replace(machine_named("cpu"), oversubscription=2.0).uneven(x) for x in (1.5, 3.0)] == [
+        1.0,
+        1.5,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,6 @@ def test_files_that_are_none(tmp_path, text, words):
     path = tmp_path / "machine.json"
     path.write_text(text)
     with pytest.raises(UsageError, match=words.replace("`", ".")):
-        read(str(path))
+        read_machine(str(path))
     with pytest.raises(UsageError, match="there is no such file"):
-        read(str(tmp_path / "none.json"))
+        read_machine(str(tmp_path / "none.json"))

@@ -31,7 +31,7 @@ def layer(*kinds, split=0.0, router=0.0, shared=0.0, experts=0.0, merge=0.0, ear
 
 
 def beyond(made, chunks, seconds, *, counts=FREE, counted=False, **message):
-    sent = {kind: Message("ep", seconds, **message) for kind in made.departing}
+    sent = {kind: Message("ep", seconds, **message) for kind in made.copies_before}
     return exposed(program(made, chunks, counted), sent, sent, counts)["ep"]
 
 
@@ -73,7 +73,7 @@ def test_counts_wait_behind_what_travels():
 def test_two_at_once_share_the_network():
     """At 0.6 each, two exchanges of 3 take 5 in place of 6."""
     made = layer("dispatch", "combine")
-    assert beyond(made, 2, 3.0, together=0.6) == pytest.approx(2 * 2 * 5.0)
+    assert beyond(made, 2, 3.0, concurrent_speed=0.6) == pytest.approx(2 * 2 * 5.0)
     assert beyond(made, 2, 3.0) == pytest.approx(2 * 2 * 6.0)
 
 

@@ -13,8 +13,8 @@ from headway.plan.layout import MeshLayout
 from headway.plan.machine import Machine
 from headway.plan.rank_memory import memory
 from headway.plan.shape import Item, total
-from headway.plan.time import Setting, newton_schulz, seconds, work
-from headway.plan.volume import sent
+from headway.plan.time import Setting, newton_schulz, step_flops, step_seconds
+from headway.plan.volume import comm_volumes
 from tests.plan.test_memory import MODELS
 
 MACHINE = Machine(
@@ -35,8 +35,8 @@ def parts(layout, config=CONFIG, per_node=8, chunks=1, imbalance=1.0, b=2):
     setting = Setting(config, MACHINE, per_node, b, chunks, imbalance)
     uneven = imbalance if layout.ep > 1 else 1.0
     held = memory(config, layout, 2, b, uneven)
-    wires = sent(config.model, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
-    found = seconds(setting, layout, T, PASSES, held, wires)
+    wires = comm_volumes(config.model, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
+    found = step_seconds(setting, layout, T, PASSES, held, wires)
     return {i.name: i.value for i in found}
 
 
@@ -53,13 +53,13 @@ def test_compute():
     assert slow["experts"] == pytest.approx(10 * found["experts"])  # float32's own peak
     wide = Config(model=replace(MODEL, d_model=1024), data=CONFIG.data)
     assert parts(MeshLayout(), wide)["matmuls"] == pytest.approx(
-        work(wide, T)["matmuls"].value / 5e8  # large matmuls reach a half
+        step_flops(wide, T)["matmuls"].value / 5e8  # large matmuls reach a half
     )
 
 
 def test_recompute_does_the_first_matmul_of_experts_again():
     again = replace(CONFIG, run=RunConfig(recompute=True))
-    ratio = work(again, T)["experts"].value / work(CONFIG, T)["experts"].value
+    ratio = step_flops(again, T)["experts"].value / step_flops(CONFIG, T)["experts"].value
     assert ratio == pytest.approx(11 / 9)  # 2/9 more with SwiGLU, as kernels/experts.py says
 
 
@@ -93,7 +93,7 @@ def test_small_sums():
 def test_gradients_hide_behind_the_last_backward_pass():
     """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all."""
     layout = MeshLayout(dp=2, hp=2)
-    wires = {w.name: w for w in sent(MODEL, layout, T, PASSES, 2)}
+    wires = {w.name: w for w in comm_volumes(MODEL, layout, T, PASSES, 2)}
     comm = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
     assert len(wires) == 4
     found = parts(layout, per_node=2)
@@ -104,7 +104,7 @@ def test_gradients_hide_behind_the_last_backward_pass():
     assert found["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
     # with FSDP they leave in every pass, and half of the ring
     sharded = replace(layout, shard=True)
-    leaving = [w for w in sent(MODEL, sharded, T, PASSES, 2) if w.kind == "gradients"]
+    leaving = [w for w in comm_volumes(MODEL, sharded, T, PASSES, 2) if w.kind == "gradients"]
     ways = (1e6 if sharded.in_one_node(w.axis, 4) else 1e5 for w in leaving)
     comm = sum(w.bytes / way + 1e-3 * w.messages for w, way in zip(leaving, ways, strict=True))
     found = parts(sharded, per_node=4)
@@ -151,7 +151,7 @@ def test_newton_schulz_of_the_built_model(name, experts):
 def test_parts_are_items_with_formulas():
     layout = MeshLayout(dp=2, hp=2, ep=2, scheme="all_to_all", shard=True)
     setting = Setting(CONFIG, MACHINE)
-    held, wires = memory(CONFIG, layout, 2, 2), sent(MODEL, layout, T, PASSES, 2)
-    found = seconds(setting, layout, T, PASSES, held, wires)
+    held, wires = memory(CONFIG, layout, 2, 2), comm_volumes(MODEL, layout, T, PASSES, 2)
+    found = step_seconds(setting, layout, T, PASSES, held, wires)
     assert all(isinstance(i, Item) and i.formula and i.value > 0 for i in found)
     assert not torch.is_tensor(found[0].value)

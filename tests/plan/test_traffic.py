@@ -7,7 +7,7 @@ import pytest
 
 from headway.config import ModelConfig, MoEConfig, RouterConfig
 from headway.plan import traffic as t
-from headway.plan.traffic import traffic
+from headway.plan.traffic import traffic_per_token
 
 MODEL = ModelConfig(
     vocab_size=64, n_layers=2, d_model=256, moe=MoEConfig(n_heads=8, n_experts=64, top_k=4)
@@ -15,7 +15,7 @@ MODEL = ModelConfig(
 
 
 def items(model, **options):
-    return {i.name: i.value for i in traffic(model, **options)}
+    return {i.name: i.value for i in traffic_per_token(model, **options)}
 
 
 def test_by_hand():
@@ -67,7 +67,7 @@ def test_latent_and_flat_and_dense():
     indices = 4 * 2 * 7 / 8
     assert wide["Expert Parallel"] - indices == 4 * (narrow["Expert Parallel"] - indices)
     assert "Head Parallel" not in items(flat, n_ranks=8)
-    assert traffic(replace(MODEL, moe=MoEConfig(kind="dense")), 8) == ()
+    assert traffic_per_token(replace(MODEL, moe=MoEConfig(kind="dense")), 8) == ()
 
 
 # per rank, from plain integers

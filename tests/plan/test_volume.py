@@ -7,7 +7,7 @@ import pytest
 from headway.config import ModelConfig, MoEConfig, RouterConfig
 from headway.plan.cost import parameters
 from headway.plan.layout import MeshLayout
-from headway.plan.volume import ep_totals, sent
+from headway.plan.volume import comm_volumes, ep_totals
 from tests.plan.test_memory import MODELS
 
 MODEL = ModelConfig(
@@ -21,7 +21,7 @@ T = 128  # of a rank, in 4 passes
 
 
 def by_name(layout, model=MODEL, **options):
-    return {w.name: w for w in sent(model, layout, T, 4, 2, **options)}
+    return {w.name: w for w in comm_volumes(model, layout, T, 4, 2, **options)}
 
 
 def n_of(name):
@@ -29,7 +29,11 @@ def n_of(name):
 
 
 def test_one_rank_sends_nothing():
-    assert sent(MODEL, MeshLayout(), T, 4, 2) == () == sent(MODEL, MeshLayout(shard=True), T, 4, 2)
+    assert (
+        comm_volumes(MODEL, MeshLayout(), T, 4, 2)
+        == ()
+        == comm_volumes(MODEL, MeshLayout(shard=True), T, 4, 2)
+    )
 
 
 def test_head_parallel():
@@ -76,7 +80,7 @@ def test_imbalance_grows_what_follows_the_router():
 
 def test_totals_by_scheme_include_the_counts():
     for scheme, value in ep_totals(MODEL, MeshLayout(ep=4), T, 4, 2).items():
-        found = sent(MODEL, MeshLayout(ep=4, scheme=scheme), T, 4, 2)
+        found = comm_volumes(MODEL, MeshLayout(ep=4, scheme=scheme), T, 4, 2)
         assert value == sum(w.bytes for w in found if w.kind == "tokens")
 
 
@@ -100,5 +104,5 @@ def test_fsdp_gathers_twice_and_scatters_once_a_pass():
 
 
 def test_a_dense_model_sends_gradients_alone():
-    found = sent(MODELS["dense"], MeshLayout(dp=2), T, 1, 4)
+    found = comm_volumes(MODELS["dense"], MeshLayout(dp=2), T, 1, 4)
     assert [(w.name, w.axis) for w in found] == [("gradients all-reduced, replicated", "world")]

@@ -70,12 +70,12 @@ def test_chunks_follow_the_nodes(monkeypatch):
     given = dataclasses.replace(config, mesh=MeshConfig(ep=4, chunks=1))
     assert resolve(given, 257).config.mesh.chunks == 1
     gathers = dataclasses.replace(config, mesh=MeshConfig(ep=4, ep_scheme="all_gather"))
-    assert resolve(gathers, 257).derived["mesh.chunks"] == "1: ep=4 travels by all-gather"
+    assert resolve(gathers, 257).derived["mesh.chunks"] == "1: ep=4 uses all-gather"
     fsdp = dataclasses.replace(config, mesh=MeshConfig(dp=2, ep=2, shard="fsdp"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert resolve(fsdp, 257).derived["mesh.chunks"].startswith("1: fsdp would gather")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert resolve(config, 257).derived["mesh.chunks"] == "1: ep=4 lies within a node"
+    assert resolve(config, 257).derived["mesh.chunks"] == "1: ep=4 is within a node"
     assert "mesh.chunks" not in resolve(_changed(), 257).derived
 
 

@@ -119,7 +119,8 @@ def recipe_names() -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word most like `word`, by its last part or as a whole; empty when none is close."""
+    """Return the known word most like `word`, as a whole or by its last part; empty when none is
+    close."""
     by_tail = {name.rpartition(".")[2].strip("-"): name for name in reversed(known)}
     tail = difflib.get_close_matches(word.rpartition(".")[2].strip("-"), by_tail, n=1, cutoff=0.75)
     whole = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
@@ -127,7 +128,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def print_json(wanted: bool, value: dict[str, Any]) -> None:
-    """The last line of stdout, when `--json` asked for it."""
+    """Print the last line of stdout, when `--json` asked for it."""
     if wanted:
         print(json.dumps(value, ensure_ascii=False))
 
@@ -185,7 +186,7 @@ def _long_names(args: Sequence[str]) -> Iterator[str]:
 
 
 def _mesh(text: str) -> Iterator[str]:
-    """`hp=2,ep=2` → `--mesh.hp 2 --mesh.ep 2`."""
+    """Expand `hp=2,ep=2` to `--mesh.hp 2 --mesh.ep 2`."""
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in ("dp", "hp", "ep") or not size.isdecimal():

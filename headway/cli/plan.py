@@ -24,18 +24,18 @@ class Plan(RecipeOptions):
     gpu: Annotated[str, arg(metavar="NAME", help_behavior_hint="(default: h100)")] = ""
     """h100, h200, b200, a100 or cpu."""
     network: Annotated[str, arg(metavar="GBIT", help_behavior_hint="")] = ""
-    """Between nodes, per rank: Gbit/s, or 10gbe, 25gbe, 100gbe, edr, hdr, ndr, xdr; empty means
-    what machines with this GPU usually have."""
+    """Network between nodes, per rank: Gbit/s, or 10gbe, 25gbe, 100gbe, edr, hdr, ndr, xdr; empty
+    means what machines with this GPU usually have."""
     machine: Annotated[str, arg(metavar="FILE", help_behavior_hint="")] = ""
     """Numbers measured by `headway doctor --measure FILE`, in place of the table's."""
     gpus_per_node: int = 8
     """Ranks that share a node."""
     scheme: Annotated[str, arg(metavar="NAME")] = "auto"
-    """Of the ep axis: auto, all_to_all, all_to_all_per_slot or all_gather."""
+    """Scheme of the ep axis: auto, all_to_all, all_to_all_per_slot or all_gather."""
     chunks: Annotated[str, arg(metavar="N")] = "auto"
     """Chunks of a micro-batch, for overlap; auto as mesh.chunks=0 has it."""
     imbalance: float = 1.0
-    """Rows of the busiest rank of an ep axis over the mean; 1 for even loads."""
+    """Tokens of the most loaded rank of an ep axis over the mean; 1 for even loads."""
 
 
 _ANSWERED = (

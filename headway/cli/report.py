@@ -12,7 +12,7 @@ from headway.cli.options import parse, print_json
 
 @dataclass(frozen=True)
 class Report:
-    """One offline HTML page from one run, or from several laid over each other."""
+    """One offline HTML page from one run, or from several in the same charts."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
     """Run folders."""

@@ -1,4 +1,4 @@
-"""What a newcomer wants to see at the end of a run."""
+"""The summary at the end of a run: result, balance, traffic, and what to run next."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from headway.plan.traffic import traffic_per_token
 from headway.report.sinks import read_metrics
 
 MOST_RANKS = 8
-"""A node; Head Parallel uses at most as many ranks as there are heads."""
+"""Ranks for which traffic is predicted: a node, or the heads where they are fewer."""
 
 
 def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
-    """The result of `train` as aligned lines of text."""
+    """Format the result of `train` as aligned lines of text."""
     rows = [("interrupted" if result["interrupted"] else "done", _done(result))]
     rows.append(
         (
@@ -34,7 +34,7 @@ def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     rows.append(("checkpoint", result["checkpoint"] or "none"))
     rows.append(("report", result["report"] or "none"))
     if result["interrupted"]:
-        rows.append(("go on", resume_command(config.mesh, run_dir)))
+        rows.append(("resume", resume_command(config.mesh, run_dir)))
     elif result["checkpoint"]:
         rows.append(("try", f"headway sample {run_dir} --prompt 'import '"))
     return "\n" + "\n".join(f"{name:<12} {text}" for name, text in rows)
@@ -56,7 +56,7 @@ def _bits(result: dict[str, Any]) -> str:
 
 
 def _balance(run_dir: Path) -> str:
-    """Of the last interval; the file may be missing on a full disk."""
+    """Format the load of the last interval; a full disk may have left no file."""
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
     last = next((r for r in reversed(records) if r.get("load_max") is not None), None)
@@ -73,9 +73,9 @@ def _traffic(config: Config) -> str:
     shape = shape_of(model)
     ranks = min(MOST_RANKS, shape.H) if shape.H > 1 else MOST_RANKS
     sent = {i.name: i.value * shape.n_sparse for i in traffic_per_token(model, ranks)}
-    whole = sent["Expert Parallel"]
-    once = sent["Expert Parallel, one copy per rank"]
-    text = f"Expert Parallel {whole:,.0f} bytes ({once:,.0f} with one copy per rank)"
+    per_expert = sent["Expert Parallel"]
+    per_rank = sent["Expert Parallel, one copy per rank"]
+    text = f"Expert Parallel {per_expert:,.0f} bytes ({per_rank:,.0f} with one copy per rank)"
     if "Head Parallel" in sent:
         text = f"Head Parallel {sent['Head Parallel']:,.0f} bytes, {text}"
     return f"per token in training, if {ranks} ranks shared the experts: {text}"

@@ -46,7 +46,7 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
         raise UsageError(f"train needs a recipe or --resume RUN; use {recipe_names()}")
     if options.resume and options.overwrite:
         raise UsageError(
-            f"--resume {options.resume} goes on with a run and --overwrite clears it; use one"
+            f"--resume {options.resume} resumes a run and --overwrite clears it; use one"
         )
     config, resume = _open(options, words)
     overwrite = options.overwrite and resume is None
@@ -132,7 +132,7 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
     config = override(saved, words, f"headway train --resume {path}")
     if start is not None and config.run.dir == saved.run.dir:
         raise UsageError(
-            f"resume: {path} is a checkpoint of {run_dir}, which goes on from its newest one; "
+            f"resume: {path} is a checkpoint of {run_dir}, which resumes from its newest one; "
             "give the run, or another run's folder with --run"
         )
     before, after = leaves(saved.to_dict()), leaves(config.to_dict())
@@ -152,7 +152,7 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
 
 
 def _check_model(saved: Config, wanted: Config, run_dir: Path) -> None:
-    """Raise UsageError naming the first field in which the architectures differ."""
+    """Raise UsageError that names the first field in which the architectures differ."""
     before, after = leaves(saved.to_dict()["model"]), leaves(wanted.to_dict()["model"])
     for name, value in after.items():
         open_vocab = name == "vocab_size" and value == 0

@@ -17,9 +17,9 @@ class TrainedOptions:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, or one checkpoint folder inside it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: that of training, where it is here."""
+    """Device; auto: that of training, where this machine has it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matmuls; auto: that of training, where this machine multiplies it natively."""
+    """Dtype of the matmuls; auto: that of training, where this machine multiplies it natively."""
     json: bool = False
     """End with one JSON object."""
 

@@ -3,8 +3,8 @@ overrides leaves.
 
 Every field has a docstring: meaning, unit, legal range, when to change it. `headway train RECIPE
 --help` is made from these texts. Each section checks itself (`check()`); rules across sections are
-in `config.check`. This package imports nothing but the standard library, so layers and kernels can
-read it anywhere."""
+in `config.check`. This package imports the standard library only, so layers and kernels can read
+it anywhere."""
 
 from headway.config.data import DataConfig
 from headway.config.errors import PeerError, RankError, RunError, UsageError

@@ -22,12 +22,12 @@ def above_zero(*fields: tuple[str, float]) -> None:
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of n, in ascending order."""
+    """Return all divisors of n, in ascending order."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def nearest_divisors(width: int, n: int) -> str:
-    """The two divisors of `width` nearest to `n`, as text: `4 or 8`."""
+    """Format the two divisors of `width` nearest to `n`, as in `4 or 8`."""
     return alternatives(sorted(sorted(divisors(width), key=lambda d: abs(d - n))[:2]))
 
 

@@ -10,10 +10,10 @@ from headway.config.tree import Config
 
 
 def validate(config: Config) -> dict[str, str]:
-    """Derived value → a sentence on where it comes from, for values that need neither data nor
-    device.
+    """Check every section and the rules between them.
 
-    Raises UsageError, one line, for the first thing that cannot work.
+    Returns, for each derived value that needs neither data nor device, a sentence on where it comes
+    from. Raises UsageError, one line, for the first thing that cannot work.
     """
     derived = config.model.check()
     config.data.check()
@@ -21,7 +21,7 @@ def validate(config: Config) -> dict[str, str]:
     config.run.check()
     config.mesh.check()
     _check_axes(config)
-    _check_rows(config)
+    _check_batch(config)
     if config.mesh.size > 1 and config.run.compile:
         raise UsageError(
             f"run.compile=True and a mesh of {config.mesh.size} ranks: the collectives are not "
@@ -42,7 +42,7 @@ def remarks(config: Config) -> tuple[str, ...]:
 
 
 def _check_axes(config: Config) -> None:
-    """Heads and experts divide among the ranks of their axes."""
+    """Check that heads and experts divide among the ranks of their axes."""
     mesh, moe = config.mesh, config.model.moe
     if mesh.hp > 1 and moe.kind != "multi_head_latent":
         raise UsageError(
@@ -63,8 +63,9 @@ def _check_axes(config: Config) -> None:
             )
 
 
-def _check_rows(config: Config) -> None:
-    """The batch divides among ranks, micro-batches and, where sequences stay whole, chunks."""
+def _check_batch(config: Config) -> None:
+    """Check that the batch divides among ranks, micro-batches and, where a chunk must hold whole
+    sequences, chunks."""
     mesh, moe, data = config.mesh, config.model.moe, config.data
     at_once = mesh.size * (data.micro_batch_size or 1)
     if data.batch_size % at_once:

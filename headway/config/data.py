@@ -1,4 +1,4 @@
-"""Options of the data."""
+"""Options of the data: sources, tokenizer, batches."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +21,8 @@ class DataConfig:
     tokenizer: str = "bytes"
     """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`)."""
     val_fraction: float = 0.05
-    """Share of the files (documents; for a single text its tail) that is kept for validation; 0 < f
-    < 1."""
+    """Share of the files (documents; for a single text its tail) that is held out for validation;
+    0 < f < 1."""
     seq_len: int = 256
     """S, positions per sample, in tokens."""
     batch_size: int = 8
@@ -36,11 +36,11 @@ class DataConfig:
     """Leave out documents that cannot be read (not UTF-8, not JSON, without `text`, …), count them
     and name the first five, instead of refusing the source."""
     workers: int = 0
-    """Processes that tokenise on this machine, ≥ 1; the shards are the same for any number. 0 means
+    """Processes that tokenise on this machine, ≥ 1; the shards do not depend on the number. 0 means
     one per core, fewer for little text."""
     dedup: Literal["none", "exact"] = "none"
     """`exact`: leave out training documents that are also in validation, or that training has
-    already; validation stays as it is. `none`: only count those that are in both."""
+    already; validation is not changed. `none`: only count those that are in both."""
     cache_dir: str = ""
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
     data folder."""

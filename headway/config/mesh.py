@@ -18,23 +18,23 @@ class MeshConfig:
     ep: int = 1
     """Expert Parallel: ranks that share the experts of a head; divides moe.n_experts."""
     ep_scheme: Literal["auto", "all_to_all", "all_gather"] = "auto"
-    """How sub-tokens travel on the ep axis. `all_to_all`: to the ranks of their experts, sizes
+    """How sub-tokens are sent on the ep axis. `all_to_all`: to the ranks of their experts, sizes
     follow the router. `all_gather`: to all ranks, sizes known in advance. `auto`: fewer bytes."""
     dedup: bool = True
-    """With `all_to_all`: a sub-token goes once to a rank that holds several of its experts (off:
+    """With `all_to_all`: send a sub-token once to a rank that holds several of its experts (off:
     once per expert, as simple Expert Parallel does; for comparisons)."""
     shard: Literal["replicate", "fsdp", "hsdp"] = "replicate"
-    """Where the parameters that several ranks need lie between their uses, with their gradients and
-    optimiser state. `replicate`: whole on each of those ranks; least traffic. `fsdp`: in equal
-    pieces over all ranks (experts: over dp), gathered block by block; take it when memory runs out,
-    for about half as many bytes again. `hsdp`: in pieces over the hp × ep ranks, the dp replicas
-    being whole; take it when gathers should stay within a machine."""
+    """How the parameters that several ranks need are stored between their uses, with their
+    gradients and optimiser state. `replicate`: replicated on each of those ranks; least traffic.
+    `fsdp`: sharded over all ranks (experts: over dp), gathered block by block; take it when memory
+    runs out, for about half as many bytes again. `hsdp`: sharded over the hp × ep ranks and
+    replicated over dp; take it when gathers should stay within a machine."""
     chunks: int = 0
-    """Pieces in which a micro-batch passes a sparse layer, 0 to 4: one travels while another is
+    """Chunks in which a micro-batch passes a sparse layer, 0 to 4: one is sent while another is
     computed, same result. 0 chooses: 2 where an all-to-all of the ep axis spans nodes, else 1. With
-    `capacity_factor` or `aux_scope=sequence` a piece holds whole sequences."""
+    `capacity_factor` or `aux_scope=sequence` a chunk holds whole sequences."""
     payload: Literal["matmul", "float8"] = "matmul"
-    """How sub-tokens and their gradients travel on hp and ep. `matmul`: in the dtype of the
+    """How sub-tokens and their gradients are sent on hp and ep. `matmul`: in the dtype of the
     matmuls, exact. `float8`: e4m3 with one float32 scale per sub-token, half the bytes of bfloat16
     and about 2.6% of rounding in each of the four exchanges; for slow networks."""
     timeout: float = 600.0
@@ -42,7 +42,7 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
-        """The number of processes."""
+        """Return the number of processes."""
         return self.dp * self.hp * self.ep
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Options of the network."""
+"""Options of the network around the sparse layer."""
 
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class ModelConfig:
     d_ff: int = 1024
     """Hidden width of the dense feed-forward network (dense layers only)."""
     activation: Activation = "swiglu"
-    """Of the dense feed-forward network."""
+    """Activation of the dense feed-forward network."""
     tied: bool = False
     """Share the embedding with the output head."""
     logit_softcap: float = 0.0
@@ -52,25 +52,25 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """M, key/value heads of attention."""
+        """Return M, the number of key/value heads of attention."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def head_width(self) -> int:
-        """d, the width of an attention head."""
+        """Return d, the width of an attention head."""
         return self.d_head or self.d_model // self.n_heads
 
     def window_of(self, layer: int) -> int:
-        """The attention window of block `layer` in tokens; 0 is full attention."""
+        """Return the attention window of block `layer` in tokens; 0 is full attention."""
         return self.window[layer % len(self.window)] if self.window else 0
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether block `layer` has a sparse feed-forward layer."""
+        """Return whether block `layer` has a sparse feed-forward layer."""
         return self.moe.kind != "dense" and layer >= self.moe.n_dense_layers
 
     def check(self) -> dict[str, str]:
-        """Derived value → the sentence that says where it comes from. Raises UsageError, one line,
-        for the first thing that cannot work."""
+        """Return derived value → the sentence that says where it comes from. Raise UsageError, one
+        line, for the first thing that cannot work."""
         at_least(
             ("model.n_layers", self.n_layers, 1),
             ("model.d_model", self.d_model, 1),

@@ -13,7 +13,7 @@ Precision = Literal["bfloat16", "float8"]
 
 
 def n_inputs(activation: str) -> int:
-    """G: pre-activations per hidden unit; SwiGLU multiplies two, gate and up."""
+    """Return G, the pre-activations per hidden unit: SwiGLU multiplies two, gate and up."""
     return 2 if activation == "swiglu" else 1
 
 
@@ -24,7 +24,7 @@ class RouterConfig:
     gate: RouterGate = "topk_softmax"
     """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs
     top-k ≥ 2, else the gate is the constant 1). `softmax_topk`: softmax over all experts, then
-    select. `sigmoid`: each score alone."""
+    select. `sigmoid`: of each score by itself."""
     renormalize: bool = False
     """Divide the k gates by their sum (for `softmax_topk` and `sigmoid`; `topk_softmax` sums to 1
     already)."""
@@ -120,11 +120,12 @@ class MoEConfig:
     d_latent: int = 0
     """D_L, total latent width (ℓ for `latent`, H·L for `multi_head_latent`); 0 means d_model."""
     activation: Activation = "swiglu"
-    """Of the experts and of the shared expert."""
+    """Activation of the experts and of the shared expert."""
     precision: Precision = "bfloat16"
-    """Of the experts' products in the forward pass. `float8`: e4m3 with float32 scales, on GPUs of
-    compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2) from
-    float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`."""
+    """Precision of the experts' products in the forward pass. `float8`: e4m3 with float32 scales,
+    on GPUs of compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2)
+    from float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`.
+    """
     d_shared: int = 0
     """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
     latent_norm: bool = True
@@ -132,8 +133,8 @@ class MoEConfig:
     On, unlike the published layer, since it was better in each comparison made
     (docs/negative-results.md)."""
     capacity_factor: float = 0.0
-    """0 is dropless. Otherwise an expert takes at most ⌈factor·S·K/E⌉ rows of each sequence of S
-    tokens; later ones are dropped, in training and validation. Samples drop none."""
+    """0 is dropless. Otherwise an expert takes at most ⌈factor·S·K/E⌉ tokens of each sequence of S;
+    later ones are dropped, in training and validation. Samples drop none."""
     n_dense_layers: int = 0
     """The first n layers keep a dense feed-forward network."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -143,36 +144,38 @@ class MoEConfig:
 
     @property
     def is_latent(self) -> bool:
-        """Whether tokens are projected to a latent width before routing and back after it."""
+        """Return whether tokens are projected to a latent width before routing and back after
+        it."""
         return self.kind in ("latent", "multi_head_latent")
 
     @property
     def reads_token(self) -> bool:
-        """Whether routers read whole tokens and so can run before sub-tokens are sent. In a flat
-        MoE, where the sub-token is the token, this makes no difference."""
+        """Return whether routers read whole tokens and so can run before sub-tokens are sent. In a
+        flat MoE, where the sub-token is the token, this makes no difference."""
         reads = self.router.reads
         return reads == "token" or (reads == "auto" and self.kind == "latent")
 
     @property
     def n_inputs(self) -> int:
-        """G, pre-activations per hidden unit of an expert."""
+        """Return G, the pre-activations per hidden unit of an expert."""
         return n_inputs(self.activation)
 
     def latent_width(self, d_model: int) -> int:
-        """D_L = H·L, the total width of the sub-tokens of a token; D for a flat MoE."""
+        """Return D_L = H·L, the total width of the sub-tokens of a token; D for a flat MoE."""
         return (self.d_latent or d_model) if self.is_latent else d_model
 
     def head_width(self, d_model: int) -> int:
-        """L, the width of a sub-token and of its experts; D for a flat MoE."""
+        """Return L, the width of a sub-token and of its experts; D for a flat MoE."""
         return self.latent_width(d_model) // self.n_heads
 
     def router_width(self, d_model: int) -> int:
-        """The width of what a router reads: D or L."""
+        """Return the width of what a router reads, D or L."""
         return d_model if self.reads_token else self.head_width(d_model)
 
     @property
     def counts_by_sequence(self) -> str:
-        """The option that needs whole sequences in every pass of a sparse layer; empty for none."""
+        """Name the option that needs whole sequences in every pass of a sparse layer; empty for
+        none."""
         if self.kind == "dense":
             return ""
         if self.capacity_factor:
@@ -182,8 +185,8 @@ class MoEConfig:
         return ""
 
     def check(self, d_model: int, n_layers: int) -> dict[str, str]:
-        """Derived value → the sentence that says where it comes from. Raises UsageError where the
-        sizes do not fit a model of `n_layers` blocks of width `d_model`."""
+        """Return derived value → the sentence that says where it comes from. Raise UsageError where
+        the sizes do not fit a model of `n_layers` blocks of width `d_model`."""
         at_least(
             ("model.moe.n_experts", self.n_experts, 1),
             ("model.moe.d_expert", self.d_expert, 1),

@@ -34,11 +34,10 @@ class OptimConfig:
     expert_lr_scale: float = 1.0
     """Multiplies the learning rate of the experts."""
     schedule: Literal["wsd", "cosine", "trapezoid"] = "wsd"
-    """After warm-up. `wsd`: constant, then down by 1−√x to min_lr_ratio. `cosine`: half a cosine.
-    `trapezoid`:
-    constant, then linearly to min_lr_ratio."""
+    """Learning rate after warm-up. `wsd`: constant, then down by 1−√x to min_lr_ratio. `cosine`:
+    half a cosine. `trapezoid`: constant, then linearly to min_lr_ratio."""
     warmup: float = 0.02
-    """Share of the steps in which the rate rises linearly from 0; 0 ≤ warmup < 1."""
+    """Share of the steps over which the rate rises linearly from 0; 0 ≤ warmup < 1."""
     decay: float = 0.3
     """Share of the steps in which `wsd` and `trapezoid` fall; 0 < decay ≤ 1 − warmup."""
     min_lr_ratio: float = 0.0
@@ -52,7 +51,7 @@ class OptimConfig:
     momentum: float = 0.95
     """Muon's Nesterov momentum."""
     weight_decay: float = 0.1
-    """Decoupled; on matrices only, never on norms, biases or the embedding."""
+    """Decoupled weight decay, on matrices only, never on norms, biases or the embedding."""
     clip: float = 1.0
     """Largest global gradient norm; 0 is off."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -13,12 +13,12 @@ class RunConfig:
     dir: str = ""
     """Run folder; empty means runs/RECIPE."""
     seed: int = 0
-    """Of initialisation, data order, noise and samples."""
+    """Seed of initialisation, data order, noise and samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matmuls; parameters stay float32. `auto`: bfloat16 where the hardware multiplies it
-    natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
+    """Dtype of the matmuls; parameters stay float32. `auto`: bfloat16 where the hardware multiplies
+    it natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
     compile: bool = False
     """torch.compile the blocks: a minute of warm-up (needs a C++ compiler on CPUs)."""
     recompute: bool = False
@@ -45,7 +45,7 @@ class RunConfig:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 means with each evaluation. The last step is always saved."""
     async_checkpoint: bool = False
-    """Write checkpoints in a thread while training goes on: costs a copy of weights and optimiser
+    """Write checkpoints in a thread while training continues: costs a copy of weights and optimiser
     state in host memory. The end of the run waits for the last one."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted, but not the last one before `wsd` or `trapezoid` falls; ≥

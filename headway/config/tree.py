@@ -1,4 +1,4 @@
-"""The whole tree of options, to and from plain dictionaries."""
+"""The tree of all options, to and from plain dictionaries."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from headway.config.run import RunConfig
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Recipes return one; `dataclasses.replace` or the command line change it."""
+    """Every option of a run. Recipes return one; `dataclasses.replace` or the command line change
+    it."""
 
     recipe: str = ""
     """Name of the recipe that made this configuration."""
@@ -31,17 +32,17 @@ class Config:
 
     @property
     def run_dir(self) -> str:
-        """The run folder: `run.dir`, or runs/RECIPE."""
+        """Return the run folder: `run.dir`, or runs/RECIPE."""
         return self.run.dir or f"runs/{self.recipe or 'run'}"
 
     def to_dict(self) -> dict:
-        """Plain, JSON-ready nested dict; `from_dict` inverts it."""
+        """Return a plain, JSON-ready nested dict; `from_dict` inverts it."""
         return dataclasses.asdict(self)
 
 
 def from_dict(cls: type, values: dict):
-    """Rebuild a config dataclass from `to_dict`'s output. An unknown key is an error, a missing one
-    its default."""
+    """Rebuild a config dataclass from what `to_dict` returned. A missing key takes its default;
+    an unknown one raises UsageError."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -59,7 +60,7 @@ def from_dict(cls: type, values: dict):
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
+    """Flatten nested dicts: `{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"

@@ -1,4 +1,4 @@
-"""Recipes: functions that return one `Config`; a difference of recipes is an experiment."""
+"""Recipes: functions that return one `Config`. An experiment is a difference of recipes."""
 
 import difflib
 import importlib.util
@@ -27,7 +27,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def load(name: str) -> Config:
-    """The config of a recipe: one of `RECIPES`, or `path/to/file.py:function` of your own.
+    """Return the config of a recipe: one of `RECIPES`, or `path/to/file.py:function` of your own.
 
     Raises UsageError for an unknown name (with the nearest one), file or function.
     """
@@ -44,7 +44,8 @@ def load(name: str) -> Config:
 
 
 def source(name: str) -> str:
-    """Text of the file that holds a recipe which `load` accepts; kept with the run."""
+    """Return the source of a recipe that `load` accepts, for run.json: the function's, or for
+    FILE.py:FUNCTION the whole file's."""
     if name.endswith(".py") or ":" in name:
         return Path(name.rpartition(":")[0]).read_text("utf-8")
     return inspect.getsource(RECIPES[name.replace("-", "_")])

@@ -14,8 +14,8 @@ from headway.config import (
 
 
 def demo() -> Config:
-    """`make demo`: a byte-level Multi-Head LatentMoE on Python's own standard library, under 5
-    minutes on 2 cores."""
+    """Return the config of `make demo`: a byte-level Multi-Head LatentMoE on Python's standard
+    library, under 5 minutes on 2 cores."""
     return Config(
         recipe="demo",
         model=ModelConfig(
@@ -39,8 +39,8 @@ def demo() -> Config:
 
 
 def dense() -> Config:
-    """The control of `moe`, `latent` and `multi_head_latent`: a dense network with the same FLOPs
-    per token."""
+    """Return the baseline of `moe`, `latent` and `multi_head_latent`: a dense network with the same
+    FLOPs per token."""
     return Config(
         recipe="dense",
         model=ModelConfig(
@@ -54,13 +54,13 @@ def dense() -> Config:
 
 
 def moe() -> Config:
-    """Flat mixture: eight of 32 narrow experts do the work of the dense network."""
+    """Return a flat mixture: eight of 32 narrow experts have the FLOPs of the dense network."""
     return _sparse("moe", MoEConfig(kind="moe", n_experts=32, top_k=8, d_expert=64))
 
 
 def latent() -> Config:
-    """LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as the
-    FLOPs allow."""
+    """Return LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as
+    the FLOPs allow."""
     from headway.model.moe import latent_acc  # which imports PyTorch
 
     n_experts, top_k = latent_acc(32, 8, alpha=2, d_expert=64, d_model=128, activation="swiglu")
@@ -78,8 +78,8 @@ def latent() -> Config:
 
 
 def multi_head_latent() -> Config:
-    """Multi-Head LatentMoE: two heads of width 64 whose routers read the whole token; narrower
-    experts (F 50, not 64) pay for projections and routers."""
+    """Return a Multi-Head LatentMoE: two heads of width 64 whose routers read the whole token;
+    narrower experts (F 50, not 64) pay for projections and routers."""
     return _sparse(
         "multi_head_latent",
         MoEConfig(
@@ -94,14 +94,14 @@ def multi_head_latent() -> Config:
 
 
 def _sparse(name: str, layer: MoEConfig) -> Config:
-    """`dense` with another feed-forward layer."""
+    """Return `dense` with another feed-forward layer."""
     base = dense()
     return replace(base, recipe=name, model=replace(base.model, moe=layer))
 
 
 def shakespeare() -> Config:
-    """What bench/shakespeare.py times, for a small text given with `--data`: nanoGPT's CPU size (4
-    layers of width 128), two heads of small experts, Muon."""
+    """Return what bench/shakespeare.py times, for a small text given with `--data`: nanoGPT's CPU
+    size (4 layers of width 128), two heads of small experts, Muon."""
     return Config(
         recipe="shakespeare",
         model=ModelConfig(
@@ -124,8 +124,8 @@ def shakespeare() -> Config:
 
 
 def cpu_step() -> Config:
-    """The shape of bench/cpu_step.py: a flat mixture as Hugging Face's OLMoE, to be timed and not
-    to learn well."""
+    """Return the shape of bench/cpu_step.py: a flat mixture like Hugging Face's OLMoE, chosen for
+    timing and not for quality."""
     return Config(
         recipe="cpu_step",
         model=ModelConfig(

@@ -1,4 +1,4 @@
-"""Recipes that want a GPU, or several."""
+"""Recipes that need one GPU or several."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from headway.config import (
 
 
 def small() -> Config:
-    """About 200 million parameters, a fifth of them active: one GPU, an hour or two."""
+    """Return about 200 million parameters, a fifth of them active: one GPU, an hour or two."""
     return Config(
         recipe="small",
         model=ModelConfig(
@@ -40,8 +40,8 @@ def small() -> Config:
 
 
 def large() -> Config:
-    """Several billion parameters, an eighth of the experts active: a node of 8 GPUs with Head
-    Parallel."""
+    """Return several billion parameters, an eighth of the experts active: a node of 8 GPUs with
+    Head Parallel."""
     base = small()
     return replace(
         base,

@@ -26,7 +26,7 @@ SCRIPTS = (
     "wire.js",
     "page.js",
 )
-"""In the order in which the page runs them."""
+"""Scripts of the page, in the order in which it runs them."""
 
 
 def _asset(name: str) -> str:
@@ -34,8 +34,8 @@ def _asset(name: str) -> str:
 
 
 def _embed(data: object) -> str:
-    """JSON that cannot end its own script element, whatever text a model wrote: no <, > or & is
-    left in it."""
+    """Return JSON without <, > and &, which cannot end the script element that holds it, whatever
+    text a model wrote."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -49,8 +49,8 @@ def _hash(text: str) -> str:
 
 
 def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
-    """Two runs called `demo` become `a/demo` and `b/demo`, or `demo (2)` when that does not
-    help."""
+    """Rename two runs called `demo` to `a/demo` and `b/demo`, or to `demo (2)` where their folders
+    have equal names too."""
     names = [r["name"] for r in runs]
     for run, folder in zip(runs, folders, strict=True):
         if names.count(run["name"]) > 1:
@@ -64,8 +64,8 @@ def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
 
 
 def render(runs: list[dict]) -> str:
-    """The page for runs made by `load_run`. Its policy forbids every request and every script but
-    its own."""
+    """Return the page for runs that `load_run` returned. Its policy forbids every request and
+    every other script."""
     style = _asset("style.css")
     script = "\n".join(_asset(name) for name in SCRIPTS)
     policy = (
@@ -92,13 +92,13 @@ def render(runs: list[dict]) -> str:
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the report of one run, or of several laid over each other, to the file `out`; returns
-    its path. Raises UsageError as `load_runs` and `write_page` do."""
+    """Write the report of one run, or of several in the same charts, to the file `out` and return
+    its path. Raise UsageError as `load_runs` and `write_page` do."""
     return write_page(load_runs(run_dirs), out)
 
 
 def load_runs(run_dirs: Sequence[str | Path]) -> list[dict]:
-    """The runs of a page, each with a name of its own.
+    """Return the runs of a page, each with a unique name.
 
     `run_dirs` are run folders with run.json and metrics.jsonl; a run that is still going is fine.
     Raises UsageError for a missing or corrupt run.
@@ -114,9 +114,9 @@ def load_runs(run_dirs: Sequence[str | Path]) -> list[dict]:
 
 
 def write_page(runs: list[dict], out: str | Path) -> Path:
-    """Write the page of these runs to the file `out`, beside it and then renamed, so that a reader
-    never sees half a page; returns its path. Raises UsageError for a place that cannot be
-    written."""
+    """Write the page of these runs to the file `out` and return its path. It is written under
+    another name and renamed, so that a reader never sees half a page. Raise UsageError where it
+    cannot be written."""
     page = render(runs)
     out = Path(out)
     temporary = out.with_name(out.name + ".tmp")

@@ -80,10 +80,10 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "flops_per_second",
-        "Arithmetic",
+        "FLOP rate",
         "FLOP/s",
         "FLOPs per token in training, as `headway describe` counts them · tokens/s",
-        "Useful arithmetic; divided by the peak of the hardware it is MFU.",
+        "Useful FLOP/s; divided by the peak of the hardware it is MFU.",
     ),
     Metric(
         "memory_gib",
@@ -94,29 +94,29 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "wire_bytes",
-        "Bytes on the wire",
+        "Bytes sent",
         "bytes/step",
-        "bytes that leave rank 0 in the exchanges of sub-tokens and outputs, forward and backward",
+        "bytes that rank 0 sends when sub-tokens and outputs are exchanged, forward and backward",
         "Counted at each collective of the hp and ep axes; gradients and statistics left out.",
     ),
     Metric(
         "wire_expected",
         "Bytes by formula",
         "bytes/step",
-        "plan.wire: fixed in advance for Head Parallel, even and independent choices for Expert "
+        "plan.volume: fixed in advance for Head Parallel, even and independent choices for Expert "
         "Parallel",
         "What `headway plan` says of this mesh.",
     ),
     Metric(
         "wire_wait",
-        "Waiting for the wire",
+        "Waiting for communication",
         "of the step",
-        "time in which the host of rank 0 stood still in a collective / training time",
+        "time in which the host of rank 0 was blocked in a collective / training time",
         "What overlap has not hidden, and the time that other ranks were late.",
     ),
     Metric(
         "wire_layers",
-        "The wire, layer by layer",
+        "Communication by layer",
         "bytes/step",
         "columns over blocks: layer; bytes and expected (sub-tokens, counted and by formula); "
         "weights (of FSDP, and gradients); wait (of the step)",
@@ -140,7 +140,7 @@ METRICS: tuple[Metric, ...] = (
         "load",
         "Expert load",
         "× fair share",
-        "rows of the expert / (rows of its head / experts per head)",
+        "tokens of the expert / (tokens of its head / experts per head)",
         "1.0 is a fair share, 0.0 a dead expert; per layer, head and expert.",
     ),
     Metric(
@@ -192,12 +192,12 @@ def _flatten(load: object) -> Iterator[float]:
 
 
 def load_summary(load: Sequence | np.ndarray) -> dict[str, float | int]:
-    """Summary of expert load for a metrics record.
+    """Summarise expert load for a metrics record.
 
     `load` is nested [layers][heads][experts], load / fair share (1.0 fair, 0.0 dead); layers may
     differ in shape. Returns load_min, load_p95, load_max (linear interpolation, as numpy) and dead
-    (experts with load 0); an empty dict without sparse layers, so that `record.update` leaves the
-    keys out.
+    (experts with load 0); an empty dict without sparse layers, so that `record.update` adds no
+    keys.
     """
     flat = np.fromiter(_flatten(load), dtype=np.float64)
     if flat.size == 0:
@@ -211,7 +211,7 @@ def load_summary(load: Sequence | np.ndarray) -> dict[str, float | int]:
 
 
 def duration(seconds: float | None) -> str:
-    """`7s`, `3m12s`, `1h05m`, `2d03h`; `-` for None and non-finite values."""
+    """Format seconds as `7s`, `3m12s`, `1h05m` or `2d03h`; `-` for None and non-finite values."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     s = max(0, round(seconds))
@@ -230,7 +230,7 @@ def _text(record: Mapping, name: str, spec: str, scale: float = 1.0) -> str:
 
 
 def _wire(record: Mapping) -> tuple[str, ...]:
-    """Nothing in a single process."""
+    """Format traffic and waiting; empty in a single process."""
     if record.get("wire_bytes") is None:
         return ()
     sent, wait = _text(record, "wire_bytes", ".2f", 1e-6), _text(record, "wire_wait", ".0%")
@@ -243,7 +243,7 @@ def progress_line(
     eta_seconds: float | None,
     peak_flops: float | None = None,
 ) -> str:
-    """One line per step interval, always the same fields in the same order, each value after its
+    """Format one step interval: always the same fields in the same order, each value after its
     label.
 
     `record` is a training record of metrics.jsonl; a missing or None value prints as `-` (a dense

@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, versions, commit. Written to run.json and by every
+"""The provenance of a number: machine, versions, commit. Written to run.json and by every
 benchmark."""
 
 import contextlib
@@ -27,14 +27,14 @@ def _cpu_model() -> str:
 
 
 def _cores() -> int:
-    """Cores this process may use, which a container or a batch system may limit."""
+    """Return the cores this process may use, which a container or a batch system may limit."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _memory_gib() -> float | None:
-    """Memory of the machine, or of the container when that is less."""
+    """Return the memory of the machine, or of the container when that is less."""
     if os.name != "posix":
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -44,10 +44,10 @@ def _memory_gib() -> float | None:
 
 
 def machine() -> dict[str, str | int | float | None]:
-    """The hardware: cpu (model), cores (usable), memory_gib, cpu_capability (torch's vector path),
-    os, gpu (name or None), gpus (count), gpu_memory_gib (of one, or None). No host name and no user
-    name."""
-    found: dict[str, str | int | float | None] = {
+    """Return the hardware: cpu (model), cores (usable), memory_gib, cpu_capability (torch's vector
+    path), os, gpu (name or None), gpus (count), gpu_memory_gib (of one, or None). No host name and
+    no user name."""
+    facts: dict[str, str | int | float | None] = {
         "cpu": _cpu_model(),
         "cores": _cores(),
         "memory_gib": _memory_gib(),
@@ -59,10 +59,10 @@ def machine() -> dict[str, str | int | float | None]:
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
-        found["gpu"] = device.name
-        found["gpus"] = torch.cuda.device_count()
-        found["gpu_memory_gib"] = round(device.total_memory / 2**30, 1)
-    return found
+        facts["gpu"] = device.name
+        facts["gpus"] = torch.cuda.device_count()
+        facts["gpu_memory_gib"] = round(device.total_memory / 2**30, 1)
+    return facts
 
 
 def _version(package: str) -> str:
@@ -73,8 +73,8 @@ def _version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of python, torch, cuda (what torch was built for, or `none`), triton (or `unknown`),
-    numpy, safetensors and headway."""
+    """Return the versions of python, torch, cuda (what torch was built for, or `none`), triton (or
+    `unknown`), numpy, safetensors and headway."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -103,7 +103,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
-    """(commit hash, dirty) of the source tree that holds `folder`; ("unknown", False) outside git.
+    """Return (commit hash, dirty) of the source tree that holds `folder`; ("unknown", False)
+    outside git.
 
     Dirty: a tracked file anywhere in the tree differs from the commit, or `folder` holds a new
     file. A package installed below somebody else's repository is not tracked there, hence
@@ -119,7 +120,7 @@ def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
 
 
 def provenance() -> dict:
-    """{"commit", "dirty", "versions", "machine"}: the part of run.json and of a benchmark's JSON
-    that says where."""
+    """Return {"commit", "dirty", "versions", "machine"}, the part of run.json and of a benchmark's
+    JSON that says where it was made."""
     head, dirty = commit()
     return {"commit": head, "dirty": dirty, "versions": versions(), "machine": machine()}

@@ -1,11 +1,11 @@
-"""Which of several runs is best, where their validation numbers can be compared."""
+"""The order of several runs by quality, where their validation numbers can be compared."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
 class Ranking(NamedTuple):
-    """The answer for one report."""
+    """The order of the runs of a report, or why there is none."""
 
     order: list[str] | None
     """Names of the runs, lowest last validation bits/byte first; None where there is no order."""
@@ -14,7 +14,7 @@ class Ranking(NamedTuple):
 
 
 def ranking(runs: Sequence[Mapping]) -> Ranking:
-    """Of runs made by `load_run`; none for runs that were validated on different text."""
+    """Rank runs that `load_run` returned; no order where they were validated on different text."""
     if len(runs) < 2:
         return Ranking(None, "")
     texts: dict[str, list[Mapping]] = {}

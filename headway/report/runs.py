@@ -1,4 +1,4 @@
-"""From a run folder to what the page draws: series of points, decimated, and everything that was
+"""Read a run folder into what the page draws: decimated series of points, and everything that was
 recorded once."""
 
 import json
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from headway.config import Config, UsageError
+from headway.config import Config, UsageError, leaves
 from headway.report.sinks import read_metrics
 
 MAX_POINTS = 1000
@@ -40,14 +40,14 @@ SCALARS = (
 
 
 def number(value: object) -> float | None:
-    """A finite float, or None for anything else: a gap in the line."""
+    """Return a finite float, or None for anything else: a gap in the line."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def short(value: float | None, digits: int = 7) -> float | int | None:
-    """The value in `digits` significant digits: 7 are all that a float32 holds."""
+    """Round to `digits` significant digits; a float32 holds 7."""
     if value is None:
         return None
     rounded = float(f"{value:.{digits}g}")
@@ -55,11 +55,10 @@ def short(value: float | None, digits: int = 7) -> float | int | None:
 
 
 def decimate(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int]:
-    """Indices to draw, ascending: first and last, and of each equal interval its minimum, maximum
-    and first gap.
+    """Return the indices to draw, ascending: first and last, and of each equal interval its
+    minimum, maximum and first gap.
 
-    At most about `limit` of them (gaps come on top), so no peak is lost. All of them when there are
-    no more.
+    These are at most about `limit` (gaps come on top), and no peak is lost.
     """
     n = len(values)
     if n <= limit:
@@ -77,8 +76,8 @@ def decimate(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[in
     return sorted(keep)
 
 
-def spread(n: int, limit: int) -> list[int]:
-    """At most `limit` ≥ 2 indices out of n, evenly spread, first and last among them."""
+def evenly_spaced(n: int, limit: int) -> list[int]:
+    """Return at most `limit` ≥ 2 of n indices, evenly spaced, first and last among them."""
     if n <= limit:
         return list(range(n))
     return sorted({round(i * (n - 1) / (limit - 1)) for i in range(limit)})
@@ -102,17 +101,17 @@ def _series(records: Sequence[Mapping], values: Sequence[float | None]) -> dict 
 
 
 def _last_of_each_step(records: Sequence[dict]) -> list[dict]:
-    """By step, the later record of one step winning: a resumed run may repeat steps."""
+    """Sort by step; of several records of one step, which a resumed run repeats, keep the last."""
     return [r for _, r in sorted({r["step"]: r for r in records}.items())]
 
 
 def _load(records: Sequence[dict]) -> dict | None:
-    """Frames of the heat map: [frame][layer][head][expert]."""
+    """Return the frames of the heat map: [frame][layer][head][expert]."""
     records = [r for r in records if r.get("load")]
     if not records:
         return None
     cells = sum(len(head) for layer in records[-1]["load"] for head in layer)
-    keep = spread(len(records), max(2, min(MAX_FRAMES, MAX_CELLS // max(1, cells))))
+    keep = evenly_spaced(len(records), max(2, min(MAX_FRAMES, MAX_CELLS // max(1, cells))))
     frames = [
         [
             [[short(number(v), 4) for v in head] for head in layer]  # 4 digits: 0.0003 is not dead
@@ -124,7 +123,7 @@ def _load(records: Sequence[dict]) -> dict | None:
 
 
 def _entropy(records: Sequence[dict]) -> list[dict]:
-    """One series per sparse layer."""
+    """Return one series per sparse layer."""
     records = [r for r in records if r.get("entropy")]
     layers = max((len(r["entropy"]) for r in records), default=0)
     out = []
@@ -139,28 +138,16 @@ def _entropy(records: Sequence[dict]) -> list[dict]:
 
 
 def _wire_layers(records: Sequence[dict]) -> list[dict]:
-    """One row per layer that sends: means over the intervals of the run."""
+    """Return one row per layer that sends: means over the intervals of the run."""
     rows: dict[int, list[dict]] = {}
     for columns in (r["wire_layers"] for r in records if r.get("wire_layers")):
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             rows.setdefault(int(row["layer"]), []).append(row)
     return [
-        {name: short(sum(row[name] for row in found) / len(found)) for name in found[0]}
-        for _, found in sorted(rows.items())
+        {name: short(sum(row[name] for row in group) / len(group)) for name in group[0]}
+        for _, group in sorted(rows.items())
     ]
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """`{"model": {"moe": {"top_k": 4}}}` → `{"model.moe.top_k": 4}`; an empty mapping is left
-    out."""
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _read_run_json(folder: Path) -> dict:
@@ -214,7 +201,7 @@ def _headline(
 
 
 def _leak(overlap: Mapping | None) -> dict[str, str]:
-    """What validation and training share: `sentence`, and `short` where they share something."""
+    """Return what validation and training share: `sentence`, and `short` where it is something."""
     overlap = overlap or {}
     n, of = overlap.get("shared") or 0, overlap.get("validation_documents")
     short = f"{n:,} of {of:,} validation documents are trained on" if n else ""
@@ -222,11 +209,10 @@ def _leak(overlap: Mapping | None) -> dict[str, str]:
 
 
 def load_run(folder: str | Path) -> dict:
-    """Everything the page needs of one run folder (run.json and metrics.jsonl), as plain JSON
-    values.
+    """Return everything the page needs of one run folder (run.json and metrics.jsonl), as plain
+    JSON values.
 
-    Raises UsageError for a missing or corrupt file. A run that is still going, or was killed, is
-    fine.
+    Raises UsageError for a missing or corrupt file. The run may still be going, or be killed.
     """
     folder = Path(folder)
     info = _read_run_json(folder)
@@ -241,9 +227,9 @@ def load_run(folder: str | Path) -> dict:
     series = {}
     for name in SCALARS:
         source = evaluations if name.startswith("val_") else train
-        made = _series(source, [number(r.get(name)) for r in source])
-        if made:
-            series[name] = made
+        line = _series(source, [number(r.get(name)) for r in source])
+        if line:
+            series[name] = line
     config = info.get("config") if isinstance(info.get("config"), Mapping) else {}
     total_steps = number(((config or {}).get("optim") or {}).get("steps"))
     return {
@@ -262,7 +248,7 @@ def load_run(folder: str | Path) -> dict:
                 "prompt": str(samples[i].get("prompt") or ""),
                 "sample": str(samples[i].get("sample") or ""),
             }
-            for i in spread(len(samples), MAX_SAMPLES)
+            for i in evenly_spaced(len(samples), MAX_SAMPLES)
         ],
         "samples_recorded": len(samples),
         "events": [
@@ -270,7 +256,7 @@ def load_run(folder: str | Path) -> dict:
             for r in records
             if "event" in r
         ],
-        "config": flatten(config or {}),
+        "config": leaves(config or {}),
         "derived": {str(k): str(v) for k, v in (info.get("derived") or {}).items()},
         "commit": str(info.get("commit") or "unknown"),
         "dirty": bool(info.get("dirty")),
@@ -289,5 +275,5 @@ def load_run(folder: str | Path) -> dict:
 
 
 def defaults() -> dict[str, object]:
-    """Default of every config leaf, so that the page can mark what a recipe changed."""
-    return flatten(Config().to_dict())
+    """Return the default of every config leaf, so that the page can mark what a recipe changed."""
+    return leaves(Config().to_dict())

@@ -1,7 +1,7 @@
 """The metrics file: append-only JSON lines that survive a kill at any byte.
 
-One `write` per record, so a reader sees whole lines or one torn last line, which every function
-here tolerates.
+Each record is one `write`, so a reader sees complete lines or one torn last line, which every
+function here tolerates.
 """
 
 import json
@@ -17,7 +17,7 @@ from headway.config import UsageError
 
 
 def _plain(value: object) -> object:
-    """Plain JSON values; JSON has no NaN and no infinity, so a non-finite number becomes null."""
+    """Convert to plain JSON values. JSON has no NaN and no infinity: those become null."""
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, np.bool_):
@@ -44,7 +44,8 @@ def _object(text: bytes) -> dict | None:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Records of a metrics file, in order; a torn last line (no newline, not JSON) is left out.
+    """Return the records of a metrics file, in order, without a torn last line (no newline, not
+    JSON).
 
     Raises UsageError, naming path and line, for a missing file or a line that is no JSON object.
     """
@@ -70,7 +71,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         elif number < len(lines):
             raise UsageError(
                 f"{path} line {number} is no JSON object (found {line[:40]!r}); "
-                "delete that line to go on"
+                "delete that line to continue"
             )
     return records
 
@@ -109,8 +110,8 @@ class JsonlSink:
             os.write(self._fd, b"\n")
 
     def write(self, record: Mapping) -> None:
-        """Append one record. Non-finite numbers become null. On OSError (disk full) the file keeps
-        whole lines."""
+        """Append one record. Non-finite numbers become null. After an OSError (disk full) the file
+        still ends with a complete line."""
         line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
         # A lone surrogate (possible in decoded bytes) is no UTF-8; it is written as '?'.
         data = memoryview(line.encode("utf-8", errors="replace") + b"\n")
@@ -123,14 +124,14 @@ class JsonlSink:
             raise
 
     def resume_at(self, step: int) -> int:
-        """Drop records after the checkpoint's `step`; returns how many. The file is replaced in one
-        rename."""
+        """Drop records after the checkpoint's `step` and return how many. The file is replaced in
+        one rename."""
         records = read_metrics(self.path)
-        kept = [r for r in records if r.get("step", 0) <= step]
-        if len(kept) == len(records):
+        remaining = [r for r in records if r.get("step", 0) <= step]
+        if len(remaining) == len(records):
             return 0
         temporary = self.path.with_name(self.path.name + ".tmp")
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
         with open(temporary, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
@@ -138,10 +139,10 @@ class JsonlSink:
         os.replace(temporary, self.path)
         os.close(self._fd)  # the old file, now without a name
         self._fd = self._open()
-        return len(records) - len(kept)
+        return len(records) - len(remaining)
 
     def close(self) -> None:
-        """Sync to disk and close. The sink takes no records afterwards."""
+        """Sync to disk and close; no record can be written afterwards."""
         os.fsync(self._fd)
         os.close(self._fd)
 
@@ -156,10 +157,10 @@ class NoSink:
     """The sink of a rank that writes no records."""
 
     def write(self, record: Mapping) -> None:
-        """Nothing."""
+        """Write nothing."""
 
     def resume_at(self, step: int) -> int:
-        """Nothing to drop."""
+        """Drop nothing."""
         return 0
 
     def __enter__(self) -> "NoSink":

@@ -120,11 +120,11 @@ def test_runs_of_other_machines_are_evaluated_and_sampled(run, tmp_path, section
     (tmp_path / "run" / "run.json").write_text(json.dumps(info))
     for verb in ("eval", "sample"):
         want = call(verb, run, "--dtype", "float32", "--json").json
-        got = call(verb, tmp_path / "run", "--dtype", "float32", "--json")
-        assert got.code == 0 and got.err.count("\n") == (1 if said else 0), got
-        assert said in got.err
+        here = call(verb, tmp_path / "run", "--dtype", "float32", "--json")
+        assert here.code == 0 and here.err.count("\n") == (1 if said else 0), here
+        assert said in here.err
         del want["checkpoint"]
-        assert got.json.items() >= want.items()
+        assert here.json.items() >= want.items()
 
 
 def test_eval_and_sample_take_a_device_and_a_dtype(run):
@@ -202,12 +202,12 @@ def test_tokenize_makes_a_tokenizer_that_trains(place):
 
 def test_shards_made_ahead_are_those_of_training(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path))
-    made = call("tokenize", "--shards", "--data", place / "text.txt", "--json")
-    assert made.code == 0 and len(made.json["shards"]) == 1
+    shards = call("tokenize", "--shards", "--data", place / "text.txt", "--json")
+    assert shards.code == 0 and len(shards.json["shards"]) == 1
     run = place / "runs" / "ahead"
     trained = call("train", f"{place}/tiny.py:tiny", "--run", run, "--steps", 1)
     assert trained.code == 0 and "tokenised" not in trained.out
-    total = made.json["train_tokens"] + made.json["val_tokens"]
+    total = shards.json["train_tokens"] + shards.json["val_tokens"]
     assert total == (place / "text.txt").stat().st_size + 2
 
 
@@ -247,11 +247,11 @@ def test_describe_equals_the_trained_model(run, place):
 
 def test_doctor():
     done = call("doctor", "--json")
-    found = done.json
-    assert done.code == 0 and found["matmul_gflops"]["float32"] > 0
-    assert set(found["extras"]) == {"gpu", "hf", "data", "dev"}
-    assert (found["dtype"] == "bfloat16") == found["native_bfloat16"]
-    for name, extra in found["extras"].items():
+    facts = done.json
+    assert done.code == 0 and facts["matmul_gflops"]["float32"] > 0
+    assert set(facts["extras"]) == {"gpu", "hf", "data", "dev"}
+    assert (facts["dtype"] == "bfloat16") == facts["native_bfloat16"]
+    for name, extra in facts["extras"].items():
         assert not extra["missing"] or f"pip install 'headway[{name}]'" in done.out
 
 

@@ -9,9 +9,9 @@ from tests.command import call, mistake
 
 def test_plan_lists_meshes():
     done = call("plan", "large", "--gpus", 64, "--gpu", "h100", "--json")
-    found = done.json
-    assert done.code == 0 and len(found["meshes"]) > 20 and found["best"]["fits"]
-    assert found["dtype"] == "bfloat16" and "ms per step" in done.out
+    table = done.json
+    assert done.code == 0 and len(table["meshes"]) > 20 and table["best"]["fits"]
+    assert table["dtype"] == "bfloat16" and "ms per step" in done.out
     assert "hp=16 does not divide n_heads=8" in done.out
     assert "assumed, not measured: latency" in done.out and "vendor's: peak" in done.out
     slow = call("plan", "large", "--gpus", 64, "--network", 10, "--json").json
@@ -19,7 +19,7 @@ def test_plan_lists_meshes():
         if "between nodes" in row["links"].values():
             twin = next(
                 r
-                for r in found["meshes"]
+                for r in table["meshes"]
                 if all(r[key] == row[key] for key in ("mesh", "scheme", "replicas"))
             )
             assert row["step_seconds"] > twin["step_seconds"]
@@ -27,9 +27,9 @@ def test_plan_lists_meshes():
 
 def test_plan_takes_overrides_and_exits_1_when_nothing_fits():
     args = ("plan", "demo", "--gpus", 2, "--gpu", "cpu", "--json")
-    found = call(*args).json
-    assert found["dtype"] == "float32"
-    assert {r["mesh"] for r in found["meshes"]} == {
+    table = call(*args).json
+    assert table["dtype"] == "float32"
+    assert {r["mesh"] for r in table["meshes"]} == {
         "dp=2,hp=1,ep=1",
         "dp=1,hp=2,ep=1",
         "dp=1,hp=1,ep=2",
@@ -37,7 +37,7 @@ def test_plan_takes_overrides_and_exits_1_when_nothing_fits():
     wider = call(*args, "--model.moe.d-expert", 128).json
     before, after = (
         next(r["parameters"] for r in answer["meshes"] if r["mesh"] == "dp=1,hp=2,ep=1")
-        for answer in (found, wider)
+        for answer in (table, wider)
     )
     assert after - before == 4 * 4 * 32 * 3 * 64 * 48 // 2
     big = call("plan", "large", "--gpus", 1, "--gpu", "cpu", "--json")

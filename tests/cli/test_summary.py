@@ -26,21 +26,21 @@ def lines(mesh: MeshConfig = MeshConfig(), **changed: object) -> list[str]:
 
 
 def test_a_whole_run_ends_with_what_to_try():
-    found = lines()
-    assert found[0].startswith("done         7 steps, 3,584 tokens")
-    assert "bits/byte    8.300 → 2.500 on validation text" in found
-    assert found[-1] == "try          headway sample runs/x --prompt 'import '"
+    shown = lines()
+    assert shown[0].startswith("done         7 steps, 3,584 tokens")
+    assert "bits/byte    8.300 → 2.500 on validation text" in shown
+    assert shown[-1] == "try          headway sample runs/x --prompt 'import '"
 
 
 def test_an_interrupted_run_ends_with_how_to_go_on():
-    found = lines(interrupted=True)
-    assert found[0].startswith("interrupted  7 steps")
-    assert found[-1] == "go on        headway train --resume runs/x"
-    found = lines(MeshConfig(dp=2, hp=2), interrupted=True)
-    assert found[-1].endswith(" torchrun --nproc-per-node 4 -m -- headway train --resume runs/x")
+    shown = lines(interrupted=True)
+    assert shown[0].startswith("interrupted  7 steps")
+    assert shown[-1] == "resume       headway train --resume runs/x"
+    shown = lines(MeshConfig(dp=2, hp=2), interrupted=True)
+    assert shown[-1].endswith(" torchrun --nproc-per-node 4 -m -- headway train --resume runs/x")
 
 
 def test_a_run_that_was_evaluated_once_claims_no_progress():
-    found = lines(val_bits_per_byte=8.3, interrupted=True)
-    assert not any("→" in line for line in found)
-    assert any("8.300 on validation text before the first step" in line for line in found)
+    shown = lines(val_bits_per_byte=8.3, interrupted=True)
+    assert not any("→" in line for line in shown)
+    assert any("8.300 on validation text before the first step" in line for line in shown)

@@ -80,7 +80,7 @@ def test_recipe_from_a_file(tmp_path):
         "def wider():\n    base = recipes.load('moe')\n"
         "    return replace(base, recipe='wider', model=replace(base.model, d_model=256))\n"
     )
-    made = load(f"{file}:wider")
-    assert made.recipe == "wider" and made.model.d_model == 256 and isinstance(made, Config)
-    assert dataclasses.replace(made, recipe="moe", model=load("moe").model) == load("moe")
+    config = load(f"{file}:wider")
+    assert config.recipe == "wider" and config.model.d_model == 256 and isinstance(config, Config)
+    assert dataclasses.replace(config, recipe="moe", model=load("moe").model) == load("moe")
     assert "def wider" in source(f"{file}:wider")

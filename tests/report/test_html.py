@@ -7,7 +7,15 @@ import pytest
 
 from headway.config import UsageError
 from headway.report.html import render, write_report
-from headway.report.runs import MAX_CELLS, MAX_FRAMES, MAX_POINTS, decimate, load_run, short, spread
+from headway.report.runs import (
+    MAX_CELLS,
+    MAX_FRAMES,
+    MAX_POINTS,
+    decimate,
+    evenly_spaced,
+    load_run,
+    short,
+)
 from headway.report.sinks import JsonlSink
 from tests.report.fake_run import make_run
 
@@ -15,9 +23,9 @@ HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window
 
 
 def embedded(page):
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    assert found
-    return json.loads(found.group(1))
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert data
+    return json.loads(data.group(1))
 
 
 def test_decimate_keeps_ends_peaks_and_gaps():
@@ -49,8 +57,8 @@ def test_decimated_curve_has_the_extremes_of_every_interval():
 
 
 def test_spread_and_short():
-    assert spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(100, 4) == [0, 33, 66, 99]
+    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(100, 4) == [0, 33, 66, 99]
     assert short(0.1 + 0.2) == 0.3
     assert short(3.0) == 3 and isinstance(short(3.0), int)
     assert short(0.00031234, 4) == 0.0003123

@@ -62,11 +62,11 @@ def test_an_installed_package_does_not_take_the_commit_of_the_folder_around_it(t
 
 
 def test_versions_and_machine_are_this_process():
-    found = versions()
-    assert found["python"] == platform.python_version()
-    assert found["torch"] == torch.__version__
-    assert set(found) == {"python", "torch", "cuda", "triton", "numpy", "safetensors", "headway"}
-    assert found["headway"] == headway.__version__
+    info = versions()
+    assert info["python"] == platform.python_version()
+    assert info["torch"] == torch.__version__
+    assert set(info) == {"python", "torch", "cuda", "triton", "numpy", "safetensors", "headway"}
+    assert info["headway"] == headway.__version__
     here = machine()
     assert here["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert isinstance(here["cores"], int) and here["cores"] >= 1

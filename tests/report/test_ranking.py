@@ -18,7 +18,7 @@ COMPARE = Path(__file__).parents[2] / ".agents" / "skills" / "compare-runs" / "c
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("ranked")
-    made = {
+    folders = {
         name: make_run(root / name, steps=40, layers=1, floor=floor, text=text)
         for name, floor, text in (
             ("worse", 1.9, "aaaa"),
@@ -26,13 +26,13 @@ def folders(tmp_path_factory):
             ("elsewhere", 1.4, "bbbb"),
         )
     }
-    made["old"] = make_run(root / "old", steps=40, layers=1)
-    info = json.loads((made["old"] / "run.json").read_text())
+    folders["old"] = make_run(root / "old", steps=40, layers=1)
+    info = json.loads((folders["old"] / "run.json").read_text())
     del info["validation"]
-    (made["old"] / "run.json").write_text(json.dumps(info))
-    made["young"] = make_run(root / "young", steps=40, layers=1, text="aaaa")
-    (made["young"] / "metrics.jsonl").write_text("")
-    return made
+    (folders["old"] / "run.json").write_text(json.dumps(info))
+    folders["young"] = make_run(root / "young", steps=40, layers=1, text="aaaa")
+    (folders["young"] / "metrics.jsonl").write_text("")
+    return folders
 
 
 def ranked(folders, *names):
@@ -40,10 +40,10 @@ def ranked(folders, *names):
 
 
 def test_best_first_on_one_text(folders):
-    found = ranked(folders, "worse", "better")
-    assert found.order == ["better", "worse"]
+    answer = ranked(folders, "worse", "better")
+    assert answer.order == ["better", "worse"]
     head = [r["headline"]["val_last"] for r in load_runs([folders["better"], folders["worse"]])]
-    assert found.sentence == (
+    assert answer.sentence == (
         "Ranked by validation bits/byte on 128 of 3,022 windows of 256 tokens of stdlib: "
         f"better {head[0]:.4f}, worse {head[1]:.4f}"
     )
@@ -51,11 +51,13 @@ def test_best_first_on_one_text(folders):
 
 
 def test_different_text_is_refused_and_named(folders):
-    found = ranked(folders, "worse", "elsewhere", "better")
-    assert found.order is None and "\n" not in found.sentence
-    assert found.sentence.startswith("Not ranked: they were validated on different text: worse, be")
-    assert "(text aaaa); elsewhere on 128 of" in found.sentence
-    assert "run.eval_tokens=0" in found.sentence
+    answer = ranked(folders, "worse", "elsewhere", "better")
+    assert answer.order is None and "\n" not in answer.sentence
+    assert answer.sentence.startswith(
+        "Not ranked: they were validated on different text: worse, be"
+    )
+    assert "(text aaaa); elsewhere on 128 of" in answer.sentence
+    assert "run.eval_tokens=0" in answer.sentence
     page = render(load_runs([folders["worse"], folders["elsewhere"]]))
     assert embedded(page)["ranking"].startswith("Not ranked: they were validated on different")
 
@@ -65,17 +67,17 @@ def test_a_leak_is_said_beside_the_rank(folders, tmp_path):
     info = json.loads((leaking / "run.json").read_text())
     info["overlap"] = {"shared": 10, "validation_documents": 10, "sentence": "10 of 10 are"}
     (leaking / "run.json").write_text(json.dumps(info))
-    found = ranking(load_runs([folders["better"], leaking]))
-    assert found.order == ["leaking", "better"]
+    answer = ranking(load_runs([folders["better"], leaking]))
+    assert answer.order == ["leaking", "better"]
     said = "; of leaking, 10 of 10 validation documents are trained on"
-    assert found.sentence.endswith(said)
+    assert answer.sentence.endswith(said)
 
 
 def test_unknown_text_and_missing_evaluations_are_refused(folders):
-    found = ranked(folders, "worse", "old")
-    assert found.order is None and "run.json of old does not say" in found.sentence
-    found = ranked(folders, "worse", "young")
-    assert found.order is None and "young has no evaluation yet" in found.sentence
+    answer = ranked(folders, "worse", "old")
+    assert answer.order is None and "run.json of old does not say" in answer.sentence
+    answer = ranked(folders, "worse", "young")
+    assert answer.order is None and "young has no evaluation yet" in answer.sentence
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from headway.parallel.mesh import Mesh, place
 from headway.parallel.parallelize import Parallelism, parallelize
 from headway.parallel.traffic import Traffic
 from headway.train.allocator import set_allocator
+from headway.train.objective import NextToken
 from headway.train.step import gradient, update
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ class Host:
         mesh.traffic.take()
         sent, received = sent_and_received()
         cpu, started = time.process_time(), time.perf_counter()
-        found = gradient(at.model, [batch], batch.targets_BS.numel(), balance, at.parallelism)
+        found = gradient(at.model, [batch], NextToken(balance), at.parallelism)
         update(at.model, at.optimizers, found, 1.0, OPTIM, balance, at.parallelism)
         at.optimizers.zero_grad()
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -217,7 +218,7 @@ class Host:
             "sent": after[0] - sent,
             "received": after[1] - received,
             "ledger": _by_layer(mesh.traffic),
-            "loss": found.nats / found.targets,
+            "loss": found.loss,
         }
 
     def curves(self, sizes: list[int], repeats: int, overlap_cost: bool) -> dict:

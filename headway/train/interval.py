@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headway.eval.bits_per_byte import bits_per_byte
-from headway.model.balance import RouteStats
 from headway.report.metrics import load_summary
+from headway.train.step import Gradient
 
 
 class Interval:
@@ -31,25 +31,18 @@ class Interval:
         self.tokens += tokens
         self.seconds += seconds
 
-    def add_step(
-        self,
-        nats: float,
-        targets: int,
-        n_bytes: float,
-        balance: float,
-        grad_norm: float,
-        routes: list[RouteStats],
-    ) -> None:
-        """A step whose update was applied; `routes` are its statistics, one per sparse layer."""
+    def add_step(self, step: Gradient) -> None:
+        """Add a step whose update was applied."""
+        weight = step.weight
         self.steps += 1
-        self.nats += nats
-        self.targets += targets
-        self.bytes += n_bytes
-        self.balance += balance
-        self.grad_norm += grad_norm
+        self.nats += step.loss_sum
+        self.targets += int(weight) if weight.is_integer() else weight  # counts stay whole in JSON
+        self.bytes += step.bytes
+        self.balance += step.balance
+        self.grad_norm += step.norm
         # Left on their device: moving them would wait for it at every step.
-        counts = [r.counts_HE for r in routes]
-        entropy = [r.entropy_H.mean() for r in routes]
+        counts = [r.counts_HE for r in step.routes]
+        entropy = [r.entropy_H.mean() for r in step.routes]
         if self.counts:
             counts = [a.to(b.device) + b for a, b in zip(self.counts, counts, strict=True)]
             entropy = [a.to(b.device) + b for a, b in zip(self.entropy, entropy, strict=True)]

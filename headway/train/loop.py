@@ -15,7 +15,7 @@ from headway.checkpoint import run_folder as folder
 from headway.checkpoint import save as checkpoint
 from headway.checkpoint.lock import Lock
 from headway.config import Config, PeerError, RankError, UsageError, leaves
-from headway.data.batch import count_targets, micro_batches
+from headway.data.batch import micro_batches
 from headway.data.shards import Dataset, prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +30,7 @@ from headway.report.sinks import JsonlSink, NoSink
 from headway.train.allocator import set_allocator
 from headway.train.interrupt import Interrupt
 from headway.train.interval import SpikeDetector
+from headway.train.objective import NextToken
 from headway.train.progress import Progress
 from headway.train.resolve import Resolved, Sizes, oversubscribed, resolve
 from headway.train.run import Log, Run
@@ -159,34 +160,29 @@ def _train(
                 block.compile()
         if progress.step == 0:
             side.evaluate()
-        asked = ""
+        asked, objective = "", NextToken(balance)
 
         while progress.step < optim.steps and not progress.why_stop(run):
             mesh.begin_step(progress.step)
             lock.check()
             started = time.perf_counter()
             batch = stream.batch(progress.step, mesh.rank, mesh.size, micro)
-            targets, n_bytes = count_targets(batch)
             micros = micro_batches(batch, micro, resolved.device)
             rate = lr_factor(progress.step, optim)
             got = gradient(
                 model,
                 micros,
-                targets,
-                balance,
+                objective,
                 parallelism,
                 load=progress.load,
-                n_bytes=n_bytes,
                 signal=bool(interrupt.requested),
             )
             reason = _reason_to_skip(got, progress.spikes)
             if not reason:
                 update(model, optimizers, got, rate, optim, balance, parallelism)
                 progress.load = got.load
-                progress.spikes.add(got.nats / got.targets)
-                progress.interval.add_step(
-                    got.nats, got.targets, got.bytes, got.balance, got.norm, got.routes
-                )
+                progress.spikes.add(got.loss)
+                progress.interval.add_step(got)
             optimizers.zero_grad()
             progress.step += 1
             elapsed = time.perf_counter() - started
@@ -224,8 +220,8 @@ def _silent(_: str) -> None:
 
 def _reason_to_skip(got: Gradient, spikes: SpikeDetector) -> str:
     """Why the update of a step is not applied; empty for an ordinary step."""
-    loss = got.nats / got.targets if got.targets else math.nan
-    if not got.targets:
+    loss = got.loss
+    if not got.weight:
         return "no valid targets"
     if not math.isfinite(loss + got.balance):
         return f"loss {loss}"

@@ -1,115 +1,115 @@
-"""One optimiser step: the gradient of a batch, and what is done with it."""
+"""One optimiser step: the gradient of a batch, and the update that applies it."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from headway.config import BalanceConfig, OptimConfig
-from headway.data.batch import Batch
-from headway.model.balance import RouteStats, add_stats, balance_loss, mean_stats, new_bias
+from headway.data.batch import B
+from headway.model.balance import RouteStats, add_stats, mean_stats, new_bias
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, clip_factor
 from headway.parallel.fsdp import set_gradient_sync
 from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 from headway.parallel.placement import Sharding
-from headway.parallel.reduce import (
-    global_stats,
-    grad_norm,
-    sum_over,
-    summed_gradients,
-)
+from headway.parallel.reduce import global_stats, grad_norm, sum_over, summed_gradients
+from headway.train.objective import Objective, StepContext
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a batch gave, over all ranks; the gradients themselves are in the parameters."""
+    """What a step measured, over all ranks; the gradients themselves are in the parameters."""
 
-    nats: float
-    """Sum of −log p over the valid targets of the whole batch."""
-    targets: int
-    """Valid targets of the whole batch."""
+    loss_sum: float
+    """`MicroLoss.loss_sum` of the whole batch; of `NextToken` in nats."""
+    weight: float
+    """`Objective.weight` of the whole batch; of `NextToken` its valid targets."""
     bytes: float
-    """Bytes of their text."""
+    """Bytes of text that the targets stand for; 0 where batches do not count them."""
     balance: float
     """Balance loss, mean over micro-batches."""
     norm: float
     """Global norm of the gradients, before clipping."""
     routes: list[RouteStats]
-    """One per sparse layer, all heads: counts summed over the batch, the rest averaged."""
+    """One per sparse layer, all heads: counts are summed over the batch, the rest averaged."""
     signals: int
-    """Ranks that were asked to end."""
+    """Number of ranks that were asked to end."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """`MicroLoss.sums` of the whole batch."""
+
+    @property
+    def loss(self) -> float:
+        """The loss without balance; NaN for a batch without weight."""
+        return self.loss_sum / self.weight if self.weight else math.nan
 
     @property
     def load(self) -> list[Tensor]:
-        """Rows per expert `[H, E]`, one per sparse layer, all heads: what the auxiliary loss of the
-        next step reads."""
+        """Rows per expert `[H, E]`, one per sparse layer, all heads: the `load` of the next
+        step."""
         return [route.counts_HE for route in self.routes]
 
 
 def gradient(
     model: Transformer,
-    micros: list[Batch],
-    valid_targets: int,
-    balance: BalanceConfig,
+    micro_batches: Sequence[B],
+    objective: Objective[B],
     parallelism: Parallelism = SINGLE_PROCESS,
     *,
     load: Sequence[Tensor] | None = None,
-    n_bytes: float = 0.0,
     signal: bool = False,
 ) -> Gradient:
-    """Backward through all micro-batches of a step; the gradient is that of the whole batch,
-    however it is cut into micro-batches and spread over ranks.
+    """Run backward through all micro-batches of a step; the gradient is that of the whole batch,
+    however it is divided into micro-batches and among ranks.
 
     Args:
-        micros: of this rank's rows, all of one size; as many, and as large, on every rank.
-        valid_targets, n_bytes: in these rows. Each target weighs the same however the batch is
-            split.
-        spread: the ranks over which batch and model are spread.
+        micro_batches: this rank's rows; as many micro-batches, of one size, on every rank.
         load: `Gradient.load` of the last step that was applied, for the auxiliary loss of
             `global_batch`: that of this step is known only after its last forward pass. None
             before the first: even, which gives the auxiliary loss no gradient.
-        signal: this rank was asked to end; the others will know.
+        signal: whether this rank was asked to end; `Gradient.signals` tells the others.
     """
-    assert len({len(micro.tokens_BS) for micro in micros}) == 1, "means weigh parts of one size"
+    assert len({len(batch.tokens_BS) for batch in micro_batches}) == 1, "means weigh equal parts"
     device, sharding = model.embed.weight.device, parallelism.sharding
-    mesh, reads_token = sharding.mesh, model.config.moe.reads_token
-    own = (valid_targets, n_bytes, signal)
-    sizes = torch.tensor(own, dtype=torch.float64, device=device)
+    mesh = sharding.mesh
+    sizes = torch.tensor([0.0, 0.0, signal], dtype=torch.float64, device=device)
+    for batch in micro_batches:
+        sizes[0] += objective.weight(batch)
+        if batch.bytes_B is not None:
+            sizes[1] += batch.bytes_B.sum()
     sum_over(mesh.world, sizes, mesh, "targets")
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    balance_sum = torch.zeros((), dtype=torch.float64, device=device)
     loads = _local_loads(model, load, sharding)
-    routes: list[RouteStats] = []
-    for i, micro in enumerate(micros):
-        last = i == len(micros) - 1
+    n_parts = len(micro_batches) * mesh.size
+    step = StepContext(sizes[0], n_parts, loads, parallelism.dispatcher)
+    sums, names, routes = torch.zeros((), dtype=torch.float64, device=device), (), []
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
         set_gradient_sync(model, last)
-        out = model(micro.tokens_BS, micro.targets_BS, micro.doc_BS, parallelism.dispatcher)
-        even = balance_loss(out.stats, balance, loads)
-        loss = out.nats / sizes[0].to(out.nats.dtype) + even / (len(micros) * mesh.size)
+        loss = objective(model, batch, step)
         with summed_gradients(model, sharding) if last else nullcontext():
-            loss.backward()
-        nats += out.nats.detach()
-        balance_sum += even.detach()
-        new = [stats.detach() for stats in out.stats]
-        routes = [add_stats(a, b) for a, b in zip(routes, new, strict=True)] if routes else new
+            loss.total.backward()
+        reported, names = [loss.loss_sum, loss.balance, *loss.sums.values()], tuple(loss.sums)
+        sums = sums + torch.stack([x.detach().to(sums) for x in reported])
+        stats = [layer.detach() for layer in loss.stats]
+        routes = [add_stats(a, b) for a, b in zip(routes, stats, strict=True)] if routes else stats
     norm = grad_norm(model, sharding)
-    sums = torch.stack([nats, balance_sum])
-    means = [mean_stats(route, len(micros)) for route in routes]
-    merged, sums = global_stats(means, sums, sharding, reads_token)
-    # The one wait for the device in a step.
-    values = torch.cat([sums, sizes, norm.double().unsqueeze(0)]).tolist()
-    nats_sum, even_sum, targets, text_bytes, signals, norm_value = values
+    means = [mean_stats(route, len(micro_batches)) for route in routes]
+    merged, sums = global_stats(means, sums, sharding, model.config.moe.reads_token)
+    # the one wait for the device in a step, but for the counts of an exchange over ep
+    values = torch.cat([sizes, norm.double().unsqueeze(0), sums]).tolist()
+    weight, text_bytes, signals, norm_value, loss_sum, balance_sum, *others = values
     return Gradient(
-        nats=nats_sum,
-        targets=int(targets),
+        loss_sum=loss_sum,
+        weight=weight,
         bytes=text_bytes,
-        balance=even_sum / (len(micros) * mesh.size),
+        balance=balance_sum / n_parts,
         norm=norm_value,
         routes=merged,
         signals=int(signals),
+        sums=dict(zip(names, others, strict=True)),
     )
 
 
@@ -117,31 +117,31 @@ def gradient(
 def update(
     model: Transformer,
     optimizers: Optimizers,
-    found: Gradient,
+    result: Gradient,
     lr_factor: float,
     optim: OptimConfig,
     balance: BalanceConfig,
     parallelism: Parallelism = SINGLE_PROCESS,
 ) -> None:
-    """Clips by the one global norm, steps the optimisers, then moves the selection biases once."""
+    """Clip by the global norm, step the optimisers, then move the selection biases once."""
     optimizers.set_lr(lr_factor)
-    optimizers.step(clip_factor(found.norm, optim.clip))
+    optimizers.step(clip_factor(result.norm, optim.clip))
     if balance.bias != "none":
-        for layer, stats in zip(model.sparse_layers(), found.routes, strict=True):
+        for layer, stats in zip(model.sparse_layers(), result.routes, strict=True):
             bias_HE = layer.router.get_buffer("bias_HE")
-            mine = stats.map(lambda x, layer=layer: parallelism.sharding.local_heads(x, layer))
-            bias_HE.copy_(new_bias(bias_HE, mine, balance))
+            local = stats.map(lambda x, layer=layer: parallelism.sharding.local_heads(x, layer))
+            bias_HE.copy_(new_bias(bias_HE, local, balance))
 
 
 def _local_loads(
     model: Transformer, load: Sequence[Tensor] | None, sharding: Sharding
 ) -> list[Tensor]:
-    """Rows per expert of the heads that are routed here, one tensor per sparse layer."""
+    """Return the rows per expert of the heads that are routed here, one tensor per sparse layer."""
     layers = model.sparse_layers()
     even = [torch.ones_like(layer.router.bias_HE) for layer in layers]
     if load is None:
         return even
     return [
-        sharding.local_heads(whole, layer).to(like)
-        for whole, layer, like in zip(load, layers, even, strict=True)
+        sharding.local_heads(all_heads, layer).to(like)
+        for all_heads, layer, like in zip(load, layers, even, strict=True)
     ]

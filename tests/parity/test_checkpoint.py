@@ -18,6 +18,7 @@ from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.parallel.parallelize import parallelize
 from headway.train.interval import SpikeDetector
+from headway.train.objective import NextToken
 from headway.train.progress import Progress
 from headway.train.step import gradient, update
 from tests.parity.test_parity import ROWS, close, heads
@@ -47,7 +48,7 @@ def batches(mesh, step):
     each = ROWS // mesh.size
     mine = slice(mesh.rank * each, (mesh.rank + 1) * each)
     batch = Batch(tokens[mine], targets[mine], None)
-    return micro_batches(batch, each, torch.device("cpu")), batch.targets_BS.numel()
+    return micro_batches(batch, each, torch.device("cpu"))
 
 
 def go_on(mesh, folder, first, last, model, optim, save_at=()):
@@ -65,10 +66,10 @@ def go_on(mesh, folder, first, last, model, optim, save_at=()):
         progress = Progress.from_dict(state["progress"], 0.0)
     found = []
     for step in range(first, last):
-        micros, targets = batches(mesh, step)
-        got = gradient(net, micros, targets, model.moe.balance, parallelism, load=progress.load)
+        micros = batches(mesh, step)
+        got = gradient(net, micros, NextToken(model.moe.balance), parallelism, load=progress.load)
         progress.load = got.load
-        found.append((got.nats / got.targets, got.norm))
+        found.append((got.loss, got.norm))
         update(net, optimizers, got, 1.0, optim, model.moe.balance, parallelism)
         optimizers.zero_grad()
         if step + 1 in save_at:

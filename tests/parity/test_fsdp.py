@@ -32,6 +32,7 @@ from headway.optim.groups import build_optimizers
 from headway.parallel.mesh import fake
 from headway.parallel.parallelize import parallelize
 from headway.parallel.placement import to_local
+from headway.train.objective import NextToken
 from headway.train.step import gradient, update
 from tests.parity.gathered import full_tensors
 from tests.parity.test_parity import ROWS, Case, check, close, dense, flat, heads, rows_of
@@ -118,8 +119,8 @@ def _story(mesh, config, optim, data, folder, steps):
         micro = 4 // mesh.size  # all ranks together always see four rows
         batch = stream.batch(step, mesh.rank, mesh.size, micro)
         micros = micro_batches(batch, micro, torch.device("cpu"))
-        targets, balance = batch.targets_BS.numel(), config.moe.balance
-        got = gradient(model, micros, targets, balance, parallelism, load=load)
+        balance = config.moe.balance
+        got = gradient(model, micros, NextToken(balance), parallelism, load=load)
         load = got.load
         update(model, optimizers, got, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
@@ -233,13 +234,13 @@ def bits(mesh, config, optim):
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
         mine = rows_of(mesh, 8)
         batch = Batch(tokens[mine], targets[mine], None)
-        targets, balance = batch.targets_BS.numel(), config.moe.balance
-        got = gradient(model, [batch], targets, balance, parallelism, load=load)
+        balance = config.moe.balance
+        got = gradient(model, [batch], NextToken(balance), parallelism, load=load)
         load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         update(model, optimizers, got, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
-        found.append((got.nats, full_tensors(grads, parallelism)))
+        found.append((got.loss_sum, full_tensors(grads, parallelism)))
     return found, full_tensors(dict(model.state_dict()), parallelism)
 
 

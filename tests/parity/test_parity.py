@@ -18,6 +18,7 @@ from headway.data.batch import Batch, micro_batches
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor
 from headway.parallel.parallelize import parallelize
+from headway.train.objective import NextToken
 from headway.train.step import gradient, update
 from tests.parity.gathered import full_tensors
 
@@ -165,14 +166,13 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
         mine = rows_of(mesh, micro)
         batch = Batch(tokens[mine], targets[mine], None)
         micros = micro_batches(batch, micro, torch.device("cpu"))
-        valid = int((batch.targets_BS >= 0).sum())
-        got = gradient(model, micros, valid, balance, parallelism, load=load)
+        got = gradient(model, micros, NextToken(balance), parallelism, load=load)
         load = got.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append(
             {
-                "nats": got.nats,
-                "targets": got.targets,
+                "nats": got.loss_sum,
+                "targets": got.weight,
                 "balance": got.balance,
                 "norm": got.norm,
                 "clip": clip_factor(got.norm, case.optim.clip),

@@ -17,6 +17,7 @@ from headway.plan.layout import MeshLayout
 from headway.plan.shape import shape_of
 from headway.plan.shape import total as sum_of
 from headway.plan.volume import comm_volumes
+from headway.train.objective import NextToken
 from headway.train.step import gradient
 from tests.parity.test_parity import ROWS, Case, flat, heads, latent, rows_of
 
@@ -33,7 +34,7 @@ def count(mesh, case: Case, dtype=torch.float32):
     mine = rows_of(mesh, ROWS // mesh.size)
     batch = Batch(tokens[mine], targets[mine], None)
     micros = micro_batches(batch, case.micro or len(mine), torch.device("cpu"))
-    gradient(model, micros, batch.targets_BS.numel(), case.model.moe.balance, parallelism)
+    gradient(model, micros, NextToken(case.model.moe.balance), parallelism)
     entries = {tuple(key): c.bytes for key, c in mesh.traffic.counts.items()}
     return {key: c["bytes"] for key, c in mesh.traffic.take().items()}, entries
 

@@ -9,6 +9,7 @@ import torch
 
 from headway.model.balance import RouteStats
 from headway.train.interval import Interval, SpikeDetector
+from headway.train.step import Gradient
 
 
 def _route(counts, entropy):
@@ -16,13 +17,17 @@ def _route(counts, entropy):
     return RouteStats(torch.tensor(counts), zero, zero, torch.tensor(entropy), zero, None)
 
 
+def _step(loss_sum, weight, n_bytes, balance, norm, routes):
+    return Gradient(loss_sum, weight, n_bytes, balance, norm, routes, signals=0)
+
+
 def _filled():
     interval = Interval()
     interval.add_time(100, 0.5)
-    interval.add_step(30.0, 10, 8, 0.01, 2.0, [_route([[1.0, 3.0]], [0.25, 0.75])])
+    interval.add_step(_step(30.0, 10.0, 8, 0.01, 2.0, [_route([[1.0, 3.0]], [0.25, 0.75])]))
     interval.add_time(100, 0.5)  # skipped
     interval.add_time(100, 1.0)
-    interval.add_step(10.0, 10, 12, 0.03, 1.0, [_route([[2.0, 2.0]], [0.1, 0.2])])
+    interval.add_step(_step(10.0, 10.0, 12, 0.03, 1.0, [_route([[2.0, 2.0]], [0.1, 0.2])]))
     return interval
 
 
@@ -50,7 +55,7 @@ def test_round_trip_is_exact():
     interval.entropy = [torch.tensor(1 / 3)]
     again = Interval.from_dict(json.loads(json.dumps(interval.to_dict())))
     for part in (interval, again):
-        part.add_step(1 / 3, 7, 5, 1e-3, 0.7, [_route([[5.0, 0.0]], [1 / 3])])
+        part.add_step(_step(1 / 3, 7.0, 5, 1e-3, 0.7, [_route([[5.0, 0.0]], [1 / 3])]))
     assert interval.record() == again.record()
     assert interval.to_dict() == again.to_dict()
 

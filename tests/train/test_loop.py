@@ -88,7 +88,7 @@ def _spoil(monkeypatch, at, **values):
 @pytest.mark.parametrize(
     "values, detail",
     [
-        ({"nats": float("nan")}, "loss nan"),
+        ({"loss_sum": float("nan")}, "loss nan"),
         ({"norm": float("inf")}, "gradient norm inf"),
         ({"balance": float("nan")}, "loss"),
     ],
@@ -112,13 +112,13 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, values,
 
 
 def test_a_loss_spike_is_skipped(tmp_path, monkeypatch):
-    _spoil(monkeypatch, {25}, nats=1e6)
+    _spoil(monkeypatch, {25}, loss_sum=1e6)
     result = train(tiny(tmp_path, optim={"steps": 27, "spike": 5.0}))
     assert result["skipped"] == 1 and events(tmp_path) == [(25, "skipped")]
 
 
 def test_too_many_skipped_steps_fail_the_run(tmp_path, monkeypatch):
-    _spoil(monkeypatch, set(range(5, 100)), nats=float("nan"))
+    _spoil(monkeypatch, set(range(5, 100)), loss_sum=float("nan"))
     with pytest.raises(
         RunError, match="3 steps in a row were skipped, the last at step 7: loss nan"
     ):

@@ -10,6 +10,7 @@ from headway.data.batch import Batch, micro_batches
 from headway.model.balance import aux_loss, new_bias
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, global_grad_norm
+from headway.train.objective import NextToken
 from headway.train.step import gradient, update
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def _batch(rows=8):
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(64, (2, rows, 16), generator=generator)
     targets[0, :9] = -1  # micro-batches with unequal numbers of targets
-    return Batch(tokens, targets, None), int((targets >= 0).sum())
+    return Batch(tokens, targets, None)
 
 
 def _grads(model):
@@ -38,13 +39,13 @@ def _grads(model):
 def test_accumulation_equals_the_whole_batch(size, dtype, bound):
     """With an auxiliary loss, which reads the load that is given."""
     balance = BalanceConfig(aux=0.05, z=1e-3)
-    batch, targets = _batch()
+    batch = _batch()
     whole, split = _model(balance, dtype), _model(balance, dtype)
     load = [torch.tensor([[9, 1, 1, 1], [0, 2, 4, 6]], dtype=dtype)] * 2
-    one = gradient(whole, [batch], targets, balance, load=load)
-    parts = gradient(split, micro_batches(batch, size, CPU), targets, balance, load=load)
+    one = gradient(whole, [batch], NextToken(balance), load=load)
+    parts = gradient(split, micro_batches(batch, size, CPU), NextToken(balance), load=load)
     assert parts.balance == pytest.approx(one.balance, rel=bound)
-    assert parts.nats == pytest.approx(one.nats, rel=bound)
+    assert parts.loss_sum == pytest.approx(one.loss_sum, rel=bound)
     assert parts.norm == pytest.approx(one.norm, rel=10 * bound)
     assert one.norm == float(global_grad_norm(whole.parameters()))
     for a, b in zip(one.routes, parts.routes, strict=True):
@@ -59,16 +60,16 @@ def test_accumulation_equals_the_whole_batch(size, dtype, bound):
 def test_the_auxiliary_loss_reads_the_step_before():
     """The first step an even load, which gives it no gradient; then what the last one counted."""
     balance = BalanceConfig(aux=0.1)
-    batch, targets = _batch()
+    batch = _batch()
     name = "layers.1.ffn.router.w_HEL"
     nothing = _model(BalanceConfig(aux=0.0), torch.float64)
-    gradient(nothing, [batch], targets, BalanceConfig(aux=0.0))
+    gradient(nothing, [batch], NextToken(BalanceConfig(aux=0.0)))
     first, second = _model(balance, torch.float64), _model(balance, torch.float64)
-    found = gradient(first, [batch], targets, balance)
-    assert found.balance == pytest.approx(0.1)
+    measured = gradient(first, [batch], NextToken(balance))
+    assert measured.balance == pytest.approx(0.1)
     torch.testing.assert_close(_grads(first)[name], _grads(nothing)[name])
-    again = gradient(second, [batch], targets, balance, load=found.load)
-    want = [aux_loss(r.counts_HE, r.prob_HE).mean() for r in found.routes]
+    again = gradient(second, [batch], NextToken(balance), load=measured.load)
+    want = [aux_loss(r.counts_HE, r.prob_HE).mean() for r in measured.routes]
     assert again.balance == pytest.approx(0.1 * float(sum(want)) / 2)
     assert again.balance > 0.1001
     difference = (_grads(second)[name] - _grads(nothing)[name]).norm()
@@ -78,20 +79,20 @@ def test_the_auxiliary_loss_reads_the_step_before():
 def test_the_balance_loss_is_the_mean_over_micro_batches():
     """At coefficient c the gradient moves by c times that of the auxiliary loss, whatever the
     split."""
-    batch, targets = _batch()
+    batch = _batch()
     none = BalanceConfig(aux=0.0, z=0.0)
     with_z = dataclasses.replace(none, z=1e-2)
-    found = []
+    results = []
     for size in (8, 2):
         plain, zed = _model(none, torch.float64), _model(with_z, torch.float64)
         micros = micro_batches(batch, size, CPU)
-        assert gradient(plain, micros, targets, none).balance == 0.0
-        found.append(gradient(zed, micros, targets, with_z).balance)
+        assert gradient(plain, micros, NextToken(none)).balance == 0.0
+        results.append(gradient(zed, micros, NextToken(with_z)).balance)
         difference = {k: _grads(zed)[k] - g for k, g in _grads(plain).items()}
-        found.append(difference["layers.1.ffn.router.w_HEL"])
+        results.append(difference["layers.1.ffn.router.w_HEL"])
     # The z-loss is a mean over tokens, so equal micro-batches average to the whole.
-    assert found[0] == pytest.approx(found[2], rel=1e-6)
-    torch.testing.assert_close(found[1], found[3], rtol=1e-9, atol=1e-15)
+    assert results[0] == pytest.approx(results[2], rel=1e-6)
+    torch.testing.assert_close(results[1], results[3], rtol=1e-9, atol=1e-15)
 
 
 def test_update_clips_once_and_moves_the_bias_once():
@@ -99,18 +100,18 @@ def test_update_clips_once_and_moves_the_bias_once():
     model = _model(balance)
     optim = OptimConfig(clip=0.1, weight_decay=0.0, eps=1.0)
     optimizers = build_optimizers(model, optim)
-    batch, targets = _batch()
-    got = gradient(model, micro_batches(batch, 4, CPU), targets, balance)
-    assert got.norm > 0.1
+    batch = _batch()
+    result = gradient(model, micro_batches(batch, 4, CPU), NextToken(balance))
+    assert result.norm > 0.1
     grads = _grads(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    update(model, optimizers, got, 0.5, optim, balance)
-    for layer, stats in zip(model.sparse_layers(), got.routes, strict=True):
+    update(model, optimizers, result, 0.5, optim, balance)
+    for layer, stats in zip(model.sparse_layers(), result.routes, strict=True):
         expected = new_bias(torch.zeros(2, 4), stats, balance)
         assert expected.abs().max() > 0
         assert torch.equal(layer.router.get_buffer("bias_HE"), expected)
     # First AdamW step with a large epsilon: p -= lr · g/(|g| + 1), g clipped.
     name = "layers.0.mixer.q.weight"
-    g = grads[name] * (0.1 / (got.norm + 1e-6))
+    g = grads[name] * (0.1 / (result.norm + 1e-6))
     expected = before[name] - 0.5 * optim.lr * g / (g.abs() + 1)
     torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-6, atol=1e-9)

@@ -49,11 +49,11 @@ WEAK_K = 4
 def cases(ks: list[int], size: Size, ranks: int = HOSTS) -> list[Case]:
     """The rivals at every k, on `ranks` hosts."""
     apart = MeshConfig(ep=ranks, ep_scheme="all_to_all", chunks=1)
-    found = []
+    all_cases = []
     for k in ks:
         flat = model_of("moe", k, size, ranks)
         heads = model_of("multi_head_latent", k, size, 2)
-        found += [
+        all_cases += [
             Case("EP", k, dataclasses.replace(apart, dedup=False), flat),
             Case("EP dedup", k, apart, flat),
             Case("EP dedup, 2 chunks", k, dataclasses.replace(apart, chunks=2), flat),
@@ -63,10 +63,10 @@ def cases(ks: list[int], size: Size, ranks: int = HOSTS) -> list[Case]:
         ]
         if ranks == HOSTS:
             both = MeshConfig(hp=2, ep=2, ep_scheme="all_to_all", chunks=1)
-            found.append(Case("HP×EP", k, both, heads))
+            all_cases.append(Case("HP×EP", k, both, heads))
             two = dataclasses.replace(both, chunks=2)
-            found.append(Case("HP×EP, 2 chunks", k, two, heads))
-    return found
+            all_cases.append(Case("HP×EP, 2 chunks", k, two, heads))
+    return all_cases
 
 
 class Cluster:
@@ -122,10 +122,10 @@ class Cluster:
         """Plain collectives of several sizes with nothing else to do, and where links have no limit
         beside matmuls (`headway.measure.links`)."""
         overlap_cost = self.mbit == UNLIMITED
-        found = self._all(
+        answers = self._all(
             "curves", sizes=self.size.collectives, repeats=3, overlap_cost=overlap_cost
         )
-        return [parse_curve(values) for values in found[0]["curves"]]
+        return [parse_curve(values) for values in answers[0]["curves"]]
 
     def _all(self, do: str, **arguments: Any) -> list[dict]:
         return self.workers.ask([{"do": do, **arguments} for _ in range(HOSTS)])
@@ -152,7 +152,7 @@ class Progress:
 
 def sweep(
     cluster: Cluster,
-    found: list[Case],
+    swept: list[Case],
     rates: list[float],
     repetitions: int,
     dtype: str,
@@ -160,10 +160,10 @@ def sweep(
 ) -> list[dict]:
     """Every case at every rate, a step each, again and again, and what the prediction needs in
     between: what else the machine does meanwhile falls on all of them."""
-    single = [Case(alone_name(c), c.k, MeshConfig(), share_of(c.model, HOSTS)) for c in found]
+    single = [Case(alone_name(c), c.k, MeshConfig(), share_of(c.model, HOSTS)) for c in swept]
     alone = list({case.key: case for case in single}.values())
-    progress.say(f"building {len(found) + len(alone)} models", 2.0 * len(found))
-    for case in found + alone:
+    progress.say(f"building {len(swept) + len(alone)} models", 2.0 * len(swept))
+    for case in swept + alone:
         cluster.build(case)
     cluster.limit(UNLIMITED)
     oversubscription = HOSTS / len(os.sched_getaffinity(0))
@@ -176,9 +176,9 @@ def sweep(
     rates = [UNLIMITED, *rates]
     took: dict[float, float] = {}
     measured: dict[float, list[list[Curve]]] = {mbit: [] for mbit in rates}
-    kept: dict[tuple[str, float], list[Sample]] = defaultdict(list)
+    samples: dict[tuple[str, float], list[Sample]] = defaultdict(list)
     for turn, mbit in itertools.product(range(repetitions), rates):
-        last = max(took.values(), default=1.0 * len(found))
+        last = max(took.values(), default=1.0 * len(swept))
         round_ = sum(took.get(m, last) for m in rates)
         left = round_ * (repetitions - turn - 1) + sum(
             took.get(m, last) for m in rates[rates.index(mbit) :]
@@ -187,20 +187,20 @@ def sweep(
         started = time.perf_counter()
         cluster.limit(mbit)
         measured[mbit].append(cluster.curves())
-        for case in found + alone:
-            kept[case.key, mbit].append(cluster.step(case))
+        for case in swept + alone:
+            samples[case.key, mbit].append(cluster.step(case))
         took[mbit] = time.perf_counter() - started
     rows: list[dict] = [rates_row]
     for mbit in rates:
         curves = [dataclasses.asdict(c) for c in median_curves(measured[mbit])]
         rows.append({"bench": "network", "mbit": mbit, "curves": curves})
-        rows += [alone_row(case, mbit, kept[case.key, mbit]) for case in alone]
+        rows += [alone_row(case, mbit, samples[case.key, mbit]) for case in alone]
     base: dict[str, dict] = {}
-    for mbit, case in itertools.product(rates, found):
-        row = sweep_row(case, mbit, kept[case.key, mbit], cluster.size, base.get(case.key))
+    for mbit, case in itertools.product(rates, swept):
+        row = sweep_row(case, mbit, samples[case.key, mbit], cluster.size, base.get(case.key))
         base.setdefault(case.key, row)
         rows.append(row)
-    return with_predictions(rows, found, cluster.size)
+    return with_predictions(rows, swept, cluster.size)
 
 
 def weak_scaling(
@@ -210,14 +210,14 @@ def weak_scaling(
     for world in (1, 2, 4):
         progress.say(f"weak scaling: jobs of {world} at {mbit:g} Mbit/s", 15.0 * (4 // world))
         cluster.form(world)
-        found = [c for c in cases([WEAK_K], cluster.size, world) if c.name in ("EP dedup", "HP")]
-        for case in found:
+        compared = [c for c in cases([WEAK_K], cluster.size, world) if c.name in ("EP dedup", "HP")]
+        for case in compared:
             cluster.build(case)
         cluster.limit(mbit)
-        calls = {c.key: lambda c=c: {"sample": cluster.step(c)} for c in found}
-        kept = common.interleaved(calls, repetitions, warmup=0)
-        for case in found:
-            yield scaling_row(case, mbit, world, [r["sample"] for r in kept[case.key]])
+        calls = {c.key: lambda c=c: {"sample": cluster.step(c)} for c in compared}
+        steps = common.interleaved(calls, repetitions, warmup=0)
+        for case in compared:
+            yield scaling_row(case, mbit, world, [r["sample"] for r in steps[case.key]])
 
 
 def main() -> None:

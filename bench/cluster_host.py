@@ -206,8 +206,8 @@ class Host:
         mesh.traffic.take()
         sent, received = sent_and_received()
         cpu, started = time.process_time(), time.perf_counter()
-        found = gradient(at.model, [batch], NextToken(balance), at.parallelism)
-        update(at.model, at.optimizers, found, 1.0, OPTIM, balance, at.parallelism)
+        result = gradient(at.model, [batch], NextToken(balance), at.parallelism)
+        update(at.model, at.optimizers, result, 1.0, OPTIM, balance, at.parallelism)
         at.optimizers.zero_grad()
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         after = sent_and_received()
@@ -218,17 +218,17 @@ class Host:
             "sent": after[0] - sent,
             "received": after[1] - received,
             "ledger": _by_layer(mesh.traffic),
-            "loss": found.loss,
+            "loss": result.loss,
         }
 
     def curves(self, sizes: list[int], repeats: int, overlap_cost: bool) -> dict:
         """Plain collectives and nothing else, among all hosts and among pairs of them."""
-        found = measure_curves(CPU, self.world, False, sizes, repeats, overlap_cost=overlap_cost)
+        measured = measure_curves(CPU, self.world, False, sizes, repeats, overlap_cost=overlap_cost)
         if self.pair is not None:
-            found += measure_curves(
+            measured += measure_curves(
                 CPU, 2, False, sizes, repeats, self.pair, overlap_cost=overlap_cost
             )
-        return {"curves": [dataclasses.asdict(curve) for curve in found]}
+        return {"curves": [dataclasses.asdict(curve) for curve in measured]}
 
     def _batch(self, step: int, size: Size) -> Batch:
         """Windows of the standard library's text: other ones on every host and in every step."""
@@ -242,12 +242,12 @@ class Host:
 def _by_layer(traffic: Traffic) -> dict[str, dict[str, float]]:
     """`{"ep dispatch, layer 0": {"bytes": …, …}, "world norm": …}` of a step: the busiest host of a
     layer need not be that of another."""
-    found = {}
+    by_layer = {}
     for (axis, purpose, layer), count in traffic.counts.items():
         name = f"{axis} {purpose}" + ("" if layer is None else f", layer {layer}")
-        found[name] = dict(vars(count))
+        by_layer[name] = dict(vars(count))
     traffic.take()
-    return found
+    return by_layer
 
 
 if __name__ == "__main__":

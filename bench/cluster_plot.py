@@ -18,12 +18,12 @@ Point = tuple[float, float]
 
 def svg(rows: list[dict]) -> str:
     """The picture of the rows of a sweep."""
-    found = [r for r in rows if r["bench"] == "sweep"]
-    ks = sorted({r["k"] for r in found})
-    fastest = max(r["mbit"] for r in found)
+    swept = [r for r in rows if r["bench"] == "sweep"]
+    ks = sorted({r["k"] for r in swept})
+    fastest = max(r["mbit"] for r in swept)
 
     def lines(x: str, y: str, scale: float, **wanted: float) -> dict[str, list[Point]]:
-        chosen = [r for r in found if all(r[key] == v for key, v in wanted.items()) and r["mbit"]]
+        chosen = [r for r in swept if all(r[key] == v for key, v in wanted.items()) and r["mbit"]]
         return {
             name: sorted((r[x], r[y] * scale) for r in chosen if r["name"] == name)
             for name in COLORS
@@ -50,12 +50,12 @@ def svg(rows: list[dict]) -> str:
 
 def ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten between both, at most about six."""
-    found = [
+    ticks = [
         m * 10.0**e
         for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for m in (1, 2, 5)
     ]
-    inside = [t for t in found if low * 0.999 <= t <= high * 1.001]
+    inside = [t for t in ticks if low * 0.999 <= t <= high * 1.001]
     return inside if len(inside) <= 6 else inside[:: math.ceil(len(inside) / 6)]
 
 

@@ -1,4 +1,4 @@
-"""What `headway plan` says of the steps of `bench/cluster.py`, on a machine that was measured
+"""What `headway plan` predicts for the steps of `bench/cluster.py`, on a machine that was measured
 beside them; nothing here runs anything.
 
 Three measurements, none of them of a spread step, make the machine:
@@ -38,7 +38,7 @@ def with_predictions(rows: list[dict], cases: Iterable[Case], size: Size) -> lis
     network = {
         r["mbit"]: [parse_curve(c) for c in r["curves"]] for r in rows if r["bench"] == "network"
     }
-    found = []
+    predictions = []
     for row in rows:
         if row["bench"] == "sweep":
             case = by_key[row["name"], row["k"]]
@@ -49,8 +49,8 @@ def with_predictions(rows: list[dict], cases: Iterable[Case], size: Size) -> lis
             parts = predicted(machine, case, size, width, row["imbalance"])
             total = sum(parts.values())
             row = row | {"predicted_ms": total, "ratio": total / row["step_ms"], "parts": parts}
-        found.append(row)
-    return found
+        predictions.append(row)
+    return predictions
 
 
 def alone_name(case: Case) -> str:
@@ -106,12 +106,12 @@ def predicted(
 
 def median_curves(turns: list[list[Curve]]) -> list[Curve]:
     """Point by point, over measurements of the same sizes."""
-    found = []
+    medians = []
     for same in zip(*turns, strict=True):
         points = zip(*(c.points for c in same), strict=True)
         middle = tuple((p[0][0], statistics.median(t for _, t in p)) for p in points)
-        found.append(dataclasses.replace(same[0], points=middle))
-    return found
+        medians.append(dataclasses.replace(same[0], points=middle))
+    return medians
 
 
 def _config(model: ModelConfig, size: Size, ranks: int) -> Config:

@@ -67,23 +67,25 @@ def busiest_bytes(sample: Sample) -> float:
     A host that gets more rows than others in a dispatch sends as many more back in the combine, so
     in both the link of the fullest host, in one of its directions, is what all wait for.
     """
-    found = 0.0
+    total = 0.0
     for key in {key for a in sample.answers for key in a["ledger"]}:
         axis, purpose = key.split(maxsplit=1)
         if axis not in ("hp", "ep"):
             continue
         back = purpose.replace("dispatch", "?").replace("combine", "dispatch")
         pair = {key, f"{axis} {back.replace('?', 'combine')}"}
-        found += max(
+        total += max(
             a["ledger"].get(k, {"bytes": 0})["bytes"] for a in sample.answers for k in pair
         )
-    return found
+    return total
 
 
 def imbalance(sample: Sample) -> float:
     """What the busiest link of the ep axis carries over what a host sends on it on average."""
-    kept = [{k: v for k, v in a["ledger"].items() if k[:3] == "ep "} for a in sample.answers]
-    only = Sample([a | {"ledger": ledger} for a, ledger in zip(sample.answers, kept, strict=True)])
+    ledgers = [{k: v for k, v in a["ledger"].items() if k[:3] == "ep "} for a in sample.answers]
+    only = Sample(
+        [a | {"ledger": ledger} for a, ledger in zip(sample.answers, ledgers, strict=True)]
+    )
     mean = statistics.mean(only.ledger("ep"))
     return max(busiest_bytes(only) / mean, 1.0) if mean else 1.0
 
@@ -91,13 +93,13 @@ def imbalance(sample: Sample) -> float:
 def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
     """Bytes per host and step of the sparse layers by `headway.plan.traffic`: for HP×EP, Head
     Parallel over hp and then Expert Parallel over ep on the sub-tokens."""
-    layers, found = size.n_layers, 0.0
+    layers, per_token = size.n_layers, 0.0
     if case.mesh.hp > 1:
-        found += _formula(case, case.mesh.hp, width, "Head Parallel")
+        per_token += _formula(case, case.mesh.hp, width, "Head Parallel")
     if case.mesh.ep > 1:
         scheme = "Expert Parallel" + (", one copy per rank" if case.mesh.dedup else "")
-        found += _formula(case, case.mesh.ep, width, scheme)
-    return found * size.tokens * layers
+        per_token += _formula(case, case.mesh.ep, width, scheme)
+    return per_token * size.tokens * layers
 
 
 def _formula(case: Case, ranks: int, width: int, scheme: str) -> float:
@@ -192,22 +194,22 @@ def _mesh(mesh: MeshConfig) -> str:
 
 def targets(rows: list[dict]) -> list[dict]:
     """What is demanded of the rows, and what is only said."""
-    found = [r for r in rows if r["bench"] == "sweep"]
+    swept = [r for r in rows if r["bench"] == "sweep"]
     return [
-        *_bytes(found),
-        *_speed(found),
+        *_bytes(swept),
+        *_speed(swept),
         *_scaling(rows),
-        *_chunks(found),
-        *_prediction(found),
+        *_chunks(swept),
+        *_prediction(swept),
     ]
 
 
 def _bytes(rows: list[dict]) -> list[dict]:
     hp = [r for r in rows if r["name"] == "HP"]
-    made = []
+    checks = []
     by_k = {k: statistics.median(r["wire_bytes"] for r in hp if r["k"] == k) for k in _ks(rows)}
     constant = max(by_k.values()) / min(by_k.values()) - 1
-    made.append(common.target("HP: bytes on the wire vary over k by", constant, 0.02, False))
+    checks.append(common.target("HP: bytes on the wire vary over k by", constant, 0.02, False))
     for k in _ks(rows):
         ratio = statistics.median(
             ep["exchange_wire_bytes"] / _at(rows, "HP", k, ep["mbit"])["exchange_wire_bytes"]
@@ -215,15 +217,15 @@ def _bytes(rows: list[dict]) -> list[dict]:
             if ep["name"] == "EP" and ep["k"] == k
         )
         name = f"k = {k}: bytes on the wire of EP without dedup over HP, sparse layers, per k"
-        made.append(common.target(name, ratio / k, 0.95, True))
+        checks.append(common.target(name, ratio / k, 0.95, True))
     spread = max(r["spread"] for r in hp)
-    made.append(common.target("HP: largest host over smallest, bytes sent", spread, 0.01, False))
-    return made
+    checks.append(common.target("HP: largest host over smallest, bytes sent", spread, 0.01, False))
+    return checks
 
 
 def _speed(rows: list[dict]) -> list[dict]:
     """Ratios of step times, geometric means over the rates of each half."""
-    made = []
+    checks = []
     for k, bound in ((4, 1.61), (8, 1.82)):
         near, far = [], []
         for mbit in {r["mbit"] for r in rows if r["k"] == k}:
@@ -232,13 +234,13 @@ def _speed(rows: list[dict]) -> list[dict]:
             (far if best["network_share"] > 0.5 else near).append(ratio)
         name = f"k = {k}: step time of {BEST} over HP"
         if far:
-            made.append(
+            checks.append(
                 common.target(f"{name}, network-bound", statistics.geometric_mean(far), bound, True)
             )
         if near:
             value = statistics.geometric_mean(near)
-            made.append(common.target(f"{name}, compute-bound", value, 0.97, True))
-    return made
+            checks.append(common.target(f"{name}, compute-bound", value, 0.97, True))
+    return checks
 
 
 def best_ep(rows: list[dict], k: int, mbit: float) -> dict:
@@ -269,7 +271,7 @@ def _scaling(rows: list[dict]) -> list[dict]:
 def _chunks(rows: list[dict]) -> list[dict]:
     """What `mesh.chunks=0` chooses against the other of 1 and 2, where links are limited: 2 for an
     all-to-all on ep between hosts, 1 for heads alone."""
-    made = []
+    checks = []
     limited = [r for r in rows if r["mbit"]]
     for name in ("EP dedup", "HP×EP", "HP"):
         ratios = [
@@ -282,8 +284,8 @@ def _chunks(rows: list[dict]) -> list[dict]:
         one = statistics.geometric_mean(ratios)
         chosen, value = (1, one) if name == "HP" else (2, 1 / one)
         text = f"mesh.chunks=0, {name}: time of {chosen} over that of {3 - chosen}, limited links"
-        made.append(common.target(text, value, 1.0, False))
-    return made
+        checks.append(common.target(text, value, 1.0, False))
+    return checks
 
 
 def _prediction(rows: list[dict]) -> list[dict]:
@@ -298,13 +300,13 @@ def _prediction(rows: list[dict]) -> list[dict]:
 
 def prediction_table(rows: list[dict]) -> str:
     """A line per case: predicted over measured at every rate."""
-    found = [r for r in rows if r["bench"] == "sweep"]
-    rates = sorted({r["mbit"] for r in found}, key=lambda mbit: mbit or float("inf"))
+    swept = [r for r in rows if r["bench"] == "sweep"]
+    rates = sorted({r["mbit"] for r in swept}, key=lambda mbit: mbit or float("inf"))
     heads = (f"{mbit:>7g}" if mbit else " no limit" for mbit in reversed(rates))
     lines = [f"predicted / measured     k {''.join(heads)}  Mbit/s"]
-    for k in _ks(found):
-        for name in dict.fromkeys(r["name"] for r in found):
-            ratios = [_at(found, name, k, mbit)["ratio"] for mbit in reversed(rates)]
+    for k in _ks(swept):
+        for name in dict.fromkeys(r["name"] for r in swept):
+            ratios = [_at(swept, name, k, mbit)["ratio"] for mbit in reversed(rates)]
             cells = "".join(f"{ratio:>{7 if i else 9}.2f}" for i, ratio in enumerate(ratios))
             lines.append(f"{name:<24} {k} {cells}")
     return "\n".join(lines)
@@ -315,6 +317,6 @@ def _ks(rows: list[dict]) -> list[int]:
 
 
 def _at(rows: list[dict], name: str, k: int, mbit: float) -> dict:
-    found = [r for r in rows if (r["name"], r["k"], r["mbit"]) == (name, k, mbit)]
-    assert len(found) == 1, (name, k, mbit)
-    return found[0]
+    matching = [r for r in rows if (r["name"], r["k"], r["mbit"]) == (name, k, mbit)]
+    assert len(matching) == 1, (name, k, mbit)
+    return matching[0]

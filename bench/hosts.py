@@ -142,14 +142,14 @@ def hosts(size: int) -> Iterator[Hosts]:
     if why := why_not():
         raise UsageError(why)
     remove_leftovers()
-    made = Hosts(size)
+    created = Hosts(size)
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        made.make()
-        yield made
+        created.make()
+        yield created
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning
-        made.remove()
+        created.remove()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -157,10 +157,10 @@ def hosts(size: int) -> Iterator[Hosts]:
 
 def remove_leftovers() -> list[str]:
     """Namespaces and bridges of runs that were killed outright; their names."""
-    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     dead = [
         line.split()[0]
-        for line in found.splitlines()
+        for line in listed.splitlines()
         if line.startswith(PREFIX) and not _alive(line.split()[0].split("-")[1])
     ]
     for name in dead:
@@ -239,11 +239,11 @@ def serve(answer: Callable[[dict], dict[str, Any]]) -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     for line in sys.stdin:
         try:
-            found = answer(json.loads(line))
+            reply = answer(json.loads(line))
         except Exception as error:
             traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(found), file=out, flush=True)
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=out, flush=True)
 
 
 def _interrupt(*_: object) -> None:

@@ -72,10 +72,10 @@ def main() -> None:
             measure_machine(file, seconds=args.seconds)
             for row in rows:
                 name = row["recipe"]
-                found = predicted(recipes.load(name), file)
+                prediction = predicted(recipes.load(name), file)
                 times = measured(name, args.steps, Path(place) / f"{name}-{i}", options)
-                row["predicted"].append(found["step_seconds"])
-                row["parts"].append(found["seconds"])
+                row["predicted"].append(prediction["step_seconds"])
+                row["parts"].append(prediction["seconds"])
                 row["measured"].append(statistics.median(times))
     for row in rows:
         pairs = zip(row["predicted"], row["measured"], strict=True)

@@ -1,4 +1,4 @@
-"""Times of plain collectives, which `headway doctor --measure` keeps for `plan.link`."""
+"""Times of plain collectives, which `headway doctor --measure` stores for `plan.link`."""
 
 import math
 import statistics
@@ -15,11 +15,11 @@ from headway.parallel.p2p import all_to_all
 from headway.plan.link import Curve
 
 Points = tuple[tuple[float, float], ...]
-"""(bytes that leave a rank, seconds)."""
+"""(bytes that a rank sends, seconds)."""
 TURNS = 4
-"""Exchanges beside work in one measurement: one after another, as layers have them."""
+"""Exchanges that overlap work in one measurement, one after another as in a model's layers."""
 LEAST = 5e-3
-"""Seconds of the work beside an exchange, at least."""
+"""Least seconds of the work that overlaps an exchange."""
 
 
 def measure_curves(
@@ -31,14 +31,14 @@ def measure_curves(
     group: dist.ProcessGroup | None = None,
     overlap_cost: bool = False,
 ) -> list[Curve]:
-    """Times of training's collectives, in which about `sizes` bytes leave each rank: an all-to-all,
-    two of half the size at once, an all-reduce, and with `overlap_cost` what an all-to-all adds to
-    matmuls that go on beside it and take longer. Medians over the repetitions, of the slowest rank;
-    the same on every rank. `ranks` is the size of the group."""
+    """Return the times of training's collectives, in which each rank sends about `sizes` bytes: an
+    all-to-all, two concurrent ones of half the size, an all-reduce, and with `overlap_cost` the
+    time that an all-to-all adds to longer matmuls that overlap it. Medians over the repetitions, of
+    the slowest rank; the same on every rank. `ranks` is the size of the group."""
     axis = Axis("all", ranks, dist.get_rank(group), group)
 
     def tensors(size: int) -> tuple[Tensor, Tensor]:
-        """To send and to receive."""
+        """Return a buffer to send and one to receive."""
         x = torch.zeros(size // (ranks - 1) * ranks, dtype=torch.uint8, device=device)
         return x, torch.empty_like(x)
 
@@ -53,23 +53,23 @@ def measure_curves(
                     each.wait()
 
             seconds = _together(run, device, repeats, group)
-            leaving = at_once * (pairs[0][0].numel() // ranks) * (ranks - 1)
-            points.append((float(leaving), seconds))
+            n_sent = at_once * (pairs[0][0].numel() // ranks) * (ranks - 1)
+            points.append((float(n_sent), seconds))
         return tuple(points)
 
     def added(alone: Points) -> Points:
-        """To matmuls that take twice as long as the exchange alone, and some milliseconds."""
+        """Measure what an exchange adds to matmuls that take at least twice as long."""
         width = 4096 if device.type == "cuda" else 256
         a = torch.ones(width, width, dtype=torch.bfloat16, device=device)
         each = _together(lambda: a @ a, device, repeats, group)
         points = []
-        for size, (leaving, seconds) in zip(sizes, alone, strict=True):
+        for size, (n_sent, seconds) in zip(sizes, alone, strict=True):
             x, y = tensors(size)
             n = math.ceil(max(2 * seconds, LEAST) / each)
 
-            def run(travels: bool, x: Tensor = x, y: Tensor = y, n: int = n) -> None:
+            def run(exchanging: bool, x: Tensor = x, y: Tensor = y, n: int = n) -> None:
                 for _ in range(TURNS):
-                    posted = all_to_all(y, x, axis) if travels else None
+                    posted = all_to_all(y, x, axis) if exchanging else None
                     for _ in range(n):
                         torch.matmul(a, a)
                     if posted is not None:
@@ -77,7 +77,7 @@ def measure_curves(
 
             both = _together(partial(run, True), device, repeats, group)
             more = both - _together(partial(run, False), device, repeats, group)
-            points.append((leaving, max(more / TURNS, 1e-6)))
+            points.append((n_sent, max(more / TURNS, 1e-6)))
         return tuple(points)
 
     def ring() -> Points:
@@ -89,19 +89,21 @@ def measure_curves(
         return tuple(points)
 
     alone = exchange(1)
-    found = [
+    measured = [
         Curve("all_to_all", ranks, inside, 1, alone),
         Curve("all_to_all", ranks, inside, 2, exchange(2)),
         Curve("all_reduce", ranks, inside, 1, ring()),
     ]
     return (
-        [*found, Curve("overlap_cost", ranks, inside, 1, added(alone))] if overlap_cost else found
+        [*measured, Curve("overlap_cost", ranks, inside, 1, added(alone))]
+        if overlap_cost
+        else measured
     )
 
 
 def two_numbers(curve: Curve) -> tuple[float, float]:
-    """(bytes/s leaving a rank, seconds per message) of an all-to-all: of its largest size, and of
-    its smallest."""
+    """Return (bytes/s that a rank sends, seconds per message) of an all-to-all: of its largest
+    size, and of its smallest."""
     (_, least), (n_bytes, seconds) = curve.points[0], curve.points[-1]
     return n_bytes / seconds, least / (curve.ranks - 1)
 
@@ -112,7 +114,7 @@ def _together(
     repeats: int,
     group: dist.ProcessGroup | None,
 ) -> float:
-    """Median seconds of the slowest rank, after one call that does not count."""
+    """Return the median seconds of the slowest rank, after a warm-up."""
     times = []
     for _ in range(repeats + 1):
         dist.barrier()  # of all: groups measure at the same time, as in training

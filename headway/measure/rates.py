@@ -1,7 +1,7 @@
-"""`headway doctor --measure FILE`: what this machine really does, for `headway plan --machine`.
+"""`headway doctor --measure FILE`: measured rates of this machine, for `headway plan --machine`.
 
 Every rate is the best of several repetitions, a collective's time their median. Under torchrun all
-ranks measure at the same time, as in training, rank 0 writes what it saw, and the network is
+ranks measure at the same time, as in training, rank 0 writes its own numbers, and the network is
 measured too.
 """
 
@@ -32,9 +32,9 @@ Show = Callable[[str], None]
 def measure_machine(
     path: Path, show: Show = lambda text: None, seconds: float = 0.5
 ) -> dict[str, Any]:
-    """Measures, writes the machine file and returns what it holds; `seconds` per number.
+    """Measure, write the machine file and return its content; `seconds` per number.
 
-    `show` is called with a line after each number, on rank 0 alone. Raises UsageError where the
+    `show` is called with a line after each number, on rank 0 only. Raises UsageError where the
     file's folder is missing or no rendezvous is found, before measuring.
     """
     if not path.parent.is_dir():
@@ -49,18 +49,20 @@ def measure_machine(
     if ranks > 1:
         _rendezvous("nccl" if cuda else "gloo")
     try:
-        found = _all(device, ranks, local, show if rank == 0 else lambda text: None, seconds)
+        content = _measure_all(
+            device, ranks, local, show if rank == 0 else lambda text: None, seconds
+        )
     finally:
         if ranks > 1:
             dist.destroy_process_group()
     if rank == 0:
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
         temporary.replace(path)
-    return found
+    return content
 
 
-def _all(
+def _measure_all(
     device: torch.device, ranks: int, local: int, show: Show, seconds: float
 ) -> dict[str, Any]:
     origin = provenance()
@@ -79,30 +81,32 @@ def _all(
     elif machine["memory_gib"]:
         measured["memory"] = machine["memory_gib"] * 2**30 / local
         note("memory", measured["memory"] / 1e9, "GB", f"of the machine / {local} processes")
-    found: list[Curve] = []
+    curves: list[Curve] = []
     if ranks > 1:
         sizes = [1 << n for n in ((12, 20, 24, 28) if big else (12, 18, 20, 22, 23))]
         repeats = max(3, min(50, int(50 * seconds)))
         inside = ranks == local
-        found = measure_curves(device, ranks, inside, sizes, repeats, overlap_cost=inside)
-        bandwidth, latency = two_numbers(found[0])
+        curves = measure_curves(device, ranks, inside, sizes, repeats, overlap_cost=inside)
+        bandwidth, latency = two_numbers(curves[0])
         measured["intra_node" if inside else "inter_node"] = bandwidth
         measured["latency"] = latency
         what = f"{sizes[0]:,} to {sizes[-1]:,} bytes leave each of {ranks} ranks"
         note("all-to-all", bandwidth / 1e9, "GB/s", what)
         note("latency", latency * 1e6, "µs", "per message")
-        ring = found[2].points[-1]
+        ring = curves[2].points[-1]
         note("all-reduce", ring[0] / ring[1] / 1e9, "GB/s", f"{ring[0]:,} bytes leave each rank")
         if inside:
-            leaving, more = found[3].points[-1]
-            note("beside work", more * 1e6, "µs", f"added by an all-to-all of {leaving:,.0f} bytes")
+            n_bytes, added = curves[3].points[-1]
+            note(
+                "beside work", added * 1e6, "µs", f"added by an all-to-all of {n_bytes:,.0f} bytes"
+            )
     return {
         "name": machine["gpu"] if big else f"{machine['cpu']}, {torch.get_num_threads()} threads",
         "based_on": _nearest(machine["gpu"]) if big else "cpu",
         "dtype": str(_dtype(device)).removeprefix("torch."),
         "ranks": ranks,
         "measured": measured,
-        "curves": [asdict(curve) for curve in found],
+        "curves": [asdict(curve) for curve in curves],
         "details": details,
         **origin,
     }
@@ -117,8 +121,8 @@ def measure_rates(
     note: Note = lambda key, value, unit, what: None,
     wide: int = 0,
 ) -> dict[str, float]:
-    """What one process computes: fields of `plan.machine.Machine`. `note` gets each number with its
-    unit and shape; `wide` is the size of the square matmul, 0 the usual one."""
+    """Return the rates of one process: fields of `plan.machine.Machine`. `note` gets each number
+    with its unit and shape; `wide` is the size of the square matmul, 0 the default."""
     dtype = _dtype(device)
     name = str(dtype).removeprefix("torch.")
     big = device.type == "cuda"
@@ -152,13 +156,13 @@ def measure_rates(
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """Of the matmuls: as a run takes it."""
+    """Return the dtype of the matmuls that `run.dtype=auto` takes."""
     return torch.bfloat16 if native_bfloat16(device) else torch.float32
 
 
 def best(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """The shortest of the repetitions that fit into `seconds`, at least two after one that does not
-    count."""
+    """Return the shortest of the repetitions that fit into `seconds`, at least two, after a
+    warm-up."""
     times: list[float] = []
     end = 0.0
     while len(times) < 3 or time.perf_counter() < end:
@@ -174,21 +178,21 @@ def best(run: Callable[[], object], device: torch.device, seconds: float) -> flo
 def matmul_flops(
     device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int, seconds: float
 ) -> float:
-    """FLOP/s of `[rows, inner] × [inner, columns]`."""
+    """Return the FLOP/s of `[rows, inner] × [inner, columns]`."""
     a = torch.ones(rows, inner, device=device, dtype=dtype)
     b = torch.ones(inner, columns, device=device, dtype=dtype)
     return 2 * rows * inner * columns / best(lambda: a @ b, device, seconds)
 
 
 def copy_bandwidth(device: torch.device, n_bytes: int, seconds: float) -> float:
-    """Bytes/s of a copy, read and written bytes together."""
+    """Return the bytes/s of a copy, read and written bytes together."""
     a = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     b = torch.zeros_like(a)  # zeros touches the pages; empty would fault in the first copy
     return 2 * n_bytes / best(lambda: b.copy_(a), device, seconds)
 
 
 def experts_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, str]:
-    """FLOP/s of the experts, forward and backward, and the shape."""
+    """Return the FLOP/s of the experts, forward and backward, and the shape as text."""
     T, H, L, E, K, F = (16384, 8, 256, 64, 8, 512) if device.type == "cuda" else _SMALL_EXPERTS
     torch.manual_seed(0)
     with device:
@@ -214,7 +218,8 @@ _SMALL_EXPERTS = (1024, 4, 64, 16, 4, 128)
 
 
 def attention_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, str]:
-    """FLOP/s of causal attention, forward and backward, counting what causality leaves."""
+    """Return the FLOP/s of causal attention, forward and backward, on causal pairs, and the shape
+    as text."""
     B, S, N, d = (4, 4096, 16, 128) if device.type == "cuda" else (4, 256, 4, 64)
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, S, N, d, device=device).to(dtype).requires_grad_() for _ in range(3))
@@ -229,8 +234,9 @@ def attention_flops(device: torch.device, dtype: torch.dtype, seconds: float) ->
 
 
 def rows_bandwidth(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, str]:
-    """Bytes/s of what stands around an exchange, counted as in `plan.layer`: rows gathered into the
-    order of their tokens, weighed and summed in float32, and the gradients of that."""
+    """Return the bytes/s of the copies around an exchange, counted as in `plan.layer`: permuted
+    tokens gathered into the order of their tokens, weighted and summed in float32, with gradients;
+    and the shape as text."""
     T, K, L = (16384, 8, 2048) if device.type == "cuda" else (2048, 4, 192)
     torch.manual_seed(0)
     y_RL = torch.randn(T * K, L, device=device).to(dtype).requires_grad_()
@@ -259,6 +265,6 @@ def _rendezvous(backend: str) -> None:
 
 
 def _nearest(gpu: str) -> str:
-    """The table's machine for what was not measured."""
+    """Return the name of the table's machine that supplies what was not measured."""
     known = [name for name in ("h200", "h100", "b200", "a100") if name.upper() in gpu.upper()]
     return known[0] if known else "h100"

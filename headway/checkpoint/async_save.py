@@ -1,20 +1,21 @@
-"""A checkpoint that is written in a thread while training goes on."""
+"""Write a checkpoint in a thread while training continues."""
 
 import threading
 from pathlib import Path
 
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import save
 from headway.checkpoint.checkpoint_dir import CheckpointError
-from headway.checkpoint.save import Collect, Snapshot
+from headway.checkpoint.save import GatherObjects, SavePlan
 
 
 class AsyncSave:
-    """One checkpoint under way; `snapshot` has tensors and `collect` a connection of its own. A
-    process that ends meanwhile leaves a temporary folder, and the checkpoint before."""
+    """One checkpoint that is being written. `plan` is staged and `gather_objects` has a connection
+    that training does not use. A process that ends meanwhile leaves a temporary folder, and the
+    checkpoint before."""
 
-    def __init__(self, snapshot: Snapshot, collect: Collect) -> None:
-        self.step = snapshot.step
-        self._snapshot, self._collect = snapshot, collect
+    def __init__(self, plan: SavePlan, gather_objects: GatherObjects) -> None:
+        self.step = plan.step
+        self._plan, self._gather_objects = plan, gather_objects
         self._outcome: Path | CheckpointError | None = None
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -25,7 +26,7 @@ class AsyncSave:
         return self._outcome is not None
 
     def result(self) -> Path:
-        """Waits; the folder of the checkpoint. Raises `CheckpointError`."""
+        """Block until it is written; return its folder. Raises `CheckpointError`."""
         self._thread.join()
         assert self._outcome is not None
         if isinstance(self._outcome, CheckpointError):
@@ -35,10 +36,10 @@ class AsyncSave:
     def _write(self) -> None:
         outcome: Path | CheckpointError
         try:
-            outcome = checkpoint.write(self._snapshot, self._collect)
+            outcome = save.write_checkpoint(self._plan, self._gather_objects)
         except CheckpointError as error:
             outcome = error
-        except Exception as error:  # such as a rank that went away: the loop must hear of it
+        except Exception as error:  # such as a rank that is gone: the training loop must know
             text = (
                 f"checkpoint at step {self.step} was not written: {type(error).__name__}: {error}"
             )

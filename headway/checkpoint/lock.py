@@ -1,10 +1,11 @@
 """The lock of a run folder: one job at a time trains in it.
 
-`RUN/lock.json` names its holder and is made with O_EXCL, which is atomic on every file system that
-a cluster uses, NFS included; file locks, which some of them lack or keep to one host, are not
-needed. On the machine of the holder the process table says whether it lives. Elsewhere its signs of
-life do: it touches the file every `BEAT` seconds, and after `SILENCE` seconds it counts as gone.
-Times are compared with those of a new file in the same folder, so clocks of hosts do not matter.
+`RUN/lock.json` names its holder and is created with O_EXCL, which is atomic on every file system
+that a cluster uses, NFS included; file locks, which some of them lack or keep to one host, are not
+needed. On the machine of the holder the process table says whether it is alive. Elsewhere its
+heartbeat does: it touches the file every `HEARTBEAT` seconds, and after `EXPIRY` seconds without
+one it counts as gone. Times are compared with those of a new file in the same folder, so the clocks
+of the hosts do not matter.
 """
 
 import contextlib
@@ -21,10 +22,10 @@ from pathlib import Path
 
 from headway.config import RunError, UsageError
 
-BEAT = 10.0
-"""Seconds between two signs of life."""
-SILENCE = 60.0
-"""Seconds without one after which a holder on another machine counts as gone."""
+HEARTBEAT = 10.0
+"""Seconds between two heartbeats."""
+EXPIRY = 60.0
+"""Seconds without a heartbeat after which a holder on another machine counts as gone."""
 
 
 @dataclass(frozen=True)
@@ -33,56 +34,58 @@ class Holder:
 
     host: str
     machine: str
-    """Where its `pid` means something: boot of the kernel and namespace of processes."""
+    """The boot of the kernel and the process namespace in which `pid` is valid."""
     pid: int
     born: str
-    """When the process began, which tells it from a later one with its number."""
+    """Start time of the process, which tells it from a later one with the same pid."""
     token: str
-    """Of this one lock."""
+    """Unique to this lock."""
 
     @classmethod
     def of(cls, pid: int) -> "Holder":
-        """A process of this machine as the holder of a new lock."""
-        return cls(platform.node(), _machine(), pid, _born(pid) or "", uuid.uuid4().hex)
+        """Return a process of this machine as the holder of a new lock."""
+        return cls(platform.node(), _machine(), pid, _start_time(pid) or "", uuid.uuid4().hex)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
 class Lock:
-    """A context that gives the lock of `run_dir` back at its end, where `take` was called."""
+    """Context that releases the lock of `run_dir` at its end if `acquire` was called."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "lock.json"
         self._mine = Holder.of(os.getpid())
-        self._held, self._ended, self._taken = False, threading.Event(), ""
+        self._acquired, self._ended, self._new_holder = False, threading.Event(), ""
 
-    def take(self, log: Callable[[str], None]) -> None:
-        """Takes the lock, also that of a process that is gone, which `log` then tells.
+    def acquire(self, log: Callable[[str], None]) -> None:
+        """Acquire the lock. That of a process that is gone is taken over, which `log` tells.
 
         Raises UsageError where another process trains in the folder or it cannot be written.
         """
         try:
-            while not self._create(self.path) and not self._succeed(log):
+            while not self._create(self.path) and not self._take_over(log):
                 time.sleep(0.01)
         except OSError as error:
             raise UsageError(
                 f"cannot write {self.path}: {error.strerror}; choose another folder with --run"
             ) from None
-        self._held = True
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._acquired = True
+        threading.Thread(target=self._heartbeat, daemon=True).start()
 
     def check(self) -> None:
-        """Raises RunError when another job has taken the lock, as while this one was suspended."""
-        if self._taken:
-            raise RunError(f"{self.path.parent} was taken over by {self._taken}; this job ends")
+        """Raise RunError when another job took the lock over, as while this one was suspended."""
+        if self._new_holder:
+            raise RunError(
+                f"{self.path.parent} was taken over by {self._new_holder}; this job ends"
+            )
 
     def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._held and _read(self.path) == self._mine:
+        if self._acquired and _read(self.path) == self._mine:
             self.path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
@@ -93,27 +96,29 @@ class Lock:
             return False
         return True
 
-    def _succeed(self, log: Callable[[str], None]) -> bool:
-        """Takes the lock of a holder that is gone. False where the lock has changed meanwhile.
-        Raises UsageError where the holder lives."""
-        holder, silence = _read(self.path), _silence(self.path)
-        if silence is None:  # given back
+    def _take_over(self, log: Callable[[str], None]) -> bool:
+        """Take over the lock of a holder that is gone. Return False where the lock has changed
+        meanwhile. Raise UsageError where the holder is alive."""
+        holder, silence = _read(self.path), _seconds_since_touched(self.path)
+        if silence is None:  # released
             return False
         if holder is not None and holder.machine == self._mine.machine:
-            if _born(holder.pid) in (holder.born, ""):
+            if _start_time(holder.pid) in (holder.born, ""):
                 raise self._in_use(str(holder))
-        elif silence < SILENCE:
-            if silence < 3 * BEAT:
+        elif silence < EXPIRY:
+            if silence < 3 * HEARTBEAT:
                 raise self._in_use(f"{holder or 'a process'}, {silence:.0f} s ago,")
             log(
                 f"{self.path.parent}: is {holder or 'its process'} gone? silent for {silence:.0f} s"
             )
-            time.sleep(SILENCE / 6)
+            time.sleep(EXPIRY / 6)
             return False
         # Of several processes one may replace this holder: the one that makes this file.
         claim = self.path.with_name(f"{self.path.name}.{holder.token if holder else 'torn'}")
         if not self._create(claim):
-            if (_silence(claim) or 0) > SILENCE:  # left by a process killed at this point
+            if (
+                _seconds_since_touched(claim) or 0
+            ) > EXPIRY:  # left by a process killed at this point
                 claim.unlink(missing_ok=True)
             return False
         if _read(self.path) != holder:
@@ -129,31 +134,33 @@ class Lock:
             "another --run"
         )
 
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
+    def _heartbeat(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
             holder = _read(self.path)
             if holder is not None and holder != self._mine:
-                self._taken = str(holder)
+                self._new_holder = str(holder)
                 return
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder that a lock names; None where there is no lock, or one that is being written."""
+    """Return the holder that a lock names; None where there is no lock, or one that is being
+    written."""
     try:
         return Holder(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _silence(path: Path) -> float | None:
-    """Seconds since a file was touched, by the clock of its file system; None without it."""
+def _seconds_since_touched(path: Path) -> float | None:
+    """Return the seconds since a file was touched, by the clock of its file system; None without
+    it."""
     with tempfile.TemporaryFile(dir=path.parent) as now:
         now.write(b"now")
         now.flush()
         try:
-            # opened: a network file system asks the server then, instead of its own memory
+            # opened, so that a network file system asks the server and not its cache
             with path.open("rb") as file:
                 return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
@@ -168,17 +175,17 @@ def _machine() -> str:
         return platform.node()
 
 
-def _born(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since the boot; None when it is gone, empty
-    where the system does not tell."""
+def _start_time(pid: int) -> str | None:
+    """Return the start time of a process of this machine, in ticks since the boot; None when it is
+    gone, empty where the system does not say."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # somebody else's
+    except PermissionError:  # of another user
         pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return None if fields[0] in "ZX" else fields[19]  # a zombie runs no more
+    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended

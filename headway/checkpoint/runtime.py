@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from headway.checkpoint import checkpoint_dir, run_folder
-from headway.checkpoint.save import load_model
+from headway.checkpoint.load import load_model
 from headway.config import Config, Precision, UsageError
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.kernels.experts import check_float8

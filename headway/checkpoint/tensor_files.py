@@ -1,11 +1,12 @@
 """Safetensors files that several ranks write together and of which each reads what it needs.
 
-The header says where each tensor begins, so every rank writes its parts in their places of one file
-at once: nothing is gathered, nothing is written twice, and the bytes are those that
-`safetensors.torch.save_file` writes in a single process. A file that would grow too large is
-several, with the index that Hugging Face tools read.
+The header says where each tensor begins, so every rank writes its shards to their places in one
+file at the same time: nothing is gathered, nothing is written twice, and the bytes are those that
+`safetensors.torch.save_file` writes in a single process. Tensors that do not fit into one file are
+written to several, with the index that Hugging Face tools read.
 """
 
+import itertools
 import json
 import math
 import os
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from headway.parallel.local_shards import LocalShard
 
-LARGEST = 4 << 30
-"""Bytes of tensors in one file; a larger tensor has a file to itself."""
+MAX_FILE_BYTES = 4 << 30
+"""Bytes of tensors in one file; a larger tensor gets a file of its own."""
 
 # In the order in which safetensors sorts them (last first, so that all stay aligned).
 _NAMES = {
@@ -42,7 +43,7 @@ _ORDER = {dtype: i for i, dtype in enumerate(_NAMES)}
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One file to be written: what lies where in it."""
+    """One file to be written: its header and the positions of its tensors."""
 
     name: str
     header: bytes
@@ -51,51 +52,55 @@ class TensorFile:
     size: int
 
     def create(self, folder: Path) -> None:
-        """The file at its full size, without its tensors."""
+        """Create the file at its full size, without its tensors."""
         with (folder / self.name).open("xb") as file:
             file.write(self.header)
             file.truncate(self.size)
 
-    def write(self, folder: Path, pieces: dict[str, LocalShard]) -> None:
-        """The parts of this rank, synced to disk."""
+    def write(self, folder: Path, shards: dict[str, LocalShard]) -> None:
+        """Write the shards of this rank and sync them to disk."""
         handle = os.open(folder / self.name, os.O_WRONLY)
         try:
             for name, begin in self.begins.items():
-                if pieces[name].writes:
-                    for offset, data in _runs(pieces[name]):
+                if shards[name].writes:
+                    for offset, data in _runs(shards[name]):
                         _write_at(handle, begin + offset, data)
             os.fsync(handle)
         finally:
             os.close(handle)
 
 
-def plan(stem: str, pieces: dict[str, LocalShard], largest: int = LARGEST) -> list[TensorFile]:
-    """The files `stem.safetensors`, or `stem-00001-of-00003.safetensors` and so on. They follow
-    from names, dtypes and whole shapes alone: the same on every rank of every mesh."""
+def plan_files(
+    stem: str, shards: dict[str, LocalShard], max_bytes: int = MAX_FILE_BYTES
+) -> list[TensorFile]:
+    """Return the files `stem.safetensors`, or `stem-00001-of-00003.safetensors` and so on. They
+    depend on names, dtypes and full shapes only: the same on every rank of every mesh."""
     groups: list[list[str]] = [[]]
-    room = largest
-    for name, part in pieces.items():
-        n_bytes = _bytes(part)
+    room = max_bytes
+    for name, shard in shards.items():
+        n_bytes = _bytes(shard)
         if groups[-1] and n_bytes > room:
             groups.append([])
-            room = largest
+            room = max_bytes
         groups[-1].append(name)
         room -= n_bytes
     n = len(groups)
     names = [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     names = names if n > 1 else [f"{stem}.safetensors"]
-    return [_layout(name, {k: pieces[k] for k in g}) for name, g in zip(names, groups, strict=True)]
+    return [
+        _plan_file(name, {k: shards[k] for k in g}) for name, g in zip(names, groups, strict=True)
+    ]
 
 
-def index(files: list[TensorFile]) -> dict[str, Any]:
-    """Contents of `stem.safetensors.index.json`, for several files."""
+def index_of(files: list[TensorFile]) -> dict[str, Any]:
+    """Return the contents of `stem.safetensors.index.json`, for several files."""
     total = sum(file.size - len(file.header) for file in files)
     places = {name: file.name for file in files for name in file.begins}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
 class TensorReader:
-    """Tensors of a file or of several with an index, read one by one or in part. A context."""
+    """Context that reads tensors of one file, or of several with an index, in full or in part."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         self._stack = ExitStack()
@@ -109,17 +114,17 @@ class TensorReader:
         self._places = {key: file for file in files for key in file.keys()}  # noqa: SIM118
 
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Return the names of all tensors."""
         return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Return the shape of the full tensor."""
         return tuple(self._places[name].get_slice(name).get_shape())
 
-    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
-        """A tensor, or the part of it that `window` names: only that is read from disk."""
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        """Return a tensor, or the part of it that `slices` select: only that is read from disk."""
         file = self._places[name]
-        return file.get_slice(name)[window] if window else file.get_tensor(name)
+        return file.get_slice(name)[slices] if slices else file.get_tensor(name)
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -128,15 +133,15 @@ class TensorReader:
         self._stack.close()
 
 
-def _layout(name: str, pieces: dict[str, LocalShard]) -> TensorFile:
-    ordered = sorted(pieces, key=lambda key: (-_ORDER[pieces[key].tensor.dtype], key))
+def _plan_file(name: str, shards: dict[str, LocalShard]) -> TensorFile:
+    ordered = sorted(shards, key=lambda key: (-_ORDER[shards[key].tensor.dtype], key))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, position = {}, 0
     for key in ordered:
-        part, end = pieces[key], position + _bytes(pieces[key])
+        shard, end = shards[key], position + _bytes(shards[key])
         entries[key] = {
-            "dtype": _NAMES[part.tensor.dtype],
-            "shape": part.shape,
+            "dtype": _NAMES[shard.tensor.dtype],
+            "shape": shard.shape,
             "data_offsets": (position, end),
         }
         begins[key], position = position, end
@@ -147,38 +152,35 @@ def _layout(name: str, pieces: dict[str, LocalShard]) -> TensorFile:
     return TensorFile(name, header, begins, len(header) + position)
 
 
-def _bytes(part: LocalShard) -> int:
-    return math.prod(part.shape) * part.tensor.element_size()
+def _bytes(shard: LocalShard) -> int:
+    return math.prod(shard.shape) * shard.tensor.element_size()
 
 
-def _runs(part: LocalShard) -> Iterator[tuple[int, memoryview]]:
-    """(byte offset in the whole tensor, bytes) of each stretch of this part that is contiguous
+def _runs(shard: LocalShard) -> Iterator[tuple[int, memoryview]]:
+    """Yield (byte offset in the full tensor, bytes) of each run of this shard that is contiguous
     there."""
-    local = part.tensor.detach().to("cpu").contiguous()
+    local = shard.tensor.detach().to("cpu").contiguous()
     if not local.numel():
         return
     data = local.reshape(-1).view(torch.uint8).numpy().data
     split = [
-        d for d, (n, whole) in enumerate(zip(local.shape, part.shape, strict=True)) if n < whole
+        d for d, (n, full) in enumerate(zip(local.shape, shard.shape, strict=True)) if n < full
     ]
     last = max(split, default=0)
-    strides = [math.prod(part.shape[d + 1 :]) for d in range(local.dim())]
+    strides = [math.prod(shard.shape[d + 1 :]) for d in range(local.dim())]
     run = math.prod(local.shape[last:]) * local.element_size()
     for i, leading in enumerate(_indices(local.shape[:last])):
         place = (*leading, *([0] * (local.dim() - last)))
         elements = sum(
             (at + start) * stride
-            for at, start, stride in zip(place, part.start, strides, strict=True)
+            for at, start, stride in zip(place, shard.start, strides, strict=True)
         )
         yield elements * local.element_size(), data[i * run : (i + 1) * run]
 
 
 def _indices(shape: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    """All indices of a shape, the last dim fastest."""
-    found: list[tuple[int, ...]] = [()]
-    for n in shape:
-        found = [(*index, i) for index in found for i in range(n)]
-    return iter(found)
+    """Iterate over all indices of a shape, the last dim fastest."""
+    return itertools.product(*map(range, shape))
 
 
 def _write_at(handle: int, offset: int, data: memoryview) -> None:

@@ -59,7 +59,7 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
             interrupt.request("closed output")
 
     from headway import recipes
-    from headway.checkpoint.run_folder import Opening
+    from headway.checkpoint.run_folder import RunStart
     from headway.cli.summary import train_summary
     from headway.train.loop import train as run_training
 
@@ -76,7 +76,7 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
         if str(error):
             print(f"headway: {error}", file=sys.stderr)
         return 1
-    print(train_summary(config, result, str(Opening.of(config, resume, overwrite).run_dir)))
+    print(train_summary(config, result, str(RunStart.of(config, resume, overwrite).run_dir)))
     print_json(options.json, result)
     if result["error"]:
         print(f"headway: {result['error']}", file=sys.stderr)
@@ -88,12 +88,12 @@ def _open(options: Train, words: Sequence[str]) -> tuple[Config, Path | None]:
     """Return the config, and the run to resume or the checkpoint to start from.
 
     A job that torchrun has started again after a fault resumes the run that it had begun."""
-    from headway.checkpoint.run_folder import split
+    from headway.checkpoint.run_folder import split_path
 
     if options.resume:
         resume = Path(options.resume)
         config = _resumed(resume, options.recipe, words)
-        if split(resume)[1] is not None:
+        if split_path(resume)[1] is not None:
             resume = _restarted(config) or resume
         return config, resume
     config = load_recipe("train", options.recipe, words)
@@ -105,10 +105,10 @@ def _open(options: Train, words: Sequence[str]) -> tuple[Config, Path | None]:
 
 def _restarted(config: Config) -> Path | None:
     """Return the run folder, when torchrun started this job again after a fault."""
-    from headway.checkpoint.run_folder import restarted
+    from headway.checkpoint.run_folder import is_restart
 
     run_dir = Path(config.run_dir)
-    if not restarted(run_dir):
+    if not is_restart(run_dir):
         return None
     print(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']} by torchrun: resume {run_dir}")
     return run_dir
@@ -123,9 +123,9 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
     """Return the config of a run, with overrides of what may change within a run (`run.*`, the
     mesh, the micro-batch and the length). `path` may be a checkpoint in it, from which another run
     starts in a folder of its own."""
-    from headway.checkpoint.run_folder import read_config, split
+    from headway.checkpoint.run_folder import read_config, split_path
 
-    run_dir, start = split(path)
+    run_dir, start = split_path(path)
     saved = read_config(run_dir)
     if recipe:
         _check_model(saved, load_recipe("train", recipe, words), run_dir)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from headway.checkpoint import run_folder as folder
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import load, run_folder
 from headway.checkpoint.lock import Lock
 from headway.config import Config, PeerError, RankError, UsageError, leaves
 from headway.data.batch import micro_batches
@@ -49,7 +48,7 @@ def train(
     """Trains the model of `config` and returns what came out of it.
 
     Args:
-        resume: the folder of a run to go on with, bit for bit; `folder.read_config` gives its
+        resume: the folder of a run to go on with, bit for bit; `run_folder.read_config` gives its
             config. A run that was killed before its first checkpoint starts over. Or a checkpoint
             folder inside a run, from which another run, in `run.dir`, goes on.
         overwrite: clear a run that `run.dir` already holds, instead of refusing.
@@ -69,7 +68,7 @@ def train(
     def facts() -> dict[str, Any]:
         return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
 
-    opening = folder.Opening.of(resolved.config, resume, overwrite)
+    opening = run_folder.RunStart.of(resolved.config, resume, overwrite)
     with (
         nullcontext(interrupt) if interrupt else Interrupt() as interrupt,
         launch(resolved.config.mesh, resolved.device, facts) as mesh,
@@ -88,7 +87,7 @@ def _train(
     mesh: Mesh,
     resolved: Resolved,
     tokenizer: Tokenizer,
-    opening: folder.Opening,
+    opening: run_folder.RunStart,
     lock: Lock,
     interrupt: Interrupt,
     recipe_source: str,
@@ -105,10 +104,12 @@ def _train(
     )
     run_dir, resume, overwrite, start = opening
     found = mesh.on_main(
-        lambda: folder.reopen(run_dir, lock, log) if resume else folder.begin_at(start)
+        lambda: (
+            run_folder.resume_run(run_dir, lock, log) if resume else run_folder.verify_fork(start)
+        )
     )
     if found[0] is not None:
-        checkpoint.check_architecture(checkpoint.read_config(found[0]), config.model)
+        load.check_architecture(load.read_model_config(found[0]), config.model)
     if run.threads:
         torch.set_num_threads(run.threads)
     if resolved.device.type == "cpu":
@@ -125,7 +126,9 @@ def _train(
     validation = validation_text(stream, run.eval_tokens)
     info = _run_info(resolved, sizes, stream.dataset, validation, recipe_source)
     if not resume:
-        start = mesh.on_main(lambda: folder.open_run(run_dir, info, overwrite, lock, log, start))
+        start = mesh.on_main(
+            lambda: run_folder.create_run(run_dir, info, overwrite, lock, log, start)
+        )
         found = start, []
     _announce(resolved, mesh, sizes, run_dir, log)
     log(f"validation: {validation.sentence}")
@@ -242,7 +245,7 @@ def _run_info(
     overlap = dataset.overlap
     return {
         "config": resolved.config.to_dict(),
-        "job": folder.job(),
+        "job": run_folder.torchrun_job(),
         "recipe_source": recipe_source,
         "derived": resolved.derived,
         **provenance(),

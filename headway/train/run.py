@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from headway.checkpoint import checkpoint_dir as saved
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import checkpoint_dir, load, save
 from headway.checkpoint.async_save import AsyncSave
 from headway.checkpoint.checkpoint_dir import CheckpointError
-from headway.checkpoint.run_folder import keep_optim, resume_command
+from headway.checkpoint.run_folder import resume_command, update_optim
 from headway.config import Config, OptimConfig, RunError, UsageError, from_dict
 from headway.data.stream import Stream
 from headway.data.tokenizer import Tokenizer
@@ -85,11 +84,11 @@ class Run:
             self.log(f"resume: {problem}; going back")
         if path is None:
             if self.parallelism.mesh.is_main:
-                keep_optim(self.dir, self.config.optim)
+                update_optim(self.dir, self.config.optim)
             self.sink.resume_at(-1)
             self.log(f"resume: {self.dir} has no checkpoint yet; starting over at step 0")
             return self.progress
-        state = checkpoint.load(
+        state = load.load_checkpoint(
             path, self.model, self.optimizers, self.config.model, self.parallelism.sharding
         )
         for name, value in self._identity().items():
@@ -108,8 +107,8 @@ class Run:
         if old := state.get("optim"):
             self._tell_schedule(from_dict(OptimConfig, old))
         if self.parallelism.mesh.is_main:
-            saved.set_aside_after(self.dir, self.progress.step)
-            keep_optim(self.dir, self.config.optim)
+            checkpoint_dir.set_aside_after(self.dir, self.progress.step)
+            update_optim(self.dir, self.config.optim)
         self.sink.resume_at(self.progress.step)
         self.event("resumed", "; ".join([f"from {path.name}", *problems]))
         self.log(f"resumed from {path} at step {self.progress.step}")
@@ -124,7 +123,7 @@ class Run:
         fall = steps_before_fall(old)
         if old.schedule != "cosine" and step > fall:
             offer = f"{self.dir} keeps no checkpoint from before its fall, after step {fall}"
-            if before := saved.newest_up_to(self.dir, fall):
+            if before := checkpoint_dir.latest_up_to(self.dir, fall):
                 self.offered = [*self.offered, fall]
                 again = f"--run {self.dir}-{new.steps} --steps {new.steps}"
                 offer = f"to go on from before the fall: {resume_command(self.config.mesh, before)}"
@@ -274,11 +273,11 @@ class Run:
         up_to = [] if optim.schedule == "cosine" else [steps_before_fall(optim)]
         how = (run.keep_checkpoints, self.parallelism, [*up_to, *self.offered])
         if run.async_checkpoint:
-            snapshot = checkpoint.take(*target, *parts, *how).copied()
-            self.writing = AsyncSave(snapshot, self.gather_objects)
+            plan = save.plan_save(*target, *parts, *how).stage()
+            self.writing = AsyncSave(plan, self.gather_objects)
             return
         try:
-            self._saved(checkpoint.save(*target, *parts, *how), self.progress.step)
+            self._saved(save.save_checkpoint(*target, *parts, *how), self.progress.step)
         except CheckpointError as error:
             self._not_saved(error)
 

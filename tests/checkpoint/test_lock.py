@@ -84,11 +84,11 @@ def test_the_process_table_decides_on_this_machine(tmp_path, other):
     for holder in (living, dataclasses.replace(living, host="renamed")):
         leave(tmp_path, holder, age=1e6)  # suspended for days, and yet there
         with Lock(tmp_path) as lock, pytest.raises(UsageError, match=f"process {living.pid} on"):
-            lock.take(print)
+            lock.acquire(print)
     for holder in (killed, dataclasses.replace(living, born="1")):  # another one with its number
         leave(tmp_path, holder)
         with Lock(tmp_path) as lock:
-            lock.take(print)
+            lock.acquire(print)
             assert json.loads(lock.path.read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
@@ -98,10 +98,10 @@ def test_signs_of_life_decide_on_another_machine(tmp_path, other, monkeypatch):
     far = dataclasses.replace(other[1], host="far", machine="another boot")
     leave(tmp_path, far, age=5)
     with Lock(tmp_path) as lock, pytest.raises(UsageError, match="in use: process .* on far, 5 s"):
-        lock.take(print)
+        lock.acquire(print)
     leave(tmp_path, far).write_text('{"host": ')
     with Lock(tmp_path) as lock, pytest.raises(UsageError, match="in use: a process, 0 s ago"):
-        lock.take(print)
+        lock.acquire(print)
     for text in (None, '{"host": '):
         path = leave(tmp_path, far)
         if text is not None:
@@ -109,26 +109,26 @@ def test_signs_of_life_decide_on_another_machine(tmp_path, other, monkeypatch):
         os.utime(path, (time.time() - 61,) * 2)
         lines = []
         with Lock(tmp_path) as lock:
-            lock.take(lines.append)
+            lock.acquire(lines.append)
         assert len(lines) == 1 and lines[0].endswith("is gone: taking over")
-    # between three beats and SILENCE: watched until it beats or does not
-    monkeypatch.setattr(module, "SILENCE", 0.3)
-    monkeypatch.setattr(module, "BEAT", 0.05)
+    # between three beats and EXPIRY: watched until it beats or does not
+    monkeypatch.setattr(module, "EXPIRY", 0.3)
+    monkeypatch.setattr(module, "HEARTBEAT", 0.05)
     leave(tmp_path, far, age=0.2)
     with Lock(tmp_path) as lock:
-        lock.take(lines.append)
+        lock.acquire(lines.append)
     leave(tmp_path, far, age=0.2)
     beat = threading.Timer(0.02, lambda: os.utime(tmp_path / "lock.json"))
     beat.start()
     with Lock(tmp_path) as lock, pytest.raises(UsageError, match="on far"):
-        lock.take(lines.append)
+        lock.acquire(lines.append)
     beat.join()
 
 
 def test_a_holder_shows_life_and_notices_a_successor(tmp_path, other, monkeypatch):
-    monkeypatch.setattr(module, "BEAT", 0.02)
+    monkeypatch.setattr(module, "HEARTBEAT", 0.02)
     with Lock(tmp_path) as lock:
-        lock.take(print)
+        lock.acquire(print)
         os.utime(lock.path, (0, 0))
         until(lambda: lock.path.stat().st_mtime > 0)
         lock.check()
@@ -163,7 +163,7 @@ for round in range(40):
         time.sleep(0.0005)
     with Lock(here) as lock:
         try:
-            lock.take(lambda line: None)
+            lock.acquire(lambda line: None)
             (here / f"won-{sys.argv[2]}").touch()
         except UsageError:
             (here / f"lost-{sys.argv[2]}").touch()

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headway.checkpoint import checkpoint_dir as saved
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import checkpoint_dir, load, save
 from headway.checkpoint.checkpoint_dir import CheckpointError, latest
-from headway.checkpoint.tensor_files import TensorFile, TensorReader, plan
+from headway.checkpoint.tensor_files import TensorFile, TensorReader, plan_files
 from headway.config import ModelConfig, MoEConfig, OptimConfig, UsageError
 from headway.optim.groups import build_optimizers
 from headway.parallel.local_shards import local_shard
@@ -50,7 +49,7 @@ def _trained(steps=2, seed=0):
 
 
 def _save(run, step, model, optimizers, keep=2, state=None):
-    return checkpoint.save(run, step, model, optimizers, CONFIG, state or {}, keep)
+    return save.save_checkpoint(run, step, model, optimizers, CONFIG, state or {}, keep)
 
 
 def _names(run):
@@ -66,7 +65,7 @@ def test_round_trip_is_exact(tmp_path):
     other, others = _trained(seed=1)
     found, problems = latest(tmp_path)
     assert (found, problems) == (path, [])
-    back = checkpoint.load(path, other, others, CONFIG)
+    back = load.load_checkpoint(path, other, others, CONFIG)
     assert back["spike"] == state["spike"] and back["step"] == 60 and back["updates"] == 2
     assert torch.equal(torch.randn(4), drawn)
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
@@ -90,7 +89,7 @@ def test_files_are_plain_safetensors_with_names_of_parameters(tmp_path):
         "body.bias.exp_avg_sq",
         "body.weight.momentum",
     }
-    assert checkpoint.read_config(path) == CONFIG
+    assert load.read_model_config(path) == CONFIG
 
 
 def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path):
@@ -103,7 +102,7 @@ def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path):
         "u": torch.ones(3).byte(),
     }
     pieces = {name: local_shard(name, x, SINGLE_PROCESS.sharding) for name, x in tensors.items()}
-    [file] = plan("model", pieces)
+    [file] = plan_files("model", pieces)
     file.create(tmp_path)
     file.write(tmp_path, pieces)
     contiguous = {name: x.contiguous() for name, x in tensors.items()}
@@ -114,10 +113,11 @@ def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path):
 
 def test_large_files_are_several_with_an_index(tmp_path):
     model, optimizers = _trained()
-    snapshot = checkpoint.take(tmp_path, 1, model, optimizers, CONFIG, {}, largest=3250)
-    path = checkpoint.write(snapshot, lambda value: [value])
+    snapshot = save.plan_save(tmp_path, 1, model, optimizers, CONFIG, {}, max_file_bytes=3250)
+    path = save.write_checkpoint(snapshot, lambda value: [value])
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert [p.name for p in sorted(path.glob("model-*"))] == names and saved.verify(path) == ""
+    assert [p.name for p in sorted(path.glob("model-*"))] == names
+    assert checkpoint_dir.verify(path) == ""
     index = json.loads((path / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["embed.weight"] == names[0] != index["weight_map"]["body.weight"]
     assert index["metadata"]["total_size"] == sum(
@@ -126,7 +126,7 @@ def test_large_files_are_several_with_an_index(tmp_path):
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(path / file)[name], model.state_dict()[name])
     other, others = _trained(seed=1)
-    checkpoint.load(path, other, others, CONFIG)
+    load.load_checkpoint(path, other, others, CONFIG)
     assert all(
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
@@ -179,7 +179,7 @@ def test_damage_is_named_and_the_previous_one_is_used(tmp_path, damage, words):
         and problems[0].startswith("step-000020 is damaged")
         and words in problems[0]
     )
-    assert saved.set_aside_after(tmp_path, 10) == ["step-000020.damaged"]
+    assert checkpoint_dir.set_aside_after(tmp_path, 10) == ["step-000020.damaged"]
     assert latest(tmp_path) == (good, [])
 
 
@@ -192,7 +192,7 @@ def test_another_architecture_is_refused_by_its_first_field(tmp_path):
     path = _save(tmp_path, 1, model, optimizers)
     wanted = dataclasses.replace(CONFIG, d_model=256, moe=MoEConfig(top_k=3))
     with pytest.raises(UsageError) as caught:
-        checkpoint.load(path, model, optimizers, wanted)
+        load.load_checkpoint(path, model, optimizers, wanted)
     assert str(caught.value).startswith(
         "resume: model.d_model is 128 in the checkpoint and 256 in the recipe; "
     )
@@ -200,14 +200,14 @@ def test_another_architecture_is_refused_by_its_first_field(tmp_path):
     with pytest.raises(
         UsageError, match="model.moe.top_k is 4 in the checkpoint and 3 in the recipe"
     ):
-        checkpoint.load(path, model, optimizers, inner)
+        load.load_checkpoint(path, model, optimizers, inner)
 
 
 def test_other_tensors_are_refused(tmp_path):
     model, optimizers = _trained()
     path = _save(tmp_path, 1, model, optimizers)
     with pytest.raises(CheckpointError, match="bias is only in"):
-        checkpoint.load_model(path, nn.Linear(2, 2))
+        load.load_model(path, nn.Linear(2, 2))
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "state.jso
 def test_an_error_in_any_file_leaves_the_previous_checkpoint(tmp_path, monkeypatch, file):
     model, optimizers = _trained()
     good = _save(tmp_path, 10, model, optimizers)
-    real_write, real_json = TensorFile.write, saved.write_json
+    real_write, real_json = TensorFile.write, checkpoint_dir.write_json
 
     def torn(path):
         path.write_bytes(b"torn")
@@ -258,7 +258,7 @@ def test_an_error_in_any_file_leaves_the_previous_checkpoint(tmp_path, monkeypat
         return torn(path) if path.name == file else real_json(path, value)
 
     monkeypatch.setattr(TensorFile, "write", write)
-    monkeypatch.setattr(saved, "write_json", write_json)
+    monkeypatch.setattr(checkpoint_dir, "write_json", write_json)
     with pytest.raises(CheckpointError, match="No space left"):
         _save(tmp_path, 20, model, optimizers)
     assert _names(tmp_path) == ["step-000010"]
@@ -277,7 +277,7 @@ def test_kill_between_the_two_renames_of_a_replacement(tmp_path):
     os.replace(path, path.with_name("step-000010.replaced"))
     found, problems = latest(tmp_path)
     assert found is not None and found.name == "step-000010.replaced" and problems == []
-    assert saved.verify(found) == ""
+    assert checkpoint_dir.verify(found) == ""
     _save(tmp_path, 10, model, optimizers)
     assert _names(tmp_path) == ["step-000010"]
 
@@ -287,7 +287,7 @@ def test_kill_after_the_two_renames_of_a_replacement(tmp_path):
     path = _save(tmp_path, 10, model, optimizers)
     shutil.copytree(path, path.with_name("step-000010.replaced"))
     assert _save(tmp_path, 10, model, optimizers) == path
-    assert _names(tmp_path) == ["step-000010"] and saved.verify(path) == ""
+    assert _names(tmp_path) == ["step-000010"] and checkpoint_dir.verify(path) == ""
 
 
 def test_kill_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path):
@@ -312,7 +312,7 @@ def test_kill_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path):
         found, problems = latest(tmp_path)
         assert found is not None and problems == []
         other, others = _trained(seed=1)
-        start = checkpoint.load(found, other, others, CONFIG)["step"]
+        start = load.load_checkpoint(found, other, others, CONFIG)["step"]
         assert (other.bias_HE == start).all()  # all of it is of one step
         assert json.loads((found / "state.json").read_text())["step"] == start
     assert killed_while_writing > 0

@@ -9,9 +9,10 @@ from typing import Literal
 import pytest
 import torch
 
-from headway.checkpoint import checkpoint_dir as saved
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import checkpoint_dir
 from headway.checkpoint.checkpoint_dir import CheckpointError
+from headway.checkpoint.load import load_checkpoint
+from headway.checkpoint.save import save_checkpoint
 from headway.checkpoint.tensor_files import TensorFile
 from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
 from headway.model.transformer import Transformer
@@ -59,10 +60,10 @@ def go_on(mesh, folder, first, last, model, optim, save_at=()):
     torch.manual_seed(mesh.rank)
     progress = Progress(SpikeDetector(0.0))
     if first:
-        path, _ = saved.latest(Path(folder))
+        path, _ = checkpoint_dir.latest(Path(folder))
         assert path is not None and path.name == f"step-{first:06d}"
         torch.manual_seed(1234)
-        state = checkpoint.load(path, net, optimizers, model, parallelism.sharding)
+        state = load_checkpoint(path, net, optimizers, model, parallelism.sharding)
         progress = Progress.from_dict(state["progress"], 0.0)
     found = []
     for step in range(first, last):
@@ -74,7 +75,7 @@ def go_on(mesh, folder, first, last, model, optim, save_at=()):
         optimizers.zero_grad()
         if step + 1 in save_at:
             state = {"progress": progress.to_dict()}
-            checkpoint.save(Path(folder), step + 1, net, optimizers, model, state, 9, parallelism)
+            save_checkpoint(Path(folder), step + 1, net, optimizers, model, state, 9, parallelism)
     return found
 
 
@@ -93,7 +94,9 @@ def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim, tied):
     for step, (a, b) in enumerate(zip(found, reference, strict=True)):
         for x, y, what in zip(a, b, ("loss", "norm"), strict=True):
             close(x, y, f"{what} of step {step}")
-    one, many = (saved.folder(tmp_path / name) / "step-000006" for name in ("one", "many"))
+    one, many = (
+        checkpoint_dir.checkpoints(tmp_path / name) / "step-000006" for name in ("one", "many")
+    )
     for file in ("model.safetensors", "optimizer.safetensors"):
         # names, shapes, places: the header, byte for byte
         a, b = ((path / file).read_bytes() for path in (one, many))
@@ -107,10 +110,10 @@ def resave(mesh, source, target, model, optim):
     net = Transformer(model, dtype=torch.float64, seed=1).double()
     parallelism = parallelize(net, mesh)
     optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
-    path, _ = saved.latest(Path(source))
+    path, _ = checkpoint_dir.latest(Path(source))
     assert path is not None
-    checkpoint.load(path, net, optimizers, model, parallelism.sharding)
-    checkpoint.save(Path(target), 2, net, optimizers, model, {}, 9, parallelism)
+    load_checkpoint(path, net, optimizers, model, parallelism.sharding)
+    save_checkpoint(Path(target), 2, net, optimizers, model, {}, 9, parallelism)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(2, 2, 2)], ids=str)
@@ -118,7 +121,7 @@ def test_the_files_of_every_mesh_are_the_same_byte_for_byte(ranks, tmp_path, mes
     model, optim = config(), OptimConfig(name="muon", lr=1e-3)
     ranks.run(ONE, go_on, tmp_path / "one", 0, 2, model, optim, (2,))
     ranks.run(mesh, resave, tmp_path / "one", tmp_path / "many", model, optim)
-    one, many = (saved.latest(tmp_path / name)[0] for name in ("one", "many"))
+    one, many = (checkpoint_dir.latest(tmp_path / name)[0] for name in ("one", "many"))
     assert one and many
     manifests = [json.loads((path / "manifest.json").read_text())["files"] for path in (one, many)]
     assert manifests[0].keys() == manifests[1].keys()
@@ -133,7 +136,7 @@ def test_on_the_same_mesh_the_bits_are_the_same(ranks, tmp_path):
     whole = ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim, (2,))
     again = ranks.run(mesh, go_on, tmp_path, 2, 4, model, optim)
     assert again == [found[2:] for found in whole]
-    (saved.folder(tmp_path) / "step-000002" / "manifest.json").unlink()
+    (checkpoint_dir.checkpoints(tmp_path) / "step-000002" / "manifest.json").unlink()
     assert ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim) == whole
 
 
@@ -149,7 +152,7 @@ def fails_once(mesh, folder, model, optim):
 
     def save(step):
         try:
-            checkpoint.save(Path(folder), step, net, optimizers, model, {}, 9, parallelism)
+            save_checkpoint(Path(folder), step, net, optimizers, model, {}, 9, parallelism)
         except CheckpointError as error:
             seen.append(str(error))
 
@@ -160,7 +163,7 @@ def fails_once(mesh, folder, model, optim):
         save(2)
     finally:
         TensorFile.write = write
-    newest = saved.latest(Path(folder))
+    newest = checkpoint_dir.latest(Path(folder))
     mesh.barrier()
     save(3)
     return seen, newest
@@ -171,7 +174,10 @@ def test_a_rank_that_cannot_write_fails_the_save_and_not_the_run(ranks, tmp_path
     answers = ranks.run(MeshConfig(hp=2), fails_once, tmp_path, config(), OptimConfig())
     for seen, newest in answers:
         assert seen == [text]
-        assert newest == (saved.folder(tmp_path) / "step-000001", [])
-    assert saved.latest(tmp_path) == (saved.folder(tmp_path) / "step-000003", [])
-    names = {path.name for path in saved.folder(tmp_path).iterdir()}
+        assert newest == (checkpoint_dir.checkpoints(tmp_path) / "step-000001", [])
+    assert checkpoint_dir.latest(tmp_path) == (
+        checkpoint_dir.checkpoints(tmp_path) / "step-000003",
+        [],
+    )
+    names = {path.name for path in checkpoint_dir.checkpoints(tmp_path).iterdir()}
     assert names == {"step-000001", "step-000003"}

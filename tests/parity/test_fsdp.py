@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from headway import recipes
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint.load import load_checkpoint
+from headway.checkpoint.save import save_checkpoint
+from headway.checkpoint.state import parameter_of
 from headway.config import (
     DataConfig,
     MeshConfig,
@@ -126,15 +128,14 @@ def _story(mesh, config, optim, data, folder, steps):
         optimizers.zero_grad()
         found.append(((seen.val_loss, seen.val_bits_per_byte, got.norm), text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
-    path = checkpoint.save(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
+    path = save_checkpoint(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
     for p in model.parameters():
         to_local(p).detach().zero_()
     again, parallelism, optimizers = build(mesh, config, optim)
-    checkpoint.load(path, again, optimizers, config, parallelism.sharding)
-    owner = checkpoint._parameter_of
+    load_checkpoint(path, again, optimizers, config, parallelism.sharding)
     loaded = (
         full_tensors(dict(again.state_dict()), parallelism),
-        full_tensors(optimizers.tensors(), parallelism, parameter=owner),
+        full_tensors(optimizers.tensors(), parallelism, parameter=parameter_of),
     )
     held = sum(to_local(p).numel() for p in again.parameters())
     return found, str(path), loaded, held, mesh.traffic.take()

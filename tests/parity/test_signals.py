@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headway.checkpoint import checkpoint_dir as saved
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import checkpoint_dir, save
 from headway.train import loop, run
 from tests.parity.test_runs import RECIPE, on_mesh, ranks_of
 from tests.train.tiny_run import records, tiny
@@ -48,7 +47,7 @@ def signalled(rank, world, config, when, pids, resume=False):
     context, module, name, patched = {
         "a step": before(loop, "gradient", 7),
         "the evaluation before step 0": before(run, "evaluate"),
-        "an asynchronous save": before(checkpoint, "write"),
+        "an asynchronous save": before(save, "write_checkpoint"),
     }.get(when, before(loop, "gradient", 10**9))
     with context as patch:
         patch.setattr(module, name, patched)
@@ -78,7 +77,7 @@ def test_all_ranks_save_after_the_same_step(ranks, whole_two, tmp_path, when, st
     pids = [process.pid for process in ranks.processes[:2]]
     for found in ranks.launched(2, signalled, config, when, pids):
         assert found["interrupted"] and found["error"] == "" and found["steps"] in steps
-    newest, problems = saved.latest(tmp_path / "run")
+    newest, problems = checkpoint_dir.latest(tmp_path / "run")
     assert newest.name == f"step-{found['steps']:06d}" and problems == []
     result = ranks.launched(2, signalled, config, "never", [], True)[0]
     whole, expected = whole_two
@@ -141,6 +140,6 @@ def test_torchrun_and_its_ranks(tmp_path):
     said = re.findall(r"^SIGTERM.*|^headway.*", printed, re.MULTILINE)
     assert len(said) == 2 and said[0] == "SIGTERM: finishing this step, then saving"
     step = re.match(r"SIGTERM: step (\d+) is finished, saved ", said[1])
-    newest, problems = saved.latest(tmp_path / "run")
+    newest, problems = checkpoint_dir.latest(tmp_path / "run")
     assert step and newest.name == f"step-{int(step[1]):06d}" and problems == []
     assert not (tmp_path / "run" / "lock.json").exists()

@@ -9,7 +9,7 @@ from fcntl import ioctl
 
 import pytest
 
-from headway.checkpoint import checkpoint_dir as saved
+from headway.checkpoint import checkpoint_dir
 from headway.cli import main as cli
 from headway.train import loop, run
 from headway.train.interrupt import SIGNALS, Interrupt
@@ -50,7 +50,7 @@ def test_signals_that_come_again_are_one_request(whole, tmp_path, monkeypatch, c
         first = raising(*AGAIN, *AGAIN, signal.SIGINT)
         patch.setattr(loop, "gradient", at_call(7, loop.gradient, first))
         # while the checkpoint of step 7, the second one, is written, and the report after it
-        patch.setattr(saved, "commit", at_call(2, saved.commit, raising(*AGAIN)))
+        patch.setattr(checkpoint_dir, "commit", at_call(2, checkpoint_dir.commit, raising(*AGAIN)))
         patch.setattr(run, "write_report", at_call(1, run.write_report, raising(*AGAIN)))
         stopped = train(tiny(tmp_path))
     assert stopped["interrupted"] and stopped["steps"] == 7 and stopped["error"] == ""
@@ -71,11 +71,15 @@ def test_outside_of_a_step(whole, tmp_path, monkeypatch, how):
         if how == "evaluation":  # the one before step 0
             patch.setattr(run, "evaluate", at_call(1, run.evaluate, raising(*AGAIN)))
         else:
-            patch.setattr(saved, "start", at_call(1, saved.start, lambda: os.kill(os.getpid(), 15)))
+            patch.setattr(
+                checkpoint_dir,
+                "create_temporary",
+                at_call(1, checkpoint_dir.create_temporary, lambda: os.kill(os.getpid(), 15)),
+            )
         stopped = train(config)
     steps = stopped["steps"]
     assert stopped["interrupted"] and (steps == 1 if how == "evaluation" else steps >= 4)
-    assert saved.latest(tmp_path / "run")[0].name == f"step-{steps:06d}"
+    assert checkpoint_dir.latest(tmp_path / "run")[0].name == f"step-{steps:06d}"
     resumed = train(config, resume=tmp_path / "run")
     assert_same_run(whole[0], tmp_path, whole[1], resumed)
 
@@ -157,7 +161,8 @@ def test_a_reader_that_leaves_ends_the_run_with_a_checkpoint(place, tmp_path, mo
         patch.setattr(loop, "gradient", at_call(3, loop.gradient, lambda: os.close(reading)))
         code = cli.main(["train", f"{place}/tiny.py:tiny", "--run", str(tmp_path / "run")])
     assert code == 130
-    assert saved.latest(tmp_path / "run")[0].name == "step-000003"  # it evaluates at each step
+    # it evaluates at each step
+    assert checkpoint_dir.latest(tmp_path / "run")[0].name == "step-000003"
 
 
 def test_a_terminal_that_closes(place, tmp_path):
@@ -177,6 +182,6 @@ def test_a_terminal_that_closes(place, tmp_path):
             while b" 6/100000" not in terminal.readline() and process.poll() is None:
                 pass
         assert process.wait(60) == 130
-    found, problems = saved.latest(tmp_path / "run")
+    found, problems = checkpoint_dir.latest(tmp_path / "run")
     assert found is not None and problems == []
     assert '"SIGHUP at step' in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headway.checkpoint import run_folder as folder
+from headway.checkpoint import run_folder
 from headway.config import UsageError
 from headway.report.sinks import read_metrics
 from tests.command import call, mistake
@@ -43,7 +43,7 @@ def test_more_steps_are_told_and_stay_with_the_run(finished):
         "resume: the schedule was wsd over 20 steps and is wsd over 24 steps; the learning rate of "
         "step 20 was 0, that of step 21 is 0.00122: a jump from zero; to go on from before the fall: "
     )
-    assert folder.read_config(finished).optim.steps == 24
+    assert run_folder.read_config(finished).optim.steps == 24
     again = call("train", "--resume", finished, "--json")
     assert again.json["steps"] == 24 and told(again.out.splitlines()) == []
 
@@ -83,7 +83,7 @@ def test_the_offer_is_the_run_that_was_longer_from_the_start(finished, tmp_path_
     assert kept == records(root)
     assert json.loads((longer / "run.json").read_text())["config"]["optim"]["steps"] == 24
     # the run that it came from is as it was
-    assert folder.find_checkpoint(finished)[0].name == "step-000024"
+    assert run_folder.find_checkpoint(finished)[0].name == "step-000024"
 
 
 def test_mistakes(finished):

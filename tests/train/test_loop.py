@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headway.checkpoint import checkpoint_dir as saved
-from headway.checkpoint import run_folder as folder
-from headway.checkpoint import save as checkpoint
+from headway.checkpoint import checkpoint_dir, run_folder, save
 from headway.checkpoint.checkpoint_dir import CheckpointError
 from headway.config import (
     RouterConfig,
@@ -20,7 +18,7 @@ from headway.config import (
 )
 from headway.report.runs import load_run
 from headway.report.sinks import read_metrics
-from headway.train import loop, run
+from headway.train import loop
 from headway.train.run import RunError
 from tests.train.tiny_run import assert_same_run, events, records, tiny, train
 
@@ -52,7 +50,8 @@ def test_result_and_run_folder(whole):
     assert result["steps"] == 20 and result["tokens"] == 20 * 4 * 32 and result["skipped"] == 0
     assert result["val_bits_per_byte"] < result["first_val_bits_per_byte"] - 1
     assert not result["interrupted"] and result["error"] == "" and result["stopped"] == ""
-    assert Path(result["report"]).is_file() and saved.verify(Path(result["checkpoint"])) == ""
+    assert Path(result["report"]).is_file()
+    assert checkpoint_dir.verify(Path(result["checkpoint"])) == ""
     found = records(root)
     assert [r["step"] for r in found if "loss" in r] == [3, 6, 9, 12, 15, 18, 20]
     assert [r["step"] for r in found if "val_loss" in r] == [0, 5, 10, 15, 20]
@@ -69,7 +68,7 @@ def test_result_and_run_folder(whole):
         "active": result["parameters_active"],
     }
     assert info["derived"]["model.vocab_size"].startswith("320: ")
-    assert folder.read_config(root / "run").model.vocab_size == 320
+    assert run_folder.read_config(root / "run").model.vocab_size == 320
 
 
 def _spoil(monkeypatch, at, **values):
@@ -140,14 +139,14 @@ def test_stops_early_on_request(tmp_path):
 
 
 def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch):
-    inner = checkpoint.save
+    inner = save.save_checkpoint
 
     def failing(run_dir, step, *rest):
         if step in (8, 20):
             raise CheckpointError(f"checkpoint at step {step} was not written: no space")
         return inner(run_dir, step, *rest)
 
-    monkeypatch.setattr(run.checkpoint, "save", failing)
+    monkeypatch.setattr(save, "save_checkpoint", failing)
     lines = []
     result = train(tiny(tmp_path), log=lines.append)
     assert result["steps"] == 20 and result["error"].startswith("checkpoint at step 20 was not")
@@ -160,7 +159,7 @@ def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch):
 
 def test_checkpoints_beside_training(whole, tmp_path, monkeypatch):
     """Slow ones and a failing one: the same run, and what failed is reported at a later step."""
-    inner, under_way, most = checkpoint.write, [], []
+    inner, under_way, most = save.write_checkpoint, [], []
 
     def slow(snapshot, collect):
         under_way.append(snapshot.step)
@@ -173,7 +172,7 @@ def test_checkpoints_beside_training(whole, tmp_path, monkeypatch):
             raise RuntimeError("rank 3\nwent away")
         return inner(snapshot, collect)
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(save, "write_checkpoint", slow)
     lines = []
     result = train(tiny(tmp_path, run={"async_checkpoint": True}), log=lines.append)
     assert result["error"] == "" and most == [1] * 5
@@ -189,7 +188,7 @@ def test_the_last_checkpoint_beside_training_counts(tmp_path, monkeypatch):
     def failing(snapshot, collect):
         raise CheckpointError(f"checkpoint at step {snapshot.step} was not written: no space")
 
-    monkeypatch.setattr(checkpoint, "write", failing)
+    monkeypatch.setattr(save, "write_checkpoint", failing)
     config = tiny(tmp_path, run={"async_checkpoint": True, "checkpoint_every": 20})
     result = train(config)
     assert result["error"].startswith("checkpoint at step 20") and result["checkpoint"] is None

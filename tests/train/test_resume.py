@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headway.checkpoint import run_folder as folder
+from headway.checkpoint import run_folder
 from headway.config import (
     UsageError,
 )
@@ -39,7 +39,7 @@ def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, a
     assert events(tmp_path) == [(at, "interrupted")]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     torch.manual_seed(1234)  # whatever the new process did before
-    resumed = train(folder.read_config(tmp_path / "run"), resume=tmp_path / "run")
+    resumed = train(run_folder.read_config(tmp_path / "run"), resume=tmp_path / "run")
     assert events(tmp_path) == [(at, "interrupted"), (at, "resumed")]
     assert_same_run(*(whole[0], tmp_path), whole[1], resumed)
 
@@ -81,7 +81,7 @@ def test_killed_at_random_moments_is_the_same_run(whole, tmp_path, how):
             time.sleep(drawn.uniform(0.0, 0.02))
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
-    result = train(folder.read_config(root / "run"), resume=root / "run")
+    result = train(run_folder.read_config(root / "run"), resume=root / "run")
     assert_same_run(whole[0], root, whole[1], result)
 
 

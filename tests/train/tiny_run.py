@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from headway.checkpoint import run_folder as folder
+from headway.checkpoint import run_folder
 from headway.config import (
     BalanceConfig,
     Config,
@@ -135,7 +135,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     resuming = sys.argv[2] == "resume"
     beside = {"async_checkpoint": "async" in sys.argv}
-    made = folder.read_config(target / "run") if resuming else tiny(target, run=beside)
+    made = run_folder.read_config(target / "run") if resuming else tiny(target, run=beside)
     loop.train(
         made,
         resume=target / "run" if resuming else None,

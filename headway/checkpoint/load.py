@@ -1,0 +1,83 @@
+"""Load checkpoints: every rank reads its slices, whatever mesh wrote them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from headway.checkpoint.checkpoint_dir import CheckpointError
+from headway.checkpoint.state import model_tensors, parameter_of, set_rng_state
+from headway.checkpoint.tensor_files import TensorReader
+from headway.config import ModelConfig, UsageError, from_dict, leaves
+from headway.optim.groups import Optimizers
+from headway.parallel.local_shards import local_shard, local_slices
+from headway.parallel.parallelize import SINGLE_PROCESS
+from headway.parallel.placement import Sharding
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    config: ModelConfig,
+    sharding: Sharding = SINGLE_PROCESS.sharding,
+) -> dict[str, Any]:
+    """Restore model, optimisers and random number generators; return the rest of the state.
+
+    Raises `UsageError` naming the first field in which the architecture differs from `config`.
+    """
+    check_architecture(read_model_config(path), config)
+    load_model(path, model, sharding)
+    state = json.loads((path / "state.json").read_text())
+    with TensorReader(path, "optimizer") as reader:
+        tensors = {
+            name: reader.read(name, local_slices(parameter_of(name), reader.shape(name), sharding))
+            for name in reader.names()
+        }
+    optimizers.load_tensors(tensors, state["updates"])
+    if len(state["rng"]) == sharding.mesh.size:  # another mesh draws other random numbers
+        set_rng_state(state["rng"][sharding.mesh.rank])
+    return state
+
+
+def load_model(path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS.sharding) -> None:
+    """Copy the weights and buffers of a checkpoint into `model`, of each tensor the slice that this
+    rank holds. Raises `CheckpointError` where names or shapes differ."""
+    targets = model_tensors(model)
+    with TensorReader(path, "model") as reader:
+        if set(reader.names()) != set(targets):
+            differing = sorted(set(reader.names()) ^ set(targets))[0]
+            raise CheckpointError(
+                f"{path.name}: {differing} is only in the model or only in the file"
+            )
+        with torch.no_grad():
+            for name, target in targets.items():
+                shape, wanted = reader.shape(name), local_shard(name, target, sharding).shape
+                if shape != wanted:
+                    raise CheckpointError(
+                        f"{path.name}: {name} is {shape} in the file and {wanted} in the model"
+                    )
+                target.copy_(reader.read(name, local_slices(name, shape, sharding)))
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Return the architecture of a checkpoint."""
+    values = json.loads((path / "config.json").read_text())
+    values.pop("model_type")
+    return from_dict(ModelConfig, values)
+
+
+def check_architecture(before: ModelConfig, wanted: ModelConfig) -> None:
+    """Raise `UsageError` on the first differing field; strengths of balance losses may change
+    within a run."""
+    ours = leaves(dataclasses.asdict(wanted), "model.")
+    free = tuple(f"model.moe.balance.{name}" for name in ("aux", "aux_scope", "z", "bias_rate"))
+    for name, old in leaves(dataclasses.asdict(before), "model.").items():
+        if ours[name] != old and name not in free:
+            raise UsageError(
+                f"resume: {name} is {old} in the checkpoint and {ours[name]} in the recipe; "
+                "resume with the run's own recipe and options, or start another run"
+            )

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
 from bench.cpu_step import matmul_peak
 from headway.config import UsageError
-from headway.kernels import activation, attention, experts, norm, rope
-from headway.kernels.cpp import Native, cpp_kernels
+from headway.kernels import activation, attention, experts, norm, paths, rope
+from headway.kernels.cpp import CppKernels, cpp_kernels
 from headway.kernels.permute import sort_rows
 from headway.train.allocator import set_allocator
 
-MODULES = (activation, attention, experts, norm, rope)
+MODULES = (activation, attention, norm, paths, rope)
 Case = tuple[Callable[..., Tensor], list[Tensor], float]
 """A function, its arguments (all take gradients), and the operations of its forward products."""
 
@@ -37,7 +37,7 @@ Case = tuple[Callable[..., Tensor], list[Tensor], float]
 def pytorch_paths() -> Iterator[None]:
     """The kernel files take their PyTorch path."""
     for module in MODULES:
-        module.cpp_kernels = lambda: Native(None, "the rival's turn")  # type: ignore[attr-defined]
+        module.cpp_kernels = lambda: CppKernels(None, "the baseline's turn")  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ def launches(capability: int, L: int) -> list[dict]:
     from bench.dry_launch import dry_launches
     from headway.kernels.gpu import experts, ops, route, route_backward, route_sparse
     from headway.kernels.gpu import permute as rows
+    from headway.kernels.paths import ExpertInputs
 
     gate, N = "topk_softmax", T * H
     with torch.device("meta"), dry_launches(capability) as found:
@@ -48,9 +49,9 @@ def launches(capability: int, L: int) -> list[dict]:
         tables = rows.sort_rows(index_THK, E)
         x_NL, gate_NK = x_THL.view(N, L), gate_THK.view(N, K)
         weights = (torch.empty(H, E, 2, F, L), torch.empty(H, E, F, L))
-        inputs = (x_NL, gate_NK, *weights, *tables)
-        experts.forward(*inputs, "swiglu", False)
-        experts.backward(x_NL, *inputs, torch.empty(0, 2 * F), "swiglu", False)
+        inputs = ExpertInputs(x_NL, gate_NK, *weights, *tables, "swiglu")
+        experts.forward(inputs, False)
+        experts.backward(x_NL, inputs, torch.empty(0, 2 * F), False)
     return [asdict(kernel) for kernel in found]
 
 

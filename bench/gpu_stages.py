@@ -19,7 +19,7 @@ import torch
 from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles
 from bench.gpu_rows import BASE, FLAT, ROUTERS, Shape
 from headway.config import UsageError
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import gpu_kernels
 from headway.report.provenance import provenance
 
 TOY = Shape(6, 2, 16, 3, 2, 16)
@@ -31,7 +31,7 @@ class Record:
 
     def __init__(self, folder: Path, name: str, dry: bool):
         self.folder, self.name, self.dry = folder, name, dry
-        self.device = torch.device(gpu().device)
+        self.device = torch.device(gpu_kernels().device)
         self.repeats = 1 if dry else 10
         self.rows: list[dict] = []
 
@@ -245,8 +245,10 @@ def write(folder: Path, name: str, document: dict) -> None:
 def check_device(dry: bool) -> None:
     """Raises UsageError where the kernels cannot run."""
     wanted = "cpu" if dry else "cuda"
-    if gpu().device != wanted:
-        raise UsageError(f"no GPU kernels here: {gpu().why}; --dry runs every stage on a CPU, tiny")
+    if gpu_kernels().device != wanted:
+        raise UsageError(
+            f"no GPU kernels here: {gpu_kernels().why}; --dry runs every stage on a CPU, tiny"
+        )
 
 
 def lines(name: str, rows: list[dict]) -> Iterator[str]:

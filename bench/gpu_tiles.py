@@ -26,6 +26,7 @@ from bench.gpu_rows import BASE, FLAT, Shape
 from headway.config import UsageError, n_inputs
 from headway.kernels.gpu import experts_narrow, experts_wide, tune
 from headway.kernels.gpu.tune import Tiles
+from headway.kernels.paths import ExpertInputs
 
 if TYPE_CHECKING:
     from bench.gpu_stages import Record
@@ -104,17 +105,18 @@ def passes(s: Shape, device: torch.device, n_experts: int) -> dict[str, Callable
     from headway.kernels.gpu.permute import sort_rows
 
     narrow = [w.detach().bfloat16() for w in weights]  # the cast is not part of a kernel
-    given = (x_NL, gate.detach().flatten(0, 1), *narrow, *sort_rows(index, s.E))
+    gate_NK, rows = gate.detach().flatten(0, 1), sort_rows(index, s.E)
+    given = ExpertInputs(x_NL, gate_NK, *narrow, *rows, s.activation)
     empty = x_NL.new_empty(0, 2 * s.F)
     found: dict[str, Callable[[], object]] = {
-        "experts_wide_hidden": lambda: experts_wide.forward(*given, s.activation, False),
-        "experts_wide_rows": lambda: experts_wide.forward(*given, s.activation, False),
-        "experts_wide": lambda: experts_wide.backward(do_NL, *given, empty, s.activation),
+        "experts_wide_hidden": lambda: experts_wide.forward(given, False),
+        "experts_wide_rows": lambda: experts_wide.forward(given, False),
+        "experts_wide": lambda: experts_wide.backward(do_NL, given, empty),
         "route": router,
     }
     if s.L <= 256:
-        found["experts_forward"] = lambda: experts_narrow.forward(*given, s.activation)
-        found["experts_backward"] = lambda: experts_narrow.backward(do_NL, *given, s.activation)
+        found["experts_forward"] = lambda: experts_narrow.forward(given)
+        found["experts_backward"] = lambda: experts_narrow.backward(do_NL, given)
     return found
 
 

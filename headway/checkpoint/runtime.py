@@ -11,7 +11,7 @@ from headway.checkpoint import checkpoint_dir, run_folder
 from headway.checkpoint.load import load_model
 from headway.config import Config, Precision, UsageError
 from headway.data.tokenizer import Tokenizer, load_tokenizer
-from headway.kernels.experts import check_float8
+from headway.kernels.paths import check_float8
 from headway.kernels.precision import native_bfloat16
 from headway.model.transformer import Transformer
 

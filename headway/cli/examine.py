@@ -11,8 +11,8 @@ import torch
 from headway.config import DataConfig
 from headway.data.cache import root_of
 from headway.kernels.cpp import cpp_kernels as cpu_kernels
-from headway.kernels.experts import choose
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import gpu_kernels
+from headway.kernels.paths import explain
 from headway.kernels.precision import native_bfloat16
 from headway.measure.rates import matmul_flops
 from headway.report.provenance import provenance
@@ -119,15 +119,15 @@ def _paths(facts: dict[str, Any]) -> dict[str, str]:
 
 def _routing(facts: dict[str, Any]) -> str:
     """Return which kernels route, and why not those of the GPU."""
-    if gpu().device:
-        return f"Triton, no logits in memory; {gpu().why} (kernels/gpu/route.py)"
+    if gpu_kernels().device:
+        return f"Triton, no logits in memory; {gpu_kernels().why} (kernels/gpu/route.py)"
     if facts["device"] == "cpu":
-        return f"{facts['cpu_kernels']} (kernels/route.py); no Triton: {gpu().why}"
-    return f"PyTorch (kernels/route.py); no Triton: {gpu().why}"
+        return f"{facts['cpu_kernels']} (kernels/route.py); no Triton: {gpu_kernels().why}"
+    return f"PyTorch (kernels/route.py); no Triton: {gpu_kernels().why}"
 
 
 def _experts(device: str, dtype: torch.dtype) -> str:
-    return f"{choose(device, dtype, 64, 256).why} (kernels/experts.py)"
+    return f"{explain(device, dtype, 64, 256)} (kernels/paths.py)"
 
 
 def _installed(module: str) -> bool:

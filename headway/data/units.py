@@ -12,7 +12,7 @@ from typing import Literal
 from headway.data import document
 from headway.data import records as rows
 from headway.data.corpus import files
-from headway.data.document import Bad, TextPiece, Text, TextFile, split
+from headway.data.document import Bad, Text, TextFile, TextPiece, split
 from headway.data.files import BadData, compressed, counted, kind_of, open_file
 
 Kind = Literal["text", "JSON lines", "table", "parquet", "library", "data set"]

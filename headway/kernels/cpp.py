@@ -13,9 +13,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,59 +25,64 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "
 
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
-class Native:
+class CppKernels:
     """The library, or why there is none."""
 
     library: ctypes.CDLL | None
     why: str
     """One line for people."""
-    bfloat16: bool = False
-    """Whether its kernels multiply bfloat16 (AVX512-BF16)."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """What its kernels multiply: float32, and bfloat16 on CPUs with AVX512-BF16."""
+    functions: dict[tuple[str, torch.dtype], Callable[..., None]] = field(default_factory=dict)
+    """Those called so far: name and dtype → function."""
 
-    def supports(self, *tensors: Tensor | None) -> bool:
-        """Whether the kernels can work on these: all on the CPU, in float32, or bfloat16 where that
-        is native."""
-        return self.library is not None and all(
-            t is None
-            or (
-                t.device.type == "cpu"
-                and (t.dtype == torch.float32 or (t.dtype == torch.bfloat16 and self.bfloat16))
-            )
-            for t in tensors
-        )
+    @property
+    def bfloat16(self) -> bool:
+        return torch.bfloat16 in self.dtypes
+
+    def supports(self, *tensors: Tensor) -> bool:
+        """Return whether the kernels can work on these: all on the CPU, in one of `dtypes`."""
+        return not any(t.dtype not in self.dtypes or not t.is_cpu for t in tensors)
 
     def call(self, name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
         """Run `headway_NAME_DTYPE(args…, threads)`. Tensors are contiguous and pass their address,
         integers are C longs, floats C floats."""
-        suffix = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        function = self.functions.get((name, dtype)) or self._load(name, dtype, args)
+        function(*map(_plain, args), torch.get_num_threads())
+
+    def _load(self, name: str, dtype: torch.dtype, args: tuple) -> Callable[..., None]:
+        """Find a function and set its argument types, so that ctypes converts plain values."""
         assert self.library is not None
-        function = self.library[f"headway_{name}_{suffix}"]
-        function(*map(_argument, args), ctypes.c_int(torch.get_num_threads()))
+        suffix = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        function = self.functions[name, dtype] = self.library[f"headway_{name}_{suffix}"]
+        function.argtypes, function.restype = (*map(_c_type, args), ctypes.c_int), None
+        return function
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
-def cpp_kernels() -> Native:
+def cpp_kernels() -> CppKernels:
     """The library of this process; builds it (a few seconds) where the cache has none."""
-    return _native()
+    return _cpp_kernels()
 
 
 @functools.cache  # apart from the function above: torch.compile would look through it, and warn
-def _native() -> Native:
+def _cpp_kernels() -> CppKernels:
     if os.environ.get("HEADWAY_NATIVE", "1") == "0":
-        return Native(None, "switched off by HEADWAY_NATIVE=0")
+        return CppKernels(None, "switched off by HEADWAY_NATIVE=0")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     compiler = compiler or shutil.which("clang++")
     if compiler is None:
-        return Native(None, "there is no C++ compiler; install g++ or set CXX")
+        return CppKernels(None, "there is no C++ compiler; install g++ or set CXX")
     try:
         library = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
         words = str(said or error).strip().splitlines()
-        return Native(None, f"{compiler} failed: {words[0] if words else error}")
-    bfloat16 = bool(library.headway_has_bfloat16())
-    kinds = "float32 and bfloat16" if bfloat16 else "float32"
-    return Native(library, f"{kinds}, built by {Path(compiler).name} for this CPU", bfloat16)
+        return CppKernels(None, f"{compiler} failed: {words[0] if words else error}")
+    dtypes, names = (torch.float32,), "float32"
+    if library.headway_has_bfloat16():
+        dtypes, names = (torch.float32, torch.bfloat16), "float32 and bfloat16"
+    return CppKernels(library, f"{names}, built by {Path(compiler).name} for this CPU", dtypes)
 
 
 def _built(compiler: str) -> Path:
@@ -101,7 +106,8 @@ def _built(compiler: str) -> Path:
 
 
 def _cpu() -> str:
-    """What `-march=native` looks at."""
+    """Return the CPU's model and feature flags, on which `-march=native` depends: part of the build
+    key."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -110,14 +116,19 @@ def _cpu() -> str:
     return "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _argument(value: Tensor | int | float | None) -> Any:
+def _plain(value: Tensor | int | float | None) -> int | float | None:
+    """Return what ctypes converts: the address of a tensor, other values as they are."""
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return value.data_ptr()
+    return value
+
+
+def _c_type(value: Tensor | int | float | None) -> type:
     match value:
-        case None:
-            return ctypes.c_void_p(None)
-        case Tensor():
-            assert value.is_contiguous()
-            return ctypes.c_void_p(value.data_ptr())
         case int():
-            return ctypes.c_long(value)
+            return ctypes.c_long
+        case float():
+            return ctypes.c_float
         case _:
-            return ctypes.c_float(value)
+            return ctypes.c_void_p

@@ -11,33 +11,29 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
     dW_out = (gate·hid)ᵀ·do[token];  dW_in = d_preᵀ·X;  dx_n = Σ_k (d_pre·W_in)[row_nk]
 
 so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or
-better. One operator, four paths, and `choose` says which runs: fused Triton kernels
-(gpu/experts.py), grouped matmuls for wide experts (experts_grouped.py), C++ (experts_cpp.py), a
-loop of PyTorch matmuls (experts_loop.py).
+better. One operator with four paths: the loop of PyTorch matmuls in this file, C++
+(experts_cpp.py), grouped matmuls (experts_grouped.py) and Triton (gpu/experts.py). paths.py says
+which of them runs.
 """
 
-from types import ModuleType
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from headway.config import Activation, Precision, UsageError
-from headway.kernels import experts_cpp, experts_grouped, experts_loop
-from headway.kernels.activation import activate
-from headway.kernels.cpp import cpp_kernels
+from headway.config import Activation, Precision
+from headway.kernels import experts_cpp, experts_grouped
+from headway.kernels.activation import (
+    activate,
+    activate_into,
+    activate_reference,
+    activate_with_slope,
+)
 from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.experts_dense import experts_dense
-from headway.kernels.gpu import TAKEN, gpu
-from headway.kernels.permute import Rows
-from headway.kernels.precision import widen
-
-WIDEST = {torch.bfloat16: 256, torch.float32: 128}
-"""L up to which the fused forward pass keeps hidden units on the chip, by the dtype of x. Above,
-the float32 sums of a tile leave no registers for anything else."""
-
-MOST_GROUPS = 1023
-"""Groups of one `F.grouped_mm` on a CUDA device; PyTorch refuses more."""
+from headway.kernels.paths import ExpertInputs, check_float8, fits_on_chip, path_of
+from headway.kernels.permute import Rows, sum_slots
+from headway.kernels.precision import widen, without_autocast
 
 
 def experts_reference(
@@ -102,104 +98,24 @@ def experts(
         w_in_HEGFL, w_out_HEFL = w_in_HEGFL.to(stored), w_out_HEFL.to(stored)
     inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL)
     if transformed():
-        return experts_dense(*inputs, rows, activation)
+        return experts_dense(ExpertInputs(*inputs, *rows, activation))
     keep = not recompute and precision != "float8" and torch.is_grad_enabled()
     return _forward(*inputs, *rows, activation, keep, precision)[0]
 
 
-class Choice(NamedTuple):
-    """Which path runs."""
-
-    path: Literal["fused", "grouped", "cpp", "loop"]
-    why: str
-    """One line for people."""
-
-
-def choose(
-    device: str,
-    dtype: torch.dtype,
-    L: int,
-    F: int,
-    n_groups: int = 1,
-    masters: torch.dtype = torch.float32,
-) -> Choice:
-    """The path for experts of width L and hidden width F: asks the machine, never the data.
-
-    Args: device: `cuda` or `cpu`; dtype: of x; n_groups: H·E of this process; masters: of gates and
-    weights, where they are not float32.
-    """
-    if masters not in TAKEN:
-        return Choice("loop", f"a loop of matmuls: gates or weights are {masters}")
-    if device == gpu().device and dtype in TAKEN:
-        return Choice("fused", f"Triton kernels: {gpu().why}")
-    if dtype not in TAKEN:
-        why = f"the Triton kernels take bfloat16 and float32, not {dtype}"
-    else:
-        why = f"no Triton kernels: {gpu().why}"
-    if device == "cpu" and cpp_kernels().library is not None:
-        if cpp_kernels().supports(torch.empty(0, dtype=dtype)):
-            return Choice("cpp", f"C++ kernels: {cpp_kernels().why}")
-        return Choice("loop", f"a loop of matmuls: the C++ kernels do not take {dtype} here")
-    if device == "cpu":
-        return Choice("loop", f"a loop of matmuls: {cpp_kernels().why}")
-    if dtype == torch.bfloat16 and L % 8 == 0 and F % 8 == 0 and _has_grouped_matmuls():
-        if n_groups <= MOST_GROUPS:
-            return Choice("grouped", f"grouped matmuls, sizes stay on the device; {why}")
-        why = f"{n_groups} experts are more than the {MOST_GROUPS} of a grouped matmul; {why}"
-    return Choice("loop", f"a loop of matmuls, sizes are read on the host, slow; {why}")
-
-
-def narrow(dtype: torch.dtype, L: int, F: int) -> bool:
-    """Whether the fused forward pass keeps hidden units on the chip (gpu/experts_narrow.py). Those
-    of wider experts go through memory (gpu/experts_wide.py)."""
-    return L % 16 == 0 and F % 16 == 0 and WIDEST[dtype] >= L
-
-
-def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
-    """Raises UsageError where experts cannot multiply in float8."""
-    choice = choose(device, dtype, L, F)
-    if choice.path != "fused" or dtype != torch.bfloat16:
-        why = choice.why if device == "cuda" else gpu().why
-        why = why if choice.path != "fused" else f"tokens are {dtype}, not bfloat16"
-        raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")
-    if not narrow(dtype, L, F):
-        raise UsageError(
-            f"precision=float8 takes experts of width L up to {WIDEST[dtype]}, and L and F in "
-            f"steps of 16, not {L} and {F}; use bfloat16"
-        )
-    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        raise UsageError(
-            f"precision=float8 needs compute capability 9.0, not {found}; use bfloat16"
-        )
-
-
-def _has_grouped_matmuls() -> bool:
-    """Elsewhere `grouped_mm` is a loop in PyTorch that waits for the device to read the sizes."""
-    return torch.cuda.get_device_capability()[0] in (9, 10)
-
-
-def _choice(x_NL: Tensor, gate_NK: Tensor, w_in_HEGFL: Tensor, w_out_HEFL: Tensor) -> Choice:
-    H, E, _, Fh, L = w_in_HEGFL.shape
-    others = {gate_NK.dtype, w_in_HEGFL.dtype, w_out_HEFL.dtype} - {torch.float32}
-    if len(others - {torch.bfloat16}) == 1:
-        others -= {torch.bfloat16}  # the one that decides
-    return choose(x_NL.device.type, x_NL.dtype, L, Fh, H * E, *sorted(others, key=str)[:1])
-
-
-def _path(*inputs: Tensor) -> ModuleType:
-    """The module with `forward` and `backward` for x, gates and weights."""
-    match _choice(*inputs).path:
+def _functions(inputs: ExpertInputs) -> tuple[Callable, Callable]:
+    """Return forward and backward of the path for these tensors."""
+    match path_of(inputs):
         case "fused":
             from headway.kernels.gpu import experts as fused  # imports Triton
 
-            return fused
+            return fused.forward, fused.backward
         case "grouped":
-            return experts_grouped
+            return experts_grouped.forward, experts_grouped.backward
         case "cpp":
-            return experts_cpp
+            return experts_cpp.forward, experts_cpp.backward
         case "loop":
-            return experts_loop
+            return _loop_forward, _loop_backward
 
 
 @torch.library.custom_op("headway::experts", mutates_args=())
@@ -216,13 +132,14 @@ def _forward(
     precision: str = "bfloat16",
 ) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
-    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
+    weights = (w_in_HEGFL, w_out_HEFL)
+    inputs = ExpertInputs(x_NL, gate_NK, *weights, slot_R, row_NK, counts_HE, activation)
     if precision == "float8":
         check_float8(x_NL.device.type, x_NL.dtype, x_NL.shape[1], w_in_HEGFL.shape[3])
         from headway.kernels.gpu import experts as fused
 
-        return fused.forward(*inputs, activation, keep, precision)
-    return _path(*inputs[:4]).forward(*inputs, activation, keep)
+        return fused.forward(inputs, keep, precision)
+    return _functions(inputs)[0](inputs, keep)
 
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())
@@ -240,16 +157,19 @@ def _backward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
-    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
-    return _path(*inputs[:4]).backward(do_NL.contiguous(), *inputs, pre_R, activation, keep)
+    weights = (w_in_HEGFL, w_out_HEFL)
+    inputs = ExpertInputs(x_NL, gate_NK, *weights, slot_R, row_NK, counts_HE, activation)
+    return _functions(inputs)[1](do_NL.contiguous(), inputs, pre_R, keep)
 
 
 @_forward.register_fake
 def _(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation, keep, *_):
     width = w_in_HEGFL.shape[2] * w_in_HEGFL.shape[3]
     out_NL = torch.empty_like(x_NL, memory_format=torch.contiguous_format)
-    if _choice(x_NL, gate_NK, w_in_HEGFL, w_out_HEFL).path == "fused":
-        keep = keep and not narrow(x_NL.dtype, x_NL.shape[1], w_out_HEFL.shape[2])
+    weights = (w_in_HEGFL, w_out_HEFL)
+    inputs = ExpertInputs(x_NL, gate_NK, *weights, slot_R, row_NK, counts_HE, activation)
+    if path_of(inputs) == "fused":
+        keep = keep and not fits_on_chip(x_NL.dtype, x_NL.shape[1], w_out_HEFL.shape[2])
     return out_NL, x_NL.new_empty(slot_R.numel() if keep else 0, width)
 
 
@@ -273,7 +193,7 @@ def _autograd(ctx, do_NL, _):
         rows = Rows(slot_R, row_NK, counts_HE)
 
         def dense(x: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor]:
-            return (experts_dense(x, gate, w_in, w_out, rows, ctx.activation),)
+            return (experts_dense(ExpertInputs(x, gate, w_in, w_out, *rows, ctx.activation)),)
 
         grads = reference_grads(dense, inputs, ctx.needs_input_grad[:4], (do_NL,))
         return (*grads, *(None,) * 6)
@@ -282,3 +202,135 @@ def _autograd(ctx, do_NL, _):
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
+
+
+def _loop_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
+    """Multiply one expert at a time: its rows (a few hundred) stay in the cache from the gather to
+    the last matmul, and all experts share the scratch buffers `…_s`. Sizes are read on the host.
+
+    The result of every bfloat16 matmul is rounded: 3e-3 to 5e-3 against float64, where the kernels
+    stay below 3e-3.
+    """
+    x_NL, gate_NK, _, _, slot_R, row_NK, counts_HE, activation = inputs
+    w_in, w_out = inputs.stacked_weights()
+    counts = counts_HE.flatten().tolist()
+    taken, most = sum(counts), max(counts, default=0)
+    token_R = slot_R // row_NK.shape[1]
+    y_RL = x_NL.new_empty(slot_R.numel(), x_NL.shape[1])
+    y_RL[taken:] = 0  # slots without an expert
+    pre_R = x_NL.new_empty(slot_R.numel() if keep else 0, w_in.shape[1])
+    pre_s = x_NL.new_empty(0 if keep else most, w_in.shape[1])
+    x_s = x_NL.new_empty(most, x_NL.shape[1])
+    hid_s = _Scratch(most, w_out.shape[1], x_NL)
+    w_in_T = w_in.transpose(1, 2)
+    for e, n, token, y, pre in _groups(counts, token_R, y_RL, pre_R if keep else None):
+        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
+        pre = torch.mm(x, w_in_T[e], out=pre_s[:n] if pre is None else pre)
+        hid = activate_into(widen(pre), activation, hid_s.wide[:n])
+        torch.mm(hid_s.narrow(hid), w_out[e], out=y)
+    return sum_slots(y_RL, row_NK, gate_NK), pre_R
+
+
+def _loop_backward(
+    do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
+    w_in, w_out = inputs.stacked_weights()
+    counts = counts_HE.flatten().tolist()
+    taken, most = sum(counts), max(counts, default=0)
+    L, (_, GF, _), Fh = x_NL.shape[1], w_in.shape, w_out.shape[1]
+    token_R = slot_R // row_NK.shape[1]
+    gate_R1 = gate_NK.flatten()[slot_R].unsqueeze(1)
+    d_gate_R = gate_NK.new_zeros(slot_R.numel())
+    dx_RL = x_NL.new_empty(slot_R.numel(), L)
+    dx_RL[taken:] = 0
+    dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
+    dw_out = torch.empty_like(w_out_HEFL, memory_format=torch.contiguous_format)
+    dw_in_E, dw_out_E = dw_in.view(-1, GF, L), dw_out.view(-1, Fh, L)
+    for e in (e for e, n in enumerate(counts) if n == 0):
+        dw_in_E[e], dw_out_E[e] = 0, 0
+    x_s, do_s = x_NL.new_empty(most, L), x_NL.new_empty(most, L)
+    z_s = x_NL.new_empty(most, Fh)
+    hid_s, dpre_s = _Scratch(most, Fh, x_NL), _Scratch(most, GF, x_NL)
+    pre_s = x_NL.new_empty(0 if keep else most, GF)
+    w_in_T, w_out_T = w_in.transpose(1, 2), w_out.transpose(1, 2)
+    tables = (token_R, gate_R1, d_gate_R, dx_RL, pre_R if keep else None)
+    for e, n, token, gate, d_gate, dx, pre in _groups(counts, *tables):
+        x = torch.index_select(x_NL, 0, token, out=x_s[:n])
+        do = torch.index_select(do_NL, 0, token, out=do_s[:n])
+        if pre is None:
+            pre = torch.mm(x, w_in_T[e], out=pre_s[:n])
+        hid, dpre = hid_s.wide[:n], dpre_s.wide[:n]
+        activate_with_slope(widen(pre), activation, hid, dpre)
+        z = widen(torch.mm(do, w_out_T[e], out=z_s[:n]))
+        d_gate.copy_(torch.linalg.vecdot(hid, z))
+        _mm_into(dw_out_E[e], hid_s.narrow(hid.mul_(gate)).T, do)
+        dpre.view(n, -1, Fh).mul_(z.mul_(gate).unsqueeze(1))
+        dpre = dpre_s.narrow(dpre)
+        _mm_into(dw_in_E[e], dpre.T, x)
+        torch.mm(dpre, w_in[e], out=dx)
+    return sum_slots(dx_RL, row_NK, None), d_gate_R[row_NK], dw_in, dw_out
+
+
+def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:
+    """(expert, rows, its slice of each table…) for every expert that has rows; one `split` per
+    table.
+    """
+    sizes = [n for n in counts if n]
+    parts = [repeat(None) if t is None else t[: sum(sizes)].split(sizes) for t in tables]
+    return zip((e for e, n in enumerate(counts) if n), sizes, *parts, strict=False)
+
+
+class _Scratch:
+    """A buffer for elementwise work in float32 (or better), and one for its rounding to the dtype
+    of the matmuls.
+    """
+
+    def __init__(self, rows: int, width: int, like: Tensor):
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.wide = like.new_empty(rows, width, dtype=wide)
+        self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
+
+    def narrow(self, values: Tensor) -> Tensor:
+        """`values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the same."""
+        return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a·b; the product accumulates in float32 and is rounded to a's dtype once."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def experts_dense(inputs: ExpertInputs) -> Tensor:
+    """Equal to `experts`, in operators that PyTorch differentiates any number of times, batches
+    (`vmap`) and pushes forward (`jvp`): every expert sees every sub-token, at E/K times the
+    products, with a gate of 0 where it was not chosen. Sizes do not depend on the data.
+
+    Returns: `[N, L]` in x's dtype; elementwise work is in float32 or better, and one matmul sums
+    over hidden units and experts.
+    """
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, _, row_NK, counts_HE, activation = inputs
+    H, E = w_in_HEGFL.shape[:2]
+    x_HTL = x_NL.unflatten(0, (-1, H)).transpose(0, 1)
+    w_in, w_out = w_in_HEGFL.to(x_NL.dtype), w_out_HEFL.to(x_NL.dtype)
+    with without_autocast(x_NL):
+        pre = torch.bmm(x_HTL, w_in.flatten(1, 3).transpose(1, 2)).unflatten(-1, (E, -1))
+        wide = widen(pre)
+        gate_HTE = _dense_gates(gate_NK, row_NK, counts_HE).transpose(0, 1).to(wide.dtype)
+        hid = activate_reference(wide, activation) * gate_HTE.unsqueeze(-1)
+        y_HTL = torch.bmm(hid.flatten(2).to(x_NL.dtype), w_out.flatten(1, 2))
+    return y_HTL.transpose(0, 1).reshape(x_NL.shape)
+
+
+def _dense_gates(gate_NK: Tensor, row_NK: Tensor, counts_HE: Tensor) -> Tensor:
+    """Return the gate of every expert `[T, H, E]`; 0 unless one of the sub-token's rows lies
+    between the expert's first and last."""
+    H, E = counts_HE.shape
+    ends_HE = counts_HE.flatten().cumsum(0).view(H, E)
+    starts_HE = ends_HE - counts_HE
+    row_THK1 = row_NK.unflatten(0, (-1, H)).unsqueeze(-1)
+    chosen_THKE = (row_THK1 >= starts_HE.unsqueeze(1)) & (row_THK1 < ends_HE.unsqueeze(1))
+    return (gate_NK.unflatten(0, (-1, H)).unsqueeze(-1) * chosen_THKE).sum(2)

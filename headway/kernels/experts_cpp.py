@@ -7,20 +7,12 @@ import torch
 from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels
+from headway.kernels.paths import ExpertInputs
 
 
-def forward(
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
     slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
     R, (_, _, G, Fh, L) = slot_R.numel(), w_in.shape
@@ -34,28 +26,19 @@ def forward(
 
 
 def backward(
-    do_NL: Tensor,
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    pre_R: Tensor,
-    activation: str,
-    keep: bool,
+    do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
     slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
     dx_RL = x.new_empty(slot_R.numel(), x.shape[1], dtype=torch.float32)
     d_gate = torch.zeros_like(gate_NK, memory_format=torch.contiguous_format)
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    inputs = (x, do_NL, gate_NK.contiguous(), w_in, w_out, slot_R, counts_HE)
-    kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
-    found = (dx_RL, d_gate, dw_in, dw_out)
-    cpp_kernels().call("experts_backward", x.dtype, *inputs, *sizes, kept, *found)
+    tensors = (x, do_NL, gate_NK.contiguous(), w_in, w_out, slot_R, counts_HE)
+    pre, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
+    grads = (dx_RL, d_gate, dw_in, dw_out)
+    cpp_kernels().call("experts_backward", x.dtype, *tensors, *sizes, pre, *grads)
     return _combine(x, dx_RL, row_NK, counts_HE, None), d_gate, dw_in, dw_out
 
 

@@ -12,22 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.activation import activate_into, activate_with_slope
-from headway.kernels.experts_loop import sum_slots
+from headway.kernels.paths import ExpertInputs
+from headway.kernels.permute import sum_slots
 
 
-def forward(
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
-    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
+    x_NL, gate_NK, _, _, slot_R, row_NK, counts_HE, activation = inputs
+    w_in, w_out = inputs.stacked_weights()
     rows = _Rows(slot_R, row_NK, counts_HE)
     pre_R = F.grouped_mm(rows.gather(x_NL), w_in.transpose(1, 2), offs=rows.ends_G)
     hid_RF = pre_R.new_empty(len(pre_R), w_out.shape[1], dtype=torch.float32)
@@ -38,20 +30,11 @@ def forward(
 
 
 def backward(
-    do_NL: Tensor,
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    pre_R: Tensor,
-    activation: str,
-    keep: bool,
+    do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out."""
-    w_in, w_out = _stack(w_in_HEGFL, w_out_HEFL, x_NL.dtype)
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
+    w_in, w_out = inputs.stacked_weights()
     rows = _Rows(slot_R, row_NK, counts_HE)
     x_RL, do_RL = rows.gather(x_NL), rows.gather(do_NL)
     if not keep:
@@ -100,8 +83,3 @@ def _outer(a_R: Tensor, b_R: Tensor, ends_G: Tensor) -> Tensor:
     sizes_G = ends_G.diff(prepend=ends_G.new_zeros(1))
     found = F.grouped_mm(a_R.transpose(0, 1), b_R, offs=ends_G)
     return found.masked_fill_((sizes_G == 0).view(-1, 1, 1), 0)
-
-
-def _stack(w_in_HEGFL: Tensor, w_out_HEFL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights as `[H·E, G·F, L]` and `[H·E, F, L]` in the dtype of the matmuls."""
-    return w_in_HEGFL.flatten(2, 3).flatten(0, 1).to(dtype), w_out_HEFL.flatten(0, 1).to(dtype)

@@ -9,12 +9,14 @@ the last offset.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import transformed
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import gpu_kernels
 from headway.kernels.gpu.ops import sort_rows as sort_rows_gpu
+from headway.kernels.precision import widen
 
 
 class Rows(NamedTuple):
@@ -47,7 +49,7 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
     """
     if transformed():
         return sort_rows_reference(index_THK, n_experts)
-    if gpu().device == index_THK.device.type:
+    if gpu_kernels().device == index_THK.device.type:
         return Rows(*sort_rows_gpu(index_THK, n_experts))
     if cpp_kernels().library is not None and index_THK.device.type == "cpu":
         return Rows(*_sort(index_THK, n_experts))
@@ -104,3 +106,18 @@ def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tens
     start_THK = starts[group.clamp(max=H * n_experts - 1)]
     rank_THK = rows.row_NK.view(T, H, K) - start_THK
     return torch.where(taken & (rank_THK < capacity), index_THK, n_experts)
+
+
+def sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
+    """out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused gather and
+    weighted sum.
+    """
+    N, K = row_NK.shape
+    if y_RL.dtype in (torch.bfloat16, torch.float16) or y_RL.device.type != "cpu":
+        y_NKL = widen(y_RL[row_NK])
+        if weight_NK is not None:
+            y_NKL = y_NKL * weight_NK.unsqueeze(-1)
+        return y_NKL.sum(1).to(y_RL.dtype)
+    starts = torch.arange(0, N * K, K, device=row_NK.device)
+    weight = None if weight_NK is None else weight_NK.flatten().to(y_RL.dtype)
+    return F.embedding_bag(row_NK.flatten(), y_RL, starts, mode="sum", per_sample_weights=weight)

@@ -18,7 +18,7 @@ from torch import Tensor
 from headway.config import RouterGate
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.gpu import gpu
+from headway.kernels.gpu import gpu_kernels
 from headway.kernels.gpu.ops import route_tokens
 from headway.kernels.permute import count
 from headway.kernels.precision import widen, without_autocast
@@ -112,7 +112,7 @@ def route(
 
 def keeps_no_logits(x: Tensor, w_HEL: Tensor, bias_HE: Tensor) -> bool:
     """Whether `route` keeps nothing of size T×E for backward."""
-    if transformed() or not gpu().supports(x, w_HEL, bias_HE):
+    if transformed() or not gpu_kernels().supports(x, w_HEL, bias_HE):
         return False
     return widen(w_HEL).dtype == widen(bias_HE).dtype == torch.float32
 

@@ -11,7 +11,7 @@ from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig
 from headway.config.check import remarks as config_remarks
 from headway.config.check import validate
 from headway.kernels.cpp import cpp_kernels
-from headway.kernels.experts import check_float8, choose
+from headway.kernels.paths import check_float8, choose_path, explain
 from headway.kernels.precision import native_bfloat16
 from headway.model.moe import MoE
 from headway.model.router import capacity
@@ -164,9 +164,10 @@ def _experts(
     if device.type != "cuda" or moe.kind == "dense":
         return ()
     n_groups = moe.n_heads * moe.n_experts // (mesh.hp * mesh.ep)
-    found = choose("cuda", dtype, width, moe.d_expert, n_groups)
-    derived["experts"] = found.why
-    return (f"experts of width {width}: {found.why}",) if found.path == "loop" else ()
+    sizes = (width, moe.d_expert, n_groups)
+    derived["experts"] = why = explain("cuda", dtype, *sizes)
+    slow = choose_path("cuda", dtype, *sizes) == "loop"
+    return (f"experts of width {width}: {why}",) if slow else ()
 
 
 def oversubscribed(load: float, cores: int, threads: int, wait_policy: str) -> str:

@@ -65,9 +65,9 @@ def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path, monkeypatch
 
 def test_a_row_that_fails_says_why_and_the_next_one_is_tried(tmp_path, monkeypatch):
     from bench import gpu_stages
-    from headway.kernels.gpu import Gpu
+    from headway.kernels.gpu import GpuKernels
 
-    monkeypatch.setattr(gpu_stages, "gpu", lambda: Gpu("cpu", "a test"))
+    monkeypatch.setattr(gpu_stages, "gpu_kernels", lambda: GpuKernels("cpu", "a test"))
     record = gpu_stages.Record(tmp_path, "router", True)
     record.attempt("first", lambda: {"ms": 1 / 0})
     record.attempt("second", lambda: {"ms": 3.0})

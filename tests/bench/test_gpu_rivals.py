@@ -14,7 +14,7 @@ from bench import gpu_rivals
 from bench.gpu_rivals import flex, grouped, liger, loop, rivals
 from bench.gpu_scattermoe import scattermoe
 from headway.kernels.experts import experts_reference
-from headway.kernels.gpu import _gpu, gpu
+from headway.kernels.gpu import _gpu_kernels, gpu_kernels
 from tests.compare import assert_close
 
 
@@ -23,10 +23,10 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("here kernels are compiled")
     monkeypatch.setenv("HEADWAY_TRITON", "interpret")
-    _gpu.cache_clear()
-    assert gpu().device == "cpu", gpu().why
+    _gpu_kernels.cache_clear()
+    assert gpu_kernels().device == "cpu", gpu_kernels().why
     yield
-    _gpu.cache_clear()
+    _gpu_kernels.cache_clear()
 
 
 def inputs(T, H, E, K, L, F, activation, dtype):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from headway.kernels.cpp import Native, cpp_kernels
+from headway.kernels.cpp import CppKernels, cpp_kernels
 
 needs_native = pytest.mark.skipif(cpp_kernels().library is None, reason=cpp_kernels().why)
 NATIVE_DTYPES = [torch.float32, *([torch.bfloat16] if cpp_kernels().bfloat16 else [])]
@@ -17,7 +17,7 @@ the value rms over many values; everything before it is float32."""
 
 def switch_off(monkeypatch: pytest.MonkeyPatch, module) -> None:
     """Makes a kernel file run its PyTorch path."""
-    monkeypatch.setattr(module, "cpp_kernels", lambda: Native(None, "switched off by a test"))
+    monkeypatch.setattr(module, "cpp_kernels", lambda: CppKernels(None, "switched off by a test"))
 
 
 @contextmanager

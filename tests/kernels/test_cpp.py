@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from headway.kernels import cpp as module
-from headway.kernels.cpp import Native, _native, cpp_kernels
+from headway.kernels.cpp import CppKernels, _cpp_kernels, cpp_kernels
 
 
-def fresh(monkeypatch, **environment) -> Native:
+def fresh(monkeypatch, **environment) -> CppKernels:
     for name, value in {"HEADWAY_NATIVE": 1, **environment}.items():
         monkeypatch.setenv(name, str(value))
-    return _native.__wrapped__()
+    return _cpp_kernels.__wrapped__()
 
 
 def test_switched_off(monkeypatch):
@@ -74,7 +74,7 @@ def test_two_processes_build_at_once_and_both_load(tmp_path):
 @needs
 def test_takes_what_the_kernels_know():
     found = cpp_kernels()
-    assert found.supports(torch.zeros(1), None)
+    assert found.supports(torch.zeros(1))
     assert found.supports(torch.zeros(1, dtype=torch.bfloat16)) == found.bfloat16
     assert not found.supports(torch.zeros(1, dtype=torch.float64))
     assert not found.supports(torch.zeros(1), torch.zeros(1, device="meta"))

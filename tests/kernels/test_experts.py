@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.kernels import experts as module
+from headway.kernels import paths as module
 from headway.kernels.cpp import cpp_kernels
-from headway.kernels.experts import choose, experts, experts_reference
+from headway.kernels.experts import experts, experts_reference
+from headway.kernels.paths import ExpertInputs, path_of
 from headway.kernels.permute import sort_rows
 from tests.compare import assert_close, relative_error
 from tests.kernels.cpp_paths import needs_native, switch_off, threads
@@ -153,7 +154,10 @@ def test_cpp_reads_weights_stored_in_bfloat16(dtype, sizes, recompute):
     gate = gate.detach().float().requires_grad_()
     narrow = [w.detach().bfloat16().requires_grad_() for w in weights]
     wide = [w.detach().float().requires_grad_() for w in narrow]
-    assert choose("cpu", dtype, sizes[4], sizes[5], torch.bfloat16).path == "cpp"
+    rows = sort_rows(index, narrow[0].shape[1])
+    assert path_of(ExpertInputs(x, gate, *narrow, *rows, "swiglu")) == "cpp"
+    half = [w.half() for w in narrow]
+    assert path_of(ExpertInputs(x, gate, *half, *rows, "swiglu")) == "loop"
     got, grads = run((x, gate, *narrow), index, "swiglu", d_out, recompute)
     want, want_grads = run((x, gate, *wide), index, "swiglu", d_out, recompute)
     want_grads = (*want_grads[:2], *(g.bfloat16() for g in want_grads[2:]))

@@ -5,15 +5,15 @@ import torch
 
 from headway.kernels import experts as module
 from headway.kernels import experts_grouped
-from headway.kernels.experts import Choice, choose
-from headway.kernels.gpu import Gpu
+from headway.kernels.gpu import GpuKernels
+from headway.kernels.paths import choose_path, explain
 from tests.compare import relative_error
 from tests.kernels.test_experts import ACTIVATIONS, make, reference, run
 
 
 @pytest.fixture(autouse=True)
 def grouped(monkeypatch):
-    monkeypatch.setattr(module, "choose", lambda *args: Choice("grouped", "a test"))
+    monkeypatch.setattr(module, "path_of", lambda inputs: "grouped")
 
 
 def draw(T, H, E, K, L, F, activation, scale=1.0):
@@ -99,13 +99,13 @@ def test_zero_tokens():
 )
 def test_experts_on_a_gpu_without_triton(monkeypatch, capability, L, n_groups, path):
     """`F.grouped_mm` on CUDA refuses 1,024 groups, so a layer of 1,024 experts would fail in its first step."""
-    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("", "no Triton"))
+    monkeypatch.setattr("headway.kernels.paths.gpu_kernels", lambda: GpuKernels("", "no Triton"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found = choose("cuda", torch.bfloat16, L, 256, n_groups)
-    assert found.path == path and "no Triton" in found.why
-    assert ("1024 experts are more than the 1023" in found.why) == (n_groups == 1024)
-    assert choose("cuda", torch.float64, L, 256).path == "loop"
-    assert choose("cuda", torch.float16, L, 256).path == "loop"
-    assert choose("cuda", torch.bfloat16, L, 256, n_groups, torch.bfloat16) == found
-    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
-    assert choose("cuda", torch.bfloat16, L, 256, n_groups).path == "fused"
+    assert choose_path("cuda", torch.bfloat16, L, 256, n_groups) == path
+    why = explain("cuda", torch.bfloat16, L, 256, n_groups)
+    assert "no Triton" in why
+    assert ("1024 experts are more than the 1023" in why) == (n_groups == 1024)
+    assert choose_path("cuda", torch.float64, L, 256) == "loop"
+    assert choose_path("cuda", torch.float16, L, 256) == "loop"
+    monkeypatch.setattr("headway.kernels.paths.gpu_kernels", lambda: GpuKernels("cuda", "a test"))
+    assert choose_path("cuda", torch.bfloat16, L, 256, n_groups) == "fused"

@@ -1,7 +1,7 @@
 """The Triton kernels: where they run, and why not elsewhere.
 
 They are faster and never different: without a CUDA device and Triton the other paths of each kernel
-file run, and `gpu().why` says so. `HEADWAY_TRITON=0` asks for those paths, and
+file run, and `gpu_kernels().why` says so. `HEADWAY_TRITON=0` asks for those paths, and
 `HEADWAY_TRITON=interpret` for the kernels on a CPU, through Triton's interpreter: thousands of
 times slower, to test or debug them. Nothing here imports Triton before a kernel is wanted.
 """
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TAKEN = (torch.bfloat16, torch.float32)
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
-class Gpu:
+class GpuKernels:
     """Whether the kernels run in this process."""
 
     device: str
@@ -28,38 +28,41 @@ class Gpu:
     why: str
     """One line for people."""
 
-    def supports(self, *tensors: Tensor | None) -> bool:
-        """Whether the kernels can work on these: all on the device, in bfloat16 or float32."""
+    def supports(self, *tensors: Tensor) -> bool:
+        """Return whether the kernels can work on these: all on the device, in bfloat16 or
+        float32."""
         return bool(self.device) and all(
-            t is None or (t.device.type == self.device and t.dtype in TAKEN) for t in tensors
+            t.device.type == self.device and t.dtype in SUPPORTED_DTYPES for t in tensors
         )
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
-def gpu() -> Gpu:
+def gpu_kernels() -> GpuKernels:
     """Where the Triton kernels run in this process."""
-    return _gpu()
+    return _gpu_kernels()
 
 
 @functools.cache  # apart from the function above: torch.compile would look through it, and warn
-def _gpu() -> Gpu:
+def _gpu_kernels() -> GpuKernels:
     wish = os.environ.get("HEADWAY_TRITON", "1")
     if wish == "0":
-        return Gpu("", "switched off by HEADWAY_TRITON=0")
+        return GpuKernels("", "switched off by HEADWAY_TRITON=0")
     if importlib.util.find_spec("triton") is None:
-        return Gpu("", "Triton is not installed: pip install 'headway[gpu]'")
+        return GpuKernels("", "Triton is not installed: pip install 'headway[gpu]'")
     if wish == "interpret":
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-            return Gpu("", "Triton is loaded already: start Python with TRITON_INTERPRET=1")
-        return Gpu("cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only")
+            return GpuKernels("", "Triton is loaded already: start Python with TRITON_INTERPRET=1")
+        return GpuKernels(
+            "cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only"
+        )
     if not torch.cuda.is_available():
-        return Gpu("", "there is no CUDA device")
+        return GpuKernels("", "there is no CUDA device")
     if torch.version.hip:
-        return Gpu("", "never tried on AMD devices")
+        return GpuKernels("", "never tried on AMD devices")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return Gpu("", f"compute capability {major}.{minor} has no bfloat16 tensor cores")
-    return Gpu("cuda", f"compiled by Triton for compute capability {major}.{minor}")
+        return GpuKernels("", f"compute capability {major}.{minor} has no bfloat16 tensor cores")
+    return GpuKernels("cuda", f"compiled by Triton for compute capability {major}.{minor}")
 
 
 def capability() -> int:

@@ -7,52 +7,32 @@ the narrow kernels make the pre-activations twice there.
 
 from torch import Tensor
 
-from headway.kernels.experts import narrow
+from headway.config import Precision
 from headway.kernels.gpu import experts_narrow, experts_wide, on
+from headway.kernels.paths import ExpertInputs, fits_on_chip
 
 WIDEST_BACKWARD = 128
 """L up to which the narrow kernels are the faster ones in backward."""
 
 
 def forward(
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-    keep: bool,
-    precision: str = "bfloat16",
+    inputs: ExpertInputs, keep: bool, precision: Precision = "bfloat16"
 ) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else `[0, G·F]`)."""
-    L, F = x_NL.shape[1], w_out_HEFL.shape[2]
-    inputs = (x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation)
+    x_NL, (F, L) = inputs.x_NL, inputs.w_out_HEFL.shape[2:]
     with on(x_NL):
-        if narrow(x_NL.dtype, L, F):
-            return experts_narrow.forward(*inputs, precision)
-        return experts_wide.forward(*inputs, keep)
+        if fits_on_chip(x_NL.dtype, L, F):
+            return experts_narrow.forward(inputs, precision)
+        return experts_wide.forward(inputs, keep)
 
 
 def backward(
-    do_NL: Tensor,
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    pre_R: Tensor,
-    activation: str,
-    keep: bool,
+    do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out. The rows of `pre_R` tell what was kept; `keep` is for
     the other paths."""
-    L, F = x_NL.shape[1], w_out_HEFL.shape[2]
-    inputs = (do_NL, x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE)
+    x_NL, (F, L) = inputs.x_NL, inputs.w_out_HEFL.shape[2:]
     with on(x_NL):
-        if narrow(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:
-            return experts_narrow.backward(*inputs, activation)
-        return experts_wide.backward(*inputs, pre_R, activation)
+        if fits_on_chip(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:
+            return experts_narrow.backward(do_NL, inputs)
+        return experts_wide.backward(do_NL, inputs, pre_R)

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from headway.config import Precision
 from headway.kernels import gpu
 from headway.kernels.gpu.blocks import blocks
 from headway.kernels.gpu.experts_backward import experts_backward_rows, experts_backward_weights
@@ -21,6 +22,7 @@ from headway.kernels.gpu.experts_float8 import experts_forward_float8, quantize
 from headway.kernels.gpu.experts_forward import experts_forward
 from headway.kernels.gpu.slots import cast, empty_rows, padded, sum_slots
 from headway.kernels.gpu.tune import Tiles, tiles
+from headway.kernels.paths import ExpertInputs
 
 KERNELS = ("forward", "backward_rows", "backward_weights")
 
@@ -82,18 +84,9 @@ def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
     return replace(found, cols=min(found.cols, padded(F)))
 
 
-def forward(
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-    precision: str = "bfloat16",
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ExpertInputs, precision: Precision = "bfloat16") -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, no pre-activations `[0, G·F]`)."""
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
     if precision == "float8":
@@ -116,22 +109,13 @@ def forward(
     return sum_slots(x, y_NKL, scale_NK, row_NK, table.start_G, padded(L)), x.new_empty(0, G * F)
 
 
-def backward(
-    do_NL: Tensor,
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(do_NL: Tensor, inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out, in x's precision."""
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
     (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
-    inputs, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
+    tensors, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
     # of slots without an expert it stays 0
     d_gate = torch.zeros_like(gate, dtype=torch.float32)
     dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
@@ -140,14 +124,14 @@ def backward(
     cut = tile_of("backward_rows", L, G, F, x.element_size())
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
     experts_backward_rows[(table.group_B.numel(),)](
-        *(*inputs, *table, d_gate, dx_NKL, scale_NK, *sizes),
+        *(*tensors, *table, d_gate, dx_NKL, scale_NK, *sizes),
         *(cut.rows, cut.cols, padded(L)),
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
     cut = tile_of("backward_weights", L, G, F, x.element_size())
     experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
-        *(*inputs, table.start_G, dw_in, dw_out, *sizes),
+        *(*tensors, table.start_G, dw_in, dw_out, *sizes),
         *(cut.rows, cut.cols, padded(L)),
         num_warps=cut.warps,
         num_stages=cut.stages,

@@ -30,6 +30,7 @@ from headway.kernels.gpu.experts_backward import paired, slopes
 from headway.kernels.gpu.experts_forward import activated, hidden_rows, unpaired
 from headway.kernels.gpu.slots import cast, empty_rows, padded, put_rows, sum_slots
 from headway.kernels.gpu.tune import Tiles, tiles
+from headway.kernels.paths import ExpertInputs
 
 BFLOAT16 = {
     "hidden": Tiles(128, 64, 8, 3),
@@ -281,18 +282,9 @@ class _Call:
         return dw
 
 
-def forward(
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
     """(out `[N, L]`, pre-activations `[R, G·F]` in sorted order, or `[0, G·F]` unless `keep`)."""
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
     (_, _, G, F, L), R = w_in.shape, slot_R.numel()
@@ -310,18 +302,10 @@ def forward(
 
 
 def backward(
-    do_NL: Tensor,
-    x_NL: Tensor,
-    gate_NK: Tensor,
-    w_in_HEGFL: Tensor,
-    w_out_HEFL: Tensor,
-    slot_R: Tensor,
-    row_NK: Tensor,
-    counts_HE: Tensor,
-    pre_R: Tensor,
-    activation: str,
+    do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w_in and w_out. Pre-activations of no rows are made again."""
+    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
     (_, _, G, F, L), R, S = w_in.shape, slot_R.numel(), gate.numel()

@@ -12,7 +12,7 @@ from headway.kernels.gpu import on
 
 @torch.library.custom_op("headway::sort_rows_gpu", mutates_args=())
 def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`slot_R`, `row_NK`, `counts_HE` of `kernels.rows.Rows`, all int32."""
+    """`slot_R`, `row_NK`, `counts_HE` of `kernels.permute.Rows`, all int32."""
     from headway.kernels.gpu import permute as rows
 
     return rows.sort_rows(index_THK, n_experts)

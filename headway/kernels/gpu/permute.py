@@ -53,7 +53,7 @@ def _walk(
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`slot_R`, `row_NK` and `counts_HE` of `kernels.rows.Rows`, in int32. An index outside
+    """`slot_R`, `row_NK` and `counts_HE` of `kernels.permute.Rows`, in int32. An index outside
     0 … E − 1 takes no expert.
 
     Tiles are so long, 1024 slots at least, that the table of places is at most half as large as

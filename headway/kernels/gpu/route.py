@@ -35,7 +35,7 @@ from headway.kernels.gpu.scores import (
 )
 
 GATES = ("topk_softmax", "softmax_topk", "sigmoid")
-TAKEN = tl.constexpr(-(2**31))
+CHOSEN = tl.constexpr(-(2**31))
 """Below the key of every number."""
 NOWHERE = tl.constexpr(2**31 - 1)
 
@@ -134,7 +134,7 @@ def _choose(
         tl.full((BT,), 0.0, tl.float32),
         tl.full((BT,), 0.0, tl.float32),
     )
-    key_k = tl.full((BT, BK), TAKEN, tl.int32)
+    key_k = tl.full((BT, BK), CHOSEN, tl.int32)
     s_k = tl.full((BT, BK), float("nan"), tl.float32)
     if replay is None:
         e_k = tl.full((BT, BK), NOWHERE, tl.int32)
@@ -155,14 +155,14 @@ def _choose(
             total += tl.sum(score, 1)
         if replay is None:
             score += tl.load(bias + h * E + e, mask=e < E, other=0.0)[None, :]
-            key = tl.where((e < E)[None, :], _order(score), TAKEN)
+            key = tl.where((e < E)[None, :], _order(score), CHOSEN)
             key_n, e_n, s_n = key_k, e_k, s_k
             for j in range(K):
                 top, at = _top(key, e[None, :])
                 here = e[None, :] == at[:, None]
                 found = _pick(s, here)
                 if WHOLE:
-                    key = tl.where(here, TAKEN, key)
+                    key = tl.where(here, CHOSEN, key)
                 else:  # the best left of those from earlier chunks, whose columns are lower
                     top_k, at_k = _top(key_k, e_k)
                     here_k = e_k == at_k[:, None]
@@ -170,9 +170,9 @@ def _choose(
                     found = tl.where(stays, _pick(s_k, here_k), found)
                     at = tl.where(stays, at_k, at)
                     top = tl.where(stays, top_k, top)
-                    key = tl.where(here & ~stays[:, None], TAKEN, key)
+                    key = tl.where(here & ~stays[:, None], CHOSEN, key)
                     here_k &= stays[:, None]
-                    key_k = tl.where(here_k, TAKEN, key_k)
+                    key_k = tl.where(here_k, CHOSEN, key_k)
                     e_k = tl.where(here_k, NOWHERE, e_k)  # no column stands there twice
                 key_n = tl.where((slot == j)[None, :], top[:, None], key_n)
                 e_n = tl.where((slot == j)[None, :], at[:, None], e_n)
@@ -189,7 +189,7 @@ def _choose(
             lse = _logsumexp(most, mass)
             p, entropy = _over_tokens(s, lse, total, t, T, e, E, SIGMOID)
             if replay is None:
-                chosen = (t < T)[:, None] & (e < E)[None, :] & (key == TAKEN)
+                chosen = (t < T)[:, None] & (e < E)[None, :] & (key == CHOSEN)
                 n = tl.sum(chosen.to(tl.float32), 0)
             else:
                 n = _choices(replay, row, t, T, e, K)

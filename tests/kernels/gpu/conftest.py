@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headway.kernels.gpu import _gpu, gpu
+from headway.kernels.gpu import _gpu_kernels, gpu_kernels
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -13,8 +13,8 @@ def device(request, monkeypatch) -> torch.device:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("here kernels are compiled: -m gpu")
     monkeypatch.setenv("HEADWAY_TRITON", "interpret" if request.param == "cpu" else "1")
-    _gpu.cache_clear()
-    found = gpu()
+    _gpu_kernels.cache_clear()
+    found = gpu_kernels()
     assert found.device == request.param, found.why
     yield torch.device(request.param)
-    _gpu.cache_clear()
+    _gpu_kernels.cache_clear()

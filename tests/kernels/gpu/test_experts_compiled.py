@@ -15,6 +15,7 @@ import dataclasses, json, sys
 import torch
 from bench.dry_launch import dry_launches
 from headway.kernels.gpu import experts
+from headway.kernels.paths import ExpertInputs
 
 capability, L, F, activation = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 G, N, K, H, E = (2 if activation == "swiglu" else 1), 2048, 4, 2, 8
@@ -26,12 +27,13 @@ def empty(*shape, dtype=torch.float32):
 
 x = empty(N, L, dtype=torch.bfloat16)
 tables = [empty(*shape, dtype=torch.int32) for shape in ((N * K,), (N, K), (H, E))]
-inputs = (x, empty(N, K), empty(H, E, G, F, L), empty(H, E, F, L), *tables, activation, False)
+weights = (empty(H, E, G, F, L), empty(H, E, F, L))
+inputs = ExpertInputs(x, empty(N, K), *weights, *tables, activation)
 with dry_launches(capability) as found:
-    experts.forward(*inputs)
+    experts.forward(inputs, False)
     if capability >= 90 and L <= 256:
-        experts.forward(*inputs, "float8")
-    experts.backward(x, *inputs[:-2], empty(0, G * F), *inputs[-2:])
+        experts.forward(inputs, False, "float8")
+    experts.backward(x, inputs, empty(0, G * F), False)
 print(json.dumps([dataclasses.asdict(kernel) for kernel in found]))
 """
 SPILL = 64

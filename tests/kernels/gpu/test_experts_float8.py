@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from headway.config import UsageError
-from headway.kernels.experts import WIDEST, check_float8, experts
-from headway.kernels.gpu import Gpu
+from headway.kernels.experts import experts
+from headway.kernels.gpu import GpuKernels
+from headway.kernels.paths import WIDEST, check_float8
 from tests.compare import relative_error
 from tests.kernels.gpu.test_experts_gpu import BF16, F32, draw, run, tables
 from tests.kernels.test_experts import ACTIVATIONS, reference
@@ -78,7 +79,7 @@ def test_float8_says_where_it_cannot_run(device):
 
 
 def test_float8_needs_hopper(monkeypatch):
-    monkeypatch.setattr("headway.kernels.experts.gpu", lambda: Gpu("cuda", "a test"))
+    monkeypatch.setattr("headway.kernels.paths.gpu_kernels", lambda: GpuKernels("cuda", "a test"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     with pytest.raises(UsageError, match=r"needs compute capability 9.0, not 8.9; use bfloat16"):
         check_float8("cuda", BF16, 64, 64)

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from headway.kernels.experts import choose, experts
+from headway.kernels.experts import experts
+from headway.kernels.paths import ExpertInputs, choose_path, path_of
 from headway.kernels.permute import Rows, sort_rows_reference
 from headway.model.moe import MultiHeadLatentMoE
 from tests.compare import assert_close, relative_error
@@ -31,11 +32,9 @@ def draw(device, T, H, E, K, L, F, activation, dtype, seed=0, scale=1.0):
 
 
 def run(inputs, index, activation, d_out):
-    assert (
-        choose(inputs[0].device.type, inputs[0].dtype, inputs[0].shape[1], inputs[3].shape[2]).path
-        == "fused"
-    )
-    out = experts(inputs[0], inputs[1], tables(index, inputs[2].shape[1]), *inputs[2:], activation)
+    rows = tables(index, inputs[2].shape[1])
+    assert path_of(ExpertInputs(*inputs, *rows, activation)) == "fused"
+    out = experts(inputs[0], inputs[1], rows, *inputs[2:], activation)
     return out, torch.autograd.grad(out, inputs, d_out)
 
 
@@ -298,9 +297,11 @@ def test_the_path_is_chosen_by_dtype(device):
     """Any width: narrow and wide experts have kernels of their own."""
     for dtype in (BF16, F32):
         for L, F in ((64, 64), (1024, 64), (40, 24), (7, 3)):
-            assert choose(device.type, dtype, L, F).path == "fused"
-    assert choose(device.type, torch.float64, 64, 64).path == "loop"
-    assert choose(device.type, BF16, 64, 64, masters=torch.float16).path == "loop"
+            assert choose_path(device.type, dtype, L, F) == "fused"
+    assert choose_path(device.type, torch.float64, 64, 64) == "loop"
+    inputs, index, _ = draw(device, 4, 1, 3, 2, 32, 16, "swiglu", BF16)
+    half = (*inputs[:2], *(w.half() for w in inputs[2:]))
+    assert path_of(ExpertInputs(*half, *tables(index, 3), "swiglu")) == "loop"
 
 
 def test_backward_changes_over_between_two_forward_widths(device, monkeypatch):

@@ -4,19 +4,20 @@ pre-activations kept and made again."""
 import pytest
 import torch
 
-from headway.kernels.experts import choose, experts, narrow
+from headway.kernels.experts import experts
 from headway.kernels.gpu import experts_wide
+from headway.kernels.paths import ExpertInputs, choose_path, fits_on_chip
 from tests.compare import relative_error
 from tests.kernels.gpu.test_experts_gpu import BF16, F32, compare, draw, run, tables
 
 
 def call(inputs, index, activation, d_out, keep):
-    """Output and gradients, whatever path `choose` would take."""
-    given = [t.detach() for t in inputs]
-    rows = tables(index, given[2].shape[1])
-    out, pre = experts_wide.forward(*given, *rows, activation, keep)
+    """Output and gradients, whatever path `choose_path` would take."""
+    plain = [t.detach() for t in inputs]
+    given = ExpertInputs(*plain, *tables(index, plain[2].shape[1]), activation)
+    out, pre = experts_wide.forward(given, keep)
     assert pre.shape[0] == (index.numel() if keep else 0)
-    return out, experts_wide.backward(d_out.contiguous(), *given, *rows, pre, activation)
+    return out, experts_wide.backward(d_out.contiguous(), given, pre)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -59,8 +60,9 @@ def test_equals_the_narrow_kernels(device):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_is_the_path_of_wide_experts(device, recompute):
     """Through the operator, and what it keeps: pre-activations only where they are asked for."""
-    assert choose(device.type, BF16, 528, 64).path == "fused" and not narrow(BF16, 528, 64)
-    assert not narrow(F32, 144, 64) and not narrow(BF16, 64, 40) and narrow(BF16, 256, 16)
+    assert choose_path(device.type, BF16, 528, 64) == "fused" and not fits_on_chip(BF16, 528, 64)
+    assert not fits_on_chip(F32, 144, 64) and not fits_on_chip(BF16, 64, 40)
+    assert fits_on_chip(BF16, 256, 16)
     inputs, index, d_out = draw(device, 30, 1, 3, 2, 544, 16, "swiglu", BF16)
     rows, kept = tables(index, 3), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from headway.kernels import gpu as module
-from headway.kernels.gpu import Gpu, _gpu
+from headway.kernels.gpu import GpuKernels, _gpu_kernels
 from headway.kernels.gpu import tune as tuning
 from headway.kernels.gpu.tune import Tiles, tiles
 
 
-def fresh(monkeypatch, wish: str) -> Gpu:
+def fresh(monkeypatch, wish: str) -> GpuKernels:
     monkeypatch.setenv("HEADWAY_TRITON", wish)
-    return _gpu.__wrapped__()
+    return _gpu_kernels.__wrapped__()
 
 
 def test_switched_off(monkeypatch):
@@ -42,8 +42,8 @@ def test_on_a_device_that_is_too_old(monkeypatch):
 
 
 def test_the_interpreter_takes_what_a_device_would():
-    found = Gpu("cpu", "")
-    assert found.supports(torch.zeros(1), None, torch.zeros(1, dtype=torch.bfloat16))
+    found = GpuKernels("cpu", "")
+    assert found.supports(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16))
     assert not found.supports(torch.zeros(1, dtype=torch.float64))
     assert not found.supports(torch.zeros(1, device="meta"))
 

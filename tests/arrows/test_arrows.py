@@ -1,7 +1,6 @@
-"""Imports go one way, files stay readable, and a few habits stay out of the package."""
+"""Imports go one way, extras stay optional, and a few habits stay out of the package."""
 
 import ast
-import itertools
 import re
 import subprocess
 import sys
@@ -9,37 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "headway"
-FILES = sorted(PACKAGE.rglob("*.py"))
+from tests.arrows.rooms import ALLOWED, PACKAGE, ROOT
 
-ALLOWED = {
-    "config": set(),
-    "kernels": {"config"},
-    "model": {"config", "kernels"},
-    "parallel": {"config", "kernels", "model"},
-    "data": {"config"},
-    "report": {"config"},
-    "plan": {"config"},
-    "recipes": {"config", "model"},
-    "measure": {"config", "kernels", "model", "parallel", "plan", "report"},
-    "optim": {"config", "kernels", "model", "parallel"},
-    "eval": {"config", "kernels", "model", "parallel", "data"},
-    "checkpoint": {"config", "kernels", "model", "parallel", "data", "optim"},
-    "train": {
-        "config",
-        "kernels",
-        "model",
-        "parallel",
-        "data",
-        "eval",
-        "report",
-        "plan",
-        "optim",
-        "checkpoint",
-    },
-}
-"""Room → rooms it may import. `cli` may import every room; nothing imports `cli`."""
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 CORE = {"torch", "numpy", "safetensors", "tyro", "tokenizers", "headway"} | set(
     sys.stdlib_module_names
@@ -56,19 +27,19 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     """(module, whether at the top of the file) of every import; `from a import b` counts as `a.b` where that is a module."""
     tree = ast.parse(path.read_text("utf-8"))
     top = {id(node) for node in tree.body}
-    found = []
+    modules = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in top) for alias in node.names]
+            modules += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             module = node.module or ""
             names = [f"{module}.{alias.name}" for alias in node.names]
             if module == "headway":
-                found += [(name, id(node) in top) for name in names]
+                modules += [(name, id(node) in top) for name in names]
             else:
-                found.append((module, id(node) in top))
-    return found
+                modules.append((module, id(node) in top))
+    return modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -80,11 +51,6 @@ def test_imports_go_one_way(path):
         assert parts[1] != "cli" or here in ("cli", "__main__"), "nothing imports the command line"
         if here in ALLOWED and parts[1] != here:
             assert parts[1] in ALLOWED[here], f"{here} may not import {module}"
-
-
-def test_every_room_has_its_arrow():
-    rooms = {p.parent.name for p in PACKAGE.glob("*/*.py")}
-    assert rooms <= {*ALLOWED, "cli"}, "add the new room to ALLOWED"
 
 
 def test_config_needs_the_standard_library_alone():
@@ -108,7 +74,6 @@ def test_extras_are_imported_where_they_are_used(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_habits(path):
     text = path.read_text("utf-8")
-    assert text.count("\n") <= 400, "look for the second idea"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"hasattr", "getattr", "setattr", "eval", "exec"}, (
@@ -141,17 +106,6 @@ def tracked() -> list[Path]:
     ]
 
 
-def test_the_way_from_verb_to_matmul_is_what_agents_are_told():
-    text = (ROOT / "AGENTS.md").read_text()
-    said = re.search(r"From verb to expert matmul, 7 files: (.+?) \(", text, re.DOTALL)
-    assert said is not None
-    way = [PACKAGE / name.strip().strip("`") for name in said[1].split("→")]
-    assert len(way) == 7
-    for here, there in itertools.pairwise(way):
-        module = ".".join(there.relative_to(ROOT).with_suffix("").parts)
-        assert any(f"{name}.".startswith(f"{module}.") for name, _ in imports(here)), (here, there)
-
-
 @pytest.mark.parametrize(
     "skill", sorted(ROOT.glob(".agents/skills/*/SKILL.md")), ids=lambda p: p.parent.name
 )
@@ -177,8 +131,8 @@ def test_no_path_of_a_machine_in_a_file():
     for path in tracked():
         if path == Path(__file__) or path.suffix in (".png", ".bin", ".safetensors"):
             continue
-        found = pattern.search(path.read_bytes())
-        assert not found, f"{path.relative_to(ROOT)}: {found.group() if found else ''}"
+        hit = pattern.search(path.read_bytes())
+        assert not hit, f"{path.relative_to(ROOT)}: {hit.group() if hit else ''}"
 
 
 BLOCK = """

@@ -1,12 +1,22 @@
 import json
 
-from bench.table import BEGIN, END, PAGES, block, rewrite
+import pytest
+
+from bench.table import BEGIN, END, HIGHLIGHTS, NUMBERS, PAGES, ROOT, block, highlights, rewrite
 
 
 def test_the_documents_state_what_the_benches_measured():
-    for path in PAGES:
+    for path, numbers in PAGES.items():
         page = path.read_text()
-        assert rewrite(page, block()) == page, f"{path.name}: run python bench/table.py"
+        assert rewrite(page, numbers()) == page, f"{path.name}: run python bench/table.py"
+
+
+@pytest.mark.parametrize("highlight", HIGHLIGHTS, ids=lambda h: h.what)
+def test_a_highlight_is_a_measured_target(highlight):
+    measured = json.loads((NUMBERS / f"{highlight.bench}.json").read_text())
+    (value,) = [t["value"] for t in measured["targets"] if t["name"] == highlight.target]
+    row = f"| {highlight.what} | {highlight.format.format(value)} |"
+    assert row in highlights() and row in (ROOT / "README.md").read_text()
 
 
 def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):

@@ -1,8 +1,8 @@
 """What `headway doctor` shows: hardware, selected kernels and why, missing extras."""
 
-import importlib.util
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from headway.config import DataConfig
 from headway.data.cache import root_of
-from headway.kernels.cpp import cpp_kernels as cpu_kernels
+from headway.kernels.cpp import cpp_kernels
 from headway.kernels.gpu import gpu_kernels
 from headway.kernels.paths import explain
 from headway.kernels.precision import native_bfloat16
@@ -39,10 +39,10 @@ def examine() -> dict[str, Any]:
         "dtype": "bfloat16" if native else "float32",
         "matmul_gflops": {"float32": _matmul_gflops(device, torch.float32)},
         "extras": {
-            name: {"missing": [m for m in modules if not _installed(m)], "adds": adds}
+            name: {"missing": [m for m in modules if find_spec(m) is None], "adds": adds}
             for name, (modules, adds) in EXTRAS.items()
         },
-        "cpu_kernels": cpu_kernels().why,
+        "cpu_kernels": cpp_kernels().why,
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "browser": shutil.which("chromium") or shutil.which("google-chrome"),
         "shm_gib": _free_gib(Path("/dev/shm")),
@@ -91,6 +91,7 @@ def _table(rows: dict[str, str], indent: str) -> list[str]:
 def _paths(facts: dict[str, Any]) -> dict[str, str]:
     """Return what runs and why, for each part."""
     device, native = facts["device"], facts["native_bfloat16"]
+    dtype = torch.bfloat16 if native else torch.float32
     if native:
         why = f"this {device} multiplies it natively"
     elif device == "cuda":
@@ -98,13 +99,10 @@ def _paths(facts: dict[str, Any]) -> dict[str, str]:
     else:
         why = "this CPU has neither AVX512-BF16 nor AMX, so bfloat16 would be emulated, far slower"
     can_compile = facts["compiler"] or device == "cuda"
-    if facts["shm_gib"] is None:
-        shm = "not there"
-    else:
-        shm = f"{facts['shm_gib']} GiB free"
+    shm = "not there" if facts["shm_gib"] is None else f"{facts['shm_gib']} GiB free"
     return {
         "matmuls": f"{facts['dtype']} on {device}: {why}",
-        "experts": _experts(device, torch.bfloat16 if native else torch.float32),
+        "experts": f"{explain(device, dtype, 64, 256)} (kernels/paths.py)",
         "C++ kernels": facts["cpu_kernels"] if device == "cpu" else "not on this device",
         "routing": f"exact top-k, stable counting sort: {_routing(facts)}",
         "attention": "causal in C++ where the CPU kernels run, else PyTorch's "
@@ -124,14 +122,6 @@ def _routing(facts: dict[str, Any]) -> str:
     if facts["device"] == "cpu":
         return f"{facts['cpu_kernels']} (kernels/route.py); no Triton: {gpu_kernels().why}"
     return f"PyTorch (kernels/route.py); no Triton: {gpu_kernels().why}"
-
-
-def _experts(device: str, dtype: torch.dtype) -> str:
-    return f"{explain(device, dtype, 64, 256)} (kernels/paths.py)"
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _free_gib(path: Path) -> float | None:

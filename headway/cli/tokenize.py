@@ -9,15 +9,15 @@ from headway.config import DataConfig, UsageError
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Train a byte-level BPE tokenizer and write it as `tokenizer.json`, leaving validation text
-    out; or with `--shards` tokenise text, as training does before its first step."""
+    """Train a byte-level BPE tokenizer on training text and write it as `tokenizer.json`; or with
+    `--shards` tokenise text, as training does before its first step."""
 
     data: tuple[str, ...] = ("stdlib",)
     """Text, as for `train --data`."""
     val_fraction: float = 0.05
-    """Share of the documents that is kept for validation, as in training."""
+    """Share of the documents that is held out for validation, as in training."""
     skip_bad: bool = False
-    """Leave out documents that cannot be read, as data.skip_bad in training."""
+    """Skip documents that cannot be read, as data.skip_bad in training."""
     vocab_size: int = 4096
     """Ids, the 256 bytes and the end of document included; ≥ 257."""
     out: str = "tokenizer.json"

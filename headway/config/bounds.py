@@ -2,23 +2,27 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from headway.config.errors import UsageError
 
 
-def at_least(*fields: tuple[str, float, float]) -> None:
-    """Raise UsageError for the first `(name, value, least)` whose value is below `least` or not
-    finite."""
-    for name, value, least in fields:
-        if not least <= value < math.inf:  # also false for NaN
-            raise UsageError(f"{name}={value} is below {least}; use a finite number ≥ {least}")
+def at_least(least: float, section: str, values: dict[str, Any], fields: str) -> None:
+    """Raise UsageError for the first of `fields`, separated by spaces, whose value is below `least`
+    or not finite."""
+    for name in fields.split():
+        if not least <= (value := values[name]) < math.inf:  # also false for NaN
+            raise UsageError(
+                f"{section}.{name}={value} is below {least}; use a finite number ≥ {least}"
+            )
 
 
-def above_zero(*fields: tuple[str, float]) -> None:
-    """Raise UsageError for the first `(name, value)` whose value is not positive or not finite."""
-    for name, value in fields:
-        if not 0 < value < math.inf:
-            raise UsageError(f"{name}={value} is not above 0; use a finite number > 0")
+def above_zero(section: str, values: dict[str, Any], fields: str) -> None:
+    """Raise UsageError for the first of `fields`, separated by spaces, whose value is not positive
+    or not finite."""
+    for name in fields.split():
+        if not 0 < (value := values[name]) < math.inf:
+            raise UsageError(f"{section}.{name}={value} is not above 0; use a finite number > 0")
 
 
 def divisors(n: int) -> list[int]:

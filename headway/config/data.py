@@ -33,8 +33,8 @@ class DataConfig:
     doc_mask: bool = False
     """Keep documents apart: no attention across a document boundary."""
     skip_bad: bool = False
-    """Leave out documents that cannot be read (not UTF-8, not JSON, without `text`, …), count them
-    and name the first five, instead of refusing the source."""
+    """Skip documents that cannot be read (not UTF-8, not JSON, without `text`, …), count them and
+    name the first five, instead of refusing the source."""
     workers: int = 0
     """Processes that tokenise on this machine, ≥ 1; the shards do not depend on the number. 0 means
     one per core, fewer for little text."""

@@ -47,8 +47,8 @@ class MeshConfig:
 
     def check(self) -> None:
         """Raise UsageError for a value out of range, and for sharding that has nothing to share."""
-        at_least(("mesh.dp", self.dp, 1), ("mesh.hp", self.hp, 1), ("mesh.ep", self.ep, 1))
-        above_zero(("mesh.timeout", self.timeout))
+        at_least(1, "mesh", vars(self), "dp hp ep")
+        above_zero("mesh", vars(self), "timeout")
         if not 0 <= self.chunks <= 4:
             raise UsageError(f"mesh.chunks={self.chunks} is outside 0 to 4; use 0 (auto) or 1 to 4")
         if self.shard == "fsdp" and self.size == 1:

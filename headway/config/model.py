@@ -71,20 +71,9 @@ class ModelConfig:
     def check(self) -> dict[str, str]:
         """Return derived value → the sentence that says where it comes from. Raise UsageError, one
         line, for the first thing that cannot work."""
-        at_least(
-            ("model.n_layers", self.n_layers, 1),
-            ("model.d_model", self.d_model, 1),
-            ("model.n_heads", self.n_heads, 1),
-            ("model.vocab_size", self.vocab_size, 0),
-            ("model.n_kv_heads", self.n_kv_heads, 0),
-            ("model.d_head", self.d_head, 0),
-            ("model.logit_softcap", self.logit_softcap, 0),
-        )
-        above_zero(
-            ("model.rope_theta", self.rope_theta),
-            ("model.norm_eps", self.norm_eps),
-            ("model.init_std", self.init_std),
-        )
+        at_least(1, "model", vars(self), "n_layers d_model n_heads")
+        at_least(0, "model", vars(self), "vocab_size n_kv_heads d_head logit_softcap")
+        above_zero("model", vars(self), "rope_theta norm_eps init_std")
         derived = self._check_attention()
         if any(entry < 0 for entry in self.window):
             raise UsageError(
@@ -97,7 +86,7 @@ class ModelConfig:
                 f"use at most {self.n_layers} entries"
             )
         if self.moe.kind == "dense" or self.moe.n_dense_layers:
-            at_least(("model.d_ff", self.d_ff, 1))
+            at_least(1, "model", vars(self), "d_ff")
         if self.moe.kind != "dense":
             derived |= self.moe.check(self.d_model, self.n_layers)
         return derived

@@ -90,12 +90,12 @@ class BalanceConfig:
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
-        at_least(("model.moe.balance.aux", self.aux, 0), ("model.moe.balance.z", self.z, 0))
-        above_zero(("model.moe.balance.bias_rate", self.bias_rate))
+        at_least(0, "model.moe.balance", vars(self), "aux z")
+        above_zero("model.moe.balance", vars(self), "bias_rate")
         if self.aux_scope not in ("sequence", "global_batch"):
             raise UsageError(
                 f"model.moe.balance.aux_scope={self.aux_scope} is not known (the load of a "
-                "micro-batch depends on how a step is cut); use sequence or global_batch"
+                "micro-batch depends on how a step is divided); use sequence or global_batch"
             )
 
 
@@ -187,15 +187,8 @@ class MoEConfig:
     def check(self, d_model: int, n_layers: int) -> dict[str, str]:
         """Return derived value → the sentence that says where it comes from. Raise UsageError where
         the sizes do not fit a model of `n_layers` blocks of width `d_model`."""
-        at_least(
-            ("model.moe.n_experts", self.n_experts, 1),
-            ("model.moe.d_expert", self.d_expert, 1),
-            ("model.moe.n_heads", self.n_heads, 1),
-            ("model.moe.d_latent", self.d_latent, 0),
-            ("model.moe.d_shared", self.d_shared, 0),
-            ("model.moe.capacity_factor", self.capacity_factor, 0),
-            ("model.moe.n_dense_layers", self.n_dense_layers, 0),
-        )
+        at_least(1, "model.moe", vars(self), "n_experts d_expert n_heads")
+        at_least(0, "model.moe", vars(self), "d_latent d_shared capacity_factor n_dense_layers")
         self.balance.check()
         self.router.check(self.n_experts, self.top_k)
         if self.n_dense_layers > n_layers:

@@ -78,26 +78,12 @@ class OptimConfig:
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise UsageError(f"optim.min_lr_ratio={self.min_lr_ratio} is outside 0…1; try 0")
-        above_zero(
-            ("optim.lr", self.lr),
-            ("optim.muon_lr", self.muon_lr),
-            ("optim.eps", self.eps),
-        )
-        at_least(
-            ("optim.embed_lr_scale", self.embed_lr_scale, 0),
-            ("optim.router_lr_scale", self.router_lr_scale, 0),
-            ("optim.expert_lr_scale", self.expert_lr_scale, 0),
-            ("optim.weight_decay", self.weight_decay, 0),
-            ("optim.clip", self.clip, 0),
-            ("optim.spike", self.spike, 0),
-            ("optim.max_skipped", self.max_skipped, 1),
-        )
-        for name, value in (
-            ("beta1", self.beta1),
-            ("beta2", self.beta2),
-            ("momentum", self.momentum),
-        ):
-            if not 0 <= value < 1:
+        above_zero("optim", vars(self), "lr muon_lr eps")
+        at_least(0, "optim", vars(self), "embed_lr_scale router_lr_scale expert_lr_scale")
+        at_least(0, "optim", vars(self), "weight_decay clip spike")
+        at_least(1, "optim", vars(self), "max_skipped")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= (value := vars(self)[name]) < 1:
                 raise UsageError(f"optim.{name}={value} is outside 0 ≤ {name} < 1; try 0.9")
         if self.state_dtype == "bfloat16" and self.beta2 > 0.99:
             raise UsageError(

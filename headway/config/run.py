@@ -59,16 +59,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
-        at_least(
-            ("run.seed", self.seed, 0),
-            ("run.threads", self.threads, 0),
-            ("run.log_every", self.log_every, 1),
-            ("run.eval_every", self.eval_every, 0),
-            ("run.eval_tokens", self.eval_tokens, 0),
-            ("run.sample_every", self.sample_every, 0),
-            ("run.sample_tokens", self.sample_tokens, 0),
-            ("run.checkpoint_every", self.checkpoint_every, 0),
-            ("run.keep_checkpoints", self.keep_checkpoints, 1),
-            ("run.stop_bits_per_byte", self.stop_bits_per_byte, 0),
-            ("run.max_seconds", self.max_seconds, 0),
-        )
+        at_least(0, "run", vars(self), "seed threads eval_every eval_tokens sample_every")
+        at_least(0, "run", vars(self), "sample_tokens checkpoint_every")
+        at_least(0, "run", vars(self), "stop_bits_per_byte max_seconds")
+        at_least(1, "run", vars(self), "log_every keep_checkpoints")

@@ -16,16 +16,7 @@ from headway.report.metrics import METRICS
 from headway.report.ranking import ranking
 from headway.report.runs import defaults, load_run
 
-SCRIPTS = (
-    "format.js",
-    "plot.js",
-    "chart.js",
-    "heat.js",
-    "panels.js",
-    "facts.js",
-    "wire.js",
-    "page.js",
-)
+SCRIPTS = "format.js plot.js chart.js heat.js panels.js facts.js wire.js page.js".split()
 """Scripts of the page, in the order in which it runs them."""
 
 

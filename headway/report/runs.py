@@ -19,24 +19,11 @@ MAX_SAMPLES = 40
 """Samples on the page, evenly spread over the run."""
 
 SCALARS = (
-    "loss",
-    "bits_per_byte",
-    "val_loss",
-    "val_bits_per_byte",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "flops_per_second",
-    "memory_gib",
-    "wire_bytes",
-    "wire_expected",
-    "wire_wait",
-    "balance_loss",
-    "load_min",
-    "load_p95",
-    "load_max",
-    "dead",
+    *"loss bits_per_byte val_loss val_bits_per_byte lr grad_norm tokens_per_second".split(),
+    *"flops_per_second memory_gib wire_bytes wire_expected wire_wait balance_loss".split(),
+    *"load_min load_p95 load_max dead".split(),
 )
+"""Metrics that are drawn as a line over the run."""
 
 
 def number(value: object) -> float | None:
@@ -191,12 +178,10 @@ def _headline(
         "tokens": number(end.get("tokens")),
         "seconds": number(end.get("seconds")),
         "tokens_per_second": short(speeds[len(speeds) // 2]) if speeds else None,
-        "memory_gib": short(number(last.get("memory_gib"))),
-        "load_min": short(number(last.get("load_min"))),
-        "load_p95": short(number(last.get("load_p95"))),
-        "load_max": short(number(last.get("load_max"))),
-        "dead": number(last.get("dead")),
-        "skipped": number(last.get("skipped")),
+        **{
+            name: short(number(last.get(name)))
+            for name in ("memory_gib", "load_min", "load_p95", "load_max", "dead", "skipped")
+        },
     }
 
 

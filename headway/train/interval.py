@@ -1,4 +1,4 @@
-"""What the loop remembers between two progress lines, and the running mean that tells a loss spike.
+"""Sums between two progress lines, and the running mean of the loss that detects spikes.
 
 Both are part of a checkpoint, so a resumed run writes the same records as one that never stopped.
 """
@@ -27,7 +27,7 @@ class Interval:
         """Routing entropy / log E, mean over tokens and heads; scalar per sparse layer."""
 
     def add_time(self, tokens: int, seconds: float) -> None:
-        """Every step, skipped or not."""
+        """Add the tokens and seconds of a step, skipped or not."""
         self.tokens += tokens
         self.seconds += seconds
 
@@ -40,7 +40,7 @@ class Interval:
         self.bytes += step.bytes
         self.balance += step.balance
         self.grad_norm += step.norm
-        # Left on their device: moving them would wait for it at every step.
+        # they stay on their device: moving them would wait for it at every step
         counts = [r.counts_HE for r in step.routes]
         entropy = [r.entropy_H.mean() for r in step.routes]
         if self.counts:
@@ -49,8 +49,8 @@ class Interval:
         self.counts, self.entropy = counts, entropy
 
     def record(self) -> dict[str, Any]:
-        """Means over the interval under the names of report/metrics.py; NaN where every step was
-        skipped."""
+        """Return means over the interval under the names of report/metrics.py; NaN where every step
+        was skipped."""
         steps = self.steps or math.nan
         load = [(c / c.mean(-1, keepdim=True).clamp(min=1e-9)).tolist() for c in self.counts]
         load = [[[round(x, 4) for x in head] for head in layer] for layer in load]
@@ -66,26 +66,25 @@ class Interval:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` inverts it exactly."""
+        """Return JSON-ready values; `from_dict` inverts this exactly."""
         tensors = {"counts": self.counts, "entropy": self.entropy}
         return {**vars(self), **{k: [t.tolist() for t in v] for k, v in tensors.items()}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Interval":
-        """The interval of a checkpoint."""
-        made = cls()
-        vars(made).update(values)
-        made.counts = [torch.tensor(c) for c in values["counts"]]
-        made.entropy = [torch.tensor(e) for e in values["entropy"]]
-        return made
+        """Return the interval of a checkpoint."""
+        interval = cls()
+        vars(interval).update(values)
+        interval.counts = [torch.tensor(c) for c in values["counts"]]
+        interval.entropy = [torch.tensor(e) for e in values["entropy"]]
+        return interval
 
 
 class SpikeDetector:
-    """Running mean and deviation of the loss; a spike lies more than `limit` deviations above the
-    mean.
+    """Detects losses that are more than `limit` standard deviations above the running mean.
 
-    Exponential averages over about 50 steps. Until `WARM` losses were seen nothing is a spike.
-    `limit` 0 is off.
+    Mean and variance are exponential averages over about 50 steps. The first `WARM` losses are no
+    spikes. `limit` 0 is off.
     """
 
     DECAY = 0.98
@@ -97,12 +96,12 @@ class SpikeDetector:
         self.limit, self.mean, self.variance, self.seen = limit, mean, variance, seen
 
     def is_spike(self, loss: float) -> bool:
-        """Whether this loss is a spike; does not remember it."""
+        """Return whether this loss is a spike, without adding it."""
         warm = self.limit > 0 and self.seen >= self.WARM
         return warm and loss > self.mean + self.limit * math.sqrt(self.variance)
 
     def add(self, loss: float) -> None:
-        """Remembers a loss that was no spike."""
+        """Add a loss that was no spike."""
         self.seen += 1
         rate = max(1 - self.DECAY, 1 / self.seen)
         difference = loss - self.mean
@@ -110,5 +109,5 @@ class SpikeDetector:
         self.variance = (1 - rate) * (self.variance + rate * difference**2)
 
     def to_dict(self) -> dict[str, float]:
-        """JSON-ready state, arguments of the constructor beside `limit`."""
+        """Return JSON-ready state: the arguments of the constructor beside `limit`."""
         return {"mean": self.mean, "variance": self.variance, "seen": self.seen}

@@ -1,4 +1,4 @@
-"""Where a run stands: everything beside weights and optimiser that a resumed run needs."""
+"""The progress of a run: all that a resumed run needs beside weights and optimiser state."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,17 +9,18 @@ from torch import Tensor
 from headway.config import RunConfig
 from headway.eval.bits_per_byte import Evaluation
 from headway.train.interval import Interval, SpikeDetector
+from headway.train.step import Gradient
 
 
 @dataclass
 class Progress:
-    """Plain numbers; goes into a checkpoint's state.json and comes back exactly."""
+    """Numbers that a checkpoint keeps in state.json and restores exactly."""
 
     spikes: SpikeDetector
     step: int = 0
-    """Steps done, skipped ones included: the position in the data as well."""
+    """Number of steps done, skipped ones included; also the position in the data."""
     seconds: float = 0.0
-    """Training time, without evaluation, samples and checkpoints."""
+    """Seconds of training, without evaluation, samples and checkpoints."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     loss: float | None = None
@@ -34,8 +35,14 @@ class Progress:
     (`train.step.Gradient.load`)."""
     interval: Interval = field(default_factory=Interval)
 
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """Remembers an evaluation."""
+    def add_step(self, result: Gradient) -> None:
+        """Add a step whose update was applied."""
+        self.load = result.load
+        self.spikes.add(result.loss)
+        self.interval.add_step(result)
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Add the evaluation of this step."""
         self.first = self.first or evaluation
         self.last = evaluation
         best = self.best_bits_per_byte
@@ -43,11 +50,11 @@ class Progress:
         self.best_bits_per_byte = new if best is None else min(best, new)
 
     def out_of_time(self, run: RunConfig) -> bool:
-        """Whether `max_seconds` of training are over."""
+        """Return whether `max_seconds` of training are over."""
         return 0 < run.max_seconds <= self.seconds
 
     def why_stop(self, run: RunConfig) -> str:
-        """Why the run should end before its last step; empty when it should go on."""
+        """Return why the run should end before its last step; empty when it should continue."""
         if self.out_of_time(run):
             return f"{self.seconds:.1f} s of training reach run.max_seconds={run.max_seconds:g}"
         if self.last is not None and self.last.val_bits_per_byte <= run.stop_bits_per_byte:
@@ -58,7 +65,7 @@ class Progress:
         return ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` inverts it."""
+        """Return JSON-ready values; `restore` takes them."""
         plain = {k: v for k, v in vars(self).items() if k not in ("spikes", "interval", "load")}
         for name in ("first", "last"):
             plain[name] = None if plain[name] is None else asdict(plain[name])
@@ -69,18 +76,17 @@ class Progress:
             "interval": self.interval.to_dict(),
         }
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], spike_limit: float) -> "Progress":
-        """The progress of a checkpoint."""
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take over the state that `to_dict` gave, exactly."""
         first, last = (
             None if values[k] is None else Evaluation(**values[k]) for k in ("first", "last")
         )
-        load = values.get("load")  # a checkpoint of before there was one goes on as step 0 begins
+        load = values.get("load")  # a checkpoint of before there was one resumes as step 0 begins
         objects = {
             "first": first,
             "last": last,
             "load": None if load is None else [torch.tensor(x) for x in load],
-            "spikes": SpikeDetector(spike_limit, **values["spikes"]),
+            "spikes": SpikeDetector(self.spikes.limit, **values["spikes"]),
             "interval": Interval.from_dict(values["interval"]),
         }
-        return cls(**{**values, **objects})
+        vars(self).update({**values, **objects})

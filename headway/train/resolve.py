@@ -170,23 +170,6 @@ def _experts(
     return (f"experts of width {width}: {why}",) if slow else ()
 
 
-def oversubscribed(load: float, cores: int, threads: int, wait_policy: str) -> str:
-    """What helps on CPUs that are busy with other work; empty where nothing is to be said.
-
-    Args:
-        load: processes that want to run, mean over a minute (`os.getloadavg`), before training.
-        wait_policy: OMP_WAIT_POLICY. OpenMP's threads spin while they wait for each other; where
-            the other one is not running, that takes the time it needs (docs/kernels.md).
-    """
-    if threads == 1 or load < cores or wait_policy.lower() == "passive":
-        return ""
-    return (
-        f"{load:.1f} processes want this machine's {cores} cores, and {threads} threads that wait "
-        "for each other are slow beside them; --run.threads 1 or OMP_WAIT_POLICY=passive may be "
-        "faster"
-    )
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Of a whole model, on whatever mesh it will lie."""

@@ -256,8 +256,8 @@ def test_doctor():
 
 
 def test_a_failed_run_exits_1(place, monkeypatch):
+    from headway.config import RunError
     from headway.train import loop
-    from headway.train.run import RunError
 
     def fails(*_, **__):
         raise RunError("20 steps in a row were skipped")

@@ -64,7 +64,7 @@ def go_on(mesh, folder, first, last, model, optim, save_at=()):
         assert path is not None and path.name == f"step-{first:06d}"
         torch.manual_seed(1234)
         state = load_checkpoint(path, net, optimizers, model, parallelism.sharding)
-        progress = Progress.from_dict(state["progress"], 0.0)
+        progress.restore(state["progress"])
     found = []
     for step in range(first, last):
         micros = batches(mesh, step)

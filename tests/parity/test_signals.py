@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headway.checkpoint import checkpoint_dir, save
-from headway.train import loop, run
+from headway.train import loop, text_data
 from tests.parity.test_runs import RECIPE, on_mesh, ranks_of
 from tests.train.tiny_run import records, tiny
 
@@ -46,7 +46,7 @@ def signalled(rank, world, config, when, pids, resume=False):
 
     context, module, name, patched = {
         "a step": before(loop, "gradient", 7),
-        "the evaluation before step 0": before(run, "evaluate"),
+        "the evaluation before step 0": before(text_data, "evaluate"),
         "an asynchronous save": before(save, "write_checkpoint"),
     }.get(when, before(loop, "gradient", 10**9))
     with context as patch:

@@ -11,7 +11,7 @@ import pytest
 
 from headway.checkpoint import checkpoint_dir
 from headway.cli import main as cli
-from headway.train import loop, run
+from headway.train import loop, records, text_data
 from headway.train.interrupt import SIGNALS, Interrupt
 from tests.command import call
 from tests.train.tiny_run import assert_same_run, events, tiny, train
@@ -51,7 +51,7 @@ def test_signals_that_come_again_are_one_request(whole, tmp_path, monkeypatch, c
         patch.setattr(loop, "gradient", at_call(7, loop.gradient, first))
         # while the checkpoint of step 7, the second one, is written, and the report after it
         patch.setattr(checkpoint_dir, "commit", at_call(2, checkpoint_dir.commit, raising(*AGAIN)))
-        patch.setattr(run, "write_report", at_call(1, run.write_report, raising(*AGAIN)))
+        patch.setattr(records, "write_report", at_call(1, records.write_report, raising(*AGAIN)))
         stopped = train(tiny(tmp_path))
     assert stopped["interrupted"] and stopped["steps"] == 7 and stopped["error"] == ""
     assert stopped["checkpoint"].endswith("step-000007") and stopped["report"]
@@ -69,7 +69,8 @@ def test_outside_of_a_step(whole, tmp_path, monkeypatch, how):
     config = tiny(tmp_path, run={"async_checkpoint": how == "asynchronous save"})
     with monkeypatch.context() as patch:
         if how == "evaluation":  # the one before step 0
-            patch.setattr(run, "evaluate", at_call(1, run.evaluate, raising(*AGAIN)))
+            evaluate = at_call(1, text_data.evaluate, raising(*AGAIN))
+            patch.setattr(text_data, "evaluate", evaluate)
         else:
             patch.setattr(
                 checkpoint_dir,
@@ -91,14 +92,14 @@ def test_before_the_first_step_there_is_nothing_to_save(place, tmp_path, monkeyp
     monkeypatch.setenv("HEADWAY_CACHE", str(cache))
     folder = tmp_path / "run"
     words = ("train", f"{place}/tiny.py:tiny", "--run", folder, "--steps", 2)
-    prepare = loop.prepare
+    prepare = text_data.prepare
 
     def interrupting(line):
         assert line.startswith("tokenised")  # and not in its place in the cache yet
         raising(number, number)()
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prepare", lambda *args: prepare(*args[:2], interrupting))
+        patch.setattr(text_data, "prepare", lambda *args: prepare(*args[:2], interrupting))
         done = call(*words)
     name = number.name
     assert (done.code, done.err) == (

@@ -12,14 +12,10 @@ import torch
 
 from headway.checkpoint import checkpoint_dir, run_folder, save
 from headway.checkpoint.checkpoint_dir import CheckpointError
-from headway.config import (
-    RouterConfig,
-    UsageError,
-)
+from headway.config import RouterConfig, RunError, UsageError
 from headway.report.runs import load_run
 from headway.report.sinks import read_metrics
 from headway.train import loop
-from headway.train.run import RunError
 from tests.train.tiny_run import assert_same_run, events, records, tiny, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"

@@ -22,7 +22,6 @@ from headway.model.transformer import Transformer
 from headway.train.resolve import (
     Sizes,
     count_parameters,
-    oversubscribed,
     resolve,
 )
 
@@ -77,18 +76,6 @@ def test_chunks_follow_the_nodes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resolve(config, 257).derived["mesh.chunks"] == "1: ep=4 is within a node"
     assert "mesh.chunks" not in resolve(_changed(), 257).derived
-
-
-def test_a_crowded_machine_is_told_what_helps():
-    assert "--run.threads 1" in oversubscribed(5.5, 2, 2, "") and "5.5 processes" in oversubscribed(
-        5.5, 2, 2, ""
-    )
-    assert (
-        oversubscribed(0.4, 2, 2, "")
-        == oversubscribed(5.5, 2, 1, "")
-        == oversubscribed(5.5, 2, 2, "PASSIVE")
-        == ""
-    )
 
 
 def _changed(**parts):

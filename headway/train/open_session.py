@@ -1,0 +1,136 @@
+"""Opening a session: the order in which a run takes mesh, folder, data, model and checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headway.checkpoint import run_folder
+from headway.checkpoint.load import check_architecture, read_model_config
+from headway.checkpoint.lock import Lock
+from headway.checkpoint.run_folder import RunStart
+from headway.config import PeerError, RankError, UsageError, leaves
+from headway.data.tokenizer import Tokenizer
+from headway.model.transformer import Transformer
+from headway.optim.groups import build_optimizers
+from headway.parallel.mesh import launch
+from headway.parallel.parallelize import materialize
+from headway.report.provenance import commit, versions
+from headway.report.sinks import JsonlSink, NoSink
+from headway.train.allocator import set_allocator
+from headway.train.announce import announce, run_info
+from headway.train.checkpoints import Checkpoints
+from headway.train.interrupt import Interrupt
+from headway.train.interval import SpikeDetector
+from headway.train.progress import Progress
+from headway.train.records import Log, Records
+from headway.train.resolve import Resolved, Sizes
+from headway.train.session import D, LoadData, Session
+
+
+@contextmanager
+def open_session(
+    resolved: Resolved,
+    tokenizer: Tokenizer,
+    load_data: LoadData[D],
+    *,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    recipe_source: str = "",
+    log: Log = print,
+    interrupt: Interrupt | None = None,
+) -> Iterator[Session[D]]:
+    """A context with a session on this rank: a new run at step 0, or a resumed one at its
+    checkpoint.
+
+    Args:
+        load_data: loads the trainer's data on the mesh.
+        resume, overwrite, recipe_source, log, interrupt: as for `loop.train`.
+    Raises: `UsageError` before step 0; on a mesh it names the rank that met it.
+    """
+
+    def facts() -> dict[str, Any]:
+        return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
+
+    run_dir, resumes, overwrite, fork_from = RunStart.of(resolved.config, resume, overwrite)
+    with (
+        nullcontext(interrupt) if interrupt else Interrupt() as interrupt,
+        launch(resolved.config.mesh, resolved.device, facts) as mesh,
+        Lock(run_dir) as lock,
+        _rank_in_errors(mesh.rank),
+    ):
+        log = log if mesh.is_main else _silent
+        config, run = resolved.config, resolved.config.run
+        checkpoint, problems = mesh.on_main(
+            lambda: (
+                run_folder.resume_run(run_dir, lock, log)
+                if resumes
+                else run_folder.verify_fork(fork_from)
+            )
+        )
+        if checkpoint is not None:
+            check_architecture(read_model_config(checkpoint), config.model)
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        if mesh.device.type == "cpu":
+            set_allocator(run.allocator)
+        # before the run folder is touched: a wrong --data must not clear a run
+        data = load_data(config, tokenizer, mesh, log)
+        with torch.device("meta"):
+            model = Transformer(config.model, dtype=resolved.dtype, recompute=run.recompute)
+        sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
+        parallelism = materialize(model, mesh, run.seed)
+        if not resumes:
+            info = run_info(resolved, sizes, data.info, recipe_source)
+            checkpoint = mesh.on_main(
+                lambda: run_folder.create_run(run_dir, info, overwrite, lock, log, fork_from)
+            )
+        announce(resolved, mesh, sizes, run_dir, log)
+        for line in data.notes:
+            log(line)
+        dtype = resolved.newton_schulz_dtype
+        optimizers = build_optimizers(model, config.optim, dtype, parallelism.sharding)
+        # of router noise and jitter, other ones on every rank; weights and samples have their own
+        torch.manual_seed(run.seed + (mesh.rank << 32))
+        progress = Progress(SpikeDetector(config.optim.spike))
+        identity = {"seed": run.seed, "tokenizer": tokenizer.fingerprint, **data.identity}
+        with JsonlSink(run_dir / "metrics.jsonl") if mesh.is_main else NoSink() as sink:
+            records = Records(config, run_dir, model, sizes, parallelism, progress, sink, log)
+            checkpoints = Checkpoints(records, optimizers, identity)
+            if resumes or fork_from is not None:
+                checkpoints.restore(checkpoint, problems)
+            interrupt.defer(mesh.all_gather_object)
+            if run.compile:
+                for block in model.layers:
+                    block.compile()
+            yield Session(
+                config=config,
+                model=model,
+                optimizers=optimizers,
+                parallelism=parallelism,
+                data=data,
+                tokenizer=tokenizer,
+                progress=progress,
+                records=records,
+                checkpoints=checkpoints,
+                lock=lock,
+                interrupt=interrupt,
+                log=log,
+            )
+
+
+@contextmanager
+def _rank_in_errors(rank: int) -> Iterator[None]:
+    """Name the rank in a `UsageError` that only a rank other than 0 met."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except UsageError as error:
+        raise RankError(f"rank {rank}: {error}") if rank else error from None
+
+
+def _silent(_: str) -> None:
+    """The log of the ranks that print nothing."""

@@ -1,0 +1,241 @@
+"""A training session: mesh, model, optimisers, records, checkpoints and stops of a run.
+
+A trainer brings its data and its loop:
+
+    with open_session(resolved, tokenizer, load_data, …) as session:
+        while session.begin_step():
+            result = gradient(session.model, …, session.parallelism, load=session.progress.load, …)
+            reason = session.reason_to_skip(result)
+            if not reason:
+                update(session.model, session.optimizers, result, session.lr_factor, …)
+            session.end_step(result, reason)
+        return session.finish()
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from headway.checkpoint.lock import Lock
+from headway.checkpoint.run_folder import resume_command
+from headway.config import Config, RunError
+from headway.data.tokenizer import Tokenizer
+from headway.eval.bits_per_byte import Evaluation
+from headway.eval.sampling import generate
+from headway.model.transformer import Transformer
+from headway.optim.groups import Optimizers
+from headway.optim.schedule import lr_factor
+from headway.parallel.mesh import Mesh
+from headway.parallel.parallelize import Parallelism
+from headway.train.checkpoints import Checkpoints
+from headway.train.interrupt import Interrupt
+from headway.train.progress import Progress
+from headway.train.records import Log, Records
+from headway.train.step import Gradient
+
+
+class TrainingData(Protocol):
+    """What a session needs to know about the data of a trainer."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name → fingerprint of what must not change when a run is resumed."""
+        ...
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says about the data."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for people, before step 0."""
+        ...
+
+    def evaluate(self, model: Transformer, parallelism: Parallelism) -> Evaluation:
+        """Return the validation loss, always on the same text. Collective."""
+        ...
+
+
+D = TypeVar("D", bound=TrainingData)
+LoadData = Callable[[Config, Tokenizer, Mesh, Log], D]
+"""Loads the data on this rank; every rank must get the same."""
+
+
+@dataclass
+class Session(Generic[D]):
+    """A run in training on this rank; `open_session` makes it. The order of calls is at the head
+    of this file."""
+
+    config: Config
+    model: Transformer
+    optimizers: Optimizers
+    parallelism: Parallelism
+    data: D
+    tokenizer: Tokenizer
+    progress: Progress
+    records: Records
+    checkpoints: Checkpoints
+    lock: Lock
+    interrupt: Interrupt
+    log: Log
+    ended_by: str = ""
+    """The signal after which all ranks end together; empty until there is one."""
+    _started: float = 0.0
+
+    @property
+    def lr_factor(self) -> float:
+        """The learning rate of this step over the peak rate."""
+        return lr_factor(self.progress.step, self.config.optim)
+
+    def begin_step(self) -> bool:
+        """Begin the next step; return False where the run has ended instead."""
+        progress, config = self.progress, self.config
+        if self.ended_by or progress.step >= config.optim.steps or progress.why_stop(config.run):
+            return False
+        self.parallelism.mesh.begin_step(progress.step)
+        self.lock.check()
+        self._started = time.perf_counter()
+        return True
+
+    def reason_to_skip(self, result: Gradient) -> str:
+        """Return why the update of a step must not be applied; empty for an ordinary step."""
+        loss, spikes = result.loss, self.progress.spikes
+        if not result.weight:
+            return "no valid targets"
+        if not math.isfinite(loss + result.balance):
+            return f"loss {loss}"
+        if not math.isfinite(result.norm):
+            return f"gradient norm {result.norm}"
+        if spikes.is_spike(loss):
+            return f"loss {loss:.4f} is a spike over its running mean {spikes.mean:.4f}"
+        return ""
+
+    def end_step(self, result: Gradient, skipped: str = "") -> None:
+        """Count the step, then do what is due after it: record, evaluate, sample, save, end.
+
+        Args:
+            skipped: why the update was not applied; empty where it was.
+        Raises: `RunError` after `optim.max_skipped` skipped steps in a row.
+        """
+        progress, run, mesh = self.progress, self.config.run, self.parallelism.mesh
+        lr = self.config.optim.lr * self.lr_factor
+        if not skipped:
+            progress.add_step(result)
+        self.optimizers.zero_grad()
+        progress.step += 1
+        elapsed = time.perf_counter() - self._started
+        if run.max_seconds:  # all ranks must stop at the same step
+            elapsed = mesh.broadcast(elapsed)
+        progress.seconds += elapsed
+        progress.interval.add_time(self.records.tokens_per_step, elapsed)
+
+        self.checkpoints.poll()
+        self._count_skip(skipped)
+        last = progress.step == self.config.optim.steps or progress.out_of_time(run)
+        if last or progress.step % run.log_every == 0:
+            self.records.write_interval(lr)
+        if last or progress.step % run.eval_every == 0:
+            self.evaluate()
+        last = last or bool(progress.why_stop(run))
+        if last or progress.step % run.sample_every == 0:
+            self.sample()
+        # ranks end together: at a signal that came to one of them before this step began
+        if mesh.size == 1:
+            self.ended_by = self.interrupt.requested
+        elif result.signals:
+            self.ended_by = self.interrupt.requested or "a signal to another rank"
+        if last or self.ended_by or progress.step % run.checkpoint_every == 0:
+            self.checkpoints.save()
+
+    def _count_skip(self, reason: str) -> None:
+        """Count and record a skipped step; raise `RunError` after too many in a row."""
+        progress, most = self.progress, self.config.optim.max_skipped
+        if not reason:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.log(f"step {progress.step} skipped: {reason}")
+        self.records.event("skipped", reason)
+        if progress.skipped_in_a_row >= most:
+            text = f"{most} steps in a row were skipped, the last at step {progress.step}: {reason}"
+            self.records.event("stopped", text)
+            self.records.write_report()
+            self.checkpoints.poll(wait=True)
+            advice = f"{text}; lower optim.lr or look at the data (limit optim.max_skipped)"
+            raise RunError(advice if self.parallelism.mesh.is_main else "")
+
+    def evaluate(self) -> None:
+        """Validate, and record the result."""
+        with self.parallelism.mesh.traffic.aside():
+            evaluation = self.data.evaluate(self.model, self.parallelism)
+        self.progress.add_evaluation(evaluation)
+        self.records.write(dataclasses.asdict(evaluation))
+        self.log(
+            f"step {self.progress.step}/{self.config.optim.steps}  "
+            f"val loss {evaluation.val_loss:.4f}  "
+            f"val bits/byte {evaluation.val_bits_per_byte:.4f}"
+        )
+
+    def sample(self) -> None:
+        """Record a text sample, with the run's seed so that those of a run can be compared."""
+        run = self.config.run
+        if not run.sample_tokens:
+            return
+        with self.parallelism.mesh.traffic.aside():
+            text = generate(
+                self.model,
+                self.tokenizer,
+                run.sample_prompt,
+                run.sample_tokens,
+                0.8,
+                50,
+                seed=run.seed,
+                dispatcher=self.parallelism.dispatcher,
+            )
+        self.progress.sample = text
+        self.records.write({"prompt": run.sample_prompt, "sample": text})
+
+    def finish(self) -> dict[str, Any]:
+        """Log how the run ended, write the report and return the result (`loop.train`)."""
+        self.checkpoints.poll(wait=True)
+        progress, config, saved = self.progress, self.config, self.checkpoints
+        unfinished = progress.step < config.optim.steps
+        stopped = progress.why_stop(config.run) if unfinished else ""
+        interrupted = bool(self.ended_by) and not stopped and unfinished
+        if interrupted:
+            where = f"saved {saved.path}" if saved.step == progress.step else "not saved"
+            self.records.event("interrupted", f"{self.ended_by} at step {progress.step}, {where}")
+            command = resume_command(config.mesh, saved.run_dir)
+            self.log(
+                f"{self.ended_by}: step {progress.step} is finished, {where}; go on with: {command}"
+            )
+        elif stopped:
+            self.records.event("stopped", stopped)
+            self.log(f"stopped early: {stopped}")
+        report = self.records.write_report()
+        self.parallelism.mesh.barrier()  # a launcher may end all ranks as soon as one has left
+        return {
+            "val_bits_per_byte": progress.last and progress.last.val_bits_per_byte,
+            "val_loss": progress.last and progress.last.val_loss,
+            "first_val_bits_per_byte": progress.first and progress.first.val_bits_per_byte,
+            "best_val_bits_per_byte": progress.best_bits_per_byte,
+            "loss": progress.loss,
+            "tokens_per_second": self.records.tokens / max(progress.seconds, 1e-9),
+            "steps": progress.step,
+            "tokens": self.records.tokens,
+            "seconds": progress.seconds,
+            "skipped": progress.skipped,
+            "parameters_total": self.records.sizes.total,
+            "parameters_active": self.records.sizes.active,
+            "sample": progress.sample,
+            "checkpoint": str(saved.path) if saved.path else None,
+            "report": report,
+            "stopped": stopped,
+            "interrupted": interrupted,
+            "error": saved.error,
+        }

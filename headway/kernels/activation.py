@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import n_inputs
-from headway.kernels.cpp import cpp_kernels
+from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 
 
@@ -24,18 +24,20 @@ def activate_reference(pre: Tensor, activation: str) -> Tensor:
 def activate(pre: Tensor, activation: str) -> Tensor:
     """Equal to `activate_reference`, with autograd; float32 arithmetic, rounded once, on CPUs."""
     if cpp_kernels().supports(pre) and not transformed():
-        return _forward(pre, activation)
+        return (_activate if undispatched(pre) else _forward)(pre, activation)
     return activate_reference(pre, activation)
 
 
-@torch.library.custom_op("headway::activate", mutates_args=())
-def _forward(pre: Tensor, activation: str) -> Tensor:
+def _activate(pre: Tensor, activation: str) -> Tensor:
     """The C++ path."""
     pre = pre.contiguous()
     width = pre.shape[-1] // n_inputs(activation)
     hid = pre.new_empty(*pre.shape[:-1], width)
     cpp_kernels().call("activation", pre.dtype, pre, *_sizes(pre, activation), hid)
     return hid
+
+
+_forward = torch.library.custom_op("headway::activate", _activate, mutates_args=())
 
 
 @torch.library.custom_op("headway::activate_backward", mutates_args=())

@@ -42,7 +42,7 @@ class CppKernels:
 
     def supports(self, *tensors: Tensor) -> bool:
         """Return whether the kernels can work on these: all on the CPU, in one of `dtypes`."""
-        return not any(t.dtype not in self.dtypes or not t.is_cpu for t in tensors)
+        return all(t.is_cpu and t.dtype in self.dtypes for t in tensors)
 
     def call(self, name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
         """Run `headway_NAME_DTYPE(args…, threads)`. Tensors are contiguous and pass their address,
@@ -57,6 +57,18 @@ class CppKernels:
         function = self.functions[name, dtype] = self.library[f"headway_{name}_{suffix}"]
         function.argtypes, function.restype = (*map(_c_type, args), ctypes.c_int), None
         return function
+
+
+def undispatched(x: Tensor) -> bool:
+    """Return whether the function behind a custom operator may be called with `x` itself.
+
+    PyTorch's dispatch of an operator written in Python costs more than the kernel does for one
+    token. It is needed where something looks at operators: autograd, a compiler or tracer, a mode,
+    or a tensor that is not a plain one (fake, distributed).
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside

@@ -30,6 +30,7 @@ from headway.kernels.activation import (
     activate_reference,
     activate_with_slope,
 )
+from headway.kernels.cpp import undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.paths import ExpertInputs, check_float8, fits_on_chip, path_of
 from headway.kernels.permute import Rows, sum_slots
@@ -100,7 +101,8 @@ def experts(
     if transformed():
         return experts_dense(ExpertInputs(*inputs, *rows, activation))
     keep = not recompute and precision != "float8" and torch.is_grad_enabled()
-    return _forward(*inputs, *rows, activation, keep, precision)[0]
+    run = _run_forward if undispatched(x_NL) else _forward
+    return run(*inputs, *rows, activation, keep, precision)[0]
 
 
 def _functions(inputs: ExpertInputs) -> tuple[Callable, Callable]:
@@ -118,8 +120,7 @@ def _functions(inputs: ExpertInputs) -> tuple[Callable, Callable]:
             return _loop_forward, _loop_backward
 
 
-@torch.library.custom_op("headway::experts", mutates_args=())
-def _forward(
+def _run_forward(
     x_NL: Tensor,
     gate_NK: Tensor,
     w_in_HEGFL: Tensor,
@@ -140,6 +141,9 @@ def _forward(
 
         return fused.forward(inputs, keep, precision)
     return _functions(inputs)[0](inputs, keep)
+
+
+_forward = torch.library.custom_op("headway::experts", _run_forward, mutates_args=())
 
 
 @torch.library.custom_op("headway::experts_backward", mutates_args=())

@@ -54,7 +54,8 @@ def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ..
 def _combine(
     like: Tensor, y_RL: Tensor, row_NK: Tensor, counts_HE: Tensor, weight: Tensor | None
 ) -> Tensor:
-    out, (N, K), taken = torch.empty_like(like), row_NK.shape, int(counts_HE.sum())
-    sizes = (N, K, like.shape[1], taken)
-    cpp_kernels().call("combine", like.dtype, y_RL, row_NK, weight, *sizes, out)
+    """Return Σ_k (weight ·) y[row] over the slots that have an expert; `[N, L]` as `like`."""
+    out = torch.empty_like(like)
+    sizes = (counts_HE.numel(), *row_NK.shape, like.shape[1])
+    cpp_kernels().call("combine", like.dtype, y_RL, row_NK, weight, counts_HE, *sizes, out)
     return out

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from headway.kernels.cpp import cpp_kernels
+from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.precision import widen
 
@@ -26,12 +26,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
     if cpp_kernels().supports(x, weight) and weight.dtype == torch.float32:
-        return _forward(x, weight, eps)[0]
+        return (_norm if undispatched(x) else _forward)(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
-@torch.library.custom_op("headway::rms_norm", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(out, 1/sqrt(mean(x²) + eps) of every row, float32 `[...]`)."""
     assert x.shape[-weight.dim() :] == weight.shape
     x, weight = x.contiguous(), weight.contiguous()
@@ -40,6 +39,9 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     heads = weight.numel() // L
     cpp_kernels().call("norm", x.dtype, x, weight, scale.numel(), heads, L, eps, out, scale)
     return out, scale
+
+
+_forward = torch.library.custom_op("headway::rms_norm", _norm, mutates_args=())
 
 
 @torch.library.custom_op("headway::rms_norm_backward", mutates_args=())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.kernels.cpp import cpp_kernels
+from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import transformed
 from headway.kernels.gpu import gpu_kernels
 from headway.kernels.gpu.ops import sort_rows as sort_rows_gpu
@@ -45,14 +45,15 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
     """Stable sort of all slots by (head, expert): a counting sort in Triton on GPUs (int32 tables)
     and in C++ on CPUs, else a radix sort.
 
-    Args: index_THK: int64 or int32 `[T, H, K]`, 0 … E; E means that the slot takes no expert.
+    Args: index_THK: int64 or int32 `[T, H, K]`; one outside 0 … E − 1 (E by convention) means that
+    the slot takes no expert.
     """
     if transformed():
         return sort_rows_reference(index_THK, n_experts)
     if gpu_kernels().device == index_THK.device.type:
         return Rows(*sort_rows_gpu(index_THK, n_experts))
     if cpp_kernels().library is not None and index_THK.device.type == "cpu":
-        return Rows(*_sort(index_THK, n_experts))
+        return Rows(*(_sort if undispatched(index_THK) else _sort_op)(index_THK, n_experts))
     return sort_rows_reference(index_THK, n_experts)
 
 
@@ -62,7 +63,8 @@ def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
     head_H = torch.arange(H, device=index_THK.device).view(1, H, 1)
     # the sentinel E of head h must sort behind every head, not into head h + 1
     none_H = H * n_experts + head_H
-    key_THK = torch.where(index_THK < n_experts, index_THK + head_H * n_experts, none_H)
+    has_expert = (index_THK >= 0) & (index_THK < n_experts)
+    key_THK = torch.where(has_expert, index_THK + head_H * n_experts, none_H)
     n_keys = H * (n_experts + 1)
     narrow = torch.int16 if n_keys <= 2**15 else torch.int32  # a radix sort over fewer bytes
     slot_R = torch.sort(key_THK.flatten().to(narrow), stable=True).indices
@@ -72,17 +74,18 @@ def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
     return Rows(slot_R, row_NK.view(T * H, K), counts.view(H, n_experts))
 
 
-@torch.library.custom_op("headway::sort_rows", mutates_args=())
 def _sort(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of `Rows`."""
     index_THK = index_THK.long().contiguous()
-    assert not index_THK.numel() or index_THK.min() >= 0, "an expert's number is negative"
     out = _empty(index_THK, n_experts)
     cpp_kernels().call("sort_rows", torch.float32, index_THK, *index_THK.shape, n_experts, *out)
     return out
 
 
-@_sort.register_fake
+_sort_op = torch.library.custom_op("headway::sort_rows", _sort, mutates_args=())
+
+
+@_sort_op.register_fake
 def _(index_THK, n_experts):
     return _empty(index_THK, n_experts)
 

@@ -7,7 +7,7 @@ S positions · H heads · d head width.
 import torch
 from torch import Tensor
 
-from headway.kernels.cpp import cpp_kernels
+from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.norm import rms_norm, rms_norm_reference
 
@@ -36,8 +36,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Equal to `rope_reference`; float32 arithmetic, rounded once. The backward rotates back."""
     if transformed():
         return rope_reference(x, cos, sin)
-    if _is_native(x, cos, sin):
-        return _turn(x, cos, sin, 1.0)
+    if _runs_in_cpp(x, cos, sin):
+        return (_rotate_cpp if undispatched(x) else _turn)(x, cos, sin, 1.0)
     return _Rope.apply(x, cos, sin)
 
 
@@ -45,12 +45,13 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
     """`rope(rms_norm(x, weight, eps), cos, sin)` for `weight [d]`, rounded once where it is one
     kernel.
     """
-    if not transformed() and _is_native(x, weight, cos, sin):
-        return _norm_turn(x, weight, eps, cos, sin)[0]
+    if not transformed() and _runs_in_cpp(x, weight, cos, sin):
+        run = _norm_rotate_cpp if undispatched(x) else _norm_turn
+        return run(x, weight, eps, cos, sin)[0]
     return rope(rms_norm(x, weight, eps), cos, sin)
 
 
-def _is_native(x: Tensor, *float32: Tensor) -> bool:
+def _runs_in_cpp(x: Tensor, *float32: Tensor) -> bool:
     return cpp_kernels().supports(x, *float32) and all(t.dtype == torch.float32 for t in float32)
 
 
@@ -85,13 +86,15 @@ def _sizes(x: Tensor, cos: Tensor) -> tuple[int, int, int, int]:
     return x.numel() // d, S, H, d // 2
 
 
-@torch.library.custom_op("headway::rope", mutates_args=())
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
+def _rotate_cpp(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
     """`turn` −1 rotates back."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     cpp_kernels().call("rope", x.dtype, x, cos, sin, *_sizes(x, cos), turn, out)
     return out
+
+
+_turn = torch.library.custom_op("headway::rope", _rotate_cpp, mutates_args=())
 
 
 @_turn.register_fake
@@ -111,8 +114,7 @@ def _turn_back(ctx, dy):
 _turn.register_autograd(_turn_back, setup_context=_save_turn)
 
 
-@torch.library.custom_op("headway::norm_rope", mutates_args=())
-def _norm_turn(
+def _norm_rotate_cpp(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, 1/sqrt(mean(x²) + eps) of every row, float32 `[..., S, H]`)."""
@@ -122,6 +124,9 @@ def _norm_turn(
     sizes = _sizes(x, cos)
     cpp_kernels().call("norm_rope", x.dtype, x, weight, cos, sin, *sizes, eps, out, scale)
     return out, scale
+
+
+_norm_turn = torch.library.custom_op("headway::norm_rope", _norm_rotate_cpp, mutates_args=())
 
 
 @torch.library.custom_op("headway::norm_rope_backward", mutates_args=())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import RouterGate
-from headway.kernels.cpp import cpp_kernels
+from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.gpu import gpu_kernels
 from headway.kernels.gpu.ops import route_tokens
@@ -152,13 +152,12 @@ def route_logits(
     arguments = (logits_THE, bias_HE, index_THK, k, gate, renormalize, float(scale))
     takes = cpp_kernels().supports(logits_THE, bias_HE) and logits_THE.dtype == torch.float32
     if takes and not transformed():
-        *rest, chosen_THK = _forward(*arguments)
+        *rest, chosen_THK = (_route if undispatched(logits_THE) else _forward)(*arguments)
         return Routed(chosen_THK, *rest)
     return route_reference(*arguments)
 
 
-@torch.library.custom_op("headway::route", mutates_args=())
-def _forward(
+def _route(
     logits_THE: Tensor,
     bias_HE: Tensor,
     index_THK: Tensor | None,
@@ -181,6 +180,9 @@ def _forward(
         "route", torch.float32, *inputs, _GATES.index(gate), int(renormalize), scale, *out
     )
     return out
+
+
+_forward = torch.library.custom_op("headway::route", _route, mutates_args=())
 
 
 @torch.library.custom_op("headway::route_backward", mutates_args=())

@@ -6,9 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import headway
 from headway.kernels import cpp as module
-from headway.kernels.cpp import CppKernels, _cpp_kernels, cpp_kernels
+from headway.kernels.cpp import CppKernels, _cpp_kernels, cpp_kernels, undispatched
+from headway.kernels.rope import norm_rope, rope, rope_tables
 
 
 def fresh(monkeypatch, **environment) -> CppKernels:
@@ -78,3 +82,44 @@ def test_takes_what_the_kernels_know():
     assert found.supports(torch.zeros(1, dtype=torch.bfloat16)) == found.bfloat16
     assert not found.supports(torch.zeros(1, dtype=torch.float64))
     assert not found.supports(torch.zeros(1), torch.zeros(1, device="meta"))
+
+
+def test_the_dispatcher_is_skipped_only_where_nothing_looks_at_operators():
+    x = torch.randn(3, 8)
+    seen = []
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        seen.append(undispatched(x))
+        return x + 1
+
+    assert not undispatched(x)  # autograd may look
+    with torch.no_grad():
+        assert undispatched(x)
+        assert not undispatched(torch.nn.Parameter(x))
+        with FakeTensorMode() as mode:
+            assert not undispatched(x)
+        assert not undispatched(mode.from_tensor(x))
+        with FlopCounterMode(display=False):
+            assert not undispatched(x)
+        compiled(x)
+    assert seen in ([], [False])  # a compiler may drop the side effect, but never sees True
+
+
+@needs
+def test_without_gradients_the_same_bits_with_and_without_the_dispatcher():
+    """Each operator of one token, called itself and through a mode that looks at operators."""
+    torch.manual_seed(0)
+    layer = headway.MultiHeadLatentMoE(32, 2, 4, 2, 16, d_shared=24)
+    x, weight = torch.randn(1, 1, 2, 16), torch.randn(16)
+    tables = rope_tables(torch.arange(3, 4), 16, 1e4, torch.float32)
+
+    def results():
+        y, stats = layer(torch.ones(1, 32))
+        return y, stats.prob_HE, norm_rope(x, weight, 1e-6, *tables), rope(x, *tables)
+
+    with torch.no_grad():
+        plain = results()
+        with FlopCounterMode(display=False):
+            dispatched = results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, dispatched, strict=True))

@@ -33,6 +33,12 @@ def test_more_groups_than_int16_holds():
     assert torch.equal(rows.slot_R, torch.sort(keys, stable=True).indices)
 
 
+def test_an_index_that_is_no_expert_sorts_behind_all_experts():
+    index = torch.tensor([[[0, -1]], [[5, 1]]])
+    for rows in (sort_rows(index, 3), sort_rows_reference(index, 3)):
+        assert rows.counts_HE.tolist() == [[1, 1, 0]] and rows.slot_R.tolist() == [0, 3, 1, 2]
+
+
 @needs_native
 def test_is_a_well_formed_custom_operator():
     torch.library.opcheck(

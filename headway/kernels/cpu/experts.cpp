@@ -213,10 +213,12 @@ void backward(const T* x, const T* d_out, const float* gate_R, const W* w_in, co
   rounded(sum_out, dw_out, n_out);
 }
 
-// out[n] = Σ_k weight[n, k] · y[row[n, k]], slots in their order; rows from `taken` on are no expert's.
+// out[n] = Σ_k weight[n, k] · y[row[n, k]], slots in their order; rows past the last group are no expert's.
 template <class T>
-void combine(const float* y, const int64_t* row, const float* weight, long N, long K, long L, long taken,
-             T* out, int threads) {
+void combine(const float* y, const int64_t* row, const float* weight, const int64_t* counts, long groups,
+             long N, long K, long L, T* out, int threads) {
+  long taken = 0;
+  for (long g = 0; g < groups; ++g) taken += counts[g];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long n = 0; n < N; ++n) {
     long l = 0;
@@ -319,9 +321,10 @@ int headway_has_bfloat16() {
       run_backward<T>(x, d_out, gate, (const float*)w_in, (const float*)w_out, slot, counts, groups, K,  \
                       s, activation, pre, dx, d_gate, (float*)dw_in, (float*)dw_out, threads);           \
   }                                                                                                      \
-  void headway_combine_##name(const float* y, const int64_t* row, const float* weight, long N, long K,   \
-                              long L, long taken, T* out, int threads) {                                 \
-    combine<T>(y, row, weight, N, K, L, taken, out, threads);                                            \
+  void headway_combine_##name(const float* y, const int64_t* row, const float* weight,                   \
+                              const int64_t* counts, long groups, long N, long K, long L, T* out,        \
+                              int threads) {                                                             \
+    combine<T>(y, row, weight, counts, groups, N, K, L, out, threads);                                   \
   }
 
 HEADWAY_EXPERTS(float, float32)

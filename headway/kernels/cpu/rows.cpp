@@ -1,4 +1,4 @@
-// A stable counting sort of (token, slot) pairs by (head, expert): see ../rows.py.
+// A stable counting sort of (token, slot) pairs by (head, expert): see ../permute.py.
 #include "tile.h"
 
 extern "C" void headway_sort_rows_float32(const int64_t* index, long T, long H, long K, long E, int64_t* slot,
@@ -8,7 +8,7 @@ extern "C" void headway_sort_rows_float32(const int64_t* index, long T, long H, 
   int64_t* next = (int64_t*)malloc(keys * sizeof(int64_t));
   const auto key = [&](long n, long k) {
     const int64_t e = index[n * K + k];
-    return e < E ? (n % H) * E + e : H * E + n % H;
+    return e >= 0 && e < E ? (n % H) * E + e : H * E + n % H;
   };
   memset(next, 0, keys * sizeof(int64_t));
   for (long n = 0; n < T * H; ++n)

@@ -53,6 +53,24 @@ def narrow_float8(x):
 
 
 @triton.jit
+def encode_float8(x):
+    """float32 up to 448 to the bytes of e4m3 (uint8), nearest even.
+
+    s eeee mmm    e > 0: ±2^(e − 7) · (1 + m/8);  e = 0: ±2^−6 · m/8;  e, m all ones: NaN
+    """
+    if INTERPRETED:
+        y = narrow_float8(x)
+        bits = y.to(tl.int32, bitcast=True)
+        exponent = ((bits >> 23) & 0xFF) - 127
+        normal = ((exponent + 7) << 3) | ((bits >> 20) & 7)
+        code = tl.where(exponent >= -6, normal, (tl.abs(y) * 512.0).to(tl.int32))
+        code = tl.where(y == y, code, 0x7F)
+        return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
 def split(a):
     """(a0, a1, a2) in bfloat16, largest first. Infinity and NaN stay whole in a0."""
     a0 = narrow(a, tl.bfloat16)

@@ -14,23 +14,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headway.kernels.gpu.arith import dot_float8, narrow_float8, widen
+from headway.kernels.gpu.arith import dot_float8, encode_float8, narrow_float8, widen
 from headway.kernels.gpu.experts_forward import (
     activated,
     hidden_rows,
     row_tile,
     unpaired,
 )
-from headway.kernels.gpu.slots import put_rows
+from headway.kernels.gpu.slots import padded, put_rows
 
 LARGEST = tl.constexpr(448.0)
 
 
-def quantize(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """`w` in e4m3, and the float32 scale of each slice along `dim`."""
-    scale = w.abs().amax(dim, keepdim=True).float() / LARGEST.value
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (w / scale).to(torch.float8_e4m3fn), scale.squeeze(dim)
+@triton.jit
+def quantize_rows(
+    w,  # [groups, R, C] by strides, float32 or bfloat16
+    q,  # [groups, R, C] contiguous, the bytes of e4m3
+    scale,  # [groups, R] float32
+    R, stride_g, stride_r, stride_c,
+    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Quantise BR rows of one group by their largest value, in one pass over memory: where a row is
+    longer than BC, its second read comes from the cache."""
+    g = tl.program_id(1).to(tl.int64)
+    row, column = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BC)
+    w += g * stride_g
+    largest = tl.zeros([BR], tl.float32)
+    for c0 in range(0, C, BC):
+        inside = (row < R)[:, None] & (c0 + column < C)[None, :]
+        at = row[:, None] * stride_r + (c0 + column)[None, :] * stride_c
+        values = widen(tl.load(w + at, mask=inside, other=0.0))
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
+    row_scale = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0)
+    for c0 in range(0, C, BC):
+        inside = (row < R)[:, None] & (c0 + column < C)[None, :]
+        at = row[:, None] * stride_r + (c0 + column)[None, :] * stride_c
+        values = widen(tl.load(w + at, mask=inside, other=0.0))
+        to = (g * R + row)[:, None] * C + (c0 + column)[None, :]
+        tl.store(q + to, encode_float8(tl.div_rn(values, row_scale[:, None])), mask=inside)
+    tl.store(scale + g * R + row, row_scale, mask=row < R)
+
+
+def quantize(w_GRC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `w_GRC` in e4m3, contiguous `[G, R, C]`, and the float32 scale of each row `[G, R]`:
+    its largest magnitude over 448. `w_GRC` may have any strides: W_out is read transposed."""
+    G, R, C = w_GRC.shape
+    q = w_GRC.new_empty(G, R, C, dtype=torch.float8_e4m3fn)
+    scale = w_GRC.new_empty(G, R, dtype=torch.float32)
+    stride_g, stride_r, stride_c = w_GRC.stride()
+    BC = min(256, padded(C))
+    quantize_rows[(triton.cdiv(R, 32), G)](
+        w_GRC, q.view(torch.uint8), scale, R=R, stride_g=stride_g, stride_r=stride_r,
+        stride_c=stride_c, C=C, BR=32, BC=BC, num_warps=4,
+    )  # fmt: skip
+    return q, scale
 
 
 @triton.jit

@@ -92,8 +92,9 @@ def forward(inputs: ExpertInputs, precision: Precision = "bfloat16") -> tuple[Te
     if precision == "float8":
         cut = tile_of("forward_float8", L, G, F, 1)
         kernel, sizes = experts_forward_float8, (max(32, cut.cols), max(32, padded(L)))
-        w_out_HELF = w_out_HEFL.transpose(2, 3).contiguous()
-        weights = (*quantize(w_in_HEGFL.contiguous(), -1), *quantize(w_out_HELF, -1))
+        w_in_GFL = w_in_HEGFL.flatten(2, 3).flatten(0, 1)
+        w_out_GLF = w_out_HEFL.flatten(0, 1).transpose(1, 2)
+        weights = (*quantize(w_in_GFL), *quantize(w_out_GLF))
     else:
         cut = tile_of("forward", L, G, F, x.element_size())
         kernel, sizes = experts_forward, (cut.cols, padded(L))

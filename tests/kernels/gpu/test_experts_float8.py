@@ -78,6 +78,26 @@ def test_float8_says_where_it_cannot_run(device):
             check_float8(device.type, BF16, L, F)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("R", "C"), [(3, 16), (70, 48), (33, 300)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_quantised_weights_are_the_nearest_e4m3_numbers(device, dtype, R, C, transposed):
+    """Bit for bit those of PyTorch's operators, whatever the strides; zeros and subnormals too."""
+    from headway.kernels.gpu.experts_float8 import quantize
+
+    g = torch.Generator().manual_seed(R)
+    w = torch.randn(2, C, R, generator=g) * torch.logspace(-6, 3, R)  # a scale of each row
+    w[0, :, 0], w[1, : C // 2] = 0, w[1, : C // 2] * 2.0**-14
+    w = w.to(dtype).to(device).transpose(1, 2)
+    w = w if transposed else w.contiguous()
+    scale = w.abs().amax(2, keepdim=True).float() / 448
+    scale = torch.where(scale > 0, scale, 1.0)
+    q, found = quantize(w)
+    assert q.is_contiguous() and torch.equal(found, scale.squeeze(2))
+    expected = (w / scale).to(torch.float8_e4m3fn).contiguous()
+    assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_float8_needs_hopper(monkeypatch):
     monkeypatch.setattr("headway.kernels.paths.gpu_kernels", lambda: GpuKernels("cuda", "a test"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))

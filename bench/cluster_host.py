@@ -30,6 +30,7 @@ from headway.data.batch import Batch
 from headway.kernels.precision import native_bfloat16
 from headway.measure.links import measure_curves
 from headway.measure.rates import measure_rates
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, build_optimizers
 from headway.parallel.mesh import Mesh, place
@@ -181,7 +182,7 @@ class Host:
     def build(self, key: str, model: dict, mesh: dict, size: dict) -> dict:
         """A model on a mesh."""
         config = from_dict(ModelConfig, model)
-        built = Transformer(config, dtype=self.dtype, seed=0)
+        built = Transformer(config, Compute(dtype=self.dtype), seed=0)
         parallelism = parallelize(built, self._mesh(from_dict(MeshConfig, mesh)))
         optimizers = build_optimizers(built, OPTIM)
         self.models[key] = _Model(built, parallelism, optimizers, Size(**size))

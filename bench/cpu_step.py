@@ -31,6 +31,7 @@ from bench.texts import StreamText
 from bench.worker import Worker, work
 from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
 from headway.model.balance import balance_loss
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
 from headway.plan.cost import training_flops
@@ -68,7 +69,7 @@ def headway_step(config: Config) -> Step:
     """Build a Headway model; the step returns the seconds of its phases."""
     dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
     set_allocator(config.run.allocator)
-    model = Transformer(config.model, dtype=dtype, recompute=config.run.recompute, seed=0)
+    model = Transformer(config.model, Compute(dtype=dtype, recompute=config.run.recompute), seed=0)
     optimizers = build_optimizers(model, config.optim, newton_schulz_dtype=dtype)
     optimizers.set_lr(1.0)
 

@@ -22,7 +22,7 @@ from bench import gpu_measure
 from bench.gpu_rows import Shape
 from headway.config import BalanceConfig
 from headway.model.balance import balance_loss
-from headway.model.moe import MoE, MultiHeadLatentMoE
+from headway.model.layers import MoE, MultiHeadLatentMoE
 
 if TYPE_CHECKING:
     from bench.gpu_stages import Record

@@ -13,7 +13,7 @@ from headway.config import n_inputs
 from headway.kernels.experts import experts
 from headway.kernels.permute import sort_rows
 from headway.kernels.route import route
-from headway.model.moe import MultiHeadLatentMoE
+from headway.model.layers import MultiHeadLatentMoE
 
 if TYPE_CHECKING:
     from bench.gpu_stages import Record

@@ -20,6 +20,7 @@ from bench import gpu_measure
 from bench.shapes import parameters
 from headway.config import ModelConfig, MoEConfig, OptimConfig
 from headway.model.balance import balance_loss
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
 
@@ -88,7 +89,7 @@ def headway_step(
     """Float32 weights, gradients and moments; matmuls in bfloat16."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        made = Transformer(model, dtype=torch.bfloat16, recompute=True)
+        made = Transformer(model, Compute(dtype=torch.bfloat16, recompute=True))
     made.to_empty(device=device)
     draw(made)
     optimizers = build_optimizers(made, OptimConfig(lr=3e-4), newton_schulz_dtype=torch.bfloat16)

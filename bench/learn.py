@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headway.config import Config, ModelConfig, OptimConfig
 from headway.kernels.precision import native_bfloat16
 from headway.model import balance
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
 from headway.optim.schedule import lr_factor
@@ -219,7 +220,7 @@ def trainer(
     """
     set_allocator(config.run.allocator)
     dtype = torch.bfloat16 if native_bfloat16(torch.device("cpu")) else torch.float32
-    model = Transformer(config.model, dtype=dtype, seed=seed)
+    model = Transformer(config.model, Compute(dtype=dtype), seed=seed)
     if rescale is not None:
         with torch.no_grad():
             rescale(model)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from headway.config import BalanceConfig, RouterConfig
+from headway.config import BalanceConfig, RouterConfig, latent_acc, latent_eff
 
 if TYPE_CHECKING:
-    from headway.model.moe import LatentMoE, MoE, MultiHeadLatentMoE, latent_acc, latent_eff
+    from headway.model.layers import LatentMoE, MoE, MultiHeadLatentMoE
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +25,6 @@ def __getattr__(name: str) -> object:
     """
     if name not in __all__:
         raise AttributeError(f"module 'headway' has no attribute {name!r}")
-    from headway.model import moe
+    from headway.model import layers
 
-    return vars(moe)[name]
+    return vars(layers)[name]

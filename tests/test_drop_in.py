@@ -23,6 +23,7 @@ from headway import BalanceConfig, LatentMoE, MoE, MultiHeadLatentMoE
 from headway.config import MoEConfig, UsageError
 from headway.kernels.cpp import cpp_kernels
 from headway.model.balance import new_bias
+from headway.model.context import Context
 from tests.compare import assert_close
 from tests.drop_in import D, build, each_kind, equal, gradients, loss_of, tokens
 from tests.model.layer_reference import layer_reference
@@ -38,17 +39,19 @@ def test_narrow_modules_equal_the_equations(kind, dtype, bound):
     assert {p.dtype for p in layer.parameters()} == {dtype}
     x = tokens(40, dtype=dtype)
     _, chosen = layer_reference(build(kind, dtype).double(), x.double())
-    out, stats = layer(x, chosen)
+    out, stats = layer(x, Context(replay=(chosen,)))
     assert out.dtype == dtype and stats.prob_HE.dtype == stats.z_H.dtype == torch.float32
     wide = build(kind, dtype).double()
     wide.router.bias_HE.copy_(layer.router.bias_HE)
-    assert_close(out, wide(x.double(), chosen)[0], bound)
+    assert_close(out, wide(x.double(), Context(replay=(chosen,)))[0], bound)
     d_out = tokens(40)
     own = x.clone().requires_grad_()
-    got = torch.autograd.grad(layer(own, chosen)[0], [own, *layer.parameters()], d_out.to(dtype))
+    got = torch.autograd.grad(
+        layer(own, Context(replay=(chosen,)))[0], [own, *layer.parameters()], d_out.to(dtype)
+    )
     own = x.double().requires_grad_()
     want = torch.autograd.grad(
-        wide(own, chosen)[0], [own, *wide.parameters()], d_out.to(dtype).double()
+        wide(own, Context(replay=(chosen,)))[0], [own, *wide.parameters()], d_out.to(dtype).double()
     )
     for a, b in zip(got, want, strict=True):
         assert a.dtype == dtype
@@ -96,7 +99,8 @@ def test_autocast_narrows_matmuls_and_not_scores(kind):
     want = layer.router(read.float())
     assert route.gate_THK.dtype == stats.prob_HE.dtype == torch.float32
     equal((route.index_THK, route.gate_THK), (want.index_THK, want.gate_THK))
-    assert_close(out, build(kind).double()(x.double(), route.index_THK.long())[0], 2e-2)
+    replay = Context(replay=(route.index_THK.long(),))
+    assert_close(out, build(kind).double()(x.double(), replay)[0], 2e-2)
     for a, b in zip(got, [x, *layer.parameters()], strict=True):
         assert a.dtype == b.dtype == torch.float32
 

@@ -13,6 +13,7 @@ from headway.config import Config, Precision, UsageError
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.kernels.paths import check_float8
 from headway.kernels.precision import native_bfloat16
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -70,7 +71,7 @@ def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto
         torch.set_num_threads(config.run.threads)
     moe = replace(config.model.moe, precision=runtime.precision)
     with torch.device("meta"):
-        model = Transformer(replace(config.model, moe=moe), dtype=runtime.dtype)
+        model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype))
     model.to_empty(device=runtime.device)
     load_model(checkpoint, model)
     return Trained(config, model.eval(), tokenizer, checkpoint, problems, runtime.remarks)

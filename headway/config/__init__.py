@@ -17,6 +17,8 @@ from headway.config.moe import (
     Precision,
     RouterConfig,
     RouterGate,
+    latent_acc,
+    latent_eff,
     n_inputs,
 )
 from headway.config.optim import OptimConfig
@@ -41,6 +43,8 @@ __all__ = [
     "RunError",
     "UsageError",
     "from_dict",
+    "latent_acc",
+    "latent_eff",
     "leaves",
     "n_inputs",
 ]

@@ -113,6 +113,9 @@ class MoEConfig:
     """E, experts per head; ≥ top_k."""
     top_k: int = 4
     """K, experts chosen per token and head; 1 ≤ K ≤ E, any integer."""
+    n_zero_experts: int = 0
+    """Z, further choices of each router that do nothing and cost nothing, so that easy tokens get
+    fewer experts; counted and balanced like the others. 0 is off."""
     d_expert: int = 192
     """F, hidden width of one expert."""
     n_heads: int = 1
@@ -188,9 +191,14 @@ class MoEConfig:
         """Return derived value → the sentence that says where it comes from. Raise UsageError where
         the sizes do not fit a model of `n_layers` blocks of width `d_model`."""
         at_least(1, "model.moe", vars(self), "n_experts d_expert n_heads")
-        at_least(0, "model.moe", vars(self), "d_latent d_shared capacity_factor n_dense_layers")
+        at_least(
+            0,
+            "model.moe",
+            vars(self),
+            "d_latent d_shared capacity_factor n_dense_layers n_zero_experts",
+        )
         self.balance.check()
-        self.router.check(self.n_experts, self.top_k)
+        self.router.check(self.n_experts + self.n_zero_experts, self.top_k)
         if self.n_dense_layers > n_layers:
             raise UsageError(
                 f"model.moe.n_dense_layers={self.n_dense_layers} exceeds "
@@ -222,3 +230,29 @@ class MoEConfig:
                 f"{self.head_width(d_model)}: d_latent {d_latent} / n_heads {self.n_heads}"
             )
         return derived
+
+
+def latent_eff(n_experts: int, top_k: int, alpha: int) -> tuple[int, int]:
+    """(N', K') of LatentMoE-eff: N' = αN, K' = K. The same experts' work at 1/α of the cost (arXiv
+    2601.18089 eq. 1).
+    """
+    return alpha * n_experts, top_k
+
+
+def latent_acc(
+    n_experts: int, top_k: int, alpha: int, d_expert: int, d_model: int, activation: Activation
+) -> tuple[int, int]:
+    """(N', K') of LatentMoE-acc: N' = αN, K' = αK − the experts that pay for the two projections
+    (eq. 2).
+
+    The projections cost 2·D·ℓ multiplications per token and one expert (G+1)·ℓ·F, so ⌈2·D /
+    ((G+1)·F)⌉ experts pay. The published models fit K' = αK − 2, which this gives for their sizes
+    (D 4096, F 2688, two matrices).
+    """
+    paying = math.ceil(2 * d_model / ((n_inputs(activation) + 1) * d_expert))
+    if alpha * top_k <= paying:
+        raise UsageError(
+            f"the projections cost as much as {paying} of the {alpha * top_k} latent experts; "
+            f"raise top_k={top_k}, alpha={alpha} or d_expert={d_expert}"
+        )
+    return alpha * n_experts, alpha * top_k - paying

@@ -7,6 +7,7 @@ import torch
 
 from headway.data.batch import count_targets, micro_batches, rank_rows
 from headway.data.stream import Stream
+from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
 from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
@@ -49,9 +50,8 @@ def evaluate(
         end = min(begin + micro_batch_size * mesh.size, n_windows)
         batch = rank_rows(stream.val_windows(begin, end), mesh.rank, mesh.size)
         for micro in micro_batches(batch, micro_batch_size, device):
-            sums[0] += model(
-                micro.tokens_BS, micro.targets_BS, micro.doc_BS, parallelism.dispatcher
-            ).nats
+            ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher)
+            sums[0] += model(micro.tokens_BS, micro.targets_BS, ctx).nats
         sums[1:] += torch.tensor(count_targets(batch), dtype=torch.float64, device=device)
     reshard(model)
     model.train(was_training)

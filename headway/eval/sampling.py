@@ -7,7 +7,8 @@ from torch import Tensor
 
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
-from headway.model.dispatch import TokenDispatcher
+from headway.model.context import Context
+from headway.model.dispatch import LOCAL, TokenDispatcher
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
 
@@ -55,14 +56,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[str], None] | None = None,
-    dispatcher: TokenDispatcher | None = None,
+    dispatcher: TokenDispatcher = LOCAL,
 ) -> str:
     """The continuation of `prompt`, without it: at most `max_tokens` tokens, fewer when the
     document ends.
 
     The same seed gives the same text; the global random number generator is not touched. `on_token`
     gets each piece of text as it becomes whole (a character may take several tokens). An empty
-    prompt starts a document. With `ranks`, all of them draw the same text together.
+    prompt starts a document. On a mesh all ranks draw the same text together.
     """
     check_sampling(temperature, top_k, top_p)
     device = model.embed.weight.device
@@ -71,15 +72,16 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        state = model.init_state(1, len(ids) + max_tokens)
+        cache = model.init_cache(1, len(ids) + max_tokens)
+        ctx = Context(cache=cache, dispatcher=dispatcher, last_only=True)
         new: list[int] = []
         stream, shown = tokenizer.decode_stream(), 0
         following = torch.tensor([ids], device=device)
         for _ in range(max_tokens):
-            logits_V = model.step(following, state, dispatcher)[0]
-            if dispatcher is not None:
-                logits_V = dispatcher.broadcast(logits_V)
-            logits_V = logits_V[: tokenizer.vocab_size].cpu()  # no padded ids
+            with torch.no_grad():
+                logits_V = model(following, ctx=ctx).logits_BSV[0, 0]
+            # no padded ids
+            logits_V = dispatcher.broadcast(logits_V)[: tokenizer.vocab_size].cpu()
             drawn = probabilities(logits_V, temperature, top_k, top_p)
             token = int(torch.multinomial(drawn, 1, generator=generator))
             if token == tokenizer.eos:

@@ -22,31 +22,38 @@ from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import reference_grads, transformed
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same by its definition, any dtype; arguments and result as in `attention`."""
-    S, N, d = q.shape[1:]
+    (S, N, d), n_keys = q.shape[1:], k.shape[1]
     q, k, v = (t.transpose(1, 2).repeat_interleave(N // t.shape[2], 1) for t in (q, k, v))
-    later = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
-    score = (q @ k.transpose(2, 3) / d**0.5).masked_fill(later, -torch.inf)
+    if mask is None:
+        mask = torch.ones(S, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - S)
+    score = (q @ k.transpose(2, 3) / d**0.5).masked_fill(~mask, -torch.inf)
     return (torch.softmax(score, -1) @ v).transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention: position i sees 0 … i.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of S queries to the keys that `mask` allows.
 
     Args:
         q: `[B, S, N, d]`; its dtype is the dtype of the matmuls.
-        k, v: `[B, S, M, d]` in q's dtype; N is a multiple of M, and N/M successive query heads
+        k, v: `[B, keys, M, d]` in q's dtype; N is a multiple of M, and N/M successive query heads
         share a key/value head.
+        mask: boolean, broadcast to `[B, N, S, keys]`, true where a query may look; needs PyTorch's
+        SDPA. None is causal: with as many keys as queries, or with one query after the last key.
     Returns: `[B, S, N, d]` in q's dtype.
     """
     if transformed():
-        return attention_reference(q, k, v)
-    if cpp_kernels().supports(q, k, v) and q.shape[-1] % 2 == 0:  # bfloat16 is multiplied in pairs
+        return attention_reference(q, k, v, mask)
+    square = mask is None and q.shape[1] == k.shape[1]
+    # bfloat16 is multiplied in pairs
+    if square and q.shape[-1] % 2 == 0 and cpp_kernels().supports(q, k, v):
         return _forward(q, k, v)[0]
     q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[2] != k.shape[2]
-    y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(
+        q_, k_, v_, attn_mask=mask, is_causal=square, enable_gqa=grouped
+    )
     return y.transpose(1, 2)
 
 

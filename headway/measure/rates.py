@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from headway.config import BalanceConfig, RouterConfig, UsageError
+from headway.config import MoEConfig, UsageError
 from headway.kernels.attention import attention
 from headway.kernels.precision import native_bfloat16
 from headway.measure.links import measure_curves, two_numbers
-from headway.model.experts import Experts
+from headway.model.moe import Experts
 from headway.model.router import Router
 from headway.plan.cost import mean_keys
 from headway.plan.link import Curve
@@ -196,8 +196,8 @@ def experts_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> t
     T, H, L, E, K, F = (16384, 8, 256, 64, 8, 512) if device.type == "cuda" else _SMALL_EXPERTS
     torch.manual_seed(0)
     with device:
-        layer = Experts(H, E, L, F, "swiglu")
-        router = Router(H, L, E, K, RouterConfig(), BalanceConfig())
+        config = MoEConfig(n_heads=H, n_experts=E, top_k=K, d_expert=F)
+        layer, router = Experts(H * L, config), Router(H * L, config)
     for p in (*layer.parameters(), *router.parameters()):
         torch.nn.init.normal_(p, std=0.02)
     x_THL = torch.randn(T, H, L, device=device).to(dtype).requires_grad_()

@@ -22,6 +22,21 @@ from headway.config import BalanceConfig, UsageError
 from headway.kernels.permute import count
 
 
+class RouteReport(NamedTuple):
+    """What a sparse layer did with each of T tokens, without gradient; what was not asked for is
+    None."""
+
+    index_THK: Tensor
+    """int64 `[T, H, K]`, best first; from E on for an expert that does nothing and for a slot that
+    was dropped."""
+    gate_THK: Tensor
+    """float32 `[T, H, K]`."""
+    logits_THE: Tensor | None = None
+    """float32 `[T, H, E]`, as the selection read them, before its bias."""
+    norm_TH: Tensor | None = None
+    """‖y‖ of the experts' output of each sub-token, float32 `[T, H]`."""
+
+
 class RouteStats(NamedTuple):
     """What a sparse layer tells about one forward pass over T tokens."""
 
@@ -43,14 +58,24 @@ class RouteStats(NamedTuple):
     margins_HEQ: Tensor | None = None
     """Histogram of the margins (`margin_counts`), int32 `[H, E, Q]`; None unless `bias` is
     `quantile`."""
+    report: RouteReport | None = None
+    """Token by token, where `Context.report` asks for it; no sum or mean keeps it."""
 
     def detach(self) -> "RouteStats":
         """The same numbers without gradient."""
         return self.map(Tensor.detach)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RouteStats":
-        """Every tensor changed."""
-        return RouteStats(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+        """Every statistic changed, without the report."""
+        return _stats({name: change(x) for name, x in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The statistics that are there, by name."""
+        return {k: x for k, x in self._asdict().items() if k != "report" and x is not None}
+
+
+def _stats(tensors: dict[str, Tensor]) -> RouteStats:
+    return RouteStats(**tensors)  # type: ignore[arg-type]
 
 
 SUMMED = ("counts_HE", "margins_HEQ")
@@ -180,16 +205,24 @@ def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tenso
 
 def add_stats(a: RouteStats, b: RouteStats) -> RouteStats:
     """Sums of all statistics of one layer; `mean_stats` makes them statistics of both parts."""
-    pairs = zip(a, b, strict=True)
-    return RouteStats(*(None if x is None or y is None else x + y for x, y in pairs))  # type: ignore[arg-type]
+    others = b.tensors()
+    return _stats({name: x + others[name] for name, x in a.tensors().items()})
 
 
 def mean_stats(sums: RouteStats, n: int) -> RouteStats:
     """What `add_stats` summed over `n` equal parts of a batch, as the statistics of all of it."""
-    means = {k: x / n for k, x in sums._asdict().items() if x is not None and k not in SUMMED}
+    means = {name: x / n for name, x in sums.tensors().items() if name not in SUMMED}
     return sums._replace(**means)
 
 
 def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
-    """The statistics of one layer over several equal parts of a batch."""
-    return mean_stats(reduce(add_stats, parts), len(parts))
+    """The statistics, and the report, of one layer over several equal parts of a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    merged = mean_stats(reduce(add_stats, parts), len(parts))
+    reports = [part.report for part in parts if part.report is not None]
+    if not reports:
+        return merged
+    columns = zip(*reports, strict=True)
+    report = (None if column[0] is None else torch.cat(column) for column in columns)
+    return merged._replace(report=RouteReport(*report))  # type: ignore[arg-type]

@@ -1,6 +1,12 @@
-"""What a sparse layer asks of the processes it is spread over, and how its chunks take turns.
+"""How a sparse layer exchanges tokens with other processes, and how its chunks take turns.
 
 T tokens · D model width · H heads · L width of one head.
+
+A chunk's way through the layer is a generator that yields a `Future` at each exchange. With two
+chunks on a Head Parallel mesh the exchange of one overlaps the computation of the other:
+
+    chunk 0   split │scatter│ route, experts │gather │ merge
+    chunk 1         │ split │scatter         │ route, experts │gather│ merge
 """
 
 from collections.abc import Generator, Sequence
@@ -10,70 +16,79 @@ from torch import Tensor
 
 from headway.model.router import Route
 
-Arrived = TypeVar("Arrived", covariant=True)
-Result = TypeVar("Result")
+Result = TypeVar("Result", covariant=True)
 T = TypeVar("T")
 
 
-class Future(Protocol[Arrived]):
-    """Something on its way."""
+class Future(Protocol[Result]):
+    """The result of an exchange that has been issued."""
 
-    def wait(self) -> Arrived:
-        """It, once it is here."""
+    def wait(self) -> Result:
+        """Block until the exchange is complete and return its result."""
         ...
 
 
 class Completed(Generic[T]):
-    """Something that is here already, for the places where nothing has to travel."""
+    """A future whose result is here, for exchanges with nobody."""
 
     def __init__(self, value: T) -> None:
         self.value = value
 
     def wait(self) -> T:
-        """The value."""
         return self.value
 
 
-Steps: TypeAlias = Generator[Future[Any], Any, Result]
-"""A computation that yields what it starts and is sent what has arrived."""
+class Finished(Generic[T]):
+    """The last thing that `Steps` yield: their result. (PyTorch does not compile the value of a
+    generator's `return`.)"""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def wait(self) -> T:
+        return self.value
 
 
-class ChunkTask(Generic[Result]):
-    """Steps that pause where something travels, so that other chunks compute meanwhile.
+Steps: TypeAlias = Generator[Future[Any], Any, None]
+"""A computation that yields a future at each exchange, is sent its result, and ends with
+`Finished`."""
 
-    They begin at once, up to the first departure; every `go_on` is one leg further.
+
+class ChunkTask:
+    """The computation of one chunk, advanced from exchange to exchange.
+
+    `start` runs it up to the first exchange that is not complete, `resume` to the next.
     """
 
-    def __init__(self, steps: Steps[Result]) -> None:
-        self.steps, self.over = steps, False
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.done = steps, False
+
+    def start(self) -> "ChunkTask":
         self._send(None)
+        return self
 
-    def go_on(self) -> None:
-        """Takes in what is on its way, and goes on until something else is."""
-        self._send(self.arriving.wait())
+    def resume(self) -> None:
+        """Wait for the pending exchange, and compute until another one is pending."""
+        self._send(self.pending.wait())
 
-    def _send(self, arrived: Any) -> None:
-        try:
-            self.arriving = self.steps.send(arrived)
-            while isinstance(self.arriving, Completed):
-                self.arriving = self.steps.send(self.arriving.wait())
-        except StopIteration as end:
-            self.over, self.result = True, end.value
+    def _send(self, received: Any) -> None:
+        self.pending = self.steps.send(received)
+        while isinstance(self.pending, Completed):
+            self.pending = self.steps.send(self.pending.value)
+        self.done = isinstance(self.pending, Finished)
 
 
-def run_interleaved(journeys: Sequence[ChunkTask[Result]]) -> list[Result]:
-    """Leg after leg, each journey in its turn: what one has sent travels while the others compute.
-
-    All of them have equally many legs.
-    """
-    while not journeys[0].over:
-        for journey in journeys:
-            journey.go_on()
-    return [journey.result for journey in journeys]
+def run_interleaved(tasks: Sequence[ChunkTask]) -> list[Any]:
+    """Resume the started tasks in turn until all are done, and return their results: while one
+    waits for its exchange the others compute. All have equally many exchanges."""
+    while not tasks[0].done:
+        for task in tasks:
+            task.resume()
+    return [task.pending.wait() for task in tasks]
 
 
 class TokenDispatcher(Protocol):
-    """Exchanges the tokens of a sparse layer with other processes;
+    """Exchanges the tokens of sparse layers with other processes;
     `parallel.dispatcher.MeshDispatcher` implements it."""
 
     def at(self, layer: int) -> "TokenDispatcher":
@@ -81,21 +96,23 @@ class TokenDispatcher(Protocol):
         ...
 
     def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
-        """The pieces that follow one another through the layer, of whole units of `unit` tokens."""
+        """The chunks that pass through the layer one after another, of whole units of `unit`
+        tokens."""
         ...
 
     def scatter(self, z_THL: Tensor, route: Route | None) -> Future[tuple[Tensor, Route | None]]:
-        """Sub-tokens to the processes of their heads."""
+        """Send sub-tokens, and the route that is there already, to the processes of their heads."""
         ...
 
     def dispatch(
         self, z_THL: Tensor, route: Route, n_experts: int
     ) -> Future[tuple[Tensor, Route, Any]]:
-        """Sub-tokens to the processes of their experts; with them the way back."""
+        """Send sub-tokens to the processes of their experts; the result ends with what `combine`
+        needs."""
         ...
 
-    def combine(self, y_THL: Tensor, trip: Any) -> Future[Tensor]:
-        """The inverse of `dispatch`, summed over experts."""
+    def combine(self, y_THL: Tensor, metadata: Any) -> Future[Tensor]:
+        """The inverse of `dispatch`: the experts' outputs, summed."""
         ...
 
     def gather(self, y_THL: Tensor) -> Future[Tensor]:
@@ -103,5 +120,36 @@ class TokenDispatcher(Protocol):
         ...
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """One process's values for all."""
+        """The values of one process, on all."""
         ...
+
+
+class LocalDispatcher:
+    """A single process: every exchange is complete, nothing moves."""
+
+    def at(self, layer: int) -> "LocalDispatcher":
+        return self
+
+    def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
+        return (x_TD,)
+
+    def scatter(self, z_THL: Tensor, route: Route | None) -> Future[tuple[Tensor, Route | None]]:
+        return Completed((z_THL, route))
+
+    def dispatch(
+        self, z_THL: Tensor, route: Route, n_experts: int
+    ) -> Future[tuple[Tensor, Route, None]]:
+        return Completed((z_THL, route, None))
+
+    def combine(self, y_THL: Tensor, metadata: None) -> Future[Tensor]:
+        return Completed(y_THL)
+
+    def gather(self, y_THL: Tensor) -> Future[Tensor]:
+        return Completed(y_THL)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x
+
+
+LOCAL = LocalDispatcher()
+"""Stateless, so that one is enough."""

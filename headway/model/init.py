@@ -1,4 +1,4 @@
-"""Initialisation of every weight, in one place.
+"""Initialisation of every weight, by its role.
 
 Every matrix preserves the variance of its input: entries ~ N(0, 1/fan_in), so activations stay near
 RMS 1 behind an RMSNorm at any width. Exceptions, each with its reason:
@@ -13,24 +13,25 @@ RMS 1 behind an RMSNorm at any width. Exceptions, each with its reason:
 | buffers (selection bias) | 0 | no expert is preferred |
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from headway.model.roles import roles_of
+
 
 def init_weights(
     module: nn.Module, *, n_layers: int = 0, embed_std: float = 0.02, seed: int | None = None
 ) -> None:
-    """Gives all parameters and buffers of a model or of one layer the values of `initial_weights`;
-    does nothing on the meta device."""
+    """Give all parameters and buffers of a model or of one layer the values of `initial_weights`;
+    on the meta device only check that each has a role."""
+    values = initial_weights(module, n_layers=n_layers, embed_std=embed_std, seed=seed)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if any(x.is_meta for x in tensors.values()):
         return
     with torch.no_grad():
-        found = initial_weights(module, n_layers=n_layers, embed_std=embed_std, seed=seed)
-        for name, value in found:
+        for name, value in values:
             tensors[name].copy_(value)
 
 
@@ -40,8 +41,8 @@ def initial_weights(
     """Name and initial value, float32 on the CPU, of every parameter and buffer: drawn one at a
     time in the order of the module, so that no more than one of them need exist.
 
-    Only the shapes of `module` are read, before this returns: it may lie on the meta device, and be
-    cut before the values are drawn.
+    Only roles and shapes of `module` are read, before this returns: it may be on the meta device,
+    and be sharded before the values are drawn.
 
     Args:
         n_layers: residual depth; 0 (a layer on its own) leaves the last matrices of branches
@@ -50,13 +51,12 @@ def initial_weights(
         whatever ran before.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    parameters = dict(module.named_parameters())
-    depth = 1 / math.sqrt(2 * n_layers) if n_layers else 1.0
-    rules: list[tuple[str, torch.Size, float | None]] = [
-        (name, p.shape, _std(name, p, parameters, depth, embed_std))
-        for name, p in parameters.items()
+    shapes = {name: x.shape for name, x in module.named_parameters()}
+    shapes |= {name: x.shape for name, x in module.named_buffers()}
+    rules = [
+        (name, shapes[name], role.std(n_layers, embed_std))
+        for name, role in roles_of(module).items()
     ]
-    rules += [(name, buffer.shape, 0.0) for name, buffer in module.named_buffers()]
     return ((name, _draw(shape, std, generator)) for name, shape, std in rules)
 
 
@@ -67,26 +67,3 @@ def _draw(shape: torch.Size, std: float | None, generator: torch.Generator | Non
         return torch.zeros(shape, device="cpu")
     drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return drawn.mul_(std)
-
-
-def _std(
-    name: str, p: nn.Parameter, parameters: dict[str, nn.Parameter], depth: float, embed_std: float
-) -> float | None:
-    """Standard deviation of a weight; None for norms, which start at 1."""
-    owner, _, leaf = name.rpartition(".")
-    part = owner.rpartition(".")[2]
-    if "norm" in part:
-        return None
-    if part == "embed":
-        return embed_std
-    if part == "head":
-        return 0.1 / math.sqrt(p.shape[-1])
-    if leaf == "w_noise_HEL":
-        return 0.0
-    if leaf == "w_out_HEFL":
-        # in a latent layer W_out follows and carries the depth scale
-        layer = owner.rpartition(".")[0]
-        merged = f"{layer}.w_out.weight".lstrip(".") in parameters
-        return (1.0 if merged else depth) / math.sqrt(p.shape[-2])
-    last_of_branch = part in ("o", "w_out")
-    return (depth if last_of_branch else 1.0) / math.sqrt(p.shape[-1])

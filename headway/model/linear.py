@@ -9,17 +9,32 @@ from torch import Tensor, nn
 from headway.config import Activation, n_inputs
 from headway.kernels.activation import activate
 from headway.kernels.norm import rms_norm
+from headway.model.context import Context
+from headway.model.roles import Group, Init, Role
 
 
 class Linear(nn.Module):
-    """y = x·Wᵀ, no bias; the weight is cast to the dtype of x."""
+    """y = x·Wᵀ, no bias; the weight is cast to the dtype of x. `ends_branch` and `head` are its
+    role."""
 
-    def __init__(self, d_in: int, d_out: int):
+    def __init__(self, d_in: int, d_out: int, *, ends_branch: bool = False, head: bool = False):
         super().__init__()
+        group, init = (Group.HEAD, Init.HEAD) if head else (Group.MATRIX, Init.FAN_IN)
+        self._role = Role(group, init, d_in, ends_branch)
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def roles(self) -> dict[str, Role]:
+        return {"weight": self._role}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table `[V, D]` of token embeddings."""
+
+    def roles(self) -> dict[str, Role]:
+        return {"weight": Role(Group.EMBEDDING, Init.EMBEDDING)}
 
 
 class RMSNorm(nn.Module):
@@ -31,6 +46,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         self.eps = eps
+
+    def roles(self) -> dict[str, Role]:
+        return {"weight": Role(Group.VECTOR, Init.ONES)}
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -45,7 +63,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation: Activation = activation
         self.w_in = Linear(d_model, n_inputs(activation) * d_ff)
-        self.w_out = Linear(d_ff, d_model)
+        self.w_out = Linear(d_ff, d_model, ends_branch=True)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w_out(activate(self.w_in(x_TD), self.activation))
+    def forward(self, x: Tensor, ctx: Context | None = None) -> tuple[Tensor, None]:
+        """`[..., D]` → `[..., D]`; a dense network has no routing statistics."""
+        return self.w_out(activate(self.w_in(x), self.activation)), None

@@ -11,21 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from headway.config import BalanceConfig, RouterConfig
+from headway.config import MoEConfig
 from headway.kernels.differentiate import transformed
 from headway.kernels.permute import drop_over_capacity
 from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_logits
 from headway.model.balance import RouteStats, aux_loss, margin_counts
+from headway.model.compute import Compute
+from headway.model.roles import Group, Init, Role, SplitOver
 
 
 class Route(NamedTuple):
     """Which experts a sub-token visits, and how much each counts."""
 
     index_THK: Tensor
-    """int64 (int32 on GPUs) `[T, H, K]`, best first; E marks a slot dropped by the capacity."""
+    """int64 (int32 on GPUs) `[T, H, K]`, best first; from E on: an expert that does nothing, or
+    (E + Z) a slot dropped by the capacity."""
     gate_THK: Tensor
     """float32 `[T, H, K]`, with gradient."""
     stats: RouteStats
+    logits_THE: Tensor | None = None
+    """float32 `[T, H, E]`, without gradient, where they were asked for."""
+
+
+def replayed(index_THK: Tensor, router: "Router") -> Route:
+    """A selection that is given, as a route without gates: what a router of sub-tokens is sent."""
+    T, H, K = index_THK.shape
+    gate_THK = index_THK.new_zeros(T, H, K, dtype=torch.float32)
+    zero_HE = router.bias_HE.new_zeros(H, router.n_choices)
+    stats = RouteStats(zero_HE, zero_HE, zero_HE[:, 0], zero_HE[:, 0], zero_HE[0, 0])
+    return Route(index_THK, gate_THK, stats)
 
 
 def capacity(factor: float, seq_len: int, top_k: int, n_experts: int) -> int:
@@ -37,40 +51,39 @@ class Router(nn.Module):
     """One linear router per head.
 
     Args:
-        n_heads, d_in, n_experts, top_k: H, L, E, K. With `shared_input` every head reads the same
-        `[T, d_in]` token.
-        config: gates, noise, jitter. balance: only what it counts matters here.
-        capacity_factor: 0 is dropless; else every sequence has its own capacity.
-        recompute: keep nothing of size T×E for backward.
+        d_model: D.
+        config: heads, experts, gates, noise, jitter, capacity; of `balance` only what it counts
+        matters here. `n_zero_experts` adds choices that do nothing: indices from E on.
+        compute: `recompute` keeps nothing of size T × E for backward.
     Raises: UsageError where k, E and the gate do not fit.
     """
 
     bias_HE: Tensor
 
-    def __init__(
-        self,
-        n_heads: int,
-        d_in: int,
-        n_experts: int,
-        top_k: int,
-        config: RouterConfig,
-        balance: BalanceConfig,
-        capacity_factor: float = 0.0,
-        recompute: bool = False,
-    ):
+    def __init__(self, d_model: int, config: MoEConfig, compute: Compute = Compute()):
         super().__init__()
-        config.check(n_experts, top_k)
-        self.n_experts, self.top_k, self.config = n_experts, top_k, config
-        self.capacity_factor, self.recompute = capacity_factor, recompute
-        self.w_HEL = nn.Parameter(torch.empty(n_heads, n_experts, d_in))
-        self.w_noise_HEL = (
-            nn.Parameter(torch.empty(n_heads, n_experts, d_in)) if config.noisy else None
-        )
-        self.wants_margins = balance.bias == "quantile"
-        self.aux_by_sequence = balance.aux > 0 and balance.aux_scope == "sequence"
+        self.n_experts, self.n_zero = config.n_experts, config.n_zero_experts
+        self.n_choices, self.top_k = self.n_experts + self.n_zero, config.top_k
+        self.config, self.balance = config.router, config.balance
+        self.config.check(self.n_choices, self.top_k)
+        self.capacity_factor, self.recompute = config.capacity_factor, compute.recompute
+        self.shard = SplitOver.NONE if config.reads_token else SplitOver.HEADS
+        shape = (config.n_heads, self.n_choices, config.router_width(d_model))
+        self.w_HEL = nn.Parameter(torch.empty(shape))
+        self.w_noise_HEL = nn.Parameter(torch.empty(shape)) if self.config.noisy else None
+        self.wants_margins = self.balance.bias == "quantile"
+        self.aux_by_sequence = self.balance.aux > 0 and self.balance.aux_scope == "sequence"
         # a buffer, saved with the model: added to the scores for selection only, moved by
         # `balance.new_bias`
-        self.register_buffer("bias_HE", torch.zeros(n_heads, n_experts))
+        self.register_buffer("bias_HE", torch.zeros(shape[:2]))
+
+    def roles(self) -> dict[str, Role]:
+        fan_in, shard = self.w_HEL.shape[-1], self.shard
+        return {
+            "w_HEL": Role(Group.ROUTER, fan_in=fan_in, shard=shard),
+            "w_noise_HEL": Role(Group.ROUTER, Init.ZEROS, shard=shard),
+            "bias_HE": Role(Group.ROUTER, Init.ZEROS, shard=shard),
+        }
 
     @property
     def counts_sequences(self) -> bool:
@@ -81,9 +94,9 @@ class Router(nn.Module):
         self,
         x: Tensor,
         index_THK: Tensor | None = None,
-        *,
         seq_len: int | None = None,
         dropless: bool = False,
+        logits: bool = False,
     ) -> Route:
         """Route `[T, H, L]` sub-tokens, or `[T, D]` tokens that all heads read.
 
@@ -91,9 +104,10 @@ class Router(nn.Module):
             index_THK: replays a selection; gates and statistics are those of the given experts.
             seq_len: tokens of a sequence, which follow one another; divides T. None: they are one.
             dropless: ignore the capacity.
+            logits: return them too.
         """
         fused = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
-        arguments = (x, index_THK, seq_len, dropless)
+        arguments = (x, index_THK, seq_len, dropless, logits)
         if self.recompute and torch.is_grad_enabled() and not fused and not transformed():
             return checkpoint(self._route, *arguments, use_reentrant=False)
         return self._route(*arguments)
@@ -127,12 +141,17 @@ class Router(nn.Module):
         return not wanted and not (self.training and changed)
 
     def _route(
-        self, x: Tensor, index_THK: Tensor | None, seq_len: int | None, dropless: bool
+        self,
+        x: Tensor,
+        index_THK: Tensor | None,
+        seq_len: int | None,
+        dropless: bool,
+        wants_logits: bool,
     ) -> Route:
         c, bias_HE = self.config, self.bias_HE
         options = (self.top_k, c.gate, c.renormalize, c.scale)
-        aux_H = margins_HEQ = None
-        if self._is_plain():
+        aux_H = margins_HEQ = logits_THE = None
+        if self._is_plain() and not wants_logits:
             routed = route(x, self.w_HEL, bias_HE, index_THK, *options)
         else:
             logits_THE = self.logits(x)
@@ -144,10 +163,10 @@ class Router(nn.Module):
                 raw_THE = logits_THE.detach()
                 score_THE = torch.sigmoid(raw_THE) if c.gate == "sigmoid" else raw_THE
                 margins_HEQ = margin_counts(score_THE, bias_HE, self.top_k)
-        kept_THK, dropped = routed.index_THK, routed.gate_THK.new_zeros(())
+        index_THK, dropped = routed.index_THK, routed.gate_THK.new_zeros(())
         if self.capacity_factor and not dropless:
-            kept_THK = self._drop(kept_THK, seq_len)
-            dropped = (kept_THK == self.n_experts).to(dropped.dtype).mean()
+            index_THK = self._drop(index_THK, seq_len)
+            dropped = (index_THK == self.n_choices).to(dropped.dtype).mean()
         stats = RouteStats(
             counts_HE=routed.counts_HE,
             prob_HE=routed.prob_HE,
@@ -157,7 +176,8 @@ class Router(nn.Module):
             aux_H=aux_H,
             margins_HEQ=margins_HEQ,
         )
-        return Route(kept_THK, routed.gate_THK, stats)
+        seen = logits_THE.detach() if wants_logits and logits_THE is not None else None
+        return Route(index_THK, routed.gate_THK, stats, seen)
 
     def _by_sequence(
         self, logits_THE: Tensor, index_THK: Tensor | None, seq_len: int | None
@@ -186,15 +206,18 @@ class Router(nn.Module):
         return whole, aux_HB.mean(1)
 
     def _drop(self, index_THK: Tensor, seq_len: int | None) -> Tensor:
-        """E in place of every slot over the capacity of its expert in its sequence."""
+        """E + Z in place of every slot over the capacity of its expert in its sequence."""
         T = index_THK.shape[0]
         n = _sequences(T, seq_len)
-        kept = drop_over_capacity(_apart(index_THK, n), self.n_experts, self.capacity(T // n))
-        return _together(kept, n)
+        by_sequence = _apart(index_THK, n)
+        dropped = drop_over_capacity(by_sequence, self.n_choices, self.capacity(T // n))
+        if self.n_zero:  # what does nothing has no capacity
+            dropped = torch.where(by_sequence < self.n_experts, dropped, by_sequence)
+        return _together(dropped, n)
 
     def capacity(self, seq_len: int) -> int:
         """Most rows of a sequence that an expert takes: ⌈factor · S · K / E⌉."""
-        return capacity(self.capacity_factor, seq_len, self.top_k, self.n_experts)
+        return capacity(self.capacity_factor, seq_len, self.top_k, self.n_choices)
 
 
 def _sequences(T: int, seq_len: int | None) -> int:

@@ -4,6 +4,7 @@ B sequences · S positions · T = B·S tokens · D model width · V vocabulary.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.kernels.cross_entropy import cross_entropy
-from headway.model.balance import RouteStats
-from headway.model.dispatch import TokenDispatcher
+from headway.model.balance import RouteReport, RouteStats
+from headway.model.build import Block, BlockBuilder, build_block
+from headway.model.compute import Compute
+from headway.model.context import Context, DenseCache
 from headway.model.init import init_weights, initial_weights
-from headway.model.linear import FeedForward, Linear, RMSNorm
-from headway.model.mixers.attention import Attention, KVState
-from headway.model.moe import MoE, build_moe
+from headway.model.linear import Embedding, Linear, RMSNorm
+from headway.model.moe import SparseLayer
 
 
 class Output(NamedTuple):
@@ -26,42 +28,15 @@ class Output(NamedTuple):
     nats: Tensor | None
     """Sum of −log p over the valid targets, float32 scalar; None without targets."""
     logits_BSV: Tensor | None
-    """Float32 `[B, S, V]`; None with targets, since they are then never whole."""
+    """Float32 `[B, S, V]`, or `[B, 1, V]` with `Context.last_only`; None with targets, since they
+    are then never in memory all at once."""
     stats: tuple[RouteStats, ...]
     """One per sparse layer, first layer first."""
 
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)). `mixer` and `ffn` are slots."""
-
-    def __init__(self, config: ModelConfig, mixer: Attention, ffn: MoE | FeedForward):
-        super().__init__()
-        self.norm1 = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = mixer
-        self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.ffn = ffn
-
-    def forward(
-        self, x_BSD: Tensor, doc_BS: Tensor | None = None, dispatcher: TokenDispatcher | None = None
-    ) -> tuple[Tensor, RouteStats | None]:
-        x_BSD = x_BSD + self.mixer(self.norm1(x_BSD), doc_BS)
-        return self._feed_forward(x_BSD, dispatcher)
-
-    def step(
-        self, x_BSD: Tensor, state: KVState, dispatcher: TokenDispatcher | None = None
-    ) -> Tensor:
-        """Decode the next positions; no slot is dropped."""
-        x_BSD = x_BSD + self.mixer.step(self.norm1(x_BSD), state)
-        return self._feed_forward(x_BSD, dispatcher, dropless=True)[0]
-
-    def _feed_forward(
-        self, x_BSD: Tensor, dispatcher: TokenDispatcher | None, dropless: bool = False
-    ) -> tuple[Tensor, RouteStats | None]:
-        z_BSD = self.norm2(x_BSD)
-        if isinstance(self.ffn, MoE):
-            y_BSD, stats = self.ffn(z_BSD, dispatcher=dispatcher, dropless=dropless)
-            return x_BSD + y_BSD, stats
-        return x_BSD + self.ffn(z_BSD), None
+    @property
+    def routes(self) -> tuple[RouteReport | None, ...]:
+        """What `Context.report` asked for, one per sparse layer."""
+        return tuple(stats.report for stats in self.stats)
 
 
 class Transformer(nn.Module):
@@ -69,61 +44,61 @@ class Transformer(nn.Module):
 
     Args:
         config: with `vocab_size` resolved (> 0).
-        dtype: of the matmuls and the residual stream; parameters are float32 (`.double()` for
-        references).
-        recompute: constant-memory sparse layers.
+        compute: dtype of the matmuls, what is kept for backward.
         seed: of the initialisation.
+        blocks: builds each block; `build_block` does it as the config says.
+    Raises: UsageError for a parameter without a role.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        compute: Compute = Compute(),
         *,
-        dtype: torch.dtype = torch.float32,
-        recompute: bool = False,
         seed: int | None = None,
+        blocks: BlockBuilder = build_block,
     ):
         super().__init__()
         assert config.vocab_size > 0, "vocab_size is resolved before the model is built"
-        self.config, self.dtype = config, dtype
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(
-            Block(config, Attention(config, _window(config, i)), _ffn(config, i, recompute))
-            for i in range(config.n_layers)
-        )
+        self.config, self.dtype = config, compute.dtype
+        self.embed = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(blocks(config, i, compute) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = None if config.tied else Linear(config.d_model, config.vocab_size)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, head=True)
         init_weights(self, n_layers=config.n_layers, embed_std=config.init_std, seed=seed)
 
     def initial(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole initial value of every parameter and buffer, one at a time: those that
-        the constructor gives with this seed. For a model on the meta device."""
+        """Name and full initial value of every parameter and buffer, one at a time: those that the
+        constructor gives with this seed. For a model on the meta device."""
         c = self.config
         return initial_weights(self, n_layers=c.n_layers, embed_std=c.init_std, seed=seed)
 
     def forward(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor | None = None,
-        doc_BS: Tensor | None = None,
-        dispatcher: TokenDispatcher | None = None,
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, ctx: Context = Context()
     ) -> Output:
-        """Loss of `targets_BS` (−1 is ignored), or all logits without targets.
+        """Loss of `targets_BS` (−1 is ignored), or logits without targets.
 
-        Args: tokens_BS, targets_BS: int64 `[B, S]`. doc_BS: int32 `[B, S]` document numbers, to
-        keep documents apart. dispatcher: the processes over which the sparse layers are spread.
+        Args: tokens_BS, targets_BS: int64 `[B, S]`. With `ctx.cache` the tokens follow those that
+        it holds, and are added to it.
         """
         x_BSD = self.embed(tokens_BS).to(self.dtype)
-        stats = []
-        for i, block in enumerate(self.layers):
-            x_BSD, s = block(x_BSD, doc_BS, dispatcher and dispatcher.at(i))
+        blocks = self.blocks()
+        ctx = self._with_positions(x_BSD, ctx)
+        stream = blocks[0].residual1
+        x_BSD = stream.expand(x_BSD)
+        stats: list[RouteStats] = []
+        for i, block in enumerate(blocks):
+            x_BSD, s = block(x_BSD, ctx.at(i, len(stats)))
             if s is not None:
                 stats.append(s)
-        x_BSD = self.norm(x_BSD)
+        x_BSD = stream.reduce(x_BSD)
+        if ctx.cache is not None:
+            ctx.cache.advance(ctx.n_new or [tokens_BS.shape[1]] * len(tokens_BS))
         if targets_BS is None:
+            x_BSD = self.norm(_last(x_BSD, ctx) if ctx.last_only else x_BSD)
             return Output(None, self._logits(x_BSD), tuple(stats))
         nats = cross_entropy(
-            x_BSD.flatten(0, 1),
+            self.norm(x_BSD).flatten(0, 1),
             self._head_weight(),
             targets_BS.flatten(),
             self.config.logit_softcap,
@@ -134,29 +109,26 @@ class Transformer(nn.Module):
         """The layers, typed."""
         return [block for block in self.layers if isinstance(block, Block)]
 
-    def sparse_layers(self) -> list[MoE]:
+    def sparse_layers(self) -> list[SparseLayer]:
         """The sparse layers, first layer first: the order of `Output.stats`."""
-        return [ffn for block in self.blocks() if isinstance(ffn := block.ffn, MoE)]
+        return [layer for block in self.blocks() if (layer := block.sparse) is not None]
 
-    def init_state(self, batch: int, max_len: int) -> list[KVState]:
-        """Empty caches for decoding `batch` sequences of at most `max_len` positions."""
+    def init_cache(self, batch: int, max_len: int) -> DenseCache:
+        """An empty cache for decoding `batch` sequences of at most `max_len` positions."""
         device = self.embed.weight.device
-        return [
+        states = [
             block.mixer.init_state(batch, max_len, self.dtype, device) for block in self.blocks()
         ]
+        return DenseCache(states, batch)
 
-    @torch.no_grad()
-    def step(
-        self, tokens_BS: Tensor, state: list[KVState], dispatcher: TokenDispatcher | None = None
-    ) -> Tensor:
-        """Append tokens (a prompt, or one per sequence) and return the logits after the last,
-        float32 `[B, V]`. Dropless whatever the capacity, so that a text does not depend on the
-        pieces in which it is decoded.
-        """
-        x_BSD = self.embed(tokens_BS).to(self.dtype)
-        for i, (block, s) in enumerate(zip(self.blocks(), state, strict=True)):
-            x_BSD = block.step(x_BSD, s, dispatcher and dispatcher.at(i))
-        return self._logits(self.norm(x_BSD[:, -1]))
+    def _with_positions(self, x_BSD: Tensor, ctx: Context) -> Context:
+        """Tables and masks, made here once for all layers, outside of what `block.compile`
+        compiles."""
+        config, positions = self.config, ctx.positions_of(x_BSD)
+        positions.rope(config.head_width, config.rope_theta, self.dtype)
+        for window in set(config.window) or {0}:
+            positions.mask(window)
+        return replace(ctx, positions=positions)
 
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
@@ -168,11 +140,9 @@ class Transformer(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _window(config: ModelConfig, layer: int) -> int:
-    return config.window[layer % len(config.window)] if config.window else 0
-
-
-def _ffn(config: ModelConfig, layer: int, recompute: bool) -> MoE | FeedForward:
-    if config.moe.kind == "dense" or layer < config.moe.n_dense_layers:
-        return FeedForward(config.d_model, config.d_ff, config.activation)
-    return build_moe(config.d_model, config.moe, recompute, config.norm_eps)
+def _last(x_BSD: Tensor, ctx: Context) -> Tensor:
+    """`[B, 1, D]` after the last real token of each sequence."""
+    if ctx.n_new is None:
+        return x_BSD[:, -1:]
+    row = torch.arange(len(x_BSD), device=x_BSD.device)
+    return x_BSD[row, torch.tensor(ctx.n_new, device=x_BSD.device) - 1].unsqueeze(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.config import OptimConfig, UsageError
+from headway.model.roles import Group, roles_of
 from headway.optim.adamw import AdamW
 from headway.optim.muon import Muon
 from headway.parallel.parallelize import SINGLE_PROCESS
@@ -28,23 +29,6 @@ def clip_factor(norm: float, limit: float) -> float:
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
-def group_of(name: str, param: Tensor) -> str:
-    """The group of a parameter, from its name and its number of dims alone."""
-    parts = name.split(".")
-    if parts[0] in ("embed", "head"):
-        return parts[0]
-    # A norm of a latent layer has one row per head, [H, L]: two dims, and yet no matrix.
-    is_vector = param.ndim < 2 or any("norm" in part for part in parts)
-    if "router" in parts:
-        return "router_vectors" if is_vector else "routers"
-    if is_vector:
-        return "vectors"
-    if "experts" in parts:
-        # Stored [inputs, outputs], unlike every other matrix; Muon's shape factor wants to know.
-        return "experts_out" if parts[-1].endswith("FL") and "out" in parts[-1] else "experts"
-    return "matrices"
-
-
 class Optimizers:
     """AdamW and, with `optim.name=muon`, Muon beside it, over named parameter groups.
 
@@ -55,7 +39,7 @@ class Optimizers:
     def __init__(
         self,
         named: dict[str, nn.Parameter],
-        groups: dict[str, list[str]],
+        groups: dict[Group, list[str]],
         adamw: AdamW,
         muon: Muon | None,
     ) -> None:
@@ -138,6 +122,9 @@ class Optimizers:
         self.adamw.updates = updates
 
 
+_EXPERTS = {Group.EXPERT_IN, Group.EXPERT_OUT}
+
+
 def build_optimizers(
     model: nn.Module,
     config: OptimConfig,
@@ -155,37 +142,31 @@ def build_optimizers(
             "use beta2 ≤ 0.99 or float32"
         )
     named = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    groups: dict[str, list[str]] = {}
-    for name, p in named.items():
-        groups.setdefault(group_of(name, p), []).append(name)
-    lr_scale = {
-        "embed": config.embed_lr_scale,
-        "head": config.embed_lr_scale,
-        "routers": config.router_lr_scale,
-        "router_vectors": config.router_lr_scale,
-        "experts": config.expert_lr_scale,
-        "experts_out": config.expert_lr_scale,
-        "matrices": 1.0,
-        "vectors": 1.0,
-    }
-    no_decay = {"embed", "vectors", "router_vectors"}
-    for_muon = {"matrices"} if config.name == "muon" else set()
-    if for_muon and config.muon_experts:
-        for_muon |= {"experts", "experts_out"}
+    roles = roles_of(model)
+    groups: dict[Group, list[str]] = {}
+    for name in named:
+        groups.setdefault(roles[name].group, []).append(name)
+    for_muon: set[Group] = set()
+    if config.name == "muon":
+        for_muon = {Group.MATRIX} | (_EXPERTS if config.muon_experts else set())
+    lr_scale = dict.fromkeys((Group.EMBEDDING, Group.HEAD), config.embed_lr_scale)
+    lr_scale |= dict.fromkeys(_EXPERTS, config.expert_lr_scale)
+    lr_scale[Group.ROUTER] = config.router_lr_scale
     adam_groups, muon_groups = [], []
     for group, names in groups.items():
-        peak = (config.muon_lr if group in for_muon else config.lr) * lr_scale[group]
-        made = {
-            "name": group,
+        peak = (config.muon_lr if group in for_muon else config.lr) * lr_scale.get(group, 1.0)
+        decays = group not in (Group.EMBEDDING, Group.VECTOR)
+        options = {
+            "name": group.value,
             "params": [named[name] for name in names],
             "lr": peak,
             "peak_lr": peak,
-            "weight_decay": 0.0 if group in no_decay else config.weight_decay,
+            "weight_decay": config.weight_decay if decays else 0.0,
         }
         if group in for_muon:
-            muon_groups.append({**made, "transposed": group == "experts_out"})
+            muon_groups.append({**options, "transposed": group is Group.EXPERT_OUT})
         else:
-            adam_groups.append(made)
+            adam_groups.append(options)
     placed = sum(p.numel() for g in adam_groups + muon_groups for p in g["params"])
     total = sum(p.numel() for p in model.parameters())
     assert placed == total and math.isfinite(placed), (

@@ -72,9 +72,9 @@ class MeshDispatcher:
             dedup=self.dedup,
         )
 
-    def combine(self, y_THL: Tensor, trip: expert.CombineMetadata | None) -> Future[Tensor]:
+    def combine(self, y_THL: Tensor, metadata: expert.CombineMetadata | None) -> Future[Tensor]:
         """Outputs of the experts back to the rank of the head, summed."""
-        return Completed(y_THL) if trip is None else trip.back(y_THL)
+        return Completed(y_THL) if metadata is None else metadata.back(y_THL)
 
     def gather(self, y_THL: Tensor) -> Future[Tensor]:
         """Sub-tokens back to the ranks of their tokens."""

@@ -37,7 +37,6 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
@@ -49,10 +48,7 @@ except ImportError:  # before torch 2.13
     from torch.distributed import all_gather_into_tensor as _all_gather
     from torch.distributed import reduce_scatter_tensor as _reduce_scatter
 
-from headway.model.experts import Experts
-from headway.model.linear import RMSNorm
-from headway.model.moe import MoE
-from headway.model.router import Router
+from headway.model.roles import DeclaresRoles, Group, SplitOver, roles_of
 from headway.model.transformer import Transformer
 from headway.parallel.collectives import CommContext
 from headway.parallel.mesh import Axis, Mesh
@@ -71,26 +67,23 @@ def apply_fsdp(model: Transformer, sharding: Sharding) -> Sharding:
     device_mesh, axis = _block_mesh(mesh)
     shards: dict[str, ShardSpec] = {}
     not_sharded: set[nn.Parameter] = set()
-    float32 = {
-        p for m in model.modules() if isinstance(m, RMSNorm | Router) for p in m.parameters()
-    }
+    roles = roles_of(model)
     for name, p in model.named_parameters():
-        if sharding.placements[name].replicas is mesh.world and p not in float32:
+        float32 = roles[name].group in (Group.VECTOR, Group.ROUTER)
+        if sharding.placements[name].replicas is mesh.world and not float32:
             shards[name] = ShardSpec(0, p.shape[0], axis)
         else:
             not_sharded.add(p)
     for i, block in enumerate(model.blocks()):
-        if kind == "fsdp" and mesh.dp.size > 1 and isinstance(block.ffn, MoE):
-            expert_shards = _shard_experts(block.ffn.experts, mesh, model.dtype, i)
-            shards |= {f"layers.{i}.ffn.experts.{k}": spec for k, spec in expert_shards.items()}
+        for prefix, experts in _experts_of(block) if kind == "fsdp" and mesh.dp.size > 1 else ():
+            expert_shards = _shard_experts(experts, mesh, model.dtype, i)
+            shards |= {f"layers.{i}.{prefix}.{k}": spec for k, spec in expert_shards.items()}
         # layers cast their weights to the dtype of the matmul, which then costs nothing
         stored = next(block.parameters()).dtype
         policy = MixedPrecisionPolicy(model.dtype, stored, cast_forward_inputs=False)
         fully_shard(block, mesh=device_mesh, mp_policy=policy, ignored_params=not_sharded)
-        register_fsdp_forward_method(block, "step")
         _use_counted_sums(block, axis, mesh, model.dtype, i)
     fully_shard(model, mesh=device_mesh, ignored_params=not_sharded)
-    register_fsdp_forward_method(model, "step")
     _use_counted_sums(model, axis, mesh, model.dtype, None)
     first = mesh.dp.index == 0 if kind == "hsdp" else True
     placements = {
@@ -123,17 +116,29 @@ def _block_mesh(mesh: Mesh) -> tuple[DeviceMesh, Axis]:
     return both, Axis("replica", size, mesh.rank % size, both.get_group("replica"))
 
 
+def _experts_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a block whose parameters are split over heads and experts, by name."""
+
+    def has_experts(module: nn.Module) -> bool:
+        roles = module.roles().values() if isinstance(module, DeclaresRoles) else ()
+        return any(role.shard is SplitOver.EXPERTS for role in roles)
+
+    return [(name, module) for name, module in block.named_modules() if has_experts(module)]
+
+
 def _shard_experts(
-    experts: Experts, mesh: Mesh, dtype: torch.dtype, layer: int
+    experts: nn.Module, mesh: Mesh, dtype: torch.dtype, layer: int
 ) -> dict[str, ShardSpec]:
-    """Shard experts over dp: between heads, else between experts, else within an expert."""
+    """Shard parameters `[H, E, …, F, L]` over dp: between heads, else between experts, else along
+    F."""
     assert mesh.device_mesh is not None
     size = mesh.dp.size
-    H, E, _, F, _ = experts.w_in_HEGFL.shape
-    # FSDP2 allows uneven shards along dim 0 only
-    within = (3, 2) if F % size == 0 else (0, 0)
-    dims = (0, 0) if H % size == 0 else (1, 1) if E % size == 0 else within
-    dim_of = {experts.w_in_HEGFL: dims[0], experts.w_out_HEFL: dims[1]}
+
+    def choose_dim(p: nn.Parameter) -> int:
+        # FSDP2 allows uneven shards along dim 0 only
+        return next((dim for dim in (0, 1, p.ndim - 2) if p.shape[dim] % size == 0), 0)
+
+    dim_of = {p: choose_dim(p) for p in experts.parameters()}
     shards = {
         name: ShardSpec(dim_of[p], p.shape[dim_of[p]], mesh.dp)
         for name, p in experts.named_parameters()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headway.model.dispatch import LOCAL, LocalDispatcher
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import MeshDispatcher, uses_all_gather
 from headway.parallel.fsdp import apply_fsdp
@@ -16,8 +17,7 @@ class Parallelism:
     """A model on a mesh: the placement of its tensors and the exchange of its tokens."""
 
     sharding: Sharding
-    dispatcher: MeshDispatcher | None
-    """None in a single process."""
+    dispatcher: MeshDispatcher | LocalDispatcher
 
     @property
     def mesh(self) -> Mesh:
@@ -25,13 +25,13 @@ class Parallelism:
         return self.sharding.mesh
 
 
-SINGLE_PROCESS = Parallelism(Sharding(Mesh(), {}), None)
+SINGLE_PROCESS = Parallelism(Sharding(Mesh(), {}), LOCAL)
 
 
 def parallelize(model: Transformer, mesh: Mesh) -> Parallelism:
     """Replace the tensors of a full model by the parts that this rank holds, in place."""
     if mesh.size == 1:
-        return Parallelism(Sharding(mesh, {}), None)
+        return Parallelism(Sharding(mesh, {}), LOCAL)
     config = mesh.config
     dispatcher = MeshDispatcher(
         mesh,

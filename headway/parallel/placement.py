@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from headway.model.moe import MoE
+from headway.model.moe import SparseLayer
+from headway.model.roles import SplitOver, roles_of
 from headway.model.transformer import Transformer
 from headway.parallel.mesh import Axis, Mesh
 
@@ -88,7 +89,7 @@ class Sharding:
         placement = self.placements.get(name)
         return full if placement is None else placement.local_view(full)
 
-    def local_heads(self, x: Tensor, layer: MoE) -> Tensor:
+    def local_heads(self, x: Tensor, layer: SparseLayer) -> Tensor:
         """Return the rows of a statistic `[H, …]` of all heads for the heads whose router is on
         this rank; a scalar is returned as it is."""
         H = layer.router.w_HEL.shape[0]
@@ -102,22 +103,20 @@ def partition(model: Transformer, mesh: Mesh) -> Sharding:
     placements. FSDP comes after it (`fsdp.apply_fsdp`)."""
     first = mesh.dp.index == 0
     replicated = Placement((), mesh.world, mesh.rank == 0)
-    experts = Placement((mesh.hp, mesh.ep), mesh.dp, first)
-    routers = Placement((mesh.hp,), mesh.routers, mesh.routers.index == 0)
-    placements = {name: replicated for name, _ in _tensors(model)}
-    for prefix, layer in model.named_modules():
-        if not isinstance(layer, MoE):
-            continue
-        sliced: list[tuple[str, nn.Module, Placement]] = [("experts", layer.experts, experts)]
-        if mesh.hp.size > 1 and not layer.reads_token:
-            sliced.append(("router", layer.router, routers))
-        for part, module, placement in sliced:
-            for name, tensor in _tensors(module):
-                placements[f"{prefix}.{part}.{name}"] = placement
-                with torch.no_grad():
-                    # a copy, so that the memory of the full tensor is freed
-                    local = placement.local_view(tensor).clone()
-                    tensor.set_(local)  # type: ignore[call-overload]
+    placement_of = {
+        SplitOver.NONE: replicated,
+        SplitOver.HEADS: Placement((mesh.hp,), mesh.routers, mesh.routers.index == 0),
+        SplitOver.EXPERTS: Placement((mesh.hp, mesh.ep), mesh.dp, first),
+    }
+    if mesh.hp.size == 1:
+        placement_of[SplitOver.HEADS] = replicated
+    placements = {name: placement_of[role.shard] for name, role in roles_of(model).items()}
+    with torch.no_grad():
+        for name, tensor in _tensors(model):
+            if placements[name].axes:
+                # a copy, so that the memory of the full tensor is freed
+                local = placements[name].local_view(tensor).clone()
+                tensor.set_(local)  # type: ignore[call-overload]
     return Sharding(mesh, placements)
 
 

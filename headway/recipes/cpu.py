@@ -10,6 +10,7 @@ from headway.config import (
     OptimConfig,
     RouterConfig,
     RunConfig,
+    latent_acc,
 )
 
 
@@ -61,8 +62,6 @@ def moe() -> Config:
 def latent() -> Config:
     """Return LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as
     the FLOPs allow."""
-    from headway.model.moe import latent_acc  # which imports PyTorch
-
     n_experts, top_k = latent_acc(32, 8, alpha=2, d_expert=64, d_model=128, activation="swiglu")
     return _sparse(
         "latent",

@@ -14,6 +14,7 @@ from torch import Tensor
 from headway.config import BalanceConfig
 from headway.data.batch import Batch
 from headway.model.balance import RouteStats, balance_loss
+from headway.model.context import Context
 from headway.model.dispatch import TokenDispatcher
 from headway.model.transformer import Transformer
 
@@ -30,7 +31,7 @@ class StepContext:
     """Number of micro-batches on all ranks together."""
     load: Sequence[Tensor]
     """Rows per expert `[H, E]`, one per sparse layer, which the auxiliary loss reads."""
-    dispatcher: TokenDispatcher | None
+    dispatcher: TokenDispatcher
 
 
 class MicroLoss(NamedTuple):
@@ -75,7 +76,8 @@ class NextToken:
         return (batch.targets_BS >= 0).sum()
 
     def __call__(self, model: Transformer, batch: Batch, step: StepContext) -> MicroLoss:
-        out = model(batch.tokens_BS, batch.targets_BS, batch.doc_BS, step.dispatcher)
+        ctx = Context(batch.doc_BS, dispatcher=step.dispatcher)
+        out = model(batch.tokens_BS, batch.targets_BS, ctx)
         aux = balance_loss(out.stats, self.balance, step.load)
         total = out.nats / step.weight.to(out.nats.dtype) + aux / step.n_micro_batches
         return MicroLoss(total, out.nats, aux, out.stats)

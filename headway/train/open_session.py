@@ -13,6 +13,7 @@ from headway.checkpoint.lock import Lock
 from headway.checkpoint.run_folder import RunStart
 from headway.config import PeerError, RankError, UsageError, leaves
 from headway.data.tokenizer import Tokenizer
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.parallel.mesh import launch
@@ -79,7 +80,7 @@ def open_session(
         # before the run folder is touched: a wrong --data must not clear a run
         data = load_data(config, tokenizer, mesh, log)
         with torch.device("meta"):
-            model = Transformer(config.model, dtype=resolved.dtype, recompute=run.recompute)
+            model = Transformer(config.model, Compute(resolved.dtype, run.recompute))
         sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
         parallelism = materialize(model, mesh, run.seed)
         if not resumes:

@@ -13,7 +13,7 @@ from headway.config.check import validate
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.paths import check_float8, choose_path, explain
 from headway.kernels.precision import native_bfloat16
-from headway.model.moe import MoE
+from headway.model.moe import SparseLayer
 from headway.model.router import capacity
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import uses_all_gather
@@ -194,7 +194,7 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
     return total, total - idle
 
 
-def _idle(layer: MoE) -> int:
+def _idle(layer: SparseLayer) -> int:
     """Parameters of the experts that a token does not visit."""
     experts: nn.Module = layer.experts
     held = sum(p.numel() for p in experts.parameters())

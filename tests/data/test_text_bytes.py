@@ -17,6 +17,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.validation import validation_text
 from headway.eval.bits_per_byte import evaluate
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 
 NFD = [unicodedata.normalize("NFD", f"äöü é {i}") for i in range(24)]
@@ -131,7 +132,7 @@ def test_bits_per_byte_are_divided_by_the_bytes_of_the_text(made):
     stream, _ = made("NFC", "accents")
     moe = MoEConfig(n_experts=2, top_k=2, d_expert=8)
     config = ModelConfig(vocab_size=257, n_layers=1, d_model=16, n_heads=2, moe=moe)
-    model = Transformer(config, dtype=torch.float64, seed=0).double()
+    model = Transformer(config, Compute(dtype=torch.float64), seed=0).double()
     found = evaluate(model, stream, validation_text(stream, 0).windows, 4)
     nats = found.val_loss * len(stream.dataset.sources[0].val)
     bits = nats / math.log(2) / by_hand("accents")["val"]

@@ -12,6 +12,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.validation import validation_text
 from headway.eval.bits_per_byte import bits_per_byte, evaluate
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 
 
@@ -36,7 +37,7 @@ def model(dtype=torch.float32):
         n_heads=2,
         moe=MoEConfig(n_experts=2, top_k=2, d_expert=8),
     )
-    return Transformer(config, dtype=dtype, seed=0).to(dtype)
+    return Transformer(config, Compute(dtype=dtype), seed=0).to(dtype)
 
 
 def test_equals_the_plain_sum(stream):

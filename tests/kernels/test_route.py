@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.config import BalanceConfig, RouterConfig
+from headway.config import MoEConfig
 from headway.kernels import route as module
 from headway.kernels.route import Routed, route_logits, route_reference
 from headway.kernels.topk import top_k
@@ -239,7 +239,7 @@ def test_is_a_well_formed_custom_operator(by_head):
 
 
 def test_a_router_compiles_whole_and_equals_eager():
-    router = Router(2, 6, 10, 3, RouterConfig(), BalanceConfig())
+    router = Router(12, MoEConfig(n_heads=2, n_experts=10, top_k=3))
     init_weights(router, seed=0)
     x = torch.randn(40, 2, 6)
     results = []

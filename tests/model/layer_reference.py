@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from headway.config import RouterConfig
-from headway.model.moe import MoE, MultiHeadLatentMoE
+from headway.model.moe import SparseLayer
 
 
 def act(pre: Tensor, activation: str) -> Tensor:
@@ -33,13 +33,13 @@ def gates(logits_E: Tensor, chosen: list[int], c: RouterConfig) -> Tensor:
     return g * c.scale
 
 
-def layer_reference(layer: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+def layer_reference(layer: SparseLayer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(output `[T, D]`, chosen experts `[T, H, K]`) of a layer whose parameters are float64; dropless, no noise."""
     router, experts = layer.router, layer.experts
     c = router.config
     out, picked = [], []
     for x_D in x_TD:
-        if isinstance(layer, MultiHeadLatentMoE):
+        if layer.w_in is not None:
             sub = list((layer.w_in.weight @ x_D).chunk(layer.n_heads))
             if layer.norm is not None:
                 sub = [
@@ -57,11 +57,13 @@ def layer_reference(layer: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor]:
             y_L = torch.zeros_like(z_L)
             for slot, e in enumerate(chosen):
                 pre = experts.w_in_HEGFL[h, e].flatten(0, 1) @ z_L
-                y_L = y_L + g_K[slot] * (act(pre, experts.activation) @ experts.w_out_HEFL[h, e])
+                y_L = y_L + g_K[slot] * (
+                    act(pre, experts.config.activation) @ experts.w_out_HEFL[h, e]
+                )
             merged.append(y_L)
             picked_H.append(chosen)
         y_D = torch.cat(merged)
-        if isinstance(layer, MultiHeadLatentMoE):
+        if layer.w_in is not None:
             y_D = layer.w_out.weight @ y_D
         if layer.shared is not None:
             pre = layer.shared.w_in.weight @ x_D

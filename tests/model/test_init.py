@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from headway.config import ModelConfig, MoEConfig, RouterConfig
+from headway.model.context import Context
 from headway.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -64,5 +65,5 @@ def test_residual_stream_keeps_its_scale_over_depth():
     with torch.no_grad():
         x = model.embed(torch.randint(0, 512, (2, 64)))
         for block in model.layers:
-            x, _ = block(x)
+            x, _ = block(x, Context())
     assert 0.2 < float(x.std()) < 2.0

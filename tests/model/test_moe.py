@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.config import BalanceConfig, MoEConfig, RouterConfig, UsageError
-from headway.model.moe import (
+from headway.model.context import Context
+from headway.model.layers import (
     LatentMoE,
     MoE,
     MultiHeadLatentMoE,
-    build_moe,
     latent_acc,
     latent_eff,
 )
+from headway.model.moe import SparseLayer
 from tests.compare import assert_close
 from tests.model.layer_reference import layer_reference
 
@@ -100,7 +101,7 @@ def test_lower_precision(dtype, bound):
         reference = build("multi_head").float()
         reference.load_state_dict(layer.state_dict())
         want, chosen = layer_reference(reference.double(), x.to(dtype).double())
-        out, _ = layer(x.to(dtype), chosen)
+        out, _ = layer(x.to(dtype), Context(replay=(chosen,)))
     assert out.dtype == dtype and stats.prob_HE.dtype == torch.float32
     assert_close(out, want, bound)
 
@@ -117,7 +118,7 @@ def test_replays_a_selection():
     x = torch.randn(6, 12, dtype=torch.float64)
     given_index = torch.randint(0, 5, (6, 3, 1)).repeat(1, 1, 2)
     given_index[..., 1] = (given_index[..., 0] + 1) % 5
-    _, stats = layer(x, given_index)
+    _, stats = layer(x, Context(replay=(given_index,)))
     assert torch.equal(
         stats.counts_HE[1], torch.bincount(given_index[:, 1].flatten(), minlength=5).double()
     )
@@ -230,14 +231,15 @@ def test_bad_sizes_are_named(make, message):
     assert "\n" not in str(error.value)
 
 
-def test_build_moe_follows_the_config():
+def test_a_sparse_layer_follows_its_config():
     c = MoEConfig(
         kind="multi_head_latent", n_heads=2, d_latent=16, n_experts=4, top_k=2, d_expert=3
     )
-    layer = build_moe(8, c)
+    layer = SparseLayer(8, c)
     assert layer.experts.w_in_HEGFL.shape == (2, 4, 2, 3, 8)
-    flat = build_moe(8, replace(c, kind="moe", balance=BalanceConfig(bias="quantile")))
-    assert type(flat) is MoE and flat.router.wants_margins
+    quantile = BalanceConfig(bias="quantile")
+    flat = SparseLayer(8, replace(c, kind="moe", n_heads=1, d_latent=0, balance=quantile))
+    assert flat.w_in is None and flat.router.wants_margins
     assert math.prod(flat.experts.w_in_HEGFL.shape) == 4 * 2 * 3 * 8
 
 

@@ -1,15 +1,31 @@
 import pytest
 import torch
 
-from headway.config import BalanceConfig, RouterConfig
+from headway.config import BalanceConfig, MoEConfig, RouterConfig
 from headway.model.balance import aux_loss, merge_stats
 from headway.model.init import init_weights
 from headway.model.router import Router
 from tests.compare import assert_close
 
 
-def build(config=RouterConfig(), balance=BalanceConfig(), n_experts=6, top_k=2, heads=2, **options):
-    router = Router(heads, 4, n_experts, top_k, config, balance, **options).double()
+def build(
+    config=RouterConfig(),
+    balance=BalanceConfig(),
+    n_experts=6,
+    top_k=2,
+    heads=2,
+    capacity_factor=0.0,
+):
+    shape = MoEConfig(
+        n_experts=n_experts,
+        top_k=top_k,
+        n_heads=heads,
+        d_latent=4 * heads,
+        router=config,
+        balance=balance,
+        capacity_factor=capacity_factor,
+    )
+    router = Router(9, shape).double()
     init_weights(router, seed=0)
     return router
 
@@ -107,7 +123,7 @@ def test_router_reads_a_whole_token_for_all_heads():
 
 
 def test_scores_are_float32_for_bfloat16_tokens():
-    router = Router(1, 4, 6, 2, RouterConfig(), BalanceConfig())
+    router = Router(4, MoEConfig(n_experts=6, top_k=2))
     init_weights(router, seed=0)
     x = torch.randn(5, 1, 4).bfloat16()
     route = router(x)

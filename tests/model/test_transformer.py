@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from headway.config import ModelConfig, MoEConfig
+from headway.model.compute import Compute
+from headway.model.context import Context
 from headway.model.transformer import Transformer
 from tests.compare import assert_close
 
@@ -27,7 +29,7 @@ def tokens(batch=2, length=9, seed=0):
     "change", [{}, {"tied": True}, {"logit_softcap": 3.0}, {"window": (0, 4)}], ids=str
 )
 def test_loss_is_the_cross_entropy_of_its_logits(change):
-    model = Transformer(replace(SMALL, **change), dtype=torch.float64, seed=0).double()
+    model = Transformer(replace(SMALL, **change), Compute(dtype=torch.float64), seed=0).double()
     x, y = tokens()
     y = y.clone()
     y[0, :3] = -1
@@ -43,7 +45,7 @@ def test_loss_is_the_cross_entropy_of_its_logits(change):
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_torch_func_takes_a_whole_model(dtype, bound):
     """Gradients of each sequence, and a tangent, by the reference of every operator."""
-    model = Transformer(SMALL, dtype=dtype, seed=0).to(dtype)
+    model = Transformer(SMALL, Compute(dtype=dtype), seed=0).to(dtype)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     x, y = tokens(3)
 
@@ -63,8 +65,8 @@ def test_torch_func_takes_a_whole_model(dtype, bound):
 
 def test_a_model_in_bfloat16():
     """Weights and all: the loss is that of the same weights in float64."""
-    model = Transformer(SMALL, dtype=torch.bfloat16, seed=0).bfloat16()
-    wide = Transformer(SMALL, dtype=torch.float64).double()
+    model = Transformer(SMALL, Compute(dtype=torch.bfloat16), seed=0).bfloat16()
+    wide = Transformer(SMALL, Compute(dtype=torch.float64)).double()
     wide.load_state_dict(model.state_dict())
     x, y = tokens(4, 20)
     assert_close(model(x, y).nats, wide(x, y).nats, 2e-3)
@@ -84,28 +86,52 @@ def test_first_loss_is_log_v_and_seed_decides_the_weights():
 def test_decoding_drops_nothing_whatever_the_capacity():
     """Else a text would depend on the pieces in which it is decoded."""
     bounded = replace(SMALL, moe=replace(SMALL.moe, capacity_factor=0.5))
-    model, free = (Transformer(c, dtype=torch.float64, seed=0).double() for c in (bounded, SMALL))
+    model, free = (
+        Transformer(c, Compute(dtype=torch.float64), seed=0).double() for c in (bounded, SMALL)
+    )
     x, _ = tokens(2, 12)
     want = free(x).logits_BSV
     assert not torch.equal(model(x).logits_BSV, want)
-    state = model.init_state(2, 12)
-    assert_close(model.step(x[:, :11], state), want[:, 10], 1e-12)
-    assert_close(model.step(x[:, 11:], state), want[:, 11], 1e-12)
+    ctx = Context(cache=model.init_cache(2, 12))
+    assert_close(model(x[:, :11], ctx=ctx).logits_BSV, want[:, :11], 1e-12)
+    assert_close(model(x[:, 11:], ctx=ctx).logits_BSV, want[:, 11:], 1e-12)
 
 
 @pytest.mark.parametrize("change", [{}, {"window": (4,)}, {"n_kv_heads": 1}], ids=str)
 def test_decoding_equals_forward(change):
-    model = Transformer(replace(SMALL, **change), dtype=torch.float64, seed=0).double().eval()
+    model = (
+        Transformer(replace(SMALL, **change), Compute(dtype=torch.float64), seed=0).double().eval()
+    )
     x, _ = tokens(2, 12)
     want = model(x).logits_BSV
-    state = model.init_state(2, 12)
-    assert_close(model.step(x[:, :5], state), want[:, 4], 1e-12)
+    ctx = Context(cache=model.init_cache(2, 12), last_only=True)
+    assert_close(model(x[:, :5], ctx=ctx).logits_BSV[:, 0], want[:, 4], 1e-12)
     for i in range(5, 12):
-        assert_close(model.step(x[:, i : i + 1], state), want[:, i], 1e-12)
+        assert_close(model(x[:, i : i + 1], ctx=ctx).logits_BSV[:, 0], want[:, i], 1e-12)
+
+
+@pytest.mark.parametrize("change", [{}, {"window": (4,)}, {"n_kv_heads": 1}], ids=str)
+def test_ragged_decoding_equals_forward(change):
+    """Sequences of different lengths in one cache, prefilled together and decoded together."""
+    model = Transformer(replace(SMALL, **change), Compute(dtype=torch.float64), seed=0).double()
+    x, _ = tokens(3, 12)
+    want = model(x).logits_BSV
+    prompts = (5, 2, 4)
+    ctx = Context(cache=model.init_cache(3, 14), n_new=prompts, last_only=True)
+    logits = model(x[:, :5], ctx=ctx).logits_BSV[:, 0]
+    for b, n in enumerate(prompts):
+        assert_close(logits[b], want[b, n - 1], 1e-12)
+    for step, n_new in enumerate([(1, 1, 1), (2, 2, 2), (2, 1, 2)]):
+        held = ctx.cache.lengths
+        width = max(n_new)
+        new = torch.stack([x[b, n : n + width] for b, n in enumerate(held)])
+        logits = model(new, ctx=replace(ctx, n_new=n_new)).logits_BSV[:, 0]
+        for b, (n, more) in enumerate(zip(held, n_new, strict=True)):
+            assert_close(logits[b], want[b, n + more - 1], 1e-12), step
 
 
 def test_future_tokens_do_not_matter():
-    model = Transformer(SMALL, dtype=torch.float64, seed=0).double()
+    model = Transformer(SMALL, Compute(dtype=torch.float64), seed=0).double()
     x, _ = tokens()
     changed = x.clone()
     changed[:, 6:] = (changed[:, 6:] + 1) % 32
@@ -113,10 +139,12 @@ def test_future_tokens_do_not_matter():
 
 
 def test_documents_apart_equal_documents_alone():
-    model = Transformer(replace(SMALL, rope_theta=100.0), dtype=torch.float64, seed=0).double()
+    model = Transformer(
+        replace(SMALL, rope_theta=100.0), Compute(dtype=torch.float64), seed=0
+    ).double()
     x, _ = tokens(1, 10)
     doc = torch.tensor([[0] * 6 + [1] * 4], dtype=torch.int32)
-    together = model(x, doc_BS=doc).logits_BSV
+    together = model(x, ctx=Context(doc)).logits_BSV
     # RoPE is relative, so a document that starts at position 6 reads as if it started at 0
     assert_close(together[:, 6:], model(x[:, 6:]).logits_BSV, 1e-11)
 
@@ -132,8 +160,8 @@ def test_statistics_come_from_the_sparse_layers_in_order():
 
 def test_bfloat16_is_near_float64():
     x, y = tokens(1, 6)
-    low = Transformer(SMALL, dtype=torch.bfloat16, seed=0)
-    wide = Transformer(SMALL, dtype=torch.float64, seed=0).double()
+    low = Transformer(SMALL, Compute(dtype=torch.bfloat16), seed=0)
+    wide = Transformer(SMALL, Compute(dtype=torch.float64), seed=0).double()
     out = low(x, y)
     assert out.nats.dtype == torch.float32
     assert_close(out.nats, wide(x, y).nats, 1e-2)

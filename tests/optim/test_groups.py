@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from headway.config import OptimConfig, UsageError
+from headway.model.linear import Embedding, Linear, RMSNorm
+from headway.model.roles import Group, Role
 from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
 
 
@@ -16,6 +18,9 @@ class Router(nn.Module):
         self.w_HEL = nn.Parameter(torch.randn(2, 4, 3))
         self.register_buffer("bias_HE", torch.zeros(2, 4))
 
+    def roles(self):
+        return {"w_HEL": Role(Group.ROUTER), "bias_HE": Role(Group.ROUTER)}
+
 
 class Experts(nn.Module):
     def __init__(self):
@@ -23,27 +28,37 @@ class Experts(nn.Module):
         self.w_in_HEGFL = nn.Parameter(torch.randn(2, 4, 2, 5, 3))
         self.w_out_HEFL = nn.Parameter(torch.randn(2, 4, 5, 3))
 
+    def roles(self):
+        return {"w_in_HEGFL": Role(Group.EXPERT_IN), "w_out_HEFL": Role(Group.EXPERT_OUT)}
+
+
+class Biased(nn.Linear):
+    def roles(self):
+        return {"weight": Role(Group.MATRIX), "bias": Role(Group.VECTOR)}
+
 
 class Ffn(nn.Module):
     def __init__(self):
         super().__init__()
         self.router = Router()
         self.experts = Experts()
-        self.norm = nn.Module()
-        self.norm.weight_HL = nn.Parameter(torch.ones(2, 3))
+        self.norm = RMSNorm(2, 3)
 
 
 class Tiny(nn.Module):
-    """The names of the real model at the smallest size."""
+    """The groups of the real model at the smallest size."""
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(7, 6)
+        self.embed = Embedding(7, 6)
         self.layers = nn.ModuleList([nn.Module()])
-        self.layers[0].norm1 = nn.RMSNorm(6)
-        self.layers[0].q = nn.Linear(6, 6, bias=True)
+        self.layers[0].norm1 = RMSNorm(6)
+        self.layers[0].q = Biased(6, 6, bias=True)
         self.layers[0].ffn = Ffn()
-        self.head = nn.Linear(6, 7, bias=False)
+        self.head = Linear(6, 7, head=True)
+        for p in (self.layers[0].norm1.weight, self.layers[0].ffn.norm.weight):
+            nn.init.ones_(p)
+        nn.init.normal_(self.head.weight)
 
 
 def _model(seed=0):
@@ -62,9 +77,9 @@ def test_every_parameter_is_in_the_group_of_its_kind():
         name="muon", lr=1e-3, muon_lr=0.02, embed_lr_scale=2, router_lr_scale=3, expert_lr_scale=5
     )
     optimizers = build_optimizers(_model(), config)
-    assert optimizers.groups == {
+    assert {group.value: names for group, names in optimizers.groups.items()} == {
         "embed": ["embed.weight"],
-        "vectors": ["layers.0.norm1.weight", "layers.0.q.bias", "layers.0.ffn.norm.weight_HL"],
+        "vectors": ["layers.0.norm1.weight", "layers.0.q.bias", "layers.0.ffn.norm.weight"],
         "matrices": ["layers.0.q.weight"],
         "routers": ["layers.0.ffn.router.w_HEL"],
         "experts": ["layers.0.ffn.experts.w_in_HEGFL"],

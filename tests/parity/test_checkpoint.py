@@ -15,6 +15,7 @@ from headway.checkpoint.load import load_checkpoint
 from headway.checkpoint.save import save_checkpoint
 from headway.checkpoint.tensor_files import TensorFile
 from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.parallel.parallelize import parallelize
@@ -54,7 +55,7 @@ def batches(mesh, step):
 
 def go_on(mesh, folder, first, last, model, optim, save_at=()):
     """Steps first … last − 1 after the newest checkpoint, on this rank; loss and norm of each."""
-    net = Transformer(model, dtype=torch.float64, seed=0).double()
+    net = Transformer(model, Compute(dtype=torch.float64), seed=0).double()
     parallelism = parallelize(net, mesh)
     optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
     torch.manual_seed(mesh.rank)
@@ -107,7 +108,7 @@ def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim, tied):
 
 def resave(mesh, source, target, model, optim):
     """Loads a checkpoint and writes it again."""
-    net = Transformer(model, dtype=torch.float64, seed=1).double()
+    net = Transformer(model, Compute(dtype=torch.float64), seed=1).double()
     parallelism = parallelize(net, mesh)
     optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
     path, _ = checkpoint_dir.latest(Path(source))
@@ -142,7 +143,7 @@ def test_on_the_same_mesh_the_bits_are_the_same(ranks, tmp_path):
 
 def fails_once(mesh, folder, model, optim):
     """Rank 1 has no space at its first save; what every rank saw."""
-    net = Transformer(model, dtype=torch.float64, seed=0).double()
+    net = Transformer(model, Compute(dtype=torch.float64), seed=0).double()
     parallelism = parallelize(net, mesh)
     optimizers = build_optimizers(net, optim, torch.float64, parallelism.sharding)
     write, seen = TensorFile.write, []

@@ -29,6 +29,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import evaluate
 from headway.eval.sampling import generate
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.parallel.mesh import fake
@@ -142,7 +143,7 @@ def _story(mesh, config, optim, data, folder, steps):
 
 
 def build(mesh, config, optim):
-    model = Transformer(config, dtype=torch.float64, seed=0).double()
+    model = Transformer(config, Compute(dtype=torch.float64), seed=0).double()
     parallelism = parallelize(model, mesh)
     return model, parallelism, build_optimizers(model, optim, torch.float64, parallelism.sharding)
 
@@ -226,7 +227,7 @@ def test_a_model_for_512_ranks(kind):
 
 def bits(mesh, config, optim):
     """Three steps with matmuls in bfloat16: nats, gradients and parameters, whole."""
-    model = Transformer(config, dtype=torch.bfloat16, seed=0)
+    model = Transformer(config, Compute(dtype=torch.bfloat16), seed=0)
     parallelism = parallelize(model, mesh)
     optimizers = build_optimizers(model, optim, torch.float32, parallelism.sharding)
     found, load = [], None

@@ -5,6 +5,7 @@ import torch
 
 from headway.config import MeshConfig
 from headway.model.balance import balance_loss
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.parallel import reduce
 from headway.parallel.parallelize import parallelize
@@ -15,7 +16,7 @@ from tests.parity.test_parity import ROWS, close, heads, rows_of
 def sums(mesh, n_bytes):
     """Gradients with buckets of this size; the messages that left during backward, and all."""
     before, reduce.BUCKET = reduce.BUCKET, n_bytes
-    model = Transformer(heads(), dtype=torch.float64, seed=0).double()
+    model = Transformer(heads(), Compute(dtype=torch.float64), seed=0).double()
     parallelism = parallelize(model, mesh)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)

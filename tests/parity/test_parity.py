@@ -15,6 +15,7 @@ from headway.config import (
     RouterConfig,
 )
 from headway.data.batch import Batch, micro_batches
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor
 from headway.parallel.parallelize import parallelize
@@ -149,7 +150,7 @@ def rows_of(mesh, micro: int) -> list[int]:
 
 def train(mesh, case: Case, micro: int, steps: int = STEPS):
     """Some steps on this rank's rows; everything that must not depend on the mesh."""
-    model = Transformer(case.model, dtype=torch.float64, seed=0).double()
+    model = Transformer(case.model, Compute(dtype=torch.float64), seed=0).double()
     if case.skew:
         with torch.no_grad():
             for layer in model.sparse_layers():

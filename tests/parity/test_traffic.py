@@ -8,6 +8,7 @@ import torch
 
 from headway.config import MeshConfig, RouterConfig
 from headway.data.batch import Batch, micro_batches
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.parallel.collectives import AsyncCollective
 from headway.parallel.parallelize import parallelize
@@ -27,7 +28,7 @@ S = 8
 
 def count(mesh, case: Case, dtype=torch.float32):
     """One step; bytes by purpose, and the ledger's counts."""
-    model = Transformer(case.model, dtype=dtype, seed=0)
+    model = Transformer(case.model, Compute(dtype=dtype), seed=0)
     parallelism = parallelize(model, mesh)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, S), generator=generator)

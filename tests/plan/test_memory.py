@@ -7,6 +7,7 @@ import torch
 
 from headway.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimConfig, RouterConfig
 from headway.kernels.cpp import cpp_kernels
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.plan.memory import activations, states
@@ -76,7 +77,7 @@ def saved_bytes(model: Transformer, doc: bool) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_activation_bytes_match_saved_tensors(name, recompute):
     config = MODELS[name]
-    measured = saved_bytes(Transformer(config, recompute=recompute, seed=0), doc=False)
+    measured = saved_bytes(Transformer(config, Compute(recompute=recompute), seed=0), doc=False)
     formula = total(activations(config, B, S, recompute=recompute))
     assert formula == pytest.approx(measured, rel=0.02)
 
@@ -87,7 +88,7 @@ def test_activation_bytes_match_saved_tensors(name, recompute):
 )
 def test_activation_bytes_in_bfloat16(name):
     config = MODELS[name]
-    measured = saved_bytes(Transformer(config, dtype=torch.bfloat16, seed=0), doc=False)
+    measured = saved_bytes(Transformer(config, Compute(dtype=torch.bfloat16), seed=0), doc=False)
     assert total(activations(config, B, S, bytes_per_value=2)) == pytest.approx(measured, rel=0.02)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headway.model.dispatch import Completed
-from headway.model.moe import MultiHeadLatentMoE
+from headway.model.layers import MultiHeadLatentMoE
 from headway.plan.overlap import (
     NOTHING,
     Counts,

@@ -8,6 +8,7 @@ import torch
 from headway.config import BalanceConfig, ModelConfig, MoEConfig, OptimConfig
 from headway.data.batch import Batch, micro_batches
 from headway.model.balance import aux_loss, new_bias
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, global_grad_norm
 from headway.train.objective import NextToken
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 def _model(balance, dtype=torch.float32):
     moe = MoEConfig(n_heads=2, n_experts=4, top_k=2, d_expert=16, balance=balance)
     config = ModelConfig(vocab_size=64, n_layers=2, d_model=32, n_heads=2, moe=moe)
-    model = Transformer(config, dtype=dtype, seed=0)
+    model = Transformer(config, Compute(dtype=dtype), seed=0)
     return model.double() if dtype == torch.float64 else model
 
 

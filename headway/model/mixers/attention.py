@@ -1,28 +1,40 @@
 """Grouped-query attention: the default token mixer.
 
 B sequences · S positions · D model width · N query heads · M key/value heads · d head width.
-A token mixer is a slot of the block: `forward` for training, `init_state` and `step` for decoding.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.kernels.attention import attention
-from headway.kernels.rope import norm_rope, rope, rope_tables
+from headway.kernels.rope import norm_rope, rope
+from headway.model.context import Context, Positions
 from headway.model.linear import Linear, RMSNorm
 
 
 @dataclass
 class KVState:
-    """Key/value cache of one layer: `[B, M, max_len, d]`, the first `length` are filled."""
+    """Keys and values of one layer, `[B, M, max_len, d]`."""
 
     k: Tensor
     v: Tensor
-    length: int = 0
+
+    def append(self, k_BSMd: Tensor, v_BSMd: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Write keys and values at their positions; return those of all positions so far, views
+        `[B, keys, M, d]`."""
+        views = []
+        for cache, new in ((self.k, k_BSMd), (self.v, v_BSMd)):
+            held = cache.transpose(1, 2)
+            if positions.ragged:
+                row = torch.arange(len(new), device=new.device).unsqueeze(1)
+                held[row, positions.index] = new
+            else:
+                held[:, positions.start : positions.n_keys] = new
+            views.append(held[:, : positions.n_keys])
+        return views[0], views[1]
 
 
 class Attention(nn.Module):
@@ -34,31 +46,27 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, window: int = 0):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.n_kv_heads = config.kv_heads
+        self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         self.d_head = config.head_width
         self.window, self.theta = window, config.rope_theta
         self.q = Linear(config.d_model, self.n_heads * self.d_head)
         self.k = Linear(config.d_model, self.n_kv_heads * self.d_head)
         self.v = Linear(config.d_model, self.n_kv_heads * self.d_head)
-        self.o = Linear(self.n_heads * self.d_head, config.d_model)
+        self.o = Linear(self.n_heads * self.d_head, config.d_model, ends_branch=True)
         self.q_norm = RMSNorm(self.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.gate = Linear(config.d_model, self.n_heads) if config.attn_gate else None
 
-    def forward(self, x_BSD: Tensor, doc_BS: Tensor | None = None) -> Tensor:
-        """`[B, S, D]` → `[B, S, D]`. `doc_BS` int32: positions attend only within their own
-        document number.
-        """
-        S = x_BSD.shape[1]
-        q, k, v = self._qkv(x_BSD, torch.arange(S, device=x_BSD.device))
-        if doc_BS is None and not 0 < self.window < S:
-            return self._output(attention(q, k, v), x_BSD)
-        mask = causal_mask(S, S, self.window, x_BSD.device)
-        if doc_BS is not None:
-            mask = (mask & (doc_BS.unsqueeze(2) == doc_BS.unsqueeze(1))).unsqueeze(1)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return self._output(self._masked(q, k, v, mask), x_BSD)
+    def forward(self, x_BSD: Tensor, ctx: Context = Context()) -> Tensor:
+        """`[B, S, D]` → `[B, S, D]`; the S positions follow those in the cache, if there is one."""
+        positions = ctx.positions_of(x_BSD)
+        q, k, v = self._qkv(x_BSD, positions)
+        if ctx.cache is not None:
+            k, v = ctx.cache.state(ctx.layer).append(k, v, positions)
+        y_BSNd = attention(q, k, v, positions.mask(self.window))
+        if self.gate is not None:
+            y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
+        return self.o(y_BSNd.flatten(-2))
 
     def init_state(
         self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
@@ -66,52 +74,24 @@ class Attention(nn.Module):
         """An empty cache for `batch` sequences of at most `max_len` positions."""
         shape = (batch, self.n_kv_heads, max_len, self.d_head)
         return KVState(
-            torch.empty(shape, dtype=dtype, device=device),
-            torch.empty(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
         )
 
-    def step(self, x_BSD: Tensor, state: KVState) -> Tensor:
-        """The next S positions (a prompt, or one token), appended to the cache; `[B, S, D]`."""
-        S, start = x_BSD.shape[1], state.length
-        end = start + S
-        positions = torch.arange(start, end, device=x_BSD.device)
-        q, k, v = (t.transpose(1, 2) for t in self._qkv(x_BSD, positions))
-        state.k[:, :, start:end], state.v[:, :, start:end], state.length = k, v, end
-        mask = causal_mask(S, end, self.window, x_BSD.device)
-        y = self._masked(q, state.k[:, :, :end], state.v[:, :, :end], mask)
-        return self._output(y, x_BSD)
-
-    def _qkv(self, x_BSD: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated queries, keys, values: `[B, S, heads, d]`."""
-        q, k, v = (
-            proj(x_BSD).unflatten(-1, (-1, self.d_head)) for proj in (self.q, self.k, self.v)
-        )
-        cos, sin = rope_tables(positions_S, self.d_head, self.theta, x_BSD.dtype)
-        return _turned(q, self.q_norm, cos, sin), _turned(k, self.k_norm, cos, sin), v
-
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """From `[B, heads, S, d]`; `[B, S, N, d]`."""
-        grouped = self.n_kv_heads != self.n_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        return y.transpose(1, 2)
-
-    def _output(self, y_BSNd: Tensor, x_BSD: Tensor) -> Tensor:
-        if self.gate is not None:
-            y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
-        return self.o(y_BSNd.flatten(-2))
+        B, S, _ = x_BSD.shape
+        # one row of the tables per position: as one sequence where the positions differ
+        rows = (1, B * S) if positions.ragged else (B, S)
+        q, k, v = (proj(x_BSD).view(*rows, -1, self.d_head) for proj in (self.q, self.k, self.v))
+        cos, sin = positions.rope(self.d_head, self.theta, x_BSD.dtype)
+        q, k = _rotated(q, self.q_norm, cos, sin), _rotated(k, self.k_norm, cos, sin)
+        if positions.ragged:
+            q, k, v = (t.view(B, S, -1, self.d_head) for t in (q, k, v))
+        return q, k, v
 
 
-def _turned(x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
     if norm is None:
         return rope(x, cos, sin)
     return norm_rope(x, norm.weight, norm.eps, cos, sin)
-
-
-def causal_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
-    """Boolean `[n_queries, n_keys]`, true where a query may look; the last query sits on the last
-    key.
-    """
-    query = torch.arange(n_keys - n_queries, n_keys, device=device).unsqueeze(1)
-    key = torch.arange(n_keys, device=device)
-    mask = key <= query
-    return mask & (key > query - window) if window else mask

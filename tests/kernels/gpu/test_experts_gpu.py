@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from headway.kernels.experts import experts
 from headway.kernels.paths import ExpertInputs, choose_path, path_of
 from headway.kernels.permute import Rows, sort_rows_reference
-from headway.model.moe import MultiHeadLatentMoE
+from headway.model.layers import MultiHeadLatentMoE
 from tests.compare import assert_close, relative_error
 from tests.kernels.test_experts import ACTIVATIONS, make, reference
 

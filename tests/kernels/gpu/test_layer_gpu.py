@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headway.config import BalanceConfig, RouterConfig
 from headway.model.balance import balance_loss
-from headway.model.moe import MoE, MultiHeadLatentMoE
+from headway.model.layers import MoE, MultiHeadLatentMoE
 from tests.compare import assert_close
 
 AUX = BalanceConfig(aux=0.01, z=1e-3)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headway.config import BalanceConfig, RouterConfig
+from headway.config import BalanceConfig, MoEConfig, RouterConfig
 from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_reference
+from headway.model.compute import Compute
 from headway.model.init import init_weights
 from headway.model.router import Router
 from tests.compare import assert_close, relative_error
@@ -252,7 +253,9 @@ def test_is_a_well_formed_custom_operator(device):
 
 @pytest.mark.filterwarnings("error:Dynamo detected a call")  # to a function that remembers
 def test_a_router_compiles_whole_and_equals_eager(device):
-    router = Router(2, 16, 10, 3, RouterConfig(), BalanceConfig(), recompute=True).to(device)
+    router = Router(32, MoEConfig(n_heads=2, n_experts=10, top_k=3), Compute(recompute=True)).to(
+        device
+    )
     init_weights(router, seed=0)
     x = torch.randn(6, 2, 16, device=device)
     results = []
@@ -274,7 +277,9 @@ def test_what_needs_logits_takes_the_other_path(device):
         (RouterConfig(), BalanceConfig(bias="quantile", aux=0.0)),
         (RouterConfig(), BalanceConfig(aux_scope="sequence")),
     ):
-        router = Router(2, 16, 10, 3, config, balance).to(device)
+        router = Router(
+            32, MoEConfig(n_heads=2, n_experts=10, top_k=3, router=config, balance=balance)
+        ).to(device)
         init_weights(router, seed=0)
         fused.append(router(x).index_THK.dtype == torch.int32)
     assert fused == [True, False, False, False, False]

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from headway.config import ModelConfig
+from headway.model.context import Context, DenseCache, Positions
 from headway.model.init import init_weights
-from headway.model.mixers.attention import Attention, causal_mask
+from headway.model.mixers.attention import Attention
 from tests.compare import assert_close
 
 
@@ -15,7 +16,7 @@ def build(window=0, **options):
 
 def plain(layer, x, mask_SS):
     """Attention by its definition, one query at a time, from the layer's own projections."""
-    q, k, v = (t.transpose(1, 2) for t in layer._qkv(x, torch.arange(x.shape[1])))
+    q, k, v = (t.transpose(1, 2) for t in layer._qkv(x, Context().positions_of(x)))
     repeat = layer.n_heads // layer.n_kv_heads
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     score = (q @ k.transpose(-1, -2)) / layer.d_head**0.5
@@ -61,10 +62,10 @@ def test_documents_do_not_see_each_other():
     layer = build()
     x = torch.randn(1, 8, 16, dtype=torch.float64)
     doc = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]], dtype=torch.int32)
-    together = layer(x, doc)
+    together = layer(x, Context(doc))
     changed = x.clone()
     changed[:, :3] += 1
-    assert torch.equal(layer(changed, doc)[:, 3:], together[:, 3:])
+    assert torch.equal(layer(changed, Context(doc))[:, 3:], together[:, 3:])
     assert not torch.equal(layer(changed)[:, 3:], layer(x)[:, 3:])
 
 
@@ -74,12 +75,15 @@ def test_steps_equal_forward(window, options):
     layer = build(window, **options)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     want = layer(x)
-    state = layer.init_state(2, 9, torch.float64, x.device)
-    parts = [layer.step(x[:, :4], state)] + [
-        layer.step(x[:, i : i + 1], state) for i in range(4, 9)
-    ]
+    cache = DenseCache([layer.init_state(2, 9, torch.float64, x.device)], 2)
+    parts = []
+    for begin, end in ((0, 4), (4, 5), (5, 7), (7, 8), (8, 9)):
+        parts.append(layer(x[:, begin:end], Context(cache=cache)))
+        cache.advance([end - begin] * 2)
     assert_close(torch.cat(parts, 1), want, 1e-12)
 
 
 def test_causal_mask_of_a_late_query():
-    assert causal_mask(1, 5, 2, torch.device("cpu")).tolist() == [[False, False, False, True, True]]
+    positions = Positions(1, 1, torch.device("cpu"), [4])
+    assert positions.mask(2).tolist() == [[False, False, False, True, True]]
+    assert positions.mask(0) is None

@@ -1,0 +1,107 @@
+"""The one place that turns a config into the modules in the slots of a block.
+
+A slot is filled by one class in one file and one `case` here. To try a module of your own, write a
+function like `build_block` and give it to `Transformer(config, blocks=…)`:
+
+    def blocks(config, layer, compute):
+        return build_block(config, layer, compute, mixer=MyMixer(config))
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headway.config import ModelConfig
+from headway.model.balance import RouteStats
+from headway.model.compute import Compute
+from headway.model.context import Context
+from headway.model.linear import FeedForward, RMSNorm
+from headway.model.mixers.attention import Attention
+from headway.model.moe import SparseLayer
+from headway.model.residual import Residual
+
+
+class Mixer(Protocol):
+    """What the mixer slot asks of a module."""
+
+    def __call__(self, x_BSD: Tensor, ctx: Context, /) -> Tensor:
+        """`[B, S, D]` → `[B, S, D]`."""
+        ...
+
+    def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """An empty decoding state, which `ctx.cache.state(ctx.layer)` hands back in `forward`."""
+        ...
+
+
+class FeedForwardLayer(Protocol):
+    """What the feed-forward slot asks of a module."""
+
+    def __call__(self, x_BSD: Tensor, ctx: Context, /) -> tuple[Tensor, RouteStats | None]:
+        """`[B, S, D]` → `[B, S, D]`, and statistics where tokens are routed."""
+        ...
+
+
+class Block(nn.Module):
+    """A branch with a token mixer, then a branch with a feed-forward layer, each behind a norm."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixer: Mixer,
+        ffn: FeedForwardLayer,
+        residual: type[Residual] = Residual,
+    ):
+        super().__init__()
+        self.norm1 = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = mixer
+        self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = ffn
+        self.residual1, self.residual2 = residual(), residual()
+
+    def forward(self, r: Tensor, ctx: Context) -> tuple[Tensor, RouteStats | None]:
+        """The residual stream after both branches, and what the feed-forward layer reports."""
+        r = self.residual1.write(r, self.mixer(self.norm1(self.residual1.read(r)), ctx))
+        y_BSD, stats = self.ffn(self.norm2(self.residual2.read(r)), ctx)
+        return self.residual2.write(r, y_BSD), stats
+
+    @property
+    def sparse(self) -> SparseLayer | None:
+        """The sparse layer, if there is one."""
+        return self.ffn if isinstance(self.ffn, SparseLayer) else None
+
+
+class BlockBuilder(Protocol):
+    """Builds block number `layer` of a model."""
+
+    def __call__(self, config: ModelConfig, layer: int, compute: Compute) -> Block: ...
+
+
+def build_block(
+    config: ModelConfig,
+    layer: int,
+    compute: Compute = Compute(),
+    *,
+    mixer: Mixer | None = None,
+    ffn: FeedForwardLayer | None = None,
+    residual: type[Residual] = Residual,
+) -> Block:
+    """The block that a config describes; a module that is given takes the place of the config's."""
+    if mixer is None:
+        mixer = Attention(config, config.window_of(layer))
+    if ffn is None:
+        ffn = build_feed_forward(config, layer, compute)
+    return Block(config, mixer, ffn, residual)
+
+
+def build_feed_forward(
+    config: ModelConfig, layer: int, compute: Compute = Compute()
+) -> SparseLayer | FeedForward:
+    """The feed-forward layer of block `layer`."""
+    if not config.is_sparse(layer):
+        return FeedForward(config.d_model, config.d_ff, config.activation)
+    match config.moe.kind:
+        case "moe" | "latent" | "multi_head_latent":
+            return SparseLayer(config.d_model, config.moe, compute, norm_eps=config.norm_eps)
+        case kind:
+            raise AssertionError(f"no sparse layer of kind {kind!r}")

@@ -1,0 +1,161 @@
+"""What a forward pass reads beside its tokens: one object, handed down to every layer.
+
+Training, prefill and decoding are the same `forward(x, ctx)`; what differs is in the context.
+
+B sequences · S new positions · M key/value heads · d head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from headway.kernels.rope import rope_tables
+from headway.model.dispatch import LOCAL, TokenDispatcher
+
+
+class Cache(Protocol):
+    """The decoding state of all layers of a model for B sequences."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Positions that each sequence holds, before the current pass."""
+        ...
+
+    def state(self, layer: int) -> Any:
+        """The state that the mixer of a layer made in `init_state`."""
+        ...
+
+    def advance(self, n_new: Sequence[int]) -> None:
+        """Count the positions of the current pass, which all layers have written."""
+        ...
+
+
+class DenseCache:
+    """A cache with room for the same number of positions in each sequence."""
+
+    def __init__(self, states: Sequence[Any], batch: int) -> None:
+        self._states, self._lengths = list(states), [0] * batch
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return self._lengths
+
+    def state(self, layer: int) -> Any:
+        return self._states[layer]
+
+    def advance(self, n_new: Sequence[int]) -> None:
+        self._lengths = [held + n for held, n in zip(self._lengths, n_new, strict=True)]
+
+
+class Positions:
+    """Where the S new tokens of each sequence stand, with the tables and masks that mixers share:
+    each is computed once per pass."""
+
+    def __init__(
+        self,
+        batch: int,
+        n_new: int,
+        device: torch.device,
+        lengths: Sequence[int] | None = None,
+        doc_BS: Tensor | None = None,
+    ) -> None:
+        held = lengths or [0] * batch
+        assert doc_BS is None or not any(held), (
+            "documents are kept apart in training, not in a cache"
+        )
+        self.ragged = len(set(held)) > 1
+        """Whether sequences hold different numbers of positions."""
+        self.start, self.n_new, self.n_keys = held[0], n_new, max(held) + n_new
+        self.doc_BS, self.device = doc_BS, device
+        if self.ragged:
+            self.index = torch.tensor(held, device=device).unsqueeze(1) + torch.arange(
+                n_new, device=device
+            )
+        else:
+            self.index = torch.arange(self.start, self.n_keys, device=device)
+        """int64 `[S]`, or `[B, S]` where ragged."""
+        self._tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int, Tensor | None] = {}
+
+    def rope(self, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of `kernels.rope.rope_tables`, a row for each of S (ragged: B·S) positions."""
+        key = d_head, theta, dtype
+        if key not in self._tables:
+            self._tables[key] = rope_tables(self.index.flatten(), d_head, theta, dtype)
+        return self._tables[key]
+
+    def mask(self, window: int) -> Tensor | None:
+        """Boolean mask, true where a query may look: `[S, keys]`, or `[B, 1, S, keys]` where
+        sequences differ. None where a causal kernel (as many keys as queries) or no mask at all
+        (one query after the last key) does the same."""
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
+
+    def _mask(self, window: int) -> Tensor | None:
+        windowed = 0 < window < self.n_keys
+        uniform = not self.ragged and self.doc_BS is None and not windowed
+        if uniform and self.n_new in (1, self.n_keys):
+            return None
+        query = self.index.unsqueeze(-1)
+        key = torch.arange(self.n_keys, device=self.device)
+        mask = key <= query
+        if windowed:
+            mask = mask & (key > query - window)
+        if self.doc_BS is not None:
+            mask = mask & (self.doc_BS.unsqueeze(2) == self.doc_BS.unsqueeze(1))
+        return mask.unsqueeze(1) if mask.dim() == 3 else mask
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a forward pass reads beside its tokens. The default is plain training in one
+    process."""
+
+    doc_BS: Tensor | None = None
+    """int32 `[B, S]` document numbers: positions attend only within their own document."""
+    cache: Cache | None = None
+    """Where decoding continues: keys and values are appended, and no slot is dropped whatever the
+    capacity, so that a text does not depend on the parts in which it is decoded."""
+    n_new: tuple[int, ...] | None = None
+    """With a cache: how many of the S tokens of each sequence are real, the first ones; the outputs
+    of the others mean nothing. None: all."""
+    dispatcher: TokenDispatcher = LOCAL
+    """Exchanges the tokens of sparse layers with other processes."""
+    replay: tuple[Tensor, ...] = ()
+    """Experts to use instead of choosing some: int64 `[T, H, K]` of this process's tokens, one per
+    sparse layer. Gates and statistics are those of the given experts."""
+    report: frozenset[str] = frozenset()
+    """What sparse layers return in `RouteStats.report`: any of `routes` (indices and gates),
+    `logits`, `norms` (of the experts' outputs)."""
+    last_only: bool = False
+    """Without targets: give the logits after the last real token of each sequence alone."""
+    positions: Positions | None = None
+    """Set by the model for its layers."""
+    layer: int = 0
+    """Index of the block that reads this."""
+    sparse_layer: int = 0
+    """Index among the sparse layers."""
+
+    def at(self, layer: int, sparse_layer: int) -> "Context":
+        """The context of one block. Without cache, replay and other processes all blocks share
+        one, so that compiled blocks share their code."""
+        if self.cache is None and not self.replay and self.dispatcher is LOCAL:
+            return self
+        dispatcher = self.dispatcher.at(layer)
+        return replace(self, layer=layer, sparse_layer=sparse_layer, dispatcher=dispatcher)
+
+    def positions_of(self, x_BSD: Tensor) -> Positions:
+        """The positions of this pass; those of a mixer that is used on its own are made here."""
+        if self.positions is not None:
+            return self.positions
+        lengths = None if self.cache is None else self.cache.lengths
+        return Positions(x_BSD.shape[0], x_BSD.shape[1], x_BSD.device, lengths, self.doc_BS)
+
+    @property
+    def index_THK(self) -> Tensor | None:
+        """The selection to replay in the sparse layer that reads this."""
+        return self.replay[self.sparse_layer] if self.replay else None

@@ -1,0 +1,28 @@
+"""The residual stream: how branches read it and write to it. A slot of every block."""
+
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """The plain residual connection r + branch(r).
+
+    A subclass may keep several lanes, `r [B, S, lanes, D]`, and parameters of its own (with
+    `roles`): the model calls `expand` once after the embedding and `reduce` once before the last
+    norm; every branch of a block has an instance of its own for `read` and `write`.
+    """
+
+    def expand(self, x_BSD: Tensor) -> Tensor:
+        """Embeddings → the stream."""
+        return x_BSD
+
+    def read(self, r: Tensor) -> Tensor:
+        """The stream → the input of a branch, `[B, S, D]`."""
+        return r
+
+    def write(self, r: Tensor, y_BSD: Tensor) -> Tensor:
+        """The stream after a branch that gave `y_BSD`."""
+        return r + y_BSD
+
+    def reduce(self, r: Tensor) -> Tensor:
+        """The stream → `[B, S, D]`."""
+        return r

@@ -8,14 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.config import BalanceConfig, MoEConfig, RouterConfig, UsageError
+from headway.config import (
+    BalanceConfig,
+    MoEConfig,
+    RouterConfig,
+    UsageError,
+    latent_acc,
+    latent_eff,
+)
 from headway.model.context import Context
 from headway.model.layers import (
     LatentMoE,
     MoE,
     MultiHeadLatentMoE,
-    latent_acc,
-    latent_eff,
 )
 from headway.model.moe import SparseLayer
 from tests.compare import assert_close

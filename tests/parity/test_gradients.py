@@ -6,6 +6,7 @@ import torch
 from headway.config import MeshConfig
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute
+from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.parallel import reduce
 from headway.parallel.parallelize import parallelize
@@ -21,7 +22,7 @@ def sums(mesh, n_bytes):
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
     mine = rows_of(mesh, ROWS // mesh.size)
-    out = model(tokens[mine], targets[mine], None, parallelism.dispatcher)
+    out = model(tokens[mine], targets[mine], Context(dispatcher=parallelism.dispatcher))
     balance = heads().moe.balance
     loss = out.nats / targets.numel() + balance_loss(out.stats, balance, None) / mesh.size
 

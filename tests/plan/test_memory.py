@@ -8,6 +8,7 @@ import torch
 from headway.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimConfig, RouterConfig
 from headway.kernels.cpp import cpp_kernels
 from headway.model.compute import Compute
+from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.plan.memory import activations, states
@@ -67,7 +68,8 @@ def saved_bytes(model: Transformer, doc: bool) -> int:
 
     tokens = torch.randint(0, model.config.vocab_size, (B, S))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(tokens, tokens, torch.zeros(B, S, dtype=torch.int32) if doc else None)
+        ctx = Context(torch.zeros(B, S, dtype=torch.int32) if doc else None)
+        out = model(tokens, tokens, ctx)
     assert out.nats.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 

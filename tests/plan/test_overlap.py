@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headway.model.context import Context
 from headway.model.dispatch import Completed
 from headway.model.layers import MultiHeadLatentMoE
 from headway.plan.overlap import (
@@ -202,7 +203,7 @@ def test_the_program_is_that_of_the_layer(kinds, chunks):
     torch.manual_seed(0)
     moe = MultiHeadLatentMoE(8, 2, 4, 2, 8, d_shared=8)
     ranks = Recorder(kinds, chunks)
-    y_TD, _ = moe(torch.randn(6, 8, requires_grad=True), dispatcher=ranks)
+    y_TD, _ = moe(torch.randn(6, 8, requires_grad=True), Context(dispatcher=ranks))
     ops = program(layer(*kinds), chunks, False)
     assert ranks.log == [op for op in ops if isinstance(op, Start | Wait)]
     ranks.log.clear()

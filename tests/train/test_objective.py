@@ -10,6 +10,7 @@ from torch import Tensor
 from headway.config import BalanceConfig, ModelConfig, MoEConfig
 from headway.data.batch import Batch, micro_batches
 from headway.model.balance import balance_loss
+from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.train.objective import MicroLoss, StepContext
 from headway.train.step import gradient
@@ -23,7 +24,7 @@ V = 32
 def build(seed: int) -> Transformer:
     moe = MoEConfig(n_heads=2, n_experts=4, top_k=2, d_expert=8, balance=BALANCE)
     config = ModelConfig(vocab_size=V, n_layers=2, d_model=16, n_heads=2, moe=moe)
-    return Transformer(config, dtype=torch.float64, seed=seed).double()
+    return Transformer(config, Compute(torch.float64), seed=seed).double()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from headway.checkpoint import checkpoint_dir, load, save
 from headway.checkpoint.checkpoint_dir import CheckpointError, latest
 from headway.checkpoint.tensor_files import TensorFile, TensorReader, plan_files
 from headway.config import ModelConfig, MoEConfig, OptimConfig, UsageError
+from headway.model.linear import Embedding, Linear
+from headway.model.roles import Group, Role
 from headway.optim.groups import build_optimizers
 from headway.parallel.local_shards import local_shard
 from headway.parallel.parallelize import SINGLE_PROCESS
@@ -25,12 +27,18 @@ from headway.parallel.parallelize import SINGLE_PROCESS
 CONFIG = ModelConfig(vocab_size=64, d_model=128)
 
 
+class Biased(nn.Linear):
+    def roles(self):
+        return {"weight": Role(Group.MATRIX), "bias": Role(Group.VECTOR)}
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(50, 16)
-        self.body = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 50, bias=False)
+        self.embed = Embedding(50, 16)
+        self.body = Biased(16, 16)
+        self.head = Linear(16, 50, head=True)
+        nn.init.normal_(self.head.weight)
         self.head.weight = self.embed.weight  # tied: one tensor, two names
         self.register_buffer("bias_HE", torch.zeros(2, 4))
         self.register_buffer("angles", torch.zeros(3), persistent=False)

@@ -43,6 +43,9 @@ class Net(nn.Module):
         self.register_buffer("bias_HE", torch.zeros(2, 4))
         self.register_buffer("angles", torch.zeros(3), persistent=False)
 
+    def roles(self):
+        return {"bias_HE": Role(Group.ROUTER), "angles": Role(Group.ROUTER)}
+
 
 def _trained(steps=2, seed=0):
     torch.manual_seed(seed)

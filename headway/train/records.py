@@ -11,6 +11,7 @@ import torch
 
 from headway.config import Config, UsageError
 from headway.model.transformer import Transformer
+from headway.parallel.dispatcher import MeshDispatcher
 from headway.parallel.parallelize import Parallelism
 from headway.parallel.straggler import StragglerDetector
 from headway.plan.volume import token_bytes
@@ -42,7 +43,9 @@ class Records:
         self._straggler = StragglerDetector(self.parallelism.mesh)
         dispatcher, element = self.parallelism.dispatcher, self.model.dtype.itemsize
         self._expected_bytes = (
-            token_bytes(self.config, dispatcher.scheme, element) if dispatcher is not None else 0.0
+            token_bytes(self.config, dispatcher.scheme, element)
+            if isinstance(dispatcher, MeshDispatcher)
+            else 0.0
         )
 
     @property

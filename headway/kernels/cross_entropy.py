@@ -1,10 +1,13 @@
-"""Cross-entropy of a linear head, in chunks: the logits of a large vocabulary are never whole in
-memory.
+"""Cross-entropy and log-probabilities of a linear head, chunk by chunk: the full logits `[T, V]`
+are never in memory.
 
-T tokens · D width · V vocabulary. The gradients of a chunk are computed together with its loss,
-while its logits exist; backward only scales them. Extra memory: one chunk of logits and, when
-training, dx `[T, D]` and dW `[V, D]`.
+T tokens · D width · V vocabulary. `cross_entropy` computes the gradients of a chunk together with
+its loss, while its logits exist; backward only scales them. The gradients of `token_log_probs`
+depend on a weight per token that only backward knows, so it computes the logits twice. Extra memory
+of both: one chunk of logits and, when training, dx `[T, D]` and dW `[V, D]`.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +23,13 @@ CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
 def cross_entropy_reference(
     x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
 ) -> Tensor:
-    """Sum over valid targets (≥ 0) of −log softmax(softcap(x·Wᵀ))[target]; whole logits."""
-    logits = x_TD @ w_VD.to(x_TD.dtype).T
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    """Sum over valid targets (≥ 0) of −log softmax(softcap(x·Wᵀ))[target]; full logits."""
+    logits = _logits_reference(x_TD, w_VD, softcap)
     return F.cross_entropy(logits, target_T, ignore_index=-1, reduction="sum")
 
 
 def cross_entropy(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0) -> Tensor:
-    """Equal to `cross_entropy_reference`.
+    """Return what `cross_entropy_reference` does.
 
     Args:
         x_TD: `[T, D]`; its dtype is the dtype of the matmul, the softmax is float32 (or float64).
@@ -43,6 +43,41 @@ def cross_entropy(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float =
     return _CrossEntropy.apply(x_TD, w_VD, target_T, softcap)
 
 
+def token_log_probs_reference(
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
+) -> Tensor:
+    """log softmax(softcap(x·Wᵀ))[target] of every token, 0 where the target is −1; full logits."""
+    logits = _logits_reference(x_TD, w_VD, softcap)
+    return -F.cross_entropy(logits, target_T, ignore_index=-1, reduction="none")
+
+
+def token_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0) -> Tensor:
+    """Return what `token_log_probs_reference` does, for losses that weigh tokens, as fine-tuning
+    and policy gradients have them.
+
+    Args: as for `cross_entropy`.
+    Returns: float32 (float64) `[T]`, log-probabilities in nats; 0, without gradient, where the
+        target is −1. Backward takes a weight per token and computes the logits again, chunk by
+        chunk: `cross_entropy`'s memory, for one more matmul.
+    """
+    if transformed():
+        return token_log_probs_reference(x_TD, w_VD, target_T, softcap)
+    return _TokenLogProbs.apply(x_TD, w_VD, target_T, softcap)
+
+
+def _logits_reference(x_TD: Tensor, w_VD: Tensor, softcap: float) -> Tensor:
+    """softcap(x·Wᵀ), float32 (float64) `[T, V]`."""
+    logits = x_TD @ w_VD.to(x_TD.dtype).T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _chunks(T: int, V: int) -> Iterator[slice]:
+    """Tokens in chunks of at most `CHUNK_ELEMENTS` logits."""
+    size = max(1, CHUNK_ELEMENTS // V)
+    return (slice(start, start + size) for start in range(0, T, size))
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_VD, target_T, softcap):
@@ -52,19 +87,11 @@ class _CrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x_TD) if needs_x else None
         dw = torch.zeros_like(widen(w_VD)) if needs_w else None  # a sum over many chunks
         total = torch.zeros((), dtype=wide, device=x_TD.device)
-        rows = max(1, CHUNK_ELEMENTS // w.shape[0])
-        for start in range(0, x_TD.shape[0], rows):
-            at = slice(start, start + rows)
+        for at in _chunks(len(x_TD), len(w)):
             x, target = x_TD[at], target_T[at]
-            logits = x @ w.T
-            loss, d_logits = _rows(logits, target, softcap, needs_x or needs_w)
+            loss, d_logits = _rows(x @ w.T, target, softcap, needs_x or needs_w)
             total = total + loss.sum()  # not in place: see `_RMSNorm` in norm.py
-            if d_logits is None:
-                continue
-            if dx is not None:
-                torch.mm(d_logits, w, out=dx[at])
-            if dw is not None:
-                dw += d_logits.T @ x
+            _add_gradients(x, w, d_logits, None if dx is None else dx[at], dw)
         ctx.save_for_backward(dx, dw)
         ctx.stored = w_VD.dtype
         return total
@@ -77,12 +104,50 @@ class _CrossEntropy(torch.autograd.Function):
         return scaled[0], None if scaled[1] is None else scaled[1].to(ctx.stored), None, None
 
 
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, w_VD, target_T, softcap):
+        wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        w = w_VD.to(x_TD.dtype)
+        loss_T = torch.empty(len(x_TD), dtype=wide, device=x_TD.device)
+        for at in _chunks(len(x_TD), len(w)):
+            loss_T[at] = _rows(x_TD[at] @ w.T, target_T[at], softcap, False)[0]
+        ctx.save_for_backward(x_TD, w_VD, target_T)
+        ctx.softcap = softcap
+        return -loss_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weight_T):
+        x_TD, w_VD, target_T = ctx.saved_tensors
+        w = w_VD.to(x_TD.dtype)
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x_TD) if needs_x else None
+        dw = torch.zeros_like(widen(w_VD)) if needs_w else None
+        for at in _chunks(len(x_TD), len(w)):
+            x = x_TD[at]
+            _, d_logits = _rows(x @ w.T, target_T[at], ctx.softcap, True)
+            assert d_logits is not None
+            d_logits.mul_(-weight_T[at, None])
+            _add_gradients(x, w, d_logits, None if dx is None else dx[at], dw)
+        return dx, None if dw is None else dw.to(w_VD.dtype), None, None
+
+
+def _add_gradients(
+    x: Tensor, w: Tensor, d_logits: Tensor | None, dx: Tensor | None, dw: Tensor | None
+) -> None:
+    """Write the gradient of a chunk's tokens to `dx` and add that of the weight to `dw`."""
+    if d_logits is not None and dx is not None:
+        torch.mm(d_logits, w, out=dx)
+    if d_logits is not None and dw is not None:
+        dw += d_logits.T @ x
+
+
 def _rows(
     logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of every row, float32 (or float64) `[T]`, and with `back` the gradient of its logits, in
-    their dtype and perhaps in their memory.
-    """
+    """Return the loss of every row, float32 (or float64) `[T]`, and with `back` the gradient of its
+    logits, in their dtype and perhaps in their memory; else None."""
     if cpp_kernels().supports(logits_TV):
         loss_T = _rows_native(logits_TV, target_T, softcap, back)
         return loss_T, logits_TV if back else None
@@ -108,7 +173,7 @@ def _rows(
 
 @torch.library.custom_op("headway::cross_entropy_rows", mutates_args=("logits_TV",))
 def _rows_native(logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool) -> Tensor:
-    """The C++ path; a target beyond the vocabulary gives NaN."""
+    """Run the C++ path; a target beyond the vocabulary gives NaN."""
     loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
     sizes = (*logits_TV.shape, float(softcap), int(back))
     cpp_kernels().call(

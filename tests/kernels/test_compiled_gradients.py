@@ -22,10 +22,16 @@ def cases():
             lambda x, w: cross_entropy.cross_entropy(x, w, targets, 0.0),
             (wide, head),
         ),
+        "log-probabilities": (
+            lambda x, w: cross_entropy.token_log_probs(x, w, targets, 5.0),
+            (wide, head),
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["norm", "norm and rope", "rope", "cross-entropy"])
+@pytest.mark.parametrize(
+    "name", ["norm", "norm and rope", "rope", "cross-entropy", "log-probabilities"]
+)
 def test_gradients_are_those_of_the_eager_path(monkeypatch, name):
     torch.manual_seed(0)
     function, inputs = cases()[name]

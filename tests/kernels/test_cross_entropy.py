@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from headway.kernels import cross_entropy as module
-from headway.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from headway.kernels.cross_entropy import (
+    cross_entropy,
+    cross_entropy_reference,
+    token_log_probs,
+    token_log_probs_reference,
+)
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
@@ -15,11 +20,11 @@ def test_equals_reference_in_any_chunks(softcap, chunk, monkeypatch):
     w = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 11, (13,))
     target[[2, 5]] = -1
-    got, want = cross_entropy(x, w, target, softcap), cross_entropy_reference(x, w, target, softcap)
-    assert_close(got, want, 1e-12)
+    loss, want = (f(x, w, target, softcap) for f in (cross_entropy, cross_entropy_reference))
+    assert_close(loss, want, 1e-12)
     scale = torch.tensor(0.37, dtype=torch.float64)
     for a, b in zip(
-        torch.autograd.grad(got, (x, w), scale),
+        torch.autograd.grad(loss, (x, w), scale),
         torch.autograd.grad(want, (x, w), scale),
         strict=True,
     ):
@@ -32,9 +37,9 @@ def test_float32_and_bfloat16():
     wide = [t.detach().double().requires_grad_() for t in (x, w)]
     want = cross_entropy_reference(*wide, target)
     want_grads = torch.autograd.grad(want, wide)
-    got = cross_entropy(x, w, target)
-    assert_close(got, want, 1e-5)
-    for a, b in zip(torch.autograd.grad(got, (x, w)), want_grads, strict=True):
+    loss = cross_entropy(x, w, target)
+    assert_close(loss, want, 1e-5)
+    for a, b in zip(torch.autograd.grad(loss, (x, w)), want_grads, strict=True):
         assert_close(a, b, 1e-5)
     low = x.detach().bfloat16().requires_grad_()
     loss = cross_entropy(low, w, target)
@@ -52,9 +57,9 @@ def test_weights_stored_in_bfloat16_are_summed_over_chunks_in_float32(monkeypatc
     target = torch.randint(0, 30, (500,))
     wide = w.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(cross_entropy_reference(x.double(), wide, target), wide)
-    (got,) = torch.autograd.grad(cross_entropy(x, w, target), w)
-    assert got.dtype == torch.bfloat16
-    assert_close(got, want, 5e-3)
+    (dw,) = torch.autograd.grad(cross_entropy(x, w, target), w)
+    assert dw.dtype == torch.bfloat16
+    assert_close(dw, want, 5e-3)
 
 
 def test_all_ignored_gives_zero_loss_and_gradient():
@@ -64,8 +69,9 @@ def test_all_ignored_gives_zero_loss_and_gradient():
     assert loss == 0 and (x.grad == 0).all()
 
 
-def test_logits_are_never_whole(monkeypatch):
-    """The largest tensor made is a chunk, not T×V."""
+@pytest.mark.parametrize("function", [cross_entropy, token_log_probs])
+def test_full_logits_are_never_in_memory(monkeypatch, function):
+    """The largest tensor that is created is a chunk, not T×V."""
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * 500)
     largest = 0
 
@@ -79,8 +85,92 @@ def test_logits_are_never_whole(monkeypatch):
 
     x, w = torch.randn(64, 3, requires_grad=True), torch.randn(500, 3, requires_grad=True)
     with Watch():
-        cross_entropy(x, w, torch.randint(0, 500, (64,))).backward()
+        function(x, w, torch.randint(0, 500, (64,))).sum().backward()
     assert largest <= 4 * 500
+
+
+def weighted(x, w, target, weight, softcap=0.0):
+    """Log-probabilities from a plain log_softmax, 0 where ignored, and the gradients of their weighted sum."""
+    logits = x @ w.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    log_p = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+    log_p = torch.where(target >= 0, log_p, 0.0)
+    return log_p, torch.autograd.grad(log_p, (x, w), weight)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("chunk", [7, 33, 34, 1 << 21])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_log_probs_equal_log_softmax_in_any_chunks(softcap, chunk, dtype, bound, monkeypatch):
+    """With weights of either sign, also for ignored targets; 11 logits per token."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (13, 11))
+    target, weight = torch.randint(0, 11, (13,)), torch.randn(13, dtype=torch.float64)
+    target[[2, 5]] = -1
+    want, want_grads = weighted(x, w, target, weight, softcap)
+    xs, ws = (t.detach().to(dtype).requires_grad_() for t in (x, w))
+    for function in (token_log_probs, token_log_probs_reference):
+        log_p = function(xs, ws, target, softcap)
+        assert log_p.dtype == dtype and (log_p[[2, 5]] == 0).all()
+        assert_close(log_p, want, bound)
+        dx, dw = torch.autograd.grad(log_p, (xs, ws), weight.to(dtype))
+        assert (dx[[2, 5]] == 0).all()
+        for a, b in zip((dx, dw), want_grads, strict=True):
+            assert_close(a, b, bound)
+
+
+@pytest.mark.parametrize("frozen", ["x", "w"])
+def test_log_probs_of_one_input_that_is_frozen(frozen):
+    x, w = torch.randn(9, 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64)
+    target, weight = torch.randint(0, 11, (9,)), torch.rand(9, dtype=torch.float64)
+    x.requires_grad_(), w.requires_grad_()
+    dx, dw = weighted(x, w, target, weight)[1]
+    (x if frozen == "x" else w).requires_grad_(False)
+    (token_log_probs(x, w, target) * weight).sum().backward()
+    assert (x if frozen == "x" else w).grad is None
+    free, want = (w, dw) if frozen == "x" else (x, dx)
+    assert_close(free.grad, want, 1e-12)
+
+
+def test_log_probs_in_bfloat16(monkeypatch):
+    """The gradient of a weight that is stored in bfloat16 is summed over 500 chunks in float32."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    x = (1 + 0.1 * torch.randn(500, 16)).bfloat16().requires_grad_()
+    w = torch.randn(30, 16).bfloat16().requires_grad_()
+    target, weight = torch.randint(0, 30, (500,)), torch.rand(500)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    want, want_grads = weighted(*wide, target, weight.double())
+    log_p = token_log_probs(x, w, target)
+    assert log_p.dtype == torch.float32
+    assert_close(log_p, want, 1e-2)
+    grads = torch.autograd.grad(log_p, (x, w), weight)
+    assert [g.dtype for g in grads] == [torch.bfloat16] * 2
+    for a, b in zip(grads, want_grads, strict=True):
+        assert_close(a, b, 1e-2)
+
+
+def test_log_probs_under_torch_func():
+    x, w = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64)
+    target = torch.randint(0, 11, (4, 5))
+
+    def total(x, w, target):
+        return token_log_probs(x, w, target).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(total, argnums=1), (0, None, 0))(x, w, target)
+    for i in range(4):
+        leaf = w.clone().requires_grad_()
+        (want,) = torch.autograd.grad(total(x[i], leaf, target[i]), leaf)
+        assert_close(per_sample[i], want, 1e-12)
+
+
+def test_the_sum_of_log_probs_is_the_loss():
+    x, w = torch.randn(50, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    target = torch.randint(-1, 40, (50,))
+    loss, nats = cross_entropy(x, w, target), -token_log_probs(x, w, target).sum()
+    assert_close(nats, loss, 1e-6)
+    for a, b in zip(*(torch.autograd.grad(y, (x, w)) for y in (nats, loss)), strict=True):
+        assert_close(a, b, 1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])

@@ -33,7 +33,7 @@ from headway.measure.rates import measure_rates
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import Optimizers, build_optimizers
-from headway.parallel.mesh import Mesh, place
+from headway.parallel.mesh import Mesh, build_mesh
 from headway.parallel.parallelize import Parallelism, parallelize
 from headway.parallel.traffic import Traffic
 from headway.train.allocator import set_allocator
@@ -195,7 +195,7 @@ class Host:
         if sizes == (1, 1, 1):
             return Mesh(config)
         if sizes not in self.meshes:
-            self.meshes[sizes] = place(config, self.rank, CPU)
+            self.meshes[sizes] = build_mesh(config, self.rank, CPU)
         return dataclasses.replace(self.meshes[sizes], config=config, traffic=Traffic())
 
     def step(self, key: str) -> dict:

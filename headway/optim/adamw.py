@@ -46,7 +46,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """One update with the gradients times `grad_scale` (the clip factor).
+        """Update with the gradients times `grad_scale` (the clip factor).
 
         The fused kernel scales the gradients in place when `grad_scale` is not 1; zero them
         afterwards.
@@ -56,23 +56,23 @@ class AdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 self.init_state(p)
-            by_place: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
+            alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
             for p in params:
                 key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
-                by_place.setdefault(key, []).append(p)
-            for same in by_place.values():
-                grads = [to_local(p.grad) for p in same if p.grad is not None]
-                here = [to_local(p) for p in same]
-                first = [self.state[p]["exp_avg"] for p in same]
-                second = [self.state[p]["exp_avg_sq"] for p in same]
-                if first[0].dtype == same[0].dtype:
-                    self._fused(group, here, grads, first, second, grad_scale)
+                alike.setdefault(key, []).append(p)
+            for group_params in alike.values():
+                grads = [to_local(p.grad) for p in group_params if p.grad is not None]
+                local = [to_local(p) for p in group_params]
+                first = [self.state[p]["exp_avg"] for p in group_params]
+                second = [self.state[p]["exp_avg_sq"] for p in group_params]
+                if first[0].dtype == group_params[0].dtype:
+                    self._fused(group, local, grads, first, second, grad_scale)
                 else:
-                    for four in zip(here, grads, first, second, strict=True):
-                        self._sliced(group, *four, grad_scale)
+                    for tensors in zip(local, grads, first, second, strict=True):
+                        self._sliced(group, *tensors, grad_scale)
 
     def init_state(self, p: Tensor) -> None:
-        """Zeros for a parameter that has no moments yet."""
+        """Add zero moments for a parameter that has none yet."""
         if not self.state[p]:
             for name in ("exp_avg", "exp_avg_sq"):
                 self.state[p][name] = torch.zeros_like(

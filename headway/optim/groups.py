@@ -1,4 +1,4 @@
-"""Which parameter is updated by what: named groups, one global gradient norm, one clip factor."""
+"""Parameter groups and their optimisers; one global gradient norm, one clip factor."""
 
 import math
 from collections.abc import Iterable
@@ -16,13 +16,12 @@ from headway.parallel.reduce import total_norm
 
 
 def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """‖g‖₂ over all gradients together, a float64 scalar; 0 without gradients."""
+    """Return ‖g‖₂ over all gradients, a float64 scalar; 0 without gradients."""
     return total_norm(p.grad for p in parameters if p.grad is not None)
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """What the gradients are multiplied with so that their norm is at most `limit`; 1.0 where
-    `limit` is 0.
+    """Return the factor that limits the norm of the gradients to `limit`; 1.0 where `limit` is 0.
 
     As in torch.nn.utils.clip_grad_norm_.
     """
@@ -50,24 +49,24 @@ class Optimizers:
         return [self.adamw] if self.muon is None else [self.adamw, self.muon]
 
     def set_lr(self, factor: float) -> None:
-        """Sets the rate of every group to `factor` times its peak."""
+        """Set the rate of every group to `factor` times its peak."""
         for optimizer in self.all():
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
 
     def step(self, grad_scale: float = 1.0) -> None:
-        """One update with the gradients times `grad_scale`; the gradients are used up by it."""
+        """Update with the gradients times `grad_scale`, which may change them; zero them next."""
         for optimizer in self.all():
             optimizer.step(grad_scale)
 
     def zero_grad(self) -> None:
-        """Frees all gradients."""
+        """Free all gradients."""
         for p in self.named.values():
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state, `<parameter>.<moment>` → tensor of the shape that the parameter has here (no
-        copies)."""
+        """Return all state, `<parameter>.<moment>` → tensor with the shape of the parameter on this
+        rank; no copies."""
         return {
             f"{name}.{key}": value
             for optimizer in self.all()
@@ -77,12 +76,12 @@ class Optimizers:
         }
 
     def without_state(self) -> list[str]:
-        """Parameters that were never updated, as one that no gradient has reached."""
-        held = {p for optimizer in self.all() for p, state in optimizer.state.items() if state}
-        return [name for name, p in self.named.items() if p not in held]
+        """Return the parameters that were never updated, since no gradient has reached them."""
+        updated = {p for optimizer in self.all() for p, state in optimizer.state.items() if state}
+        return [name for name, p in self.named.items() if p not in updated]
 
     def add_state(self, names: set[str]) -> None:
-        """State as before the first update, where there is none; changes no update."""
+        """Add the state of before the first update where there is none; changes no update."""
         for optimizer in self.all():
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -90,11 +89,11 @@ class Optimizers:
                         optimizer.init_state(p)
 
     def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Inverse of `tensors`; `updates` is the number of steps behind them.
+        """Restore what `tensors` returned after `updates` steps.
 
         Raises `UsageError` when the tensors belong to another optimiser or another model.
         """
-        makes = (
+        muon_keys = (
             {p: ("momentum",) for g in self.muon.param_groups for p in g["params"]}
             if self.muon
             else {}
@@ -110,13 +109,13 @@ class Optimizers:
                     f"resume: the checkpoint's optimiser state {key} fits no parameter; "
                     "resume with the run's own recipe"
                 )
-            expected = makes.get(p, ("exp_avg", "exp_avg_sq"))
+            expected = muon_keys.get(p, ("exp_avg", "exp_avg_sq"))
             if moment not in expected:
                 raise UsageError(
                     f"resume: the checkpoint has {key} where this recipe keeps {expected[0]}; "
                     "resume with the same optim.name"
                 )
-            owner = self.muon if self.muon is not None and p in makes else self.adamw
+            owner = self.muon if self.muon is not None and p in muon_keys else self.adamw
             dtype = adam_dtype if owner is self.adamw and adam_dtype is not None else p.dtype
             owner.state[p][moment] = value.to(device=p.device, dtype=dtype, copy=True)
         self.adamw.updates = updates
@@ -131,7 +130,7 @@ def build_optimizers(
     newton_schulz_dtype: torch.dtype = torch.float32,
     sharding: Sharding = SINGLE_PROCESS.sharding,
 ) -> Optimizers:
-    """Puts every parameter of `model` into exactly one group of one optimiser.
+    """Put every parameter of `model` into exactly one group of one optimiser.
 
     `newton_schulz_dtype` is the run's matmul dtype: bfloat16 where the hardware multiplies it
     natively. `sharding` says which parameters are sharded.
@@ -185,17 +184,19 @@ def build_optimizers(
             momentum=config.momentum,
             adjust=config.muon_adjust,
             dtype=newton_schulz_dtype,
-            cuts=_cut_matrices(named, sharding),
+            shards=_sharded_matrices(named, sharding),
             traffic=sharding.mesh.traffic,
         )
     return Optimizers(named, groups, adamw, muon)
 
 
-def _cut_matrices(named: dict[str, nn.Parameter], sharding: Sharding) -> dict[Tensor, ShardSpec]:
-    """The parameters of which a matrix (the last two dims) lies on several ranks."""
-    found: dict[Tensor, ShardSpec] = {}
+def _sharded_matrices(
+    named: dict[str, nn.Parameter], sharding: Sharding
+) -> dict[Tensor, ShardSpec]:
+    """Return the parameters whose matrices (the last two dims) are sharded over several ranks."""
+    shards: dict[Tensor, ShardSpec] = {}
     for name, p in named.items():
-        pieces = sharding.placements[name].shard if sharding.placements else None
-        if p.ndim >= 2 and pieces is not None and pieces.dim >= p.ndim - 2:
-            found[p] = pieces
-    return found
+        shard = sharding.placements[name].shard if sharding.placements else None
+        if p.ndim >= 2 and shard is not None and shard.dim >= p.ndim - 2:
+            shards[p] = shard
+    return shards

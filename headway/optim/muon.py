@@ -18,8 +18,8 @@ EPS = 1e-7
 
 
 def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pushes the singular values of every matrix of a stack `[n, M, N]` to about 1 (0.5 … 1.5);
-    dtype `dtype`.
+    """Return a stack `[n, M, N]` with the singular values of every matrix pushed to about 1
+    (0.5 … 1.5), in `dtype`.
 
     Five steps of X ← aX + b(XXᵀ)X + c(XXᵀ)²X on the wide side. For n = 1 these are
     torch.optim.Muon's operations.
@@ -40,7 +40,7 @@ def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shape_factor(rows: int, columns: int, adjust: Literal["original", "match_rms_adamw"]) -> float:
-    """How the rate follows the shape of a matrix with `rows` outputs and `columns` inputs."""
+    """Return the factor of the rate for a matrix with `rows` outputs and `columns` inputs."""
     match adjust:
         case "original":
             return math.sqrt(max(1, rows / columns))
@@ -49,11 +49,11 @@ def shape_factor(rows: int, columns: int, adjust: Literal["original", "match_rms
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest half-orthogonal matrix as the update, for parameters `[..., M,
-    N]`.
+    """Momentum, then the nearest semi-orthogonal matrix as the update, for parameters
+    `[..., M, N]`.
 
-    Every matrix of the last two dims is orthogonalised alone, so a stack of experts is updated as
-    the separate experts would be. On 2-D parameters this is torch.optim.Muon, operation for
+    Every matrix of the last two dims is orthogonalised by itself, so a stack of experts is updated
+    as separate experts would be. On 2-D parameters this is torch.optim.Muon, operation for
     operation.
 
     Args:
@@ -67,9 +67,9 @@ class Muon(torch.optim.Optimizer):
             slow there).
         chunk: largest number of elements orthogonalised at once; bounds the temporaries to about
             four times that.
-        cuts: parameters whose matrices lie in pieces on several ranks. Each is orthogonalised on
-            one of them in turn, and `step` is collective.
-        traffic: counts what travels for that.
+        shards: parameters whose matrices are sharded over several ranks. Each is orthogonalised on
+            one of them, and `step` is collective.
+        traffic: counts what is sent for that.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Muon(torch.optim.Optimizer):
         adjust: Literal["original", "match_rms_adamw"] = "original",
         dtype: torch.dtype = torch.bfloat16,
         chunk: int = 1 << 20,
-        cuts: Mapping[Tensor, ShardSpec] | None = None,
+        shards: Mapping[Tensor, ShardSpec] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "transposed": False})
         self.momentum, self.nesterov = momentum, nesterov
         self.adjust: Literal["original", "match_rms_adamw"] = adjust
         self.dtype, self.chunk = dtype, chunk
-        self.cuts, self.traffic = cuts or {}, traffic or Traffic()
+        self.shards, self.traffic = shards or {}, traffic or Traffic()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
@@ -98,63 +98,62 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """One update with the gradients times `grad_scale` (the clip factor), which are left as
-        they are."""
-        in_pieces: dict[str, list[tuple[Tensor, dict[str, Any]]]] = {}
+        """Update with the gradients times `grad_scale` (the clip factor); they are not changed."""
+        sharded: dict[str, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p in self.cuts:
-                    in_pieces.setdefault(self.cuts[p].axis.name, []).append((p, group))
+                if p in self.shards:
+                    sharded.setdefault(self.shards[p].axis.name, []).append((p, group))
                 else:
                     self._update(p, p.grad, group, grad_scale)
-        for several in in_pieces.values():
-            self._update_pieces(several, grad_scale)
+        for parameters in sharded.values():
+            self._update_sharded(parameters, grad_scale)
 
     def init_state(self, p: Tensor) -> None:
-        """A zero momentum for a parameter that has none yet."""
+        """Add a zero momentum for a parameter that has none yet."""
         if not self.state[p]:
             zeros = torch.zeros_like(to_local(p), memory_format=torch.contiguous_format)
             self.state[p]["momentum"] = zeros
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
-        """Of matrices that are whole here."""
+        """Update a parameter whose matrices are not sharded."""
         rows, columns = p.shape[-2:]
         rate = self._rate(p, group)
         # Chunks of whole matrices keep every temporary small, however many experts are stacked.
-        at_once = max(1, self.chunk // (rows * columns))
+        per_chunk = max(1, self.chunk // (rows * columns))
         views = (to_local(p), to_local(grad).contiguous(), self._momentum(p))
         n = views[0].numel() // (rows * columns)
-        stacks = (t.view(n, rows, columns).split(at_once) for t in views)
+        stacks = (t.view(n, rows, columns).split(per_chunk) for t in views)
         for p_n, g_n, m_n in zip(*stacks, strict=True):
             update = newton_schulz(self._direction(g_n, m_n, grad_scale), self.dtype)
             p_n.mul_(1 - group["lr"] * group["weight_decay"])
             p_n.add_(update, alpha=-rate)
 
-    def _update_pieces(
-        self, several: list[tuple[Tensor, dict[str, Any]]], grad_scale: float
+    def _update_sharded(
+        self, parameters: list[tuple[Tensor, dict[str, Any]]], grad_scale: float
     ) -> None:
-        """Of matrices cut over the same ranks: as many at once as there are ranks, one on each."""
-        several.sort(key=lambda one: -one[0].numel())  # the ranks have as much to do
-        size = self.cuts[several[0][0]].axis.size
-        for i in range(0, len(several), size):
-            batch = several[i : i + size]
+        """Update matrices sharded over the same ranks: as many at once as ranks, one on each."""
+        parameters.sort(key=lambda item: -item[0].numel())  # so that ranks have equally much to do
+        size = self.shards[parameters[0][0]].axis.size
+        for i in range(0, len(parameters), size):
+            batch = parameters[i : i + size]
             directions = [
                 self._direction(to_local(p.grad), self._momentum(p), grad_scale)
                 for p, _ in batch
                 if p.grad is not None
             ]
-            cuts = [self.cuts[p] for p, _ in batch]
+            specs = [self.shards[p] for p, _ in batch]
             updates = apply_to_full(
-                directions, cuts, self._newton_schulz, self.dtype, self.traffic, "muon"
+                directions, specs, self._newton_schulz, self.dtype, self.traffic, "muon"
             )
             for (p, group), update in zip(batch, updates, strict=True):
                 to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
                 to_local(p).add_(update, alpha=-self._rate(p, group))
 
     def _newton_schulz(self, x: Tensor) -> Tensor:
-        """`newton_schulz` of a stack with any number of leading dims, in chunks."""
+        """Apply `newton_schulz` to a stack with any number of leading dims, in chunks."""
         rows, columns = x.shape[-2:]
         stack = x.reshape(-1, rows, columns).split(max(1, self.chunk // (rows * columns)))
         return torch.cat([newton_schulz(part, self.dtype) for part in stack]).view(x.shape)
@@ -169,7 +168,7 @@ class Muon(torch.optim.Optimizer):
         return self.state[p]["momentum"]
 
     def _direction(self, grad: Tensor, momentum: Tensor, grad_scale: float) -> Tensor:
-        """Moves the momentum; what is to be orthogonalised."""
+        """Update the momentum; return what is to be orthogonalised."""
         grad = grad if grad_scale == 1.0 else grad * grad_scale
         momentum.lerp_(grad, 1 - self.momentum)
         return grad.lerp(momentum, self.momentum) if self.nesterov else momentum

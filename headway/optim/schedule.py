@@ -1,5 +1,5 @@
-"""Learning rate schedules: a pure function of the step, so that a resumed run needs no schedule
-state."""
+"""Learning rate schedules: pure functions of the step, so that a resumed run needs no state of
+theirs."""
 
 import math
 
@@ -7,7 +7,7 @@ from headway.config import OptimConfig
 
 
 def lr_factor(step: int, config: OptimConfig) -> float:
-    """The learning rate of optimiser step `step` (from 0) over the peak rate, in [0, 1].
+    """Return the learning rate of optimiser step `step` (from 0) over the peak rate, in [0, 1].
 
     Warm-up takes W = ⌊warmup·steps⌋ steps, (step+1)/W each, so the first step already moves and
     step W−1 is at the peak. The last step is at `min_lr_ratio`. A run too short to have a falling
@@ -33,7 +33,7 @@ def lr_factor(step: int, config: OptimConfig) -> float:
 
 
 def steps_before_fall(config: OptimConfig) -> int:
-    """Steps from the first one to the last one at the peak rate; the next one may fall."""
+    """Return the number of steps up to the last one at the peak rate; the next one may fall."""
     steps = max(_warm_up(config), 1)
     if config.schedule != "cosine":
         steps = max(steps, config.steps - max(1, round(config.decay * config.steps)))
@@ -41,8 +41,8 @@ def steps_before_fall(config: OptimConfig) -> int:
 
 
 def change(step: int, old: OptimConfig, new: OptimConfig) -> str:
-    """What becomes of the learning rate of a run that has done `step` steps by the schedule `old`
-    and goes on by `new`, in one sentence; empty where both are the same.
+    """Return a sentence on the learning rate of a run that has done `step` steps of the schedule
+    `old` and resumes with `new`; "" where both are the same.
 
     Rates are those of AdamW; Muon's jump with them.
     """
@@ -66,5 +66,5 @@ def _shape(config: OptimConfig) -> tuple:
 
 
 def _warm_up(config: OptimConfig) -> int:
-    """Steps of the warm-up."""
+    """Return the number of steps of the warm-up."""
     return min(int(config.warmup * config.steps), config.steps - 1)

@@ -1,4 +1,4 @@
-"""What must be alike on all ranks before they begin: options, versions, commit, data."""
+"""Check that options, versions, commit and data are the same on all ranks before they begin."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ from headway.config import PeerError, UsageError
 
 
 def check(rank: int, facts: list[dict[str, Any]]) -> None:
-    """Raises on every rank where two differ: UsageError on rank 0, which prints it, PeerError on
-    the others. `facts` are those of all ranks, in rank order."""
+    """Raise on every rank if two differ: UsageError on rank 0, which prints it, PeerError on the
+    others. `facts` are those of all ranks, in rank order."""
     text = difference(facts)
     if text:
         raise UsageError(text) if rank == 0 else PeerError(text)
 
 
 def difference(facts: list[dict[str, Any]]) -> str:
-    """The first fact in which a rank differs from rank 0, as a sentence; empty for none."""
+    """Return a sentence on the first fact in which a rank differs from rank 0; "" for none."""
     first = facts[0]
-    for rank, theirs in enumerate(facts):
-        for name in [*first, *(name for name in theirs if name not in first)]:
-            here, there = first.get(name, "nothing"), theirs.get(name, "nothing")
-            if here != there:
+    for rank, others in enumerate(facts):
+        for name in [*first, *(name for name in others if name not in first)]:
+            expected, value = first.get(name, "nothing"), others.get(name, "nothing")
+            if value != expected:
                 return (
-                    f"rank {rank} has {name}={there} and rank 0 has {here}; "
+                    f"rank {rank} has {name}={value} and rank 0 has {expected}; "
                     "start every rank with the same options, versions and data"
                 )
     return ""

@@ -1,10 +1,21 @@
-"""Collectives that travel while something else is computed, with gradients, counted.
+"""Asynchronous collectives with gradients: communication overlaps with computation, both ways.
 
-Each function issues an `AsyncCollective`; `wait()` returns the tensors. Backward is the same in
-reverse: the backward of `wait` starts the adjoint collective and the backward of the start waits
-for it, so what lay between the two in forward hides the way back as well.
+Each function issues an `AsyncCollective`; `wait()` completes it and returns the tensors. Autograd
+sees two nodes, and the backward of the one is the issue of the other:
 
-P ranks on the axis · N rows. Several tensors of the same rows travel as one message, row by row.
+    forward     parts ─▶ _Issue ── token ──▶ _Complete ─▶ received      between the two nodes
+                         issue               complete                   other chunks compute
+    backward    grads ◀─ _Issue ◀─ token ─── _Complete ◀─ grads         and so does their backward
+                         complete            issue the adjoint
+
+`token` is an empty tensor. It is the only edge between the nodes: without it autograd would not
+know that `_Complete` comes from `_Issue`, and no gradient would reach `parts`. Both nodes keep the
+`AsyncCollective` (`ctx.collective`); if that kept the token, which keeps the graph, there would be
+a ring `collective → token → _Issue → collective`. Python's garbage collector does not see the links
+inside autograd, so a step's whole graph would leak. `wait` therefore drops the token.
+
+P ranks on the axis · N rows. Several tensors with the same rows are packed row by row into one
+message.
 """
 
 import math
@@ -16,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headway.parallel import p2p as pairwise
+from headway.parallel import p2p
 from headway.parallel.fp8 import narrow, widen
 from headway.parallel.mesh import Axis
 from headway.parallel.traffic import Traffic
@@ -29,242 +40,237 @@ class Splits(NamedTuple):
     receive: list[int]
 
     def swapped(self) -> "Splits":
-        """Of the way back."""
+        """Return the splits of the inverse exchange."""
         return Splits(self.receive, self.send)
 
 
 class CommContext(NamedTuple):
-    """An axis and where its bytes are counted."""
+    """The axis of a collective, and under what its bytes are counted."""
 
     axis: Axis
     traffic: Traffic
     purpose: str
     layer: int | None = None
-    """Whose exchange it is; None for one that belongs to no layer."""
+    """Index of the block that exchanges; None for what belongs to no block."""
     float8: bool = False
-    """The first tensor of a message, the sub-tokens, travels as `parallel.float8` makes it."""
+    """Whether the first tensor of a message, the sub-tokens, is sent in FP8 (`parallel.fp8`)."""
 
     def add(self, n_bytes: int) -> None:
-        """Counts a collective that begins."""
+        """Count a collective that is issued."""
         self.traffic.add(self.axis.name, self.purpose, n_bytes, self.layer)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time that the host stands still in the body."""
+    def count_wait(self) -> Iterator[None]:
+        """Count the time that the body blocks the host."""
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
-        self.traffic.waited(self.axis.name, self.purpose, seconds, self.layer)
+        self.traffic.add_wait(self.axis.name, self.purpose, seconds, self.layer)
 
-    def back(self) -> "CommContext":
-        """The same for the gradients."""
+    def backward(self) -> "CommContext":
+        """Return the context of the collective of the gradients."""
         return self._replace(purpose=f"{self.purpose} backward")
 
 
-class _Message(NamedTuple):
-    """One collective under way."""
+class _Pending(NamedTuple):
+    """A collective that has been issued."""
 
-    wire: CommContext
+    comm: CommContext
     received: Tensor
-    posted: pairwise.Posted
+    works: p2p.Works
 
-    def land(self) -> Tensor:
-        """Wait for it."""
-        with self.wire.waiting():
-            self.posted.wait()
+    def wait(self) -> Tensor:
+        """Block until it is complete; return what was received."""
+        with self.comm.count_wait():
+            self.works.wait()
         return self.received
 
 
 class _CollectiveSpec(NamedTuple):
-    """A collective, and whether its parts `[P·N, …]` are summed over the ranks on arrival."""
+    """Which collective to issue, and whether the `[P·N, …]` that it receives are then summed over
+    the ranks."""
 
-    send: Callable[[Tensor, CommContext], _Message]
+    issue: Callable[[Tensor, CommContext], _Pending]
     sums: bool = False
 
 
-def _exchange(splits: Splits | None) -> Callable[[Tensor, CommContext], _Message]:
-    """All-to-all of rows; `None` sends the same number to everyone."""
+def _issue_all_to_all(splits: Splits | None) -> Callable[[Tensor, CommContext], _Pending]:
+    """All-to-all of rows; `None` sends equally many to every rank."""
 
-    def send(x: Tensor, wire: CommContext) -> _Message:
+    def issue(x: Tensor, comm: CommContext) -> _Pending:
         x = x.contiguous()
-        n, axis = x.shape[0], wire.axis
+        n, axis = x.shape[0], comm.axis
         received = x.new_empty(n if splits is None else sum(splits.receive), *x.shape[1:])
-        stays = n // axis.size if splits is None else splits.send[axis.index]
-        wire.add((n - stays) * _row_bytes(x))
+        n_local = n // axis.size if splits is None else splits.send[axis.index]
+        comm.add((n - n_local) * _row_bytes(x))
         sizes = (None, None) if splits is None else (splits.receive, splits.send)
-        return _Message(wire, received, pairwise.all_to_all(received, x, axis, *sizes))
+        return _Pending(comm, received, p2p.all_to_all(received, x, axis, *sizes))
 
-    return send
+    return issue
 
 
-def _collect(x: Tensor, wire: CommContext) -> _Message:
+def _issue_all_gather(x: Tensor, comm: CommContext) -> _Pending:
     """All-gather `[N, …]` → `[P·N, …]`."""
-    x, axis = x.contiguous(), wire.axis
+    x, axis = x.contiguous(), comm.axis
     received = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    wire.add((axis.size - 1) * x.shape[0] * _row_bytes(x))
-    return _Message(wire, received, pairwise.all_gather(received, x, axis))
+    comm.add((axis.size - 1) * x.shape[0] * _row_bytes(x))
+    return _Pending(comm, received, p2p.all_gather(received, x, axis))
 
 
 def _row_bytes(x: Tensor) -> int:
     return math.prod(x.shape[1:]) * x.element_size()
 
 
-def _dense(x: Tensor) -> Tensor:
+def _contiguous_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
 class _Packing:
-    """How several tensors `[N, …]` lie in the rows of one message."""
+    """How several tensors `[N, …]` are packed into the rows of one message `[N, bytes]`."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.kinds = [(p.dtype, p.shape[1:]) for p in parts]
         self.bytes = [math.prod(shape) * dtype.itemsize for dtype, shape in self.kinds]
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
-        """A single tensor goes as it is; several as `[N, bytes]`."""
+        """Return a single tensor as it is; several as uint8 `[N, bytes]`."""
         if len(parts) == 1:
             return parts[0]
         n = parts[0].shape[0]
         rows = torch.empty(n, sum(self.bytes), dtype=torch.uint8, device=parts[0].device)
-        for piece, part in zip(rows.split(self.bytes, 1), parts, strict=True):
-            piece.copy_(_dense(part.reshape(n, math.prod(part.shape[1:]))).view(torch.uint8))
+        for columns, part in zip(rows.split(self.bytes, 1), parts, strict=True):
+            flat = _contiguous_copy(part.reshape(n, math.prod(part.shape[1:])))
+            columns.copy_(flat.view(torch.uint8))
         return rows
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The inverse."""
+        """Return the tensors of packed rows."""
         if len(self.kinds) == 1:
             return (rows,)
         return tuple(
-            # a clone, since a piece of no rows or one is "contiguous" with the wide row's stride
-            _dense(piece).view(dtype).view(rows.shape[0], *shape)
-            for piece, (dtype, shape) in zip(rows.split(self.bytes, 1), self.kinds, strict=True)
+            # copied, since columns of no rows or one are "contiguous" with the stride of the row
+            _contiguous_copy(columns).view(dtype).view(rows.shape[0], *shape)
+            for columns, (dtype, shape) in zip(rows.split(self.bytes, 1), self.kinds, strict=True)
         )
 
 
 class AsyncCollective:
-    """Tensors on their way; `wait` brings them in."""
+    """Handle of a collective that has been issued; `wait` completes it."""
 
     def __init__(
-        self, wire: CommContext, forward: _CollectiveSpec, adjoint: _CollectiveSpec
+        self, comm: CommContext, forward: _CollectiveSpec, adjoint: _CollectiveSpec
     ) -> None:
-        self.wire, self.forward, self.adjoint = wire, forward, adjoint
-        self.message: _Message | None = None
-        self.layout = _Packing(())
+        self.comm, self.forward, self.adjoint = comm, forward, adjoint
+        self.pending: _Pending | None = None
+        self.packing = _Packing(())
         self.dtype = torch.float32
         self.token = torch.empty(0)
 
-    def depart(self, parts: Sequence[Tensor], way: _CollectiveSpec, wire: CommContext) -> None:
-        """Start a collective, in either direction."""
-        assert self.message is None
+    def issue(self, parts: Sequence[Tensor], spec: _CollectiveSpec, comm: CommContext) -> None:
+        """Start a collective: the forward one or its adjoint."""
+        assert self.pending is None
         self.dtype = parts[0].dtype
-        if wire.float8:
+        if comm.float8:
             parts = (*narrow(parts[0]), *parts[1:])
-        self.layout = _Packing(parts)
-        self.message = way.send(self.layout.pack(parts), wire)
+        self.packing = _Packing(parts)
+        self.pending = spec.issue(self.packing.pack(parts), comm)
 
-    def arrive(self, way: _CollectiveSpec) -> tuple[Tensor, ...]:
-        """What it brought."""
-        assert self.message is not None
-        parts = self.layout.unpack(self.message.land())
-        self.message = None
-        if self.wire.float8:
+    def complete(self, spec: _CollectiveSpec) -> tuple[Tensor, ...]:
+        """Block until the collective is complete; return the tensors that were received."""
+        assert self.pending is not None
+        parts = self.packing.unpack(self.pending.wait())
+        self.pending = None
+        if self.comm.float8:
             parts = (widen(parts[0], parts[1], self.dtype), *parts[2:])
-        return tuple(_rank_sum(p, self.wire.axis.size) for p in parts) if way.sums else parts
+        return tuple(_rank_sum(p, self.comm.axis.size) for p in parts) if spec.sums else parts
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors, in the order in which they were sent."""
-        # autograd keeps the flight, so the flight must not keep the token and autograd with it
-        token, self.token = self.token, torch.empty(0)
+        """Block until complete; return the tensors in the order in which they were sent."""
+        token, self.token = self.token, torch.empty(0)  # breaks the ring, see above
         return _Complete.apply(self, token)  # type: ignore[return-value]
 
 
 def _rank_sum(received: Tensor, size: int) -> Tensor:
-    """Σ over the ranks in rank order, so that it does not matter who was first; in float32."""
+    """Return Σ over the ranks, in float32 and in rank order, so that the order in which messages
+    come in does not matter."""
     wide = torch.float64 if received.dtype == torch.float64 else torch.float32
     return received.unflatten(0, (size, -1)).sum(0, dtype=wide).to(received.dtype)
 
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flight: AsyncCollective, *parts: Tensor) -> Tensor:  # type: ignore[override]
-        flight.depart(parts, flight.forward, flight.wire)
-        ctx.flight, ctx.floating = flight, [p.is_floating_point() for p in parts]
-        return parts[0].new_empty(0)  # ties the two ends together for autograd
+    def forward(ctx, collective: AsyncCollective, *parts: Tensor) -> Tensor:  # type: ignore[override]
+        collective.issue(parts, collective.forward, collective.comm)
+        ctx.collective, ctx.floating = collective, [p.is_floating_point() for p in parts]
+        return parts[0].new_empty(0)  # the token
 
     @staticmethod
     def backward(ctx, *_: Tensor):  # type: ignore[override]
-        found = iter(ctx.flight.arrive(ctx.flight.adjoint))
-        return None, *(next(found) if floating else None for floating in ctx.floating)
+        grads = iter(ctx.collective.complete(ctx.collective.adjoint))
+        return None, *(next(grads) if floating else None for floating in ctx.floating)
 
 
 class _Complete(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flight: AsyncCollective, token: Tensor):  # type: ignore[override]
-        parts = flight.arrive(flight.forward)
-        ctx.flight, ctx.floating = flight, [p.is_floating_point() for p in parts]
+    def forward(ctx, collective: AsyncCollective, token: Tensor):  # type: ignore[override]
+        parts = collective.complete(collective.forward)
+        ctx.collective, ctx.floating = collective, [p.is_floating_point() for p in parts]
         ctx.mark_non_differentiable(*(p for p in parts if not p.is_floating_point()))
         return parts
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        flight: AsyncCollective = ctx.flight
-        wanted = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
-        flight.depart(wanted, flight.adjoint, flight.wire.back())
-        return None, wanted[0].new_empty(0)
+    def backward(ctx, *all_grads: Tensor):  # type: ignore[override]
+        collective: AsyncCollective = ctx.collective
+        grads = [g for g, floating in zip(all_grads, ctx.floating, strict=True) if floating]
+        collective.issue(grads, collective.adjoint, collective.comm.backward())
+        return None, grads[0].new_empty(0)
 
 
-def _start(flight: AsyncCollective, parts: Sequence[Tensor]) -> AsyncCollective:
-    flight.token = _Issue.apply(flight, *parts)  # type: ignore[assignment]
-    return flight
+def _start(
+    parts: Sequence[Tensor], comm: CommContext, forward: _CollectiveSpec, adjoint: _CollectiveSpec
+) -> AsyncCollective:
+    collective = AsyncCollective(comm, forward, adjoint)
+    collective.token = _Issue.apply(collective, *parts)  # type: ignore[assignment]
+    return collective
 
 
 def all_to_all(
-    parts: Sequence[Tensor], wire: CommContext, splits: Splits | None = None
+    parts: Sequence[Tensor], comm: CommContext, splits: Splits | None = None
 ) -> AsyncCollective:
-    """Rows `[N, …]` to their ranks, in rank order; equal numbers without `splits`.
+    """Send rows `[N, …]` to their ranks, in rank order; equally many to each without `splits`.
 
-    Integer tensors travel along and take no gradient.
+    Integer tensors are sent along and get no gradient.
     """
-    back = None if splits is None else splits.swapped()
-    return _start(
-        AsyncCollective(wire, _CollectiveSpec(_exchange(splits)), _CollectiveSpec(_exchange(back))),
-        parts,
-    )
+    inverse = None if splits is None else splits.swapped()
+    forward, adjoint = _issue_all_to_all(splits), _issue_all_to_all(inverse)
+    return _start(parts, comm, _CollectiveSpec(forward), _CollectiveSpec(adjoint))
 
 
-def all_gather(parts: Sequence[Tensor], wire: CommContext) -> AsyncCollective:
-    """`[N, …]` → `[P·N, …]` on every rank. Backward sums over the ranks."""
-    return _start(
-        AsyncCollective(
-            wire, _CollectiveSpec(_collect), _CollectiveSpec(_exchange(None), sums=True)
-        ),
-        parts,
-    )
+def all_gather(parts: Sequence[Tensor], comm: CommContext) -> AsyncCollective:
+    """`[N, …]` → `[P·N, …]` on every rank. The gradients are summed over the ranks."""
+    adjoint = _CollectiveSpec(_issue_all_to_all(None), sums=True)
+    return _start(parts, comm, _CollectiveSpec(_issue_all_gather), adjoint)
 
 
-def reduce_scatter(part: Tensor, wire: CommContext) -> AsyncCollective:
-    """`[P·N, …]` → `[N, …]`, the sum over the ranks: an all-to-all, which sends what a ring would
-    send, and one sum in rank order. Backward gathers."""
-    return _start(
-        AsyncCollective(
-            wire, _CollectiveSpec(_exchange(None), sums=True), _CollectiveSpec(_collect)
-        ),
-        (part,),
-    )
+def reduce_scatter(part: Tensor, comm: CommContext) -> AsyncCollective:
+    """`[P·N, …]` → `[N, …]`, the sum over the ranks: an all-to-all, which sends as many bytes as a
+    ring would, and one sum in rank order. The gradients are all-gathered."""
+    forward = _CollectiveSpec(_issue_all_to_all(None), sums=True)
+    return _start((part,), comm, forward, _CollectiveSpec(_issue_all_gather))
 
 
-def exchange_counts(send_P: Tensor, wire: CommContext) -> Splits:
-    """Tells every rank how many rows it will get: int64 `[P]` there and back, and one wait for the
-    device, since the sizes of what follows must be known."""
-    axis = wire.axis
+def exchange_counts(send_P: Tensor, comm: CommContext) -> Splits:
+    """Tell every rank how many rows it will receive: int64 `[P]` to `[P]`. It waits for the device,
+    since the sizes of the next collective must be known to the host."""
+    axis = comm.axis
     receive_P = torch.empty_like(send_P)
-    wire.add((axis.size - 1) * send_P.element_size())
-    with wire.waiting():
-        pairwise.all_to_all(receive_P, send_P, axis).wait()
-        both = torch.stack([send_P, receive_P]).tolist()
-    return Splits(both[0], both[1])
+    comm.add((axis.size - 1) * send_P.element_size())
+    with comm.count_wait():
+        p2p.all_to_all(receive_P, send_P, axis).wait()
+        send, receive = torch.stack([send_P, receive_P]).tolist()
+    return Splits(send, receive)
 
 
 def index_dtype(n: int) -> torch.dtype:
-    """The narrowest type on the wire that holds 0 … n."""
+    """Return the narrowest integer dtype that holds 0 … n, for sending indices."""
     return torch.int16 if n < 2**15 else torch.int32

@@ -1,6 +1,6 @@
-"""How the tokens of one sparse layer travel on a mesh: Head Parallel around Expert Parallel.
+"""The token dispatcher of a mesh: Head Parallel around Expert Parallel.
 
-`MeshDispatcher` is the `model.dispatch.TokenDispatcher` of a mesh: `scatter` and `gather` on the hp
+`MeshDispatcher` is a `model.dispatch.TokenDispatcher`: `scatter` and `gather` communicate on the hp
 axis, before routing and after the experts; `dispatch` and `combine` on the ep axis between them.
 """
 
@@ -21,81 +21,82 @@ from headway.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class MeshDispatcher:
-    """The travel of all sparse layers of a model on a mesh."""
+    """Exchanges the tokens of the sparse layers of a model on a mesh."""
 
     mesh: Mesh
     n_chunks: int
-    """Pieces of the tokens, so that one travels while the next is computed."""
+    """Chunks of the tokens, so that one is communicated while the next is computed."""
     use_all_gather: bool
-    """On ep: all-gather and reduce-scatter in place of the all-to-all that follows the router."""
+    """On ep: all-gather and reduce-scatter instead of the all-to-all that depends on the route."""
     dedup: bool
     """On ep: one copy per rank and not per slot."""
     layer: int | None = None
-    """Index of the block whose exchange this is, for the ledger."""
+    """Index of the block that exchanges, for `mesh.traffic`."""
 
     def at(self, layer: int) -> "MeshDispatcher":
-        """The same for one block."""
+        """Return the dispatcher of one block."""
         return replace(self, layer=layer)
 
     @property
     def scheme(self) -> Literal["all_to_all", "all_to_all_per_slot", "all_gather"]:
-        """How sub-tokens travel on ep, under the name that `plan` gives it."""
+        """Return the Expert Parallel scheme under the name that `plan` gives it."""
         if self.use_all_gather:
             return "all_gather"
         return "all_to_all" if self.dedup else "all_to_all_per_slot"
 
     def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
-        """`[T, D]` in equal pieces of whole units of `unit` tokens: as many as wanted, or the next
+        """Return `[T, D]` in equal chunks of whole units of `unit` tokens: `n_chunks`, or the next
         smaller number that divides the units."""
         units = len(x_TD) // unit
         n = max(n for n in range(1, self.n_chunks + 1) if units % n == 0)
         return x_TD.chunk(n)
 
     def scatter(self, z_THL: Tensor, route: Route | None) -> Future[tuple[Tensor, Route | None]]:
-        """Sub-tokens to the ranks of their heads, with their route if there is one already."""
+        """Send sub-tokens to the ranks of their heads, with their route if they have one."""
         if self.mesh.hp.size == 1:
             return Completed((z_THL, route))
-        return head.ScatterHandle(z_THL, route, self._wire("hp", "scatter"))
+        return head.ScatterHandle(z_THL, route, self._comm("hp", "scatter"))
 
     def dispatch(
         self, z_THL: Tensor, route: Route, n_experts: int
     ) -> Future[expert.DispatchOutput]:
-        """Sub-tokens to the ranks of their experts."""
+        """Send sub-tokens to the ranks of their experts."""
         if self.mesh.ep.size == 1:
             return Completed(expert.DispatchOutput(z_THL, route, None))
         return expert.dispatch(
             z_THL,
             route,
             n_experts,
-            self._wire("ep", "dispatch"),
+            self._comm("ep", "dispatch"),
             use_all_gather=self.use_all_gather,
             dedup=self.dedup,
         )
 
     def combine(self, y_THL: Tensor, metadata: expert.CombineMetadata | None) -> Future[Tensor]:
-        """Outputs of the experts back to the rank of the head, summed."""
-        return Completed(y_THL) if metadata is None else metadata.back(y_THL)
+        """Return the experts' outputs to the ranks of their heads, summed over the experts."""
+        return Completed(y_THL) if metadata is None else metadata.start_combine(y_THL)
 
     def gather(self, y_THL: Tensor) -> Future[Tensor]:
-        """Sub-tokens back to the ranks of their tokens."""
+        """Return sub-tokens to the ranks of their tokens."""
         if self.mesh.hp.size == 1:
             return Completed(y_THL)
-        return head.GatherHandle(y_THL, self._wire("hp", "gather"))
+        return head.GatherHandle(y_THL, self._comm("hp", "gather"))
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's values, for decisions that all ranks must take alike."""
+        """Replace `x` by rank 0's values, for decisions that must be the same on all ranks."""
         dist.broadcast(x, src=0)
         return x
 
-    def _wire(self, axis: str, purpose: str) -> CommContext:
+    def _comm(self, axis: str, purpose: str) -> CommContext:
         mesh = self.mesh
         float8 = mesh.config.payload == "float8"
-        among = mesh.hp if axis == "hp" else mesh.ep
-        return CommContext(among, mesh.traffic, purpose, self.layer, float8)
+        over = mesh.hp if axis == "hp" else mesh.ep
+        return CommContext(over, mesh.traffic, purpose, self.layer, float8)
 
 
 def uses_all_gather(config: MeshConfig, top_k: int) -> bool:
-    """Whether ep travels by all-gather; `auto` takes the scheme with fewer bytes.
+    """Return whether Expert Parallel uses the all-gather scheme; `auto` takes the one with fewer
+    bytes.
 
     All-gather sends P−1 copies of a sub-token. The all-to-all sends it to each other rank that has
     one of its K experts, (P−1)·(1 − (1 − 1/P)^K) of them when choices are independent, or
@@ -107,4 +108,4 @@ def uses_all_gather(config: MeshConfig, top_k: int) -> bool:
     copies = (
         (size - 1) * (1 - (1 - 1 / size) ** top_k) if config.dedup else top_k * (size - 1) / size
     )
-    return size - 1 <= 1.02 * copies  # nearly equal: sizes known in advance are worth 2%
+    return size - 1 <= 1.02 * copies  # sizes that are known in advance are worth 2% more bytes

@@ -1,18 +1,28 @@
-"""Expert Parallel: rank p of the `ep` axis owns experts [p·E/P, (p+1)·E/P) of every head it holds;
-sub-tokens travel to the experts that were chosen for them, after routing.
+"""Expert Parallel: rank p of the `ep` axis holds experts [p·E/P, (p+1)·E/P) of every local head;
+after routing, sub-tokens are sent to the ranks of their experts, and the outputs back.
 
-N sub-tokens (T·H) · K slots · P ranks · M sub-tokens received. Three ways to travel:
+Three schemes. Rank 0 of P = 2, with H = 1 and K = 2, has sub-tokens a and b; a chose experts 1 2, b
+chose 2 3. Rank 0 holds experts 0 1, rank 1 holds 2 3; both number them 0 1, and – means elsewhere:
 
-- `all_to_all`, one copy per rank: a sub-token goes once to each rank that holds some of its
-  experts, with its indices and gates; that rank adds up what its experts say, times their gates,
-  and sends one row back. This is what DeepEP does.
-- `all_to_all`, one copy per slot (`dedup=False`): K rows there and K rows back, gates stay at home.
-- `all_gather`: every sub-token to every rank, sums back by reduce-scatter. Sizes are fixed in
-  advance and there is no metadata; fewer bytes where P is small beside K.
+    scheme      rows to rank 0 | 1   sent with each row         metadata for combine
+    all_to_all       a   | a b       local indices 1 – | – 0,   sub-token of each row: a | a b
+                                     0 1; the gates
+      per slot       a   | a b b     local index 1 | 0, 0, 1    row of each slot: a 0 1, b 2 3;
+                                                                the gates
+    all_gather       a b | a b       experts 1 2, 2 3; gates    none
 
-The first two need one exchange of counts, and wait for the device to read it.
+- `all_to_all`, one copy per rank: a rank sums the outputs of its experts times their gates and
+  sends one row back; combine sums the rows of a sub-token (as DeepEP does).
+- `all_to_all` per slot (`dedup=False`): K rows each way; combine multiplies by the gates.
+- `all_gather`: every sub-token to every rank, sums back by reduce-scatter. All sizes are known in
+  advance; fewer bytes where P is small compared with K.
+
+The first two exchange counts first, and wait for the device to read them.
+
+N sub-tokens (T·H) · K slots · P ranks · R rows sent · M sub-tokens received.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,186 +42,200 @@ from headway.parallel.collectives import (
 
 
 class DispatchOutput(NamedTuple):
-    """Sub-tokens at the rank of their experts, and the way back; None where they never left."""
+    """Sub-tokens on the rank of their experts; `metadata` is None where nothing was sent."""
 
     z_THL: Tensor
     route: Route
-    trip: "CombineMetadata | None"
+    metadata: "CombineMetadata | None"
 
 
 class DispatchHandle:
-    """Sub-tokens on their way to the experts of this rank."""
+    """A dispatch that has been issued."""
 
-    def __init__(self, flight: AsyncCollective, route: Route, trip: "CombineMetadata") -> None:
-        self.flight, self.route, self.trip = flight, route, trip
+    def __init__(
+        self, collective: AsyncCollective, route: Route, metadata: "CombineMetadata"
+    ) -> None:
+        self.collective, self.route, self.metadata = collective, route, metadata
 
     def wait(self) -> DispatchOutput:
-        """`z [M, 1, L]`, its route over the H·E/P local experts as one head, and the way back."""
-        z_ML, *rest = self.flight.wait()
-        index_MK, gate_MK = self.trip.local(z_ML, rest)
+        """Return `z [M, 1, L]` and its route over the H·E/P local experts as one head."""
+        z_ML, *received = self.collective.wait()
+        index_MK, gate_MK = self.metadata.local_route(received)
         route = self.route._replace(
             index_THK=index_MK.long().unsqueeze(1), gate_THK=gate_MK.unsqueeze(1)
         )
-        return DispatchOutput(z_ML.unsqueeze(1), route, self.trip)
-
-
-class CombineMetadata:
-    """How the outputs come home; one subclass per way to travel."""
-
-    def __init__(self, wire: CommContext, shape: torch.Size, n_local: int) -> None:
-        self.wire, self.shape, self.n_local = wire, shape, n_local
-
-    def local(self, z_ML: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Indices among the local experts, `n_local` where an expert is elsewhere, and gates."""
-        return rest[0], rest[1]
-
-    def back(self, y_M1L: Tensor) -> "CombineHandle":
-        """Start the way home."""
-        raise NotImplementedError
-
-    def combine(self, y_RL: Tensor) -> Tensor:
-        """What came home → `[T, H, L]`."""
-        raise NotImplementedError
+        return DispatchOutput(z_ML.unsqueeze(1), route, self.metadata)
 
 
 class CombineHandle:
-    """Outputs on their way home."""
+    """A combine that has been issued."""
 
-    def __init__(self, flight: AsyncCollective, trip: CombineMetadata) -> None:
-        self.flight, self.trip = flight, trip
+    def __init__(self, collective: AsyncCollective, metadata: "CombineMetadata") -> None:
+        self.collective, self.metadata = collective, metadata
 
     def wait(self) -> Tensor:
-        """`[T, H, L]`."""
-        return self.trip.combine(self.flight.wait()[0]).view(self.trip.shape)
+        """Return `[T, H, L]`, summed over experts."""
+        (y_RL,) = self.collective.wait()
+        return self.metadata.combine(y_RL).view(self.metadata.shape)
+
+
+class CombineMetadata:
+    """What combine needs from dispatch; one subclass per scheme."""
+
+    def __init__(self, comm: CommContext, shape: torch.Size, n_local: int) -> None:
+        self.comm, self.shape, self.n_local = comm._replace(purpose="combine"), shape, n_local
+
+    def local_route(self, received: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return indices of local experts, `n_local` where an expert is elsewhere, and gates."""
+        index_MK, gate_MK = received
+        return index_MK, gate_MK
+
+    def start_combine(self, y_M1L: Tensor) -> CombineHandle:
+        """Send the outputs back."""
+        raise NotImplementedError
+
+    def combine(self, y_RL: Tensor) -> Tensor:
+        """Sum the outputs that came back → `[N, L]`."""
+        raise NotImplementedError
+
+
+class _SubTokens(NamedTuple):
+    """What is to be dispatched."""
+
+    shape: torch.Size
+    z_NL: Tensor
+    gate_NK: Tensor
+    owner_NK: Tensor
+    """Rank that holds the expert of a slot; P for a dropped slot."""
+    local_NK: Tensor
+    """Index of the expert among the local experts of its owner."""
+    n_local: int
+    """Local experts of a rank, of all its heads."""
 
 
 def dispatch(
     z_THL: Tensor,
     route: Route,
     n_experts: int,
-    wire: CommContext,
+    comm: CommContext,
     *,
     use_all_gather: bool,
     dedup: bool,
 ) -> DispatchHandle:
     """Send `[T, H, L]` to the experts that `route` chose among `n_experts` per head."""
-    size, index = wire.axis.size, wire.axis.index
     T, H, L = z_THL.shape
-    each = n_experts // size
-    n_local = H * each
-    z_NL, gate_NK = z_THL.reshape(T * H, L), route.gate_THK.reshape(T * H, -1)
+    per_rank = n_experts // comm.axis.size
     index_NK = route.index_THK.reshape(T * H, -1)
     head_N1 = torch.arange(H, device=z_THL.device).repeat(T).unsqueeze(1)
-    # the owner of a slot's expert (P for a dropped slot), and the expert's number over there
-    owner_NK = index_NK.div(each, rounding_mode="floor")
-    there_NK = head_N1 * each + index_NK % each
-    narrow = index_dtype(H * n_experts)
-    if use_all_gather:
-        both_NK = torch.where(owner_NK < size, owner_NK * n_local + there_NK, size * n_local)
-        flight = all_gather((z_NL, both_NK.to(narrow), gate_NK), wire)
-        return DispatchHandle(flight, route, _Gathered(wire, z_THL.shape, n_local, index))
-    if not dedup:
-        return _per_slot(z_NL, gate_NK, owner_NK, there_NK, route, wire, z_THL.shape, n_local)
-    needs_NP = torch.zeros(T * H, size + 1, dtype=torch.bool, device=z_THL.device)
-    needs_PN = needs_NP.scatter_(1, owner_NK, True)[:, :size].T
-    splits = exchange_counts(needs_PN.sum(1), wire._replace(purpose="counts"))
-    rank_R, row_R = needs_PN.nonzero(as_tuple=True)
-    here_RK = owner_NK[row_R] == rank_R.unsqueeze(1)
-    index_RK = torch.where(here_RK, there_NK[row_R], n_local)
-    rows = _Rows(row_R, splits.send, T * H)
-    parts = (_Take.apply(z_NL, rows), index_RK.to(narrow), _Take.apply(gate_NK, rows))
-    flight = all_to_all(parts, wire, splits)  # type: ignore[arg-type]
-    return DispatchHandle(flight, route, _PerRank(wire, z_THL.shape, n_local, rows, splits))
+    x = _SubTokens(
+        z_THL.shape,
+        z_THL.reshape(T * H, L),
+        route.gate_THK.reshape(T * H, -1),
+        index_NK.div(per_rank, rounding_mode="floor"),
+        head_N1 * per_rank + index_NK % per_rank,
+        H * per_rank,
+    )
+    start = _dispatch_to_all if use_all_gather else _dispatch_rows if dedup else _dispatch_slots
+    collective, metadata = start(x, comm)
+    return DispatchHandle(collective, route, metadata)
 
 
-class _Gathered(CombineMetadata):
-    def __init__(self, wire: CommContext, shape: torch.Size, n_local: int, index: int) -> None:
-        super().__init__(wire, shape, n_local)
-        self.index = index
+def _dispatch_to_all(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, CombineMetadata]:
+    size = comm.axis.size
+    n_all = size * x.n_local
+    index_NK = torch.where(x.owner_NK < size, x.owner_NK * x.n_local + x.local_NK, n_all)
+    collective = all_gather((x.z_NL, index_NK.to(index_dtype(n_all)), x.gate_NK), comm)
+    return collective, _AllGathered(comm, x.shape, x.n_local)
 
-    def local(self, z_ML, rest):
-        mine_MK = rest[0].long() - self.index * self.n_local
-        there_MK = (mine_MK < 0) | (mine_MK >= self.n_local)
-        return torch.where(there_MK, self.n_local, mine_MK), rest[1]
 
-    def back(self, y_M1L: Tensor) -> CombineHandle:
-        wire = self.wire._replace(purpose="combine")
-        return CombineHandle(reduce_scatter(y_M1L.squeeze(1), wire), self)
+class _AllGathered(CombineMetadata):
+    def local_route(self, received: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        index_MK, gate_MK = received
+        local_MK = index_MK.long() - self.comm.axis.index * self.n_local
+        elsewhere_MK = (local_MK < 0) | (local_MK >= self.n_local)
+        return torch.where(elsewhere_MK, self.n_local, local_MK), gate_MK
+
+    def start_combine(self, y_M1L: Tensor) -> CombineHandle:
+        return CombineHandle(reduce_scatter(y_M1L.squeeze(1), self.comm), self)
 
     def combine(self, y_RL: Tensor) -> Tensor:
         return y_RL
 
 
-class _PerRank(CombineMetadata):
-    def __init__(
-        self, wire: CommContext, shape: torch.Size, n_local: int, rows: "_Rows", splits: Splits
-    ) -> None:
-        super().__init__(wire, shape, n_local)
-        self.rows, self.splits = rows, splits
+class _AllToAllMetadata(CombineMetadata):
+    def __init__(self, comm: CommContext, x: _SubTokens, splits: Splits) -> None:
+        super().__init__(comm, x.shape, x.n_local)
+        self.splits = splits
 
-    def back(self, y_M1L: Tensor) -> CombineHandle:
-        wire = self.wire._replace(purpose="combine")
-        return CombineHandle(all_to_all([y_M1L.squeeze(1)], wire, self.splits.swapped()), self)
+    def start_combine(self, y_M1L: Tensor) -> CombineHandle:
+        collective = all_to_all([y_M1L.squeeze(1)], self.comm, self.splits.swapped())
+        return CombineHandle(collective, self)
+
+
+def _dispatch_rows(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, CombineMetadata]:
+    size, n = comm.axis.size, len(x.z_NL)
+    needs_NP = torch.zeros(n, size + 1, dtype=torch.bool, device=x.z_NL.device)
+    needs_PN = needs_NP.scatter_(1, x.owner_NK, True)[:, :size].T
+    splits = exchange_counts(needs_PN.sum(1), comm._replace(purpose="counts"))
+    rank_R, row_R = needs_PN.nonzero(as_tuple=True)
+    on_rank_RK = x.owner_NK[row_R] == rank_R.unsqueeze(1)
+    index_RK = torch.where(on_rank_RK, x.local_NK[row_R], x.n_local)
+    rows = _Rows(row_R, splits.send, n)
+    z_RL, index_RK = _TakeRows.apply(x.z_NL, rows), index_RK.to(index_dtype(size * x.n_local))
+    parts = (z_RL, index_RK, _TakeRows.apply(x.gate_NK, rows))
+    collective = all_to_all(parts, comm, splits)  # type: ignore[arg-type]
+    return collective, _RowMetadata(comm, x, splits, rows)
+
+
+class _RowMetadata(_AllToAllMetadata):
+    def __init__(self, comm: CommContext, x: _SubTokens, splits: Splits, rows: "_Rows") -> None:
+        super().__init__(comm, x, splits)
+        self.rows = rows
 
     def combine(self, y_RL: Tensor) -> Tensor:
-        return _Sum.apply(y_RL, self.rows)  # type: ignore[return-value]
+        return _SumRows.apply(y_RL, self.rows)  # type: ignore[return-value]
 
 
-class _PerSlot(CombineMetadata):
-    """One row per slot: every received row goes through one expert, with gate 1."""
+def _dispatch_slots(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, CombineMetadata]:
+    size, K = comm.axis.size, x.owner_NK.shape[1]
+    owner_S = x.owner_NK.flatten()
+    counts_P = torch.bincount(owner_S, minlength=size + 1)[:size]
+    splits = exchange_counts(counts_P, comm._replace(purpose="counts"))
+    # sorted by owner, without the dropped slots, which are last
+    slot_R = torch.sort(owner_S, stable=True).indices[: sum(splits.send)]
+    row_S = torch.full_like(owner_S, len(slot_R))
+    row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
+    index_R1 = x.local_NK.flatten()[slot_R].to(index_dtype(x.n_local)).unsqueeze(1)
+    z_RL = x.z_NL.repeat_interleave(K, 0)[slot_R]
+    collective = all_to_all((z_RL, index_R1), comm, splits)
+    return collective, _SlotMetadata(comm, x, splits, row_S.view_as(x.owner_NK))
 
-    def __init__(
-        self, wire: CommContext, shape: torch.Size, n_local: int, splits: Splits, row_NK, gate_NK
-    ) -> None:
-        super().__init__(wire, shape, n_local)
-        self.splits, self.row_NK, self.gate_NK = splits, row_NK, gate_NK
 
-    def local(self, z_ML, rest):
-        return rest[0], torch.ones_like(rest[0], dtype=self.gate_NK.dtype)
+class _SlotMetadata(_AllToAllMetadata):
+    """Every received row goes through one expert, with gate 1."""
 
-    def back(self, y_M1L: Tensor) -> CombineHandle:
-        wire = self.wire._replace(purpose="combine")
-        return CombineHandle(all_to_all([y_M1L.squeeze(1)], wire, self.splits.swapped()), self)
+    def __init__(self, comm: CommContext, x: _SubTokens, splits: Splits, row_NK: Tensor) -> None:
+        super().__init__(comm, x, splits)
+        self.row_NK, self.gate_NK = row_NK, x.gate_NK
+
+    def local_route(self, received: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        (index_M1,) = received
+        return index_M1, torch.ones_like(index_M1, dtype=self.gate_NK.dtype)
 
     def combine(self, y_RL: Tensor) -> Tensor:
-        padded = torch.cat([y_RL, y_RL.new_zeros(1, y_RL.shape[1])])  # of the dropped slots
+        padded = torch.cat([y_RL, y_RL.new_zeros(1, y_RL.shape[1])])  # for dropped slots
         y_NKL = padded[self.row_NK].to(self.gate_NK.dtype)
         return (self.gate_NK.unsqueeze(-1) * y_NKL).sum(1).to(y_RL.dtype)
 
 
-def _per_slot(
-    z_NL: Tensor,
-    gate_NK: Tensor,
-    owner_NK: Tensor,
-    there_NK: Tensor,
-    route: Route,
-    wire: CommContext,
-    shape: torch.Size,
-    n_local: int,
-) -> DispatchHandle:
-    size, K = wire.axis.size, owner_NK.shape[1]
-    owner_R = owner_NK.flatten()
-    order_R = torch.sort(owner_R, stable=True).indices
-    counts_P = torch.bincount(owner_R, minlength=size + 1)[:size]
-    splits = exchange_counts(counts_P, wire._replace(purpose="counts"))
-    kept_R = order_R[: sum(splits.send)]  # dropped slots sort behind all others
-    row_NK = torch.full_like(owner_R, len(kept_R))
-    row_NK[kept_R] = torch.arange(len(kept_R), device=kept_R.device)
-    there_R1 = there_NK.flatten()[kept_R].to(index_dtype(n_local)).unsqueeze(1)
-    z_RL = z_NL.repeat_interleave(K, 0)[kept_R]
-    flight = all_to_all((z_RL, there_R1), wire, splits)
-    trip = _PerSlot(wire, shape, n_local, splits, row_NK.view_as(owner_NK), gate_NK)
-    return DispatchHandle(flight, route, trip)
-
-
 class _Rows:
-    """Sub-token of each row to send, rows of one rank together: within a rank none comes twice."""
+    """Sub-token of each row to send, grouped by rank; no sub-token twice within a rank."""
 
     def __init__(self, row_R: Tensor, counts: list[int], n: int) -> None:
         self.row_R, self.counts, self.n = row_R, counts, n
 
     def sum(self, y_RL: Tensor) -> Tensor:
-        """`[R, L]` → `[N, L]`: rank after rank, so the order of the sum is fixed."""
+        """`[R, L]` → `[N, L]`, rank after rank, so that the order of the sum is fixed."""
         wide = torch.float64 if y_RL.dtype == torch.float64 else torch.float32
         total_NL = torch.zeros(self.n, y_RL.shape[1], dtype=wide, device=y_RL.device)
         for row, y in zip(self.row_R.split(self.counts), y_RL.split(self.counts), strict=True):
@@ -219,8 +243,8 @@ class _Rows:
         return total_NL.to(y_RL.dtype)
 
 
-class _Take(torch.autograd.Function):
-    """x_NL → rows to send; the adjoint of `_Sum`."""
+class _TakeRows(torch.autograd.Function):
+    """Sub-tokens `[N, L]` → rows to send `[R, L]`; the adjoint of `_SumRows`."""
 
     @staticmethod
     def forward(ctx, x_NL: Tensor, rows: _Rows):  # type: ignore[override]
@@ -232,8 +256,8 @@ class _Take(torch.autograd.Function):
         return ctx.rows.sum(grad_RL), None
 
 
-class _Sum(torch.autograd.Function):
-    """Rows that came home → their sums; the adjoint of `_Take`."""
+class _SumRows(torch.autograd.Function):
+    """Rows that came back `[R, L]` → their sums `[N, L]`; the adjoint of `_TakeRows`."""
 
     @staticmethod
     def forward(ctx, y_RL: Tensor, rows: _Rows):  # type: ignore[override]

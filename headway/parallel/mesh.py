@@ -1,8 +1,8 @@
 """The ranks of a job as a mesh of named axes: dp × hp × ep.
 
-Rank r stands at dp = r // (HP·EP), hp = r // EP % HP, ep = r % EP, so the ranks of an `ep` axis are
-neighbours (one machine, where it can be) and the replicas lie farthest apart. The batch is split
-over all ranks. The mesh is a frozen object that is passed to what needs it; nothing reads a global.
+Rank r has index r // (HP·EP) on dp, r // EP % HP on hp and r % EP on ep, so the ranks of an `ep`
+axis are neighbours (on one node where possible) and replicas are farthest apart. The batch is split
+over all ranks. The mesh is a frozen object that is passed to what needs it; there is no global one.
 
 | part of the model | split over | replicated over |
 |---|---|---|
@@ -33,18 +33,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Axis:
-    """Ranks that act together, and where this one stands among them."""
+    """Ranks that communicate with each other, and the index of this one among them."""
 
     name: str
     size: int = 1
     index: int = 0
     group: dist.ProcessGroup | None = None
-    """None where there is nobody else."""
+    """None in a single process."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands. `Mesh()` is a single process; `launch` and `fake` make the
+    """The mesh as one rank sees it. `Mesh()` is a single process; `launch` and `fake` give the
     others."""
 
     config: MeshConfig = field(default_factory=MeshConfig)
@@ -58,10 +58,10 @@ class Mesh:
     """dp × ep: the ranks that hold the same heads."""
     device_mesh: DeviceMesh | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where this rank's tensors lie, for small reductions."""
+    """The device of this rank's tensors."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
     watchdog: Watchdog | None = field(default=None, compare=False)
-    """Tells the others where this rank stands; None in a single process."""
+    """Tells the other ranks the position of this one; None in a single process."""
 
     @property
     def size(self) -> int:
@@ -70,12 +70,12 @@ class Mesh:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the axes."""
+        """Sizes of dp, hp and ep."""
         return {axis.name: axis.size for axis in (self.dp, self.hp, self.ep)}
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the files and speaks to people."""
+        """Whether this rank writes the files and the log."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -84,63 +84,55 @@ class Mesh:
             dist.barrier(group=self.world.group)
 
     def broadcast(self, value: float) -> float:
-        """Rank 0's value, for decisions that all ranks must take alike."""
+        """Return rank 0's value, for decisions that must be the same on all ranks."""
         if self.size == 1:
             return value
-        agreed = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.broadcast(agreed, src=0)
-        return float(agreed)
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return float(shared)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, in rank order; anything that can be pickled."""
-        found: list[T] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(found, value)
-        return found
+        """Return every rank's value, in rank order; anything that can be pickled."""
+        return _all_gather_object(value, self.size)
 
     def object_gatherer(self) -> Callable[[Any], list[Any]]:
-        """`all_gather_object` over a connection of its own, for a thread beside training.
-        Collective."""
+        """Return an `all_gather_object` that uses connections of its own, for a thread that runs
+        during training. Collective."""
         if self.size == 1:
             return self.all_gather_object
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout))
-
-        def gather(value: Any) -> list[Any]:
-            found = [value] * self.size
-            dist.all_gather_object(found, value, group=group)
-            return found
-
-        return gather
+        return lambda value: _all_gather_object(value, self.size, cast(dist.ProcessGroup, group))
 
     def on_main(self, act: Callable[[], T]) -> T:
-        """What `act` gives on rank 0, on every rank. Its UsageError is one on every rank, and rank
-        0 prints it."""
+        """Call `act` on rank 0 and return its result on every rank. A UsageError is raised on every
+        rank, and rank 0 prints it."""
         if self.size == 1:
             return act()
-        found: list[Any] = [None, ""]
+        result_and_error: list[Any] = [None, ""]
         problem: UsageError | None = None
         if self.is_main:
             try:
-                found[0] = act()
+                result_and_error[0] = act()
             except UsageError as error:
-                problem, found[1] = error, str(error)
-        dist.broadcast_object_list(found, src=0)
-        if found[1]:
-            raise problem or PeerError(found[1])
-        return found[0]
+                problem, result_and_error[1] = error, str(error)
+        dist.broadcast_object_list(result_and_error, src=0)
+        result, text = result_and_error
+        if text:
+            raise problem or PeerError(text)
+        return result
 
     def check_equal(self, facts: dict[str, Any]) -> None:
-        """Raises UsageError where a fact is another one on another rank. Collective."""
+        """Raise UsageError if a fact differs between ranks. Collective."""
         check(self.rank, self.all_gather_object(facts))
 
     def begin_step(self, step: int) -> None:
-        """A step begins."""
+        """Tell the watchdog that a step begins."""
         if self.watchdog is not None:
             self.watchdog.begin_step(step)
 
     @contextmanager
     def one_per_host(self) -> Iterator[None]:
-        """The first rank of every host runs the body before the others do: it fills caches."""
+        """Run the body on the first rank of every host before the others, to fill caches."""
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
         if not first:
             self.barrier()
@@ -150,6 +142,13 @@ class Mesh:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+
+
+def _all_gather_object(value: T, size: int, group: dist.ProcessGroup | None = None) -> list[T]:
+    values: list[T] = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def launched() -> bool:
@@ -163,10 +162,10 @@ def launch(
     device: torch.device = torch.device("cpu"),
     facts: Callable[[], dict[str, Any]] = dict,
 ) -> Iterator[Mesh]:
-    """The mesh of this job: of one process when none was launched, else over NCCL or gloo.
+    """Context with the mesh of this job: a single process unless launched, else over NCCL or gloo.
 
-    `facts` gives what must be alike on all ranks, such as the options; they are compared first.
-    Raises: UsageError where facts differ, the sizes and the processes do not fit, or the rendezvous
+    `facts` returns what must be the same on all ranks, such as the options; it is compared first.
+    Raises: UsageError where facts differ, the mesh does not fit the processes, or the rendezvous
     fails; RunError, which names a rank, where a collective fails inside the context.
     """
     world = _world_size()
@@ -179,14 +178,14 @@ def launch(
     if cuda:
         device = torch.device("cuda", _number("LOCAL_RANK"))
         torch.cuda.set_device(device)
-    # NCCL ends the process from a thread of its own: the heartbeat has time to say why before
+    # NCCL aborts the process from its own thread: the watchdog gets time to report before that
     timeout = timedelta(seconds=config.timeout + (30 if cuda else 0))
     try:
-        # importing torch takes its time on a busy host
+        # importing torch takes long on a busy host
         wait = timedelta(seconds=max(config.timeout, 60.0))
-        served, _, _ = next(rendezvous("env://", timeout=wait))
+        job_store, _, _ = next(rendezvous("env://", timeout=wait))
         attempt = f"headway {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store = dist.PrefixStore(attempt, served)
+        store = dist.PrefixStore(attempt, job_store)
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
         )
@@ -198,29 +197,28 @@ def launch(
             "use a free port (torchrun --master-port) and an address that all hosts reach"
         ) from None
     traffic = Traffic()
-    # a connection of its own: a thread that waits for a key blocks the one that it uses
+    # a second connection, since a thread that waits for a key blocks its connection
     where = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
-    beats = dist.PrefixStore(attempt, dist.TCPStore(*where, timeout=wait, wait_for_workers=False))
+    watchdog_store = dist.PrefixStore(
+        attempt, dist.TCPStore(*where, timeout=wait, wait_for_workers=False)
+    )
     try:
-        with Watchdog(beats, rank, world, config.timeout, traffic) as watchdog:
-            found: list[Any] = [None] * world
-            dist.all_gather_object(found, facts())
-            check(rank, found)
+        with Watchdog(watchdog_store, rank, world, config.timeout, traffic) as watchdog:
+            check(rank, _all_gather_object(facts(), world))
             _check_product(config, world, rank)
-            yield replace(place(config, rank, device), traffic=traffic, watchdog=watchdog)
+            yield replace(build_mesh(config, rank, device), traffic=traffic, watchdog=watchdog)
     finally:
         dist.destroy_process_group()
 
 
 def _check_product(config: MeshConfig, world: int, rank: int) -> None:
-    """As many ranks in the mesh as there are processes."""
-    wanted = config.size
-    if wanted != world:
+    """Raise unless the mesh has as many ranks as there are processes."""
+    if config.size != world:
         raise (PeerError if rank else UsageError)(
-            f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {wanted} processes and "
-            f"there {'is 1' if world == 1 else f'are {world}'}; "
+            f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {config.size} processes "
+            f"and there {'is 1' if world == 1 else f'are {world}'}; "
             + (
-                f"start it with: torchrun --nproc-per-node {wanted} -m -- headway train …"
+                f"start it with: torchrun --nproc-per-node {config.size} -m -- headway train …"
                 if world == 1
                 else f"use --mesh with a product of {world}"
             )
@@ -229,21 +227,22 @@ def _check_product(config: MeshConfig, world: int, rank: int) -> None:
 
 @contextmanager
 def fake(config: MeshConfig, rank: int = 0) -> Iterator[Mesh]:
-    """The mesh as `rank` would see it, with collectives that move nothing: a dry run of any size
-    in one process, on the meta device or with small tensors."""
+    """Context with the mesh as `rank` would see it and collectives that send nothing: a dry run of
+    any size in one process, on the meta device or with small tensors."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = config.size
     assert 0 <= rank < world
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
-        yield place(config, rank, torch.device("cpu"))
+        yield build_mesh(config, rank, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
 
 def _world_size() -> int:
-    """Of the launcher's environment, which must be whole."""
+    """Return the number of processes from the launcher's environment. Raise UsageError where that
+    is incomplete."""
     if not launched():
         return 1
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -263,39 +262,39 @@ def _world_size() -> int:
 
 
 def _number(name: str) -> int:
-    """A variable of the launcher; 0 where it is not set, 1 for WORLD_SIZE."""
+    """Return a variable of the launcher; 0 where it is not set, 1 for WORLD_SIZE."""
     text = os.environ.get(name, "1" if name == "WORLD_SIZE" else "0")
     if not text.isdecimal():
         raise UsageError(f"{name}={text!r} is no number; start with torchrun, which sets it")
     return int(text)
 
 
-def place(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
-    """The mesh of a process group that is there already, as `rank` sees it."""
+def build_mesh(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
+    """Return the mesh of an initialised process group, as `rank` sees it. Collective."""
     names = ("dp", "hp", "ep")
     sizes = (config.dp, config.hp, config.ep)
-    whole = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    heads = rank // config.ep % config.hp
+    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    hp_index = rank // config.ep % config.hp
 
     def axis(name: str) -> Axis:
-        part = whole[name]
-        return Axis(name, part.size(), part.get_local_rank(), part.get_group())
+        axis_mesh = device_mesh[name]
+        return Axis(name, axis_mesh.size(), axis_mesh.get_local_rank(), axis_mesh.get_group())
 
-    # new_group is collective: every rank makes every group, in the same order
-    table = whole.mesh
-    mine = dist.group.WORLD
+    # new_group is collective: every rank creates every group, in the same order
+    ranks = device_mesh.mesh
+    routers = dist.group.WORLD
     for h in range(config.hp if config.hp > 1 else 0):
-        group = dist.new_group(table[:, h].flatten().tolist())
-        mine = group if h == heads else mine
-    place = rank // (config.hp * config.ep) * config.ep + rank % config.ep
+        group = dist.new_group(ranks[:, h].flatten().tolist())
+        routers = group if h == hp_index else routers
+    index = rank // (config.hp * config.ep) * config.ep + rank % config.ep
     return Mesh(
         config,
         rank,
         dp=axis("dp"),
         hp=axis("hp"),
         ep=axis("ep"),
-        world=Axis("world", table.numel(), rank, dist.group.WORLD),
-        routers=Axis("routers", config.dp * config.ep, place, cast(dist.ProcessGroup, mine)),
-        device_mesh=whole,
+        world=Axis("world", ranks.numel(), rank, dist.group.WORLD),
+        routers=Axis("routers", config.dp * config.ep, index, cast(dist.ProcessGroup, routers)),
+        device_mesh=device_mesh,
         device=device,
     )

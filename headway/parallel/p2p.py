@@ -1,10 +1,15 @@
-"""All-to-all and all-gather as messages between pairs of ranks, the receives posted first.
+"""All-to-all and all-gather as messages between pairs of ranks; receives are posted before sends.
 
-NCCL's are as good as they get. gloo's all-to-all posts what it sends before what it receives, and
-tells a peer that it is ready for its rows over the same connection, behind its own: the two
-directions of a link take turns. Its all-gather is a ring of P−1 steps, each of which waits for the
-one before. Here every rank first says what it is ready for, then sends; in round i rank r sends to
-r + i and receives from r − i, so that nobody is sent to by all at once.
+NCCL's own collectives are used where NCCL runs. gloo's all-to-all posts its sends before its
+receives, and announces to a peer that a receive is ready over the same connection, behind its own
+data: the two directions of a link take turns. Its all-gather is a ring of P−1 steps, each of which
+waits for the one before. Here every rank first posts all receives, then all sends; in round i rank
+r sends to r+i and receives from r−i, so that in each round every rank has one sender. For P = 3:
+
+    rank   posts receives from    then sends to       round 1        round 2
+      0          2, 1                 1, 2           0 → 1          0 → 2
+      1          0, 2                 2, 0           1 → 2          1 → 0
+      2          1, 0                 0, 1           2 → 0          2 → 1
 
 P ranks on the axis.
 """
@@ -23,14 +28,14 @@ except ImportError:  # before torch 2.13
     from torch.distributed import all_gather_into_tensor as _all_gather
 
 
-class Posted(NamedTuple):
-    """Messages under way."""
+class Works(NamedTuple):
+    """The messages of a collective that has been issued."""
 
     works: Sequence[dist.Work | None]
-    """None for a collective that is done already."""
+    """None for a collective that is complete already."""
 
     def wait(self) -> None:
-        """Stand still until all have come and gone."""
+        """Block until all are complete."""
         for work in self.works:
             if work is not None:
                 work.wait()
@@ -42,30 +47,31 @@ def all_to_all(
     axis: Axis,
     receive: list[int] | None = None,
     send: list[int] | None = None,
-) -> Posted:
-    """Rows of `sent` to their ranks, in rank order; `receive` and `send` are rows per rank, equal
-    without. Both tensors are contiguous and stay as they are until `wait`."""
-    if not _one_by_one(axis):
+) -> Works:
+    """Send rows of `sent` to their ranks, in rank order. `receive` and `send` are rows per rank;
+    equally many without them. Both tensors are contiguous and must not change before `wait`."""
+    if not _uses_gloo(axis):
         sizes = (receive, send)
         work = dist.all_to_all_single(received, sent, *sizes, group=axis.group, async_op=True)
-        return Posted([work])
+        return Works([work])
     equal = [len(sent) // axis.size] * axis.size
     return _post(received.split(receive or equal), sent.split(send or equal), axis)
 
 
-def all_gather(received: Tensor, sent: Tensor, axis: Axis) -> Posted:
-    """`[N, …]` → `[P·N, …]`, in rank order; contiguous, as they are until `wait`."""
-    if not _one_by_one(axis):
-        return Posted([_all_gather(received, sent, group=axis.group, async_op=True)])
+def all_gather(received: Tensor, sent: Tensor, axis: Axis) -> Works:
+    """`[N, …]` → `[P·N, …]`, in rank order. Both tensors are contiguous and must not change before
+    `wait`."""
+    if not _uses_gloo(axis):
+        return Works([_all_gather(received, sent, group=axis.group, async_op=True)])
     return _post(received.split([len(sent)] * axis.size), [sent] * axis.size, axis)
 
 
-def _one_by_one(axis: Axis) -> bool:
+def _uses_gloo(axis: Axis) -> bool:
     return dist.get_backend(axis.group) == "gloo"
 
 
-def _post(received: Sequence[Tensor], sent: Sequence[Tensor], axis: Axis) -> Posted:
-    """One tensor from and to every rank. Both ends know the sizes: nothing is no message."""
+def _post(received: Sequence[Tensor], sent: Sequence[Tensor], axis: Axis) -> Works:
+    """Exchange one tensor with every rank. Both ends know the sizes: empty ones are not sent."""
     works = []
     for i in range(1, axis.size):
         source = (axis.index - i) % axis.size
@@ -76,4 +82,4 @@ def _post(received: Sequence[Tensor], sent: Sequence[Tensor], axis: Axis) -> Pos
         if sent[target].numel():
             works.append(dist.isend(sent[target], group=axis.group, group_dst=target))
     received[axis.index].copy_(sent[axis.index])
-    return Posted(works)
+    return Works(works)

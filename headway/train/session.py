@@ -171,7 +171,7 @@ class Session(Generic[D]):
 
     def evaluate(self) -> None:
         """Validate, and record the result."""
-        with self.parallelism.mesh.traffic.aside():
+        with self.parallelism.mesh.traffic.paused():
             evaluation = self.data.evaluate(self.model, self.parallelism)
         self.progress.add_evaluation(evaluation)
         self.records.write(dataclasses.asdict(evaluation))
@@ -186,7 +186,7 @@ class Session(Generic[D]):
         run = self.config.run
         if not run.sample_tokens:
             return
-        with self.parallelism.mesh.traffic.aside():
+        with self.parallelism.mesh.traffic.paused():
             text = generate(
                 self.model,
                 self.tokenizer,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from headway.config import MeshConfig
-from headway.parallel.mesh import Mesh, place
+from headway.parallel.mesh import Mesh, build_mesh
 
 TIMEOUT = 120.0
 
@@ -109,7 +109,7 @@ def _serve(rank: int, pipe: Any) -> None:
                 world_size=world,
                 timeout=timedelta(seconds=TIMEOUT / 2),
             )
-            mesh = place(config, rank, torch.device("cpu")) if world > 1 else Mesh(config)
+            mesh = build_mesh(config, rank, torch.device("cpu")) if world > 1 else Mesh(config)
             pipe.send(("", function(mesh, *args)))
         except BaseException:
             pipe.send((f"rank {rank}: {traceback.format_exc()}", None))

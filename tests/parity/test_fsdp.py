@@ -221,7 +221,7 @@ def test_a_model_for_512_ranks(kind):
         expected = experts / 64 + (total - experts - 8 * routers - norms) / 64 + routers + norms
     assert total > 50e9 and abs(here / expected - 1) < 1e-3
     assert optimizers.muon is not None
-    cut = {len(p.shape) for p in optimizers.muon.cuts}
+    cut = {len(p.shape) for p in optimizers.muon.shards}
     assert cut == {2}, "stacked experts are cut between matrices"
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from headway.cli import main as cli
 from headway.config import MeshConfig, RunError, UsageError
-from headway.parallel import watchdog as heartbeat
+from headway.parallel import watchdog
 from headway.parallel.agreement import difference
 from headway.parallel.mesh import launch
 from headway.parallel.reduce import sum_over
@@ -129,11 +129,11 @@ def test_a_rank_that_hangs_is_named_with_its_step(ranks):
 
 
 def test_who_is_behind():
-    def at(step, calls=0, beats=1, last="hp scatter", ended=False):
-        return Position(step, calls, last, beats, ended)
+    def at(step, calls=0, heartbeats=1, last="hp scatter", ended=False):
+        return Position(step, calls, last, heartbeats, ended)
 
     before = {0: at(8, 80), 1: at(8, 80), 2: at(7, 71, last="hp gather")}
-    now = {rank: p._replace(beats=2) for rank, p in before.items()}
+    now = {rank: p._replace(heartbeats=2) for rank, p in before.items()}
     where = (
         "rank 2 is at step 7 (in hp gather) and the others are at step 8 (in hp scatter): it left"
     )
@@ -143,8 +143,8 @@ def test_who_is_behind():
     assert who_is_behind(before, stopped, "left").startswith(
         "rank 1 is at step 8 (in hp scatter) and"
     )
-    alike = {rank: at(3, 5, beats=rank) for rank in (1, 2)}
-    text = who_is_behind({rank: at(3, 5, beats=0) for rank in alike}, alike, "left the job")
+    alike = {rank: at(3, 5, heartbeats=rank) for rank in (1, 2)}
+    text = who_is_behind({rank: at(3, 5, heartbeats=0) for rank in alike}, alike, "left the job")
     assert text.startswith("all ranks are at step 3 (in hp scatter), and one of them left the job")
     two = who_is_behind(before | {1: before[2]}, now | {1: now[2]}, "left")
     assert two.startswith("ranks 1, 2 are at step 7") and two.endswith("they left")
@@ -154,8 +154,8 @@ def test_a_process_that_cannot_be_told_is_ended_by_its_thread(monkeypatch, capfd
     """As with NCCL: the main thread waits for the device and hears nothing."""
     ended = []
     store = dist.HashStore()
-    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
-    monkeypatch.setattr(heartbeat.os, "_exit", ended.append)
+    monkeypatch.setattr(watchdog, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
     traffic = Traffic()
     store.set("at/1", '[2, 10, "hp scatter", 5, false]')
     with Watchdog(store, 0, 2, timeout=-4.8, traffic=traffic) as heart:

@@ -209,7 +209,7 @@ def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
         assert got == want
 
 
-def flights_left(mesh, case: Case) -> int:
+def collectives_left(mesh, case: Case) -> int:
     """Exchanges that are still in memory after a step, without the garbage collector's help."""
     gc.collect()
     gc.disable()
@@ -223,4 +223,4 @@ def flights_left(mesh, case: Case) -> int:
 @pytest.mark.parametrize("mesh", [MeshConfig(hp=2, ep=2, chunks=2), MeshConfig(ep=4)], ids=str)
 def test_an_exchange_does_not_outlive_its_step(ranks, mesh):
     """One that did kept the graph of the step, 20 MB per step of the demo."""
-    assert ranks.run(mesh, flights_left, Case(heads(), mesh)) == [0] * 4
+    assert ranks.run(mesh, collectives_left, Case(heads(), mesh)) == [0] * 4

@@ -1,0 +1,21 @@
+"""`headway eval`."""
+
+import json
+
+import pytest
+
+from tests.command import call, mistake
+
+
+def test_eval_reads_run_and_checkpoint(run, place):
+    whole = call("eval", run, "--json")
+    assert whole.code == 0
+    one = call("eval", run / "checkpoints" / "step-000006", "--json")
+    assert one.json["val_bits_per_byte"] == whole.json["val_bits_per_byte"]
+    again = call("eval", run, "--tokens", 128, "--json").json["val_bits_per_byte"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
+    assert again == pytest.approx(last, rel=1e-6)  # the same eight windows as in the loop
+    other = call("eval", run, "--data", place / "tiny.py", place / "text.txt", "--json")
+    assert other.code == 2 or other.json["data"][0].endswith("tiny.py")
+    assert "below 0" in mistake("eval", run, "--tokens", -1)

@@ -29,7 +29,7 @@ ROOMS = (
     ),
     Room(
         "model",
-        "the mathematics: plain PyTorch, one process, any device; a token mixer is a file of `mixers/`",
+        "the mathematics: plain PyTorch, one process, any device; a mixer is a file of `mixers/`",
         "config kernels",
     ),
     Room(
@@ -71,7 +71,7 @@ ROOMS = (
     ),
     Room(
         "train",
-        "from a config to a trained model: open values, the step, the loop, signals",
+        "a session (mesh, model, optimisers, records, saves, stops), the step, the pre-training loop",
         "config kernels model parallel data eval report plan optim checkpoint",
     ),
     Room("cli", "a file per verb; `main.py` has the exit codes; nothing imports it", "*"),

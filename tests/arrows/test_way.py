@@ -5,8 +5,6 @@ import itertools
 import re
 import tomllib
 
-import pytest
-
 from tests.arrows.rooms import PACKAGE, ROOT
 
 
@@ -50,18 +48,11 @@ def test_it_has_seven_files_and_begins_at_the_command():
     assert files[0] == ROOT / f"{module.replace('.', '/')}.py"
 
 
-UNFINISHED = pytest.mark.xfail(
-    strict=False, reason="experts of model/ and kernels/ are being merged"
-)
-
-
-@UNFINISHED
 def test_each_file_imports_the_next():
     for here, there in itertools.pairwise(way()):
         module = ".".join(there.relative_to(ROOT).with_suffix("").parts)
         assert module in set(imported(here)), (here, there)
 
 
-@UNFINISHED
 def test_the_last_file_multiplies():
     assert list(products(way()[-1]))

@@ -1,5 +1,5 @@
-"""A trained model for those who only read it: the device and dtype that this machine has, and the
-weights of a checkpoint. No option of training is looked at."""
+"""Load a trained model for inference: a device and dtype that this machine has, the weights of a
+checkpoint. No training option is read."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +26,9 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    """Of the matmuls."""
+    """Dtype of the matmuls."""
     precision: Precision
-    """Of the experts' products."""
+    """Precision of the experts' matmuls."""
     remarks: tuple[str, ...]
     """One sentence for each difference from training that this machine makes necessary."""
 
@@ -49,14 +49,15 @@ class Trained(NamedTuple):
 
 
 def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto") -> Trained:
-    """Return the model of a run folder (its newest whole checkpoint), or of one checkpoint folder
-    inside a run.
+    """Return the model of a run folder (its latest undamaged checkpoint), or of one checkpoint
+    folder inside a run.
 
     The model is built on the meta device and every tensor is read once.
 
     Args: device, dtype: as for `resolve_runtime`.
 
-    Raises UsageError where there is no whole checkpoint, no run.json above it, or no such device.
+    Raises UsageError where there is no undamaged checkpoint, no run.json above it, or no such
+    device.
     """
     run_dir, checkpoint, problems = _find(Path(path))
     config = run_folder.read_config(run_dir)

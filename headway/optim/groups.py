@@ -1,7 +1,4 @@
-"""Parameter groups and their optimisers; one global gradient norm, one clip factor."""
-
-import math
-from collections.abc import Iterable
+"""Parameter groups and their optimisers; the clip factor of their gradients."""
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +9,6 @@ from headway.optim.adamw import AdamW
 from headway.optim.muon import Muon
 from headway.parallel.parallelize import SINGLE_PROCESS
 from headway.parallel.placement import Sharding, ShardSpec, to_local
-from headway.parallel.reduce import total_norm
-
-
-def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return ‖g‖₂ over all gradients, a float64 scalar; 0 without gradients."""
-    return total_norm(p.grad for p in parameters if p.grad is not None)
 
 
 def clip_factor(norm: float, limit: float) -> float:
@@ -135,11 +126,6 @@ def build_optimizers(
     `newton_schulz_dtype` is the run's matmul dtype: bfloat16 where the hardware multiplies it
     natively. `sharding` says which parameters are sharded.
     """
-    if config.state_dtype == "bfloat16" and config.beta2 > 0.99:
-        raise UsageError(
-            f"optim.state_dtype=bfloat16 loses updates at optim.beta2={config.beta2}; "
-            "use beta2 ≤ 0.99 or float32"
-        )
     named = dict(model.named_parameters())  # a tied head appears once, as the embedding
     roles = roles_of(model)
     groups: dict[Group, list[str]] = {}
@@ -166,11 +152,6 @@ def build_optimizers(
             muon_groups.append({**options, "transposed": group is Group.EXPERT_OUT})
         else:
             adam_groups.append(options)
-    placed = sum(p.numel() for g in adam_groups + muon_groups for p in g["params"])
-    total = sum(p.numel() for p in model.parameters())
-    assert placed == total and math.isfinite(placed), (
-        f"{placed} of {total} parameters have an optimiser"
-    )
     adamw = AdamW(
         adam_groups,
         betas=(config.beta1, config.beta2),

@@ -121,7 +121,7 @@ class Muon(torch.optim.Optimizer):
         """Update a parameter whose matrices are not sharded."""
         rows, columns = p.shape[-2:]
         rate = self._rate(p, group)
-        # Chunks of whole matrices keep every temporary small, however many experts are stacked.
+        # Chunks of several matrices keep every temporary small, however many experts are stacked.
         per_chunk = max(1, self.chunk // (rows * columns))
         views = (to_local(p), to_local(grad).contiguous(), self._momentum(p))
         n = views[0].numel() // (rows * columns)

@@ -31,7 +31,7 @@ class Count:
 
 
 class Key(NamedTuple):
-    """What a sum is of."""
+    """What is counted together."""
 
     axis: str
     purpose: str

@@ -5,13 +5,12 @@ peak memory.
 
 D 384, 6 layers, 6 heads, 32 experts, top-4, F 192, S 256, B 8, V 512. A step is forward, backward,
 clipping by the global norm, and AdamW (fused on both sides). Each rival is built in a process of
-its own, and they take turns, a step each; what is compared is the ratio of median times with the
-peer's best `experts_implementation` and dtype, and the peak memory above that after the imports.
-bfloat16 rows keep AdamW's moments in bfloat16, as the peer keeps everything. `fused` rows take
-Headway's options that save memory: recomputed experts, bfloat16 moments, an allocator that gives
-memory back. bfloat16 takes part where this CPU multiplies it natively; `--all`
-forces it, and the peer's `batched_mm`, which gathers a weight matrix per row (28 GB of gathers per
-layer at this size).
+its own, and they take turns, a step each. Compared are the ratio of median times, with the peer's
+best `experts_implementation` and dtype, and the peak memory above that after the imports. bfloat16
+rows keep AdamW's moments in bfloat16, as the peer keeps everything. `lean` rows use Headway's
+options that save memory: recomputed experts, bfloat16 moments, an allocator that returns memory.
+bfloat16 takes part where this CPU multiplies it natively; `--all` forces it, and the peer's
+`batched_mm`, which gathers a weight matrix per row (28 GB of gathers per layer at this size).
 """
 
 import argparse
@@ -30,6 +29,7 @@ from bench import common
 from bench.texts import StreamText
 from bench.worker import Worker, work
 from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
+from headway.kernels.precision import native_bfloat16
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
@@ -157,37 +157,34 @@ def _phases(t0: float, t1: float, t2: float, t3: float, t4: float, loss: float) 
     }
 
 
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def rivals(shape: ModelConfig, everything: bool) -> dict[str, Callable[[], Step]]:
-    """What takes part, by name; built only when called."""
-    made: dict[str, Callable[[], Step]] = {}
+    """Return the rivals by name; each is built when it is called."""
+    steps: dict[str, Callable[[], Step]] = {}
     for dtype in (
-        (torch.float32, torch.bfloat16) if everything or native_bfloat16() else (torch.float32,)
+        (torch.float32, torch.bfloat16)
+        if everything or native_bfloat16(torch.device("cpu"))
+        else (torch.float32,)
     ):
         name = str(dtype).removeprefix("torch.")
         for implementation in ("eager", "grouped_mm", *(("batched_mm",) if everything else ())):
-            made[f"olmoe {implementation} {name}"] = lambda i=implementation, d=dtype: peer_step(
+            steps[f"olmoe {implementation} {name}"] = lambda i=implementation, d=dtype: peer_step(
                 shape, i, d
             )
         for kind, model in (("moe", shape), ("multi_head_latent", multi_head(shape))):
-            made[f"headway {kind} {name}"] = lambda m=model, d=dtype: headway_step(ours(m, d))
-            made[f"headway {kind} {name} lean"] = lambda m=model, d=dtype: headway_step(
+            steps[f"headway {kind} {name}"] = lambda m=model, d=dtype: headway_step(ours(m, d))
+            steps[f"headway {kind} {name} lean"] = lambda m=model, d=dtype: headway_step(
                 ours(m, d, True)
             )
-    return made
+    return steps
 
 
 def multi_head(shape: ModelConfig) -> ModelConfig:
-    """The shape with as many heads as attention has: the same experts, and projections on top."""
+    """Return the shape with as many heads as attention has: the same experts, and projections."""
     return replace(shape, moe=replace(shape.moe, kind="multi_head_latent", n_heads=shape.n_heads))
 
 
 def matmul_peak(dtype: torch.dtype, n: int) -> float:
-    """Best rate of a square matmul, in GFLOP/s."""
+    """Return the best rate of a square matmul, in GFLOP/s."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     times = []
     for _ in range(5):
@@ -215,17 +212,17 @@ def main() -> None:
     shape, batch, length = (SMALL, 2, 32) if args.small else (SHAPE, 8, 256)
     text = StreamText(common.data_config(args, seq_len=length, batch_size=batch), val_batches=0)
     batches = [text.train(i) for i in range(8)]
-    made = rivals(shape, args.all)
+    steps = rivals(shape, args.all)
     if args.worker:
         _import_first(args.worker)
-        step = made[args.worker]
+        step = steps[args.worker]
         work(lambda: lambda i, built=step(): built(*batches[i % len(batches)]))
     else:
-        measure(args, shape, batch * length, list(made))
+        measure(args, shape, batch * length, list(steps))
 
 
 def _import_first(name: str) -> None:
-    """What is imported late, and is no step's memory."""
+    """Import now what is imported late, so that it does not count as memory of a step."""
     import torch._dynamo  # by every torch optimiser when it is built: 75 MiB
 
     assert torch._dynamo
@@ -258,7 +255,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _row(name: str, results: list[dict], shape: ModelConfig, n_tokens: int, peak: float) -> dict:
-    """Medians of one rival."""
+    """Return the medians of one rival."""
     seconds = statistics.median(r["seconds"] for r in results)
     model = multi_head(shape) if "multi_head" in name else shape
     length = 32 if shape is SMALL else 256
@@ -279,22 +276,22 @@ def _row(name: str, results: list[dict], shape: ModelConfig, n_tokens: int, peak
 
 
 def targets(rows: list[dict]) -> list[dict]:
-    """The same layer as the peer's: at least twice its best rate, in at most half of its memory.
-    Multi-Head LatentMoE, which has projections on top and six times the rows: at least its rate.
+    """Return the bounds. The layer of the peer: at least twice its best rate, in at most half its
+    memory. Multi-Head LatentMoE, which adds projections and has six times the rows: its rate.
     """
     peer = max(
         (r for r in rows if r["name"].startswith("olmoe")), key=lambda r: r["tokens_per_second"]
     )
-    found = []
+    bounds = []
     for kind, bound in (("moe", 2.0), ("multi_head_latent", 1.0)):
         mine = [r for r in rows if r["name"].startswith(f"headway {kind} ")]
         fast = max(mine, key=lambda r: r["tokens_per_second"])
         speed = fast["tokens_per_second"] / peer["tokens_per_second"]
         size = fast["peak_mib"] / peer["peak_mib"]
         name = f"over {peer['name']}"
-        found.append(common.target(f"{fast['name']}: tokens/s {name}", speed, bound, True))
-        found.append(common.target(f"{fast['name']}: peak memory {name}", size, 1 / bound, False))
-    return found
+        bounds.append(common.target(f"{fast['name']}: tokens/s {name}", speed, bound, True))
+        bounds.append(common.target(f"{fast['name']}: peak memory {name}", size, 1 / bound, False))
+    return bounds
 
 
 if __name__ == "__main__":

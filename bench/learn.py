@@ -1,10 +1,9 @@
 """Train a configuration on a fixed text against a budget of steps or of CPU seconds, and keep its
 learning curve.
 
-The clock is the process's CPU time with one thread: it counts what the mathematics costs and hardly
-depends on what else the machine does. Evaluation stands outside the clock. The schedule follows the
-share of the budget that is used, so a fast model makes more steps in the same time and still ends
-with its rate fully decayed.
+The clock is the CPU time of the process with one thread, which depends little on the load of the
+machine. Evaluation does not count. The schedule follows the share of the budget that is used, so a
+fast model does more steps in the same time and still ends with its rate fully decayed.
 """
 
 import copy
@@ -34,15 +33,15 @@ class Text(Protocol):
     """Batches of a text, a pure function of their number."""
 
     def train(self, step: int) -> tuple[Tensor, Tensor]:
-        """int64 tokens and targets `[B, S]` of a step."""
+        """Return int64 tokens and targets `[B, S]` of a step."""
         ...
 
     def val(self) -> list[tuple[Tensor, Tensor]]:
-        """The validation batches, always the same."""
+        """Return the validation batches, always the same."""
         ...
 
     def units(self, targets_BS: Tensor) -> float:
-        """How many characters (bytes) the targets stand for: what the loss is divided by."""
+        """Return the characters (bytes) of the targets: what the loss is divided by."""
         ...
 
 
@@ -60,11 +59,11 @@ class Budget:
     cpu_seconds: float = 0.0
 
     def one_step(self, step: int, cpu: float) -> float:
-        """The share of one step, as far as known."""
+        """Return the share of one step; 0 until one was measured."""
         return 1 / self.steps if self.steps else (cpu / step / self.cpu_seconds if step else 0.0)
 
     def used(self, step: int, cpu: float) -> float:
-        """The share that is used before step `step`, in [0, 1]."""
+        """Return the share that is used before step `step`, in [0, 1]."""
         return min(1.0, step / self.steps if self.steps else cpu / self.cpu_seconds)
 
 
@@ -109,8 +108,8 @@ class Trainer:
         self.curve: list[Point] = []
 
     def fork(self) -> "Trainer":
-        """A copy that trains on from here, alone; both have used the same time."""
-        loss, after_step = copy.deepcopy((self.loss, self.after_step))  # with a load of its own
+        """Return a copy that continues independently; both have used the same time."""
+        loss, after_step = copy.deepcopy((self.loss, self.after_step))  # their state is copied too
         other = Trainer(copy.deepcopy(self.model), loss, self.optim, self.text, after_step)
         state = {name: t.clone() for name, t in self.optimizers.tensors().items()}
         other.optimizers.load_tensors(state, self.optimizers.adamw.updates)
@@ -165,7 +164,7 @@ class Trainer:
 
 
 def evaluate(model: nn.Module, loss: Loss, text: Text) -> float:
-    """Nats per character (byte) over the validation batches."""
+    """Return the nats per character (byte) of the validation batches."""
     model.eval()
     nats = units = 0.0
     with torch.no_grad():
@@ -179,8 +178,8 @@ def evaluate(model: nn.Module, loss: Loss, text: Text) -> float:
 class Sparse:
     """The loss of a Headway model with its balance loss, and its bias rule after each step.
 
-    As in `headway.train` the auxiliary loss reads the load of the step before; the first step reads
-    its own.
+    As in `headway.train` the auxiliary loss reads the load of the step before; that of the first
+    step reads the load of that step.
     """
 
     def __init__(self, config: ModelConfig):
@@ -193,8 +192,8 @@ class Sparse:
     ) -> tuple[Tensor, Tensor]:
         out = model(tokens_BS, targets_BS)
         self.stats = tuple(s.detach() for s in out.stats)
-        even = balance.balance_loss(out.stats, self.balance, self.load)
-        return out.nats / targets_BS.numel() + even, out.nats.detach()
+        aux = balance.balance_loss(out.stats, self.balance, self.load)
+        return out.nats / targets_BS.numel() + aux, out.nats.detach()
 
     def after_step(self, model: nn.Module) -> None:
         """Keep the load of the step, and move the selection biases where the balance rule has

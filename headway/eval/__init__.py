@@ -1,1 +1,1 @@
-"""The evaluation room: sampling, bits per byte, multiple choice."""
+"""Evaluation: bits per byte of a text, and sampled text."""

@@ -16,16 +16,16 @@ from headway.parallel.reduce import sum_over
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the validation windows, as means."""
+    """The loss on the validation windows."""
 
     val_loss: float
-    """Nats per token."""
+    """Nats per valid target."""
     val_bits_per_byte: float
     """Σ −log p / (ln 2 · bytes of the target text)."""
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
-    """Nats summed over a text, per byte of it, in bits; NaN for a text without bytes."""
+    """Return the bits per byte of a text with a loss of `nats` in all; NaN without bytes."""
     return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
@@ -37,10 +37,11 @@ def evaluate(
     micro_batch_size: int,
     parallelism: Parallelism = SINGLE_PROCESS,
 ) -> Evaluation:
-    """The loss on the first `n_windows` validation windows, always the same ones.
+    """Return the loss on the first `n_windows` validation windows, always the same ones.
 
-    Each rank takes `micro_batch_size` of them at a time. Sums in float64 and divides once, so the
+    Each rank takes `micro_batch_size` of them at a time. Sums are float64 and divided once, so the
     result depends neither on the micro-batch nor on the number of ranks beyond float32 rounding.
+    Collective.
     """
     device, mesh = model.embed.weight.device, parallelism.mesh
     sums = torch.zeros(3, dtype=torch.float64, device=device)

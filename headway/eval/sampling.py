@@ -1,4 +1,4 @@
-"""Text from a model: one token at a time, with a key/value cache and a seed of its own."""
+"""Sampling: text from a model, one token at a time, with a cache and its own random generator."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from headway.parallel.fsdp import reshard
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises `UsageError` for settings that leave no token to draw."""
+    """Raise `UsageError` for settings that leave no token to draw."""
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"temperature={temperature} must be 0 (greedy) or more; try 0.8")
     if top_k < 0:
@@ -24,26 +24,27 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """softmax(logits / temperature) of the tokens that are kept, 0 for the others; float32 `[V]`.
+    """Return the distribution that a token is drawn from, float32 `[V]`: softmax(logits /
+    temperature) of the candidates, renormalised, and 0 for the other tokens.
 
-    `top_k` keeps the k most likely (0: all). `top_p` then keeps the smallest set whose probability
-    reaches p (nucleus sampling, arXiv 1904.09751 §3.1), at least one token. Temperature 0 is the
-    most likely token alone. Equal logits are ordered by index, lowest first.
+    `top_k` selects the k most likely tokens (0: all). `top_p` then selects the smallest set whose
+    probability reaches p (nucleus sampling, arXiv 1904.09751 §3.1), at least one token. At
+    temperature 0 the most likely token has probability 1. Ties go to the lowest index.
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float()
     scaled = logits_V.float() / temperature
     values, order = scaled.sort(descending=True, stable=True)
-    kept = torch.softmax(values, dim=-1)
-    if 0 < top_k < kept.numel():
-        kept[top_k:] = 0
-        kept /= kept.sum()
+    p_V = torch.softmax(values, dim=-1)
+    if 0 < top_k < p_V.numel():
+        p_V[top_k:] = 0
+        p_V /= p_V.sum()
     if top_p < 1:
-        before = kept.cumsum(-1) - kept
-        kept[1:][before[1:] >= top_p] = 0
-        kept /= kept.sum()
-    return torch.zeros_like(kept).scatter_(0, order, kept)
+        before = p_V.cumsum(-1) - p_V
+        p_V[1:][before[1:] >= top_p] = 0
+        p_V /= p_V.sum()
+    return torch.zeros_like(p_V).scatter_(0, order, p_V)
 
 
 def generate(
@@ -58,12 +59,12 @@ def generate(
     on_token: Callable[[str], None] | None = None,
     dispatcher: TokenDispatcher = LOCAL,
 ) -> str:
-    """The continuation of `prompt`, without it: at most `max_tokens` tokens, fewer when the
-    document ends.
+    """Return the continuation of `prompt`, without it: at most `max_tokens` tokens, fewer when the
+    document ends. An empty prompt starts a document.
 
-    The same seed gives the same text; the global random number generator is not touched. `on_token`
-    gets each piece of text as it becomes whole (a character may take several tokens). An empty
-    prompt starts a document. On a mesh all ranks draw the same text together.
+    The same seed gives the same text; the global random number generator is not used. `on_token`
+    gets each part of the text once its characters are complete, for which it may take several
+    tokens. Collective on a mesh: all ranks return the same text.
     """
     check_sampling(temperature, top_k, top_p)
     device = model.embed.weight.device
@@ -93,7 +94,7 @@ def generate(
                 shown += len(piece)
         text = tokenizer.decode(new)
         if on_token is not None and len(text) > shown:
-            on_token(text[shown:])  # a character that was not finished
+            on_token(text[shown:])  # an incomplete character
         return text
     finally:
         reshard(model)

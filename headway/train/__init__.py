@@ -1,1 +1,1 @@
-"""The training room: optimisers, schedules, checkpoints and the loop."""
+"""Training: sessions, objectives, the optimiser step and the pre-training loop."""

@@ -1,8 +1,8 @@
-"""What the C allocator does with freed memory: on CPUs a training step frees and asks for the same
-buffers each time.
+"""The policy of the C allocator for freed memory. On CPUs every training step frees and allocates
+the same buffers.
 
-glibc hands large blocks back to the kernel, and the next step pays a page fault per 4 KiB to get
-them again. Kept, they are at hand, at the price of fragmentation.
+By default glibc returns large blocks to the kernel, and the next step pays a page fault per 4 KiB
+to get them back. A process that keeps them saves those faults, at the price of fragmentation.
 """
 
 import ctypes
@@ -16,9 +16,11 @@ Policy = Literal["system", "keep", "return"]
 
 
 def set_allocator(policy: Policy) -> bool:
-    """Set the policy for this process; False where the C library is not glibc, or for `system`.
+    """Set the policy for this process; return False where the C library is not glibc, or for
+    `system`.
 
-    `keep`: freed blocks stay with the process. `return`: blocks of a MiB or more go back at once.
+    `keep`: freed blocks stay with the process. `return`: blocks of a MiB or more are returned to
+    the kernel at once.
     """
     if policy == "system" or not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP."""
+"""Signals that request the end of a run: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP."""
 
 import contextlib
 import os
@@ -9,24 +9,24 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""What Ctrl-C, batch systems and a terminal that closes send."""
+"""Sent by Ctrl-C, by batch systems and by a terminal that closes."""
 
 
 class Interrupt:
-    """A context in which each of `SIGNALS`, however often it comes, is one request to end.
+    """A context in which `SIGNALS`, however many arrive, are one request to end the run.
 
     Launchers send a signal more than once: Slurm to every process of a job, torchrun's agent then
-    again to its ranks. Until `defer` there is nothing to save, and the first signal raises
+    again to its ranks. Before `defer` there is nothing to save, and the first signal raises
     KeyboardInterrupt; after it a signal only sets `requested`, so that the loop finishes its step
-    and saves. A second SIGINT raises KeyboardInterrupt, except below torchrun, which forwards it.
+    and saves. A second SIGINT raises KeyboardInterrupt, except under torchrun, which forwards it.
 
     A SIGHUP that is ignored when the context begins (`nohup`) stays ignored. Outside the main
-    thread, where Python takes no handlers, nothing is changed.
+    thread, where Python allows no handlers, nothing is changed.
     """
 
     def __init__(self) -> None:
         self.requested = ""
-        """Name of the first signal, such as `SIGINT`; empty until one came."""
+        """Name of the first signal, such as `SIGINT`; empty before there was one."""
         self._deferred = self._twice = False
         self._forwarded = "TORCHELASTIC_RUN_ID" in os.environ
         self._before: dict[int, Any] = {}
@@ -44,16 +44,17 @@ class Interrupt:
             signal.signal(number, handler)
         self._before = {}
 
-    def defer(self, collect: Callable[[str], list[str]]) -> None:
-        """From now on there is work to save: requests wait for the end of the step.
+    def defer(self, gather: Callable[[str], list[str]]) -> None:
+        """Defer requests to the end of the step from now on, since there is work to save.
 
-        `collect` gives the values of all ranks: where one of them was asked to end before all had
-        come here, all raise KeyboardInterrupt.
+        Args:
+            gather: returns the values of all ranks. Where one of them received a request before
+                all had reached this call, all raise KeyboardInterrupt.
         """
         self._deferred = True
         try:
-            names = collect(self.requested)
-        except RuntimeError:  # a rank that was asked to end has left
+            names = gather(self.requested)
+        except RuntimeError:  # a rank with a request has ended
             if not self.requested:
                 raise
             names = [self.requested]
@@ -61,8 +62,8 @@ class Interrupt:
             raise _nothing_to_save(name)
 
     def request(self, name: str) -> None:
-        """Asks the run to end, as the signal `name` does; only the first request counts. Raises
-        KeyboardInterrupt before `defer`."""
+        """Request the end of the run, as the signal `name` does; only the first request counts.
+        Raises KeyboardInterrupt before `defer`."""
         if self.requested:
             return
         self.requested = name
@@ -70,7 +71,7 @@ class Interrupt:
             raise _nothing_to_save(name)
         if os.environ.get("RANK", "0") == "0":
             more = "" if self._forwarded else "; a second Ctrl-C ends at once"
-            # os.write, since a handler may interrupt a print that is under way
+            # os.write, since a handler may interrupt a print
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, f"{name}: finishing this step, then saving{more}\n".encode())
 
@@ -87,7 +88,7 @@ def _nothing_to_save(name: str) -> KeyboardInterrupt:
 
 
 def ignore() -> None:
-    """Ignores `SIGNALS` in this process until it ends: a launcher sends them again to ranks that
-    are leaving, which would change their exit code."""
+    """Ignore `SIGNALS` in this process until it ends: a launcher sends them again to ranks that are
+    ending, which would change their exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,8 @@ from headway.train.step import Gradient
 
 class Interval:
     """Sums over the steps since the last record; skipped steps count only in `seconds` and
-    `tokens`."""
+    `tokens`. `nats` and `targets`, as state.json names them, are `Gradient.loss_sum` and `weight`.
+    """
 
     def __init__(self) -> None:
         self.tokens = self.targets = self.steps = 0

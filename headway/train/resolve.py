@@ -1,4 +1,4 @@
-"""Values that a recipe leaves open, each with the sentence that says where it comes from."""
+"""Resolving what a config leaves open; each derived value has a sentence that explains it."""
 
 import dataclasses
 import os
@@ -23,25 +23,25 @@ from headway.plan.layout import MeshLayout, auto_chunks
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config without open values."""
+    """A config without open values, and what follows from it and this machine."""
 
     config: Config
-    """With vocabulary, micro-batch and intervals filled in."""
+    """The config with vocabulary, micro-batch, intervals and chunks filled in."""
     device: torch.device
     dtype: torch.dtype
-    """Of the matmuls."""
+    """Dtype of the matmuls."""
     newton_schulz_dtype: torch.dtype
-    """Of Muon's iteration: as the matmuls, but never emulated bfloat16."""
+    """Dtype of Muon's iteration: that of the matmuls, but never emulated bfloat16."""
     derived: dict[str, str]
-    """Field → the sentence that is printed and kept in run.json."""
+    """Field → its sentence, which is printed and written to run.json."""
     notes: tuple[str, ...]
-    """What works, and yet is probably not meant; with `run.strict` errors."""
+    """Settings that work and are probably not intended; with `run.strict` they are errors."""
     remarks: tuple[str, ...]
     """Slow or skipped paths; with `run.strict` they are errors."""
 
 
 def resolve(config: Config, vocab_size: int) -> Resolved:
-    """Fills in what `config` leaves open; `vocab_size` is the tokenizer's.
+    """Fill in what `config` leaves open; `vocab_size` is that of the tokenizer.
 
     Raises `UsageError` for values that cannot work, before anything is written.
     """
@@ -97,8 +97,8 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
 
 
 def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]) -> MeshConfig:
-    """`headway plan`'s rule. Ranks compare their options before step 0, so that nodes of different
-    sizes, which might choose differently, are an error that names mesh.chunks."""
+    """Choose mesh.chunks by the rule of `headway plan`. Ranks compare their configs before step 0:
+    nodes of different sizes, which might choose differently, are an error that names it."""
     scheme = "all_gather" if uses_all_gather(mesh, moe.top_k) else "all_to_all"
     sharded = mesh.shard == "fsdp"
     sharding = MeshLayout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
@@ -111,12 +111,12 @@ def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]
 
 
 def _device(run: RunConfig, derived: dict[str, str]) -> torch.device:
-    found = torch.cuda.is_available()
-    if run.device == "cuda" and not found:
+    cuda = torch.cuda.is_available()
+    if run.device == "cuda" and not cuda:
         raise UsageError("run.device=cuda and this torch sees no CUDA device; use run.device=cpu")
     if run.device == "auto":
-        derived["run.device"] = "cuda: there is one" if found else "cpu: there is no CUDA device"
-    return torch.device("cuda" if found and run.device != "cpu" else "cpu")
+        derived["run.device"] = "cuda: there is one" if cuda else "cpu: there is no CUDA device"
+    return torch.device("cuda" if cuda and run.device != "cpu" else "cpu")
 
 
 def _dtype(
@@ -139,13 +139,13 @@ def _dtype(
 
 
 def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
-    """Builds the C++ kernels now, not in the middle of the first step."""
+    """Build the C++ kernels now, not in the middle of the first step."""
     if device.type != "cpu":
         return ()
-    found = cpp_kernels()
-    if found.library is None:
-        return (f"the C++ kernels will not run, the slower PyTorch paths do: {found.why}",)
-    derived["kernels"] = f"C++, {found.why}"
+    kernels = cpp_kernels()
+    if kernels.library is None:
+        return (f"the C++ kernels will not run, the slower PyTorch paths do: {kernels.why}",)
+    derived["kernels"] = f"C++, {kernels.why}"
     return ()
 
 
@@ -156,7 +156,7 @@ def _experts(
     dtype: torch.dtype,
     derived: dict[str, str],
 ) -> tuple[str, ...]:
-    """Which path the experts of this model take on a GPU (on a CPU it is that of all kernels)."""
+    """Explain which path the experts take on a GPU; on a CPU `_kernels` has said it for all."""
     moe, width = model.moe, model.moe.head_width(model.d_model)
     if moe.kind != "dense" and moe.precision == "float8":
         check_float8(device.type, dtype, width, moe.d_expert)
@@ -172,22 +172,22 @@ def _experts(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a whole model, on whatever mesh it will lie."""
+    """Sizes of a full model, whatever its mesh."""
 
     total: int
     active: int
-    """Parameters that one token visits."""
+    """Parameters that one token uses."""
     flops_per_token: float
-    """Of training, by the formula of `headway describe`."""
+    """FLOPs of training, by the formula of `headway describe`."""
 
     @classmethod
     def of(cls, model: Transformer, seq_len: int) -> "Sizes":
-        """Counted on the model before it is spread over ranks."""
+        """Count on a model that is not sharded yet."""
         return cls(*count_parameters(model), training_flops(model.config, seq_len))
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
-    """(total, active): all parameters, and those that one token visits (K of E experts per
+    """Return (total, active): all parameters, and those that one token uses (K of E experts per
     head)."""
     total = sum(p.numel() for p in model.parameters())
     idle = sum(_idle(layer) for layer in model.sparse_layers())
@@ -195,7 +195,7 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
 
 
 def _idle(layer: SparseLayer) -> int:
-    """Parameters of the experts that a token does not visit."""
+    """Return the parameters of the experts that a token does not use."""
     experts: nn.Module = layer.experts
-    held = sum(p.numel() for p in experts.parameters())
-    return held * (layer.router.n_experts - layer.router.top_k) // layer.router.n_experts
+    n_parameters = sum(p.numel() for p in experts.parameters())
+    return n_parameters * (layer.router.n_experts - layer.router.top_k) // layer.router.n_experts

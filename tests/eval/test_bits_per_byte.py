@@ -49,24 +49,26 @@ def test_equals_the_plain_sum(stream):
     nats = -float(chosen.squeeze(-1)[valid].sum())
     n_bytes = int((batch.targets_BS[valid] < 256).sum())
     for micro in (15, 4, 1):
-        found = evaluate(subject, stream, 15, micro)
-        assert found.val_loss == pytest.approx(nats / int(valid.sum()), rel=1e-6)
-        assert found.val_bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+        result = evaluate(subject, stream, 15, micro)
+        assert result.val_loss == pytest.approx(nats / int(valid.sum()), rel=1e-6)
+        assert result.val_bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
     assert subject.training
-    assert evaluate(subject, stream, 5, 5) != found
+    assert evaluate(subject, stream, 5, 5) != result
 
 
 def test_the_batch_size_does_not_choose_the_text(stream):
     subject = model(torch.float64)
     windows = validation_text(stream, 300).windows
-    found = [
+    results = [
         evaluate(subject, Stream(stream.dataset, config, seed), windows, config.batch_size)
         for seed, config in enumerate(
             dataclasses.replace(stream.config, batch_size=size) for size in (1, 3, 8, 64)
         )
     ]
-    for other in found[1:]:
-        assert dataclasses.astuple(other) == pytest.approx(dataclasses.astuple(found[0]), rel=1e-12)
+    for other in results[1:]:
+        assert dataclasses.astuple(other) == pytest.approx(
+            dataclasses.astuple(results[0]), rel=1e-12
+        )
 
 
 def test_a_text_without_bytes_has_no_bits_per_byte():

@@ -21,8 +21,8 @@ def test_temperature_top_k_top_p():
     torch.testing.assert_close(
         probabilities(LOGITS, 1.0, 2, 1.0), torch.tensor([0.625, 0.375, 0, 0])
     )
-    for top_p, kept in ((0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (1e-9, 1)):
-        assert int((probabilities(LOGITS, 1.0, 0, top_p) > 0).sum()) == kept, top_p
+    for top_p, candidates in ((0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (1e-9, 1)):
+        assert int((probabilities(LOGITS, 1.0, 0, top_p) > 0).sum()) == candidates, top_p
     both = probabilities(LOGITS, 1.0, 3, 0.6)  # of the three kept: 0.526, 0.316, 0.158
     torch.testing.assert_close(both, torch.tensor([0.625, 0.375, 0, 0]))
     ties = probabilities(torch.zeros(5), 1.0, 2, 1.0)
@@ -34,13 +34,13 @@ def test_temperature_top_k_top_p():
 )
 @settings(max_examples=100, deadline=None)
 def test_probabilities_sum_to_one_and_keep_the_likeliest(logits, top_k, top_p):
-    made = probabilities(torch.tensor(logits), 1.0, top_k, top_p)
-    assert float(made.sum()) == pytest.approx(1.0, abs=1e-5)
-    kept, dropped = torch.tensor(logits)[made > 0], torch.tensor(logits)[made == 0]
-    assert len(kept) >= 1 and (top_k == 0 or len(kept) <= top_k)
+    p = probabilities(torch.tensor(logits), 1.0, top_k, top_p)
+    assert float(p.sum()) == pytest.approx(1.0, abs=1e-5)
+    drawn, dropped = torch.tensor(logits)[p > 0], torch.tensor(logits)[p == 0]
+    assert len(drawn) >= 1 and (top_k == 0 or len(drawn) <= top_k)
     if len(dropped):
         assert (
-            kept.min() >= dropped.max()
+            drawn.min() >= dropped.max()
             or float(torch.softmax(torch.tensor(logits), 0).min()) < 1e-6
         )
 
@@ -58,10 +58,10 @@ def test_settings_that_leave_nothing_are_refused(arguments, words):
 def model():
     moe = MoEConfig(n_heads=2, n_experts=4, top_k=2, d_expert=8)
     config = ModelConfig(vocab_size=320, n_layers=2, d_model=32, n_heads=2, init_std=1.0, moe=moe)
-    made = Transformer(config, seed=0)
+    model = Transformer(config, seed=0)
     with torch.no_grad():
-        made.head.weight *= 40  # decided predictions, so that argmax is not a matter of rounding
-    return made
+        model.head.weight *= 40  # decided predictions, so that argmax is not a matter of rounding
+    return model
 
 
 def test_greedy_text_equals_whole_forward_passes(model):

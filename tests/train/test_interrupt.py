@@ -183,6 +183,6 @@ def test_a_terminal_that_closes(place, tmp_path):
             while b" 6/100000" not in terminal.readline() and process.poll() is None:
                 pass
         assert process.wait(60) == 130
-    found, problems = checkpoint_dir.latest(tmp_path / "run")
-    assert found is not None and problems == []
+    latest, problems = checkpoint_dir.latest(tmp_path / "run")
+    assert latest is not None and problems == []
     assert '"SIGHUP at step' in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -78,9 +78,9 @@ def test_the_offer_is_the_run_that_was_longer_from_the_start(finished, tmp_path_
     for name in ("model.safetensors", "optimizer.safetensors"):
         one, other = (load_file(Path(r["checkpoint"]) / name) for r in (straight, done.json))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    found = [r for r in read_metrics(longer / "metrics.jsonl") if "event" not in r]
-    kept = [{k: v for k, v in r.items() if k not in tiny_run.WALL_CLOCK} for r in found]
-    assert kept == records(root)
+    after = [r for r in read_metrics(longer / "metrics.jsonl") if "event" not in r]
+    comparable = [{k: v for k, v in r.items() if k not in tiny_run.WALL_CLOCK} for r in after]
+    assert comparable == records(root)
     assert json.loads((longer / "run.json").read_text())["config"]["optim"]["steps"] == 24
     # the run that it came from is as it was
     assert run_folder.find_checkpoint(finished)[0].name == "step-000024"

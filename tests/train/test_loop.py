@@ -48,11 +48,11 @@ def test_result_and_run_folder(whole):
     assert not result["interrupted"] and result["error"] == "" and result["stopped"] == ""
     assert Path(result["report"]).is_file()
     assert checkpoint_dir.verify(Path(result["checkpoint"])) == ""
-    found = records(root)
-    assert [r["step"] for r in found if "loss" in r] == [3, 6, 9, 12, 15, 18, 20]
-    assert [r["step"] for r in found if "val_loss" in r] == [0, 5, 10, 15, 20]
-    assert [r["step"] for r in found if "sample" in r] == [10, 20]
-    interval = next(r for r in found if "loss" in r)
+    written = records(root)
+    assert [r["step"] for r in written if "loss" in r] == [3, 6, 9, 12, 15, 18, 20]
+    assert [r["step"] for r in written if "val_loss" in r] == [0, 5, 10, 15, 20]
+    assert [r["step"] for r in written if "sample" in r] == [10, 20]
+    interval = next(r for r in written if "loss" in r)
     assert torch.tensor(interval["load"]).shape == (2, 2, 4)
     assert torch.tensor(interval["load"]).mean(-1).flatten().tolist() == pytest.approx(
         [1.0] * 4, abs=1e-3
@@ -73,8 +73,8 @@ def _spoil(monkeypatch, at, **values):
 
     def spoiled(model, *rest, **options):
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
-        got = inner(model, *rest, **options)
-        return dataclasses.replace(got, **values) if len(weights) in at else got
+        result = inner(model, *rest, **options)
+        return dataclasses.replace(result, **values) if len(weights) in at else result
 
     monkeypatch.setattr(loop, "gradient", spoiled)
     return weights
@@ -96,10 +96,10 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, values,
         all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(weights, weights[1:], strict=False)
     ]
     assert same == [False] * 5 + [True, True] + [False] * 2
-    found = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    skips = [(r["step"], r["detail"].startswith(detail)) for r in found if "event" in r]
+    written = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    skips = [(r["step"], r["detail"].startswith(detail)) for r in written if "event" in r]
     assert skips == [(6, True), (7, True)]
-    intervals = [r for r in found if "loss" in r]
+    intervals = [r for r in written if "loss" in r]
     assert [(r["step"], r["skipped"]) for r in intervals] == [(3, 0), (6, 1), (9, 2), (10, 2)]
     assert all(r["loss"] is not None and r["grad_norm"] is not None for r in intervals)
     state = json.loads((Path(result["checkpoint"]) / "state.json").read_text())
@@ -256,6 +256,6 @@ def test_leaks_into_training_are_told(tmp_path):
         assert overlap["validation_documents"] == 3 and overlap["shared"] == (3 if short else 0)
         notes = [line for line in said if line.startswith("note: ") and "validation doc" in line]
         assert len(notes) == 1 and overlap["sentence"] in notes[0]
-        found = load_run(tmp_path / "run")
-        assert found["leak"] == {"sentence": overlap["sentence"], "short": short}
+        page = load_run(tmp_path / "run")
+        assert page["leak"] == {"sentence": overlap["sentence"], "short": short}
     assert overlap["removed_shared"] == 12 and overlap["removed_repeated"] == 36

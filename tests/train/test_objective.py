@@ -76,7 +76,7 @@ class PolicyGradient(TokenWeighted):
 @pytest.mark.parametrize("objective", [TokenWeighted, Distillation, PolicyGradient])
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_an_objective_of_ones_own_has_the_gradient_of_plain_autograd(objective, size):
-    own = objective()
+    ours = objective()
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(V, (2, 6, 8), generator=generator)
     weights = torch.rand(6, 8, generator=generator, dtype=torch.float64)
@@ -85,13 +85,13 @@ def test_an_objective_of_ones_own_has_the_gradient_of_plain_autograd(objective, 
 
     plain = build(seed=0)
     out = plain(tokens)
-    loss_sum = own.losses(out.logits_BSV, batch).sum()
+    loss_sum = ours.losses(out.logits_BSV, batch).sum()
     weight = tokens.numel() if objective is PolicyGradient else weights.sum()
     aux = balance_loss(out.stats, BALANCE, LOAD)
     want = torch.autograd.grad(loss_sum / weight + aux, [*plain.parameters()])
 
     model = build(seed=0)
-    result = gradient(model, micro_batches(batch, size, torch.device("cpu")), own, load=LOAD)
+    result = gradient(model, micro_batches(batch, size, torch.device("cpu")), ours, load=LOAD)
     for (name, p), g in zip(model.named_parameters(), want, strict=True):
         assert p.grad is not None and g.norm() > 0, name
         assert_close(p.grad, g, 1e-12)

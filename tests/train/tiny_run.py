@@ -111,13 +111,15 @@ def train(config, **options):
 
 def records(root: Path) -> list[dict]:
     """What must not depend on interruptions."""
-    found = read_metrics(root / "run" / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in found if "event" not in r]
+    written = read_metrics(root / "run" / "metrics.jsonl")
+    return [
+        {k: v for k, v in r.items() if k not in WALL_CLOCK} for r in written if "event" not in r
+    ]
 
 
 def events(root: Path) -> list[tuple[int, str]]:
-    found = read_metrics(root / "run" / "metrics.jsonl")
-    return [(r["step"], r["event"]) for r in found if "event" in r]
+    written = read_metrics(root / "run" / "metrics.jsonl")
+    return [(r["step"], r["event"]) for r in written if "event" in r]
 
 
 def assert_same_run(a: Path, b: Path, one: dict, other: dict) -> None:
@@ -135,9 +137,9 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     resuming = sys.argv[2] == "resume"
     beside = {"async_checkpoint": "async" in sys.argv}
-    made = run_folder.read_config(target / "run") if resuming else tiny(target, run=beside)
+    config = run_folder.read_config(target / "run") if resuming else tiny(target, run=beside)
     loop.train(
-        made,
+        config,
         resume=target / "run" if resuming else None,
         log=lambda line: print(line, flush=True),
     )

@@ -115,8 +115,8 @@ class TokenDispatcher(Protocol):
         """The inverse of `dispatch`: the experts' outputs, summed."""
         ...
 
-    def gather(self, y_THL: Tensor) -> Future[Tensor]:
-        """The inverse of `scatter`."""
+    def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
+        """The inverse of `scatter`; `exact` for values that no payload dtype may round."""
         ...
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class LocalDispatcher:
     def combine(self, y_THL: Tensor, metadata: None) -> Future[Tensor]:
         return Completed(y_THL)
 
-    def gather(self, y_THL: Tensor) -> Future[Tensor]:
+    def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
         return Completed(y_THL)
 
     def broadcast(self, x: Tensor) -> Tensor:

@@ -169,12 +169,12 @@ class SparseLayer(nn.Module):
         y_THL = yield dispatcher.gather(y_THL)
         stats = route.stats
         if ctx.report:
-            chosen_THK = yield dispatcher.gather(route.index_THK)
-            gate_THK = yield dispatcher.gather(route.gate_THK.detach())
+            chosen_THK = yield dispatcher.gather(route.index_THK, exact=True)
+            gate_THK = yield dispatcher.gather(route.gate_THK.detach(), exact=True)
             if early is not None:
                 logits_THE = early.logits_THE
             elif (logits_THE := route.logits_THE) is not None:
-                logits_THE = yield dispatcher.gather(logits_THE)
+                logits_THE = yield dispatcher.gather(logits_THE, exact=True)
             norm_TH = y_THL.detach().float().norm(dim=-1) if "norms" in ctx.report else None
             stats = stats._replace(report=RouteReport(chosen_THK, gate_THK, logits_THE, norm_TH))
         yield Finished((self.merge(y_THL), stats))

@@ -76,11 +76,12 @@ class MeshDispatcher:
         """Return the experts' outputs to the ranks of their heads, summed over the experts."""
         return Completed(y_THL) if metadata is None else metadata.start_combine(y_THL)
 
-    def gather(self, y_THL: Tensor) -> Future[Tensor]:
-        """Return sub-tokens to the ranks of their tokens."""
+    def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
+        """Send sub-tokens back to the ranks of their tokens; `exact` in the dtype they have."""
         if self.mesh.hp.size == 1:
             return Completed(y_THL)
-        return head.GatherHandle(y_THL, self._comm("hp", "gather"))
+        comm = self._comm("hp", "gather")
+        return head.GatherHandle(y_THL, comm._replace(float8=comm.float8 and not exact))
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Replace `x` by rank 0's values, for decisions that must be the same on all ranks."""

@@ -6,6 +6,7 @@ from typing import Any
 from headway.config import Config
 from headway.data.batch import micro_batches
 from headway.data.tokenizer import load_tokenizer
+from headway.model.build import BlockBuilder, build_block
 from headway.train.interrupt import Interrupt
 from headway.train.objective import NextToken
 from headway.train.open_session import open_session
@@ -24,6 +25,7 @@ def train(
     recipe_source: str = "",
     log: Log = print,
     interrupt: Interrupt | None = None,
+    blocks: BlockBuilder = build_block,
 ) -> dict[str, Any]:
     """Train the model of `config` and return the result.
 
@@ -35,6 +37,7 @@ def train(
         recipe_source: text of the recipe, kept in run.json.
         log: gets every line for people.
         interrupt: of a caller that is in its context; without one, signals are caught here.
+        blocks: builds the blocks of the model, for modules of your own (`model.build`).
     Returns: `val_bits_per_byte`, `val_loss`, `first_val_bits_per_byte`, `best_val_bits_per_byte`,
         `loss` (training, nats/token), `tokens_per_second`, `steps`, `tokens`, `seconds`, `skipped`,
         `parameters_total`, `parameters_active`, `sample`, `checkpoint` and `report` (paths or
@@ -53,6 +56,7 @@ def train(
         recipe_source=recipe_source,
         log=log,
         interrupt=interrupt,
+        blocks=blocks,
     ) as session:
         return _loop(session)
 

@@ -13,6 +13,7 @@ from headway.checkpoint.lock import Lock
 from headway.checkpoint.run_folder import RunStart
 from headway.config import PeerError, RankError, UsageError, leaves
 from headway.data.tokenizer import Tokenizer
+from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
@@ -42,13 +43,14 @@ def open_session(
     recipe_source: str = "",
     log: Log = print,
     interrupt: Interrupt | None = None,
+    blocks: BlockBuilder = build_block,
 ) -> Iterator[Session[D]]:
     """A context with a session on this rank: a new run at step 0, or a resumed one at its
     checkpoint.
 
     Args:
         load_data: loads the trainer's data on the mesh.
-        resume, overwrite, recipe_source, log, interrupt: as for `loop.train`.
+        resume, overwrite, recipe_source, log, interrupt, blocks: as for `loop.train`.
     Raises: `UsageError` before step 0; on a mesh it names the rank that met it.
     """
 
@@ -79,8 +81,9 @@ def open_session(
             set_allocator(run.allocator)
         # before the run folder is touched: a wrong --data must not clear a run
         data = load_data(config, tokenizer, mesh, log)
+        compute = Compute(resolved.dtype, run.recompute)
         with torch.device("meta"):
-            model = Transformer(config.model, Compute(resolved.dtype, run.recompute))
+            model = Transformer(config.model, compute, blocks=blocks)
         sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
         parallelism = materialize(model, mesh, run.seed)
         if not resumes:

@@ -110,6 +110,7 @@ CASES: dict[str, Case] = {
     "chunks and a shared expert, hp=4": Case(heads(d_shared=16), _mesh(hp=4, chunks=2)),
     "chunks and a shared expert, ep=4": Case(flat(d_shared=16), _mesh(ep=4, chunks=2)),
     "accumulation, hp=4": Case(heads(), _mesh(hp=4), micro=2),
+    "experts that do nothing, hp=2 ep=2": Case(heads(n_zero_experts=3), _mesh(hp=2, ep=2)),
     "accumulation, hp=2 ep=2, muon": Case(heads(), _mesh(hp=2, ep=2), MUON, micro=1),
     "muon, dp=2 hp=2, token": Case(heads(router=TOKEN), _mesh(2, 2), MUON),
     "targets on some ranks only, dp=2 hp=2 ep=2": Case(heads(), _mesh(2, 2, 2), blank=True),

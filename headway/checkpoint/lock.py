@@ -99,7 +99,7 @@ class Lock:
     def _take_over(self, log: Callable[[str], None]) -> bool:
         """Take over the lock of a holder that is gone. Return False where the lock has changed
         meanwhile. Raise UsageError where the holder is alive."""
-        holder, silence = _read(self.path), _seconds_since_touched(self.path)
+        holder, silence = _read(self.path), _age(self.path)
         if silence is None:  # released
             return False
         if holder is not None and holder.machine == self._mine.machine:
@@ -113,12 +113,11 @@ class Lock:
             )
             time.sleep(EXPIRY / 6)
             return False
-        # Of several processes one may replace this holder: the one that makes this file.
+        # Of several processes one may replace this holder: the one that creates this file.
         claim = self.path.with_name(f"{self.path.name}.{holder.token if holder else 'torn'}")
         if not self._create(claim):
-            if (
-                _seconds_since_touched(claim) or 0
-            ) > EXPIRY:  # left by a process killed at this point
+            # a process that was killed at this point leaves its file
+            if (_age(claim) or 0) > EXPIRY:
                 claim.unlink(missing_ok=True)
             return False
         if _read(self.path) != holder:
@@ -153,7 +152,7 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _seconds_since_touched(path: Path) -> float | None:
+def _age(path: Path) -> float | None:
     """Return the seconds since a file was touched, by the clock of its file system; None without
     it."""
     with tempfile.TemporaryFile(dir=path.parent) as now:

@@ -30,10 +30,10 @@ def leave(folder, holder, age=0.0):
 def other():
     """A process that lives, and one that was killed: as holders."""
     living, killed = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
-    found = [Holder.of(process.pid) for process in (living, killed)]
+    holders = [Holder.of(process.pid) for process in (living, killed)]
     killed.kill()
     killed.wait()
-    yield found
+    yield holders
     living.kill()
     living.wait()
 

@@ -74,8 +74,8 @@ def test_round_trip_is_exact(tmp_path):
     assert path == tmp_path / "checkpoints" / "step-000060"
     drawn = torch.randn(4)
     other, others = _trained(seed=1)
-    found, problems = latest(tmp_path)
-    assert (found, problems) == (path, [])
+    newest, problems = latest(tmp_path)
+    assert (newest, problems) == (path, [])
     back = load.load_checkpoint(path, other, others, CONFIG)
     assert back["spike"] == state["spike"] and back["step"] == 60 and back["updates"] == 2
     assert torch.equal(torch.randn(4), drawn)
@@ -183,8 +183,8 @@ def test_damage_is_named_and_the_previous_one_is_used(tmp_path, damage, words):
     good = _save(tmp_path, 10, model, optimizers)
     bad = _save(tmp_path, 20, model, optimizers)
     damage(bad)
-    found, problems = latest(tmp_path)
-    assert found == good
+    newest, problems = latest(tmp_path)
+    assert newest == good
     assert (
         len(problems) == 1
         and problems[0].startswith("step-000020 is damaged")
@@ -226,12 +226,12 @@ def small_disk(tmp_path):
     """A real file system of 64 KiB, where mounting is allowed."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(
+    mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
         capture_output=True,
         check=False,
     )
-    if made.returncode:
+    if mount.returncode:
         pytest.skip("mounting needs more rights")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
@@ -286,9 +286,9 @@ def test_kill_between_the_two_renames_of_a_replacement(tmp_path):
     model, optimizers = _trained()
     path = _save(tmp_path, 10, model, optimizers)
     os.replace(path, path.with_name("step-000010.replaced"))
-    found, problems = latest(tmp_path)
-    assert found is not None and found.name == "step-000010.replaced" and problems == []
-    assert checkpoint_dir.verify(found) == ""
+    newest, problems = latest(tmp_path)
+    assert newest is not None and newest.name == "step-000010.replaced" and problems == []
+    assert checkpoint_dir.verify(newest) == ""
     _save(tmp_path, 10, model, optimizers)
     assert _names(tmp_path) == ["step-000010"]
 
@@ -320,12 +320,12 @@ def test_kill_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path):
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         killed_while_writing += any(name.startswith(".tmp-step") for name in _names(tmp_path))
-        found, problems = latest(tmp_path)
-        assert found is not None and problems == []
+        newest, problems = latest(tmp_path)
+        assert newest is not None and problems == []
         other, others = _trained(seed=1)
-        start = load.load_checkpoint(found, other, others, CONFIG)["step"]
+        start = load.load_checkpoint(newest, other, others, CONFIG)["step"]
         assert (other.bias_HE == start).all()  # all of it is of one step
-        assert json.loads((found / "state.json").read_text())["step"] == start
+        assert json.loads((newest / "state.json").read_text())["step"] == start
     assert killed_while_writing > 0
     _save(tmp_path, start + 1, model, optimizers)
     assert not [name for name in _names(tmp_path) if name.startswith(".tmp")]

@@ -67,7 +67,7 @@ def test_bfloat16_moments_follow_float32_ones(chunk, monkeypatch):
 @needs_native
 def test_cpp_equals_the_fused_kernel(monkeypatch):
     """Up to a last bit of a bfloat16 moment, which the two may round apart."""
-    found = []
+    pairs = []
     for off in (False, True):
         if off:
             switch_off(monkeypatch, module)
@@ -77,11 +77,11 @@ def test_cpp_equals_the_fused_kernel(monkeypatch):
         for _ in range(20):
             _set_grads(params, generator)
             optimizer.step(0.5)
-        found.append((params, optimizer))
-    for p, q in zip(found[0][0], found[1][0], strict=True):
+        pairs.append((params, optimizer))
+    for p, q in zip(pairs[0][0], pairs[1][0], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
         for key in ("exp_avg", "exp_avg_sq"):
-            ours, theirs = (found[i][1].state[x][key].float() for i, x in ((0, p), (1, q)))
+            ours, theirs = (pairs[i][1].state[x][key].float() for i, x in ((0, p), (1, q)))
             assert (ours - theirs).norm() / theirs.norm() < 1e-3
 
 

@@ -14,8 +14,8 @@ def test_a_message_of_any_number_of_rows_is_unpacked(n):
         torch.arange(n, dtype=torch.int16).view(n, 1),
         torch.randn(n, 1),
     )
-    layout = _Packing(parts)
-    rows = layout.pack(parts)
+    packing = _Packing(parts)
+    rows = packing.pack(parts)
     assert rows.shape == (n, 24 + 2 + 4)
-    for found, part in zip(layout.unpack(rows), parts, strict=True):
-        assert found.dtype == part.dtype and torch.equal(found, part)
+    for unpacked, part in zip(packing.unpack(rows), parts, strict=True):
+        assert unpacked.dtype == part.dtype and torch.equal(unpacked, part)

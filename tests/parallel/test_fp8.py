@@ -27,10 +27,10 @@ def there_and_back(x):
 def test_a_value_is_off_by_a_sixteenth_at_most(rows, width, exponent, seed, dtype):
     g = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, width, generator=g) * 2.0**exponent).to(dtype)
-    got, largest = there_and_back(x), x.abs().amax(-1, keepdim=True)
+    restored, largest = there_and_back(x), x.abs().amax(-1, keepdim=True)
     # below 2⁻⁶ of the grid e4m3 is evenly spaced: 2⁻⁹ of 448 apart
     bound = torch.maximum(x.abs() / 16, largest / 448 / 2**10) * 1.01
-    assert bool(((got - x).abs() <= bound).all())
+    assert bool(((restored - x).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
@@ -43,9 +43,9 @@ def test_zeros_stay_and_what_is_not_finite_marks_its_row():
     x = torch.ones(4, 8)
     x[0] = 0
     x[1, 3], x[2, 5] = torch.nan, torch.inf
-    got = there_and_back(x)
-    assert torch.equal(got[[0, 3]], x[[0, 3]])
-    assert bool(got[1:3].isnan().any(-1).all())
+    restored = there_and_back(x)
+    assert torch.equal(restored[[0, 3]], x[[0, 3]])
+    assert bool(restored[1:3].isnan().any(-1).all())
 
 
 def test_nothing_travels_as_nothing():

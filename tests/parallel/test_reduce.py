@@ -18,8 +18,8 @@ def test_any_shapes(dtype):
     shapes = [(3,), (ROW + 5,), (2, ROW), (7, 9, 11), (0, 4)]
     tensors = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
     tensors.append(torch.randn(50, 200, generator=generator, dtype=dtype).T)
-    found = total_norm(tensors)
-    assert found.dtype == torch.float64
+    norm = total_norm(tensors)
+    assert norm.dtype == torch.float64
     expected = float(torch.cat([x.flatten().double() for x in tensors]).norm())
-    assert float(found) == pytest.approx(expected, rel=1e-15 if dtype == torch.float64 else 1e-7)
+    assert float(norm) == pytest.approx(expected, rel=1e-15 if dtype == torch.float64 else 1e-7)
     assert float(total_norm([])) == 0.0

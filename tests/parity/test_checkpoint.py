@@ -66,18 +66,20 @@ def go_on(mesh, folder, first, last, model, optim, save_at=()):
         torch.manual_seed(1234)
         state = load_checkpoint(path, net, optimizers, model, parallelism.sharding)
         progress.restore(state["progress"])
-    found = []
+    records = []
     for step in range(first, last):
         micros = batches(mesh, step)
-        got = gradient(net, micros, NextToken(model.moe.balance), parallelism, load=progress.load)
-        progress.load = got.load
-        found.append((got.loss, got.norm))
-        update(net, optimizers, got, 1.0, optim, model.moe.balance, parallelism)
+        result = gradient(
+            net, micros, NextToken(model.moe.balance), parallelism, load=progress.load
+        )
+        progress.load = result.load
+        records.append((result.loss, result.norm))
+        update(net, optimizers, result, 1.0, optim, model.moe.balance, parallelism)
         optimizers.zero_grad()
         if step + 1 in save_at:
             state = {"progress": progress.to_dict()}
             save_checkpoint(Path(folder), step + 1, net, optimizers, model, state, 9, parallelism)
-    return found
+    return records
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -86,13 +88,13 @@ def test_every_mesh_goes_on_where_another_stopped(ranks, tmp_path, optim, tied):
     optim = OptimConfig(name=optim, lr=1e-3, clip=0.5)
     model = dataclasses.replace(config(), tied=tied)
     reference = ranks.run(ONE, go_on, tmp_path / "one", 0, 2 * len(CHAIN), model, optim, (6,))[0]
-    found = []
+    records = []
     for i, mesh in enumerate(CHAIN):
         at = 2 * i
         answers = ranks.run(mesh, go_on, tmp_path / "many", at, at + 2, model, optim, (at + 2,))
         assert all(answer == answers[0] for answer in answers)
-        found += answers[0]
-    for step, (a, b) in enumerate(zip(found, reference, strict=True)):
+        records += answers[0]
+    for step, (a, b) in enumerate(zip(records, reference, strict=True)):
         for x, y, what in zip(a, b, ("loss", "norm"), strict=True):
             close(x, y, f"{what} of step {step}")
     one, many = (
@@ -136,7 +138,7 @@ def test_on_the_same_mesh_the_bits_are_the_same(ranks, tmp_path):
     mesh, model, optim = MeshConfig(hp=2, ep=2), config(noisy=True), OptimConfig(lr=1e-3)
     whole = ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim, (2,))
     again = ranks.run(mesh, go_on, tmp_path, 2, 4, model, optim)
-    assert again == [found[2:] for found in whole]
+    assert again == [records[2:] for records in whole]
     (checkpoint_dir.checkpoints(tmp_path) / "step-000002" / "manifest.json").unlink()
     assert ranks.run(mesh, go_on, tmp_path, 0, 4, model, optim) == whole
 

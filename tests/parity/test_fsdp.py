@@ -115,7 +115,7 @@ def _story(mesh, config, optim, data, folder, steps):
     tokenizer = load_tokenizer("bytes")
     stream = Stream(prepare(data, tokenizer, print), data, 0)
     model, parallelism, optimizers = build(mesh, config, optim)
-    found, load = [], None
+    records, load = [], None
     for step in range(steps):
         seen = evaluate(model, stream, 11, 3, parallelism)  # shares that no rank count divides
         text = generate(model, tokenizer, "ab", 12, seed=step, dispatcher=parallelism.dispatcher)
@@ -123,11 +123,11 @@ def _story(mesh, config, optim, data, folder, steps):
         batch = stream.batch(step, mesh.rank, mesh.size, micro)
         micros = micro_batches(batch, micro, torch.device("cpu"))
         balance = config.moe.balance
-        got = gradient(model, micros, NextToken(balance), parallelism, load=load)
-        load = got.load
-        update(model, optimizers, got, 1.0, optim, balance, parallelism)
+        result = gradient(model, micros, NextToken(balance), parallelism, load=load)
+        load = result.load
+        update(model, optimizers, result, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
-        found.append(((seen.val_loss, seen.val_bits_per_byte, got.norm), text))
+        records.append(((seen.val_loss, seen.val_bits_per_byte, result.norm), text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
     path = save_checkpoint(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
     for p in model.parameters():
@@ -139,7 +139,7 @@ def _story(mesh, config, optim, data, folder, steps):
         full_tensors(optimizers.tensors(), parallelism, parameter=parameter_of),
     )
     held = sum(to_local(p).numel() for p in again.parameters())
-    return found, str(path), loaded, held, mesh.traffic.take()
+    return records, str(path), loaded, held, mesh.traffic.take()
 
 
 def build(mesh, config, optim):
@@ -163,8 +163,8 @@ def test_evaluation_samples_checkpoints(ranks, tmp_path, mesh, optim):
     one = ranks.run(MeshConfig(), story, *args)[0]
     many = ranks.run(mesh, story, *args)
     files = [load_file(Path(one[1]) / f) for f in ("model.safetensors", "optimizer.safetensors")]
-    for found, path, loaded, held, traffic in many:
-        for (numbers, sample), (expected, text_of_one) in zip(found, one[0], strict=True):
+    for records, path, loaded, held, traffic in many:
+        for (numbers, sample), (expected, text_of_one) in zip(records, one[0], strict=True):
             for x, y in zip(numbers, expected, strict=True):
                 close(x, y, "evaluation and norm")
             assert sample == text_of_one
@@ -230,20 +230,20 @@ def bits(mesh, config, optim):
     model = Transformer(config, Compute(dtype=torch.bfloat16), seed=0)
     parallelism = parallelize(model, mesh)
     optimizers = build_optimizers(model, optim, torch.float32, parallelism.sharding)
-    found, load = [], None
+    records, load = [], None
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
         mine = rows_of(mesh, 8)
         batch = Batch(tokens[mine], targets[mine], None)
         balance = config.moe.balance
-        got = gradient(model, [batch], NextToken(balance), parallelism, load=load)
-        load = got.load
+        result = gradient(model, [batch], NextToken(balance), parallelism, load=load)
+        load = result.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        update(model, optimizers, got, 1.0, optim, balance, parallelism)
+        update(model, optimizers, result, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
-        found.append((got.loss_sum, full_tensors(grads, parallelism)))
-    return found, full_tensors(dict(model.state_dict()), parallelism)
+        records.append((result.loss_sum, full_tensors(grads, parallelism)))
+    return records, full_tensors(dict(model.state_dict()), parallelism)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2), MeshConfig(1, 2), MeshConfig(1, 1, 2)], ids=str)

@@ -30,8 +30,8 @@ def entered(rank, world, config, facts=({},)):
 
 
 def test_a_launch_places_every_rank(ranks):
-    found = ranks.launched(2, entered, TWO)
-    assert found == [("", f"{r} of dp=1, hp=2, ep=1") for r in range(2)]
+    answers = ranks.launched(2, entered, TWO)
+    assert answers == [("", f"{r} of dp=1, hp=2, ep=1") for r in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_difference_is_that_of_the_first_rank():
 
 def test_a_product_that_is_not_the_number_of_processes(ranks):
     text = "mesh dp=1, hp=3, ep=1 needs 3 processes and there are 2; use --mesh with a product of 2"
-    (kind, found), (other, _) = ranks.launched(2, entered, MeshConfig(hp=3))
-    assert (kind, found, other) == ("UsageError", text, "PeerError")
+    (kind, message), (other, _) = ranks.launched(2, entered, MeshConfig(hp=3))
+    assert (kind, message, other) == ("UsageError", text, "PeerError")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def hangs(rank, world, config):
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(ranks):
-    found = ranks.launched(3, hangs, MeshConfig(hp=3, timeout=5.0))
+    answers = ranks.launched(3, hangs, MeshConfig(hp=3, timeout=5.0))
     line = (
         "rank 1 is at step 7 (in hp first) and the others are at step 7 (in world second): "
         "it did not join a collective within 5 s"
     )
     # one of those that wait tells it; rank 1 wakes up when the others have left
-    assert sorted((found[0], found[2])) == ["", line]
-    assert found[1] in ("", "rank 1 is at step 7, and rank 0, which served all, left")
+    assert sorted((answers[0], answers[2])) == ["", line]
+    assert answers[1] in ("", "rank 1 is at step 7, and rank 0, which served all, left")
 
 
 def test_who_is_behind():
@@ -184,8 +184,8 @@ def works(mesh):
 
 
 def test_a_slow_rank_is_named(ranks):
-    found = ranks.run(MeshConfig(dp=3), works)
-    assert found[0].startswith("slow rank: 2 takes ") and found == [found[0]] * 3
-    assert 1.5 <= float(found[0].split()[4]) <= 2.5
+    answers = ranks.run(MeshConfig(dp=3), works)
+    assert answers[0].startswith("slow rank: 2 takes ") and answers == [answers[0]] * 3
+    assert 1.5 <= float(answers[0].split()[4]) <= 2.5
     assert slowest([1.0, 1.1, 1.4]) == "" and slowest([0.01, 0.01, 0.1]) == ""
     assert slowest([1.0, 1.0, 1.8]).startswith("slow rank: 2 takes 1.8 times the median")

@@ -16,19 +16,19 @@ def exchanged(mesh, dtype, equal):
     axis = mesh.ep
     sent = [2] * axis.size if equal else list(ROWS[axis.index][: axis.size])
     received = [2] * axis.size if equal else [ROWS[r][axis.index] for r in range(axis.size)]
-    flying, found, wanted = [], [], []
+    works, results, wanted = [], [], []
     for turn in range(2):
         x = torch.arange(sum(sent) * 3).view(-1, 3).add(100 * axis.index + 1000 * turn).to(dtype)
         ours = x.new_empty(sum(received), 3)
         theirs = torch.empty_like(ours)
         sizes = () if equal else (received, sent)
-        flying.append(all_to_all(ours, x, axis, *sizes))
+        works.append(all_to_all(ours, x, axis, *sizes))
         dist.all_to_all_single(theirs, x, *sizes, group=axis.group)
-        found.append(ours)
+        results.append(ours)
         wanted.append(theirs)
-    for posted in reversed(flying):
-        posted.wait()
-    return found, wanted
+    for work in reversed(works):
+        work.wait()
+    return results, wanted
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def exchanged(mesh, dtype, equal):
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("mesh", [MeshConfig(ep=4), MeshConfig(hp=2, ep=2)], ids=str)
 def test_all_to_all(ranks, mesh, equal, dtype):
-    for found, wanted in ranks.run(mesh, exchanged, dtype, equal):
-        for ours, theirs in zip(found, wanted, strict=True):
+    for results, wanted in ranks.run(mesh, exchanged, dtype, equal):
+        for ours, theirs in zip(results, wanted, strict=True):
             assert torch.equal(ours, theirs)
 
 

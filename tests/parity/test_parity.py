@@ -158,7 +158,7 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
                 layer.router.bias_HE[:, : layer.router.top_k] = 1e3
     parallelism = parallelize(model, mesh)
     optimizers = build_optimizers(model, case.optim, torch.float64, parallelism.sharding)
-    balance, load, found = case.model.moe.balance, None, []
+    balance, load, records = case.model.moe.balance, None, []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         tokens, targets = torch.randint(32, (2, ROWS, 8), generator=generator)
@@ -168,25 +168,25 @@ def train(mesh, case: Case, micro: int, steps: int = STEPS):
         mine = rows_of(mesh, micro)
         batch = Batch(tokens[mine], targets[mine], None)
         micros = micro_batches(batch, micro, torch.device("cpu"))
-        got = gradient(model, micros, NextToken(balance), parallelism, load=load)
-        load = got.load
+        result = gradient(model, micros, NextToken(balance), parallelism, load=load)
+        load = result.load
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append(
+        records.append(
             {
-                "nats": got.loss_sum,
-                "targets": got.weight,
-                "balance": got.balance,
-                "norm": got.norm,
-                "clip": clip_factor(got.norm, case.optim.clip),
-                "counts": _stack([r.counts_HE for r in got.routes]),
-                "dropped": _stack([r.dropped for r in got.routes]),
-                "entropy": _stack([r.entropy_H for r in got.routes]),
+                "nats": result.loss_sum,
+                "targets": result.weight,
+                "balance": result.balance,
+                "norm": result.norm,
+                "clip": clip_factor(result.norm, case.optim.clip),
+                "counts": _stack([r.counts_HE for r in result.routes]),
+                "dropped": _stack([r.dropped for r in result.routes]),
+                "entropy": _stack([r.entropy_H for r in result.routes]),
                 "grads": full_tensors(grads, parallelism),
             }
         )
-        update(model, optimizers, got, 1.0, case.optim, balance, parallelism)
+        update(model, optimizers, result, 1.0, case.optim, balance, parallelism)
         optimizers.zero_grad()
-    return found, full_tensors(dict(model.state_dict()), parallelism)
+    return records, full_tensors(dict(model.state_dict()), parallelism)
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -253,6 +253,6 @@ def test_float8_on_the_wire_is_a_rounding_and_no_more(ranks, case):
     nats, norm = (abs(answers[0][k] / one[k] - 1) for k in ("nats", "norm"))
     assert 0 < nats < 2e-3 and 0 < norm < 2e-2, (nats, norm)
     names = one["grads"].keys()
-    got, want = (torch.cat([g["grads"][n].flatten() for n in names]) for g in (answers[0], one))
-    error = float((got - want).norm() / want.norm())
+    ours, want = (torch.cat([g["grads"][n].flatten() for n in names]) for g in (answers[0], one))
+    error = float((ours - want).norm() / want.norm())
     assert 1e-3 < error < 0.2, error  # eight roundings of 2.6% in a row, and other experts

@@ -73,8 +73,8 @@ def test_asynchronous_checkpoints_of_a_mesh_resume_to_the_same_bits(ranks, tmp_p
 
 def test_the_metrics_file_tells_what_each_layer_sent(ranks, tmp_path):
     ranks.launched(2, runs, on_mesh(tiny(tmp_path)))
-    found = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "wire" in r]
-    for record in found:
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "wire" in r]
+    for record in records:
         layers = record["wire_layers"]
         assert layers["layer"] == [0, 1] and layers["weights"] == [0, 0]
         assert layers["bytes"] == layers["expected"]
@@ -82,7 +82,7 @@ def test_the_metrics_file_tells_what_each_layer_sent(ranks, tmp_path):
         waited = sum(c["wait"] for key, c in record["wire"].items() if key.startswith("hp "))
         every = sum(c["wait"] for c in record["wire"].values())
         assert sum(layers["wait"]) == pytest.approx(record["wire_wait"] * waited / every, abs=1e-5)
-    assert len(found) > 1
+    assert len(records) > 1
 
 
 def with_own_text(rank, world, root):
@@ -155,11 +155,11 @@ def ranks_of(launcher):
     listed = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True
     )
-    found = {}
+    pids = {}
     for pid in map(int, listed.stdout.split()):
         variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        found |= {int(v[5:]): pid for v in variables if v.startswith("RANK=")}
-    return found
+        pids |= {int(v[5:]): pid for v in variables if v.startswith("RANK=")}
+    return pids
 
 
 @pytest.mark.slow

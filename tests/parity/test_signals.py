@@ -75,10 +75,10 @@ def whole_two(ranks, tmp_path_factory):
 def test_all_ranks_save_after_the_same_step(ranks, whole_two, tmp_path, when, steps):
     config = on_mesh(tiny(tmp_path), async_checkpoint=when == "an asynchronous save")
     pids = [process.pid for process in ranks.processes[:2]]
-    for found in ranks.launched(2, signalled, config, when, pids):
-        assert found["interrupted"] and found["error"] == "" and found["steps"] in steps
+    for result in ranks.launched(2, signalled, config, when, pids):
+        assert result["interrupted"] and result["error"] == "" and result["steps"] in steps
     newest, problems = checkpoint_dir.latest(tmp_path / "run")
-    assert newest.name == f"step-{found['steps']:06d}" and problems == []
+    assert newest.name == f"step-{result['steps']:06d}" and problems == []
     result = ranks.launched(2, signalled, config, "never", [], True)[0]
     whole, expected = whole_two
     keys = ("val_bits_per_byte", "first_val_bits_per_byte", "loss", "sample", "steps")

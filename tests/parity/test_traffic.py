@@ -44,20 +44,20 @@ def tokens_of(mesh: MeshConfig) -> int:
     return ROWS * S // (mesh.dp * mesh.hp * mesh.ep)
 
 
-def trips(found, axis, there, back):
+def trips(counted, axis, there, back):
     """In the order of `traffic.ExchangeBytes`."""
     keys = (there, back, f"{back} backward", f"{there} backward")
-    return tuple(found[f"{axis} {key}"] for key in keys)
+    return tuple(counted[f"{axis} {key}"] for key in keys)
 
 
-def by_layer(found, entries, axis, there, back, want):
+def by_layer(counted, entries, axis, there, back, want):
     """Each layer sent what the formula says of one layer, in both directions, and all of them what
     was counted without layers."""
     keys = (there, back, f"{back} backward", f"{there} backward")
     for key, n_bytes in zip(keys, want, strict=True):
         layers = {layer: n for (a, k, layer), n in entries.items() if (a, k) == (axis, key)}
         assert layers == {0: n_bytes, 1: n_bytes}, key
-        assert sum(layers.values()) == found[f"{axis} {key}"]
+        assert sum(layers.values()) == counted[f"{axis} {key}"]
     for (a, key, layer), _ in entries.items():
         assert (layer is None) == (a not in ("hp", "ep")), key
 
@@ -72,9 +72,9 @@ def test_head_parallel(ranks, mesh, reads, chunks):
     want = traffic.head_bytes(
         tokens_of(mesh), s.H, s.L, s.K, s.E, mesh.hp, 4, reads_token=reads == "token"
     )
-    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
-        assert trips(found, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
-        by_layer(found, entries, "hp", "scatter", "gather", want)
+    for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert trips(counted, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+        by_layer(counted, entries, "hp", "scatter", "gather", want)
 
 
 @pytest.mark.parametrize("reads", ["sub_token", "token"])
@@ -87,8 +87,8 @@ def test_head_parallel_in_float8(ranks, reads):
         tokens_of(mesh), s.H, s.L, s.K, s.E, 4, 1, reads_token=reads == "token"
     )
     assert want.combine == tokens_of(mesh) * s.H * (s.L + 4) * 3 // 4
-    for found, _ in ranks.run(mesh, count, Case(model, mesh)):
-        assert trips(found, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+    for counted, _ in ranks.run(mesh, count, Case(model, mesh)):
+        assert trips(counted, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
 
 
 def test_head_parallel_does_not_grow_with_k(ranks):
@@ -104,9 +104,9 @@ def test_all_gather(ranks, model, payload):
     s = shape_of(model)
     index, b = traffic.index_bytes(s.H, s.E), traffic.payload_bytes(mesh, 4)
     want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, b, index)
-    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
-        assert trips(found, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
-        by_layer(found, entries, "ep", "dispatch", "combine", want)
+    for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
+        assert trips(counted, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
+        by_layer(counted, entries, "ep", "dispatch", "combine", want)
 
 
 @pytest.mark.parametrize("dedup", [True, False])
@@ -116,21 +116,21 @@ def test_all_to_all_follows_the_rows(ranks, model, dedup):
     mesh = MeshConfig(ep=4, ep_scheme="all_to_all", dedup=dedup)
     s = shape_of(model)
     index = traffic.index_bytes(s.H, s.E)
-    answers = [found for found, _ in ranks.run(mesh, count, Case(model, mesh))]
+    answers = [counted for counted, _ in ranks.run(mesh, count, Case(model, mesh))]
     leaving = 0
-    for found in answers:
+    for counted in answers:
         row = s.L * 4 + (s.K * (index + 4) if dedup else index)
-        rows, rest = divmod(found["ep dispatch"], row)
+        rows, rest = divmod(counted["ep dispatch"], row)
         assert rest == 0
         leaving += rows
-        assert found["ep counts"] == s.n_sparse * traffic.count_bytes(4)
+        assert counted["ep counts"] == s.n_sparse * traffic.count_bytes(4)
         if dedup:
             want = traffic.rank_rows_bytes(rows, s.L, s.K, 4, index)
         else:
             want = traffic.slot_rows_bytes(rows, s.L, 4, index)
-        got = trips(found, "ep", "dispatch", "combine")
+        exchanged = trips(counted, "ep", "dispatch", "combine")
         # a rank sends its rows there and their gradients; outputs leave from where rows arrived
-        assert (got[0], got[2]) == (want.dispatch, want.combine_backward)
+        assert (exchanged[0], exchanged[2]) == (want.dispatch, want.combine_backward)
     both = sum(f["ep combine"] for f in answers), sum(f["ep combine backward"] for f in answers)
     assert both == (leaving * s.L * 4, leaving * s.L * 4)
     slots = ROWS * S * s.H * s.n_sparse
@@ -142,9 +142,9 @@ def test_gradients_of_replicated_parameters(ranks):
     mesh, model = MeshConfig(hp=4), heads()
     groups = {item.name: item.value for item in parameters(model)}
     shared = sum_of(parameters(model)) - groups["experts"] - groups["routers"]
-    for found, entries in ranks.run(mesh, count, Case(model, mesh)):
+    for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert {key[2] for key in entries if key[:2] == ("world", "gradients")} == {None}
-        assert found["world gradients"] == traffic.all_reduce_bytes(int(shared), 4)
+        assert counted["world gradients"] == traffic.all_reduce_bytes(int(shared), 4)
 
 
 def test_the_first_layer_may_be_dense(ranks):
@@ -159,13 +159,13 @@ def test_the_first_layer_may_be_dense(ranks):
 @pytest.mark.parametrize("shard", ["fsdp", "hsdp"])
 def test_what_fsdp_sends_belongs_to_the_block(ranks, shard):
     mesh = MeshConfig(dp=2, hp=2, shard=shard)
-    for found, entries in ranks.run(mesh, count, Case(heads(), mesh)):
+    for counted, entries in ranks.run(mesh, count, Case(heads(), mesh)):
         sums = [
             sum(n for (_, key, at), n in entries.items() if key.startswith("fsdp") and at == layer)
             for layer in (None, 0, 1)
         ]
         assert sums[1] == sums[2] > 0 and sums[0] > 0
-        assert sum(sums) == sum(n for key, n in found.items() if " fsdp " in key)
+        assert sum(sums) == sum(n for key, n in counted.items() if " fsdp " in key)
 
 
 PREFIX = {
@@ -201,12 +201,12 @@ def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
         want[key] = want.get(key, 0) + part.bytes
     dtype = {2: torch.bfloat16, 4: torch.float32}[b]
     for _, entries in ranks.run(mesh, count, Case(model, mesh, micro=micro), dtype):
-        got: dict[tuple[str, str], float] = {}
+        actual: dict[tuple[str, str], float] = {}
         for (axis, purpose, _), n in entries.items():
             key = (axis, "" if axis in ("hp", "ep") else purpose)
             if purpose not in ("targets", "norm", "statistics", "counts") and n:
-                got[key] = got.get(key, 0) + n
-        assert got == want
+                actual[key] = actual.get(key, 0) + n
+        assert actual == want
 
 
 def collectives_left(mesh, case: Case) -> int:

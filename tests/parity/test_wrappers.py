@@ -42,8 +42,8 @@ def trained(layer: torch.nn.Module, rank: int, size: int, dtype: torch.dtype) ->
 
 def weights(layer: torch.nn.Module) -> dict[str, Tensor]:
     """Whole."""
-    found = {name: p.detach() for name, p in layer.named_parameters()}
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in found.items()}
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
 
 
 def in_ddp(mesh, kind: str) -> dict[str, Tensor]:
@@ -65,22 +65,22 @@ def in_fsdp(mesh, kind: str, narrow: bool) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def alone():
     """Weights that one process learns, in float64."""
-    found = {}
+    trained_weights = {}
     for kind in ("moe", "latent", "multi_head"):
         layer = build(kind, torch.float64)
         trained(layer, 0, 1, torch.float64)
-        found[kind] = weights(layer)
-    return found
+        trained_weights[kind] = weights(layer)
+    return trained_weights
 
 
 @pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
 @pytest.mark.parametrize("wrapped", [(in_ddp,), (in_fsdp, False)], ids=["ddp", "fsdp2"])
 def test_two_ranks_equal_one_process(ranks, alone, kind, wrapped):
     function, *options = wrapped
-    for found in ranks.run(MeshConfig(dp=2), function, kind, *options):
-        assert set(found) == set(alone[kind])
-        for name, got in found.items():
-            assert_close(got, alone[kind][name], 1e-12)
+    for answer in ranks.run(MeshConfig(dp=2), function, kind, *options):
+        assert set(answer) == set(alone[kind])
+        for name, value in answer.items():
+            assert_close(value, alone[kind][name], 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
@@ -88,7 +88,7 @@ def test_fsdp2_with_weights_and_tokens_in_bfloat16(ranks, alone, kind):
     """Its mixed precision gathers bfloat16 weights, which the layer multiplies as they are."""
     first, second = ranks.run(MeshConfig(dp=2), in_fsdp, kind, True)
     start = weights(build(kind, torch.float64))
-    for name, got in first.items():
-        assert got.dtype == torch.float32 and torch.equal(got, second[name])
-        moved, want = got.double() - start[name], alone[kind][name] - start[name]
+    for name, value in first.items():
+        assert value.dtype == torch.float32 and torch.equal(value, second[name])
+        moved, want = value.double() - start[name], alone[kind][name] - start[name]
         assert_close(moved, want, 3e-2)

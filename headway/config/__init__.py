@@ -6,7 +6,7 @@ Every field has a docstring: meaning, unit, legal range, when to change it. `hea
 in `config.check`. This package imports the standard library only, so layers and kernels can read
 it anywhere."""
 
-from headway.config.data import DataConfig
+from headway.config.data import DataConfig, cache_root
 from headway.config.errors import PeerError, RankError, RunError, UsageError
 from headway.config.mesh import MeshConfig
 from headway.config.model import ModelConfig
@@ -42,6 +42,7 @@ __all__ = [
     "RunConfig",
     "RunError",
     "UsageError",
+    "cache_root",
     "from_dict",
     "latent_acc",
     "latent_eff",

@@ -1,10 +1,18 @@
 """Options of the data: sources, tokenizer, batches."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from headway.config.bounds import alternatives, divisors
 from headway.config.errors import UsageError
+
+
+def cache_root(named: str = "") -> Path:
+    """Return the folder of shards, built kernels and measured tiles: `named`, else $HEADWAY_CACHE,
+    else ~/.cache/headway."""
+    return Path(named or os.environ.get("HEADWAY_CACHE") or "~/.cache/headway").expanduser()
 
 
 @dataclass(frozen=True)

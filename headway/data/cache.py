@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headway.config import DataConfig, UsageError
+from headway.config import DataConfig, UsageError, cache_root
 
 
 def root_of(config: DataConfig) -> Path:
-    """The cache of a config: its `cache_dir`, else $HEADWAY_CACHE, else ~/.cache/headway."""
-    named = config.cache_dir or os.environ.get("HEADWAY_CACHE", "")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "headway"
+    """Return the cache of a config: its `cache_dir`, else $HEADWAY_CACHE, else ~/.cache/headway."""
+    return cache_root(config.cache_dir)
 
 
 def make(folder: Path, write: Callable[[Path], None], log: Callable[[str], None]) -> None:
     """Have `write(temporary folder)` make `folder` unless it is there. Of several processes that
-    want the same folder one writes and the others wait. What a killed one left is removed."""
+    want the same folder one writes and the others wait; what a killed one left behind is removed.
+    """
     if folder.is_dir():
         return
     root = folder.parent
@@ -56,7 +56,7 @@ def _make(folder: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """An error of the file system while writing to the cache becomes one line for the user."""
+    """Turn an error of the file system while writing to the cache into one line for the user."""
     try:
         yield
     except OSError as error:
@@ -71,8 +71,8 @@ def writing(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a lock file; the system releases it when a process dies. False where there are no
-    locks."""
+    """Hold a lock file, and yield False where the file system has no locks; the system releases it
+    when a process dies."""
     with writing(path.parent):
         file = path.open("w")
     with file:

@@ -35,9 +35,9 @@ _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-"
 
 
 def files(spec: str) -> Found:
-    """The files of a source, sorted, and what else is there. Folders are searched for all but
-    hidden files and `__pycache__`. A `hf:NAME` has those of its local folder, or none. UsageError
-    if nothing is there."""
+    """Return the files of a source, sorted, and what else is there. Folders are searched for all
+    but hidden files and `__pycache__`; a `hf:NAME` has those of its local folder, or none. Raise
+    UsageError if nothing is there."""
     if spec == "stdlib":
         return Found(ordinary(_stdlib_files(), Counter()))
     if spec.startswith("hf:"):
@@ -45,16 +45,16 @@ def files(spec: str) -> Found:
         return walk(folder) if folder.is_dir() else Found()
     path = Path(spec).expanduser()
     if path.is_dir():
-        found = walk(path)
-        if not found.files:
-            raise UsageError(_nothing(spec, found.left_out))
-        return found
+        source = walk(path)
+        if not source.files:
+            raise UsageError(_nothing(spec, source.left_out))
+        return source
     if path.exists():
-        found = Found()
-        found.files = ordinary([path], found.left_out)
-        if not found.files:
-            raise UsageError(_nothing(spec, found.left_out))
-        return found
+        source = Found()
+        source.files = ordinary([path], source.left_out)
+        if not source.files:
+            raise UsageError(_nothing(spec, source.left_out))
+        return source
     # glob itself would follow a loop of links until names are too long, along every way there is
     first = path.parts.index("**") if "**" in path.parts else len(path.parts)
     pattern = path.parts[first:]
@@ -70,33 +70,34 @@ def files(spec: str) -> Found:
             ]
         elif not pattern:
             matches += ordinary([match], left_out)
-    found = Found(once(matches, left_out), left_out)
-    if not found.files:
+    source = Found(once(matches, left_out), left_out)
+    if not source.files:
         what = "matches no file" if glob.has_magic(spec) else "does not exist"
         raise UsageError(
             f"data source {spec!r} {what}; give stdlib, a file, a folder, a glob or hf:NAME[:SPLIT]"
         )
-    return found
+    return source
 
 
 def identity(spec: str) -> list:
-    """What tells two states of a source apart, JSON-ready: absolute path, size, modification time
-    and a hash of each file, sampled in large sources (`sampled_hashes`). A data set of the Hugging
-    Face hub is known by its name alone: to fetch a newer state of it, delete its folder in the
-    cache."""
-    found = files(spec).files
+    """Return what tells two states of a source apart, JSON-ready: absolute path, size, modification
+    time and a hash of each file, sampled in large sources (`sampled_hashes`). A data set of the
+    Hugging Face hub is known by its name alone: to fetch a newer state of it, delete its folder in
+    the cache."""
+    listed = files(spec).files
     version = list(sys.version_info[:3]) if spec == "stdlib" else []
     label = spec if spec.startswith("hf:") else "files"
-    stated = zip(found, sampled_hashes(found), strict=True)
+    stated = zip(listed, sampled_hashes(listed), strict=True)
     return [
         label,
         version,
-        *([os.path.abspath(path), *state, made] for (path, *state), made in stated),
+        *([os.path.abspath(path), *state, digest] for (path, *state), digest in stated),
     ]
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a pattern, in which `**` is any number of folders, fits a path or a folder of it."""
+    """Return whether a pattern, in which `**` is any number of folders, fits a path or a folder of
+    it."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -113,14 +114,14 @@ def _nothing(spec: str, left_out: Counter[str]) -> str:
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    paths = []
     for here, folders, names in os.walk(root):
-        kept = [name for name in folders if not name.startswith(_OF_THE_MACHINE)]
-        folders[:] = [name for name in kept if name not in _NOT_LIBRARY]
+        searched = [name for name in folders if not name.startswith(_OF_THE_MACHINE)]
+        folders[:] = [name for name in searched if name not in _NOT_LIBRARY]
         sources = [name for name in names if name.endswith(".py")]
-        found += [Path(here, name) for name in sources if not name.startswith(_OF_THE_MACHINE)]
-    if not found:
+        paths += [Path(here, name) for name in sources if not name.startswith(_OF_THE_MACHINE)]
+    if not paths:
         raise UsageError(
             f"this Python has no library sources in {root}; give other data than stdlib"
         )
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())

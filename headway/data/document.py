@@ -8,11 +8,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
+import numpy as np
+
 from headway.config import UsageError
 from headway.data.files import BadData, forward, open_file
 
 Split = Literal["train", "val"]
 T = TypeVar("T")
+Uint64 = TypeVar("Uint64", int, np.ndarray)
+
+GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+"""2⁶⁴ over the golden ratio, the step of splitmix64."""
 
 PIECE_BYTES = 1 << 20
 """A document is read in blocks of this size and cut after the last newline of each, so that one of
@@ -40,8 +46,8 @@ class Text:
     """The document."""
 
     def pieces(self) -> Iterator[TextPiece]:
-        """The text, cut as that of a file is: equal documents have equal tokens wherever they
-        lie."""
+        """Return the text, cut as that of a file is: equal documents have equal tokens wherever
+        they lie."""
         if len(self.text) <= PIECE_BYTES // 4:  # a character has at most 4 bytes
             yield TextPiece(self.text, True, True)
             return
@@ -50,7 +56,7 @@ class Text:
             yield TextPiece(part.decode(), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["Text", "Text"]:
-        """Head and tail: the first 1 − val_fraction of the characters, and the rest."""
+        """Return head and tail: the first 1 − val_fraction of the characters, and the rest."""
         cut = int(len(self.text) * (1 - val_fraction))
         return Text(self.name, self.text[:cut]), Text(self.name, self.text[cut:])
 
@@ -72,8 +78,8 @@ class Bad:
 
 @dataclass(frozen=True)
 class TextFile:
-    """The bytes [start, end) of a UTF-8 text file (what a compressed one unpacks to) as one
-    document, read only when asked for."""
+    """A document in a file: the bytes [start, end) of UTF-8 text (of what a compressed one unpacks
+    to), read only when asked for."""
 
     path: Path
     start: int = 0
@@ -81,8 +87,9 @@ class TextFile:
     """None is the end of the file, for one whose unpacked size is unknown."""
 
     def pieces(self, first: int | None = None, last: int | None = None) -> Iterator[TextPiece]:
-        """The pieces whose end lies in the bytes [first, last) of the file, both a whole number of
-        blocks from `start`; None: all. BadData if it is not UTF-8 text or holds NUL bytes."""
+        """Yield the pieces whose end lies in the bytes [first, last) of the file, both a whole
+        number of blocks from `start`; None: all. Raise BadData if it is not UTF-8 text or holds NUL
+        bytes."""
         with open_file(self.path) as file:
             for at, content, begins, ends in _cut(file, self.start, self.end, first, last):
                 if b"\0" in content:
@@ -95,8 +102,8 @@ class TextFile:
                 yield TextPiece(text if at else text.removeprefix("\ufeff"), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["TextFile", "TextFile"]:
-        """Head and tail: the first 1 − val_fraction of the bytes, up to a whole character, and the
-        rest."""
+        """Return head and tail: the first 1 − val_fraction of the bytes, up to a whole character,
+        and the rest."""
         end = self.end
         if end is None:
             with open_file(self.path) as file:
@@ -110,7 +117,7 @@ class TextFile:
 
 
 def validation_numbers(val_fraction: float) -> Iterator[int]:
-    """The numbers of the documents that are kept for validation, rising, without end.
+    """Yield the numbers of the documents that are kept for validation, rising, without end.
 
     Each run of about 1/val_fraction documents gives one, at a pseudo-random place of the run (a
     fixed function of its number), so the share is right to within one document, follows no period
@@ -121,23 +128,24 @@ def validation_numbers(val_fraction: float) -> Iterator[int]:
     yield 1
     for run in itertools.count(1):
         begin, end = (-int(-edge // share) for edge in (run, run + 1))
-        yield begin + _scramble(run) % (end - begin)
+        yield begin + scramble((run + 1) * GOLDEN & _MASK) % (end - begin)
 
 
 def split(stream: Iterable[T], val_fraction: float) -> Iterator[tuple[Split, T]]:
     """Mark each document as training or validation, in one pass."""
-    kept = validation_numbers(val_fraction)
-    following = next(kept)
+    numbers = validation_numbers(val_fraction)
+    following = next(numbers)
     for number, document in enumerate(stream):
         yield ("val" if number == following else "train"), document
         if number == following:
-            following = next(kept)
+            following = next(numbers)
 
 
 def _cut(
     file: BinaryIO, start: int, end: int | None, first: int | None = None, last: int | None = None
 ) -> Iterator[tuple[int, bytes, bool, bool]]:
-    """(place, content, whether the document begins and ends there) of each piece; see `pieces`."""
+    """Yield (place, content, whether the document begins and ends there) of each piece; see
+    `pieces`."""
     position = start if first is None else first
     carry = b""
     if position > start:
@@ -164,7 +172,7 @@ def _cut(
 
 
 def _cut_of(block: bytes) -> int:
-    """Where a piece ends in a block: after its last newline, else after its last whole
+    """Return where a piece ends in a block: after its last newline, else after its last complete
     character."""
     if newline := block.rfind(b"\n") + 1:
         return newline
@@ -176,12 +184,11 @@ def _cut_of(block: bytes) -> int:
     return len(block)
 
 
-def _scramble(value: int) -> int:
-    """One integer through splitmix64 (Steele, Lea & Flood 2014)."""
-    mask = (1 << 64) - 1
-    value = (value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+def scramble(value: Uint64) -> Uint64:
+    """Apply the finaliser of splitmix64 (Steele, Lea & Flood 2014) to an integer below 2⁶⁴ or to
+    each of a uint64 array: a bijection that spreads every bit."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
 
 

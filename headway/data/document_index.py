@@ -58,16 +58,16 @@ class DocumentIndex:
 
     @classmethod
     def load(cls, folder: Path, verify: bool) -> "DocumentIndex":
-        """From the cache. UsageError if it is damaged; OSError, ValueError, KeyError or TypeError
-        if it is not whole."""
-        found = json.loads((folder / "documents.json").read_bytes())
+        """Read it from the cache. Raise UsageError if it is damaged; OSError, ValueError, KeyError
+        or TypeError if it is incomplete."""
+        entries = json.loads((folder / "documents.json").read_bytes())
         for split in ("train", "val"):
-            check(folder, found[split], DOCUMENT, verify)
-        train, val = (SplitIndex(**found[split]) for split in ("train", "val"))
-        return cls(folder, train, val, found["shared"])
+            check(folder, entries[split], DOCUMENT, verify)
+        train, val = (SplitIndex(**entries[split]) for split in ("train", "val"))
+        return cls(folder, train, val, entries["shared"])
 
     def documents(self, split: SplitIndex) -> np.ndarray:
-        """DOCUMENT `[documents]`, mapped into memory."""
+        """Return DOCUMENT `[documents]`, mapped into memory."""
         if not split.tokens:
             return np.empty(0, dtype=DOCUMENT)
         return np.asarray(np.memmap(self.folder / split.file, dtype=DOCUMENT, mode="r"))
@@ -87,8 +87,8 @@ def write_index(folder: Path, tokenizer: Tokenizer) -> None:
             file.write(content)
             _sync(file)
         digest = hashlib.sha256(content).hexdigest()
-        found = (len(documents_N), len(content), digest, sample_digest(path), token_bytes, text)
-        entries[split] = asdict(SplitIndex(path.name, *found))
+        values = (len(documents_N), len(content), digest, sample_digest(path), token_bytes, text)
+        entries[split] = asdict(SplitIndex(path.name, *values))
     shared = int(np.isin(hashes["val"], hashes["train"]).sum())
     with (folder / "documents.json").open("w") as file:
         json.dump({**entries, "shared": shared}, file, indent=1)
@@ -98,7 +98,7 @@ def write_index(folder: Path, tokenizer: Tokenizer) -> None:
 def _scan(
     parts: Sequence[np.ndarray], tokenizer: Tokenizer, show: bool
 ) -> tuple[np.ndarray, int, str]:
-    """DOCUMENT rows, bytes that the ids show, and with `show` their hash."""
+    """Return DOCUMENT rows, the bytes that the ids show, and with `show` their hash."""
     count_V = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     # An eos shows as a byte that no UTF-8 text holds, so that documents stay apart.
     shown_V = [*tokenizer.token_texts]

@@ -48,9 +48,10 @@ class Found:
 
 
 def walk(folder: Path) -> Found:
-    """All files below a folder, sorted, but for hidden ones and `__pycache__`. Symbolic links to
-    folders are followed, each folder is read once, under its own name if it lies below `folder`,
-    and a link to a folder around it is left out. UsageError for a folder that cannot be read."""
+    """Return all files below a folder, sorted, but for hidden ones and `__pycache__`. Symbolic
+    links to folders are followed: each folder is read once, under its own name if it lies below
+    `folder`, and a link to an enclosing folder is left out. Raise UsageError for a folder that
+    cannot be read."""
     paths: list[Path] = []
     left_out: Counter[str] = Counter()
     seen, todo = set(), [folder]
@@ -63,11 +64,11 @@ def walk(folder: Path) -> Found:
                 continue
             seen.add((stat.st_dev, stat.st_ino))
             folders.sort()
-            kept = [name for name in folders if name[0] != "." and name != "__pycache__"]
+            searched = [name for name in folders if name[0] != "." and name != "__pycache__"]
             if hidden := [name for name in folders if name[0] == "."]:
                 left_out["hidden folders"] += len(hidden)
-            folders[:] = kept
-            for name in kept:
+            folders[:] = searched
+            for name in searched:
                 path = os.path.join(here, name)
                 if not os.path.islink(path):
                     continue
@@ -82,17 +83,19 @@ def walk(folder: Path) -> Found:
 
 
 def once(files: list[File], left_out: Counter[str]) -> list[File]:
-    """`files`, sorted; one that links make appear several times is kept under its shortest name."""
-    kept: dict[str, File] = {}
+    """Return `files`, sorted; one that links make appear several times is kept under its shortest
+    name."""
+    by_target: dict[str, File] = {}
     for file in sorted(set(files), key=lambda file: (len(file.path.parts), file.path)):
-        kept.setdefault(os.path.realpath(file.path), file)
-    left_out["links to files that are read already"] += len(set(files)) - len(kept)
-    return sorted(kept.values())
+        by_target.setdefault(os.path.realpath(file.path), file)
+    left_out["links to files that are read already"] += len(set(files)) - len(by_target)
+    return sorted(by_target.values())
 
 
 def ordinary(paths: Sequence[Path], left_out: Counter[str]) -> list[File]:
-    """The ordinary files among `paths`, in their order. UsageError for one that cannot be seen."""
-    found = []
+    """Return the ordinary files among `paths`, in their order. Raise UsageError for one that cannot
+    be seen."""
+    files = []
     for path in paths:
         try:
             stat = path.stat()
@@ -102,14 +105,15 @@ def ordinary(paths: Sequence[Path], left_out: Counter[str]) -> list[File]:
             left_out["broken links"] += 1
             continue
         if S_ISREG(stat.st_mode):
-            found.append(File(path, stat.st_size, stat.st_mtime_ns))
+            files.append(File(path, stat.st_size, stat.st_mtime_ns))
         else:
             left_out["pipes, sockets and devices"] += 1
-    return found
+    return files
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read, without that of its compression; lower case."""
+    """Return the suffix that says how a file is read, without that of its compression, in lower
+    case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -117,14 +121,15 @@ def kind_of(path: Path) -> str:
 
 
 def compressed(path: Path) -> bool:
-    """Whether `open_file` unpacks it."""
+    """Return whether `open_file` unpacks it."""
     return path.suffix.lower() in COMPRESSED
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open for reading; .gz, .bz2, .xz and .zst (extra `[data]`) are unpacked. Errors of the file
-    system, of unpacking and of too little memory, while it is open too, become BadData."""
+    system, of unpacking and of too little memory become BadData, also those raised while the file
+    is open."""
     try:
         with _open(path) as file:
             yield file
@@ -160,47 +165,47 @@ def forward(file: BinaryIO, position: int) -> None:
 
 
 def sampled_hashes(files: Sequence[File]) -> list[str]:
-    """A hash of each file: of all its bytes while the source has at most SAMPLED_BYTES, else of
-    blocks that are evenly spread from its first to its last byte, in proportion to its size and at
-    least three."""
+    """Return A hash of each file: of all its bytes while the source has at most SAMPLED_BYTES, else
+    of blocks that are evenly spread from its first to its last byte, in proportion to its size and
+    at least three."""
     share = min(SAMPLED_BYTES / max(sum(file.size for file in files), 1), 1.0)
 
     def digest(file: File) -> str:
-        made = hashlib.blake2b(digest_size=12)
+        digest = hashlib.blake2b(digest_size=12)
         blocks = max(int(file.size * share) // BLOCK_BYTES, 3)
         try:
             with file.path.open("rb", buffering=0) as content:
                 if share == 1.0 or file.size <= blocks * BLOCK_BYTES:
                     while part := content.read(1 << 20):
-                        made.update(part)
+                        digest.update(part)
                 else:
                     for block in range(blocks):
                         content.seek((file.size - BLOCK_BYTES) * block // (blocks - 1))
-                        made.update(content.read(BLOCK_BYTES))
+                        digest.update(content.read(BLOCK_BYTES))
         except OSError as error:
             return f"unreadable: {error.strerror}"  # said when it is read
-        return made.hexdigest()
+        return digest.hexdigest()
 
     def digests(files: Sequence[File]) -> list[str]:
         return [digest(file) for file in files]
 
     some = [files[at : at + 256] for at in range(0, len(files), 256)]
     with ThreadPoolExecutor(8) as threads:  # a network's file system answers several at once
-        return [made for part in threads.map(digests, some) for made in part]
+        return [digest for part in threads.map(digests, some) for digest in part]
 
 
 def counted(things: Counter[str]) -> str:
-    """Such as `empty files (2), hidden folders (3)`; empty when there are none."""
+    """Return text such as `empty files (2), hidden folders (3)`; empty when there are none."""
     return ", ".join(f"{what} ({n:,})" for what, n in sorted(things.items()) if n)
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """Return what an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def extra(module: str, wanted_by: str) -> ModuleType:
-    """A module of the extra `[data]`. UsageError where it is not installed."""
+    """Import a module of the extra `[data]`. Raise UsageError where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -28,12 +28,12 @@ class Overlap:
 
     @property
     def removed(self) -> int:
-        """Training documents that were left out."""
+        """Return how many training documents were left out."""
         return self.removed_shared + self.removed_repeated
 
     @property
     def sentence(self) -> str:
-        """For people."""
+        """Return it as a sentence for people."""
         said = (
             f"{self.shared:,} of {self.validation_documents:,} validation documents are also in "
             "training"
@@ -47,7 +47,7 @@ class Overlap:
 
 
 def count(indices: Sequence[DocumentIndex]) -> Overlap:
-    """What the sources of a run share."""
+    """Count what the sources of a run share."""
     documents = sum(index.val.tokens for index in indices)
     if len(indices) == 1:
         return Overlap(documents, indices[0].shared)
@@ -59,8 +59,9 @@ def count(indices: Sequence[DocumentIndex]) -> Overlap:
 
 
 def kept_documents(indices: Sequence[DocumentIndex]) -> tuple[list[np.ndarray], Overlap]:
-    """Which training documents of each source stay (bool `[documents]`): the first of each text
-    that is not in validation. Validation stays as it is, so that runs can be compared on it."""
+    """Return which training documents of each source stay (bool `[documents]`): the first of each
+    text that is not in validation. Validation stays as it is, so that runs can be compared on it.
+    """
     train = [index.documents(index.train) for index in indices]
     val_hash_N = _hashes([index.documents(index.val) for index in indices])
     hash_N = _hashes(train)

@@ -43,7 +43,7 @@ Tell = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """How a source is tokenised: all that a process needs to know."""
+    """How a source is tokenised: all that a worker process needs to know."""
 
     units: list[Unit]
     tokenizer: Tokenizer
@@ -55,17 +55,17 @@ class Job:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the ids on disk."""
+        """Return the dtype of the ids on disk."""
         return np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def is_done(self, unit: int) -> bool:
-        """Whether the part of a unit is there."""
+        """Return whether the part of a unit is there."""
         return (self.folder / f"{unit:05d}.npz").is_file()
 
 
 @dataclass(frozen=True)
 class Part:
-    """What was made of a unit."""
+    """The tokenised documents of a unit."""
 
     path: Path
     """The file of ids."""
@@ -80,8 +80,8 @@ class Part:
 
 
 def work(job: Job, tell: Tell) -> None:
-    """Tokenise units that nobody else is at, until all are done. Several processes may do that at
-    once. UsageError for data that cannot be read and for a disk that is full."""
+    """Tokenise the units that no other process has claimed, until all are done. Several processes
+    may do that at once. Raise UsageError for data that cannot be read and for a full disk."""
     with cache.writing(job.target.parent):
         job.folder.mkdir(parents=True, exist_ok=True)
     # Where locks do not reach other machines these at least begin in different places.
@@ -97,15 +97,15 @@ def work(job: Job, tell: Tell) -> None:
 
 
 def load(job: Job, unit: int) -> Part:
-    """The part of a unit. FileNotFoundError if it is not there."""
+    """Read the part of a unit. Raise FileNotFoundError if it is not there."""
     path = job.folder / f"{unit:05d}.npz"
-    with np.load(path) as made:
-        lines = made["bad"].tolist(), made["files"].tolist()
-        return Part(path.with_suffix(".bin"), made["index"], *lines, int(made["unread"]))
+    with np.load(path) as arrays:
+        lines = arrays["bad"].tolist(), arrays["files"].tolist()
+        return Part(path.with_suffix(".bin"), arrays["index"], *lines, int(arrays["unread"]))
 
 
 def _try(job: Job, unit: int, tell: Tell) -> bool:
-    """Tokenise a unit unless another process is at it; whether it is done."""
+    """Tokenise a unit unless another process has claimed it; return whether it is done."""
     try:
         with _claimed(job.folder / f"{unit:05d}.lock") as mine:
             if mine and not job.is_done(unit):
@@ -157,7 +157,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
 
 
 def _batches(pieces: Iterator[TextPiece | Bad]) -> Iterator[list[TextPiece | Bad]]:
-    """Lists of pieces of about BATCH_CHARS each."""
+    """Yield lists of pieces of about BATCH_CHARS each."""
     batch: list[TextPiece | Bad] = []
     size = 0
     for one in pieces:
@@ -177,8 +177,8 @@ def _sync(file: BinaryIO) -> None:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Whether no other process holds the lock file; the system releases it when one dies. True
-    where there are no locks."""
+    """Yield whether no other process holds the lock file (True where there are no locks); the
+    system releases it when one dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -36,7 +36,7 @@ class HfName:
 
     @classmethod
     def parse(cls, spec: str) -> "HfName":
-        """From a whole source name. UsageError if it has another form."""
+        """Parse the full name of a source. Raise UsageError if it has another form."""
         name, *rest = spec.removeprefix("hf:").split(":")
         name, _, config = name.partition("@")
         split, limit = ([*rest, "", ""])[:2]
@@ -47,8 +47,8 @@ class HfName:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether a .json file has one object per line: its first line is an object with a `text`, or
-    its first two lines are objects. Any other JSON is text."""
+    """Return whether a .json file has one object per line: its first line is an object with a
+    `text`, or its first two lines are objects. Any other JSON is text."""
     objects = []
     try:
         with open_file(path) as file:
@@ -62,7 +62,8 @@ def is_json_lines(path: Path) -> bool:
 
 
 def jsonl(path: Path, start: int = 0, end: int | None = None) -> Rows:
-    """The `text` of each line that begins in the bytes [start, end); blank lines are left out."""
+    """Yield the `text` of each line that begins in the bytes [start, end); blank lines are left
+    out."""
     with open_file(path) as file:
         begin = start
         if start:
@@ -109,7 +110,8 @@ def _json_row(line: bytes) -> str | Bad:
 
 
 def table(path: Path) -> Rows:
-    """The `text` column of a .csv or .tsv file with a header. BadData if it has none."""
+    """Yield the `text` column of a .csv or .tsv file that has a header. Raise BadData if it has
+    none."""
     with open_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         delimiter = "\t" if kind_of(path) == ".tsv" else ","
@@ -136,8 +138,8 @@ def table(path: Path) -> Rows:
 
 
 def parquet(path: Path, start: int = 0, end: int | None = None) -> Rows:
-    """The `text` column of the row groups [start, end). BadData if there is none, UsageError
-    without pyarrow."""
+    """Yield the `text` column of the row groups [start, end). Raise BadData if there is none,
+    UsageError without pyarrow."""
     reader = extra("pyarrow.parquet", str(path))
     try:
         with reader.ParquetFile(path) as file:
@@ -158,7 +160,7 @@ def parquet(path: Path, start: int = 0, end: int | None = None) -> Rows:
 
 
 def row_groups(path: Path) -> list[int]:
-    """Unpacked bytes of each row group of a parquet file; empty if it cannot be read."""
+    """Return the unpacked bytes of each row group of a parquet file; empty if it cannot be read."""
     try:
         with extra("pyarrow.parquet", str(path)).ParquetFile(path) as file:
             groups = range(file.num_row_groups)
@@ -168,8 +170,8 @@ def row_groups(path: Path) -> list[int]:
 
 
 def hugging_face(spec: str) -> Rows:
-    """Each row's `text`, streamed. NAME may be a local folder: data files, or what `save_to_disk`
-    wrote."""
+    """Yield the `text` of each row, streamed. NAME may be a local folder: data files, or what
+    `save_to_disk` wrote."""
     parsed = HfName.parse(spec)
     datasets = extra("datasets", spec)
     folder = Path(parsed.name).expanduser()
@@ -200,7 +202,7 @@ def hugging_face(spec: str) -> Rows:
 
 
 def _row(value: object, where: str, fields: list[str]) -> Rows:
-    """The document of one row."""
+    """Return the document of one row."""
     text = _text(value, fields, "text" in fields)
     if isinstance(text, Bad):
         yield Bad(f"{where} {text.why}")
@@ -209,7 +211,7 @@ def _row(value: object, where: str, fields: list[str]) -> Rows:
 
 
 def _text(value: object, fields: list[str], there: bool) -> str | Bad:
-    """The text of a row; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+    """Return the text of a row; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
     if not there:
         return Bad(_no_text("", fields, "field").strip())
     if value is None:
@@ -239,7 +241,7 @@ def _end_line(file: BinaryIO, most: int | None) -> int:
 
 
 def _lines(path: Path, end: int) -> int:
-    """How many lines end in the first `end` bytes of a file."""
+    """Count the lines that end in the first `end` bytes of a file."""
     count = 0
     with open_file(path) as file:
         while end and (block := file.read(min(end, 1 << 20))):

@@ -20,14 +20,14 @@ SAMPLE_BLOCKS, SAMPLE_BYTES = 256, 4096
 
 
 def damaged(folder: Path, what: str) -> UsageError:
-    """The error for a cache folder that is not what its manifest says."""
+    """Return the error for a cache folder that is not what its manifest says."""
     problem = f"cached data in {folder} do not match their manifest ({what})"
     return UsageError(f"{problem}; delete that folder and run again")
 
 
 class ShardWriter:
-    """Writes the ids of one split into shards of at most `shard_tokens`; documents, each of which
-    ends in `eos`, may cross shards."""
+    """A writer of the ids of one split into shards of at most `shard_tokens`; documents, each of
+    which ends in `eos`, may cross shards."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ShardWriter:
         self._in_shard = self._ends_in_shard = 0
 
     def write(self, ids: np.ndarray, text_bytes: int, documents: int) -> None:
-        """Append ids (any integer dtype) that stand for `text_bytes` bytes of text, in which so
+        """Append ids (any integer dtype) that stand for `text_bytes` bytes of text and in which so
         many documents begin."""
         self.text_bytes += text_bytes
         self.documents += documents
@@ -66,7 +66,7 @@ class ShardWriter:
                 self._finish()
 
     def close(self) -> dict:
-        """Sync the last shard; the split's part of the manifest."""
+        """Sync the last shard and return the split's part of the manifest."""
         self._finish()
         totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
         return {**totals, "shards": self._shards}
@@ -123,7 +123,7 @@ class Tokens:
         return self._starts[-1]
 
     def count_text(self, token_bytes: int, eos: int) -> None:
-        """Makes `bytes_V` add up to the bytes of the text, of which the ids show `token_bytes`."""
+        """Make `bytes_V` add up to the bytes of the text, of which the ids show `token_bytes`."""
         if token_bytes:
             self.bytes_V *= self.text_bytes / token_bytes
         elif self.text_bytes:  # nothing but unknown tokens
@@ -131,7 +131,7 @@ class Tokens:
             self.bytes_V[eos] = 0
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (int64 [n]) with the ids from `start` on; the first id follows the last.
+        """Fill `out` (int64 [n]) with the ids from `start` on; the first id follows the last. Raise
         UsageError for an id that is not in the vocabulary (a damaged shard)."""
         assert 0 <= start < len(self)
         number = bisect_right(self._starts, start) - 1
@@ -146,7 +146,7 @@ class Tokens:
 
 
 def sample_digest(path: Path) -> str:
-    """sha256 of 256 blocks of 4 KiB, evenly spread from the first to the last byte."""
+    """Return the sha256 of 256 blocks of 4 KiB, evenly spread from the first to the last byte."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -157,7 +157,7 @@ def sample_digest(path: Path) -> str:
 
 
 def check(folder: Path, shard: dict, dtype: np.dtype, verify: bool) -> None:
-    """UsageError if a file is not what its entry says; `tokens` counts its items."""
+    """Raise UsageError if a file is not what its entry says; `tokens` counts its items."""
     path = folder / shard["file"]
     size = path.stat().st_size
     if size != shard["bytes"] or size != shard["tokens"] * dtype.itemsize:

@@ -64,12 +64,12 @@ class Dataset:
 
     @property
     def approximate(self) -> tuple[str, ...]:
-        """Why bits per byte are approximate, for each source where they are."""
+        """Return why bits per byte are approximate, for each source where they are."""
         return tuple(source.approximate for source in self.sources if source.approximate)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be known of every number that is measured on these data, one line each."""
+        """Return what a reader of numbers measured on these data has to know, one line each."""
         overlap, leak = self.overlap, ()
         if overlap.shared:
             leak = (f"{overlap.sentence}; --data.dedup exact leaves them out of training",)
@@ -79,12 +79,12 @@ class Dataset:
 
     @property
     def train_tokens(self) -> int:
-        """Over all sources, eos included."""
+        """Return the number of tokens over all sources, eos included."""
         return sum(len(source.train) for source in self.sources)
 
     @property
     def val_tokens(self) -> int:
-        """Over all sources, eos included."""
+        """Return the number of tokens over all sources, eos included."""
         return sum(len(source.val) for source in self.sources)
 
 
@@ -108,8 +108,8 @@ def prepare(
     sources = tuple(_source(spec, config, tokenizer, root, log, verify) for spec in config.source)
     indices = [source.index for source in sources]
     if config.dedup == "exact":
-        kept, overlap = kept_documents(indices)
-        sources = tuple(map(_without_repeats, sources, kept))
+        kept_by_source, overlap = kept_documents(indices)
+        sources = tuple(map(_without_repeats, sources, kept_by_source))
     else:
         overlap = count(indices)
     content = [tokenizer.fingerprint, *([s.train.digest, s.val.digest] for s in sources)]
@@ -181,7 +181,7 @@ def _load(
 
 
 def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:
-    """What a source is made of, what it gave and what was left out."""
+    """Return one line: what a source is made of, what it gave and what was left out."""
     megabytes = (train.text_bytes + val.text_bytes) / 1e6
     said = (
         f"{manifest['made_of']}; {megabytes:,.1f} MB of text; documents: {train.documents:,} for "
@@ -192,7 +192,7 @@ def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:
 
 
 def _check_apart(spec: str, root: Path) -> None:
-    """The cache must not lie where it would be read as data."""
+    """Raise UsageError if the cache would be read as data."""
     folder = Path(spec).expanduser()
     if spec == "stdlib" or spec.startswith("hf:") or not folder.is_dir():
         return

@@ -18,6 +18,7 @@ import torch
 
 from headway.config import DataConfig, UsageError
 from headway.data.batch import Batch
+from headway.data.document import GOLDEN, scramble
 from headway.data.overlap import Kept
 from headway.data.shard_file import Tokens
 from headway.data.shards import Dataset
@@ -32,8 +33,8 @@ class Stream:
     """Batches of a tokenised data set, training and validation."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, seed: int):
-        """UsageError if the data are shorter than a batch, or a split of a source is shorter than a
-        window."""
+        """Raise UsageError if the data are shorter than a batch, or a split of a source is shorter
+        than a window."""
         config.check()
         named = tuple(source.spec for source in dataset.sources)
         assert named == config.source, "the dataset was prepared from another config"
@@ -47,14 +48,14 @@ class Stream:
 
     @property
     def n_val_windows(self) -> int:
-        """Windows of the whole validation split."""
+        """Return the number of windows of the full validation split."""
         return sum(self._val_windows)
 
     def batch(self, step: int, rank: int = 0, world: int = 1, micro: int = 0) -> Batch:
-        """The rows of the global batch of `step` that `rank` takes: with micro-batches of `micro`
-        rows (0: one), the i-th of all ranks together are rows i·world·micro … of the batch, in rank
-        order, so that `world` ranks see what one process with micro-batches of world·micro rows
-        sees. UsageError if the sizes do not divide."""
+        """Return the rows of the global batch of `step` that `rank` takes: with micro-batches of
+        `micro` rows (0: one), the i-th of all ranks together are rows i·world·micro … of the batch,
+        in rank order, so that `world` ranks see what one process with micro-batches of world·micro
+        rows sees. Raise UsageError if the sizes do not divide."""
         size = self.config.batch_size
         if size % world:
             fit = -(-size // world) * world
@@ -66,10 +67,11 @@ class Stream:
         return self._read([self.dataset.sources[s].train for s in source_B], start_B)
 
     def val_windows(self, begin: int, end: int) -> Batch:
-        """Windows begin … end − 1 of validation, the same ones for every batch size, mesh, seed and
-        weight. Those of all sources are in one fixed shuffled order, so that the first few are a
-        fair sample. Together they have each token of the split as a target exactly once: the first
-        one follows the eos of the ring, and the last window of a source ends in targets of −1."""
+        """Return windows begin … end − 1 of validation, the same ones for every batch size, mesh,
+        seed and weight. Those of all sources are in one fixed shuffled order, so that the first few
+        are a fair sample. Together they have each token of the split as a target exactly once: the
+        first one follows the eos of the ring, and the last window of a source ends in targets of
+        −1."""
         size, total = self.config.seq_len, self.n_val_windows
         assert 0 <= begin < end <= total
         place_B = np.arange(begin, end, dtype=_U64)
@@ -83,8 +85,8 @@ class Stream:
         return self._read(tokens_B, (first_B - 1) % length_B, length_B - first_B)
 
     def locate(self, sample_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source and first token (int64 [B] each) of the samples with these global numbers (uint64
-        [B])."""
+        """Return source and first token (int64 [B] each) of the samples with these global numbers
+        (uint64 [B])."""
         source_B, count_B = pick(sample_B, self._splits, self._phases)
         start_B = np.empty(len(sample_B), dtype=np.int64)
         for s, source in enumerate(self.dataset.sources):
@@ -104,7 +106,7 @@ class Stream:
         start_B: np.ndarray,
         most_B: np.ndarray | None = None,
     ) -> Batch:
-        """The windows that start at these tokens, each with its first `most_B` targets."""
+        """Return the windows that start at these tokens, each with its first `most_B` targets."""
         window_BS = np.empty((len(start_B), self.config.seq_len + 1), dtype=np.int64)
         for row, tokens, start in zip(window_BS, tokens_B, start_B, strict=True):
             tokens.read(int(start), row)
@@ -129,13 +131,13 @@ def mix(*parts: np.ndarray) -> np.ndarray:
     """Hash uint64 arrays, element by element, to uint64 (a chain of splitmix64 steps)."""
     value = np.zeros(1, dtype=_U64)
     for part in parts:
-        value = _scramble((value ^ part) * _U64(0xD1342543DE82EF95) + _U64(0x9E3779B97F4A7C15))
+        value = scramble((value ^ part) * _U64(0xD1342543DE82EF95) + _U64(GOLDEN))
     return value
 
 
 def permute(index_B: np.ndarray, n: int, key_B: np.ndarray) -> np.ndarray:
-    """The image of each index (uint64, below n) under the permutation of 0 … n−1 that its key
-    (uint64) names.
+    """Return the image of each index (uint64, below n) under the permutation of 0 … n−1 that its
+    key (uint64) names.
 
     A Feistel network permutes the numbers of `bits` bits, the next power of two; an image ≥ n goes
     through it again until it is below n (cycle walking; Black & Rogaway 2002), twice on average at
@@ -151,25 +153,17 @@ def permute(index_B: np.ndarray, n: int, key_B: np.ndarray) -> np.ndarray:
         left, right = out[todo] >> low, out[todo] & masks[1]
         for number, keys in enumerate(round_keys):
             # The halves, of unequal width when `bits` is odd, change places in each round.
-            left, right = right, left ^ (_scramble(right ^ keys[todo]) & masks[number % 2])
+            left, right = right, left ^ (scramble(right ^ keys[todo]) & masks[number % 2])
         out[todo] = left << low | right
         todo = todo[out[todo] >= _U64(n)]
     return out
 
 
-def _scramble(value: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection of uint64 that spreads
-    every bit."""
-    value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return value ^ (value >> _U64(31))
-
-
 def pick(
     sample_B: np.ndarray, splits: list[int], phases: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Source (int64 [B]) of each global sample number g (uint64 [B]), and how many samples before g
-    it gave (uint64).
+    """Return the source (int64 [B]) of each global sample number g (uint64 [B]), and how many
+    samples before g that source gave (uint64).
 
     One source after the other takes its share p/2³² of what the earlier ones left: it takes sample
     g exactly if (g·p + phase) // 2³² steps up from g to g + 1. That floor is also the count; the
@@ -190,14 +184,15 @@ def pick(
 
 
 def _taken(g: np.ndarray, share: int, phase: int) -> np.ndarray:
-    """(g·share + phase) // 2³² for share < 2³² and phase < 2³², without overflow up to g = 2⁶³."""
+    """Return (g·share + phase) // 2³² for share < 2³² and phase < 2³², without overflow up to g =
+    2⁶³."""
     high, low = g >> _U64(32), g & _U64(0xFFFFFFFF)
     return high * _U64(share) + ((low * _U64(share) + _U64(phase)) >> _U64(32))
 
 
 def _thresholds(shares: tuple[float, ...] | tuple[int, ...]) -> list[int]:
-    """For each source but the last, its share of what the sources before it leave, in units of
-    2⁻³²."""
+    """Return, for each source but the last, its share of what the sources before it leave, in units
+    of 2⁻³²."""
     largest = max(shares)  # relative to it first, so that huge weights do not overflow
     relative = [share / largest for share in shares]
     rest = [sum(relative[s:]) for s in range(len(relative))]
@@ -208,7 +203,7 @@ def _thresholds(shares: tuple[float, ...] | tuple[int, ...]) -> list[int]:
 
 
 def _u64(value: int) -> np.ndarray:
-    """An array of one, since numpy warns when scalars wrap around."""
+    """Return an array of one item, since numpy warns when scalars wrap around."""
     return np.array([value % (1 << 64)], dtype=_U64)
 
 

@@ -33,21 +33,21 @@ def tokenise(
     format: int,
     log: Callable[[str], None],
 ) -> None:
-    """Make the folder of a source, together with whoever else wants the same one. What a killed
-    process has done is kept beside it. UsageError for data that cannot be read, and for a cache
-    that cannot be written."""
+    """Make the folder of a source, together with all processes that want the same one. What a
+    killed process has done is kept beside it and used. Raise UsageError for data that cannot be
+    read and for a cache that cannot be written."""
     units, made_of = plan(spec, config.val_fraction)
-    made = folder.parent / f".{folder.name}.parts"
-    job = Job(units, tokenizer, config.skip_bad, made, folder)
+    parts_folder = folder.parent / f".{folder.name}.parts"
+    job = Job(units, tokenizer, config.skip_bad, parts_folder, folder)
     n = workers.count(config.workers, job)
     progress = _Progress(spec, job, n, log)
 
     def join(into: Path) -> None:
         splits, skipped, bad = _join(job, config.val_fraction, into, progress.joining)
         if not sum(split["documents"] for split in splits.values()):
-            found = f", and {skipped:,} that cannot be read ({bad[0]})" if bad else ""
+            unread = f", and {skipped:,} that cannot be read ({bad[0]})" if bad else ""
             fix = "give a file, folder or glob with some"
-            raise BadData(f"data source {spec!r} holds no text{found}; {fix}")
+            raise BadData(f"data source {spec!r} holds no text{unread}; {fix}")
         manifest = {
             "format": format,
             "source": spec,
@@ -72,16 +72,16 @@ def tokenise(
         workers.run(job, n, progress.add, progress.show)
         cache.make(folder, join, log)
     except BadData:  # once it is mended the source has another key
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(parts_folder, ignore_errors=True)
         raise
     except FileNotFoundError:  # others, whom no lock held back, were faster and removed the parts
         if not folder.is_dir():
             raise
-    shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(parts_folder, ignore_errors=True)
 
 
 class _Progress:
-    """A line every few seconds."""
+    """Logs a line every few seconds."""
 
     def __init__(self, spec: str, job: Job, n: int, log: Callable[[str], None]):
         self.spec, self.job, self.log = spec, job, log
@@ -94,11 +94,11 @@ class _Progress:
             log(f"tokenising {spec}: going on at {self.before / self.total:.0%}")
 
     def add(self, size: int) -> None:
-        """Bytes of text that this machine has tokenised."""
+        """Count bytes of text that this machine has tokenised."""
         self.bytes += size
 
     def show(self) -> None:
-        """The line, if it is time for one."""
+        """Log a line if it is time for one."""
         now = time.monotonic()
         if now - self.shown <= PROGRESS_SECONDS:
             return
@@ -113,14 +113,14 @@ class _Progress:
         self.log(line)
 
     def joining(self, unit: int) -> None:
-        """A line, if it is time for one, when the parts before `unit` have been joined."""
+        """Log, if it is time for a line, that the parts before `unit` have been joined."""
         now = time.monotonic()
         if now - self.shown > PROGRESS_SECONDS:
             self.shown = now
             self.log(f"joining {self.spec}: {unit:,} of {len(self.job.units):,} parts")
 
     def end(self) -> None:
-        """The last line."""
+        """Log the last line."""
         self.log(f"tokenised {self.spec}: {self._speed()}; kept in {self.job.target.parent}")
 
     def _speed(self) -> str:
@@ -129,7 +129,7 @@ class _Progress:
         return f"{megabytes:,.1f} MB, {speed:,.1f} MB/s by {self.by}"
 
     def _done(self) -> int:
-        """Bytes of the units that are done, by whomever."""
+        """Return the bytes of the units that are done, by any process."""
         units = enumerate(self.job.units)
         return sum(unit.bytes for number, unit in units if self.job.is_done(number))
 
@@ -142,8 +142,8 @@ def _join(
     the order of the source, and the number says which are validation."""
     skipped = [doc_P[part.index["bad"]] for part, doc_P in _numbered(job)]
     skipped = np.unique(np.concatenate([np.empty(0, np.int64), *skipped]))
-    kept = validation_numbers(val_fraction)
-    chosen = [next(kept)]
+    numbers = validation_numbers(val_fraction)
+    chosen = [next(numbers)]
     writers = [ShardWriter(into, split, job.tokenizer.eos, job.dtype) for split in ("train", "val")]
     bad: list[str] = []
     files: set[str] = set()  # whole files, which each of their units names
@@ -154,7 +154,7 @@ def _join(
         files |= set(part.files)
         n_skipped += part.unread
         while len(doc_P) and chosen[-1] <= doc_P[-1]:
-            chosen.append(next(kept))
+            chosen.append(next(numbers))
         split_P = np.isin(doc_P, chosen).astype(np.int64)
         split_P[np.isin(doc_P, skipped)] = -1
         chosen = chosen[-2:]  # the last document may go on in the next part
@@ -180,7 +180,7 @@ def _join(
 
 
 def _numbered(job: Job) -> Iterator[tuple[parts.Part, np.ndarray]]:
-    """Each part, and the number of the document of each of its pieces."""
+    """Yield each part, and the number of the document of each of its pieces."""
     last = -1
     for unit in range(len(job.units)):
         part = parts.load(job, unit)

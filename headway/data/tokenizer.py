@@ -41,52 +41,52 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Ids are 0 … vocab_size − 1."""
+        """Return the number of ids: they are 0 … vocab_size − 1."""
         ...
 
     @property
     def eos(self) -> int:
-        """The id that ends every document; no text encodes to it."""
+        """Return the id that ends every document; no text encodes to it."""
         ...
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int64 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for eos and other
-        special ids."""
+        """Return int64 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for eos and
+        other special ids."""
         ...
 
     @property
     def token_texts(self) -> Sequence[bytes]:
-        """Those bytes, by id."""
+        """Return those bytes, by id."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal tokenizers, wherever their files lie."""
+        """Return a text that is equal for equal tokenizers, wherever their files lie."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """uint32 ids of a text, without eos; uint8 for bytes."""
+        """Return the uint32 ids of a text, without eos; uint8 for bytes."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts, on several threads where the library has them."""
+        """Return `encode` of many texts, on several threads where the library has them."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; special ids vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text; special ids vanish, bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def decode_stream(self) -> "DecodeStream":
-        """`decode` of ids that come one at a time."""
+        """Return a decoder of ids that come one at a time."""
         ...
 
 
 class DecodeStream(Protocol):
-    """Decodes ids as they come; the time of a step does not grow with the text."""
+    """A decoder of ids as they come; the time of a step does not grow with the text."""
 
     def step(self, i: int) -> str:
-        """The text that id `i` completes; empty within a character of several tokens."""
+        """Return the text that id `i` completes; empty within a character of several tokens."""
         ...
 
 
@@ -99,28 +99,28 @@ class ByteTokenizer:
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int64 [257]: 1 for every byte, 0 for eos."""
+        """Return int64 [257]: 1 for every byte, 0 for eos."""
         return (np.arange(257) < 256).astype(np.int64)
 
     @property
     def token_texts(self) -> Sequence[bytes]:
-        """Each byte, nothing for eos."""
+        """Return each byte, and nothing for eos."""
         return [*(bytes([i]) for i in range(256)), b""]
 
     def encode(self, text: str) -> np.ndarray:
-        """uint8 [bytes of the text]."""
+        """Return uint8 [bytes of the text]."""
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
+        """Return `encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; eos vanishes (as any id ≥ 256, which a padded vocabulary may sample)."""
+        """Return the text; eos vanishes (as any id ≥ 256, which a padded vocabulary may sample)."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
 
     def decode_stream(self) -> DecodeStream:
-        """`decode` of ids that come one at a time."""
+        """Return a decoder of ids that come one at a time."""
         return _ByteStream([bytes([i]) for i in range(256)])
 
 
@@ -134,7 +134,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: Path, content: str = ""):
-        """From a file, or from the `content` that was read from it."""
+        """Load a file, or the `content` that was read from it."""
         try:
             content = content or path.read_text("utf-8")
             self._inner = tokenizers.Tokenizer.from_str(content)
@@ -159,13 +159,13 @@ class JsonTokenizer:
         self.fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        found = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
-        if found is None:
+        eos = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+        if eos is None:
             names = ", ".join(EOS_NAMES[:4])
             raise UsageError(
                 f"{path} has no end-of-document token ({names}, …); add <|endoftext|> to it"
             )
-        self.eos = found
+        self.eos = eos
         added = self._inner.get_added_tokens_decoder()
         self._byte_level = '"ByteLevel"' in json.dumps(
             [spec.get("decoder"), spec.get("pre_tokenizer")]
@@ -178,55 +178,58 @@ class JsonTokenizer:
         self.token_bytes = np.array([len(shown) for shown in self._bytes], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
-        """For another process: the library's own pickles lose `encode_special_tokens`."""
+        """Pickle the content for another process: the library's own pickles lose
+        `encode_special_tokens`."""
         return JsonTokenizer, self._made_from
 
     @property
     def token_texts(self) -> Sequence[bytes]:
-        """What each id shows."""
+        """Return what each id shows."""
         return self._bytes
 
     def encode(self, text: str) -> np.ndarray:
-        """uint32 [tokens], without eos or any other special token."""
+        """Return uint32 [tokens], without eos or any other special token."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text; the library uses all cores (TOKENIZERS_PARALLELISM=false: one)."""
-        made = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in made]
+        """Return `encode` of each text; the library uses all cores (TOKENIZERS_PARALLELISM=false:
+        one)."""
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; special ids and ids outside the vocabulary vanish."""
-        kept = [i for i in map(int, ids) if i < self.vocab_size]
+        """Return the text; special ids and ids outside the vocabulary vanish."""
+        known = [i for i in map(int, ids) if i < self.vocab_size]
         if self._byte_level:
-            return b"".join(self._bytes[i] for i in kept).decode("utf-8", "replace")
-        return self._inner.decode(kept, skip_special_tokens=True)
+            return b"".join(self._bytes[i] for i in known).decode("utf-8", "replace")
+        return self._inner.decode(known, skip_special_tokens=True)
 
     def decode_stream(self) -> DecodeStream:
-        """`decode` of ids that come one at a time."""
+        """Return a decoder of ids that come one at a time."""
         return _ByteStream(self._bytes) if self._byte_level else _WindowStream(self.decode)
 
 
 class _ByteStream:
-    """Of tokens that are bytes."""
+    """A decoder of tokens that are bytes."""
 
     def __init__(self, bytes_V: list[bytes]) -> None:
         self._bytes, self._decoder = bytes_V, codecs.getincrementaldecoder("utf-8")("replace")
 
     def step(self, i: int) -> str:
-        """The text that id `i` completes."""
+        """Return the text that id `i` completes."""
         return self._decoder.decode(self._bytes[i] if i < len(self._bytes) else b"")
 
 
 class _WindowStream:
-    """Of tokens whose text depends on their neighbours, as with a space that is only shown between
-    words: decodes those that were shown last together with those that were not yet."""
+    """A decoder of tokens whose text depends on their neighbours, as with a space that is only
+    shown between words: it decodes those that were shown last together with those that were not
+    yet."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode, self._ids, self._shown = decode, [], 0
 
     def step(self, i: int) -> str:
-        """The text that id `i` completes."""
+        """Return the text that id `i` completes."""
         self._ids.append(i)
         before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
         if len(now) <= len(before) or now.endswith("\ufffd"):
@@ -237,8 +240,8 @@ class _WindowStream:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, the path of a `tokenizer.json`, or of a folder that holds one. UsageError if it
-    cannot be read."""
+    """Load `bytes`, the path of a `tokenizer.json`, or of a folder that holds one. Raise UsageError
+    if it cannot be read."""
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
@@ -296,8 +299,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's table: each byte has one printable character; those that are not printable start at
-    U+0100."""
+    """Return GPT-2's table: each byte has one printable character; those that are not printable
+    start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -309,7 +312,7 @@ _BYTE_OF_CHAR = _byte_of_char()
 
 
 def _shown(token: str, byte_level: bool) -> bytes:
-    """The bytes of text that a token of the vocabulary stands for."""
+    """Return the bytes of text that a token of the vocabulary stands for."""
     if byte_level and all(char in _BYTE_OF_CHAR for char in token):
         return bytes(_BYTE_OF_CHAR[char] for char in token)
     if match := re.fullmatch(

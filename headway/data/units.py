@@ -59,12 +59,13 @@ class Unit:
 
 
 def plan(spec: str, val_fraction: float) -> tuple[list[Unit], str]:
-    """The units of a source, and what it is made of, for people. UsageError if nothing is there."""
+    """Return the units of a source, and what it is made of, for people. Raise UsageError if nothing
+    is there."""
     if spec.startswith("hf:"):
         return [Unit([Span(spec, "data set")], 0, val_fraction)], "a data set"
-    found = files(spec)
-    there: list[_Kinded] = [(path, _kind(path, spec), size) for path, size, _ in found.files]
-    said = _said(there, found.left_out)
+    source = files(spec)
+    there: list[_Kinded] = [(path, _kind(path, spec), size) for path, size, _ in source.files]
+    said = _said(there, source.left_out)
     there = [one for one in there if one[2]]
     cost = sum(_unpacked(path, size) + FILE_BYTES for path, _, size in there)
     size = min(max(cost // UNITS, UNIT_BYTES[0]), UNIT_BYTES[1])
@@ -86,8 +87,8 @@ def plan(spec: str, val_fraction: float) -> tuple[list[Unit], str]:
 
 
 def read(unit: Unit, skip_bad: bool = False) -> Iterator[TextPiece | Bad]:
-    """The documents of a unit in pieces, without empty ones. What cannot be read is BadData, or
-    with `skip_bad` a `Bad`, which may follow pieces of the same document."""
+    """Yield the documents of a unit in pieces, without empty ones. What cannot be read raises
+    BadData, or with `skip_bad` becomes a `Bad`, which may follow pieces of the same document."""
     for one in _halved(unit) if unit.halve else _all(unit):
         if isinstance(one, Bad) and not skip_bad:
             raise BadData(f"{one.why} (data.skip_bad leaves it out)")
@@ -97,8 +98,8 @@ def read(unit: Unit, skip_bad: bool = False) -> Iterator[TextPiece | Bad]:
 def train_texts(
     sources: Sequence[str], val_fraction: float, skip_bad: bool = False
 ) -> Iterator[str]:
-    """The training text of several sources in pieces, for training a tokenizer, which thus never
-    sees validation text."""
+    """Yield the training text of several sources in pieces, for training a tokenizer, which thus
+    never sees validation text."""
     for spec in sources:
         pieces = (one for unit in plan(spec, val_fraction)[0] for one in read(unit, skip_bad))
         pieces = (one for one in pieces if isinstance(one, TextPiece) or one.numbered)
@@ -108,7 +109,8 @@ def train_texts(
 
 
 def _documents(pieces: Iterator[TextPiece | Bad]) -> Iterator[Iterator[TextPiece | Bad]]:
-    """The pieces of each document, which are to be read before the next document is asked for."""
+    """Yield the pieces of each document, which are to be read before the next document is asked
+    for."""
     number = itertools.count()
     current = 0
 
@@ -139,10 +141,10 @@ def _all(unit: Unit) -> Iterator[TextPiece | Bad]:
 
 
 def _halved(unit: Unit) -> Iterator[TextPiece | Bad]:
-    """`_all`, of a unit of rows that may have a single one."""
-    found = [row for row in itertools.islice(_texts(unit.spans), 2)]
-    if len(found) == 1:
-        for half in found[0].halves(unit.halve):
+    """Yield the documents of a unit of rows that may have a single one, which gives two halves."""
+    first_rows = [row for row in itertools.islice(_texts(unit.spans), 2)]
+    if len(first_rows) == 1:
+        for half in first_rows[0].halves(unit.halve):
             yield from half.pieces()
         yield from (one for one in _all(unit) if isinstance(one, Bad))
     else:
@@ -150,7 +152,7 @@ def _halved(unit: Unit) -> Iterator[TextPiece | Bad]:
 
 
 def _texts(spans: Sequence[Span]) -> Iterator[Text]:
-    """The rows of files that can be read."""
+    """Yield the rows of files that can be read."""
     for span in spans:
         with contextlib.suppress(BadData):
             yield from (row for row in _rows(span) if isinstance(row, Text))
@@ -160,16 +162,16 @@ def _rows(span: Span) -> Iterator[Text | Bad]:
     path = Path(span.path)
     match span.kind:
         case "JSON lines":
-            found = rows.jsonl(path, span.start, span.end)
+            texts = rows.jsonl(path, span.start, span.end)
         case "table":
-            found = rows.table(path)
+            texts = rows.table(path)
         case "parquet":
-            found = rows.parquet(path, span.start, span.end)
+            texts = rows.parquet(path, span.start, span.end)
         case "data set":
-            found = rows.hugging_face(span.path)
+            texts = rows.hugging_face(span.path)
         case _:
-            found = _library_file(path)
-    yield from (row for row in found if isinstance(row, Bad) or row.text)
+            texts = _library_file(path)
+    yield from (row for row in texts if isinstance(row, Bad) or row.text)
 
 
 def _library_file(path: Path) -> Iterator[Text]:
@@ -200,20 +202,20 @@ def _kind(path: Path, spec: str) -> Kind:
 
 
 def _lone(there: list[_Kinded]) -> TextFile | Text | None:
-    """The only document of a source, if it has but one that can be read."""
-    found: list[TextFile | Text] = []
+    """Return the only document of a source, or None unless it has exactly one that can be read."""
+    documents: list[TextFile | Text] = []
     for path, kind, size in there:
         if kind == "text":
-            found.append(TextFile(path, 0, None if compressed(path) else size))
+            documents.append(TextFile(path, 0, None if compressed(path) else size))
         else:
-            found += itertools.islice(_texts([Span(str(path), kind)]), 2)
-        if len(found) > 1:
+            documents += itertools.islice(_texts([Span(str(path), kind)]), 2)
+        if len(documents) > 1:
             return None
-    return found[0] if found else None
+    return documents[0] if documents else None
 
 
 def _cut(path: Path, kind: Kind, bytes: int, size: int) -> Iterator[tuple[Span, int]]:
-    """(span, about how many bytes) of a file."""
+    """Return spans of a file, each with about how many bytes it has."""
     unpacked = _unpacked(path, bytes)
     if kind == "text":
         yield from _cut_text(TextFile(path, 0, None if compressed(path) else bytes), size, unpacked)
@@ -243,8 +245,8 @@ def _cut_text(text: TextFile, size: int, unpacked: int = 0) -> Iterator[tuple[Sp
 def _edges(
     start: int, end: int | None, size: int, unpacked: int
 ) -> Iterator[tuple[int, int | None]]:
-    """The cuts of a file, at multiples of `size` from its start; of a packed file, whose end is
-    unknown, at so many places that most units have something."""
+    """Return the cuts of a file, at multiples of `size` from its start; of a packed file, whose end
+    is unknown, at so many places that most units have something."""
     if end is None:
         pieces = -(-unpacked // MOST_UNPACKED) // document.PIECE_BYTES
         size = max(size, (pieces + 1) * document.PIECE_BYTES)

@@ -26,7 +26,7 @@ STARTING_BYTES = 8 << 20
 
 
 def count(asked: int, job: Job) -> int:
-    """How many processes tokenise: `data.workers`, or those that pay among the cores of this
+    """Return how many processes tokenise: `data.workers`, or those that pay among the cores of this
     process."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     wanted = asked or min(cores, sum(unit.bytes for unit in job.units) // STARTING_BYTES)
@@ -34,8 +34,8 @@ def count(asked: int, job: Job) -> int:
 
 
 def run(job: Job, n: int, tell: Tell, idle: Callable[[], None]) -> None:
-    """`parts.work` by `n` processes; `idle` is called at least every second. An error of any of
-    them ends all. UsageError too for one that was killed."""
+    """Run `parts.work` in `n` processes; `idle` is called at least every second. An error of any of
+    them ends all. Raise UsageError too for one that was killed."""
     if n == 1:
 
         def told(size: int) -> None:
@@ -71,7 +71,8 @@ def run(job: Job, n: int, tell: Tell, idle: Callable[[], None]) -> None:
 def _started(
     job: bytes, number: int, lines: queue.Queue[tuple[int, str]]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker whose lines go to a queue, an empty one at its end. It does not outlive the body."""
+    """Start a worker whose lines go to a queue, an empty one at its end. It does not outlive the
+    body."""
     place = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "0"}
     command = [sys.executable, "-m", __name__]
     pipe = subprocess.PIPE
@@ -100,7 +101,7 @@ def _started(
 
 
 def main() -> None:
-    """A worker."""
+    """Run one worker process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     size = int.from_bytes(sys.stdin.buffer.read(8), "little")

@@ -12,6 +12,9 @@ from headway.config import n_inputs
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 
+ACTIVATIONS = ("swiglu", "relu2", "gelu")
+"""Activations by the numbers that `cpu/activation.h` knows them by."""
+
 
 def activate_reference(pre: Tensor, activation: str) -> Tensor:
     """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU."""
@@ -53,9 +56,8 @@ def _backward(d_hid: Tensor, pre: Tensor, activation: str) -> Tensor:
 
 def _sizes(pre: Tensor, activation: str) -> tuple[int, int, int]:
     """Rows, F and the activation's number in `cpu/activation.h`."""
-    number = ("swiglu", "relu2", "gelu").index(activation)
     rows = pre.shape[:-1].numel()
-    return rows, pre.shape[-1] // n_inputs(activation), number
+    return rows, pre.shape[-1] // n_inputs(activation), ACTIVATIONS.index(activation)
 
 
 @_forward.register_fake

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from headway.config import cache_root
+
 SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
 
@@ -104,8 +106,7 @@ def _built(compiler: str) -> Path:
         key.update(path.name.encode() + path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
     key.update(version.stdout + " ".join(FLAGS).encode() + _cpu().encode())
-    root = Path(os.environ.get("HEADWAY_CACHE") or Path.home() / ".cache" / "headway").expanduser()
-    target = root / "native" / f"{key.hexdigest()[:24]}.so"
+    target = cache_root() / "native" / f"{key.hexdigest()[:24]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:

@@ -6,6 +6,7 @@ bfloat16. See experts.py for the equations.
 import torch
 from torch import Tensor
 
+from headway.kernels.activation import ACTIVATIONS
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.paths import ExpertInputs
 
@@ -47,7 +48,7 @@ def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ..
     take them.
     """
     H, E, G, Fh, L = w_in_HEGFL.shape
-    number = ("swiglu", "relu2", "gelu").index(activation)
+    number = ACTIVATIONS.index(activation)
     return H * E, row_NK.shape[1], L, Fh, G, number, int(w_in_HEGFL.dtype == torch.bfloat16)
 
 

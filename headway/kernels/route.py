@@ -19,7 +19,7 @@ from headway.config import RouterGate
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.gpu import gpu_kernels
-from headway.kernels.gpu.ops import route_tokens
+from headway.kernels.gpu.ops import GATES, route_tokens
 from headway.kernels.permute import count
 from headway.kernels.precision import widen, without_autocast
 from headway.kernels.topk import top_k
@@ -177,7 +177,7 @@ def _route(
     out = _empty(logits_THE, K)
     inputs = (logits, bias_HE.contiguous(), index_THK, T, H, E, K, token, head)
     cpp_kernels().call(
-        "route", torch.float32, *inputs, _GATES.index(gate), int(renormalize), scale, *out
+        "route", torch.float32, *inputs, GATES.index(gate), int(renormalize), scale, *out
     )
     return out
 
@@ -201,7 +201,7 @@ def _backward(
     logits, token, head = _laid(logits_THE)
     d_logits = _like(logits_THE)
     grads = (None if d is None else d.contiguous() for d in (d_gate_THK, d_prob_HE, d_z_H))
-    sizes = (T, H, E, K, token, head, _GATES.index(gate), int(renormalize), scale)
+    sizes = (T, H, E, K, token, head, GATES.index(gate), int(renormalize), scale)
     inputs = (logits, index_THK.contiguous(), *grads)
     cpp_kernels().call("route_backward", torch.float32, *inputs, *sizes, _laid(d_logits)[0])
     return d_logits
@@ -257,9 +257,6 @@ def route_twice(
         return found.gate_THK, found.prob_HE, found.z_H
 
     return reference_grads(reference, inputs, needed, grads)
-
-
-_GATES = ("topk_softmax", "softmax_topk", "sigmoid")  # in the order of cpu/route.cpp
 
 
 def _empty(logits_THE: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

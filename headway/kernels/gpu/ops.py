@@ -9,6 +9,9 @@ from torch import Tensor
 
 from headway.kernels.gpu import on
 
+GATES = ("topk_softmax", "softmax_topk", "sigmoid")
+"""Gates by the numbers that the router's kernels know them by, in Triton and in C++."""
+
 
 @torch.library.custom_op("headway::sort_rows_gpu", mutates_args=())
 def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels.gpu.arith import sigmoid
+from headway.kernels.gpu.ops import GATES
 from headway.kernels.gpu.scores import (
     fitting,
     launch,
@@ -34,7 +35,6 @@ from headway.kernels.gpu.scores import (
     width,
 )
 
-GATES = ("topk_softmax", "softmax_topk", "sigmoid")
 CHOSEN = tl.constexpr(-(2**31))
 """Below the key of every number."""
 NOWHERE = tl.constexpr(2**31 - 1)

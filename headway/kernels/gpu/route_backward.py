@@ -26,7 +26,7 @@ from torch import Tensor
 
 from headway.kernels.gpu import route_sparse
 from headway.kernels.gpu.arith import dot_close, dot_rounded, dot_split, narrow, sigmoid, split
-from headway.kernels.gpu.route import GATES
+from headway.kernels.gpu.ops import GATES
 from headway.kernels.gpu.scores import (
     fitting,
     launch,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from headway.config import cache_root
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
@@ -85,8 +87,7 @@ def _ignore(path: Path, why: str) -> dict[str, Tiles]:
 
 
 def _path(device: str) -> Path:
-    root = Path(os.environ.get("HEADWAY_CACHE") or Path.home() / ".cache" / "headway").expanduser()
-    return root / "tiles" / f"{device}.json"
+    return cache_root() / "tiles" / f"{device}.json"
 
 
 @functools.cache

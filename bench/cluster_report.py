@@ -13,7 +13,7 @@ from bench import common
 from bench.cluster_host import Size
 from bench.shapes import parameters
 from headway.config import MeshConfig, ModelConfig
-from headway.plan.traffic import traffic_per_token
+from headway.plan.traffic import TokenExchange, traffic_per_token
 
 BEST = "the best EP"
 
@@ -95,15 +95,16 @@ def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
     Parallel over hp and then Expert Parallel over ep on the sub-tokens."""
     layers, per_token = size.n_layers, 0.0
     if case.mesh.hp > 1:
-        per_token += _formula(case, case.mesh.hp, width, "Head Parallel")
+        per_token += _formula(case, case.mesh.hp, width, TokenExchange.HEADS)
     if case.mesh.ep > 1:
-        scheme = "Expert Parallel" + (", one copy per rank" if case.mesh.dedup else "")
+        scheme = TokenExchange.PER_RANK if case.mesh.dedup else TokenExchange.PER_SLOT
         per_token += _formula(case, case.mesh.ep, width, scheme)
     return per_token * size.tokens * layers
 
 
-def _formula(case: Case, ranks: int, width: int, scheme: str) -> float:
-    return next(i.value for i in traffic_per_token(case.model, ranks, width) if i.name == scheme)
+def _formula(case: Case, ranks: int, width: int, exchange: TokenExchange) -> float:
+    items = traffic_per_token(case.model, ranks, width)
+    return next(i.value for i in items if i.part is exchange)
 
 
 def sweep_row(

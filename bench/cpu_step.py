@@ -28,13 +28,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
 from bench.texts import StreamText
 from bench.worker import Worker, work
-from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, RunConfig, UsageError
+from headway.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    UsageError,
+)
 from headway.kernels.precision import native_bfloat16
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
-from headway.plan.cost import training_flops
+from headway.plan.cost import model_costs
 from headway.recipes.cpu import cpu_step
 from headway.train.allocator import set_allocator
 
@@ -258,7 +266,8 @@ def _row(name: str, results: list[dict], shape: ModelConfig, n_tokens: int, peak
     """Return the medians of one rival."""
     seconds = statistics.median(r["seconds"] for r in results)
     model = multi_head(shape) if "multi_head" in name else shape
-    length = 32 if shape is SMALL else 256
+    data = DataConfig(seq_len=32 if shape is SMALL else 256)
+    flops = model_costs(Config(model=model, data=data), 1).training_flops
     return {
         "name": name,
         "tokens_per_second": n_tokens / seconds,
@@ -267,7 +276,7 @@ def _row(name: str, results: list[dict], shape: ModelConfig, n_tokens: int, peak
             k: statistics.median(r[k] for r in results)
             for k in ("forward", "backward", "clip", "optimizer")
         },
-        "share_of_peak": training_flops(model, length) * n_tokens / seconds / 1e9 / peak,
+        "share_of_peak": flops * n_tokens / seconds / 1e9 / peak,
         "peak_gflops": peak,
         "peak_mib": results[-1]["peak_mib"],
         "absolute_peak_mib": results[-1]["absolute_peak_mib"],

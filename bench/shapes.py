@@ -6,8 +6,8 @@ D model width · L head width · H heads · E experts per head · K chosen · F 
 from dataclasses import replace
 from typing import Literal
 
-from headway.config import Activation, BalanceConfig, ModelConfig, MoEConfig, RouterConfig
-from headway.plan import cost
+from headway.config import Activation, BalanceConfig, Config, ModelConfig, MoEConfig, RouterConfig
+from headway.plan.cost import model_costs
 from headway.plan.shape import total as sum_of
 
 Kind = Literal["dense", "moe", "latent", "multi_head_latent"]
@@ -16,7 +16,8 @@ Kind = Literal["dense", "moe", "latent", "multi_head_latent"]
 def parameters(model: ModelConfig) -> tuple[int, int]:
     """(total, active per token) parameters without the embedding, which multiplies nothing."""
     table = 0 if model.tied else model.vocab_size * model.d_model
-    return sum_of(cost.parameters(model)) - table, sum_of(cost.active_parameters(model)) - table
+    costs = model_costs(Config(model=model), 1)
+    return int(sum_of(costs.parameters)) - table, int(sum_of(costs.active)) - table
 
 
 def equal_shape(

@@ -7,7 +7,7 @@ from headway.checkpoint.run_folder import resume_command
 from headway.config import Config
 from headway.plan.describe import with_vocab
 from headway.plan.shape import shape_of
-from headway.plan.traffic import traffic_per_token
+from headway.plan.traffic import TokenExchange, traffic_per_token
 from headway.report.sinks import read_metrics
 
 MOST_RANKS = 8
@@ -72,10 +72,10 @@ def _traffic(config: Config) -> str:
     model = with_vocab(config).model
     shape = shape_of(model)
     ranks = min(MOST_RANKS, shape.H) if shape.H > 1 else MOST_RANKS
-    sent = {i.name: i.value * shape.n_sparse for i in traffic_per_token(model, ranks)}
-    per_expert = sent["Expert Parallel"]
-    per_rank = sent["Expert Parallel, one copy per rank"]
+    sent = {i.part: i.value * shape.n_sparse for i in traffic_per_token(model, ranks)}
+    per_expert = sent[TokenExchange.PER_SLOT]
+    per_rank = sent[TokenExchange.PER_RANK]
     text = f"Expert Parallel {per_expert:,.0f} bytes ({per_rank:,.0f} with one copy per rank)"
-    if "Head Parallel" in sent:
-        text = f"Head Parallel {sent['Head Parallel']:,.0f} bytes, {text}"
+    if TokenExchange.HEADS in sent:
+        text = f"Head Parallel {sent[TokenExchange.HEADS]:,.0f} bytes, {text}"
     return f"per token in training, if {ranks} ranks shared the experts: {text}"

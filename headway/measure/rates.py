@@ -20,9 +20,9 @@ from headway.config import MoEConfig, UsageError
 from headway.kernels.attention import attention
 from headway.kernels.precision import native_bfloat16
 from headway.measure.links import measure_curves, two_numbers
+from headway.model.mixers.attention import mean_keys
 from headway.model.moe import Experts
 from headway.model.router import Router
-from headway.plan.cost import mean_keys
 from headway.plan.link import Curve
 from headway.report.provenance import provenance
 

@@ -7,6 +7,7 @@ function like `build_block` and give it to `Transformer(config, blocks=…)`:
         return build_block(config, layer, compute, mixer=MyMixer(config))
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from headway.config import ModelConfig
 from headway.model.balance import RouteStats
 from headway.model.compute import Compute
 from headway.model.context import Context
+from headway.model.costs import Cost, CostGroup, Term, Workload, costs_of
 from headway.model.linear import FeedForward, RMSNorm
 from headway.model.mixers.attention import Attention
 from headway.model.moe import SparseLayer
@@ -69,6 +71,20 @@ class Block(nn.Module):
     def sparse(self) -> SparseLayer | None:
         """The sparse layer, if there is one."""
         return self.ffn if isinstance(self.ffn, SparseLayer) else None
+
+    def costs(self, work: Workload) -> Sequence[Cost]:
+        """Two norms save their input and its scale, beside their output; then both branches."""
+        D = self.norm1.weight.shape[0]
+        saved = Term(2 * work.n_tokens * (2 * D * work.bytes_per_value + 4), "2·T·(2·D·b + 4)")
+        return [
+            Cost(CostGroup.NORMS, Term(2 * D, "2·D")),
+            Cost(CostGroup.RESIDUAL, saved=saved),
+            *(c for part in self.slots() for c in costs_of(part, work)),
+        ]
+
+    def slots(self) -> tuple[object, ...]:
+        """Return what fills the slots of the block."""
+        return self.residual1, self.mixer, self.residual2, self.ffn
 
 
 class BlockBuilder(Protocol):

@@ -2,6 +2,8 @@
 float32.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from headway.config import Activation, n_inputs
 from headway.kernels.activation import activate
 from headway.kernels.norm import rms_norm
 from headway.model.context import Context
+from headway.model.costs import Cost, CostGroup, Term, Workload, casts
 from headway.model.roles import Group, Init, Role
 
 
@@ -68,3 +71,18 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, ctx: Context | None = None) -> tuple[Tensor, None]:
         """`[..., D]` → `[..., D]`; a dense network has no routing statistics."""
         return self.w_out(activate(self.w_in(x), self.activation)), None
+
+    def costs(self, work: Workload, group: CostGroup = CostGroup.DENSE) -> Sequence[Cost]:
+        """Saved are what the activation reads and what it gives."""
+        D, F = self.w_out.weight.shape
+        weights = (n_inputs(self.activation) + 1) * D * F
+        terms = 3 if self.activation == "swiglu" else 2
+        letter = "F" if group is CostGroup.DENSE else "F_shared"
+        saved = work.n_tokens * work.bytes_per_value * terms * F
+        cost = Cost(
+            group,
+            Term(weights, f"(G+1)·D·{letter}"),
+            Term(2 * weights, f"2·(G+1)·D·{letter}"),
+            Term(saved, f"{terms}·T·b·{letter}"),
+        )
+        return (cost, casts(weights, work))

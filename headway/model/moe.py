@@ -18,6 +18,7 @@ from headway.kernels.permute import sort_rows
 from headway.model.balance import RouteReport, RouteStats, merge_stats
 from headway.model.compute import Compute
 from headway.model.context import Context
+from headway.model.costs import Cost, CostGroup, Term, Workload, casts, costs_of
 from headway.model.dispatch import ChunkTask, Finished, Steps, run_interleaved
 from headway.model.linear import FeedForward, Linear, RMSNorm
 from headway.model.roles import Group, Role, SplitOver
@@ -68,6 +69,24 @@ class Experts(nn.Module):
             self.config.precision,
         )
         return y_NL.view(x_THL.shape)
+
+    def costs(self, work: Workload) -> Sequence[Cost]:
+        """Saved are the tables of R = T·H·K permuted tokens and, without `recompute`, their
+        pre-activations."""
+        H, E, G, F, L = self.w_in_HEGFL.shape
+        K, rows = self.config.top_k, work.n_tokens * H * self.config.top_k
+        each = H * (G + 1) * F * L
+        saved = 0 if self.compute.recompute else rows * G * F * work.bytes_per_value
+        return (
+            Cost(
+                CostGroup.EXPERTS,
+                Term(E * each, "E·(G+1)·F·D_L"),
+                Term(2 * K * each, "2·K·(G+1)·F·D_L"),
+                Term(saved, "R·G·F·b"),
+                Term(K * each, "K·(G+1)·F·D_L"),
+            ),
+            Cost(CostGroup.PERMUTATION, saved=Term(16 * rows, "16·R, R = T·H·K")),
+        )
 
 
 class SparseLayer(nn.Module):
@@ -178,6 +197,28 @@ class SparseLayer(nn.Module):
             norm_TH = y_THL.detach().float().norm(dim=-1) if "norms" in ctx.report else None
             stats = stats._replace(report=RouteReport(chosen_THK, gate_THK, logits_THE, norm_TH))
         yield Finished((self.merge(y_THL), stats))
+
+    def costs(self, work: Workload) -> Sequence[Cost]:
+        """Saved by the projections are the sub-tokens, before and after their norm, and the outputs
+        of the experts; a flat MoE reads the output of the block's norm."""
+        costs = [*costs_of(self.router, work), *costs_of(self.experts, work)]
+        if self.shared is not None:
+            costs += self.shared.costs(work, CostGroup.SHARED)
+        if self.w_in is None:
+            return costs
+        T, b, H = work.n_tokens, work.bytes_per_value, self.n_heads
+        D_L, D = self.w_in.weight.shape
+        saved = 2 * T * D_L * b
+        if self.norm is not None:
+            saved += T * (D_L * b + 4 * H)
+            costs.append(Cost(CostGroup.NORMS, Term(D_L, "D_L")))
+        weights, flops = Term(2 * D * D_L, "2·D·D_L"), Term(4 * D * D_L, "4·D·D_L")
+        return [
+            *costs,
+            Cost(CostGroup.LATENT, weights, flops),
+            Cost(CostGroup.SUB_TOKENS, saved=Term(saved, "2·T·D_L·b")),
+            casts(2 * D * D_L, work),
+        ]
 
 
 def _like(chunks: Sequence[Tensor], index_THK: Tensor | None) -> Sequence[Tensor | None]:

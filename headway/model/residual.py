@@ -1,6 +1,10 @@
 """The residual stream: how branches read it and write to it. A slot of every block."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+
+from headway.model.costs import Cost, Workload
 
 
 class Residual(nn.Module):
@@ -26,3 +30,7 @@ class Residual(nn.Module):
     def reduce(self, r: Tensor) -> Tensor:
         """The stream → `[B, S, D]`."""
         return r
+
+    def costs(self, work: Workload) -> Sequence[Cost]:
+        """The plain residual connection has no parameters; a subclass that has some names them."""
+        return ()

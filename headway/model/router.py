@@ -4,6 +4,7 @@ T tokens · H heads · L width that the router reads · E experts per head · K 
 are float32 (float64 in references), whatever the dtype of the tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from headway.kernels.permute import drop_over_capacity
 from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_logits
 from headway.model.balance import RouteStats, aux_loss, margin_counts
 from headway.model.compute import Compute
+from headway.model.costs import Cost, CostGroup, Term, Workload
 from headway.model.roles import Group, Init, Role, SplitOver
 
 
@@ -218,6 +220,24 @@ class Router(nn.Module):
     def capacity(self, seq_len: int) -> int:
         """Most rows of a sequence that an expert takes: ⌈factor · S · K / E⌉."""
         return capacity(self.capacity_factor, seq_len, self.top_k, self.n_choices)
+
+    def costs(self, work: Workload) -> Sequence[Cost]:
+        """Saved are the scores, the K chosen with their gates and, where matmuls are not in
+        float32, a float32 copy of the input; with `recompute` the choices alone."""
+        H, E, L = self.w_HEL.shape
+        T, rows = work.n_tokens, work.n_tokens * H * self.top_k
+        saved = 4 * T * H * E + 12 * rows
+        weights, formula = H * E * L, "H·E·D_R"
+        if self.w_noise_HEL is not None:
+            weights, formula = 2 * weights, "2·H·E·D_R"
+            saved += 8 * T * H * E
+        if work.bytes_per_value != 4:
+            saved += 4 * T * (L if self.shard is SplitOver.NONE else H * L)
+        saved_term = Term(saved, "(4·T·H·E + 12·R)")
+        if self.recompute:
+            saved_term = Term(4 * rows, "4·R")
+        flops = Term(2 * weights, f"2·{formula}")
+        return (Cost(CostGroup.ROUTERS, Term(weights, formula), flops, saved_term),)
 
 
 def _sequences(T: int, seq_len: int | None) -> int:

@@ -17,6 +17,7 @@ from headway.model.balance import RouteReport, RouteStats
 from headway.model.build import Block, BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.context import Context, DenseCache
+from headway.model.costs import Cost, CostGroup, Term, Workload, costs_of
 from headway.model.init import init_weights, initial_weights
 from headway.model.linear import Embedding, Linear, RMSNorm
 from headway.model.moe import SparseLayer
@@ -138,6 +139,21 @@ class Transformer(nn.Module):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def costs(self, work: Workload) -> list[Cost]:
+        """Return the costs of all modules. The embedding counts as active in full, as is usual,
+        although a token reads one row of it. Raises UsageError for a module that declares none."""
+        V, D = self.embed.weight.shape
+        T, b, heads = work.n_tokens, work.bytes_per_value, 1 if self.head is None else 2
+        loss = Term(T * D * b + 4 * V * D, "T·D·b + 4·V·D, kept in place of logits")
+        return [
+            Cost(CostGroup.EMBEDDING, Term(heads * V * D, f"{heads}·V·D")),
+            *(c for block in self.blocks() for c in costs_of(block, work)),
+            Cost(CostGroup.NORMS, Term(D, "D")),
+            Cost(CostGroup.RESIDUAL, saved=Term(T * (D * b + 12), "T·(D·b + 12)")),
+            Cost(CostGroup.HEAD, flops=Term(2 * V * D, "2·V·D")),
+            Cost(CostGroup.LOSS, saved=loss),
+        ]
 
 
 def _last(x_BSD: Tensor, ctx: Context) -> Tensor:

@@ -9,20 +9,20 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from headway.config import UsageError
-from headway.plan.cost import training_flops
+from headway.plan.cost import ModelCosts
 from headway.plan.describe import summary
 from headway.plan.layout import (
     AxisName,
     MeshLayout,
     auto_chunks,
-    held_parameters,
     illegal,
     meshes,
     micro_batch,
-    used_parameters,
+    stored,
+    used,
 )
 from headway.plan.machine import NUMBERS
-from headway.plan.rank_memory import memory
+from headway.plan.memory import memory
 from headway.plan.shape import total
 from headway.plan.time import Setting, step_flops, step_seconds
 from headway.plan.traffic import Scheme, payload_bytes
@@ -43,6 +43,7 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
         raise UsageError(f"--gpus {n_ranks} is below 1; use 1 or more")
     micro, passes = micro_batch(config, n_ranks)
     rows, refused = [], []
+    costs = setting.costs(micro)
     formulas: dict[str, dict[str, str]] = {}
     for mesh in meshes(n_ranks):
         reason = illegal(config.model, mesh)
@@ -50,7 +51,7 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
             refused.append({"dp": mesh.dp, "hp": mesh.hp, "ep": mesh.ep, "reason": reason})
             continue
         for layout in _variants(setting, mesh, micro, passes, scheme):
-            rows.append(_row(setting, layout, micro, passes, formulas))
+            rows.append(_row(setting, costs, layout, micro, passes, formulas))
     rows.sort(key=lambda row: (not row["fits"], row["step_seconds"]))
     machine = setting.machine
     return {
@@ -108,6 +109,7 @@ def _by_scheme(
 
 def _row(
     setting: Setting,
+    costs: ModelCosts,
     layout: MeshLayout,
     micro: int,
     passes: int,
@@ -116,9 +118,9 @@ def _row(
     config, b = setting.config, setting.bytes_per_value
     n_tokens = micro * passes * config.data.seq_len
     uneven = setting.imbalance if layout.ep > 1 else 1.0
-    held = memory(config, layout, micro, b, uneven)
+    held = memory(config, costs, layout, micro, b, uneven)
     volumes = comm_volumes(
-        config.model,
+        costs,
         layout,
         n_tokens,
         passes,
@@ -127,15 +129,14 @@ def _row(
         chunks=setting.chunks_on(layout),
         imbalance=uneven,
     )
-    parts = step_seconds(setting, layout, n_tokens, passes, held, volumes)
-    flops = step_flops(config, n_tokens)
-    done = [flops[name] for name in ("matmuls", "attention scores", "experts")]
+    parts = step_seconds(setting, costs, layout, n_tokens, passes, held, volumes)
+    flops = step_flops(config, costs, n_tokens)
     for group, items in (("memory", held), ("bytes_sent", volumes), ("seconds", parts)):
         formulas.setdefault(group, {}).update({i.name: i.formula for i in items})
-    formulas.setdefault("flops", {}).update({i.name: i.formula for i in done})
+    formulas.setdefault("flops", {}).update({i.name: i.formula for i in flops})
     bytes_held, step = round(total(held)), total(parts)
     fits = bytes_held <= setting.machine.memory
-    useful = training_flops(config.model, config.data.seq_len) * n_tokens
+    useful = costs.training_flops * n_tokens
     by_scheme = _by_scheme(setting, layout, micro, passes) if layout.ep > 1 else {}
     return {
         "mesh": str(layout),
@@ -155,10 +156,10 @@ def _row(
         if fits
         else f"needs {bytes_held:,} bytes and {setting.machine.name} has "
         f"{round(setting.machine.memory):,}",
-        "parameters": round(total(used_parameters(config.model, layout))),
-        "parameters_held": round(total(held_parameters(config.model, layout))),
-        "flops": {i.name: round(i.value) for i in done},
-        "flops_total": round(sum(i.value for i in done)),
+        "parameters": sum(used(costs, layout).values()),
+        "parameters_held": round(sum(stored(weights, layout) for weights in costs.weights)),
+        "flops": {i.name: round(i.value) for i in flops},
+        "flops_total": round(total(flops)),
         "bytes_sent": {w.name: round(w.bytes) for w in volumes},
         "bytes_sent_total": round(sum(w.bytes for w in volumes)),
         "messages": {w.name: w.messages for w in volumes},

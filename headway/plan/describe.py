@@ -4,9 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 from headway.config import Config, UsageError
-from headway.plan.cost import active_parameters, flops, parameters, training_flops
-from headway.plan.memory import activations, states
-from headway.plan.shape import Item, shape_of, total
+from headway.model.build import BlockBuilder, build_block
+from headway.plan.cost import model_costs
+from headway.plan.layout import MeshLayout
+from headway.plan.memory import states
+from headway.plan.shape import Items, shape_of, total
 from headway.plan.traffic import traffic_per_token
 
 TYPICAL_VOCAB = 320
@@ -23,34 +25,31 @@ def with_vocab(config: Config, vocab_size: int = 0) -> Config:
     return replace(config, model=replace(config.model, vocab_size=rounded))
 
 
-def describe(config: Config, n_ranks: int = 8, bytes_per_value: int = 4) -> dict[str, Any]:
+def describe(
+    config: Config,
+    n_ranks: int = 8,
+    bytes_per_value: int = 4,
+    blocks: BlockBuilder = build_block,
+) -> dict[str, Any]:
     """Return all costs of a valid config, JSON-ready: groups of `{name: {value, formula}}` and
     their totals.
 
     `bytes_per_value` is of the matmuls: 4 for float32, 2 for bfloat16. Traffic is always that of
-    bfloat16.
+    bfloat16. `blocks` builds blocks with modules of your own, as in `Transformer`.
     """
     if n_ranks < 2:
         raise UsageError(f"--P {n_ranks} ranks send nothing; use 2 or more")
     model, data = config.model, config.data
-    micro = data.micro_batch_size or data.batch_size
-    activation_items = activations(
-        model,
-        micro,
-        data.seq_len,
-        bytes_per_value=bytes_per_value,
-        recompute=config.run.recompute,
-        doc_mask=data.doc_mask,
-    )
+    costs = model_costs(config, data.micro_batch_size or data.batch_size, bytes_per_value, blocks)
     groups = {
-        "parameters": parameters(model),
-        "active_parameters": active_parameters(model),
-        "flops_per_token_forward": flops(model, data.seq_len),
-        "state_bytes": states(config),
-        "activation_bytes": activation_items,
+        "parameters": costs.parameters,
+        "active_parameters": costs.active,
+        "flops_per_token_forward": costs.flops,
+        "state_bytes": states(costs, MeshLayout(), config.optim),
+        "activation_bytes": costs.saved,
     }
     totals = {name: round(total(items)) for name, items in groups.items()}
-    totals["flops_per_token_training"] = round(training_flops(model, data.seq_len))
+    totals["flops_per_token_training"] = round(costs.training_flops)
     sent = traffic_per_token(model, n_ranks)
     return {
         "recipe": config.recipe,
@@ -108,7 +107,7 @@ def format_description(costs: dict[str, Any], config: Config, derived: dict[str,
     return "\n".join(lines)
 
 
-def _table(items: tuple[Item, ...]) -> dict[str, dict[str, float | str]]:
+def _table(items: Items) -> dict[str, dict[str, float | str]]:
     return {i.name: {"value": round(i.value), "formula": i.formula} for i in items}
 
 

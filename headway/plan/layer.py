@@ -24,8 +24,9 @@ which are a rank's local ones.
 from typing import NamedTuple
 
 from headway.config import Config
+from headway.model.costs import CostGroup
 from headway.plan import traffic as t
-from headway.plan.cost import flops
+from headway.plan.cost import ModelCosts
 from headway.plan.layout import AxisName, MeshLayout
 from headway.plan.link import Link, Rates
 from headway.plan.machine import Machine
@@ -66,6 +67,7 @@ def axis_link(machine: Machine, layout: MeshLayout, axis: AxisName, per_node: in
 
 def exchange_costs(
     config: Config,
+    costs: ModelCosts,
     machine: Machine,
     layout: MeshLayout,
     n_tokens: int,
@@ -82,7 +84,7 @@ def exchange_costs(
         imbalance: permuted tokens of the most loaded rank of an ep axis over the mean.
     """
     copied = _copies(config, machine, layout, n_tokens, bytes_per_value)
-    layer = stages(config, machine, layout, n_tokens, bytes_per_value, imbalance, copied)
+    layer = stages(config, costs, machine, layout, n_tokens, bytes_per_value, imbalance, copied)
     forward: dict[Kind, Message] = {}
     backward: dict[Kind, Message] = {}
     on_wire = t.payload_bytes(config.mesh, bytes_per_value)
@@ -108,6 +110,7 @@ def exchange_costs(
 
 def stages(
     config: Config,
+    costs: ModelCosts,
     machine: Machine,
     layout: MeshLayout,
     n_tokens: int,
@@ -118,23 +121,22 @@ def stages(
     """Return the seconds of the layer's stages, each at the rate of its matmuls; backward is twice
     forward, and more with `recompute`."""
     s = shape_of(config.model)
-    forward = {item.name: item.value for item in flops(config.model, config.data.seq_len)}
     matmul = machine.rate("matmul", b, s.D)
 
-    def work(name: str, share: float = 1.0) -> Work:
-        seconds = share * n_tokens * forward.get(name, 0) / s.n_sparse / matmul
+    def work(group: CostGroup, share: float = 1.0) -> Work:
+        seconds = share * n_tokens * costs.flops_of(group) / s.n_sparse / matmul
         return Work(seconds, 2 * seconds)
 
     rate = machine.rate("experts", b, s.D)
     uneven = machine.uneven(imbalance) if layout.ep > 1 else 1.0
-    experts = uneven * n_tokens * forward.get("experts", 0) / s.n_sparse / rate
+    experts = uneven * n_tokens * costs.flops_of(CostGroup.EXPERTS) / s.n_sparse / rate
     again = s.G / (s.G + 1) if config.run.recompute else 0
     return Layer(
-        split=work("latent projections", 0.5),
-        router=work("routers"),
-        shared=work("shared experts"),
+        split=work(CostGroup.LATENT, 0.5),
+        router=work(CostGroup.ROUTERS),
+        shared=work(CostGroup.SHARED),
         experts=Work(experts, (2 + again) * experts),
-        merge=work("latent projections", 0.5),
+        merge=work(CostGroup.LATENT, 0.5),
         copies_before=copied[0],
         copies_after=copied[1],
         early_route=config.model.moe.reads_token,

@@ -16,12 +16,14 @@ used.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 from headway.config import Config, ModelConfig, UsageError
 from headway.config.bounds import alternatives, divisors
-from headway.plan.cost import parameters
-from headway.plan.shape import Item, shape_of
+from headway.model.roles import Group, SplitOver
+from headway.plan.cost import ModelCosts, Weights
+from headway.plan.shape import shape_of
 from headway.plan.traffic import Scheme
 
 AxisName = Literal["dp", "hp", "ep", "routers", "world"]
@@ -62,11 +64,21 @@ class MeshLayout:
         return f"dp={self.dp},hp={self.hp},ep={self.ep}"
 
 
+class ShareKind(Enum):
+    """Parameters that are divided among ranks in the same way."""
+
+    EMBEDDING = "embedding and head"
+    REPLICATED = "replicated"
+    SMALL = "norms and routers"
+    ROUTERS = "routers"
+    EXPERTS = "experts"
+
+
 @dataclass(frozen=True)
 class Share:
     """How parameters that are replicated over the same axis are divided among ranks."""
 
-    name: Literal["replicated", "embedding and head", "norms and routers", "routers", "experts"]
+    kind: ShareKind
     axis: AxisName
     """The ranks that hold the same ones."""
     parts: int
@@ -75,47 +87,35 @@ class Share:
     """How often FSDP gathers them in a forward and backward pass; 0 where they are replicated."""
 
 
-def shares(model: ModelConfig, layout: MeshLayout) -> dict[str, Share]:
-    """Return group of `cost.parameters` → how it is divided among ranks."""
+def share_of(weights: Weights, layout: MeshLayout) -> Share:
+    """Return how parameters of one role are divided among ranks."""
     sharded = layout.shard
-    split = {"experts": Share("experts", "dp", layout.hp * layout.ep, 2 if sharded else 0)}
-    if sharded:
-        split["norms"] = split["routers"] = Share("norms and routers", "world", 1)
-        split["embedding and output head"] = Share("embedding and head", "world", 1, 1)
-    if layout.hp > 1 and not model.moe.reads_token:
-        split["routers"] = Share("routers", "routers", layout.hp)
-    rest = Share("replicated", "world", 1, 2 if sharded else 0)
-    return {item.name: split.get(item.name, rest) for item in parameters(model)}
+    if weights.shard is SplitOver.EXPERTS:
+        return Share(ShareKind.EXPERTS, "dp", layout.hp * layout.ep, 2 if sharded else 0)
+    if weights.shard is SplitOver.HEADS and layout.hp > 1:
+        return Share(ShareKind.ROUTERS, "routers", layout.hp)
+    if sharded and weights.group in (Group.VECTOR, Group.ROUTER):
+        return Share(ShareKind.SMALL, "world", 1)
+    if sharded and weights.group in (Group.EMBEDDING, Group.HEAD):
+        return Share(ShareKind.EMBEDDING, "world", 1, 1)
+    return Share(ShareKind.REPLICATED, "world", 1, 2 if sharded else 0)
 
 
-def used_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
-    """Return the parameters that one rank computes with, in groups."""
-    by_name = shares(model, layout)
-    items = []
-    for item in parameters(model):
-        parts = by_name[item.name].parts
-        over = {"experts": " / (hp·ep)", "routers": " / hp"}.get(item.name, "") if parts > 1 else ""
-        items.append(Item(item.name, item.value / parts, f"({item.formula}){over}"))
-    return tuple(items)
+def used(costs: ModelCosts, layout: MeshLayout) -> dict[Share, int]:
+    """Return the number of parameters that one rank computes with, by how they are divided."""
+    counts: dict[Share, int] = {}
+    for weights in costs.weights:
+        share = share_of(weights, layout)
+        counts[share] = counts.get(share, 0) + weights.count // share.parts
+    order = list(ShareKind)
+    return dict(sorted(counts.items(), key=lambda entry: order.index(entry[0].kind)))
 
 
-def held_parameters(model: ModelConfig, layout: MeshLayout) -> tuple[Item, ...]:
-    """Return the parameters that one rank stores: those it uses, or with `shard` its shard of
-    them."""
-    if not layout.shard:
-        return used_parameters(model, layout)
-    by_name = shares(model, layout)
-    words = {"world": " / N", "dp": " / dp"}
-    return tuple(
-        Item(
-            item.name,
-            item.value / layout.size(by_name[item.name].axis),
-            item.formula + words[by_name[item.name].axis],
-        )
-        if by_name[item.name].gathers
-        else item
-        for item in used_parameters(model, layout)
-    )
+def stored(weights: Weights, layout: MeshLayout) -> float:
+    """Return how many of these parameters one rank stores: those it uses, or with `shard` its shard
+    of them."""
+    share = share_of(weights, layout)
+    return weights.count / share.parts / (layout.size(share.axis) if share.gathers else 1)
 
 
 def meshes(n_ranks: int) -> Iterator[MeshLayout]:

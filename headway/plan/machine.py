@@ -13,6 +13,8 @@ from headway.config import UsageError
 from headway.plan.link import Curve, parse_curve
 
 Origin = Literal["vendor", "assumed", "measured", "given"]
+Kind = Literal["matmul", "experts", "attention"]
+"""Of a computation."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ class Machine:
         """Return where a number comes from."""
         return self.origin.get(name, "assumed" if name in _ASSUMED else "vendor")
 
-    def rate(
-        self, kind: Literal["matmul", "experts", "attention"], bytes_per_value: int, d_model: int
-    ) -> float:
+    def rate(self, kind: Kind, bytes_per_value: int, d_model: int) -> float:
         """Return the achieved FLOP/s: the peak of the dtype times the share of it."""
         share = {
             "matmul": self.efficiency if d_model >= WIDE else self.narrow_efficiency,

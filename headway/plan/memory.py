@@ -1,150 +1,118 @@
-"""Bytes that training holds: weights, gradients, optimiser state, and what the forward pass keeps
-for backward.
+"""Bytes that one rank of a mesh holds in training: weights, gradients, optimiser state, what the
+forward pass keeps for backward, and what parallelism adds.
 
-b is the size of a value in the dtype of the matmuls. Activations are those of the default CPU path,
-counted tensor by tensor; short-lived buffers (one expert's rows, one chunk of logits) come on top
-and do not grow with depth.
+Not counted: short-lived buffers, CUDA's context, NCCL's buffers and fragmentation; `plan.machine`
+leaves some 6 % for them.
 """
 
-from headway.config import Config, ModelConfig, OptimConfig
-from headway.plan.cost import parameters
-from headway.plan.shape import Item, Shape, shape_of, total
+from enum import Enum
 
-_BY_ADAMW = ("embedding and output head", "norms", "routers")  # the rest are Muon's, if it is on
+from headway.config import Config, OptimConfig
+from headway.model.costs import CostGroup
+from headway.model.roles import Group
+from headway.plan.cost import Item, Items, ModelCosts, Weights
+from headway.plan.layout import MeshLayout, ShareKind, stored, used
+from headway.plan.shape import shape_of
+from headway.plan.traffic import expected_ranks, gate_bytes, index_bytes
 
 
-def states(config: Config) -> tuple[Item, ...]:
-    """Weights, gradients and optimiser state on one process, independent of the batch."""
-    return states_of(parameters(config.model), config.optim)
+class MemoryPart(Enum):
+    """What a rank holds beside what is kept for backward (`CostGroup`)."""
+
+    WEIGHTS = "weights"
+    GRADIENTS = "gradients"
+    ADAMW = "AdamW moments"
+    MUON = "Muon momentum"
+    RECEIVED = "sub-tokens received from the ep axis"
+    GATHERED = "weights gathered for use"
+    UNEVEN = "rows of the busiest rank"
 
 
-def states_of(held: tuple[Item, ...], optim: OptimConfig) -> tuple[Item, ...]:
-    """The same for the parameters that one rank holds, in the groups of `cost.parameters`."""
-    groups = {item.name: item.value for item in held}
-    n = sum(groups.values())
-    adamw = n - sum(value for name, value in groups.items() if by_muon(name, optim))
+def memory(
+    config: Config,
+    costs: ModelCosts,
+    layout: MeshLayout,
+    micro: int,
+    bytes_per_value: int,
+    imbalance: float = 1.0,
+) -> Items:
+    """Return the bytes in groups; `costs` are those of a forward pass over `micro` sequences.
+    `layout.shard` divides weights, gradients and optimiser state over the ranks that replicate
+    them."""
+    saved = costs.saved
+    if layout.shard:  # casts are gathered and freed layer by layer
+        saved = tuple(item for item in saved if item.part is not CostGroup.CASTS)
+    items = (
+        *states(costs, layout, config.optim),
+        *saved,
+        _received(config, layout, micro * config.data.seq_len, bytes_per_value),
+        _gathered(costs, layout, bytes_per_value),
+        _uneven(saved, layout, imbalance),
+    )
+    return tuple(item for item in items if item.value)
+
+
+def states(costs: ModelCosts, layout: MeshLayout, optim: OptimConfig) -> Items:
+    """Return weights, gradients and optimiser state of one rank, independent of the batch."""
+    counts = [(weights, stored(weights, layout)) for weights in costs.weights]
+    n = sum(count for _, count in counts)
+    muon = sum(count for weights, count in counts if by_muon(weights, optim))
     moment = 2 if optim.state_dtype == "bfloat16" else 4
     items = (
-        Item("weights", 4 * n, "4 bytes per parameter"),
-        Item("gradients", 4 * n, "4 bytes per parameter"),
-        Item("AdamW moments", 2 * moment * adamw, f"2·{moment} bytes per parameter"),
-        Item("Muon momentum", 4 * (n - adamw), "4 bytes per parameter of the blocks' matrices"),
+        Item(MemoryPart.WEIGHTS, 4 * n, "4 bytes per parameter"),
+        Item(MemoryPart.GRADIENTS, 4 * n, "4 bytes per parameter"),
+        Item(MemoryPart.ADAMW, 2 * moment * (n - muon), f"2·{moment} bytes per parameter"),
+        Item(MemoryPart.MUON, 4 * muon, "4 bytes per parameter of the blocks' matrices"),
     )
     return tuple(item for item in items if item.value)
 
 
-def by_muon(group: str, optim: OptimConfig) -> bool:
-    """Whether Muon updates a group of `cost.parameters`; AdamW does otherwise."""
-    if optim.name != "muon" or group in _BY_ADAMW:
-        return False
-    return optim.muon_experts or group != "experts"
-
-
-def activations(
-    model: ModelConfig,
-    batch: int,
-    seq_len: int,
-    *,
-    bytes_per_value: int = 4,
-    recompute: bool = False,
-    doc_mask: bool = False,
-) -> tuple[Item, ...]:
-    """Bytes that one forward pass over `batch` sequences keeps for backward, in groups over all
-    layers."""
-    s, T, b = shape_of(model), batch * seq_len, bytes_per_value
-    items = (
-        Item(
-            "residual stream and norms",
-            T * (2 * s.n_layers + 1) * (2 * s.D * b + 4) - T * s.D * b + 8 * T,
-            "T·(2·layers + 1)·(2·D·b + 4)",
-        ),
-        Item("attention", s.n_layers * _attention(model, s, T, seq_len, b), _ATTENTION),
-        Item("masks", _masks(s, batch, seq_len, b, doc_mask), "S·S·b, per sequence with doc_mask"),
-        Item(
-            "dense networks",
-            s.n_dense * T * b * _dense(model.activation, s.F_dense),
-            "T·b·F·(3 with SwiGLU, else 2)",
-        ),
-        Item("routers", s.n_sparse * _router(model, s, T, b, recompute), _ROUTER),
-        Item(
-            "sub-tokens and expert outputs",
-            s.n_sparse * _latent(model, s, T, b),
-            "2·T·D_L·b of a latent layer",
-        ),
-        Item(
-            "sorted rows",
-            s.n_sparse * 16 * T * s.H * s.K,
-            "16·R, two int64 tables of R = T·H·K rows",
-        ),
-        Item(
-            "experts",
-            0 if recompute else s.n_sparse * T * s.H * s.K * s.G * s.F * b,
-            "R·G·F·b, nothing with recompute",
-        ),
-        Item(
-            "shared experts",
-            s.n_sparse * T * b * _dense(model.moe.activation, s.F_shared),
-            "T·b·F_shared·(3 with SwiGLU, else 2)",
-        ),
-        Item(
-            "gradients of the loss",
-            T * s.D * b + 4 * s.V * s.D,
-            "T·D·b + 4·V·D, kept in place of logits",
-        ),
-        Item(
-            "weights cast to the matmul's dtype",
-            0 if b == 4 else b * _cast(model),
-            "b per parameter of projections and dense networks, nothing in float32",
-        ),
+def by_muon(weights: Weights, optim: OptimConfig) -> bool:
+    """Return whether Muon updates these parameters; AdamW does otherwise."""
+    experts = weights.group in (Group.EXPERT_IN, Group.EXPERT_OUT)
+    return optim.name == "muon" and (
+        weights.group is Group.MATRIX or (experts and optim.muon_experts)
     )
-    return tuple(item for item in items if item.value)
 
 
-_ATTENTION = "layers·T·b·d·(3N + 3M), of it N + M for QK-norm"
-_ROUTER = "layers·(4·T·H·E + 12·R), with recompute 4·R"
+def _received(config: Config, layout: MeshLayout, n_tokens: int, b: int) -> Item:
+    """Return what Expert Parallel received, which it keeps beside what it sent; Head Parallel keeps
+    as many sub-tokens as a single process, those of its heads."""
+    s = shape_of(config.model)
+    n = n_tokens * s.H
+    if layout.ep == 1:
+        return Item(MemoryPart.RECEIVED, 0, "")
+    slots = s.K * (index_bytes(s.H, s.E) + gate_bytes(b))
+    if layout.scheme == "all_gather":
+        value, formula = layout.ep * (s.L * b + slots), "layers·T·H·ep·(L·b + K·(i+g))"
+    elif layout.scheme == "all_to_all":
+        value = expected_ranks(s.K, layout.ep) * (s.L * b + slots)
+        formula = "layers·T·H·c·(L·b + K·(i+g))"
+    else:
+        value, formula = s.K * s.L * b, "layers·T·H·K·L·b"
+    return Item(MemoryPart.RECEIVED, s.n_sparse * n * value, formula)
 
 
-def _attention(model: ModelConfig, s: Shape, T: int, seq_len: int, b: int) -> int:
-    """Queries, keys, values, output, log-sum-exp; inputs and scales of QK-norm; the rotary
-    tables."""
-    kept = T * b * s.d * (2 * s.N + 2 * s.M) + 4 * T * s.N + 4 * seq_len * s.d
-    if model.qk_norm:
-        kept += T * (s.N + s.M) * (s.d * b + 4)
-    if model.attn_gate:
-        kept += T * s.N * b + T * s.N * s.d * b
-    return kept
+def _gathered(costs: ModelCosts, layout: MeshLayout, b: int) -> Item:
+    """Return what FSDP gathers: the weights of two layers of this rank (the current one and the
+    next) and one layer's full gradients; or the embedding and the head where that is more. Experts,
+    embedding and head are sent in b bytes and converted to float32."""
+    n = dict.fromkeys(ShareKind, 0.0)
+    for share, count in used(costs, layout).items():
+        if share.gathers and layout.size(share.axis) > 1:
+            n[share.kind] += count
+    blocks, experts = n[ShareKind.REPLICATED], n[ShareKind.EXPERTS]
+    layers = (3 * b * blocks + 12 * experts) / costs.config.n_layers
+    return Item(
+        MemoryPart.GATHERED,
+        max(layers, 8 * n[ShareKind.EMBEDDING]),
+        "max((3·b·n + 12·experts)/layers, 8·(embedding and head))",
+    )
 
 
-def _masks(s: Shape, batch: int, seq_len: int, b: int, doc_mask: bool) -> int:
-    if doc_mask:
-        return s.n_layers * batch * seq_len * seq_len * b
-    return sum(0 < window < seq_len for window in s.windows) * seq_len * seq_len * b
-
-
-def _dense(activation: str, width: int) -> int:
-    """Values per token: what the activation reads and what it gives."""
-    return (3 if activation == "swiglu" else 2) * width
-
-
-def _router(model: ModelConfig, s: Shape, T: int, b: int, recompute: bool) -> int:
-    rows = T * s.H * s.K
-    if recompute:
-        return 4 * rows
-    scores = 4 * T * s.H * s.E + 12 * rows
-    if model.moe.router.noisy:
-        scores += 8 * T * s.H * s.E
-    if b != 4:  # the float32 copy of what it reads
-        reads_token = model.moe.reads_token or not s.projected
-        scores += 4 * T * (s.D if reads_token else s.D_L)
-    return scores
-
-
-def _latent(model: ModelConfig, s: Shape, T: int, b: int) -> int:
-    if not s.projected:
-        return 0  # experts read the output of the norm, which is counted
-    return 2 * T * s.D_L * b + (T * (s.D_L * b + 4 * s.H) if model.moe.latent_norm else 0)
-
-
-def _cast(model: ModelConfig) -> float:
-    names = ("attention", "dense networks", "latent projections", "shared experts")
-    return total(tuple(item for item in parameters(model) if item.name in names))
+def _uneven(saved: Items, layout: MeshLayout, imbalance: float) -> Item:
+    groups = (CostGroup.EXPERTS, CostGroup.PERMUTATION)
+    rows = sum(item.value for item in saved if item.part in groups)
+    more = (imbalance - 1) * rows if layout.ep > 1 else 0
+    formula = "(imbalance − 1)·(experts + sorted rows)"
+    return Item(MemoryPart.UNEVEN, more, formula)

@@ -1,28 +1,39 @@
 """The sizes of a model with every default filled in, under the letters that the formulas use."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
-from headway.config import ModelConfig, n_inputs
+from headway.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Item:
-    """One line of a sum: a value and the formula that gave it."""
+class Item(NamedTuple):
+    """One line of a sum: what it is for, its value, and the formula that gave it."""
 
-    name: str
+    part: Enum
+    """The value of this member is the label."""
     value: float
     formula: str
 
+    @property
+    def name(self) -> str:
+        """The label."""
+        return self.part.value
 
-def total(items: tuple[Item, ...]) -> float:
-    """Sum of the values."""
+
+Items = tuple[Item, ...]
+
+
+def total(items: Iterable[Item]) -> float:
+    """Return the sum of the values."""
     return sum(item.value for item in items)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Letters as in the legend of DESIGN: sizes of one layer, and how many layers of each kind
-    there are."""
+    """Sizes of one layer under the letters of AGENTS.md's legend, and the number of layers of each
+    kind."""
 
     V: int
     D: int
@@ -33,8 +44,6 @@ class Shape:
     d: int
     """Width of an attention head."""
     F_dense: int
-    G_dense: int
-    """Pre-activations per hidden unit of the dense network: 2 with SwiGLU, else 1."""
     H: int
     E: int
     K: int
@@ -42,15 +51,9 @@ class Shape:
     G: int
     D_L: int
     """Width that the experts of all heads read: H·L, or D for a flat mixture."""
-    D_R: int
-    """Width that the router of one head reads: L, or D."""
     F_shared: int
     n_sparse: int
     n_dense: int
-    windows: tuple[int, ...]
-    """One per layer; 0 is full attention."""
-    projected: bool
-    """Whether the sparse layers have W_in and W_out."""
 
     @property
     def L(self) -> int:
@@ -64,7 +67,7 @@ class Shape:
 
 
 def shape_of(model: ModelConfig) -> Shape:
-    """The sizes of a valid config whose `vocab_size` is resolved."""
+    """Return the sizes of a valid config whose `vocab_size` is resolved."""
     moe = model.moe
     n_sparse = sum(model.is_sparse(layer) for layer in range(model.n_layers))
     return Shape(
@@ -74,17 +77,13 @@ def shape_of(model: ModelConfig) -> Shape:
         M=model.kv_heads,
         d=model.head_width,
         F_dense=model.d_ff,
-        G_dense=n_inputs(model.activation),
         H=moe.n_heads,
         E=moe.n_experts,
         K=moe.top_k,
         F=moe.d_expert,
         G=moe.n_inputs,
         D_L=moe.latent_width(model.d_model),
-        D_R=moe.router_width(model.d_model),
         F_shared=moe.d_shared,
         n_sparse=n_sparse,
         n_dense=model.n_layers - n_sparse,
-        windows=tuple(model.window_of(layer) for layer in range(model.n_layers)),
-        projected=moe.is_latent,
     )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from headway.plan.time import TimePart
+
 MOST_ROWS = 12
 """Most rows of the table; `--json` has all."""
 _UNITS = {
@@ -110,18 +112,22 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+_COLUMNS = {
+    TimePart.HEAD_PARALLEL: "exposed",
+    TimePart.EXPERT_PARALLEL: "exposed",
+    TimePart.WEIGHTS: "exposed",
+    TimePart.GRADIENTS: "gradients",
+    TimePart.SMALL_SUMS: "gradients",
+    TimePart.OPTIMISER: "optimiser",
+    TimePart.NEWTON_SCHULZ: "optimiser",
+}
+"""The column of a part that is not `compute`."""
+
+
 def _groups(seconds: dict[str, float]) -> dict[str, float]:
-    names = ("compute", "exposed", "gradients", "optimiser")
-    groups: dict[str, float] = dict.fromkeys(names, 0.0)
+    groups: dict[str, float] = dict.fromkeys(("compute", "exposed", "gradients", "optimiser"), 0.0)
     for name, value in seconds.items():
-        if name.endswith("exposed"):
-            groups["exposed"] += value
-        elif name in ("gradients summed", "small sums"):
-            groups["gradients"] += value
-        elif name in ("optimiser", "Newton–Schulz"):
-            groups["optimiser"] += value
-        else:
-            groups["compute"] += value
+        groups[_COLUMNS.get(TimePart(name), "compute")] += value
     return groups
 
 

@@ -30,21 +30,50 @@ earlier layers are still in backward; nothing hides those of the first layer and
 processor that moves the bytes itself (gloo) pays for the hidden part as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
-from headway.config import Config
-from headway.plan.cost import flops
+from headway.config import Config, OptimConfig
+from headway.model.build import BlockBuilder, build_block
+from headway.model.costs import CostGroup
+from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layer import axis_link, exchange_costs
-from headway.plan.layout import MeshLayout, auto_chunks, used_parameters
-from headway.plan.machine import WIDE, Machine
-from headway.plan.memory import by_muon
-from headway.plan.rank_memory import CAST, GATHERED
-from headway.plan.shape import Item, shape_of, total
+from headway.plan.layout import MeshLayout, ShareKind, auto_chunks, share_of, used
+from headway.plan.machine import WIDE, Kind, Machine
+from headway.plan.memory import MemoryPart, by_muon
+from headway.plan.shape import Item, Items, shape_of, total
 from headway.plan.volume import CommVolume
 
 COPIED = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
 HIDDEN = "comm − what stages of other chunks hide (plan/overlap.py)"
-_NOT_KEPT = ("weights", "gradients", "AdamW moments", "Muon momentum", CAST, GATHERED)
+_NOT_KEPT = (
+    MemoryPart.WEIGHTS,
+    MemoryPart.GRADIENTS,
+    MemoryPart.ADAMW,
+    MemoryPart.MUON,
+    MemoryPart.GATHERED,
+    CostGroup.CASTS,
+)
+
+
+class TimePart(Enum):
+    """A part of a step."""
+
+    MATMULS = "matmuls"
+    SCORES = "attention scores"
+    EXPERTS = "experts"
+    MEMORY = "memory traffic"
+    EXPERTS_AGAIN = "experts again"
+    COPIES = "copies around exchanges"
+    HEAD_PARALLEL = "Head Parallel, exposed"
+    EXPERT_PARALLEL = "Expert Parallel, exposed"
+    WEIGHTS = "weights gathered, exposed"
+    GRADIENTS = "gradients summed"
+    SMALL_SUMS = "small sums"
+    OPTIMISER = "optimiser"
+    NEWTON_SCHULZ = "Newton–Schulz"
 
 
 @dataclass(frozen=True)
@@ -59,86 +88,95 @@ class Setting:
     """0: `layout.auto_chunks` chooses for each mesh."""
     imbalance: float = 1.0
 
+    blocks: BlockBuilder = build_block
+    """Builds blocks with modules of your own, as in `Transformer`."""
+
+    def costs(self, micro: int) -> ModelCosts:
+        """Return the costs of the model with `micro` sequences in a forward pass."""
+        return model_costs(self.config, micro, self.bytes_per_value, self.blocks)
+
     def chunks_on(self, layout: MeshLayout) -> int:
         """Return the chunks of a micro-batch on a mesh."""
         return self.chunks or auto_chunks(layout, self.per_node)[0]
 
 
-def step_flops(config: Config, n_tokens: int, imbalance: float = 1.0) -> dict[str, Item]:
-    """Return the FLOPs of one rank and step: `matmuls`, `attention scores`, `experts`; the last
-    include what `recompute` computes again."""
+class StepFlops(NamedTuple):
+    """FLOPs of one rank and step."""
+
+    matmuls: Item
+    scores: Item
+    experts: Item
+    """With what `recompute` computes again."""
+
+
+def step_flops(
+    config: Config, costs: ModelCosts, n_tokens: int, imbalance: float = 1.0
+) -> StepFlops:
+    """Return the FLOPs of one rank and step."""
     s = shape_of(config.model)
-    forward = {item.name: item.value for item in flops(config.model, config.data.seq_len)}
-    experts, scores = forward.pop("experts", 0), forward.pop("attention scores", 0)
+    experts, scores = CostGroup.EXPERTS, CostGroup.SCORES
+    matmuls = sum(i.value for i in costs.flops if i.part not in (experts, scores))
     again = s.G / (s.G + 1) if config.run.recompute else 0
-    words = "(3 + G/(G+1))" if again else "3"
+    factor = "(3 + G/(G+1))" if again else "3"
     uneven = "·imbalance" if imbalance != 1 else ""
-    return {
-        "matmuls": Item("matmuls", 3 * n_tokens * sum(forward.values()), "3·T·FLOPs forward"),
-        "attention scores": Item("attention scores", 3 * n_tokens * scores, "3·T·FLOPs forward"),
-        "experts": Item(
-            "experts",
-            (3 + again) * n_tokens * experts * imbalance,
-            f"{words}·T·FLOPs forward{uneven}",
+    return StepFlops(
+        Item(TimePart.MATMULS, 3 * n_tokens * matmuls, "3·T·FLOPs forward"),
+        Item(TimePart.SCORES, 3 * n_tokens * costs.flops_of(scores), "3·T·FLOPs forward"),
+        Item(
+            TimePart.EXPERTS,
+            (3 + again) * n_tokens * costs.flops_of(experts) * imbalance,
+            f"{factor}·T·FLOPs forward{uneven}",
         ),
-    }
+    )
 
 
 def step_seconds(
     setting: Setting,
+    costs: ModelCosts,
     layout: MeshLayout,
     n_tokens: int,
     passes: int,
-    memory: tuple[Item, ...],
-    volumes: tuple[CommVolume, ...],
-) -> tuple[Item, ...]:
-    """Return the parts of a step. `memory` and `volumes` are the rank's, from `rank_memory.memory`
-    and `volume.comm_volumes`."""
+    memory: Items,
+    volumes: Sequence[CommVolume],
+) -> Items:
+    """Return the parts of a step. `memory` and `volumes` are the rank's, from `memory.memory` and
+    `volume.comm_volumes`."""
     config, machine, b = setting.config, setting.machine, setting.bytes_per_value
     D = config.model.d_model
     share = "efficiency" if D >= WIDE else "narrow_efficiency"
-    matmul, experts = machine.rate("matmul", b, D), machine.rate("experts", b, D)
-    attention = machine.rate("attention", b, D)
     uneven = machine.uneven(setting.imbalance) if layout.ep > 1 else 1.0
-    done = step_flops(config, n_tokens, uneven)
-    kept = sum(item.value for item in memory if item.name not in _NOT_KEPT)
-    parameters = used_parameters(config.model, layout)
-    used, experts_used = total(parameters), sum(p.value for p in parameters if p.name == "experts")
+    work = step_flops(config, costs, n_tokens, uneven)
+    saved = sum(item.value for item in memory if item.part not in _NOT_KEPT)
+    parameters = used(costs, layout)
+    experts = sum(n for s, n in parameters.items() if s.kind is ShareKind.EXPERTS)
     again = setting.chunks_on(layout) - 1 if layout.hp * layout.ep > 1 else 0
+
+    def computed(item: Item, kind: Kind, efficiency: str) -> Item:
+        seconds = item.value / machine.rate(kind, b, D)
+        return Item(item.part, seconds, f"{item.formula} / (peak·{efficiency})")
+
     compute = (
+        computed(work.matmuls, "matmul", share),
+        computed(work.scores, "attention", "attention_efficiency"),
+        computed(work.experts, "experts", "experts_efficiency"),
         Item(
-            "matmuls",
-            done["matmuls"].value / matmul,
-            f"{done['matmuls'].formula} / (peak·{share})",
-        ),
-        Item(
-            "attention scores",
-            done["attention scores"].value / attention,
-            f"{done['attention scores'].formula} / (peak·attention_efficiency)",
-        ),
-        Item(
-            "experts",
-            done["experts"].value / experts,
-            f"{done['experts'].formula} / (peak·experts_efficiency)",
-        ),
-        Item(
-            "memory traffic",
-            passes * (2 * kept + 3 * b * used) / machine.memory_bandwidth,
+            TimePart.MEMORY,
+            passes * (2 * saved + 3 * b * sum(parameters.values())) / machine.memory_bandwidth,
             "passes·(2·kept bytes + 3·b·parameters used) / memory bandwidth",
         ),
         Item(
-            "experts again",
-            passes * again * (3 * b + 12) * experts_used / machine.memory_bandwidth,
+            TimePart.EXPERTS_AGAIN,
+            passes * again * (3 * b + 12) * experts / machine.memory_bandwidth,
             "passes·(chunks−1)·(3·b + 12)·experts' parameters / memory bandwidth",
         ),
     )
     exposed = (
-        *_exchanges(setting, layout, n_tokens, passes),
+        *_exchanges(setting, costs, layout, n_tokens, passes),
         _weights(setting, layout, volumes, passes, total(compute)),
         _gradients(setting, layout, volumes, passes, total(compute)),
         _small_sums(setting, layout),
     )
-    items = (*compute, *exposed, *_optimiser(setting, layout, memory))
+    items = (*compute, *exposed, *_optimiser(setting, costs, layout, memory))
     return tuple(item for item in items if item.value)
 
 
@@ -152,28 +190,27 @@ def _comm(setting: Setting, layout: MeshLayout, sent: CommVolume) -> float:
 def _weights(
     setting: Setting,
     layout: MeshLayout,
-    volumes: tuple[CommVolume, ...],
+    volumes: Sequence[CommVolume],
     passes: int,
     compute: float,
 ) -> Item:
     comm = sum(_comm(setting, layout, w) for w in volumes if w.kind == "weights")
     pieces = 2 * setting.config.model.n_layers * passes
     formula = "max(comm/(2·layers·passes), comm − compute)"
-    return Item("weights gathered, exposed", _exposed(comm, pieces, compute), formula)
+    return Item(TimePart.WEIGHTS, _exposed(comm, pieces, compute), formula)
 
 
 def _exchanges(
-    setting: Setting, layout: MeshLayout, n_tokens: int, passes: int
+    setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: int, passes: int
 ) -> tuple[Item, Item, Item]:
     """Return the copies around the exchanges of the sparse layers, and the exposed time of the
     exchanges on hp and ep."""
-    names = "copies around exchanges", "Head Parallel, exposed", "Expert Parallel, exposed"
-    formulas = COPIED, HIDDEN, HIDDEN
     layers = shape_of(setting.config.model).n_sparse * passes
-    costs = (0.0, 0.0, 0.0)
+    copies, hp, ep = 0.0, 0.0, 0.0
     if layout.hp * layout.ep > 1:
-        costs = exchange_costs(
+        copies, hp, ep = exchange_costs(
             setting.config,
+            costs,
             setting.machine,
             layout,
             n_tokens // passes,
@@ -182,15 +219,17 @@ def _exchanges(
             bytes_per_value=setting.bytes_per_value,
             imbalance=setting.imbalance if layout.ep > 1 else 1.0,
         )
-    items = zip(names, costs, formulas, strict=True)
-    a, b, c = (Item(name, layers * value, formula) for name, value, formula in items)
-    return a, b, c
+    return (
+        Item(TimePart.COPIES, layers * copies, COPIED),
+        Item(TimePart.HEAD_PARALLEL, layers * hp, HIDDEN),
+        Item(TimePart.EXPERT_PARALLEL, layers * ep, HIDDEN),
+    )
 
 
 def _gradients(
     setting: Setting,
     layout: MeshLayout,
-    volumes: tuple[CommVolume, ...],
+    volumes: Sequence[CommVolume],
     passes: int,
     compute: float,
 ) -> Item:
@@ -212,7 +251,7 @@ def _gradients(
     if work:  # the hidden part still takes its share of the processor
         exposed += work * (comm - exposed) / comm
         formula += " + the processor's part of the rest"
-    return Item("gradients summed", exposed, formula)
+    return Item(TimePart.GRADIENTS, exposed, formula)
 
 
 def _small_sums(setting: Setting, layout: MeshLayout) -> Item:
@@ -221,7 +260,7 @@ def _small_sums(setting: Setting, layout: MeshLayout) -> Item:
     seconds = 0.0
     if layout.ranks > 1:
         seconds = 3 * axis_link(setting.machine, layout, "world", setting.per_node).ring(0)
-    return Item("small sums", seconds, "3·latency·2·(N−1)")
+    return Item(TimePart.SMALL_SUMS, seconds, "3·latency·2·(N−1)")
 
 
 def _exposed(comm: float, pieces: int, work: float) -> float:
@@ -229,51 +268,40 @@ def _exposed(comm: float, pieces: int, work: float) -> float:
     return max(comm / pieces, comm - work) if comm else 0.0
 
 
-def _optimiser(setting: Setting, layout: MeshLayout, memory: tuple[Item, ...]) -> tuple[Item, Item]:
-    held = {item.name: item.value for item in memory}
-    moved = (
-        2 * held["weights"]
-        + held["gradients"]
-        + 2 * (held.get("AdamW moments", 0) + held.get("Muon momentum", 0))
-    )
+def _optimiser(
+    setting: Setting, costs: ModelCosts, layout: MeshLayout, memory: Items
+) -> tuple[Item, Item]:
+    times: dict[Enum, int] = {
+        MemoryPart.WEIGHTS: 2,
+        MemoryPart.GRADIENTS: 1,
+        MemoryPart.ADAMW: 2,
+        MemoryPart.MUON: 2,
+    }
+    moved = sum(times[i.part] * i.value for i in memory if i.part in times)
     machine = setting.machine
-    ortho = newton_schulz(setting.config, layout)
+    ortho = newton_schulz(costs, setting.config.optim, layout)
     return (
         Item(
-            "optimiser",
+            TimePart.OPTIMISER,
             moved / machine.memory_bandwidth,
             "(2·weights + gradients + 2·state) / memory bandwidth",
         ),
         Item(
-            "Newton–Schulz",
+            TimePart.NEWTON_SCHULZ,
             ortho / machine.rate("matmul", setting.bytes_per_value, setting.config.model.d_model),
             "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / rate of matmuls",
         ),
     )
 
 
-def newton_schulz(config: Config, layout: MeshLayout) -> float:
+def newton_schulz(costs: ModelCosts, optim: OptimConfig, layout: MeshLayout) -> float:
     """Return the FLOPs of Muon's orthogonalisation on one rank and step: five steps of three
     matmuls per m × n matrix, m ≤ n. Every rank orthogonalises the matrices that it holds; with
     `shard` the ranks divide up those that they would replicate."""
-    s, model = shape_of(config.model), config.model
-    attention = [(s.D, s.N * s.d)] * 2 + [(s.D, s.M * s.d)] * 2
-    if model.attn_gate:
-        attention.append((s.D, s.N))
-    stacks = (
-        ("attention", s.n_layers, attention),
-        ("dense networks", s.n_dense, [(s.G_dense * s.F_dense, s.D), (s.D, s.F_dense)]),
-        ("latent projections", s.n_sparse * s.projected, [(s.D, s.D_L)] * 2),
-        ("shared experts", s.n_sparse, [(s.G * s.F_shared, s.D), (s.D, s.F_shared)]),
-        ("experts", s.n_sparse * s.H * s.E, [(s.F, s.L)] * (s.G + 1)),
-    )
     flops = 0.0
-    for name, count, matrices in stacks:
-        if not count or not by_muon(name, config.optim):
-            continue
-        split = layout.hp * layout.ep if name == "experts" else 1
-        if layout.shard:
-            split = layout.ranks
-        for m, n in (sorted(shape) for shape in matrices):
-            flops += count / split * 5 * (4 * m * m * n + 2 * m**3)
+    for weights in costs.weights:
+        if by_muon(weights, optim):
+            split = layout.ranks if layout.shard else share_of(weights, layout).parts
+            for (m, n), count in weights.matrices.items():
+                flops += count / split * 5 * (4 * m * m * n + 2 * m**3)
     return flops

@@ -20,6 +20,7 @@ comes first. The sizes of the other schemes are fixed in advance. DeepEP sends o
 sub-token in float8 is sent with its float32 scale: L + 4 bytes in place of L·b.
 """
 
+from enum import Enum
 from typing import Literal, NamedTuple
 
 from headway.config import MeshConfig, ModelConfig
@@ -180,10 +181,19 @@ def _sent(n: float, n_ranks: int) -> float:
     return n // n_ranks * (n_ranks - 1) if exact else n * (n_ranks - 1) / n_ranks
 
 
-_NAMES: dict[Scheme, str] = {
-    "all_to_all_per_slot": "Expert Parallel",
-    "all_to_all": "Expert Parallel, one copy per rank",
-    "all_gather": "Expert Parallel, all-gather",
+class TokenExchange(Enum):
+    """A way to exchange the tokens of a sparse layer."""
+
+    HEADS = "Head Parallel"
+    PER_SLOT = "Expert Parallel"
+    PER_RANK = "Expert Parallel, one copy per rank"
+    ALL_GATHER = "Expert Parallel, all-gather"
+
+
+_EXCHANGES: dict[Scheme, TokenExchange] = {
+    "all_to_all_per_slot": TokenExchange.PER_SLOT,
+    "all_to_all": TokenExchange.PER_RANK,
+    "all_gather": TokenExchange.ALL_GATHER,
 }
 _FORMULAS: dict[Scheme, tuple[str, str]] = {
     "all_to_all_per_slot": ("H·K·({}·L·b + i)·(P−1)/P", "H·K·({}·L·b + i)·(P−1)/P"),
@@ -215,10 +225,10 @@ def traffic_per_token(
         slots = f" + H·K·(i+{'2g' if training else 'g'})" if token else ""
         formula = f"({ways}·D_L·b{slots})" if slots else f"{ways}·D_L·b"
         value = exchange.total if training else exchange.forward
-        items.append(Item("Head Parallel", value, f"{formula}·(P−1)/P"))
-    for scheme, name in _NAMES.items():
+        items.append(Item(TokenExchange.HEADS, value, f"{formula}·(P−1)/P"))
+    for scheme, part in _EXCHANGES.items():
         index = index_bytes(s.H, s.E)
         exchange = expected_bytes(scheme, s.H, s.L, s.K, n_ranks, bytes_per_value, index)
         formula = _FORMULAS[scheme][0 if training else 1].format(ways)
-        items.append(Item(name, exchange.total if training else exchange.forward, formula))
+        items.append(Item(part, exchange.total if training else exchange.forward, formula))
     return tuple(items)

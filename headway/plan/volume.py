@@ -10,8 +10,8 @@ from typing import Literal
 
 from headway.config import Config, ModelConfig
 from headway.plan import traffic as t
-from headway.plan.cost import parameters
-from headway.plan.layout import AxisName, MeshLayout, Share, shares
+from headway.plan.cost import ModelCosts
+from headway.plan.layout import AxisName, MeshLayout, Share, ShareKind, used
 from headway.plan.shape import Shape, shape_of
 
 
@@ -28,7 +28,7 @@ class CommVolume:
 
 
 def comm_volumes(
-    model: ModelConfig,
+    costs: ModelCosts,
     layout: MeshLayout,
     n_tokens: int,
     passes: int,
@@ -37,7 +37,7 @@ def comm_volumes(
     payload: int | None = None,
     chunks: int = 1,
     imbalance: float = 1.0,
-) -> tuple[CommVolume, ...]:
+) -> list[CommVolume]:
     """Return all that a rank sends in a step, over all sparse layers.
 
     Args:
@@ -49,17 +49,31 @@ def comm_volumes(
         imbalance: permuted tokens of the most loaded rank of an ep axis over the mean; an
             all-gather does not depend on it.
     """
-    s, b = shape_of(model), bytes_per_value
-    volumes, calls = [], s.n_sparse * passes * chunks
-    payload = b if payload is None else payload
-    if layout.hp > 1:
-        volumes.append(_heads(model, s, layout, n_tokens, payload, calls))
-    if layout.ep > 1:
-        volumes += _experts(s, layout, n_tokens, payload, calls, imbalance)
-    for share, n in _groups(model, layout).items():
-        if layout.size(share.axis) > 1:
+    s, b = shape_of(costs.config), bytes_per_value
+    on_wire, calls = b if payload is None else payload, passes * chunks
+    volumes = token_volumes(costs.config, layout, n_tokens, calls, on_wire, imbalance)
+    for share, n in used(costs, layout).items():
+        if n and layout.size(share.axis) > 1:
             volumes += _parameters(share, n, layout, s, passes, b, chunks)
-    return tuple(volumes)
+    return volumes
+
+
+def token_volumes(
+    model: ModelConfig,
+    layout: MeshLayout,
+    n_tokens: int,
+    calls: int,
+    payload: int,
+    imbalance: float = 1.0,
+) -> list[CommVolume]:
+    """Return what the sparse layers send, in `calls` forward passes of a layer per step."""
+    s = shape_of(model)
+    volumes = []
+    if layout.hp > 1:
+        volumes.append(_heads(model, s, layout, n_tokens, payload, s.n_sparse * calls))
+    if layout.ep > 1:
+        volumes += _experts(s, layout, n_tokens, payload, s.n_sparse * calls, imbalance)
+    return volumes
 
 
 def ep_totals(
@@ -104,16 +118,10 @@ def token_bytes(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float
     mesh, data = config.mesh, config.data
     layout = MeshLayout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None)
     rows = data.batch_size // layout.ranks
-    volumes = comm_volumes(
-        config.model,
-        layout,
-        rows * data.seq_len,
-        rows // (data.micro_batch_size or rows),
-        bytes_per_value,
-        payload=t.payload_bytes(mesh, bytes_per_value),
-        chunks=max(mesh.chunks, 1),
-    )
-    return sum(part.bytes for part in volumes if part.kind == "tokens")
+    calls = rows // (data.micro_batch_size or rows) * max(mesh.chunks, 1)
+    payload = t.payload_bytes(mesh, bytes_per_value)
+    volumes = token_volumes(config.model, layout, rows * data.seq_len, calls, payload)
+    return sum(volume.bytes for volume in volumes)
 
 
 def _heads(
@@ -171,16 +179,6 @@ def _experts(
     ]
 
 
-def _groups(model: ModelConfig, layout: MeshLayout) -> dict[Share, int]:
-    """Return the parameters of a rank, summed by how they are divided among ranks."""
-    by_name = shares(model, layout)
-    counts: dict[Share, int] = {}
-    for item in parameters(model):
-        share = by_name[item.name]
-        counts[share] = counts.get(share, 0) + int(item.value) // share.parts
-    return {share: n for share, n in counts.items() if n}
-
-
 def _parameters(
     share: Share, n: int, layout: MeshLayout, s: Shape, passes: int, b: int, chunks: int
 ) -> list[CommVolume]:
@@ -192,15 +190,15 @@ def _parameters(
     size = {"world": "N", "routers": "(dp·ep)", "dp": "dp"}[axis]
     leaves = f"n·({size}−1)/{size}"
     if not share.gathers:
-        name, value = f"gradients all-reduced, {share.name}", t.all_reduce_bytes(n, P)
+        name, value = f"gradients all-reduced, {share.kind.value}", t.all_reduce_bytes(n, P)
         return [CommVolume(name, "gradients", axis, value, 2 * (P - 1), f"2·4·{leaves}")]
-    groups = {"experts": s.n_sparse, "embedding and head": 1}.get(share.name, s.n_layers)
-    gathers = share.gathers * (chunks if share.name == "experts" else 1)
+    groups = {ShareKind.EXPERTS: s.n_sparse, ShareKind.EMBEDDING: 1}.get(share.kind, s.n_layers)
+    gathers = share.gathers * (chunks if share.kind is ShareKind.EXPERTS else 1)
     times = "passes·" + (f"{gathers}·" if gathers > 1 else "")
     weights, gradients = passes * t.scatter_bytes(n, P, b), passes * t.scatter_bytes(n, P)
     calls = passes * groups * (P - 1)
-    gathered = f"weights gathered, {share.name}"
-    name = f"gradients reduce-scattered, {share.name}"
+    gathered = f"weights gathered, {share.kind.value}"
+    name = f"gradients reduce-scattered, {share.kind.value}"
     return [
         CommVolume(
             gathered, "weights", axis, gathers * weights, gathers * calls, f"{times}b·{leaves}"

@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig, UsageError
 from headway.config.check import remarks as config_remarks
@@ -13,11 +12,17 @@ from headway.config.check import validate
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.paths import check_float8, choose_path, explain
 from headway.kernels.precision import native_bfloat16
-from headway.model.moe import SparseLayer
+from headway.model.costs import (
+    Workload,
+    active_parameters,
+    costs_of,
+    flops,
+    parameters,
+    total,
+)
 from headway.model.router import capacity
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import uses_all_gather
-from headway.plan.cost import training_flops
 from headway.plan.layout import MeshLayout, auto_chunks
 
 
@@ -172,30 +177,18 @@ def _experts(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a full model, whatever its mesh."""
+    """The size of a full model, on whatever mesh it is sharded."""
 
     total: int
+    """Parameters."""
     active: int
     """Parameters that one token uses."""
     flops_per_token: float
-    """FLOPs of training, by the formula of `headway describe`."""
+    """FLOPs of training: three times the forward pass."""
 
     @classmethod
     def of(cls, model: Transformer, seq_len: int) -> "Sizes":
-        """Count on a model that is not sharded yet."""
-        return cls(*count_parameters(model), training_flops(model.config, seq_len))
-
-
-def count_parameters(model: Transformer) -> tuple[int, int]:
-    """Return (total, active): all parameters, and those that one token uses (K of E experts per
-    head)."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = sum(_idle(layer) for layer in model.sparse_layers())
-    return total, total - idle
-
-
-def _idle(layer: SparseLayer) -> int:
-    """Return the parameters of the experts that a token does not use."""
-    experts: nn.Module = layer.experts
-    n_parameters = sum(p.numel() for p in experts.parameters())
-    return n_parameters * (layer.router.n_experts - layer.router.top_k) // layer.router.n_experts
+        """Sum what the modules declare, before the model is sharded."""
+        costs = costs_of(model, Workload(seq_len))
+        n, active = (int(total(costs, quantity)) for quantity in (parameters, active_parameters))
+        return cls(n, active, 3 * total(costs, flops))

@@ -50,8 +50,8 @@ ROOMS = (
     ),
     Room(
         "plan",
-        "parameters, FLOPs, bytes, memory and step time from formulas; ranks meshes",
-        "config",
+        "bytes, memory and step time of a mesh from the costs of modules; ranks meshes",
+        "config kernels model",
     ),
     Room(
         "measure",

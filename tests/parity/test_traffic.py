@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headway.config import MeshConfig, RouterConfig
+from headway.config import Config, MeshConfig, RouterConfig
 from headway.data.batch import Batch, micro_batches
 from headway.model.compute import Compute
+from headway.model.costs import CostGroup
 from headway.model.transformer import Transformer
 from headway.parallel.collectives import AsyncCollective
 from headway.parallel.parallelize import parallelize
 from headway.plan import traffic
-from headway.plan.cost import parameters
+from headway.plan.cost import model_costs
 from headway.plan.layout import MeshLayout
 from headway.plan.shape import shape_of
-from headway.plan.shape import total as sum_of
 from headway.plan.volume import comm_volumes
 from headway.train.objective import NextToken
 from headway.train.step import gradient
@@ -140,8 +140,9 @@ def test_all_to_all_follows_the_rows(ranks, model, dedup):
 
 def test_gradients_of_replicated_parameters(ranks):
     mesh, model = MeshConfig(hp=4), heads()
-    groups = {item.name: item.value for item in parameters(model)}
-    shared = sum_of(parameters(model)) - groups["experts"] - groups["routers"]
+    costs = model_costs(Config(model=model), 1)
+    split = (CostGroup.EXPERTS, CostGroup.ROUTERS)
+    shared = sum(item.value for item in costs.parameters if item.part not in split)
     for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert {key[2] for key in entries if key[:2] == ("world", "gradients")} == {None}
         assert counted["world gradients"] == traffic.all_reduce_bytes(int(shared), 4)
@@ -195,7 +196,8 @@ def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
     )
     T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
     want: dict[tuple[str, str], float] = {}
-    for part in comm_volumes(model, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
+    costs = model_costs(Config(model=model), 1)
+    for part in comm_volumes(costs, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
         purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
         key = (part.axis, "" if part.kind == "tokens" else purpose)
         want[key] = want.get(key, 0) + part.bytes

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from headway.config import Config, DataConfig, MoEConfig, UsageError
+from headway.config import Config, DataConfig, MoEConfig, RouterConfig, UsageError
 from headway.plan.choose import rank_meshes
+from headway.plan.cost import model_costs
 from headway.plan.describe import with_vocab
-from headway.plan.layout import illegal, meshes
+from headway.plan.layout import MeshLayout, illegal, meshes
 from headway.plan.machine import MACHINES
-from headway.plan.memory import activations, states
+from headway.plan.memory import states
 from headway.plan.shape import total
 from headway.plan.table import format_plan
 from headway.plan.time import Setting
@@ -84,9 +85,9 @@ def test_chunks_are_chosen_and_said():
 def test_one_rank_is_describe():
     found = rank_meshes(Setting(SMALL, H100, bytes_per_value=4), 1)
     (row,) = found["meshes"]
-    model, data = SMALL.model, SMALL.data
-    kept = activations(model, 16, data.seq_len, bytes_per_value=4)
-    assert row["memory_bytes"] == total(states(SMALL)) + total(kept)
+    costs = model_costs(SMALL, 16, 4)
+    states_ = states(costs, MeshLayout(), SMALL.optim)
+    assert row["memory_bytes"] == total(states_) + total(costs.saved)
     assert row["bytes_sent"] == {} and row["parameters"] == row["parameters_held"]
     assert (found["micro_batch_size"], found["passes"]) == (16, 1)
 
@@ -128,7 +129,8 @@ def test_more_heads_than_ranks_send_the_same_for_any_k():
     """The promise: with Head Parallel alone, tokens on the wire do not grow with top_k."""
     sent = []
     for k in (1, 2, 6):
-        moe: MoEConfig = replace(SMALL.model.moe, top_k=k)
+        router = RouterConfig(gate="sigmoid")  # the default gate needs k of 2 or more
+        moe: MoEConfig = replace(SMALL.model.moe, top_k=k, router=router)
         config = replace(SMALL, model=replace(SMALL.model, moe=moe))
         rows = rank_meshes(Setting(config, H100), 2)["meshes"]
         (row,) = [r for r in rows if r["hp"] == 2 and r["replicas"] == "replicate"]

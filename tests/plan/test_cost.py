@@ -7,33 +7,47 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from headway.config import MoEConfig, RouterConfig
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig
+from headway.model.costs import CostGroup
+from headway.model.mixers.attention import mean_keys
 from headway.model.transformer import Transformer
-from headway.plan import cost
+from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.describe import with_vocab
-from headway.plan.shape import Item, shape_of, total
+from headway.plan.shape import total
 from headway.recipes import RECIPES
-from headway.train.resolve import Sizes, count_parameters
+from headway.train.resolve import Sizes
 from tests.plan.test_memory import MODELS
 
 B, S = 2, 32
 
 
+def costs_of(model: ModelConfig) -> ModelCosts:
+    return model_costs(Config(model=model, data=DataConfig(seq_len=S)), B)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_equal_the_built_model(name):
+    costs = costs_of(MODELS[name])
     model = Transformer(MODELS[name], seed=0)
-    assert total(cost.parameters(MODELS[name])) == sum(p.numel() for p in model.parameters())
-    assert total(cost.active_parameters(MODELS[name])) == count_parameters(model)[1]
+    assert total(costs.parameters) == sum(p.numel() for p in model.parameters())
+    idle = sum(p.numel() for layer in model.sparse_layers() for p in layer.experts.parameters())
+    moe = MODELS[name].moe
+    used = total(costs.parameters) - idle * (moe.n_experts - moe.top_k) // moe.n_experts
+    assert total(costs.active) == used
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parameters_of_every_recipe(recipe):
     """Built without memory, on the meta device, at full size."""
-    config = with_vocab(RECIPES[recipe]()).model
+    config = with_vocab(RECIPES[recipe]())
     with torch.device("meta"):
-        model = Transformer(config)
-    assert total(cost.parameters(config)) == sum(p.numel() for p in model.parameters())
-    assert total(cost.active_parameters(config)) == count_parameters(model)[1]
+        model = Transformer(config.model)
+    costs = model_costs(config, 1)
+    assert total(costs.parameters) == sum(p.numel() for p in model.parameters())
+    assert sum(weights.count for weights in costs.weights) == total(costs.parameters)
+    sizes = Sizes.of(model, config.data.seq_len)
+    assert (sizes.total, sizes.active) == (total(costs.parameters), total(costs.active))
+    assert sizes.flops_per_token == costs.training_flops
 
 
 def expert_flops(x_shape, gate_shape, w_in_shape, w_out_shape, token_shape, *_, **__) -> int:
@@ -71,11 +85,11 @@ def counted(model: Transformer, backward: bool) -> int:
 
 def formula_of_counter(config) -> float:
     """The forward formula per token, with attention over whole sequences, as torch counts it."""
-    s = shape_of(config)
-    items = cost.flops(config, S)
-    assert any(item.name == "attention scores" for item in items)
-    whole = Item("attention scores", 4 * s.N * s.d * S * s.n_layers, "every key, causal or not")
-    return total(tuple(whole if i.name == whole.name else i for i in items))
+    costs, layers = costs_of(config), config.n_layers
+    scores = costs.flops_of(CostGroup.SCORES)
+    assert scores > 0
+    whole = 4 * config.n_heads * config.head_width * S * layers
+    return total(costs.flops) - scores + whole
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,10 +99,10 @@ def test_forward_flops_equal_the_counter(name):
     ) + noise(MODELS[name])
 
 
-def noise(config) -> int:
+def noise(config) -> float:
     """The noise projection runs in training only."""
-    s = shape_of(config)
-    return 2 * B * S * s.n_sparse * s.H * s.E * s.D_R if config.moe.router.noisy else 0
+    routers = B * S * costs_of(config).flops_of(CostGroup.ROUTERS)
+    return routers / 2 if config.moe.router.noisy else 0
 
 
 @pytest.mark.parametrize("name", ["relu2, no QK-norm, tied", "dense", "dense, gate, window"])
@@ -101,22 +115,24 @@ def test_training_is_three_times_forward(name):
 def test_the_loop_counts_what_the_built_model_multiplies(name):
     """6 per entry of the matrices that a token visits; the scores of the keys that it sees."""
     config = MODELS[name]
-    model, s = Transformer(config, seed=0), shape_of(config)
+    model = Transformer(config, seed=0)
     named = model.named_parameters()  # a latent norm has a row per head, and multiplies nothing
     unused = sum(p.numel() for n, p in named if p.ndim < 2 or "norm" in n)
     unused += 0 if config.tied else model.embed.weight.numel()
+    windows = [config.window_of(layer) for layer in range(config.n_layers)]
     keys = sum(
-        sum(min(i, w or S) for i in range(1, S + 1)) / S for w in s.windows
+        sum(min(i, w or S) for i in range(1, S + 1)) / S for w in windows
     )  # position i sees i of them, or its window
-    multiplied = 6 * (count_parameters(model)[1] - unused) + 12 * s.N * s.d * keys
-    assert Sizes.of(model, S).flops_per_token == multiplied
+    sizes = Sizes.of(model, S)
+    multiplied = 6 * (sizes.active - unused) + 12 * config.n_heads * config.head_width * keys
+    assert sizes.flops_per_token == multiplied
 
 
 def test_attention_sees_half_the_keys():
-    assert cost.mean_keys(8, 0) == 4.5
-    assert cost.mean_keys(8, 8) == cost.mean_keys(8, 100) == 4.5
-    assert cost.mean_keys(8, 2) == (1 + 7 * 2) / 8
-    assert cost.mean_keys(8, 1) == 1
+    assert mean_keys(8, 0) == 4.5
+    assert mean_keys(8, 8) == mean_keys(8, 100) == 4.5
+    assert mean_keys(8, 2) == (1 + 7 * 2) / 8
+    assert mean_keys(8, 1) == 1
 
 
 def test_experts_are_what_flat_moe_has():
@@ -125,8 +141,9 @@ def test_experts_are_what_flat_moe_has():
         MODELS["multi-head latent"], moe=MoEConfig(n_heads=4, n_experts=8, top_k=3, d_expert=20)
     )
     flat = replace(heads, moe=replace(heads.moe, kind="moe", n_heads=1))
-    a, b = ({i.name: i.value for i in cost.flops(c, S)} for c in (heads, flat))
-    assert a["experts"] == b["experts"] and a["routers"] == b["routers"]
+    a, b = ({i.part: i.value for i in costs_of(c).flops} for c in (heads, flat))
+    for group in (CostGroup.EXPERTS, CostGroup.ROUTERS):
+        assert a[group] == b[group]
     assert sum(a.values()) - sum(b.values()) == 4 * 32 * 32 * heads.n_layers
 
 
@@ -138,5 +155,7 @@ def test_router_that_reads_the_token_is_wider():
         )
         for r in ("sub_token", "token")
     )
-    a, b = ({i.name: i.value for i in cost.parameters(c)}["routers"] for c in (sub, token))
+    a, b = (
+        {i.part: i.value for i in costs_of(c).parameters}[CostGroup.ROUTERS] for c in (sub, token)
+    )
     assert b == 2 * a  # two heads: D is twice L

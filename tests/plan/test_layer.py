@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from headway.config import RouterConfig, RunConfig
-from headway.plan.cost import flops
+from headway.model.costs import CostGroup
 from headway.plan.layer import axis_link, exchange_costs, stages
 from headway.plan.layout import MeshLayout
 from headway.plan.link import Curve
 from headway.plan.traffic import expected_ranks
-from tests.plan.test_time import CONFIG, MACHINE, MODEL, T
+from tests.plan.test_time import CONFIG, MACHINE, MODEL, T, costs_of
 
 SPEED = 1e8 * 0.5  # bytes/s of memory, and the share of it that rows reach
 MACHINE = replace(MACHINE, rows_efficiency=0.5)
@@ -18,19 +18,21 @@ MACHINE = replace(MACHINE, rows_efficiency=0.5)
 
 def found(layout, config=CONFIG, machine=MACHINE, chunks=1, imbalance=1.0, per_node=8):
     options = {"per_node": per_node, "bytes_per_value": 2, "imbalance": imbalance}
-    return exchange_costs(config, machine, layout, T, chunks, **options)
+    return exchange_costs(config, costs_of(config), machine, layout, T, chunks, **options)
 
 
 def test_stages_add_up_to_the_layer():
-    forward = {i.name: i.value * T / 2 for i in flops(MODEL, 16)}  # of one of two layers
-    layer = stages(CONFIG, MACHINE, MeshLayout(), T, 2, 1.0)
-    assert layer.experts.forward == pytest.approx(forward["experts"] / 2e8)
+    forward = {i.part: i.value * T / 2 for i in costs_of().flops}  # of one of two layers
+    layer = stages(CONFIG, costs_of(), MACHINE, MeshLayout(), T, 2, 1.0)
+    assert layer.experts.forward == pytest.approx(forward[CostGroup.EXPERTS] / 2e8)
     assert layer.experts.backward == pytest.approx(2 * layer.experts.forward)
     projections = layer.split.forward + layer.merge.forward
-    assert projections == pytest.approx(forward["latent projections"] / 2.5e8)
-    assert layer.router.forward == pytest.approx(forward["routers"] / 2.5e8)
+    assert projections == pytest.approx(forward[CostGroup.LATENT] / 2.5e8)
+    assert layer.router.forward == pytest.approx(forward[CostGroup.ROUTERS] / 2.5e8)
     assert layer.shared.forward == 0 and not layer.early_route
-    again = stages(replace(CONFIG, run=RunConfig(recompute=True)), MACHINE, MeshLayout(), T, 2, 1.0)
+    again = stages(
+        replace(CONFIG, run=RunConfig(recompute=True)), costs_of(), MACHINE, MeshLayout(), T, 2, 1.0
+    )
     assert again.experts.backward == pytest.approx((2 + 2 / 3) * layer.experts.forward)
 
 
@@ -64,7 +66,13 @@ def test_crowded_ranks_share_out_uneven_work():
     layout = MeshLayout(ep=2, scheme="all_to_all")
     busy = [
         stages(
-            CONFIG, replace(MACHINE, oversubscription=oversubscription), layout, T, 2, 1.5
+            CONFIG,
+            costs_of(),
+            replace(MACHINE, oversubscription=oversubscription),
+            layout,
+            T,
+            2,
+            1.5,
         ).experts.forward
         for oversubscription in (1.0, 1.2, 2.0)
     ]

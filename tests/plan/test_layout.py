@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
-from headway.plan.cost import parameters
+from headway.model.roles import Group, SplitOver
+from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import (
     MeshLayout,
     auto_chunks,
-    held_parameters,
     illegal,
     meshes,
     micro_batch,
-    used_parameters,
+    stored,
+    used,
 )
 from headway.plan.shape import total
 from tests.plan.test_memory import MODELS
@@ -77,31 +78,39 @@ def test_axes_and_nodes():
     )
 
 
-def groups(items):
-    return {i.name: i.value for i in items}
+def costs_of(model: ModelConfig) -> ModelCosts:
+    return model_costs(Config(model=model), 1)
+
+
+def n_stored(costs: ModelCosts, layout: MeshLayout) -> float:
+    return sum(stored(weights, layout) for weights in costs.weights)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_rank_holds_the_model(name):
+    costs = costs_of(MODELS[name])
     for layout in (MeshLayout(), MeshLayout(shard=True)):
-        assert total(used_parameters(MODELS[name], layout)) == total(parameters(MODELS[name]))
-        assert total(held_parameters(MODELS[name], layout)) == total(parameters(MODELS[name]))
+        assert sum(used(costs, layout).values()) == total(costs.parameters)
+        assert n_stored(costs, layout) == total(costs.parameters)
 
 
 def test_what_a_rank_holds():
     """dp 3 · hp 4 · ep 5: experts / 20, sub-token routers / 4; sharded by 3 and 60 besides, but for
     norms and routers."""
-    whole = groups(parameters(WIDE))
     layout = MeshLayout(3, 4, 5, "all_to_all")
-    used = groups(used_parameters(WIDE, layout))
-    held = groups(held_parameters(WIDE, replace(layout, shard=True)))
-    assert groups(held_parameters(WIDE, layout)) == used
-    for name, n in whole.items():
-        split = {"experts": 20, "routers": 4}.get(name, 1)
-        assert used[name] == n / split
-        assert held[name] == pytest.approx(used[name] if name in ("norms", "routers") else n / 60)
+    sharded = replace(layout, shard=True)
+    costs = costs_of(WIDE)
+    small = (Group.VECTOR, Group.ROUTER)
+    for weights in costs.weights:
+        split = {SplitOver.EXPERTS: 20, SplitOver.HEADS: 4}.get(weights.shard, 1)
+        n = weights.count
+        assert stored(weights, layout) == n / split
+        expected = n / split if weights.group in small else n / 60
+        assert stored(weights, sharded) == pytest.approx(expected)
+    assert sum(used(costs, layout).values()) == n_stored(costs, layout)
+    assert {weights.shard for weights in costs.weights} == set(SplitOver)
     token = replace(WIDE, moe=replace(WIDE.moe, router=RouterConfig(reads="token")))
-    assert groups(used_parameters(token, layout))["routers"] == groups(parameters(token))["routers"]
+    assert SplitOver.HEADS not in {weights.shard for weights in costs_of(token).weights}
 
 
 def config(batch: int, micro: int) -> Config:

@@ -1,17 +1,29 @@
-"""Formulas of memory against bytes counted in the running model, on the default CPU path."""
+"""What modules say that they keep against bytes counted in the running model, on the default CPU
+path; states against the optimiser's."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from headway.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RouterConfig,
+    RunConfig,
+)
 from headway.kernels.cpp import cpp_kernels
 from headway.model.compute import Compute
 from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
-from headway.plan.memory import activations, states
+from headway.plan.cost import ModelCosts, model_costs
+from headway.plan.layout import MeshLayout
+from headway.plan.memory import MemoryPart, states
 from headway.plan.shape import total
 from tests.kernels.cpp_paths import needs_native
 
@@ -55,15 +67,22 @@ MODELS = {
 B, S = 3, 24
 
 
+def costs_of(
+    model: ModelConfig, b: int = 4, recompute: bool = False, doc: bool = False
+) -> ModelCosts:
+    data = DataConfig(seq_len=S, doc_mask=doc)
+    return model_costs(Config(model=model, data=data, run=RunConfig(recompute=recompute)), B, b)
+
+
 def saved_bytes(model: Transformer, doc: bool) -> int:
     """Bytes of all storages that autograd keeps, each once, without the parameters themselves."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return t
 
     tokens = torch.randint(0, model.config.vocab_size, (B, S))
@@ -71,7 +90,7 @@ def saved_bytes(model: Transformer, doc: bool) -> int:
         ctx = Context(torch.zeros(B, S, dtype=torch.int32) if doc else None)
         out = model(tokens, tokens, ctx)
     assert out.nats.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @needs_native
@@ -80,7 +99,7 @@ def saved_bytes(model: Transformer, doc: bool) -> int:
 def test_activation_bytes_match_saved_tensors(name, recompute):
     config = MODELS[name]
     measured = saved_bytes(Transformer(config, Compute(recompute=recompute), seed=0), doc=False)
-    formula = total(activations(config, B, S, recompute=recompute))
+    formula = total(costs_of(config, recompute=recompute).saved)
     assert formula == pytest.approx(measured, rel=0.02)
 
 
@@ -91,17 +110,17 @@ def test_activation_bytes_match_saved_tensors(name, recompute):
 def test_activation_bytes_in_bfloat16(name):
     config = MODELS[name]
     measured = saved_bytes(Transformer(config, Compute(dtype=torch.bfloat16), seed=0), doc=False)
-    assert total(activations(config, B, S, bytes_per_value=2)) == pytest.approx(measured, rel=0.02)
+    assert total(costs_of(config, 2).saved) == pytest.approx(measured, rel=0.02)
 
 
 @needs_native
 def test_document_masks_are_counted():
     measured = saved_bytes(Transformer(BASE, seed=0), doc=True)
-    assert total(activations(BASE, B, S, doc_mask=True)) == pytest.approx(measured, rel=0.02)
+    assert total(costs_of(BASE, doc=True).saved) == pytest.approx(measured, rel=0.02)
 
 
 def test_recompute_saves_what_the_experts_keep():
-    full, lean = (total(activations(BASE, B, S, recompute=r)) for r in (False, True))
+    full, lean = (total(costs_of(BASE, recompute=r).saved) for r in (False, True))
     pre = BASE.n_layers * B * S * SPARSE.n_heads * SPARSE.top_k * 2 * SPARSE.d_expert * 4
     assert full - lean > pre
 
@@ -126,16 +145,15 @@ def test_states_match_the_optimiser(name, optim):
     optimizers.set_lr(1.0)
     optimizers.step(1.0)
     counted = sum(t.numel() * t.element_size() for t in optimizers.tensors().values())
-    items = {i.name: i.value for i in states(Config(model=MODELS[name], optim=optim))}
+    items = {i.part: i.value for i in states(costs_of(MODELS[name]), MeshLayout(), optim)}
     weights = sum(4 * p.numel() for p in model.parameters())
-    assert items["weights"] == items["gradients"] == weights
-    assert items.get("AdamW moments", 0) + items.get("Muon momentum", 0) == pytest.approx(
-        counted, rel=0.01
-    )
+    assert items[MemoryPart.WEIGHTS] == items[MemoryPart.GRADIENTS] == weights
+    moments = sum(items.get(part, 0) for part in (MemoryPart.ADAMW, MemoryPart.MUON))
+    assert moments == pytest.approx(counted, rel=0.01)
 
 
 @needs_native
 def test_balance_rule_does_not_change_memory_much():
     quantile = replace(BASE, moe=replace(SPARSE, balance=BalanceConfig(aux=0, bias="quantile")))
     measured = saved_bytes(Transformer(quantile, seed=0), doc=False)
-    assert total(activations(quantile, B, S)) == pytest.approx(measured, rel=0.02)
+    assert total(costs_of(quantile).saved) == pytest.approx(measured, rel=0.02)

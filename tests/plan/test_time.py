@@ -8,10 +8,10 @@ import torch
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
-from headway.plan.cost import flops
+from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import MeshLayout
 from headway.plan.machine import Machine
-from headway.plan.rank_memory import memory
+from headway.plan.memory import memory
 from headway.plan.shape import Item, total
 from headway.plan.time import Setting, newton_schulz, step_flops, step_seconds
 from headway.plan.volume import comm_volumes
@@ -31,18 +31,23 @@ CONFIG = Config(model=MODEL, data=DataConfig(seq_len=16, batch_size=8))
 T, PASSES = 64, 2  # of one rank: 4 sequences in 2 passes
 
 
+def costs_of(config: Config = CONFIG, b: int = 2) -> ModelCosts:
+    return model_costs(config, 2, b)
+
+
 def parts(layout, config=CONFIG, per_node=8, chunks=1, imbalance=1.0, b=2):
     setting = Setting(config, MACHINE, per_node, b, chunks, imbalance)
     uneven = imbalance if layout.ep > 1 else 1.0
-    held = memory(config, layout, 2, b, uneven)
-    wires = comm_volumes(config.model, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
-    found = step_seconds(setting, layout, T, PASSES, held, wires)
+    costs = costs_of(config, b)
+    held = memory(config, costs, layout, 2, b, uneven)
+    wires = comm_volumes(costs, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
+    found = step_seconds(setting, costs, layout, T, PASSES, held, wires)
     return {i.name: i.value for i in found}
 
 
 def test_compute():
     """One rank, D = 32 < 1024: narrow matmuls at a quarter of 1e9 FLOP/s, experts at a fifth."""
-    forward = {i.name: i.value for i in flops(MODEL, 16)}
+    forward = {i.name: i.value for i in costs_of().flops}
     found = parts(MeshLayout())
     experts, scores = forward.pop("experts"), forward.pop("attention scores")
     assert experts == 2 * 2 * 2 * 3 * 8 * 32
@@ -53,13 +58,14 @@ def test_compute():
     assert slow["experts"] == pytest.approx(10 * found["experts"])  # float32's own peak
     wide = Config(model=replace(MODEL, d_model=1024), data=CONFIG.data)
     assert parts(MeshLayout(), wide)["matmuls"] == pytest.approx(
-        step_flops(wide, T)["matmuls"].value / 5e8  # large matmuls reach a half
+        step_flops(wide, costs_of(wide), T).matmuls.value / 5e8  # large matmuls reach a half
     )
 
 
 def test_recompute_does_the_first_matmul_of_experts_again():
     again = replace(CONFIG, run=RunConfig(recompute=True))
-    ratio = step_flops(again, T)["experts"].value / step_flops(CONFIG, T)["experts"].value
+    seconds = [step_flops(c, costs_of(c), T).experts.value for c in (again, CONFIG)]
+    ratio = seconds[0] / seconds[1]
     assert ratio == pytest.approx(11 / 9)  # 2/9 more with SwiGLU, as kernels/experts.py says
 
 
@@ -93,7 +99,7 @@ def test_small_sums():
 def test_gradients_hide_behind_the_last_backward_pass():
     """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all."""
     layout = MeshLayout(dp=2, hp=2)
-    wires = {w.name: w for w in comm_volumes(MODEL, layout, T, PASSES, 2)}
+    wires = {w.name: w for w in comm_volumes(costs_of(), layout, T, PASSES, 2)}
     comm = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
     assert len(wires) == 4
     found = parts(layout, per_node=2)
@@ -104,7 +110,7 @@ def test_gradients_hide_behind_the_last_backward_pass():
     assert found["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
     # with FSDP they leave in every pass, and half of the ring
     sharded = replace(layout, shard=True)
-    leaving = [w for w in comm_volumes(MODEL, sharded, T, PASSES, 2) if w.kind == "gradients"]
+    leaving = [w for w in comm_volumes(costs_of(), sharded, T, PASSES, 2) if w.kind == "gradients"]
     ways = (1e6 if sharded.in_one_node(w.axis, 4) else 1e5 for w in leaving)
     comm = sum(w.bytes / way + 1e-3 * w.messages for w, way in zip(leaving, ways, strict=True))
     found = parts(sharded, per_node=4)
@@ -121,7 +127,7 @@ def test_every_further_chunk_reads_the_experts_again():
 
 
 def test_memory_traffic_and_optimiser():
-    held = memory(CONFIG, MeshLayout(), 2, 2)
+    held = memory(CONFIG, costs_of(), MeshLayout(), 2, 2)
     by_name = {i.name: i.value for i in held}
     n = by_name["weights"] / 4
     found = parts(MeshLayout())
@@ -142,16 +148,18 @@ def test_newton_schulz_of_the_built_model(name, experts):
     for p in (p for group in muon.param_groups for p in group["params"]):
         m, n = sorted(p.shape[-2:])
         expected += p.numel() // (m * n) * 5 * (4 * m * m * n + 2 * m**3)
-    config = Config(model=MODELS[name], optim=optim)
-    assert newton_schulz(config, MeshLayout()) == expected
-    sharded = newton_schulz(config, MeshLayout(dp=2, shard=True))
+    costs = costs_of(Config(model=MODELS[name]))
+    assert newton_schulz(costs, optim, MeshLayout()) == expected
+    sharded = newton_schulz(costs, optim, MeshLayout(dp=2, shard=True))
     assert sharded == pytest.approx(expected / 2)
 
 
 def test_parts_are_items_with_formulas():
     layout = MeshLayout(dp=2, hp=2, ep=2, scheme="all_to_all", shard=True)
     setting = Setting(CONFIG, MACHINE)
-    held, wires = memory(CONFIG, layout, 2, 2), comm_volumes(MODEL, layout, T, PASSES, 2)
-    found = step_seconds(setting, layout, T, PASSES, held, wires)
+    costs = costs_of()
+    held = memory(CONFIG, costs, layout, 2, 2)
+    wires = comm_volumes(costs, layout, T, PASSES, 2)
+    found = step_seconds(setting, costs, layout, T, PASSES, held, wires)
     assert all(isinstance(i, Item) and i.formula and i.value > 0 for i in found)
     assert not torch.is_tensor(found[0].value)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from headway.config import ModelConfig, MoEConfig, RouterConfig
-from headway.plan.cost import parameters
+from headway.config import Config, ModelConfig, MoEConfig, RouterConfig
+from headway.model.costs import CostGroup
+from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import MeshLayout
 from headway.plan.volume import comm_volumes, ep_totals
 from tests.plan.test_memory import MODELS
@@ -20,20 +21,21 @@ MODEL = ModelConfig(
 T = 128  # of a rank, in 4 passes
 
 
+def costs_of(model=MODEL) -> ModelCosts:
+    return model_costs(Config(model=model), 1)
+
+
 def by_name(layout, model=MODEL, **options):
-    return {w.name: w for w in comm_volumes(model, layout, T, 4, 2, **options)}
+    return {w.name: w for w in comm_volumes(costs_of(model), layout, T, 4, 2, **options)}
 
 
-def n_of(name):
-    return {i.name: int(i.value) for i in parameters(MODEL)}[name]
+def n_of(*groups):
+    return sum(int(i.value) for i in costs_of().parameters if i.part in groups)
 
 
 def test_one_rank_sends_nothing():
-    assert (
-        comm_volumes(MODEL, MeshLayout(), T, 4, 2)
-        == ()
-        == comm_volumes(MODEL, MeshLayout(shard=True), T, 4, 2)
-    )
+    for layout in (MeshLayout(), MeshLayout(shard=True)):
+        assert comm_volumes(costs_of(), layout, T, 4, 2) == []
 
 
 def test_head_parallel():
@@ -47,10 +49,10 @@ def test_head_parallel():
 
 
 def test_head_parallel_by_gradients():
-    """hp = 4: no rank shares experts, so none of their gradients travel; routers neither."""
+    """hp = 4: no rank shares experts, so none of their gradients are sent; routers neither."""
     found = by_name(MeshLayout(hp=4))
     assert set(found) == {"Head Parallel", "gradients all-reduced, replicated"}
-    n = sum(int(i.value) for i in parameters(MODEL)) - n_of("experts") - n_of("routers")
+    n = n_of(*CostGroup) - n_of(CostGroup.EXPERTS, CostGroup.ROUTERS)
     assert found["gradients all-reduced, replicated"].bytes == 2 * 4 * n * 3 // 4
     assert found["gradients all-reduced, replicated"].messages == 6
 
@@ -80,29 +82,29 @@ def test_imbalance_grows_what_follows_the_router():
 
 def test_totals_by_scheme_include_the_counts():
     for scheme, value in ep_totals(MODEL, MeshLayout(ep=4), T, 4, 2).items():
-        found = comm_volumes(MODEL, MeshLayout(ep=4, scheme=scheme), T, 4, 2)
+        found = comm_volumes(costs_of(), MeshLayout(ep=4, scheme=scheme), T, 4, 2)
         assert value == sum(w.bytes for w in found if w.kind == "tokens")
 
 
 def test_fsdp_gathers_twice_and_scatters_once_a_pass():
     found = by_name(MeshLayout(dp=2, hp=2, shard=True))
-    whole = sum(int(i.value) for i in parameters(MODEL))
-    ends, small = n_of("embedding and output head"), n_of("norms")
-    n = whole - n_of("experts") - n_of("routers") - small - ends
+    ends, small = n_of(CostGroup.EMBEDDING), n_of(CostGroup.NORMS)
+    experts, routers_ = n_of(CostGroup.EXPERTS), n_of(CostGroup.ROUTERS)
+    n = n_of(*CostGroup) - experts - routers_ - small - ends
     assert found["weights gathered, replicated"].bytes == 4 * 2 * 2 * n * 3 // 4
     assert found["weights gathered, replicated"].messages == 4 * 2 * 3 * 3
     assert found["gradients reduce-scattered, replicated"].bytes == 4 * 4 * n * 3 // 4
     assert found["weights gathered, embedding and head"].bytes == 4 * 2 * ends * 3 // 4
     assert found["gradients reduce-scattered, embedding and head"].bytes == 4 * 4 * ends * 3 // 4
-    assert found["weights gathered, experts"].bytes == 4 * 2 * 2 * (n_of("experts") // 2) // 2
+    assert found["weights gathered, experts"].bytes == 4 * 2 * 2 * (experts // 2) // 2
     assert found["weights gathered, experts"].messages == 4 * 2 * 2
     routers = found["gradients all-reduced, routers"]
-    assert (routers.bytes, routers.axis) == (2 * 4 * (n_of("routers") // 2) // 2, "routers")
+    assert (routers.bytes, routers.axis) == (2 * 4 * (routers_ // 2) // 2, "routers")
     assert found["gradients all-reduced, norms and routers"].bytes == 2 * 4 * small * 3 // 4
     again = by_name(MeshLayout(dp=2, hp=2, shard=True), chunks=2)["weights gathered, experts"]
     assert again.bytes == 2 * found["weights gathered, experts"].bytes
 
 
 def test_a_dense_model_sends_gradients_alone():
-    found = comm_volumes(MODELS["dense"], MeshLayout(dp=2), T, 1, 4)
+    found = comm_volumes(costs_of(MODELS["dense"]), MeshLayout(dp=2), T, 1, 4)
     assert [(w.name, w.axis) for w in found] == [("gradients all-reduced, replicated", "world")]

@@ -7,7 +7,7 @@ import pytest
 
 from headway.config import Config, UsageError
 from headway.config.check import remarks, validate
-from headway.plan.cost import flops
+from headway.plan.cost import model_costs
 from headway.plan.describe import with_vocab
 from headway.plan.shape import total
 from headway.recipes import RECIPES, load, source
@@ -38,7 +38,7 @@ def test_unknown_recipe_names_the_nearest():
 def test_four_layers_at_equal_flops():
     """dense, moe, latent and multi_head_latent differ in their layer alone and cost the same within 3%."""
     family = [with_vocab(load(name)) for name in ("dense", "moe", "latent", "multi_head_latent")]
-    costs = [total(flops(c.model, c.data.seq_len)) for c in family]
+    costs = [total(model_costs(c, 1).flops) for c in family]
     assert max(costs) / min(costs) < 1.03
     for config in family[1:]:
         same = replace(config, recipe="dense", model=replace(config.model, moe=family[0].model.moe))
@@ -48,7 +48,7 @@ def test_four_layers_at_equal_flops():
 def test_demo_fits_its_five_minutes():
     """Work in FLOPs, evaluation included: at 50 GFLOP/s, slow for two cores, under 4.5 minutes."""
     config = with_vocab(load("demo"))
-    forward = total(flops(config.model, config.data.seq_len))
+    forward = total(model_costs(config, 1).flops)
     tokens = config.optim.steps * config.data.batch_size * config.data.seq_len
     evaluations = 1 + config.optim.steps // config.run.eval_every
     evaluated = evaluations * config.run.eval_tokens

@@ -21,7 +21,6 @@ from headway.kernels.precision import native_bfloat16
 from headway.model.transformer import Transformer
 from headway.train.resolve import (
     Sizes,
-    count_parameters,
     resolve,
 )
 
@@ -129,7 +128,8 @@ def test_counts_of_a_small_model():
     moe = MoEConfig(n_heads=2, n_experts=8, top_k=3, d_expert=5, n_dense_layers=1)
     config = ModelConfig(vocab_size=64, n_layers=2, d_model=16, n_heads=2, d_ff=10, moe=moe)
     model = Transformer(config)
-    total, active = count_parameters(model)
+    sizes = Sizes.of(model, 32)
+    total, active = sizes.total, sizes.active
     experts = 2 * 8 * 3 * 5 * 8  # heads, experts, matrices, F, L
     assert total - active == experts * 5 // 8
     dense = 3 * 16 * 10
@@ -138,7 +138,7 @@ def test_counts_of_a_small_model():
     norms = 2 * 2 * 16 + 16 + 2 * 2 * 8 + 16  # of the blocks, the end, QK-norm, the latent
     assert active == matrices + norms + 64 * 16
     # a position of a causal layer sees (S+1)/2 keys on average, itself included
-    assert Sizes.of(model, 32).flops_per_token == 6 * matrices + 12 * 16 * 2 * 16.5
+    assert sizes.flops_per_token == 6 * matrices + 12 * 16 * 2 * 16.5
     windowed = Transformer(dataclasses.replace(config, window=(4, 0)))
     keys = sum(min(i, 4) for i in range(1, 33)) / 32
     flops = Sizes.of(windowed, 32).flops_per_token

@@ -3,6 +3,7 @@
 B sequences · S positions · D model width · N query heads · M key/value heads · d head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from headway.config import ModelConfig
 from headway.kernels.attention import attention
 from headway.kernels.rope import norm_rope, rope
 from headway.model.context import Context, Positions
+from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, casts
 from headway.model.linear import Linear, RMSNorm
 
 
@@ -89,6 +91,42 @@ class Attention(nn.Module):
         if positions.ragged:
             q, k, v = (t.view(B, S, -1, self.d_head) for t in (q, k, v))
         return q, k, v
+
+    def costs(self, work: Workload) -> Sequence[Cost]:
+        """Saved are queries, keys, values, output, log-sum-exp, inputs and scales of QK-norm, and
+        the rotary tables. Scores count the keys that causality and the window leave."""
+        T, S, b = work.n_tokens, work.seq_len, work.bytes_per_value
+        D, N, M, d = self.q.weight.shape[1], self.n_heads, self.n_kv_heads, self.d_head
+        weights, formula = D * d * (2 * N + 2 * M), "D·d·(2N + 2M)"
+        saved = T * b * d * (2 * N + 2 * M) + 4 * T * N + 4 * S * d
+        norms = masks = NOTHING
+        if self.gate is not None:
+            weights, formula = weights + D * N, "(D·d·(2N + 2M) + D·N)"
+            saved += T * N * b + T * N * d * b
+        if self.q_norm is not None:
+            norms = Term(2 * d, "2·d")
+            saved += T * (N + M) * (d * b + 4)
+        if work.doc_mask:
+            masks = Term(work.batch * S * S * b, "B·S·S·b")
+        elif 0 < self.window < S:
+            masks = Term(S * S * b, "S·S·b")
+        scores = Term(4 * N * d * mean_keys(S, self.window), "4·N·d·mean keys seen")
+        saved_term = Term(saved, "T·b·d·(3N + 3M), of it N + M for QK-norm")
+        return (
+            Cost(CostGroup.MIXER, Term(weights, formula), saved=saved_term),
+            Cost(CostGroup.NORMS, norms),
+            Cost(CostGroup.PROJECTIONS, flops=Term(2 * weights, f"2·{formula}")),
+            Cost(CostGroup.SCORES, flops=scores),
+            Cost(CostGroup.MASKS, saved=masks),
+            casts(weights, work),
+        )
+
+
+def mean_keys(seq_len: int, window: int) -> float:
+    """Return how many keys a position sees on average over a sequence, itself included:
+    (S + 1)/2 with full attention."""
+    w = min(window or seq_len, seq_len)
+    return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
 
 
 def _rotated(x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:

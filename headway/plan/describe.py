@@ -65,19 +65,19 @@ def describe(
 def summary(config: Config) -> str:
     """Return one line on the architecture."""
     m, s = config.model, shape_of(config.model)
-    text = f"{s.n_layers} layers, D {s.D}, V {s.V}, "
-    text += f"{s.N} attention heads ({s.M} key/value) of width {s.d}"
-    if s.n_dense:
-        text += f"; {s.n_dense} dense networks, F {s.F_dense}"
+    text = f"{m.n_layers} layers, D {m.d_model}, V {m.vocab_size}, "
+    text += f"{m.n_heads} attention heads ({m.kv_heads} key/value) of width {m.head_width}"
+    if n_dense := s.n_layers - s.n_sparse:
+        text += f"; {n_dense} dense networks, F {m.d_ff}"
     if s.n_sparse:
         kind = {
             "moe": "flat MoE",
             "latent": f"LatentMoE of width {s.D_L}",
             "multi_head_latent": f"Multi-Head LatentMoE, H {s.H} × L {s.L}",
         }[m.moe.kind]
-        text += f"; {s.n_sparse} layers of {kind}, E {s.E}, K {s.K}, F {s.F}"
-        if s.F_shared:
-            text += f", shared expert {s.F_shared}"
+        text += f"; {s.n_sparse} layers of {kind}, E {s.E}, K {s.K}, F {m.moe.d_expert}"
+        if m.moe.d_shared:
+            text += f", shared expert {m.moe.d_shared}"
     return text
 
 

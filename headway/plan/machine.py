@@ -100,53 +100,18 @@ _NDR = 50e9  # 400 Gbit/s InfiniBand NDR, one port per GPU as in DGX H100, in by
 _GUESSED: dict[str, Origin] = dict.fromkeys(NUMBERS, "assumed")
 
 MACHINES: dict[str, Machine] = {
+    # name, peak, peak_float32, memory, memory_bandwidth, intra_node, inter_node, latency
     # NVIDIA H100 data sheet, SXM: 989 TFLOP/s bfloat16 without sparsity, 67 float32, 80 GB HBM3 at
     # 3.35 TB/s, NVLink 900 GB/s both ways.
-    "h100": Machine(
-        "H100 SXM",
-        peak=989e12,
-        peak_float32=67e12,
-        memory=80e9,
-        memory_bandwidth=3.35e12,
-        intra_node=450e9,
-        inter_node=_NDR,
-        latency=5e-6,
-    ),
+    "h100": Machine("H100 SXM", 989e12, 67e12, 80e9, 3.35e12, 450e9, _NDR, 5e-6),
     # NVIDIA H200 data sheet, SXM: arithmetic and NVLink of the H100, 141 GB HBM3e at 4.8 TB/s.
-    "h200": Machine(
-        "H200 SXM",
-        peak=989e12,
-        peak_float32=67e12,
-        memory=141e9,
-        memory_bandwidth=4.8e12,
-        intra_node=450e9,
-        inter_node=_NDR,
-        latency=5e-6,
-    ),
+    "h200": Machine("H200 SXM", 989e12, 67e12, 141e9, 4.8e12, 450e9, _NDR, 5e-6),
     # NVIDIA HGX B200 data sheet, an eighth of it: 2.25 PFLOP/s bfloat16 without sparsity, 75
     # TFLOP/s float32, 180 GB (of 192) at 8 TB/s, NVLink 5 with 1.8 TB/s both ways.
-    "b200": Machine(
-        "B200",
-        peak=2.25e15,
-        peak_float32=75e12,
-        memory=180e9,
-        memory_bandwidth=8e12,
-        intra_node=900e9,
-        inter_node=_NDR,
-        latency=5e-6,
-    ),
+    "b200": Machine("B200", 2.25e15, 75e12, 180e9, 8e12, 900e9, _NDR, 5e-6),
     # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s bfloat16, 19.5 float32, 2.0 TB/s, NVLink 600
     # GB/s both ways. (A DGX A100 has 200 Gbit/s per GPU: --network hdr.)
-    "a100": Machine(
-        "A100 SXM 80 GB",
-        peak=312e12,
-        peak_float32=19.5e12,
-        memory=80e9,
-        memory_bandwidth=2.0e12,
-        intra_node=300e9,
-        inter_node=_NDR,
-        latency=5e-6,
-    ),
+    "a100": Machine("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, _NDR, 5e-6),
     # Assumed: a process with a few cores, gloo within a machine, 10 Gbit/s between machines.
     "cpu": Machine(
         "a CPU process",

@@ -32,58 +32,32 @@ def total(items: Iterable[Item]) -> float:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one layer under the letters of AGENTS.md's legend, and the number of layers of each
-    kind."""
+    """Sizes under the letters of AGENTS.md's legend."""
 
-    V: int
     D: int
-    N: int
-    """Query heads of attention."""
-    M: int
-    """Key/value heads."""
-    d: int
-    """Width of an attention head."""
-    F_dense: int
     H: int
     E: int
     K: int
-    F: int
-    G: int
+    L: int
     D_L: int
     """Width that the experts of all heads read: H·L, or D for a flat mixture."""
-    F_shared: int
+    G: int
     n_sparse: int
-    n_dense: int
-
-    @property
-    def L(self) -> int:
-        """Width of one latent head."""
-        return self.D_L // self.H
-
-    @property
-    def n_layers(self) -> int:
-        """All blocks."""
-        return self.n_sparse + self.n_dense
+    """Sparse layers."""
+    n_layers: int
 
 
 def shape_of(model: ModelConfig) -> Shape:
-    """Return the sizes of a valid config whose `vocab_size` is resolved."""
+    """Return the sizes of a valid config."""
     moe = model.moe
-    n_sparse = sum(model.is_sparse(layer) for layer in range(model.n_layers))
     return Shape(
-        V=model.vocab_size,
         D=model.d_model,
-        N=model.n_heads,
-        M=model.kv_heads,
-        d=model.head_width,
-        F_dense=model.d_ff,
         H=moe.n_heads,
         E=moe.n_experts,
         K=moe.top_k,
-        F=moe.d_expert,
-        G=moe.n_inputs,
+        L=moe.head_width(model.d_model),
         D_L=moe.latent_width(model.d_model),
-        F_shared=moe.d_shared,
-        n_sparse=n_sparse,
-        n_dense=model.n_layers - n_sparse,
+        G=moe.n_inputs,
+        n_sparse=sum(model.is_sparse(layer) for layer in range(model.n_layers)),
+        n_layers=model.n_layers,
     )

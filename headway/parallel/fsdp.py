@@ -20,8 +20,8 @@ its part of a global sum, so FSDP too must sum and not average.
 Every collective is in the mesh's ledger, counted when it is issued: its bytes are computed from the
 size of the message as a ring would send them, not observed.
 
-Parameters are plain tensors within `forward` and `step`, and DTensors outside; `placement.to_local`
-returns the shard. Stacked experts are sharded between matrices where their numbers allow, so that
+Parameters are plain tensors within `forward` and DTensors outside; `placement.to_local` returns the
+shard. Stacked experts are sharded between matrices where their numbers allow, so that
 Muon finds full matrices (picture: `placement.py`).
 """
 

@@ -1,4 +1,4 @@
-"""How several tensors travel as one message."""
+"""Several tensors are packed into one message."""
 
 import pytest
 import torch

@@ -48,5 +48,5 @@ def test_zeros_stay_and_what_is_not_finite_marks_its_row():
     assert bool(restored[1:3].isnan().any(-1).all())
 
 
-def test_nothing_travels_as_nothing():
+def test_no_rows_give_no_rows():
     assert there_and_back(torch.zeros(0, 2, 16)).shape == (0, 2, 16)

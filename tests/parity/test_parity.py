@@ -245,7 +245,7 @@ def test_the_same_mesh_twice_gives_the_same_bits(ranks, mesh):
     ],
     ids=lambda case: f"{case.model.moe.kind} {case.mesh.ep_scheme} {case.mesh.dedup}",
 )
-def test_float8_on_the_wire_is_a_rounding_and_no_more(ranks, case):
+def test_fp8_communication_only_rounds(ranks, case):
     """The first step: the loss, and all gradients as one vector; a few tokens may change experts."""
     one = ranks.run(MeshConfig(), train, case, ROWS)[0][0][0]
     answers = [a[0][0] for a in ranks.run(case.mesh, train, case, ROWS // 4)]

@@ -109,20 +109,7 @@ def open_session(
             if run.compile:
                 for block in model.layers:
                     block.compile()
-            yield Session(
-                config=config,
-                model=model,
-                optimizers=optimizers,
-                parallelism=parallelism,
-                data=data,
-                tokenizer=tokenizer,
-                progress=progress,
-                records=records,
-                checkpoints=checkpoints,
-                lock=lock,
-                interrupt=interrupt,
-                log=log,
-            )
+            yield Session(data, tokenizer, records, checkpoints, lock, interrupt)
 
 
 @contextmanager

@@ -128,19 +128,16 @@ def _dtype(
     run: RunConfig, device: torch.device, derived: dict[str, str]
 ) -> tuple[torch.dtype, tuple[str, ...]]:
     native = native_bfloat16(device)
+    narrow = run.dtype == "bfloat16" or (run.dtype == "auto" and native)
     if run.dtype == "auto":
-        name = "bfloat16" if native else "float32"
-        derived["run.dtype"] = f"{name}: this {device.type} " + (
+        derived["run.dtype"] = f"{'bfloat16' if native else 'float32'}: this {device.type} " + (
             "multiplies bfloat16 natively" if native else "has no bfloat16 instructions"
         )
-        return (torch.bfloat16 if native else torch.float32), ()
-    if run.dtype == "bfloat16" and not native:
-        slow = (
-            f"run.dtype=bfloat16 is emulated on this {device.type}, many times slower than "
-            "float32; use float32 or auto"
-        )
-        return torch.bfloat16, (slow,)
-    return (torch.bfloat16 if run.dtype == "bfloat16" else torch.float32), ()
+    slow = (
+        f"run.dtype=bfloat16 is emulated on this {device.type}, many times slower than float32; "
+        "use float32 or auto"
+    )
+    return torch.bfloat16 if narrow else torch.float32, (slow,) if narrow and not native else ()
 
 
 def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:

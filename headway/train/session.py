@@ -26,13 +26,11 @@ from headway.data.tokenizer import Tokenizer
 from headway.eval.bits_per_byte import Evaluation
 from headway.eval.sampling import generate
 from headway.model.transformer import Transformer
-from headway.optim.groups import Optimizers
 from headway.optim.schedule import lr_factor
 from headway.parallel.mesh import Mesh
 from headway.parallel.parallelize import Parallelism
 from headway.train.checkpoints import Checkpoints
 from headway.train.interrupt import Interrupt
-from headway.train.progress import Progress
 from headway.train.records import Log, Records
 from headway.train.step import Gradient
 
@@ -70,21 +68,20 @@ class Session(Generic[D]):
     """A run in training on this rank; `open_session` makes it. The order of calls is at the head
     of this file."""
 
-    config: Config
-    model: Transformer
-    optimizers: Optimizers
-    parallelism: Parallelism
     data: D
     tokenizer: Tokenizer
-    progress: Progress
     records: Records
     checkpoints: Checkpoints
     lock: Lock
     interrupt: Interrupt
-    log: Log
     ended_by: str = ""
     """The signal after which all ranks end together; empty until there is one."""
-    _started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.config, self.log = self.records.config, self.records.log
+        self.model, self.parallelism = self.records.model, self.records.parallelism
+        self.optimizers, self.progress = self.checkpoints.optimizers, self.records.progress
+        self._started = 0.0
 
     @property
     def lr_factor(self) -> float:

@@ -131,6 +131,9 @@ class Context:
     report: frozenset[str] = frozenset()
     """What sparse layers return in `RouteStats.report`: any of `routes` (indices and gates),
     `logits`, `norms` (of the experts' outputs)."""
+    log_probs: bool = False
+    """With targets: give the log-probability of each, with gradient, beside their sum; one more
+    matmul with the output head in backward."""
     last_only: bool = False
     """Without targets: give the logits after the last real token of each sequence alone."""
     positions: Positions | None = None

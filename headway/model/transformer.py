@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
-from headway.kernels.cross_entropy import cross_entropy
+from headway.kernels.cross_entropy import cross_entropy, token_log_probs
 from headway.model.balance import RouteReport, RouteStats
 from headway.model.build import Block, BlockBuilder, build_block
 from headway.model.compute import Compute
@@ -33,6 +33,8 @@ class Output(NamedTuple):
     are then never in memory all at once."""
     stats: tuple[RouteStats, ...]
     """One per sparse layer, first layer first."""
+    log_probs_BS: Tensor | None = None
+    """Float32 `[B, S]`, log p of each target, 0 where it is ignored; with `Context.log_probs`."""
 
     @property
     def routes(self) -> tuple[RouteReport | None, ...]:
@@ -98,13 +100,12 @@ class Transformer(nn.Module):
         if targets_BS is None:
             x_BSD = self.norm(_last(x_BSD, ctx) if ctx.last_only else x_BSD)
             return Output(None, self._logits(x_BSD), tuple(stats))
-        nats = cross_entropy(
-            self.norm(x_BSD).flatten(0, 1),
-            self._head_weight(),
-            targets_BS.flatten(),
-            self.config.logit_softcap,
-        )
-        return Output(nats, None, tuple(stats))
+        x_TD, target_T = self.norm(x_BSD).flatten(0, 1), targets_BS.flatten()
+        head = (x_TD, self._head_weight(), target_T, self.config.logit_softcap)
+        if ctx.log_probs:
+            log_probs_BS = token_log_probs(*head).view(targets_BS.shape)
+            return Output(-log_probs_BS.sum(), None, tuple(stats), log_probs_BS)
+        return Output(cross_entropy(*head), None, tuple(stats))
 
     def blocks(self) -> list[Block]:
         """The layers, typed."""

@@ -182,3 +182,22 @@ def test_compiles():
     got.nats.backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         assert_close(p.grad, g, 1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, {"tied": True, "logit_softcap": 3.0}], ids=str)
+def test_log_probabilities_of_targets_take_a_weight_per_token(change):
+    model = Transformer(replace(SMALL, **change), Compute(dtype=torch.float64), seed=0).double()
+    x, y = tokens()
+    y = y.clone()
+    y[0, 3] = -1
+    out = model(x, y, Context(log_probs=True))
+    want = torch.log_softmax(model(x).logits_BSV, -1).gather(-1, y.clamp(min=0).unsqueeze(-1))
+    want = want.squeeze(-1) * (y >= 0)
+    assert_close(out.log_probs_BS, want, 1e-12)
+    assert_close(out.nats, model(x, y).nats, 1e-12)
+    weight = torch.rand(y.shape, dtype=torch.float64)
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad((weight * out.log_probs_BS).sum(), parameters)
+    wanted = torch.autograd.grad((weight * want).sum(), parameters)
+    for got, expected in zip(grads, wanted, strict=True):
+        assert_close(got, expected, 1e-11)

@@ -145,8 +145,12 @@ def test_the_machine_is_scaled_to_the_step_of_one_process():
 
 
 def test_predictions_come_from_rows_alone():
-    found = with_predictions([*BESIDE, *rows()], CASES, FULL)
-    hp = {r["mbit"]: r for r in found if r["bench"] == "sweep" and (r["name"], r["k"]) == ("HP", 4)}
+    predictions = with_predictions([*BESIDE, *rows()], CASES, FULL)
+    hp = {
+        r["mbit"]: r
+        for r in predictions
+        if r["bench"] == "sweep" and (r["name"], r["k"]) == ("HP", 4)
+    }
     for row in hp.values():
         assert row["predicted_ms"] == pytest.approx(sum(row["parts"].values()))
         assert row["ratio"] == row["predicted_ms"] / row["step_ms"]
@@ -155,7 +159,7 @@ def test_predictions_come_from_rows_alone():
     exposed = {mbit: row["parts"]["Head Parallel, exposed"] for mbit, row in hp.items()}
     assert exposed[100.0] == pytest.approx(8 + 1000 * n_bytes / 12.5e6)
     assert exposed[0.0] == pytest.approx(8 + 1000 * n_bytes / 1e9)
-    table = prediction_table(found).splitlines()
+    table = prediction_table(predictions).splitlines()
     assert len(table) == 1 + len(CASES) and table[0].split()[-3:] == ["limit", "100", "Mbit/s"]
     assert {alone_name(c) for c in CASES} == {"moe", "multi_head_latent"}
 
@@ -163,7 +167,7 @@ def test_predictions_come_from_rows_alone():
 def rows():
     """k = 4 and 8 without and with a limit; EP sends k times as much and takes 2 and 3 times as
     long, HP once."""
-    made = []
+    sweep = []
     for k, slower in ((4, 2.0), (8, 3.0)):
         factors = (("EP", k), ("EP dedup", k - 1), ("EP dedup, 2 chunks", k - 1))
         for name, factor in (*factors, ("HP", 1), ("HP, 2 chunks", 1)):
@@ -179,30 +183,30 @@ def rows():
                 )
 
             first = sweep_row(c, 0.0, [one(0.3)], FULL, None)
-            made += [first, sweep_row(c, 100.0, [one(seconds)], FULL, first)]
+            sweep += [first, sweep_row(c, 100.0, [one(seconds)], FULL, first)]
     for n in (1, 2, 4):
         for name, seconds in (("HP", 0.2), ("EP dedup", 0.2 * n)):
-            made.append(scaling_row(case(name, 4), 100.0, n, [Sample([answer(seconds, 1, 1)])]))
-    return with_efficiency(made)
+            sweep.append(scaling_row(case(name, 4), 100.0, n, [Sample([answer(seconds, 1, 1)])]))
+    return with_efficiency(sweep)
 
 
 def test_targets_compare_bytes_times_and_scaling():
-    found = {t["name"]: t for t in targets(with_predictions([*BESIDE, *rows()], CASES, FULL))}
-    assert found["HP: bytes on the wire vary over k by"]["value"] == 0.0
-    per_k = [t["value"] for name, t in found.items() if "per k" in name]
+    by_name = {t["name"]: t for t in targets(with_predictions([*BESIDE, *rows()], CASES, FULL))}
+    assert by_name["HP: bytes on the wire vary over k by"]["value"] == 0.0
+    per_k = [t["value"] for name, t in by_name.items() if "per k" in name]
     assert per_k == [1.0, 1.0]
-    assert found["k = 4: step time of the best EP over HP, network-bound"]["value"] == (
+    assert by_name["k = 4: step time of the best EP over HP, network-bound"]["value"] == (
         pytest.approx(2.0)
     )
-    assert found["k = 8: step time of the best EP over HP, network-bound"]["value"] == (
+    assert by_name["k = 8: step time of the best EP over HP, network-bound"]["value"] == (
         pytest.approx(3.0)
     )
-    assert found["k = 8: step time of the best EP over HP, compute-bound"]["value"] == 1.0
-    assert found["weak scaling to 4 hosts: efficiency of HP over EP with dedup"]["value"] == 4.0
-    chunks = {n.split(",")[1]: t for n, t in found.items() if n.startswith("mesh.chunks=0")}
+    assert by_name["k = 8: step time of the best EP over HP, compute-bound"]["value"] == 1.0
+    assert by_name["weak scaling to 4 hosts: efficiency of HP over EP with dedup"]["value"] == 4.0
+    chunks = {n.split(",")[1]: t for n, t in by_name.items() if n.startswith("mesh.chunks=0")}
     assert chunks[" EP dedup: time of 2 over that of 1"]["value"] == pytest.approx(1.25)
     assert chunks[" HP: time of 1 over that of 2"]["value"] == pytest.approx(1 / 1.1)
-    largest = found["headway plan: largest error of a step"]["value"]
+    largest = by_name["headway plan: largest error of a step"]["value"]
     swept = [r for r in with_predictions([*BESIDE, *rows()], CASES, FULL) if "ratio" in r]
     assert largest == max(abs(r["predicted_ms"] / r["step_ms"] - 1) for r in swept)
 
@@ -242,10 +246,10 @@ def test_a_tiny_run_on_four_hosts(capsys, monkeypatch):
     options = "--small --repetitions 1 --rates 200 --ks 8 --json".split()
     monkeypatch.setattr(sys, "argv", ["bench", *options])
     cluster.main()
-    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    swept = [r for r in found["rows"] if r["bench"] == "sweep"]
+    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    swept = [r for r in printed["rows"] if r["bench"] == "sweep"]
     assert len(swept) == 8 * 2
-    assert len([r for r in found["rows"] if r["bench"] == "alone"]) == 3 * 2
+    assert len([r for r in printed["rows"] if r["bench"] == "alone"]) == 3 * 2
     assert all(r["predicted_ms"] > 0 and r["imbalance"] >= 1 for r in swept)
     for row in swept:
         # the interface counts headers, barriers and acknowledgements too

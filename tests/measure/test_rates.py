@@ -45,8 +45,8 @@ def test_rates_are_work_over_time(monkeypatch):
 
 def test_two_numbers_of_a_curve():
     """The rate of the largest exchange, and the smallest over its three messages."""
-    found = two_numbers(Curve("all_to_all", 4, True, 1, ((4.0, 6e-3), (1e6, 0.5))))
-    assert found == pytest.approx((2e6, 2e-3))
+    rates = two_numbers(Curve("all_to_all", 4, True, 1, ((4.0, 6e-3), (1e6, 0.5))))
+    assert rates == pytest.approx((2e6, 2e-3))
 
 
 @pytest.mark.slow
@@ -62,10 +62,10 @@ def test_the_network_under_torchrun(tmp_path):
         [*command, "--json"], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found == json.loads(file.read_text()) and found["ranks"] == 2
+    printed = json.loads(done.stdout.strip().splitlines()[-1])
+    assert printed == json.loads(file.read_text()) and printed["ranks"] == 2
     assert done.stdout.count("\nall-to-all") == 1
-    assert {"intra_node", "latency"} <= set(found["measured"]) <= set(NUMBERS)
+    assert {"intra_node", "latency"} <= set(printed["measured"]) <= set(NUMBERS)
     machine = read_machine(str(file))
     assert machine.origin_of("intra_node") == "measured" and 1e-7 < machine.latency < 0.1
     kinds = [(c.collective, c.at_once, c.ranks, c.inside) for c in machine.curves]

@@ -83,13 +83,13 @@ def test_chunks_are_chosen_and_said():
 
 
 def test_one_rank_is_describe():
-    found = rank_meshes(Setting(SMALL, H100, bytes_per_value=4), 1)
-    (row,) = found["meshes"]
+    ranking = rank_meshes(Setting(SMALL, H100, bytes_per_value=4), 1)
+    (row,) = ranking["meshes"]
     costs = model_costs(SMALL, 16, 4)
     states_ = states(costs, MeshLayout(), SMALL.optim)
     assert row["memory_bytes"] == total(states_) + total(costs.saved)
     assert row["bytes_sent"] == {} and row["parameters"] == row["parameters_held"]
-    assert (found["micro_batch_size"], found["passes"]) == (16, 1)
+    assert (ranking["micro_batch_size"], ranking["passes"]) == (16, 1)
 
 
 def test_schemes_can_be_asked_for():
@@ -104,9 +104,9 @@ def test_schemes_can_be_asked_for():
 
 
 def test_nothing_fits():
-    found = rank_meshes(Setting(SMALL, replace(H100, memory=1e4)), 2)
-    assert found["best"] is None and not any(r["fits"] for r in found["meshes"])
-    assert "no mesh fits; the smallest" in format_plan(found)
+    ranking = rank_meshes(Setting(SMALL, replace(H100, memory=1e4)), 2)
+    assert ranking["best"] is None and not any(r["fits"] for r in ranking["meshes"])
+    assert "no mesh fits; the smallest" in format_plan(ranking)
 
 
 def test_ranks_and_batch():
@@ -119,10 +119,10 @@ def test_ranks_and_batch():
 def test_dense_and_flat_models():
     for model, listed in (("dense", {"dp=4,hp=1,ep=1"}), ("flat", {4, 2, 1})):
         config = replace(SMALL, model=MODELS[model])
-        found = rank_meshes(Setting(config, H100), 4)
-        names = {r["mesh"] for r in found["meshes"]}
+        ranking = rank_meshes(Setting(config, H100), 4)
+        names = {r["mesh"] for r in ranking["meshes"]}
         assert len(names) == len(listed) and all("hp=1" in name for name in names)
-        assert "fastest" in format_plan(found)
+        assert "fastest" in format_plan(ranking)
 
 
 def test_more_heads_than_ranks_send_the_same_for_any_k():

@@ -23,5 +23,5 @@ def test_the_table_is_what_the_bench_measured():
     shown = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| ([\d.]+) \|", TEXT, re.MULTILINE)
     assert [name for name, *_ in shown] == [row["recipe"] for row in rows]
     for row, (_, *numbers) in zip(rows, shown, strict=True):
-        found = [1e3 * statistics.median(row[key]) for key in ("predicted", "measured")]
-        assert [f"{found[0]:.0f}", f"{found[1]:.0f}", f"{row['ratio']:.2f}"] == numbers
+        medians = [1e3 * statistics.median(row[key]) for key in ("predicted", "measured")]
+        assert [f"{medians[0]:.0f}", f"{medians[1]:.0f}", f"{row['ratio']:.2f}"] == numbers

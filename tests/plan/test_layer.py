@@ -16,7 +16,7 @@ SPEED = 1e8 * 0.5  # bytes/s of memory, and the share of it that rows reach
 MACHINE = replace(MACHINE, rows_efficiency=0.5)
 
 
-def found(layout, config=CONFIG, machine=MACHINE, chunks=1, imbalance=1.0, per_node=8):
+def layer_costs(layout, config=CONFIG, machine=MACHINE, chunks=1, imbalance=1.0, per_node=8):
     options = {"per_node": per_node, "bytes_per_value": 2, "imbalance": imbalance}
     return exchange_costs(config, costs_of(config), machine, layout, T, chunks, **options)
 
@@ -38,27 +38,28 @@ def test_stages_add_up_to_the_layer():
 
 def test_copies():
     values = T * 32
-    assert found(MeshLayout(hp=2)).copies == pytest.approx(8 * 2 * values / SPEED)
+    assert layer_costs(MeshLayout(hp=2)).copies == pytest.approx(8 * 2 * values / SPEED)
     token = replace(MODEL, moe=replace(MODEL.moe, router=RouterConfig(reads="token")))
-    assert found(MeshLayout(hp=2), replace(CONFIG, model=token)).copies == pytest.approx(
+    assert layer_costs(MeshLayout(hp=2), replace(CONFIG, model=token)).copies == pytest.approx(
         16 * 2 * values / SPEED
     )
     rows = values * expected_ranks(2, 2)
-    once = found(MeshLayout(ep=2, scheme="all_to_all")).copies
+    once = layer_costs(MeshLayout(ep=2, scheme="all_to_all")).copies
     assert once == pytest.approx((14 * 2 + 32) * rows / SPEED)
-    slots = found(MeshLayout(ep=2, scheme="all_to_all_per_slot")).copies
+    slots = layer_costs(MeshLayout(ep=2, scheme="all_to_all_per_slot")).copies
     assert slots == pytest.approx((25 * 2 + 44) * 2 * values / SPEED)
-    gathered = found(MeshLayout(ep=2, scheme="all_gather")).copies
+    gathered = layer_costs(MeshLayout(ep=2, scheme="all_gather")).copies
     assert gathered == pytest.approx((2 * 2 + (4 * 2 + 8) * 2) * values / SPEED)
 
 
 def test_the_busiest_link_decides_where_load_is_uneven():
     even, uneven = (
-        found(MeshLayout(ep=2, scheme="all_to_all"), imbalance=x, per_node=1) for x in (1.0, 1.5)
+        layer_costs(MeshLayout(ep=2, scheme="all_to_all"), imbalance=x, per_node=1)
+        for x in (1.0, 1.5)
     )
     latency = (4 + 1) * 1e-3 + 8 / 1e5  # of four exchanges and the counts
     assert uneven.ep - latency == pytest.approx(1.5 * (even.ep - latency))
-    gathered = [found(MeshLayout(ep=2, scheme="all_gather"), imbalance=x) for x in (1.0, 1.5)]
+    gathered = [layer_costs(MeshLayout(ep=2, scheme="all_gather"), imbalance=x) for x in (1.0, 1.5)]
     assert gathered[0].ep == gathered[1].ep
 
 
@@ -85,8 +86,8 @@ def test_chunks_of_measured_exchanges_share_the_link():
     both = Curve("all_to_all", 2, True, 2, ((0.0, 1e-9), (1e6, 0.5)))
     quick = replace(MACHINE, peak=1e30, memory_bandwidth=1e30, curves=(alone, both))
     layout = MeshLayout(hp=2)
-    assert found(layout, machine=quick, chunks=2).hp == pytest.approx(
-        found(layout, machine=quick).hp / 2, rel=1e-3
+    assert layer_costs(layout, machine=quick, chunks=2).hp == pytest.approx(
+        layer_costs(layout, machine=quick).hp / 2, rel=1e-3
     )
 
 

@@ -33,8 +33,8 @@ def test_every_mesh_once(n):
         for ep in range(1, n + 1)
         if dp * hp * ep == n
     }
-    found = [(m.dp, m.hp, m.ep) for m in meshes(n)]
-    assert len(found) == len(brute) and set(found) == brute
+    listed = [(m.dp, m.hp, m.ep) for m in meshes(n)]
+    assert len(listed) == len(brute) and set(listed) == brute
 
 
 @pytest.mark.parametrize("n", [6, 40])

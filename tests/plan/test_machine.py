@@ -53,13 +53,18 @@ def test_a_machine_file(tmp_path):
             }
         )
     )
-    found = read_machine(str(path))
-    assert (found.name, found.peak, found.latency, found.dtype) == ("box", 2e14, 7e-6, "bfloat16")
-    assert found.memory_bandwidth == 2e12
-    assert found.origin_of("peak") == found.origin_of("latency") == "measured"
-    assert found.origin_of("memory") == "vendor" and found.origin_of("efficiency") == "assumed"
+    machine = read_machine(str(path))
+    assert (machine.name, machine.peak, machine.latency, machine.dtype) == (
+        "box",
+        2e14,
+        7e-6,
+        "bfloat16",
+    )
+    assert machine.memory_bandwidth == 2e12
+    assert machine.origin_of("peak") == machine.origin_of("latency") == "measured"
+    assert machine.origin_of("memory") == "vendor" and machine.origin_of("efficiency") == "assumed"
     assert read_machine(str(path), "h200").memory == 141e9
-    measured = with_network(found, "hdr")
+    measured = with_network(machine, "hdr")
     assert measured.origin_of("inter_node") == "given" and measured.origin_of("peak") == "measured"
 
 

@@ -76,12 +76,12 @@ def costs_of(
 
 def saved_bytes(model: Transformer, doc: bool) -> int:
     """Bytes of all storages that autograd keeps, each once, without the parameters themselves."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in own:
+        if storage.nbytes() and storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return t
 

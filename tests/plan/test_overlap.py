@@ -31,77 +31,77 @@ def layer(*kinds, split=0.0, router=0.0, shared=0.0, experts=0.0, merge=0.0, ear
     return Layer(*stages, copies, copies, early)
 
 
-def beyond(made, chunks, seconds, *, counts=FREE, counted=False, **message):
-    sent = {kind: Message("ep", seconds, **message) for kind in made.copies_before}
-    return exposed(program(made, chunks, counted), sent, sent, counts)["ep"]
+def beyond(stages, chunks, seconds, *, counts=FREE, counted=False, **message):
+    sent = {kind: Message("ep", seconds, **message) for kind in stages.copies_before}
+    return exposed(program(stages, chunks, counted), sent, sent, counts)["ep"]
 
 
 def test_one_chunk_hides_nothing():
-    made = layer("dispatch", "combine", router=1.0, experts=5.0)
-    assert beyond(made, 1, 3.0) == pytest.approx(4 * 3.0)
+    stages = layer("dispatch", "combine", router=1.0, experts=5.0)
+    assert beyond(stages, 1, 3.0) == pytest.approx(4 * 3.0)
 
 
 def test_a_shared_expert_hides_a_dispatch_in_both_directions():
-    made = layer("dispatch", "combine", experts=5.0, shared=2.0)
-    assert beyond(made, 1, 3.0) == pytest.approx(4 * 3.0 - 2 * 2.0)
-    made = layer("dispatch", "combine", experts=5.0, shared=20.0)
-    assert beyond(made, 1, 3.0) == pytest.approx(2 * 3.0)
+    stages = layer("dispatch", "combine", experts=5.0, shared=2.0)
+    assert beyond(stages, 1, 3.0) == pytest.approx(4 * 3.0 - 2 * 2.0)
+    stages = layer("dispatch", "combine", experts=5.0, shared=20.0)
+    assert beyond(stages, 1, 3.0) == pytest.approx(2 * 3.0)
 
 
 def test_two_chunks_of_an_exchange_that_takes_all_time():
     """d1 | d2 beside e1 | b1 beside e2 | b2: the network never rests, so of 4 exchanges of 10 each
     only the experts' 2 × 1 are hidden; backward too."""
-    made = layer("dispatch", "combine", experts=2.0)
-    assert beyond(made, 2, 10.0) == pytest.approx(2 * (4 * 10.0 - 2.0))
+    stages = layer("dispatch", "combine", experts=2.0)
+    assert beyond(stages, 2, 10.0) == pytest.approx(2 * (4 * 10.0 - 2.0))
 
 
 def test_two_chunks_beside_much_work():
     """The first dispatch and the last combine stay: nothing is there to compute."""
-    made = layer("dispatch", "combine", experts=20.0)
-    assert beyond(made, 2, 3.0) == pytest.approx(2 * (3.0 + 3.0))
+    stages = layer("dispatch", "combine", experts=20.0)
+    assert beyond(stages, 2, 3.0) == pytest.approx(2 * (3.0 + 3.0))
 
 
 def test_counts_wait_behind_what_travels():
     """In forward the second counts (1) cannot leave before the first dispatch (10) is there; the
     first are waited for as well."""
-    made = layer("dispatch", "combine", experts=2.0)
-    without = beyond(made, 2, 10.0)
-    found = beyond(made, 2, 10.0, counts=Message("ep", 1.0), counted=True)
+    stages = layer("dispatch", "combine", experts=2.0)
+    without = beyond(stages, 2, 10.0)
+    waited = beyond(stages, 2, 10.0, counts=Message("ep", 1.0), counted=True)
     # c | d1 | c | d2 beside e1 | b1 beside e2 | b2
-    assert found == pytest.approx(without + 2 * 1.0)
+    assert waited == pytest.approx(without + 2 * 1.0)
 
 
 def test_two_at_once_share_the_network():
     """At 0.6 each, two exchanges of 3 take 5 in place of 6."""
-    made = layer("dispatch", "combine")
-    assert beyond(made, 2, 3.0, concurrent_speed=0.6) == pytest.approx(2 * 2 * 5.0)
-    assert beyond(made, 2, 3.0) == pytest.approx(2 * 2 * 6.0)
+    stages = layer("dispatch", "combine")
+    assert beyond(stages, 2, 3.0, concurrent_speed=0.6) == pytest.approx(2 * 2 * 5.0)
+    assert beyond(stages, 2, 3.0) == pytest.approx(2 * 2 * 6.0)
 
 
 def test_who_moves_bytes_computes_less():
     """While a dispatch of 4 is under way, half of the processor is left: of 4 · ½ hidden, the same
     is lost."""
-    made = layer("dispatch", "combine", shared=2.0)
-    assert beyond(made, 1, 4.0) == pytest.approx(4 * 4.0 - 2 * 2.0)
-    assert beyond(made, 1, 4.0, share=0.5) == pytest.approx(4 * 4.0 - 2 * 2.0)
-    made = layer("dispatch", "combine", shared=20.0)
-    assert beyond(made, 1, 4.0) == pytest.approx(2 * 4.0)
-    assert beyond(made, 1, 4.0, share=0.5) == pytest.approx(2 * (4.0 + 2.0))
-    assert beyond(made, 1, 4.0, share=1.0) == pytest.approx(2 * (4.0 + 4.0))
+    stages = layer("dispatch", "combine", shared=2.0)
+    assert beyond(stages, 1, 4.0) == pytest.approx(4 * 4.0 - 2 * 2.0)
+    assert beyond(stages, 1, 4.0, share=0.5) == pytest.approx(4 * 4.0 - 2 * 2.0)
+    stages = layer("dispatch", "combine", shared=20.0)
+    assert beyond(stages, 1, 4.0) == pytest.approx(2 * 4.0)
+    assert beyond(stages, 1, 4.0, share=0.5) == pytest.approx(2 * (4.0 + 2.0))
+    assert beyond(stages, 1, 4.0, share=1.0) == pytest.approx(2 * (4.0 + 4.0))
 
 
 def test_heads_around_experts():
     """Head Parallel and Expert Parallel: each axis has its own part."""
-    made = layer("scatter", "dispatch", "combine", "gather", experts=1.0)
+    stages = layer("scatter", "dispatch", "combine", "gather", experts=1.0)
     sent = {kind: Message("ep", 3.0) for kind in ("dispatch", "combine")}
     sent |= {kind: Message("hp", 2.0) for kind in ("scatter", "gather")}
-    found = exposed(program(made, 1, False), sent, sent, FREE)
-    assert dict(found) == {"hp": pytest.approx(8.0), "ep": pytest.approx(12.0)}
+    waited = exposed(program(stages, 1, False), sent, sent, FREE)
+    assert dict(waited) == {"hp": pytest.approx(8.0), "ep": pytest.approx(12.0)}
 
 
 def test_the_program_of_heads():
-    made = layer("scatter", "gather", split=2.0, experts=8.0, router=4.0)
-    ops = [op for op in program(made, 2, False) if op != NOTHING]
+    stages = layer("scatter", "gather", split=2.0, experts=8.0, router=4.0)
+    ops = [op for op in program(stages, 2, False) if op != NOTHING]
     assert ops == [
         Work(1.0, 1.0),
         Start("scatter", 0),

@@ -41,21 +41,21 @@ def parts(layout, config=CONFIG, per_node=8, chunks=1, imbalance=1.0, b=2):
     costs = costs_of(config, b)
     held = memory(config, costs, layout, 2, b, uneven)
     wires = comm_volumes(costs, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
-    found = step_seconds(setting, costs, layout, T, PASSES, held, wires)
-    return {i.name: i.value for i in found}
+    times = step_seconds(setting, costs, layout, T, PASSES, held, wires)
+    return {i.name: i.value for i in times}
 
 
 def test_compute():
     """One rank, D = 32 < 1024: narrow matmuls at a quarter of 1e9 FLOP/s, experts at a fifth."""
     forward = {i.name: i.value for i in costs_of().flops}
-    found = parts(MeshLayout())
+    times = parts(MeshLayout())
     experts, scores = forward.pop("experts"), forward.pop("attention scores")
     assert experts == 2 * 2 * 2 * 3 * 8 * 32
-    assert found["experts"] == pytest.approx(3 * T * experts / 2e8)
-    assert found["attention scores"] == pytest.approx(3 * T * scores / 1e8)
-    assert found["matmuls"] == pytest.approx(3 * T * sum(forward.values()) / 2.5e8)
+    assert times["experts"] == pytest.approx(3 * T * experts / 2e8)
+    assert times["attention scores"] == pytest.approx(3 * T * scores / 1e8)
+    assert times["matmuls"] == pytest.approx(3 * T * sum(forward.values()) / 2.5e8)
     slow = parts(MeshLayout(), b=4)
-    assert slow["experts"] == pytest.approx(10 * found["experts"])  # float32's own peak
+    assert slow["experts"] == pytest.approx(10 * times["experts"])  # float32's own peak
     wide = Config(model=replace(MODEL, d_model=1024), data=CONFIG.data)
     assert parts(MeshLayout(), wide)["matmuls"] == pytest.approx(
         step_flops(wide, costs_of(wide), T).matmuls.value / 5e8  # large matmuls reach a half
@@ -102,39 +102,39 @@ def test_gradients_hide_behind_the_last_backward_pass():
     wires = {w.name: w for w in comm_volumes(costs_of(), layout, T, PASSES, 2)}
     comm = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
     assert len(wires) == 4
-    found = parts(layout, per_node=2)
+    times = parts(layout, per_node=2)
     compute = ("matmuls", "attention scores", "experts", "memory traffic")
-    hides = 2 / 3 / PASSES * sum(found[name] for name in compute)
+    hides = 2 / 3 / PASSES * sum(times[name] for name in compute)
     assert hides > 0.01 * comm
     pieces = MODEL.n_layers + 1
-    assert found["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
+    assert times["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
     # with FSDP they leave in every pass, and half of the ring
     sharded = replace(layout, shard=True)
     leaving = [w for w in comm_volumes(costs_of(), sharded, T, PASSES, 2) if w.kind == "gradients"]
     ways = (1e6 if sharded.in_one_node(w.axis, 4) else 1e5 for w in leaving)
     comm = sum(w.bytes / way + 1e-3 * w.messages for w, way in zip(leaving, ways, strict=True))
-    found = parts(sharded, per_node=4)
-    hides = 2 / 3 * sum(found[name] for name in compute)
-    assert found["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
+    times = parts(sharded, per_node=4)
+    hides = 2 / 3 * sum(times[name] for name in compute)
+    assert times["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
 
 
 def test_every_further_chunk_reads_the_experts_again():
     """4 heads on 4 ranks: 2 layers · 8 experts · 3·8·8 parameters, read three times in two bytes,
     and 12 bytes to add their gradient."""
     assert "experts again" not in parts(MeshLayout(hp=4), chunks=1)
-    found = parts(MeshLayout(hp=4), chunks=3)["experts again"]
-    assert found == pytest.approx(PASSES * 2 * (3 * 2 + 12) * 2 * 8 * 3 * 8 * 8 / 1e8)
+    times = parts(MeshLayout(hp=4), chunks=3)["experts again"]
+    assert times == pytest.approx(PASSES * 2 * (3 * 2 + 12) * 2 * 8 * 3 * 8 * 8 / 1e8)
 
 
 def test_memory_traffic_and_optimiser():
     held = memory(CONFIG, costs_of(), MeshLayout(), 2, 2)
     by_name = {i.name: i.value for i in held}
     n = by_name["weights"] / 4
-    found = parts(MeshLayout())
-    assert found["optimiser"] == pytest.approx((8 * n + 4 * n + 16 * n) / 1e8)
-    kept = total(held) - 16 * n - by_name["weights cast to the matmul's dtype"]
-    assert found["memory traffic"] == pytest.approx(PASSES * (2 * kept + 6 * n) / 1e8)
-    assert "Newton–Schulz" not in found
+    times = parts(MeshLayout())
+    assert times["optimiser"] == pytest.approx((8 * n + 4 * n + 16 * n) / 1e8)
+    saved = total(held) - 16 * n - by_name["weights cast to the matmul's dtype"]
+    assert times["memory traffic"] == pytest.approx(PASSES * (2 * saved + 6 * n) / 1e8)
+    assert "Newton–Schulz" not in times
 
 
 @pytest.mark.parametrize("experts", [True, False])
@@ -160,6 +160,6 @@ def test_parts_are_items_with_formulas():
     costs = costs_of()
     held = memory(CONFIG, costs, layout, 2, 2)
     wires = comm_volumes(costs, layout, T, PASSES, 2)
-    found = step_seconds(setting, costs, layout, T, PASSES, held, wires)
-    assert all(isinstance(i, Item) and i.formula and i.value > 0 for i in found)
-    assert not torch.is_tensor(found[0].value)
+    times = step_seconds(setting, costs, layout, T, PASSES, held, wires)
+    assert all(isinstance(i, Item) and i.formula and i.value > 0 for i in times)
+    assert not torch.is_tensor(times[0].value)

@@ -20,15 +20,15 @@ def items(model, **options):
 
 def test_by_hand():
     """D_L 256 = 8·32 in bfloat16, P = 8, K = 4, indices of 2 bytes."""
-    found = items(MODEL, n_ranks=8)
-    assert found["Head Parallel"] == 4 * 256 * 2 * 7 / 8
-    assert found["Expert Parallel"] == 4 * found["Head Parallel"] + 8 * 4 * 2 * 7 / 8
-    assert found["Expert Parallel, all-gather"] == 8 * 7 * (4 * 32 * 2 + 4 * (2 + 8))
+    sent = items(MODEL, n_ranks=8)
+    assert sent["Head Parallel"] == 4 * 256 * 2 * 7 / 8
+    assert sent["Expert Parallel"] == 4 * sent["Head Parallel"] + 8 * 4 * 2 * 7 / 8
+    assert sent["Expert Parallel, all-gather"] == 8 * 7 * (4 * 32 * 2 + 4 * (2 + 8))
     # research: P = 8, k = 4 → 3.31 ranks
-    once = found["Expert Parallel, one copy per rank"]
+    once = sent["Expert Parallel, one copy per rank"]
     assert once == pytest.approx(3.31 * 8 * 7 / 8 * (4 * 32 * 2 + 4 * 10), rel=0.002)
     forward = items(MODEL, n_ranks=8, training=False)
-    assert forward["Head Parallel"] == found["Head Parallel"] / 2
+    assert forward["Head Parallel"] == sent["Head Parallel"] / 2
     assert forward["Expert Parallel"] == 8 * 4 * (2 * 32 * 2 + 2) * 7 / 8
     assert forward["Expert Parallel, all-gather"] == 8 * 7 * (2 * 32 * 2 + 4 * (2 + 4))
 

@@ -40,21 +40,21 @@ def test_one_rank_sends_nothing():
 
 def test_head_parallel():
     """2 sparse layers · 128 tokens · 32 values of 2 bytes, a half of it, four times."""
-    found = by_name(MeshLayout(hp=2))
-    assert found["Head Parallel"].bytes == 2 * 4 * T * 32 * 2 // 2
-    assert found["Head Parallel"].messages == 4 * 2 * 4
+    volumes = by_name(MeshLayout(hp=2))
+    assert volumes["Head Parallel"].bytes == 2 * 4 * T * 32 * 2 // 2
+    assert volumes["Head Parallel"].messages == 4 * 2 * 4
     token = replace(MODEL, moe=replace(MODEL.moe, router=RouterConfig(reads="token")))
-    more = by_name(MeshLayout(hp=2), token)["Head Parallel"].bytes - found["Head Parallel"].bytes
+    more = by_name(MeshLayout(hp=2), token)["Head Parallel"].bytes - volumes["Head Parallel"].bytes
     assert more == 2 * T * 4 * 2 * (2 + 4 + 4) // 2
 
 
 def test_head_parallel_by_gradients():
     """hp = 4: no rank shares experts, so none of their gradients are sent; routers neither."""
-    found = by_name(MeshLayout(hp=4))
-    assert set(found) == {"Head Parallel", "gradients all-reduced, replicated"}
+    volumes = by_name(MeshLayout(hp=4))
+    assert set(volumes) == {"Head Parallel", "gradients all-reduced, replicated"}
     n = n_of(*CostGroup) - n_of(CostGroup.EXPERTS, CostGroup.ROUTERS)
-    assert found["gradients all-reduced, replicated"].bytes == 2 * 4 * n * 3 // 4
-    assert found["gradients all-reduced, replicated"].messages == 6
+    assert volumes["gradients all-reduced, replicated"].bytes == 2 * 4 * n * 3 // 4
+    assert volumes["gradients all-reduced, replicated"].messages == 6
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -82,29 +82,29 @@ def test_imbalance_grows_what_follows_the_router():
 
 def test_totals_by_scheme_include_the_counts():
     for scheme, value in ep_totals(MODEL, MeshLayout(ep=4), T, 4, 2).items():
-        found = comm_volumes(costs_of(), MeshLayout(ep=4, scheme=scheme), T, 4, 2)
-        assert value == sum(w.bytes for w in found if w.kind == "tokens")
+        volumes = comm_volumes(costs_of(), MeshLayout(ep=4, scheme=scheme), T, 4, 2)
+        assert value == sum(w.bytes for w in volumes if w.kind == "tokens")
 
 
 def test_fsdp_gathers_twice_and_scatters_once_a_pass():
-    found = by_name(MeshLayout(dp=2, hp=2, shard=True))
+    volumes = by_name(MeshLayout(dp=2, hp=2, shard=True))
     ends, small = n_of(CostGroup.EMBEDDING), n_of(CostGroup.NORMS)
     experts, routers_ = n_of(CostGroup.EXPERTS), n_of(CostGroup.ROUTERS)
     n = n_of(*CostGroup) - experts - routers_ - small - ends
-    assert found["weights gathered, replicated"].bytes == 4 * 2 * 2 * n * 3 // 4
-    assert found["weights gathered, replicated"].messages == 4 * 2 * 3 * 3
-    assert found["gradients reduce-scattered, replicated"].bytes == 4 * 4 * n * 3 // 4
-    assert found["weights gathered, embedding and head"].bytes == 4 * 2 * ends * 3 // 4
-    assert found["gradients reduce-scattered, embedding and head"].bytes == 4 * 4 * ends * 3 // 4
-    assert found["weights gathered, experts"].bytes == 4 * 2 * 2 * (experts // 2) // 2
-    assert found["weights gathered, experts"].messages == 4 * 2 * 2
-    routers = found["gradients all-reduced, routers"]
+    assert volumes["weights gathered, replicated"].bytes == 4 * 2 * 2 * n * 3 // 4
+    assert volumes["weights gathered, replicated"].messages == 4 * 2 * 3 * 3
+    assert volumes["gradients reduce-scattered, replicated"].bytes == 4 * 4 * n * 3 // 4
+    assert volumes["weights gathered, embedding and head"].bytes == 4 * 2 * ends * 3 // 4
+    assert volumes["gradients reduce-scattered, embedding and head"].bytes == 4 * 4 * ends * 3 // 4
+    assert volumes["weights gathered, experts"].bytes == 4 * 2 * 2 * (experts // 2) // 2
+    assert volumes["weights gathered, experts"].messages == 4 * 2 * 2
+    routers = volumes["gradients all-reduced, routers"]
     assert (routers.bytes, routers.axis) == (2 * 4 * (routers_ // 2) // 2, "routers")
-    assert found["gradients all-reduced, norms and routers"].bytes == 2 * 4 * small * 3 // 4
+    assert volumes["gradients all-reduced, norms and routers"].bytes == 2 * 4 * small * 3 // 4
     again = by_name(MeshLayout(dp=2, hp=2, shard=True), chunks=2)["weights gathered, experts"]
-    assert again.bytes == 2 * found["weights gathered, experts"].bytes
+    assert again.bytes == 2 * volumes["weights gathered, experts"].bytes
 
 
 def test_a_dense_model_sends_gradients_alone():
-    found = comm_volumes(costs_of(MODELS["dense"]), MeshLayout(dp=2), T, 1, 4)
-    assert [(w.name, w.axis) for w in found] == [("gradients all-reduced, replicated", "world")]
+    volumes = comm_volumes(costs_of(MODELS["dense"]), MeshLayout(dp=2), T, 1, 4)
+    assert [(w.name, w.axis) for w in volumes] == [("gradients all-reduced, replicated", "world")]

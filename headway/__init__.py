@@ -2,16 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from headway.config import BalanceConfig, RouterConfig, latent_acc, latent_eff
-
 if TYPE_CHECKING:
+    from headway.config import BalanceConfig, MoEConfig, RouterConfig, latent_acc, latent_eff
+    from headway.model.context import Context
     from headway.model.layers import LatentMoE, MoE, MultiHeadLatentMoE
 
 __version__ = "0.1.0"
 __all__ = [
     "BalanceConfig",
+    "Context",
     "LatentMoE",
     "MoE",
+    "MoEConfig",
     "MultiHeadLatentMoE",
     "RouterConfig",
     "latent_acc",
@@ -20,11 +22,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The layers, when they are first asked for: `headway --help` then starts without PyTorch (PEP
-    562).
-    """
+    """Import what is asked for when it is first asked for (PEP 562): `headway --help` then starts
+    without PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module 'headway' has no attribute {name!r}")
-    from headway.model import layers
+    from headway import config
 
-    return vars(layers)[name]
+    if name in vars(config):
+        return vars(config)[name]
+    from headway.model import context, layers
+
+    return {**vars(layers), **vars(context)}[name]

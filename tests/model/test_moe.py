@@ -264,3 +264,18 @@ def test_a_gpu_gives_the_numbers_of_the_equations(kind):
     assert_close(out.cpu(), want, 1e-12)
     for got, want_grad in zip(grads, want_grads, strict=True):
         assert_close(got.cpu(), want_grad, 1e-11)
+
+
+def test_a_layer_of_keywords_is_that_of_its_config():
+    """The same options, the same defaults, whichever way a layer is built."""
+    sizes = {"n_experts": 4, "top_k": 2, "d_expert": 3}
+    for layer, kind in (
+        (MoE(8, 4, 2, 3), {"kind": "moe"}),
+        (LatentMoE(8, 6, 4, 2, 3), {"kind": "latent", "d_latent": 6}),
+        (MultiHeadLatentMoE(8, 2, 4, 2, 3), {"kind": "multi_head_latent", "n_heads": 2}),
+    ):
+        config = MoEConfig(**sizes, **kind)
+        built = SparseLayer(8, config)
+        assert layer.config == config and layer.reads_token == built.reads_token
+        shapes = {name: x.shape for name, x in built.state_dict().items()}
+        assert shapes == {name: x.shape for name, x in layer.state_dict().items()}

@@ -17,7 +17,8 @@ ACTIVATIONS = ("swiglu", "relu2", "gelu")
 
 
 def activate_reference(pre: Tensor, activation: str) -> Tensor:
-    """`[..., G·F]` → `[..., F]`: SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU."""
+    """Return SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU: `[..., G·F]` → `[...,
+    F]`."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -25,14 +26,15 @@ def activate_reference(pre: Tensor, activation: str) -> Tensor:
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
-    """Equal to `activate_reference`, with autograd; float32 arithmetic, rounded once, on CPUs."""
+    """Return what `activate_reference` does, with autograd; on CPUs with float32 arithmetic that is
+    rounded once."""
     if cpp_kernels().supports(pre) and not transformed():
         return (_activate if undispatched(pre) else _forward)(pre, activation)
     return activate_reference(pre, activation)
 
 
 def _activate(pre: Tensor, activation: str) -> Tensor:
-    """The C++ path."""
+    """Run the C++ kernel."""
     pre = pre.contiguous()
     width = pre.shape[-1] // n_inputs(activation)
     hid = pre.new_empty(*pre.shape[:-1], width)
@@ -45,7 +47,7 @@ _forward = torch.library.custom_op("headway::activate", _activate, mutates_args=
 
 @torch.library.custom_op("headway::activate_backward", mutates_args=())
 def _backward(d_hid: Tensor, pre: Tensor, activation: str) -> Tensor:
-    """The gradient of `pre`."""
+    """Return the gradient of `pre`."""
     d_hid, pre = d_hid.contiguous(), pre.contiguous()
     d_pre = torch.empty_like(pre)
     cpp_kernels().call(
@@ -55,7 +57,7 @@ def _backward(d_hid: Tensor, pre: Tensor, activation: str) -> Tensor:
 
 
 def _sizes(pre: Tensor, activation: str) -> tuple[int, int, int]:
-    """Rows, F and the activation's number in `cpu/activation.h`."""
+    """Return rows, F and the activation's number in `cpu/activation.h`."""
     rows = pre.shape[:-1].numel()
     return rows, pre.shape[-1] // n_inputs(activation), ACTIVATIONS.index(activation)
 
@@ -89,7 +91,7 @@ _forward.register_autograd(_autograd, setup_context=_save)
 
 
 def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
-    """`activate_reference` into `hid [..., F]`, without autograd."""
+    """Write `activate_reference` into `hid [..., F]`, without autograd."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return torch.ops.aten.silu.out(gate, out=hid).mul_(up)
@@ -99,9 +101,8 @@ def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
 
 
 def activate_with_slope(pre: Tensor, activation: str, hid: Tensor, slope: Tensor) -> None:
-    """`activate_reference` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with one
-    exponential for both.
-    """
+    """Write `activate_reference` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with
+    one exponential for both."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         d_gate, d_up = slope.chunk(2, dim=-1)

@@ -28,7 +28,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
 class CppKernels:
-    """The library, or why there is none."""
+    """The loaded library, or why there is none."""
 
     library: ctypes.CDLL | None
     why: str
@@ -75,7 +75,7 @@ def undispatched(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def cpp_kernels() -> CppKernels:
-    """The library of this process; builds it (a few seconds) where the cache has none."""
+    """Return the library of this process; it is built (a few seconds) where the cache has none."""
     return _cpp_kernels()
 
 
@@ -100,7 +100,8 @@ def _cpp_kernels() -> CppKernels:
 
 
 def _built(compiler: str) -> Path:
-    """The shared object for these sources, this compiler and this CPU."""
+    """Return the shared object for these sources, this compiler and this CPU; build it if the cache
+    has none."""
     key = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         key.update(path.name.encode() + path.read_bytes())
@@ -110,11 +111,11 @@ def _built(compiler: str) -> Path:
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
+            built = Path(folder) / target.name
             sources = sorted(map(str, SOURCES.glob("*.cpp")))
-            command = [compiler, *FLAGS, *sources, "-o", str(made)]
+            command = [compiler, *FLAGS, *sources, "-o", str(built)]
             subprocess.run(command, capture_output=True, check=True, text=True, timeout=600)
-            made.replace(target)  # another process may have been first; its file is as good
+            built.replace(target)  # another process may have been first; its file is as good
     return target
 
 

@@ -45,7 +45,7 @@ def experts_reference(
     w_out_HEFL: Tensor,
     activation: Activation,
 ) -> Tensor:
-    """Plain loops over tokens, heads and slots, any dtype (float64 in tests); autograd gives the
+    """Loop over tokens, heads and slots, in any dtype (float64 in tests); autograd gives the
     gradients.
 
     Args and result as in `experts`, with `index_THK` `[T, H, K]` in place of the sorted rows.
@@ -76,7 +76,7 @@ def experts(
     recompute: bool = False,
     precision: Precision = "bfloat16",
 ) -> Tensor:
-    """Σ over the chosen experts of gate · expert(x), for every sub-token.
+    """Return Σ over the chosen experts of gate · expert(x), for every sub-token.
 
     Args:
         x_NL: `[N, L]` sub-tokens, n = t·H + h; its dtype is the dtype of the matmuls (float32,
@@ -132,7 +132,7 @@ def _run_forward(
     keep: bool,
     precision: str = "bfloat16",
 ) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
+    """Return (out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
     weights = (w_in_HEGFL, w_out_HEFL)
     inputs = ExpertInputs(x_NL, gate_NK, *weights, slot_R, row_NK, counts_HE, activation)
     if precision == "float8":
@@ -160,7 +160,7 @@ def _backward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out."""
+    """Return the gradients of x, gates, w_in and w_out."""
     weights = (w_in_HEGFL, w_out_HEFL)
     inputs = ExpertInputs(x_NL, gate_NK, *weights, slot_R, row_NK, counts_HE, activation)
     return _functions(inputs)[1](do_NL.contiguous(), inputs, pre_R, keep)
@@ -277,18 +277,16 @@ def _loop_backward(
 
 
 def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:
-    """(expert, rows, its slice of each table…) for every expert that has rows; one `split` per
-    table.
-    """
+    """Yield (expert, number of rows, its slice of each table…) for every expert that has rows; each
+    table is split once."""
     sizes = [n for n in counts if n]
     parts = [repeat(None) if t is None else t[: sum(sizes)].split(sizes) for t in tables]
     return zip((e for e, n in enumerate(counts) if n), sizes, *parts, strict=False)
 
 
 class _Scratch:
-    """A buffer for elementwise work in float32 (or better), and one for its rounding to the dtype
-    of the matmuls.
-    """
+    """A buffer for elementwise work in float32 (or better), and one for rounding it to the dtype of
+    the matmuls."""
 
     def __init__(self, rows: int, width: int, like: Tensor):
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -296,12 +294,13 @@ class _Scratch:
         self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
 
     def narrow(self, values: Tensor) -> Tensor:
-        """`values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the same."""
+        """Return `values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the
+        same."""
         return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
 
 
 def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a·b; the product accumulates in float32 and is rounded to a's dtype once."""
+    """Set out = a·b; the product accumulates in float32 and is rounded to a's dtype once."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -309,8 +308,8 @@ def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def experts_dense(inputs: ExpertInputs) -> Tensor:
-    """Equal to `experts`, in operators that PyTorch differentiates any number of times, batches
-    (`vmap`) and pushes forward (`jvp`): every expert sees every sub-token, at E/K times the
+    """Return what `experts` does, in operators that PyTorch differentiates any number of times,
+    batches (`vmap`) and pushes forward (`jvp`): every expert sees every sub-token, at E/K times the
     products, with a gate of 0 where it was not chosen. Sizes do not depend on the data.
 
     Returns: `[N, L]` in x's dtype; elementwise work is in float32 or better, and one matmul sums

@@ -12,16 +12,16 @@ from headway.kernels.paths import ExpertInputs
 
 
 def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
+    """Return (out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
     slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
     R, (_, _, G, Fh, L) = slot_R.numel(), w_in.shape
     y_RL = x.new_empty(R, L, dtype=torch.float32)
     pre_R = x.new_empty(R if keep else 0, G * Fh)
-    kept, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
+    pre, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
     cpp_kernels().call(
-        "experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, kept, y_RL
+        "experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, pre, y_RL
     )
     return _combine(x, y_RL, row_NK, counts_HE, gate_NK.contiguous()), pre_R
 
@@ -29,7 +29,7 @@ def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out."""
+    """Return the gradients of x, gates, w_in and w_out."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
     slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
@@ -44,9 +44,8 @@ def backward(
 
 
 def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:
-    """Groups, K, L, F, G, the activation's number and whether weights are bfloat16, as the kernels
-    take them.
-    """
+    """Return groups, K, L, F, G, the activation's number and whether weights are bfloat16, as the
+    kernels take them."""
     H, E, G, Fh, L = w_in_HEGFL.shape
     number = ACTIVATIONS.index(activation)
     return H * E, row_NK.shape[1], L, Fh, G, number, int(w_in_HEGFL.dtype == torch.bfloat16)

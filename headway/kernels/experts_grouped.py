@@ -17,7 +17,7 @@ from headway.kernels.permute import sum_slots
 
 
 def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
+    """Return (out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
     x_NL, gate_NK, _, _, slot_R, row_NK, counts_HE, activation = inputs
     w_in, w_out = inputs.stacked_weights()
     rows = _Rows(slot_R, row_NK, counts_HE)
@@ -32,7 +32,7 @@ def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out."""
+    """Return the gradients of x, gates, w_in and w_out."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     w_in, w_out = inputs.stacked_weights()
     rows = _Rows(slot_R, row_NK, counts_HE)
@@ -61,7 +61,7 @@ def backward(
 
 
 class _Rows:
-    """The sorted rows, and where they end."""
+    """The permuted rows and where they end."""
 
     def __init__(self, slot_R: Tensor, row_NK: Tensor, counts_HE: Tensor):
         self.token_R = slot_R // row_NK.shape[1]
@@ -70,16 +70,17 @@ class _Rows:
         self.none_R1 = self.ends_G[-1] <= R1
 
     def gather(self, x_NL: Tensor) -> Tensor:
-        """`[R, L]`."""
+        """Return the sub-token of every row `[R, L]`."""
         return x_NL.index_select(0, self.token_R)
 
     def clean(self, y_R: Tensor) -> Tensor:
-        """Zeros in the rows of no expert."""
+        """Write zeros into the rows of no expert."""
         return y_R.masked_fill_(self.none_R1, 0)
 
 
 def _outer(a_R: Tensor, b_R: Tensor, ends_G: Tensor) -> Tensor:
-    """`[G, width of a, width of b]`: aᵀ·b over the rows of each group, zeros for an empty one."""
+    """Return aᵀ·b over the rows of each group, `[H·E, width of a, width of b]`; zeros for an empty
+    one."""
     sizes_G = ends_G.diff(prepend=ends_G.new_zeros(1))
-    found = F.grouped_mm(a_R.transpose(0, 1), b_R, offs=ends_G)
-    return found.masked_fill_((sizes_G == 0).view(-1, 1, 1), 0)
+    outer = F.grouped_mm(a_R.transpose(0, 1), b_R, offs=ends_G)
+    return outer.masked_fill_((sizes_G == 0).view(-1, 1, 1), 0)

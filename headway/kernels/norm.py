@@ -11,17 +11,15 @@ from headway.kernels.precision import widen
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dim; `weight` broadcasts from the right
-    (arXiv 1910.07467).
-    """
+    """Return x / sqrt(mean(x²) + eps) · weight over the last dim; `weight` broadcasts from the
+    right (arXiv 1910.07467)."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Equal to `rms_norm_reference`. `x` `[..., L]`, `weight` `[L]` or `[H, L]` (one row per head),
-    result in x's dtype.
-    """
+    """Return what `rms_norm_reference` does: `x` `[..., L]`, `weight` `[L]` or `[H, L]` (one row
+    per head), result in x's dtype."""
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
@@ -31,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(out, 1/sqrt(mean(x²) + eps) of every row, float32 `[...]`)."""
+    """Return (out, 1/sqrt(mean(x²) + eps) of every row, float32 `[...]`)."""
     assert x.shape[-weight.dim() :] == weight.shape
     x, weight = x.contiguous(), weight.contiguous()
     out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -46,7 +44,7 @@ _forward = torch.library.custom_op("headway::rms_norm", _norm, mutates_args=())
 
 @torch.library.custom_op("headway::rms_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
+    """Return the gradients of x and weight."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
     L = weight.shape[-1]
@@ -81,7 +79,7 @@ def _autograd(ctx, dy, _):
 
 
 def _twice(ctx, dy: Tensor) -> tuple:
-    """Gradients that can be differentiated again."""
+    """Return gradients that can be differentiated again."""
     x, weight, _ = ctx.saved_tensors
 
     def reference(x: Tensor, weight: Tensor) -> tuple[Tensor]:

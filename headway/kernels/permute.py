@@ -20,8 +20,8 @@ from headway.kernels.precision import widen
 
 
 class Rows(NamedTuple):
-    """Where each (token, slot) pair stands when the rows are sorted by (head, expert); int64, and
-    int32 from the GPU's sort."""
+    """The permutation that sorts (token, slot) pairs by (head, expert); int64, and int32 from the
+    GPU's sort."""
 
     slot_R: Tensor
     """`[R]`: sorted row → slot (t·H + h)·K + k; its sub-token, an index into `[N, L]`, is
@@ -33,16 +33,15 @@ class Rows(NamedTuple):
 
 
 def count(key: Tensor, n_keys: int) -> Tensor:
-    """How often each of 0 … n_keys − 1 occurs; int64 `[n_keys]`. `bincount` with a shape known
-    before the data.
-    """
+    """Count how often each of 0 … n_keys − 1 occurs; int64 `[n_keys]`. It is `bincount` with a
+    shape known before the data."""
     key = key.flatten()
     none = torch.zeros(n_keys, dtype=torch.int64, device=key.device)
     return none.scatter_add(0, key, torch.ones_like(key))  # not in place: `vmap` cannot
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
-    """Stable sort of all slots by (head, expert): a counting sort in Triton on GPUs (int32 tables)
+    """Sort all slots by (head, expert), stably: a counting sort in Triton on GPUs (int32 tables)
     and in C++ on CPUs, else a radix sort.
 
     Args: index_THK: int64 or int32 `[T, H, K]`; one outside 0 … E − 1 (E by convention) means that
@@ -58,7 +57,7 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
 
 
 def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
-    """The same with PyTorch's sort."""
+    """Return what `sort_rows` does, with PyTorch's sort."""
     T, H, K = index_THK.shape
     head_H = torch.arange(H, device=index_THK.device).view(1, H, 1)
     # the sentinel E of head h must sort behind every head, not into head h + 1
@@ -75,7 +74,7 @@ def sort_rows_reference(index_THK: Tensor, n_experts: int) -> Rows:
 
 
 def _sort(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `Rows`."""
+    """Return the fields of `Rows`."""
     index_THK = index_THK.long().contiguous()
     out = _empty(index_THK, n_experts)
     cpp_kernels().call("sort_rows", torch.float32, index_THK, *index_THK.shape, n_experts, *out)
@@ -112,9 +111,8 @@ def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tens
 
 
 def sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
-    """out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused gather and
-    weighted sum.
-    """
+    """Return out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused
+    gather and weighted sum."""
     N, K = row_NK.shape
     if y_RL.dtype in (torch.bfloat16, torch.float16) or y_RL.device.type != "cpu":
         y_NKL = widen(y_RL[row_NK])

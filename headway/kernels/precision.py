@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """float32 of bfloat16 and float16; float32 and float64 as they are."""
+    """Return bfloat16 and float16 as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Matmuls here have the dtype of their operands, also where the caller's autocast would narrow
+    """Give matmuls the dtype of their operands, also where the caller's autocast would narrow
     them."""
     device = x.device.type
     # `is_autocast_available` would be the question, but PyTorch 2.11 does not compile it
@@ -23,8 +23,8 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself; elsewhere it is emulated and far slower than
-    float32."""
+    """Return whether the hardware multiplies bfloat16 itself; elsewhere it is emulated and far
+    slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

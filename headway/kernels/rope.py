@@ -15,7 +15,7 @@ from headway.kernels.norm import rms_norm, rms_norm_reference
 def rope_tables(
     positions_S: Tensor, d_head: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head).
+    """Return (cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head).
 
     `dtype` is that of the queries and keys; for bfloat16 the tables are float32, since a rounded
     table would turn by a wrong angle and change lengths.
@@ -27,13 +27,14 @@ def rope_tables(
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x [..., S, H, d]` rotated by tables `[S, 1, d/2]`, in plain operations."""
+    """Rotate `x [..., S, H, d]` by tables `[S, 1, d/2]`, in plain operations."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Equal to `rope_reference`; float32 arithmetic, rounded once. The backward rotates back."""
+    """Return what `rope_reference` does; float32 arithmetic, rounded once. The backward rotates
+    back."""
     if transformed():
         return rope_reference(x, cos, sin)
     if _runs_in_cpp(x, cos, sin):
@@ -42,9 +43,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope(rms_norm(x, weight, eps), cos, sin)` for `weight [d]`, rounded once where it is one
-    kernel.
-    """
+    """Return `rope(rms_norm(x, weight, eps), cos, sin)` for `weight [d]`, rounded once where it is
+    one kernel."""
     if not transformed() and _runs_in_cpp(x, weight, cos, sin):
         run = _norm_rotate_cpp if undispatched(x) else _norm_turn
         return run(x, weight, eps, cos, sin)[0]
@@ -70,7 +70,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: int) -> Tensor:
-    """Four passes over halves, written in place; `turn` −1 rotates back."""
+    """Rotate in four passes over halves, written in place; `turn` −1 rotates back."""
     wide = x.to(cos.dtype)
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)
     (a, b), (out_a, out_b) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
@@ -80,14 +80,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: int) -> Tensor:
 
 
 def _sizes(x: Tensor, cos: Tensor) -> tuple[int, int, int, int]:
-    """(rows, S, H, d/2) of `x [..., S, H, d]`."""
+    """Return (rows, S, H, d/2) of `x [..., S, H, d]`."""
     S, H, d = x.shape[-3:]
     assert cos.shape == (S, 1, d // 2), "one row of the tables per position"
     return x.numel() // d, S, H, d // 2
 
 
 def _rotate_cpp(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
-    """`turn` −1 rotates back."""
+    """Rotate in C++; `turn` −1 rotates back."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     cpp_kernels().call("rope", x.dtype, x, cos, sin, *_sizes(x, cos), turn, out)
@@ -117,7 +117,7 @@ _turn.register_autograd(_turn_back, setup_context=_save_turn)
 def _norm_rotate_cpp(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(out, 1/sqrt(mean(x²) + eps) of every row, float32 `[..., S, H]`)."""
+    """Return (out, 1/sqrt(mean(x²) + eps) of every row, float32 `[..., S, H]`)."""
     assert weight.shape == x.shape[-1:]
     x, weight, cos, sin = (t.contiguous() for t in (x, weight, cos, sin))
     out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -133,7 +133,7 @@ _norm_turn = torch.library.custom_op("headway::norm_rope", _norm_rotate_cpp, mut
 def _norm_turn_backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
+    """Return the gradients of x and weight."""
     dy, x, weight, cos, sin = (t.contiguous() for t in (dy, x, weight, cos, sin))
     dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
     tensors = (dy, x, weight, scale, cos, sin)

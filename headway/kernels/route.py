@@ -26,7 +26,7 @@ from headway.kernels.topk import top_k
 
 
 class Routed(NamedTuple):
-    """What `route` returns."""
+    """The selected experts, their gates and the statistics over tokens."""
 
     index_THK: Tensor
     """int64 (int32 from the GPU kernels) `[T, H, K]`, best first."""
@@ -51,9 +51,8 @@ def route_reference(
     renormalize: bool,
     scale: float,
 ) -> Routed:
-    """The definition, in PyTorch and with autograd's gradient. Arguments as in `route_logits`, of
-    any float dtype.
-    """
+    """Route in PyTorch, by the definition and with autograd's gradient. Arguments as in
+    `route_logits`, of any float dtype."""
     T, H, E = logits_THE.shape
     sigmoid = gate == "sigmoid"
     score_THE = torch.sigmoid(logits_THE) if sigmoid else logits_THE
@@ -94,7 +93,7 @@ def route(
     renormalize: bool,
     scale: float,
 ) -> Routed:
-    """`route_logits` of `logits(x, w_HEL)`.
+    """Return `route_logits` of `logits(x, w_HEL)`.
 
     Args:
         x: `[T, H, L]`, or `[T, L]` that every head reads; float32, bfloat16 (float64).
@@ -111,15 +110,15 @@ def route(
 
 
 def keeps_no_logits(x: Tensor, w_HEL: Tensor, bias_HE: Tensor) -> bool:
-    """Whether `route` keeps nothing of size T×E for backward."""
+    """Return whether `route` keeps nothing of size T×E for backward."""
     if transformed() or not gpu_kernels().supports(x, w_HEL, bias_HE):
         return False
     return widen(w_HEL).dtype == widen(bias_HE).dtype == torch.float32
 
 
 def logits(x: Tensor, w_HEL: Tensor) -> Tensor:
-    """`[T, H, L]` (or `[T, L]`, the same for all heads) times `[H, E, L]` → `[T, H, E]`, in float32
-    (float64)."""
+    """Return x times the weights in float32 (float64): `[T, H, L]` (or `[T, L]`, the same for all
+    heads) times `[H, E, L]` → `[T, H, E]`."""
     wide = torch.promote_types(torch.promote_types(x.dtype, w_HEL.dtype), torch.float32)
     x, w_HEL = x.to(wide), w_HEL.to(wide)
     with without_autocast(x):
@@ -137,7 +136,7 @@ def route_logits(
     renormalize: bool,
     scale: float,
 ) -> Routed:
-    """Equal to `route_reference`: the same experts chosen, the rest to 1e-6.
+    """Return what `route_reference` does: the same experts chosen, the rest to 1e-6.
 
     Args:
         logits_THE: `[T, H, E]` float32 (float64).
@@ -166,7 +165,7 @@ def _route(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Routed`, the index last."""
+    """Return the fields of `Routed`, the index last."""
     T, H, E = logits_THE.shape
     K = k
     if index_THK is not None:
@@ -196,7 +195,7 @@ def _backward(
     renormalize: bool,
     scale: float,
 ) -> Tensor:
-    """The gradient of the logits; a gradient that is None is 0."""
+    """Return the gradient of the logits; a gradient that is None is 0."""
     (T, H, E), K = logits_THE.shape, index_THK.shape[-1]
     logits, token, head = _laid(logits_THE)
     d_logits = _like(logits_THE)
@@ -244,7 +243,7 @@ def route_twice(
     grads: Sequence[Tensor | None],
     options: Sequence,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of what the logits are made of, for a given selection; they can be
+    """Return the gradients of what the logits are made of, for a given selection; they can be
     differentiated again.
 
     Args: grads: of gates, mean scores and z, None is 0; options: gate, renormalize, scale.
@@ -253,14 +252,14 @@ def route_twice(
     def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
         logits_THE, index = logits_of(*inputs), index_THK.long()
         bias_HE = torch.zeros_like(logits_THE[0])  # only selects
-        found = route_reference(logits_THE, bias_HE, index, index.shape[-1], *options)
-        return found.gate_THK, found.prob_HE, found.z_H
+        routed = route_reference(logits_THE, bias_HE, index, index.shape[-1], *options)
+        return routed.gate_THK, routed.prob_HE, routed.z_H
 
     return reference_grads(reference, inputs, needed, grads)
 
 
 def _empty(logits_THE: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what `_forward` returns."""
+    """Allocate what `_route` returns."""
     T, H, E = logits_THE.shape
     shapes = ((T, H, K), (H, E), (H,), (H,), (H, E))
     gate_THK, prob_HE, z_H, entropy_H, counts_HE = (logits_THE.new_empty(s) for s in shapes)
@@ -269,13 +268,14 @@ def _empty(logits_THE: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def _by_head(logits_THE: Tensor) -> bool:
-    """Whether one head's tokens lie together, as a batched matmul over heads leaves them."""
+    """Return whether one head's tokens are contiguous, as a batched matmul over heads leaves
+    them."""
     return logits_THE.transpose(0, 1).is_contiguous()
 
 
 def _laid(logits_THE: Tensor) -> tuple[Tensor, int, int]:
-    """The same numbers contiguous, without a copy in either order, and the distance from a token
-    and from a head to the next."""
+    """Return the same numbers contiguous, without a copy in either order, and the distance from a
+    token and from a head to the next."""
     T, H, E = logits_THE.shape
     if _by_head(logits_THE):
         return logits_THE.transpose(0, 1), E, T * E
@@ -283,6 +283,6 @@ def _laid(logits_THE: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _like(logits_THE: Tensor) -> Tensor:
-    """Memory for their gradient, in their own order."""
-    kept = torch.preserve_format if _by_head(logits_THE) else torch.contiguous_format
-    return torch.empty_like(logits_THE, memory_format=kept)
+    """Allocate the gradient of logits, in their memory order."""
+    memory_format = torch.preserve_format if _by_head(logits_THE) else torch.contiguous_format
+    return torch.empty_like(logits_THE, memory_format=memory_format)

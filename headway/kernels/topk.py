@@ -14,14 +14,14 @@ MAX_ROUNDS = 8  # beyond this a stable sort is faster
 
 
 def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores, best first, ties to the lowest index; int64 `[..., k]`. NaN
-    counts as largest.
-    """
+    """Return the indices of the k largest scores, best first, ties to the lowest index; int64
+    `[..., k]`. NaN counts as largest."""
     return torch.sort(scores_THE, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def top_k(scores_THE: Tensor, k: int) -> Tensor:
-    """Equal to `top_k_reference` for every input (−inf ties with the lowest finite number)."""
+    """Return what `top_k_reference` does, for every input (−inf ties with the lowest finite
+    number)."""
     if k > MAX_ROUNDS or transformed():
         return top_k_reference(scores_THE, k)
     # a taken score becomes −inf, so that one not taken must stay above it

@@ -21,7 +21,7 @@ SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, slots=True)  # slots: torch.compile cannot guard an instance dict
 class GpuKernels:
-    """Whether the kernels run in this process."""
+    """Where the kernels run in this process, if anywhere."""
 
     device: str
     """`cuda`, `cpu` under the interpreter, or empty: nowhere."""
@@ -38,7 +38,7 @@ class GpuKernels:
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def gpu_kernels() -> GpuKernels:
-    """Where the Triton kernels run in this process."""
+    """Return where the Triton kernels run in this process."""
     return _gpu_kernels()
 
 
@@ -66,7 +66,8 @@ def _gpu_kernels() -> GpuKernels:
 
 
 def capability() -> int:
-    """90 for compute capability 9.0: of the current device, or 90 where there is none."""
+    """Return 90 for compute capability 9.0: that of the current device, or 90 where there is
+    none."""
     if not torch.cuda.is_available():
         return 90
     major, minor = torch.cuda.get_device_capability()

@@ -23,7 +23,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def widen(x):
-    """To float32, exact."""
+    """Convert to float32, exactly."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -31,7 +31,7 @@ def widen(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 to `dtype` (bfloat16, or float32 itself), nearest even; NaN stays NaN."""
+    """Round float32 to `dtype` (bfloat16, or float32 itself), to nearest even; NaN stays NaN."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -42,7 +42,8 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def narrow_float8(x):
-    """float32 up to 448 to e4m3, nearest even; interpreted, to the same values in float32."""
+    """Round float32 up to 448 to e4m3, to nearest even; interpreted, to the same values in
+    float32."""
     if INTERPRETED:
         exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
         step = tl.exp2((tl.maximum(exponent, -6) - 3).to(tl.float32))
@@ -54,7 +55,7 @@ def narrow_float8(x):
 
 @triton.jit
 def encode_float8(x):
-    """float32 up to 448 to the bytes of e4m3 (uint8), nearest even.
+    """Round float32 up to 448 to the bytes of e4m3 (uint8), to nearest even.
 
     s eeee mmm    e > 0: ±2^(e − 7) · (1 + m/8);  e = 0: ±2^−6 · m/8;  e, m all ones: NaN
     """
@@ -72,7 +73,7 @@ def encode_float8(x):
 
 @triton.jit
 def split(a):
-    """(a0, a1, a2) in bfloat16, largest first. Infinity and NaN stay whole in a0."""
+    """Split into (a0, a1, a2) in bfloat16, largest first; infinity and NaN are in a0 alone."""
     a0 = narrow(a, tl.bfloat16)
     rest = tl.where(tl.abs(a) < float("inf"), a - widen(a0), 0.0)
     a1 = narrow(rest, tl.bfloat16)
@@ -81,8 +82,8 @@ def split(a):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a·b (+ acc) with a float32 sum; float32 operands keep their precision (three products of
-    TF32 parts)."""
+    """Return a·b (+ acc) with a float32 sum; float32 operands keep their precision (three products
+    of TF32 parts)."""
     if INTERPRETED:
         return tl.dot(widen(a), widen(b), acc)
     return tl.dot(a, b, acc, input_precision="tf32x3")
@@ -90,7 +91,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def dot_float8(a, b, SUM: tl.constexpr):
-    """a·b of e4m3 over SUM products, promoted to float32 every 128 of them at least."""
+    """Return a·b of e4m3 over SUM products, promoted to float32 at least every 128 of them."""
     if INTERPRETED:
         return tl.dot(a, b.to(tl.float32))
     else:
@@ -99,7 +100,7 @@ def dot_float8(a, b, SUM: tl.constexpr):
 
 @triton.jit
 def dot_exact(a, b0, b1, b2):
-    """a·(b0 + b1 + b2), a in bfloat16; smallest first."""
+    """Return a·(b0 + b1 + b2) for a in bfloat16; smallest parts first."""
     acc = dot(a, b2)
     acc = dot(a, b1, acc)
     return dot(a, b0, acc)
@@ -107,13 +108,13 @@ def dot_exact(a, b0, b1, b2):
 
 @triton.jit
 def dot_close(a, b0, b1):
-    """a·(b0 + b1), a in bfloat16: off by 2⁻¹⁷ at most."""
+    """Return a·(b0 + b1) for a in bfloat16: off by 2⁻¹⁷ at most."""
     return dot(a, b0, dot(a, b1))
 
 
 @triton.jit
 def dot_split(a, b0, b1, b2):
-    """The same with a in float32."""
+    """Return a·(b0 + b1 + b2) for a in float32: six products of bfloat16 parts."""
     a0, a1, a2 = split(a)
     acc = dot(a2, b0)
     acc = dot(a1, b1, acc)
@@ -125,7 +126,8 @@ def dot_split(a, b0, b1, b2):
 
 @triton.jit
 def dot_rounded(a, b0, b1, acc):
-    """The same to 2⁻¹⁶, enough where the result is rounded to bfloat16."""
+    """Return acc + a·(b0 + b1) for a in float32, off by 2⁻¹⁶: enough where the result is rounded to
+    bfloat16."""
     a0, a1, _ = split(a)
     acc = dot(a1, b0, acc)
     acc = dot(a0, b1, acc)

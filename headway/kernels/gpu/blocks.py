@@ -21,7 +21,7 @@ TABLE, GROUPS = 32, 512
 
 
 class Blocks(NamedTuple):
-    """int32, on the device of the counts."""
+    """Where the blocks of a grouped kernel begin; int32, on the device of the counts."""
 
     start_G: Tensor
     """`[G + 1]`: first row of every group; the last entry is the number of rows taken."""
@@ -32,7 +32,8 @@ class Blocks(NamedTuple):
 
 
 def blocks(counts_HE: Tensor, n_rows: int, block: int) -> Blocks:
-    """Tables for R = `n_rows` and blocks of `block` rows. No host sync: a graph can capture it.
+    """Return the tables for R = `n_rows` and blocks of `block` rows. Nothing waits for the host, so
+    a graph can capture it.
 
     Args: counts_HE: int32 or int64, rows of each group; their sum is at most R < 2³¹.
     """
@@ -56,10 +57,8 @@ def blocks(counts_HE: Tensor, n_rows: int, block: int) -> Blocks:
 def _blocks(
     counts, start, group, row, G, B, BLOCK: tl.constexpr, TABLE: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """Every program sums the counts from the start and fills its own entries: entry b belongs to
-    the group behind all those whose blocks end at or before b. The first program also writes
-    `start`.
-    """
+    """Sum the counts from the start and fill this program's entries: entry b belongs to the group
+    after all those whose blocks end at or before b. The first program also writes `start`."""
     first = tl.program_id(0) * TABLE
     b = first + tl.arange(0, TABLE)
     before = tl.zeros([TABLE], tl.int32)  # groups whose blocks end at or before b

@@ -18,7 +18,8 @@ WIDEST_BACKWARD = 128
 def forward(
     inputs: ExpertInputs, keep: bool, precision: Precision = "bfloat16"
 ) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else `[0, G·F]`)."""
+    """Return (out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else `[0,
+    G·F]`)."""
     x_NL, (F, L) = inputs.x_NL, inputs.w_out_HEFL.shape[2:]
     with on(x_NL):
         if fits_on_chip(x_NL.dtype, L, F):
@@ -29,8 +30,8 @@ def forward(
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out. The rows of `pre_R` tell what was kept; `keep` is for
-    the other paths."""
+    """Return the gradients of x, gates, w_in and w_out. Whether `pre_R` has rows tells what was
+    kept; `keep` is for the other paths."""
     x_NL, (F, L) = inputs.x_NL, inputs.w_out_HEFL.shape[2:]
     with on(x_NL):
         if fits_on_chip(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:

@@ -22,14 +22,14 @@ from headway.kernels.gpu.slots import put_rows
 
 @triton.jit
 def slopes(first, up, ACTIVATION: tl.constexpr):
-    """hid, ∂hid/∂first and ∂hid/∂up."""
+    """Return hid, ∂hid/∂first and ∂hid/∂up."""
     if ACTIVATION == "swiglu":
         s = sigmoid(first)
         silu = first * s
         return silu * up, (s + silu * (1.0 - s)) * up, silu
     if ACTIVATION == "relu2":
-        kept = tl.where(first < 0, 0.0, first)
-        return kept * kept, 2.0 * kept, kept
+        positive = tl.where(first < 0, 0.0, first)
+        return positive * positive, 2.0 * positive, positive
     normal = 0.5 * (1.0 + tl.erf(first * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * first * first)
     return first * normal, normal + first * density, first
@@ -37,7 +37,7 @@ def slopes(first, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def paired(first, second, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
-    """The inverse of `unpaired`."""
+    """Undo `unpaired`."""
     if G == 2:
         both = tl.join(tl.reshape(first, [M, BF // 8, 8]), tl.reshape(second, [M, BF // 8, 8]))
         return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [M, 2 * BF])
@@ -68,7 +68,8 @@ def experts_backward_rows(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One block of rows of one expert: d_gate[slot] and, before the sum over slots, dx · scale."""
+    """Compute, for one block of rows of one expert, d_gate[slot] and, before the sum over slots, dx
+    · scale."""
     b = tl.program_id(0)
     g = tl.load(group + b)
     if g < 0:
@@ -120,9 +121,9 @@ def experts_backward_weights(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One chunk of the hidden width of one expert: its weights' gradients, summed over the expert's
-    rows in their order; zeros where it has none. Chunks of an expert are neighbours: they read the
-    same rows."""
+    """Compute the gradients of one chunk of the hidden width of one expert's weights, summed over
+    the expert's rows in their order; zeros where it has none. Chunks of an expert are neighbours:
+    they read the same rows."""
     g = tl.program_id(0) // tl.cdiv(F, BF)
     f0 = tl.program_id(0) % tl.cdiv(F, BF) * BF
     row_in, live_in = hidden_rows(f0, F, G, BF)
@@ -158,7 +159,7 @@ def experts_backward_weights(
 
 @triton.jit
 def _put_weight(w, row, live, cols, values_T, L: tl.constexpr):
-    """The inverse of `weight_tile`, from `[BL, rows]`."""
+    """Undo `weight_tile`, from `[BL, rows]`."""
     inside = live[:, None] & (cols < L)[None, :]
     at = w + row[:, None] * L + cols[None, :]
     tl.store(at, narrow(values_T.T, w.dtype.element_ty), mask=inside)

@@ -72,7 +72,7 @@ def quantize(w_GRC: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _scale(x):
-    """The float32 scale of each row: 1 for zeros, NaN where a value is infinite."""
+    """Return the float32 scale of each row: 1 for zeros, NaN where a value is infinite."""
     largest = tl.max(tl.abs(x), 1)
     scale = tl.where(largest > 0, largest * (1.0 / LARGEST), 1.0)
     return tl.where(largest < float("inf"), scale, float("nan"))
@@ -80,7 +80,7 @@ def _scale(x):
 
 @triton.jit
 def _tile(w, row, live, col, inside, stride):
-    """`w [.., stride]` at rows × columns, zeros outside."""
+    """Load `w [.., stride]` at rows × columns, zeros outside."""
     at = w + row[:, None] * stride + col[None, :]
     return tl.load(at, mask=live[:, None] & inside[None, :], other=0.0)
 
@@ -108,8 +108,8 @@ def experts_forward_float8(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One block of rows of one expert. `w_in [·, G·F, L]` with `in_scale [·, G·F]`, `w_out_T
-    [·, L, F]` with `out_scale [·, L]`: Hopper wants both operands contiguous along the sum."""
+    """Compute one block of rows of one expert. W_out is transposed: Hopper wants both operands
+    contiguous along the sum."""
     b = tl.program_id(0)
     g = tl.load(group + b)
     if g < 0:

@@ -14,7 +14,7 @@ from headway.kernels.gpu.slots import put_rows
 
 @triton.jit
 def row_tile(x, token, valid, cols, L: tl.constexpr):
-    """Gathers rows of `x [N, L]`: `[M, BL]`, zeros outside."""
+    """Gather rows of `x [N, L]`: `[M, BL]`, zeros outside."""
     inside = valid[:, None]
     if cols.shape[0] != L:
         inside = inside & (cols < L)[None, :]
@@ -23,9 +23,9 @@ def row_tile(x, token, valid, cols, L: tl.constexpr):
 
 @triton.jit
 def hidden_rows(f0, F: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
-    """Rows of a matrix `[G·F, L]` for BF hidden units from f0 on, and which of them exist. One
-    product computes all G pre-activations of a unit; eight units' first rows stand before their
-    second ones:
+    """Return the rows of a matrix `[G·F, L]` for BF hidden units from f0 on, and which of them
+    exist. One product computes all G pre-activations of a unit; eight units' first rows come before
+    their second ones:
 
         G = 2:  gate 0 … 7, up 0 … 7, gate 8 … 15, up 8 … 15, …
 
@@ -39,7 +39,7 @@ def hidden_rows(f0, F: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
 
 @triton.jit
 def weight_tile(w, row, live, cols, F: tl.constexpr, L: tl.constexpr, BF: tl.constexpr):
-    """Rows of a matrix of L columns, `[rows, BL]`, zeros outside."""
+    """Load rows of a matrix of L columns, `[rows, BL]`, zeros outside."""
     at = w + row[:, None] * L + cols[None, :]
     if F % BF == 0 and cols.shape[0] == L:
         return tl.load(at)
@@ -48,17 +48,17 @@ def weight_tile(w, row, live, cols, F: tl.constexpr, L: tl.constexpr, BF: tl.con
 
 @triton.jit
 def product(rows, w, live, F: tl.constexpr, BF: tl.constexpr):
-    """rows·wᵀ; zeros past F, where inf · 0 would be NaN."""
-    found = dot(rows, w.T)
+    """Return rows·wᵀ; zeros past F, where inf · 0 would be NaN."""
+    out = dot(rows, w.T)
     if F % BF == 0:
-        return found
-    return tl.where(live[None, :], found, 0.0)
+        return out
+    return tl.where(live[None, :], out, 0.0)
 
 
 @triton.jit
 def unpaired(pre, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
-    """`[M, G·BF]` as `hidden_rows` orders it → the first and second pre-activations `[M, BF]`, the
-    same twice where there is one."""
+    """Return the first and second pre-activations `[M, BF]` of `[M, G·BF]` in the order of
+    `hidden_rows`; the same twice where there is one."""
     if G == 2:
         eights = tl.permute(tl.reshape(pre, [M, BF // 8, 2, 8]), (0, 1, 3, 2))
         first, second = tl.split(eights)
@@ -71,12 +71,12 @@ def unpaired(pre, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
 
 @triton.jit
 def activated(first, up, ACTIVATION: tl.constexpr):
-    """hid, from one or two pre-activations."""
+    """Return the hidden units of one or two pre-activations."""
     if ACTIVATION == "swiglu":
         return first * sigmoid(first) * up
     if ACTIVATION == "relu2":
-        kept = tl.where(first < 0, 0.0, first)  # unlike maximum, NaN stays
-        return kept * kept
+        positive = tl.where(first < 0, 0.0, first)  # unlike maximum, NaN stays
+        return positive * positive
     return 0.5 * first * (1.0 + tl.erf(first * 0.7071067811865476))
 
 
@@ -101,7 +101,8 @@ def experts_forward(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One block of rows of one expert: y·scale = gate · act(x·W_inᵀ)·W_out at the slots."""
+    """Compute y·scale = gate · act(x·W_inᵀ)·W_out at the slots of one block of rows of one
+    expert."""
     b = tl.program_id(0)
     g = tl.load(group + b)
     if g < 0:

@@ -62,7 +62,8 @@ SMALL = {
 
 
 def default_tiles(kernel: str, L: int, itemsize: int, capability: int = 90) -> Tiles:
-    """`capability`: 90 for compute capability 9.0."""
+    """Return the tiles of a kernel for a width and a device; `capability`: 90 for compute
+    capability 9.0."""
     if kernel == "forward_float8":
         return FLOAT8[max(32, padded(L))]
     if itemsize == 4:
@@ -78,14 +79,14 @@ def default_tiles(kernel: str, L: int, itemsize: int, capability: int = 90) -> T
 
 
 def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
-    """The tiles of a kernel for a shape; no wider than F."""
+    """Return the tiles of a kernel for a shape; no wider than F."""
     default = default_tiles(kernel, L, itemsize, gpu.capability())
-    found = tiles(f"experts_{kernel}", (L, G, F, itemsize), default)
-    return replace(found, cols=min(found.cols, padded(F)))
+    best = tiles(f"experts_{kernel}", (L, G, F, itemsize), default)
+    return replace(best, cols=min(best.cols, padded(F)))
 
 
 def forward(inputs: ExpertInputs, precision: Precision = "bfloat16") -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, no pre-activations `[0, G·F]`)."""
+    """Return (out `[N, L]`, no pre-activations `[0, G·F]`)."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
@@ -111,7 +112,7 @@ def forward(inputs: ExpertInputs, precision: Precision = "bfloat16") -> tuple[Te
 
 
 def backward(do_NL: Tensor, inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out, in x's precision."""
+    """Return the gradients of x, gates, w_in and w_out, in x's precision."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)

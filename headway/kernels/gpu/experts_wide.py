@@ -50,7 +50,8 @@ SMALL = {name: Tiles(64, 64, 4, 2) for name in BFLOAT16} | {"gradients": Tiles(6
 
 @triton.jit
 def add(a, b, acc):
-    """acc + a·b; float32 operands get a fresh sum each time: tensor cores add by truncation."""
+    """Return acc + a·b; float32 operands get a fresh sum each time: tensor cores add by
+    truncation."""
     if a.dtype == tl.float32:
         return acc + dot(a, b)
     return dot(a, b, acc)
@@ -58,7 +59,7 @@ def add(a, b, acc):
 
 @triton.jit
 def tile(at, first, k, inside, K: tl.constexpr, BK: tl.constexpr):
-    """`at [n, BK]` moved on by `first` along K; zeros outside."""
+    """Load `at [n, BK]` advanced by `first` along K; zeros outside."""
     if K % BK == 0:
         return tl.load(at + first, mask=inside[:, None], other=0.0)
     return tl.load(at + first, mask=inside[:, None] & (first + k < K)[None, :], other=0.0)
@@ -66,8 +67,8 @@ def tile(at, first, k, inside, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def block_rows(b, slots, start, group, first_row, M: tl.constexpr):
-    """Expert, rows, slots of a block, and which rows exist. Past the last block the expert is −1,
-    and no row lies before `start[0]`."""
+    """Return expert, rows, slots of a block, and which rows exist. Past the last block the expert
+    is −1, and no row is before `start[0]`."""
     g = tl.load(group + b)
     row = tl.load(first_row + b) + tl.arange(0, M)
     valid = row < tl.load(start + g + 1)
@@ -81,7 +82,7 @@ def wide_hidden(
     G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
     KEEP: tl.constexpr, M: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Hidden units of a block of rows and, with KEEP, their pre-activations."""
+    """Compute the hidden units of a block of rows and, with KEEP, store their pre-activations."""
     chunks: tl.constexpr = (F + BF - 1) // BF
     b = tl.program_id(0) // chunks
     g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
@@ -113,7 +114,7 @@ def wide_rows(
     D: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y·scale at the slots of a block of rows, some columns: (gate ·) a [R, D]·w [D, L]."""
+    """Compute y·scale at the slots of a block of rows, some columns: (gate ·) a [R, D]·w [D, L]."""
     columns: tl.constexpr = (L + BN - 1) // BN
     b = tl.program_id(0) // columns
     g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
@@ -144,8 +145,9 @@ def wide_gradients(
     G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
     KEPT: tl.constexpr, M: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of rows and BF hidden units: gate·hid, d_pre, and their part of the gates'
-    gradient, `d_gate [⌈F/BF⌉, S]` over the S slots. KEPT: the pre-activations are read."""
+    """Compute, for a block of rows and BF hidden units, gate·hid, d_pre and their part of the
+    gates' gradient, `d_gate [⌈F/BF⌉, S]` over the S slots. KEPT: pre-activations are read, else
+    recomputed."""
     chunks: tl.constexpr = (F + BF - 1) // BF
     b = tl.program_id(0) // chunks
     g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
@@ -189,8 +191,8 @@ def wide_weights(
     a, x, slots, start, dw, K,
     D: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one expert's `dw [D, L]` = Σ a[row]ᵀ·x[token of the row] over its rows in their
-    order; zeros where it has none."""
+    """Compute a tile of one expert's `dw [D, L]` = Σ a[row]ᵀ·x[token of the row] over its rows in
+    their order; zeros where it has none."""
     columns: tl.constexpr = (L + BN - 1) // BN
     tiles: tl.constexpr = (D + BD - 1) // BD * columns
     g, place = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -219,7 +221,7 @@ def wide_weights(
 
 
 def tile_of(kernel: str, L: int, G: int, F: int, itemsize: int) -> Tiles:
-    """The tiles of one kernel of this file for a shape."""
+    """Return the tiles of one kernel of this file for a shape."""
     match gpu.capability():
         case 86 | 89 | 120 | 121:
             table = SMALL
@@ -240,22 +242,22 @@ class _Call:
         self.x, self.slot_R, self.row_NK, self.counts_HE = x_NL, slot_R, row_NK, counts_HE
         self.G, self.F, self.L = sizes
         self.K, self.depth = row_NK.shape[1], 64 if x_NL.element_size() == 2 else 32
-        self.made: dict[int, Blocks] = {}
+        self.tables: dict[int, Blocks] = {}
 
     def cut(self, kernel: str) -> Tiles:
         return tile_of(kernel, self.L, self.G, self.F, self.x.element_size())
 
     def blocks(self, M: int) -> Blocks:
-        """The blocks of M rows; made once for kernels of the same M."""
-        if M not in self.made:
-            self.made[M] = blocks(self.counts_HE, self.slot_R.numel(), M)
-        return self.made[M]
+        """Return the blocks of M rows; computed once for kernels of the same M."""
+        if M not in self.tables:
+            self.tables[M] = blocks(self.counts_HE, self.slot_R.numel(), M)
+        return self.tables[M]
 
     def start_G(self) -> Tensor:
-        return next(iter(self.made.values())).start_G
+        return next(iter(self.tables.values())).start_G
 
     def rows(self, a: Tensor, w: Tensor, gate: Tensor | None) -> Tensor:
-        """Σ_k (gate ·) a·w over the slots of every sub-token; `[N, L]`."""
+        """Return Σ_k (gate ·) a·w over the slots of every sub-token; `[N, L]`."""
         cut, (N, K) = self.cut("rows"), self.row_NK.shape
         BN = min(cut.cols, padded(self.L))
         columns, table = triton.cdiv(self.L, BN), self.blocks(cut.rows)
@@ -269,7 +271,7 @@ class _Call:
         return sum_slots(self.x, y_NKL, scale, self.row_NK, table.start_G, BN)
 
     def weights(self, a: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        """A gradient in the shape of `like`."""
+        """Return a gradient in the shape of `like`."""
         cut, D = self.cut("weights"), a.shape[1]
         BD, BN = min(cut.rows, padded(D)), min(cut.cols, padded(self.L))
         dw = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -283,7 +285,8 @@ class _Call:
 
 
 def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
-    """(out `[N, L]`, pre-activations `[R, G·F]` in sorted order, or `[0, G·F]` unless `keep`)."""
+    """Return (out `[N, L]`, pre-activations `[R, G·F]` in sorted order, or `[0, G·F]` unless
+    `keep`)."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
@@ -304,7 +307,8 @@ def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in and w_out. Pre-activations of no rows are made again."""
+    """Return the gradients of x, gates, w_in and w_out. Pre-activations are recomputed where
+    `pre_R` has no rows."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)

@@ -15,7 +15,7 @@ GATES = ("topk_softmax", "softmax_topk", "sigmoid")
 
 @torch.library.custom_op("headway::sort_rows_gpu", mutates_args=())
 def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`slot_R`, `row_NK`, `counts_HE` of `kernels.permute.Rows`, all int32."""
+    """Return `slot_R`, `row_NK`, `counts_HE` of `kernels.permute.Rows`, all int32."""
     from headway.kernels.gpu import permute as rows
 
     return rows.sort_rows(index_THK, n_experts)
@@ -42,9 +42,9 @@ def route_tokens(
     renormalize: bool,
     scale: float,
 ) -> Routing:
-    """The fields of `Routed`, the index (int32) last of them, and what backward needs: the chosen
-    logits `[T, H, K]` (empty for `topk_softmax`, whose gates tell as much) and one or two numbers
-    of each row `[C, T, H]`, its logsumexp and, for `sigmoid`, its sum of scores."""
+    """Return the fields of `Routed`, the index (int32) last of them, and what backward needs: the
+    chosen logits `[T, H, K]` (empty for `topk_softmax`, whose gates tell as much) and one or two
+    numbers of each row `[C, T, H]`, its logsumexp and, for `sigmoid`, its sum of scores."""
     from headway.kernels.gpu import route
 
     out = _empty(x, w_HEL, index_THK, k, gate)
@@ -58,7 +58,7 @@ def _backward(
     x: Tensor,
     w_HEL: Tensor,
     index_THK: Tensor,
-    kept_THK: Tensor,
+    saved_THK: Tensor,
     rows_CTH: Tensor,
     d_gate_THK: Tensor | None,
     d_prob_HE: Tensor | None,
@@ -67,12 +67,12 @@ def _backward(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the tokens and of the weights; a gradient that is None is 0. `kept_THK`: the
-    chosen logits, or the gates of `topk_softmax`."""
+    """Return the gradients of the tokens and of the weights; a gradient that is None is 0.
+    `saved_THK`: the chosen logits, or the gates of `topk_softmax`."""
     from headway.kernels.gpu import route_backward
 
     out = _like(x), _like(w_HEL)
-    saved, grads = (x, w_HEL, index_THK, kept_THK, rows_CTH), (d_gate_THK, d_prob_HE, d_z_H)
+    saved, grads = (x, w_HEL, index_THK, saved_THK, rows_CTH), (d_gate_THK, d_prob_HE, d_z_H)
     with on(x):
         route_backward.backward(*saved, *grads, gate, renormalize, scale, *out)
     return out
@@ -93,8 +93,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[3:])
     x, w_HEL, _, _, _, *ctx.options = inputs
     gate_THK, _, _, _, _, index_THK, logit_THK, rows_CTH = output
-    kept_THK = gate_THK if ctx.options[0] == "topk_softmax" else logit_THK
-    ctx.save_for_backward(x, w_HEL, index_THK, kept_THK, rows_CTH)
+    saved_THK = gate_THK if ctx.options[0] == "topk_softmax" else logit_THK
+    ctx.save_for_backward(x, w_HEL, index_THK, saved_THK, rows_CTH)
 
 
 def _autograd(ctx, d_gate_THK, d_prob_HE, d_z_H, *_):
@@ -116,13 +116,13 @@ def _like(t: Tensor) -> Tensor:
 
 
 def _empty(x: Tensor, w_HEL: Tensor, index_THK: Tensor | None, k: int, gate: str) -> Routing:
-    """Memory for what `route_tokens` returns."""
+    """Allocate what `route_tokens` returns."""
     T, (H, E, _) = x.shape[0], w_HEL.shape
     K = k if index_THK is None else index_THK.shape[-1]
-    kept = 0 if gate == "topk_softmax" else K
+    n_saved = 0 if gate == "topk_softmax" else K
     shapes = ((T, H, K), (H, E), (H,), (H,), (H, E))
     gate_THK, prob_HE, z_H, entropy_H, counts_HE = (w_HEL.new_empty(shape) for shape in shapes)
     chosen_THK = w_HEL.new_empty(T, H, K, dtype=torch.int32)
     rows_CTH = w_HEL.new_empty(2 if gate == "sigmoid" else 1, T, H)
-    kept_THK = w_HEL.new_empty(T, H, kept)
-    return gate_THK, prob_HE, z_H, entropy_H, counts_HE, chosen_THK, kept_THK, rows_CTH
+    saved_THK = w_HEL.new_empty(T, H, n_saved)
+    return gate_THK, prob_HE, z_H, entropy_H, counts_HE, chosen_THK, saved_THK, rows_CTH

@@ -27,8 +27,9 @@ STEP = 128
 def _walk(
     index, place, slot_R, row_NK, TK, H, E, K, steps, tiles, STEP: tl.constexpr, PLACE: tl.constexpr
 ):
-    """`place [H·(E + 1), tiles]`: experts of all heads, then none of each head. This program's
-    column of its head's keys holds the next place of each, and is moved on by every slot."""
+    """Count (or with PLACE: place) the slots of one tile. `place [H·(E + 1), tiles]` has the
+    experts of all heads, then none of each head; this program's column of its head's keys holds the
+    next place of each key, and every slot advances it."""
     tile, h = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, STEP)
     before = i[None, :] < i[:, None]
@@ -53,8 +54,8 @@ def _walk(
 
 
 def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`slot_R`, `row_NK` and `counts_HE` of `kernels.permute.Rows`, in int32. An index outside
-    0 … E − 1 takes no expert.
+    """Return `slot_R`, `row_NK` and `counts_HE` of `kernels.permute.Rows`, in int32. An index
+    outside 0 … E − 1 takes no expert.
 
     Tiles are so long, 1024 slots at least, that the table of places is at most half as large as
     `slot_R`.

@@ -42,7 +42,7 @@ NOWHERE = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _order(s):
-    """int32 keys in the order of the numbers: −0 = 0, every NaN the largest."""
+    """Return int32 keys in the order of the numbers: −0 = 0, every NaN the largest."""
     bits = tl.where(s == 0, 0.0, s).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(s != s, 0x7FFFFFFF, key)
@@ -50,14 +50,14 @@ def _order(s):
 
 @triton.jit
 def _top(key, column):
-    """(largest key, its lowest column) of each row."""
+    """Return (largest key, its lowest column) of each row."""
     top = tl.max(key, 1)
     return top, tl.min(tl.where(key == top[:, None], column, NOWHERE), 1)
 
 
 @triton.jit
 def _pick(s, here):
-    """The one number of each row where `here` holds, whatever the others are."""
+    """Return the one number of each row where `here` holds, whatever the others are."""
     return tl.sum(tl.where(here, s, 0.0), 1)
 
 
@@ -68,7 +68,7 @@ def _logsumexp(most, mass):
 
 @triton.jit
 def _gates(s, slot, lse, scale, K: tl.constexpr, GATE: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """Gates of the chosen logits `[BT, BK]`; 0 beyond K."""
+    """Return the gates of the chosen logits `[BT, BK]`; 0 beyond K."""
     valid = (slot < K)[None, :]
     if GATE == 0:
         s = tl.where(valid, s, -float("inf"))
@@ -87,7 +87,7 @@ def _gates(s, slot, lse, scale, K: tl.constexpr, GATE: tl.constexpr, RENORMALIZE
 
 @triton.jit
 def _over_tokens(s, lse, total, t, T, e, E, SIGMOID: tl.constexpr):
-    """What a tile adds to the sums over tokens: normalised scores `[BE]`, entropies."""
+    """Return what a tile adds to the sums over tokens: normalised scores `[BE]`, entropies."""
     inside = (t < T)[:, None] & (e < E)[None, :]
     p = tl.where(inside, normalised(s, lse, total, SIGMOID), 0.0)
     return tl.sum(p, 0), -tl.sum(tl.where(p == 0, 0.0, p * tl.log(p)))
@@ -95,7 +95,7 @@ def _over_tokens(s, lse, total, t, T, e, E, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _choices(index, row, t, T, e, K: tl.constexpr):
-    """How often each expert occurs in a tile of the index; float32, exact."""
+    """Count each expert in a tile of the index; float32, exact."""
     n = tl.full((e.shape[0],), 0, tl.int32)
     for j in range(K):
         at = tl.load(index + row * K + j, mask=t < T, other=-1).to(tl.int32)
@@ -105,7 +105,7 @@ def _choices(index, row, t, T, e, K: tl.constexpr):
 
 @triton.jit
 def _store_columns(sums, program, h, H, e, E, p, n, entropy, chunk, chunks):
-    """`sums [programs, H, 2·E + chunks]`."""
+    """Store a program's sums in `sums [programs, H, 2·E + chunks]`."""
     at = sums + (program * H + h).to(tl.int64) * (2 * E + chunks)
     tl.store(at + e, p, mask=e < E)
     tl.store(at + E + e, n, mask=e < E)
@@ -114,13 +114,13 @@ def _store_columns(sums, program, h, H, e, E, p, n, entropy, chunk, chunks):
 
 @triton.jit
 def _choose(
-    x, parts, bias, replay, gate, index, kept, rows, sums, sums_z,
+    x, parts, bias, replay, gate, index, saved, rows, sums, sums_z,
     T, H, E, L, stride_t, stride_h, stride_l, scale,
     K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     GATE: tl.constexpr, RENORMALIZE: tl.constexpr, ONCE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Selection and gates of a tile of tokens. WHOLE: all experts are one chunk, so the statistics
-    over tokens come from the same scores."""
+    """Select experts and compute gates for a tile of tokens (picture at the head). WHOLE: all
+    experts are one chunk, so the statistics over tokens come from the same scores."""
     tile, h = tl.program_id(0), tl.program_id(1)
     SIGMOID: tl.constexpr = GATE == 2
     x += h.to(tl.int64) * stride_h
@@ -160,31 +160,31 @@ def _choose(
             for j in range(K):
                 top, at = _top(key, e[None, :])
                 here = e[None, :] == at[:, None]
-                found = _pick(s, here)
+                logit = _pick(s, here)
                 if WHOLE:
                     key = tl.where(here, CHOSEN, key)
                 else:  # the best left of those from earlier chunks, whose columns are lower
                     top_k, at_k = _top(key_k, e_k)
                     here_k = e_k == at_k[:, None]
-                    stays = top_k >= top
-                    found = tl.where(stays, _pick(s_k, here_k), found)
-                    at = tl.where(stays, at_k, at)
-                    top = tl.where(stays, top_k, top)
-                    key = tl.where(here & ~stays[:, None], CHOSEN, key)
-                    here_k &= stays[:, None]
+                    earlier = top_k >= top
+                    logit = tl.where(earlier, _pick(s_k, here_k), logit)
+                    at = tl.where(earlier, at_k, at)
+                    top = tl.where(earlier, top_k, top)
+                    key = tl.where(here & ~earlier[:, None], CHOSEN, key)
+                    here_k &= earlier[:, None]
                     key_k = tl.where(here_k, CHOSEN, key_k)
                     e_k = tl.where(here_k, NOWHERE, e_k)  # no column stands there twice
                 key_n = tl.where((slot == j)[None, :], top[:, None], key_n)
                 e_n = tl.where((slot == j)[None, :], at[:, None], e_n)
-                s_n = tl.where((slot == j)[None, :], found[:, None], s_n)
+                s_n = tl.where((slot == j)[None, :], logit[:, None], s_n)
             key_k, e_k, s_k = key_n, e_n, s_n
         else:
             for j in tl.static_range(K):
                 at = tl.load(replay + row * K + j, mask=t < T, other=-1).to(tl.int32)
-                found = _pick(s, e[None, :] == at[:, None])
+                logit = _pick(s, e[None, :] == at[:, None])
                 in_chunk = (at >= e0) & (at < tl.minimum(e0 + BE, E))
                 here_k = in_chunk[:, None] & (slot == j)[None, :]
-                s_k = tl.where(here_k, found[:, None], s_k)
+                s_k = tl.where(here_k, logit[:, None], s_k)
         if WHOLE:
             lse = _logsumexp(most, mass)
             p, entropy = _over_tokens(s, lse, total, t, T, e, E, SIGMOID)
@@ -199,7 +199,7 @@ def _choose(
     tl.store(index + slots, e_k, mask=taken)
     tl.store(gate + slots, g_k, mask=taken)
     if GATE != 0:
-        tl.store(kept + slots, s_k, mask=taken)
+        tl.store(saved + slots, s_k, mask=taken)
     tl.store(rows + row, lse, mask=t < T)
     if SIGMOID:
         tl.store(rows + T * H + row, total, mask=t < T)
@@ -212,8 +212,8 @@ def _columns(
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The statistics over tokens of one chunk of experts, where there are several: their scores a
-    second time, now that each row's sum is known."""
+    """Compute the statistics over tokens of one chunk of experts where there are several: their
+    scores a second time, now that each row's sum is known."""
     program, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     x += h.to(tl.int64) * stride_h
     e = chunk * BE + tl.arange(0, BE)
@@ -242,7 +242,7 @@ def _finish(
     sums, sums_z, prob, z, entropy, counts, programs, tiles, H, E, chunks, per_token, per_log,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over programs, in their order."""
+    """Sum over programs, in their order."""
     h, e = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     width, i = 2 * E + chunks, tl.arange(0, 64)
     p_sum, n_sum = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
@@ -275,8 +275,8 @@ def forward(
     renormalize: bool,
     scale: float,
 ) -> None:
-    """Fills what `gpu.ops.route_tokens` returns."""
-    gate_THK, prob_HE, z_H, entropy_H, counts_HE, chosen_THK, kept_THK, rows_CTH = out
+    """Fill what `gpu.ops.route_tokens` returns."""
+    gate_THK, prob_HE, z_H, entropy_H, counts_HE, chosen_THK, saved_THK, rows_CTH = out
     (H, E, L), (T, _, K) = w_HEL.shape, gate_THK.shape
     if T == 0:
         for statistic in (prob_HE, z_H, entropy_H, counts_HE):
@@ -295,7 +295,7 @@ def forward(
     parts = split_w(w_HEL)
     _choose[(n_tiles, H)](
         x, parts, bias_HE.contiguous(), None if index_THK is None else index_THK.contiguous(),
-        gate_THK, chosen_THK, kept_THK, rows_CTH, sums, sums_z, *sizes, scale,
+        gate_THK, chosen_THK, saved_THK, rows_CTH, sums, sums_z, *sizes, scale,
         K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
         WHOLE=whole, **block, **launch(cut),
     )  # fmt: skip

@@ -43,12 +43,13 @@ from headway.kernels.gpu.scores import (
 
 @triton.jit
 def _slots(
-    x, parts, kept, rows, d_gate, d_prob, d_z, ds, c,
+    x, parts, saved, rows, d_gate, d_prob, d_z, ds, c,
     T, H, E, L, stride_t, stride_h, stride_l, scale, per_token,
     K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     GATE: tl.constexpr, RENORMALIZE: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """`ds [T, H, K]`, the gradient of the chosen logits through the gates alone, and `c [T, H]`."""
+    """Compute `ds [T, H, K]`, the gradient of the chosen logits through the gates only, and `c [T,
+    H]`."""
     t, h = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1)
     SIGMOID: tl.constexpr = GATE == 2
     row, slot = t.to(tl.int64) * H + h, tl.arange(0, BK)
@@ -61,12 +62,12 @@ def _slots(
     c_row = tl.full((BT,), 0.0, tl.float32)
     if d_gate is not None:
         d = tl.load(d_gate + slots, mask=taken, other=0.0) * scale
-        kept_k = tl.load(kept + slots, mask=taken, other=0.0)
+        saved_k = tl.load(saved + slots, mask=taken, other=0.0)
         if GATE == 0:
-            p_k = kept_k / scale
+            p_k = saved_k / scale
             d = p_k * (d - tl.sum(p_k * d, 1)[:, None])
         else:
-            p_k = sigmoid(kept_k) if SIGMOID else normalised(kept_k, lse, lse, False)
+            p_k = sigmoid(saved_k) if SIGMOID else normalised(saved_k, lse, lse, False)
             p_k = tl.where(taken, p_k, 0.0)
             if RENORMALIZE:
                 chosen = tl.sum(p_k, 1)[:, None]
@@ -74,7 +75,7 @@ def _slots(
                 d = tl.where(chosen < 1e-20, d * 1e20, (d - inner) / chosen)
             d = p_k * d
             if SIGMOID:
-                d = d * sigmoid(-kept_k)
+                d = d * sigmoid(-saved_k)
             else:
                 c_row += tl.sum(d, 1)
         tl.store(ds + slots, d, mask=taken)
@@ -102,8 +103,8 @@ def _d_logits(
     T, H, E, L, stride_t, stride_l, per_token,
     K: tl.constexpr, BL: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """`[BT, BE]` float32; 0 beyond the ends. Without `ds` the gates have no gradient, without `c`
-    there is no dense part."""
+    """Return the gradient of a tile of logits, `[BT, BE]` float32; 0 beyond the ends. Without `ds`
+    the gates have no gradient, without `c` there is no dense part."""
     row = t.to(tl.int64) * H + h
     d = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
     if ds is not None:
@@ -138,8 +139,8 @@ def _d_tokens(
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of tokens, some of its columns: over one head's experts, or over
-    those of all heads that read the same token."""
+    """Compute the gradient of a tile of tokens, some of its columns: over one head's experts, or
+    over those of all heads that read the same token."""
     t, l0 = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(2) * BC
     acc = tl.full((BT, BC), 0.0, tl.float32)
     h0 = tl.program_id(1) * heads
@@ -170,9 +171,9 @@ def _d_weights(
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     BC: tl.constexpr, SIGMOID: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the gradient of one chunk of a head's weights, some of its columns, over
-    the tiles of tokens it walks; `dw [programs, H, E, L]`. Of a gradient beside tokens in bfloat16
-    two parts are multiplied (2⁻¹⁷)."""
+    """Compute a program's part of the gradient of one chunk of a head's weights, some of its
+    columns, over the tiles of tokens it iterates over; `dw [programs, H, E, L]`. Beside tokens in
+    bfloat16 two parts of the gradient are multiplied (2⁻¹⁷)."""
     program, h, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e = block // columns * BE + tl.arange(0, BE)
     l0 = block % columns * BC
@@ -201,7 +202,7 @@ def backward(
     x: Tensor,
     w_HEL: Tensor,
     index_THK: Tensor,
-    kept_THK: Tensor,
+    saved_THK: Tensor,
     rows_CTH: Tensor,
     d_gate_THK: Tensor | None,
     d_prob_HE: Tensor | None,
@@ -212,7 +213,7 @@ def backward(
     dx: Tensor,
     dw_HEL: Tensor,
 ) -> None:
-    """Fills the gradients of the tokens and of the weights."""
+    """Fill the gradients of the tokens and of the weights."""
     (H, E, L), (T, _, K) = w_HEL.shape, index_THK.shape
     gated = d_gate_THK is not None
     dense = d_prob_HE is not None or d_z_H is not None or (gated and gate == "softmax_topk")
@@ -233,7 +234,7 @@ def backward(
     by_slots = by_slots and route_sparse.reads_less(E, L, K, x.element_size(), dx_cut, dw_cut)
     parts = None if by_slots else split_w(w_HEL)
     _slots[(triton.cdiv(T, cut.rows), H)](
-        x, parts, kept_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
+        x, parts, saved_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
         K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
         **shape, **launch(cut),
     )  # fmt: skip

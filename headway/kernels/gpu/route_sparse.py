@@ -34,7 +34,7 @@ LEAST = 64
 
 
 def reads_less(E: int, L: int, K: int, itemsize: int, dx: Tiles, dw: Tiles) -> bool:
-    """Whether going by slots reads less than going by experts, in bytes per sub-token.
+    """Return whether going by slots reads less than going by experts, in bytes per sub-token.
 
     By experts (route_backward.py): for dx the two bfloat16 parts of all weights (three in float32)
     once per tile of tokens, for dw the token once per chunk of experts, and for both the K slots,
@@ -54,8 +54,8 @@ def _sparse_tokens(
     w, index, ds, dx, T, H, E, L, dx_t, dx_h, heads,
     K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of tokens, some of its columns: over one head's slots, or over those
-    of all heads that read the same token."""
+    """Compute the gradient of a tile of tokens, some of its columns: over one head's slots, or over
+    those of all heads that read the same token."""
     t, column = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(2) * BC + tl.arange(0, BC)
     acc = tl.full((BT, BC), 0.0, tl.float32)
     h0 = tl.program_id(1) * heads
@@ -79,8 +79,8 @@ def _sparse_weights(
     x, ds, slots, start, group, first_row, part,
     T, H, E, L, K, stride_t, stride_h, stride_l, block, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The sum over one block of an expert's sorted rows, some of its columns. `part`: block i of
-    expert g stands at start[g] // block + g + i, where no other block can."""
+    """Sum one block of an expert's sorted rows, some of its columns. `part`: block i of expert g is
+    at start[g] // block + g + i, where no other block can be."""
     g, l0 = tl.load(group + tl.program_id(0)), tl.program_id(1) * BC
     if g < 0:
         return
@@ -101,7 +101,7 @@ def _sparse_weights(
 
 @triton.jit
 def _sparse_sums(part, start, dw, L, block, BR: tl.constexpr, BC: tl.constexpr):
-    """The sum of an expert's blocks, some of its columns; zeros where it has none."""
+    """Sum an expert's blocks, some of its columns; zeros where it has none."""
     g, column = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     first = tl.load(start + g)
     n = (tl.load(start + g + 1) - first + block - 1) // block
@@ -115,14 +115,15 @@ def _sparse_sums(part, start, dw, L, block, BR: tl.constexpr, BC: tl.constexpr):
 
 
 def block_rows(n_slots: int) -> int:
-    """Slots of a block, for `n_slots` of one head: a power of two, so that few kernels differ."""
+    """Return the slots of a block, for `n_slots` of one head: a power of two, so that few kernels
+    differ."""
     return max(LEAST, triton.next_power_of_2(triton.cdiv(n_slots, SPLITS)))
 
 
 def backward(
     x: Tensor, w_HEL: Tensor, index_THK: Tensor, ds_THK: Tensor, dx: Tensor, dw_HEL: Tensor
 ) -> None:
-    """Fills the gradients of the tokens and of the weights, given that of the chosen logits; a slot
+    """Fill the gradients of the tokens and of the weights, given that of the chosen logits; a slot
     whose index is no expert adds nothing."""
     (H, E, L), (T, _, K) = w_HEL.shape, index_THK.shape
     BC = width(L, 128)

@@ -28,7 +28,7 @@ KERNELS = ("route", "route_columns", "route_slots", "route_dx", "route_dw")
 
 @triton.jit
 def load_x(x, t, T, l0, L, stride_t, stride_l, BL: tl.constexpr):
-    """A tile of tokens, columns l0 … l0 + BL − 1; 0 beyond the ends."""
+    """Load a tile of tokens, columns l0 … l0 + BL − 1; 0 beyond the ends."""
     column = l0 + tl.arange(0, BL)
     at = t.to(tl.int64)[:, None] * stride_t + column[None, :] * stride_l
     return tl.load(x + at, mask=(t < T)[:, None] & (column < L)[None, :], other=0.0)
@@ -36,7 +36,7 @@ def load_x(x, t, T, l0, L, stride_t, stride_l, BL: tl.constexpr):
 
 @triton.jit
 def load_w(parts, part: tl.constexpr, h, e, H, E, l0, L, BL: tl.constexpr):
-    """One of the three parts of some experts' rows `[BE, BL]`."""
+    """Load one of the three parts of some experts' rows `[BE, BL]`."""
     column = l0 + tl.arange(0, BL)
     at = ((part * H + h).to(tl.int64) * E + e)[:, None] * L + column[None, :]
     return tl.load(parts + at, mask=(e < E)[:, None] & (column < L)[None, :], other=0.0)
@@ -47,8 +47,8 @@ def scores(
     x, parts, t, T, h, e, H, E, L, stride_t, stride_l,
     BL: tl.constexpr, ONCE: tl.constexpr, CLOSE: tl.constexpr = False,
 ):  # fmt: skip
-    """Logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block. CLOSE: those of tokens in
-    bfloat16 may be off by 2⁻¹⁷ of the products, enough for a gradient.
+    """Return logits `[BT, BE]`; 0 beyond the ends. ONCE: L fits one block. CLOSE: those of tokens
+    in bfloat16 may be off by 2⁻¹⁷ of the products, enough for a gradient.
 
     Tensor cores add to an accumulator by truncation, so its error grows with the length of the
     chain: every block of columns has an accumulator of its own, and blocks are added in float32.
@@ -71,7 +71,7 @@ def scores(
 
 @triton.jit
 def normalised(s, lse, total, SIGMOID: tl.constexpr):
-    """The scores of a row normalised to sum 1, given its logsumexp and its sum of σ."""
+    """Return the scores of a row normalised to sum 1, given its logsumexp and its sum of σ."""
     if SIGMOID:
         return sigmoid(s) / tl.where(total < 1e-20, 1e-20, total)[:, None]  # keeps NaN
     else:
@@ -81,7 +81,7 @@ def normalised(s, lse, total, SIGMOID: tl.constexpr):
 
 @triton.jit
 def split_into(w, parts, n, BLOCK: tl.constexpr):
-    """Writes the parts of n numbers as `[3, n]`."""
+    """Write the parts of n numbers as `[3, n]`."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a0, a1, a2 = split(tl.load(w + i, mask=i < n, other=0.0))
     tl.store(parts + i, a0, mask=i < n)
@@ -90,7 +90,7 @@ def split_into(w, parts, n, BLOCK: tl.constexpr):
 
 
 def split_w(w_HEL: Tensor) -> Tensor:
-    """The three bfloat16 parts `[3, H, E, L]` of the weights."""
+    """Return the three bfloat16 parts `[3, H, E, L]` of the weights."""
     parts = w_HEL.new_empty(3, *w_HEL.shape, dtype=torch.bfloat16)
     n = w_HEL.numel()
     split_into[(triton.cdiv(n, 1024),)](w_HEL.contiguous(), parts, n, BLOCK=1024)
@@ -98,25 +98,28 @@ def split_w(w_HEL: Tensor) -> Tensor:
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """From a token, a head and a column to the next; `[T, L]` is one token for all heads."""
+    """Return the distance from a token, a head and a column to the next; `[T, L]` is one token for
+    all heads."""
     return x.stride(0), 0 if x.dim() == 2 else x.stride(1), x.stride(-1)
 
 
 def width(L: int, most: int) -> int:
-    """Columns of a tile for `L` of them: a power of two, 16 at least and `most` at most."""
+    """Return the columns of a tile for `L` of them: a power of two, 16 at least and `most` at
+    most."""
     return min(max(triton.next_power_of_2(L), 16), most)
 
 
 def walks(n_tiles: int, per_tile: int) -> tuple[int, int]:
-    """(programs, tiles that each walks) for `n_tiles` tiles, each worked on by `per_tile`
+    """Return (programs, tiles of each program) for `n_tiles` tiles, each worked on by `per_tile`
     programs."""
     walk = triton.cdiv(n_tiles * per_tile, PROGRAMS)
     return triton.cdiv(n_tiles, walk), walk
 
 
 def default_tiles(kernel: str, E: int) -> Tiles:
-    """The fastest, or nearly, on an H100 at 256 experts and L 64, 128 and 256. `route` takes all
-    experts as one chunk as long as the scores of a tile stay in registers."""
+    """Return tiles that are the fastest, or nearly, on an H100 at 256 experts and L 64, 128 and
+    256. `route` takes all experts as one chunk as long as the scores of a tile stay in registers.
+    """
     match kernel:
         case "route":
             if E > 128:
@@ -131,14 +134,14 @@ def default_tiles(kernel: str, E: int) -> Tiles:
 
 
 def fitting(kernel: str, x: Tensor, w_HEL: Tensor) -> Tiles:
-    """The tiles of one of `KERNELS`; no more columns than there are experts."""
+    """Return the tiles of one of `KERNELS`; no more columns than there are experts."""
     _, E, L = w_HEL.shape
-    found = tiles(kernel, (L, E, x.element_size()), default_tiles(kernel, E))
-    return replace(found, cols=width(E, found.cols))
+    best = tiles(kernel, (L, E, x.element_size()), default_tiles(kernel, E))
+    return replace(best, cols=width(E, best.cols))
 
 
 def launch(cut: Tiles) -> dict[str, int]:
-    """The tiles as a kernel takes them."""
+    """Return the tiles as a kernel takes them."""
     return {
         "BT": cut.rows,
         "BE": cut.cols,

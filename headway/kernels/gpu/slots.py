@@ -22,7 +22,7 @@ def put_rows(
     out, scale, slot, valid, cols, values, factor,
     L: tl.constexpr, BLOCKS: tl.constexpr = 1, block=0,
 ):  # fmt: skip
-    """Stores factor · `values [M, BL]`, block `block` of BLOCKS of columns, at the places of their
+    """Store factor · `values [M, BL]`, block `block` of BLOCKS of columns, at the places of their
     slots: `out [N·K, L]` times `scale [N·K, BLOCKS]`. In float16 a row is divided by its largest
     value first: 11 bits of each value where bfloat16 has 8, for four bytes more per row."""
     if out.dtype.element_ty == tl.float16:
@@ -41,8 +41,9 @@ def put_rows(
 
 @triton.jit
 def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr, BL: tl.constexpr):
-    """out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots, a block of columns; slots whose
-    row lies past the last group have no expert: nothing was written there and nothing is read."""
+    """Compute out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots, a block of columns;
+    slots whose row is past the last group have no expert: nothing was written there and nothing is
+    read."""
     n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n_taken = tl.load(start + G)
     blocks: tl.constexpr = (L + BL - 1) // BL
@@ -62,13 +63,13 @@ def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr
 
 
 def padded(width: int) -> int:
-    """A power of two, 16 at least: what a tile can be."""
+    """Return a size that a tile can have: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(width))
 
 
 def empty_rows(x_NL: Tensor, N: int, K: int, columns: int = 1) -> tuple[Tensor, Tensor]:
-    """Memory for a row of each slot `[N, K, L]`, and the scale of each of its blocks of columns
-    `[N, K, columns]`."""
+    """Allocate a row for each slot `[N, K, L]`, and the scale of each of its blocks of columns `[N,
+    K, columns]`."""
     dtype = torch.float16 if x_NL.dtype == torch.bfloat16 else torch.float32
     rows_NKL = x_NL.new_empty(N, K, x_NL.shape[1], dtype=dtype)
     return rows_NKL, x_NL.new_empty(N, K, columns, dtype=torch.float32)
@@ -77,7 +78,8 @@ def empty_rows(x_NL: Tensor, N: int, K: int, columns: int = 1) -> tuple[Tensor, 
 def sum_slots(
     like_NL: Tensor, y_NKL: Tensor, scale: Tensor, row_NK: Tensor, start_G: Tensor, BL: int
 ) -> Tensor:
-    """Σ_k scale · y over the slots that have an expert; `[N, L]`. BL columns have one scale."""
+    """Return Σ_k scale · y over the slots that have an expert; `[N, L]`. BL columns have one
+    scale."""
     N, K, L = y_NKL.shape
     out, G = torch.empty_like(like_NL), start_G.numel() - 1
     rows = max(1, 2048 // BL)

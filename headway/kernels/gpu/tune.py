@@ -22,7 +22,7 @@ from headway.config import cache_root
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a kernel is cut."""
+    """The sizes of a kernel's tiles."""
 
     rows: int
     """Rows (tokens) of a tile."""
@@ -34,49 +34,50 @@ class Tiles:
 
 
 def tiles(kernel: str, shape: Sequence[int | str], default: Tiles) -> Tiles:
-    """The tiles measured for this kernel, shape and GPU, or the default."""
+    """Return the tiles measured for this kernel, shape and GPU, or the default."""
     known = measured()
     return known.get(key(kernel, shape), default) if known else default
 
 
 def measured() -> dict[str, Tiles]:
-    """What was kept for the current device: key → tiles. A bench may put candidates into it."""
+    """Return what was kept for the current device: key → tiles. A bench may put candidates into
+    it."""
     return _measured(_device(torch.cuda.current_device() if torch.cuda.is_available() else -1))
 
 
 def key(kernel: str, shape: Sequence[int | str]) -> str:
-    """Of one kernel at one shape: what `tiles` looks up."""
+    """Return the key of one kernel at one shape, which `tiles` looks up."""
     return " ".join([kernel, *map(str, shape)])
 
 
 def keep(key: str, best: Tiles) -> None:
-    """Adds one choice to the file of this GPU, whole or not at all."""
+    """Add one choice to the file of this GPU, atomically."""
     device = _device(torch.cuda.current_device() if torch.cuda.is_available() else -1)
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = _measured(device) | {key: best}
     choices = {k: asdict(v) for k, v in sorted(known.items())}
     text = json.dumps({"triton": version("triton"), "tiles": choices}, indent=1)
-    made = path.with_suffix(f".{os.getpid()}")
-    made.write_text(text)
-    made.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
     _measured.cache_clear()
 
 
 @functools.cache
 def _measured(device: str) -> dict[str, Tiles]:
-    """The file of a device; none of it where another Triton measured, whose compiler may need more
-    registers or shared memory, or where it cannot be read."""
+    """Read the file of a device. It is ignored where another Triton measured, whose compiler may
+    need more registers or shared memory, and where it cannot be read."""
     path = _path(device)
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
-        if found["triton"] != version("triton"):
-            return _ignore(path, f"measured with Triton {found['triton']}")
+        stored = json.loads(path.read_text())
+        if stored["triton"] != version("triton"):
+            return _ignore(path, f"measured with Triton {stored['triton']}")
         names = {f.name for f in fields(Tiles)}
-        assert all(names == set(value) for value in found["tiles"].values())
-        return {key: Tiles(**value) for key, value in found["tiles"].items()}
+        assert all(names == set(value) for value in stored["tiles"].values())
+        return {key: Tiles(**value) for key, value in stored["tiles"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return _ignore(path, "not a file of tiles")
 
@@ -92,7 +93,7 @@ def _path(device: str) -> Path:
 
 @functools.cache
 def _device(index: int) -> str:
-    """The GPU's name as a file name; `cpu` for −1, under the interpreter."""
+    """Return the GPU's name as a file name; `cpu` for −1, under the interpreter."""
     if index < 0:
         return "cpu"
     return "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(index))

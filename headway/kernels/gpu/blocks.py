@@ -30,6 +30,10 @@ class Blocks(NamedTuple):
     row_B: Tensor
     """`[⌈R/block⌉ + G]`: block → its first row."""
 
+    def arguments(self) -> dict[str, Tensor]:
+        """Return the tables by the names that every kernel has for them."""
+        return {"start": self.start_G, "group": self.group_B, "first_row": self.row_B}
+
 
 def blocks(counts_HE: Tensor, n_rows: int, block: int) -> Blocks:
     """Return the tables for R = `n_rows` and blocks of `block` rows. Nothing waits for the host, so
@@ -43,13 +47,9 @@ def blocks(counts_HE: Tensor, n_rows: int, block: int) -> Blocks:
     group_B, row_B = make(B, dtype=torch.int32), make(B, dtype=torch.int32)
     with on(counts_HE):
         _blocks[(-(-B // TABLE),)](
-            counts_HE.contiguous(),
-            *(start_G, group_B, row_B, G, B),
-            block,
-            TABLE,
-            min(GROUPS, triton.next_power_of_2(G)),
-            num_warps=8,
-        )
+            counts=counts_HE.contiguous(), start=start_G, group=group_B, row=row_B, G=G, B=B,
+            BLOCK=block, TABLE=TABLE, GROUPS=min(GROUPS, triton.next_power_of_2(G)), num_warps=8,
+        )  # fmt: skip
     return Blocks(start_G, group_B, row_B)
 
 

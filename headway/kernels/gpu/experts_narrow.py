@@ -92,22 +92,23 @@ def forward(inputs: ExpertInputs, precision: Precision = "bfloat16") -> tuple[Te
     (N, K), (_, _, G, F, L) = row_NK.shape, w_in_HEGFL.shape
     if precision == "float8":
         cut = tile_of("forward_float8", L, G, F, 1)
-        kernel, sizes = experts_forward_float8, (max(32, cut.cols), max(32, padded(L)))
+        kernel, BF, BL = experts_forward_float8, max(32, cut.cols), max(32, padded(L))
         w_in_GFL = w_in_HEGFL.flatten(2, 3).flatten(0, 1)
         w_out_GLF = w_out_HEFL.flatten(0, 1).transpose(1, 2)
-        weights = (*quantize(w_in_GFL), *quantize(w_out_GLF))
+        w_in, in_scale = quantize(w_in_GFL)
+        w_out_T, out_scale = quantize(w_out_GLF)
+        weights = {"w_in": w_in, "in_scale": in_scale, "w_out_T": w_out_T, "out_scale": out_scale}
     else:
         cut = tile_of("forward", L, G, F, x.element_size())
-        kernel, sizes = experts_forward, (cut.cols, padded(L))
-        weights = (cast(w_in_HEGFL, x), cast(w_out_HEFL, x))
+        kernel, BF, BL = experts_forward, cut.cols, padded(L)
+        weights = {"w_in": cast(w_in_HEGFL, x), "w_out": cast(w_out_HEFL, x)}
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
     y_NKL, scale_NK = empty_rows(x, N, K)
     kernel[(table.group_B.numel(),)](
-        *(x, gate, *weights, slot_R, *table, y_NKL, scale_NK, K, G, F, L, activation),
-        *(cut.rows, *sizes),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+        x=x, gate=gate, **weights, slots=slot_R, **table.arguments(), y=y_NKL, scale=scale_NK,
+        K=K, G=G, F=F, L=L, ACTIVATION=activation, M=cut.rows, BF=BF, BL=BL,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     return sum_slots(x, y_NKL, scale_NK, row_NK, table.start_G, padded(L)), x.new_empty(0, G * F)
 
 
@@ -117,7 +118,8 @@ def backward(do_NL: Tensor, inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tenso
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
     (N, K), (H, E, G, F, L) = row_NK.shape, w_in.shape
-    tensors, sizes = (do_NL, x, gate, w_in, w_out, slot_R), (K, G, F, L, activation)
+    tensors = {"d_out": do_NL, "x": x, "gate": gate, "w_in": w_in, "w_out": w_out, "slots": slot_R}
+    sizes = {"K": K, "G": G, "F": F, "L": L, "ACTIVATION": activation, "BL": padded(L)}
     # of slots without an expert it stays 0
     d_gate = torch.zeros_like(gate, dtype=torch.float32)
     dw_in = torch.empty_like(w_in_HEGFL, memory_format=torch.contiguous_format)
@@ -126,17 +128,13 @@ def backward(do_NL: Tensor, inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tenso
     cut = tile_of("backward_rows", L, G, F, x.element_size())
     table = blocks(counts_HE, slot_R.numel(), cut.rows)
     experts_backward_rows[(table.group_B.numel(),)](
-        *(*tensors, *table, d_gate, dx_NKL, scale_NK, *sizes),
-        *(cut.rows, cut.cols, padded(L)),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+        **tensors, **table.arguments(), d_gate=d_gate, dx=dx_NKL, scale=scale_NK, **sizes,
+        M=cut.rows, BF=cut.cols, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     cut = tile_of("backward_weights", L, G, F, x.element_size())
     experts_backward_weights[(triton.cdiv(F, cut.cols) * H * E,)](
-        *(*tensors, table.start_G, dw_in, dw_out, *sizes),
-        *(cut.rows, cut.cols, padded(L)),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+        **tensors, start=table.start_G, dw_in=dw_in, dw_out=dw_out, **sizes,
+        M=cut.rows, BF=cut.cols, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     dx = sum_slots(x, dx_NKL, scale_NK, row_NK, table.start_G, padded(L))
     return dx, d_gate.to(gate.dtype), dw_in, dw_out

@@ -263,11 +263,10 @@ class _Call:
         columns, table = triton.cdiv(self.L, BN), self.blocks(cut.rows)
         y_NKL, scale = empty_rows(self.x, N, K, columns)
         wide_rows[(table.group_B.numel() * columns,)](
-            *(a, w, a if gate is None else gate, self.slot_R, *table, y_NKL, scale),
-            *(a.shape[1], self.L, gate is not None, cut.rows, BN, self.depth),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+            a=a, w=w, gate=a if gate is None else gate, slots=self.slot_R, **table.arguments(),
+            y=y_NKL, scale=scale, D=a.shape[1], L=self.L, GATED=gate is not None,
+            M=cut.rows, BN=BN, BK=self.depth, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
         return sum_slots(self.x, y_NKL, scale, self.row_NK, table.start_G, BN)
 
     def weights(self, a: Tensor, x: Tensor, like: Tensor) -> Tensor:
@@ -277,10 +276,9 @@ class _Call:
         dw = torch.empty_like(like, memory_format=torch.contiguous_format)
         programs = self.counts_HE.numel() * triton.cdiv(D, BD) * triton.cdiv(self.L, BN)
         wide_weights[(programs,)](
-            *(a, x, self.slot_R, self.start_G(), dw, self.K, D, self.L, BD, BN, self.depth),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+            a=a, x=x, slots=self.slot_R, start=self.start_G(), dw=dw, K=self.K, D=D, L=self.L,
+            BD=BD, BN=BN, BK=self.depth, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
         return dw
 
 
@@ -296,11 +294,10 @@ def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
     cut = call.cut("hidden")
     table, BF = call.blocks(cut.rows), min(cut.cols, padded(F))
     wide_hidden[(table.group_B.numel() * triton.cdiv(F, BF),)](
-        *(x, w_in, slot_R, *table, hid, pre, call.K, G, F, L, activation, keep),
-        *(cut.rows, BF, call.depth),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+        x=x, w_in=w_in, slots=slot_R, **table.arguments(), hid=hid, pre=pre, K=call.K,
+        G=G, F=F, L=L, ACTIVATION=activation, KEEP=keep, M=cut.rows, BF=BF, BK=call.depth,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     return call.rows(hid, w_out, gate), pre
 
 
@@ -321,11 +318,11 @@ def backward(
     # of slots without an expert it stays 0
     d_gate = gate.new_zeros(chunks, *gate.shape, dtype=torch.float32)
     wide_gradients[(table.group_B.numel() * chunks,)](
-        *(do_NL, x, gate, w_in, w_out, slot_R, *table, pre_R, hid, d_pre, d_gate, call.K, S),
-        *(G, F, L, activation, len(pre_R) > 0, cut.rows, BF, call.depth),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+        d_out=do_NL, x=x, gate=gate, w_in=w_in, w_out=w_out, slots=slot_R, **table.arguments(),
+        pre=pre_R, hid=hid, d_pre=d_pre, d_gate=d_gate, K=call.K, S=S, G=G, F=F, L=L,
+        ACTIVATION=activation, KEPT=len(pre_R) > 0, M=cut.rows, BF=BF, BK=call.depth,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     dx = call.rows(d_pre, w_in, None)
     dw_in, dw_out = call.weights(d_pre, x, w_in_HEGFL), call.weights(hid, do_NL, w_out_HEFL)
     return dx, d_gate.sum(0).to(gate.dtype), dw_in, dw_out

@@ -69,11 +69,11 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
     steps = triton.next_power_of_2(triton.cdiv(max(1024, 2 * E), STEP))
     tiles = triton.cdiv(T * K, steps * STEP)
     place = index_THK.new_zeros(H * (E + 1), tiles, dtype=torch.int32)
-    tables, sizes = (slot_R, row_NK), (T * K, H, E, K, steps, tiles)
-    index = index_THK.contiguous()
+    arguments = {"index": index_THK.contiguous(), "slot_R": slot_R, "row_NK": row_NK}
+    arguments |= {"TK": T * K, "H": H, "E": E, "K": K, "steps": steps, "tiles": tiles}
     with on(index_THK):
-        _walk[(tiles, H)](index, place, *tables, *sizes, STEP=STEP, PLACE=False, num_warps=4)
+        _walk[(tiles, H)](**arguments, place=place, STEP=STEP, PLACE=False, num_warps=4)
         counts = place[: H * E].sum(1, dtype=torch.int32)
         place = place.view(-1).cumsum(0, dtype=torch.int32).view_as(place) - place
-        _walk[(tiles, H)](index, place, *tables, *sizes, STEP=STEP, PLACE=True, num_warps=4)
+        _walk[(tiles, H)](**arguments, place=place, STEP=STEP, PLACE=True, num_warps=4)
     return slot_R, row_NK, counts.view(H, E)

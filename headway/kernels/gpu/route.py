@@ -289,22 +289,24 @@ def forward(
     else:
         chunks = triton.cdiv(E, column_cut.cols)
         programs, walk = walks(triton.cdiv(T, column_cut.rows), H * chunks)
-    sizes, block = (T, H, E, L, *strides(x)), {"BL": BL, "ONCE": L <= BL}
+    sizes = {"T": T, "H": H, "E": E, "L": L, **strides(x), "BL": BL, "ONCE": L <= BL}
     sums = x.new_empty(programs, H, 2 * E + chunks, dtype=torch.float32)
     sums_z = x.new_empty(n_tiles, H, dtype=torch.float32)
     parts = split_w(w_HEL)
     _choose[(n_tiles, H)](
-        x, parts, bias_HE.contiguous(), None if index_THK is None else index_THK.contiguous(),
-        gate_THK, chosen_THK, saved_THK, rows_CTH, sums, sums_z, *sizes, scale,
-        K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
-        WHOLE=whole, **block, **launch(cut),
+        x=x, parts=parts, bias=bias_HE.contiguous(),
+        replay=None if index_THK is None else index_THK.contiguous(),
+        gate=gate_THK, index=chosen_THK, saved=saved_THK, rows=rows_CTH, sums=sums, sums_z=sums_z,
+        **sizes, scale=scale, K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate),
+        RENORMALIZE=renormalize, WHOLE=whole, **launch(cut),
     )  # fmt: skip
     if not whole:
         _columns[(programs, H, chunks)](
-            x, parts, chosen_THK, rows_CTH, sums, *sizes, walk, chunks,
-            K=K, SIGMOID=gate == "sigmoid", **block, **launch(column_cut),
+            x=x, parts=parts, index=chosen_THK, rows=rows_CTH, sums=sums, **sizes,
+            walk=walk, chunks=chunks, K=K, SIGMOID=gate == "sigmoid", **launch(column_cut),
         )  # fmt: skip
     _finish[(H, triton.cdiv(E, 128))](
-        sums, sums_z, prob_HE, z_H, entropy_H, counts_HE, programs, n_tiles, H, E, chunks,
-        1 / T, 1 / (T * math.log(max(E, 2))), BLOCK=128,
+        sums=sums, sums_z=sums_z, prob=prob_HE, z=z_H, entropy=entropy_H, counts=counts_HE,
+        programs=programs, tiles=n_tiles, H=H, E=E, chunks=chunks,
+        per_token=1 / T, per_log=1 / (T * math.log(max(E, 2))), BLOCK=128,
     )  # fmt: skip

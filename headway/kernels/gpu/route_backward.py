@@ -227,36 +227,35 @@ def backward(
     ds = x.new_empty(T, H, K, dtype=torch.float32) if gated else None
     c = x.new_empty(T, H, dtype=torch.float32) if dense else None
     BL, BC = width(L, 64), width(L, 128)
-    columns, sizes = triton.cdiv(L, BC), (T, H, E, L, *strides(x))
-    shape = {"BL": BL, "ONCE": L <= BL}
+    columns = triton.cdiv(L, BC)
+    sizes = {"T": T, "H": H, "E": E, "L": L, **strides(x), "per_token": 1 / T}
+    sizes |= {"K": K, "BL": BL, "ONCE": L <= BL}
     cut, dx_cut, dw_cut = (fitting(f"route_{name}", x, w_HEL) for name in ("slots", "dx", "dw"))
     by_slots = not dense and T * H * K < 2**31  # what a sort takes
     by_slots = by_slots and route_sparse.reads_less(E, L, K, x.element_size(), dx_cut, dw_cut)
     parts = None if by_slots else split_w(w_HEL)
     _slots[(triton.cdiv(T, cut.rows), H)](
-        x, parts, saved_THK, rows_CTH, d_gate, d_prob, d_z, ds, c, *sizes, scale, 1 / T,
-        K=K, BK=triton.next_power_of_2(K), GATE=GATES.index(gate), RENORMALIZE=renormalize,
-        **shape, **launch(cut),
+        x=x, parts=parts, saved=saved_THK, rows=rows_CTH, d_gate=d_gate, d_prob=d_prob, d_z=d_z,
+        ds=ds, c=c, **sizes, scale=scale, BK=triton.next_power_of_2(K), GATE=GATES.index(gate),
+        RENORMALIZE=renormalize, **launch(cut),
     )  # fmt: skip
     if by_slots:
         route_sparse.backward(x, w_HEL, index_THK, ds, dx, dw_HEL)
         return
-    tensors = (x, parts, index_THK, ds, rows_CTH, c, d_prob, d_z)
-    shape |= {"K": K, "BC": BC, "SIGMOID": gate == "sigmoid"}
+    arguments = {"x": x, "parts": parts, "index": index_THK, "ds": ds, "rows": rows_CTH, "c": c}
+    arguments |= {"d_prob": d_prob, "d_z": d_z, **sizes, "BC": BC, "SIGMOID": gate == "sigmoid"}
 
     heads = H if x.dim() == 2 else 1
     token, head = (L, 0) if x.dim() == 2 else (H * L, L)
     _d_tokens[(triton.cdiv(T, dx_cut.rows), H // heads, columns)](
-        *tensors, dx, *sizes, 1 / T, token, head, heads,
-        **shape, **launch(dx_cut),
-    )  # fmt: skip
+        **arguments, dx=dx, dx_t=token, dx_h=head, heads=heads, **launch(dx_cut)
+    )
 
     blocks = triton.cdiv(E, dw_cut.cols) * columns
     programs, walk = walks(triton.cdiv(T, dw_cut.rows), 4 * H * blocks)
     part = dw_HEL if programs == 1 else dw_HEL.new_empty(programs, H, E, L)
     _d_weights[(programs, H, blocks)](
-        *tensors, part, *sizes, 1 / T, walk, columns,
-        **shape, **launch(dw_cut),
-    )  # fmt: skip
+        **arguments, dw=part, walk=walk, columns=columns, **launch(dw_cut)
+    )
     if programs > 1:
         torch.sum(part, 0, out=dw_HEL)

@@ -130,8 +130,8 @@ def backward(
     columns = triton.cdiv(L, BC)
     heads, token, head = (H, L, 0) if x.dim() == 2 else (1, H * L, L)
     _sparse_tokens[(triton.cdiv(T, ROWS), H // heads, columns)](
-        w_HEL.contiguous(), index_THK, ds_THK, dx, T, H, E, L, token, head, heads,
-        K=K, BT=ROWS, BC=BC, num_warps=4,
+        w=w_HEL.contiguous(), index=index_THK, ds=ds_THK, dx=dx, T=T, H=H, E=E, L=L,
+        dx_t=token, dx_h=head, heads=heads, K=K, BT=ROWS, BC=BC, num_warps=4,
     )  # fmt: skip
 
     slot_R, _, counts_HE = sort_rows(index_THK, E)
@@ -139,9 +139,9 @@ def backward(
     table = blocks(counts_HE, slot_R.numel(), block)
     part = dw_HEL.new_empty(slot_R.numel() // block + H * E, L)
     _sparse_weights[(table.group_B.numel(), columns)](
-        x, ds_THK, slot_R, *table, part, T, H, E, L, K, *strides(x), block,
-        BR=ROWS, BC=BC, num_warps=4,
+        x=x, ds=ds_THK, slots=slot_R, **table.arguments(), part=part, T=T, H=H, E=E, L=L, K=K,
+        **strides(x), block=block, BR=ROWS, BC=BC, num_warps=4,
     )  # fmt: skip
     _sparse_sums[(H * E, columns)](
-        part, table.start_G, dw_HEL, L, block, BR=ROWS, BC=BC, num_warps=4
+        part=part, start=table.start_G, dw=dw_HEL, L=L, block=block, BR=ROWS, BC=BC, num_warps=4
     )

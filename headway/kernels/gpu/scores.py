@@ -93,14 +93,15 @@ def split_w(w_HEL: Tensor) -> Tensor:
     """Return the three bfloat16 parts `[3, H, E, L]` of the weights."""
     parts = w_HEL.new_empty(3, *w_HEL.shape, dtype=torch.bfloat16)
     n = w_HEL.numel()
-    split_into[(triton.cdiv(n, 1024),)](w_HEL.contiguous(), parts, n, BLOCK=1024)
+    split_into[(triton.cdiv(n, 1024),)](w=w_HEL.contiguous(), parts=parts, n=n, BLOCK=1024)
     return parts
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor) -> dict[str, int]:
     """Return the distance from a token, a head and a column to the next; `[T, L]` is one token for
     all heads."""
-    return x.stride(0), 0 if x.dim() == 2 else x.stride(1), x.stride(-1)
+    per_head = 0 if x.dim() == 2 else x.stride(1)
+    return {"stride_t": x.stride(0), "stride_h": per_head, "stride_l": x.stride(-1)}
 
 
 def width(L: int, most: int) -> int:

@@ -84,9 +84,10 @@ def sum_slots(
     out, G = torch.empty_like(like_NL), start_G.numel() - 1
     rows = max(1, 2048 // BL)
     with on(out):
-        sizes = (N, K, G, L, rows, BL)
-        grid = (triton.cdiv(N, rows), triton.cdiv(L, BL))
-        combine[grid](y_NKL, scale, row_NK, start_G, out, *sizes)
+        combine[(triton.cdiv(N, rows), triton.cdiv(L, BL))](
+            y=y_NKL, scale=scale, row=row_NK, start=start_G, out=out, N=N, K=K, G=G, L=L,
+            M=rows, BL=BL,
+        )  # fmt: skip
     return out
 
 

@@ -2,8 +2,16 @@
 
 T tokens · H heads · E experts per head · K slots · R = T·H·K rows · N = T·H sub-tokens.
 A slot is numbered (t·H + h)·K + k; its sub-token is slot // K. A slot whose index is E takes no
-expert (dropped by a capacity, or a zero experts' slot): it sorts to the end, by head, and lies past
-the last offset.
+expert (dropped by a capacity, or a zero experts' slot): it sorts to the end, by head, past the last
+offset.
+
+The counting sort for H = 1, E = 3, K = 2 and three tokens:
+
+    index   [2 0] [0 1] [2 0]          slots 0 … 5
+    counts  [3, 1, 2]                  first pass: slots of each expert
+    next    [0, 3, 4]                  exclusive sum: where an expert's rows begin
+    row_NK  [4 0] [1 3] [5 2]          second pass: row = next[e]++ in the order of the slots
+    slot_R  1 2 5 | 3 | 0 4            the inverse: stable within an expert
 """
 
 from typing import NamedTuple

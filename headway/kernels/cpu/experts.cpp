@@ -5,6 +5,14 @@
 // matmuls, W that in which weights are stored; sums, activations and gates are float32. A gradient of
 // weights is summed in float32 and rounded to W once. The result of an expert does not depend on
 // which thread computed it, so it is the same bits on any number of threads.
+//
+// Scratch memory is one arena per thread, filled by the same lines twice (`for pass < 2`):
+//
+//   pass 0   a.take<T>(n) only adds n·sizeof(T), aligned; the pointers mean nothing yet
+//            then a = {scratch(a.used)}: the thread's buffer, grown if it is too small
+//   pass 1   a.take<T>(n) hands out the buffer piece by piece: in | out | xs | hid | pre
+//
+// so the sizes stand in one place, and a warm call allocates nothing.
 #include "activation.h"
 
 using namespace headway;

@@ -3,6 +3,9 @@
 """The forward kernel of narrow experts; equations in ../experts.py.
 
 M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
+Shapes of the parameters, here and in experts_backward.py: `x`, `d_out`, `dx` [N, L] · `gate` [N·K]
+· `w_in` [H·E, G·F, L] · `w_out` [H·E, F, L] · `slots` [R] · `start`, `group`, `first_row` as in
+blocks.py · `y` [N·K, L] with `scale` [N·K] as in slots.py.
 """
 
 import triton

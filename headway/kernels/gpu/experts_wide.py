@@ -15,7 +15,14 @@ and stores of different programs overlap; the narrow kernels, which keep everyth
 their products one after the other. A row of R costs 2·F bytes in forward and 2·(G + 1)·F in
 backward, only while the operator runs.
 
-M rows of a tile · BF hidden units · BN columns · BK summed at a time.
+M rows of a tile · BF hidden units · BN columns · BK summed at a time. Shapes of the parameters are
+those of experts_forward.py, and `hid` [R, F] · `pre`, `d_pre` [R, G·F].
+
+How the rows of experts a, b, c (5, 0 and 3 rows) become blocks of M = 4, one program each per tile
+of columns; the grid's bound ⌈8/4⌉ + 3 is known before the data:
+
+    rows    a a a a | a | c c c |        start_G [0, 5, 5, 8]
+    blocks     0      1     2     3 4    group_B [0, 0, 2, −1, −1]   row_B [0, 4, 5, …]
 """
 
 import torch

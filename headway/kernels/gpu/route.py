@@ -9,6 +9,16 @@ the selection: K rounds of an arg-max, each one maximum, three operations to fin
 two to read the score there and two to take it out. A bitonic sort of 64-bit (score, column) keys
 takes about ten exchanges of a dozen instructions per score for K = 8; the rounds are cheaper up to
 K ≈ 16, and take any K.
+
+Top-k merged across chunks of experts, K = 2, two chunks of four: every round takes the better of
+the chunk's best and the best that earlier chunks left; earlier ones win ties, their columns are
+lower. What is taken is set to CHOSEN, below every number.
+
+    after chunk 0   key_k = [9, 7]   e_k = [2, 0]
+    chunk 1         scores 5 8 9 1 at columns 4 5 6 7
+      round 0       earlier best 9 (column 2) >= chunk's 9 (column 6): take column 2
+      round 1       earlier best 7 (column 0) <  chunk's 9 (column 6): take column 6
+    after chunk 1   key_k = [9, 9]   e_k = [2, 6]
 """
 
 # Triton's annotations describe its compiler, not what a kernel writes.

@@ -12,6 +12,11 @@ more than a row per slot up to about E = 50·K. Beyond, a gradient without a den
 
 Tokens normalised by a softmax (p, gradient dp of the normalised scores): dense = p·(dp − c). By
 their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsumexp. c is a number per row.
+
+    _slots      tiles of tokens            gates, scores → ds [T, H, K], c [T, H]
+    _d_tokens   tiles of tokens × columns  d_logits (on chip) · w   → dx
+    _d_weights  experts × columns          d_logitsᵀ (on chip) · x  → part [programs, H, E, L] → dw
+
 No atomics; sums over tokens are partial sums per program, then added in the programs' order.
 """
 

@@ -24,7 +24,7 @@ FUNCTIONS = {"native", "takes", "rest", "agree", "first", "begin", "spread", "co
 LOCALS = {"found", "kept", "made", "own", "got"}
 """Not the name of a variable or an argument, which is named after what it holds."""
 
-UNFINISHED = ("data", "kernels", "plan")
+UNFINISHED = ("plan",)
 """Rooms that are being renamed; empty when that is done."""
 
 

@@ -1,5 +1,5 @@
-"""Backward of routing: the gradient of the logits is made again tile by tile, on chip, and goes
-straight into the two products that need it. Each block of 128 columns of a product makes it again.
+"""Backward of routing: the gradient of the logits is recomputed tile by tile, on chip, and goes
+straight into the two products that need it. Each block of 128 columns of a product recomputes it.
 
     d_logits[t, e] = Σ_j ds[t, j]·[e = index[t, j]] + dense[t, e]
     dx_t = Σ_h Σ_e d_logits[t, h, e]·w[h, e];   dw[h, e] = Σ_t d_logits[t, h, e]·x[t, h]

@@ -30,7 +30,7 @@ class Tiles:
     """Columns of a tile: hidden units, or experts of a router."""
     warps: int
     stages: int
-    """Loads under way at once."""
+    """Loads that are issued ahead (software pipelining)."""
 
 
 def tiles(kernel: str, shape: Sequence[int | str], default: Tiles) -> Tiles:

@@ -77,9 +77,9 @@ class Cost:
     group: CostGroup
     parameters: Term = NOTHING
     flops: Term = NOTHING
-    """Of the forward pass, per token."""
+    """FLOPs of the forward pass per token."""
     saved: Term = NOTHING
-    """Bytes saved for backward, for the workload."""
+    """Bytes saved for backward in the whole workload."""
     active: Term | None = None
     """Parameters that one token visits; None: all."""
 

@@ -1,2 +1,1 @@
-"""What a config costs, from formulas alone: parameters, FLOPs, bytes in memory and on the
-network."""
+"""What a config costs on a mesh: bytes in memory and on the network, and seconds of a step."""

@@ -1,6 +1,6 @@
 """The costs of a model, counted once on the meta device for all meshes.
 
-Parameters, FLOPs and kept bytes are what the modules declare (`model.costs`); how a parameter is
+Parameters, FLOPs and saved bytes are what the modules declare (`model.costs`); how a parameter is
 updated and sharded follows from its role (`model.roles`).
 """
 
@@ -48,7 +48,7 @@ class ModelCosts:
     active: Items
     """Parameters that one token visits."""
     flops: Items
-    """Of the forward pass, per token."""
+    """FLOPs of the forward pass per token."""
     saved: Items
     """Bytes kept for backward."""
 

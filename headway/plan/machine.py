@@ -14,7 +14,7 @@ from headway.plan.link import Curve, parse_curve
 
 Origin = Literal["vendor", "assumed", "measured", "given"]
 Kind = Literal["matmul", "experts", "attention"]
-"""Of a computation."""
+"""The kind of a computation."""
 
 
 @dataclass(frozen=True)

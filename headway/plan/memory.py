@@ -17,7 +17,7 @@ from headway.plan.traffic import expected_ranks, gate_bytes, index_bytes
 
 
 class MemoryPart(Enum):
-    """What a rank holds beside what is kept for backward (`CostGroup`)."""
+    """What a rank holds besides tensors saved for backward (`CostGroup`)."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"

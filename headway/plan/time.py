@@ -195,9 +195,9 @@ def _weights(
     compute: float,
 ) -> Item:
     comm = sum(_comm(setting, layout, w) for w in volumes if w.kind == "weights")
-    pieces = 2 * setting.config.model.n_layers * passes
+    parts = 2 * setting.config.model.n_layers * passes
     formula = "max(comm/(2·layers·passes), comm − compute)"
-    return Item(TimePart.WEIGHTS, _exposed(comm, pieces, compute), formula)
+    return Item(TimePart.WEIGHTS, _exposed(comm, parts, compute), formula)
 
 
 def _exchanges(
@@ -263,9 +263,9 @@ def _small_sums(setting: Setting, layout: MeshLayout) -> Item:
     return Item(TimePart.SMALL_SUMS, seconds, "3·latency·2·(N−1)")
 
 
-def _exposed(comm: float, pieces: int, work: float) -> float:
-    """Return the seconds of `comm`, sent in `pieces`, that `work` does not hide."""
-    return max(comm / pieces, comm - work) if comm else 0.0
+def _exposed(comm: float, parts: int, work: float) -> float:
+    """Return the seconds of `comm`, sent in `parts`, that `work` does not hide."""
+    return max(comm / parts, comm - work) if comm else 0.0
 
 
 def _optimiser(

@@ -188,10 +188,10 @@ def _parameters(
     Exact where P divides the first dim of each parameter; shards are padded otherwise."""
     axis, P = share.axis, layout.size(share.axis)
     size = {"world": "N", "routers": "(dp·ep)", "dp": "dp"}[axis]
-    leaves = f"n·({size}−1)/{size}"
+    fraction = f"n·({size}−1)/{size}"
     if not share.gathers:
         name, value = f"gradients all-reduced, {share.kind.value}", t.all_reduce_bytes(n, P)
-        return [CommVolume(name, "gradients", axis, value, 2 * (P - 1), f"2·4·{leaves}")]
+        return [CommVolume(name, "gradients", axis, value, 2 * (P - 1), f"2·4·{fraction}")]
     groups = {ShareKind.EXPERTS: s.n_sparse, ShareKind.EMBEDDING: 1}.get(share.kind, s.n_layers)
     gathers = share.gathers * (chunks if share.kind is ShareKind.EXPERTS else 1)
     times = "passes·" + (f"{gathers}·" if gathers > 1 else "")
@@ -201,7 +201,7 @@ def _parameters(
     name = f"gradients reduce-scattered, {share.kind.value}"
     return [
         CommVolume(
-            gathered, "weights", axis, gathers * weights, gathers * calls, f"{times}b·{leaves}"
+            gathered, "weights", axis, gathers * weights, gathers * calls, f"{times}b·{fraction}"
         ),
-        CommVolume(name, "gradients", axis, gradients, calls, f"passes·4·{leaves}"),
+        CommVolume(name, "gradients", axis, gradients, calls, f"passes·4·{fraction}"),
     ]

@@ -13,7 +13,14 @@ import pytest
 
 from bench import cluster, cluster_plot, hosts
 from bench.cluster_host import FULL, model_of
-from bench.cluster_predict import alone_name, calibrated, predicted, scaled, with_predictions
+from bench.cluster_predict import (
+    alone_ms,
+    alone_name,
+    calibrated,
+    predicted,
+    scaled,
+    with_predictions,
+)
 from bench.cluster_report import (
     Case,
     Sample,
@@ -120,7 +127,7 @@ def network(mbit, rate):
 RATES = {"bench": "rates", "oversubscription": 2.0, "dtype": "bfloat16"}
 RATES["measured"] = {"peak": 1e11, "memory_bandwidth": 1e10, "experts_efficiency": 0.2}
 SINGLE_PROCESS = [
-    {"bench": "alone", "name": name, "k": k, "mbit": mbit, "step_ms": 250.0}
+    {"bench": "alone", "name": name, "k": k, "mbit": mbit, "step_ms": 250.0, "cpu_ms": 100.0}
     for name in ("moe", "multi_head_latent")
     for k in (4, 8)
     for mbit in (0.0, 100.0)
@@ -142,6 +149,13 @@ def test_the_machine_is_scaled_to_the_step_of_one_process():
     done = sum(ms for name, ms in parts.items() if not any(word in name for word in away))
     # 10 of 40 experts per head in one process, 40 of one head on a host: more for the router alone
     assert 250.0 < done < 260.0
+
+
+def test_a_step_of_one_process_shares_the_cores():
+    """Two ranks per core: 100 ms of the processor last 200 ms, also where other hosts began late."""
+    rates = RATES | {"oversubscription": 2.0}
+    assert alone_ms({"step_ms": 130.0, "cpu_ms": 100.0}, rates) == 200.0
+    assert alone_ms({"step_ms": 230.0, "cpu_ms": 100.0}, rates) == 230.0
 
 
 def test_predictions_come_from_rows_alone():

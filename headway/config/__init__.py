@@ -24,28 +24,3 @@ from headway.config.moe import (
 from headway.config.optim import OptimConfig
 from headway.config.run import RunConfig
 from headway.config.tree import Config, from_dict, leaves
-
-__all__ = [
-    "Activation",
-    "BalanceConfig",
-    "Config",
-    "DataConfig",
-    "MeshConfig",
-    "MoEConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "PeerError",
-    "Precision",
-    "RankError",
-    "RouterConfig",
-    "RouterGate",
-    "RunConfig",
-    "RunError",
-    "UsageError",
-    "cache_root",
-    "from_dict",
-    "latent_acc",
-    "latent_eff",
-    "leaves",
-    "n_inputs",
-]

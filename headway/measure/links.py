@@ -94,11 +94,9 @@ def measure_curves(
         Curve("all_to_all", ranks, inside, 2, exchange(2)),
         Curve("all_reduce", ranks, inside, 1, ring()),
     ]
-    return (
-        [*measured, Curve("overlap_cost", ranks, inside, 1, added(alone))]
-        if overlap_cost
-        else measured
-    )
+    if overlap_cost:
+        measured.append(Curve("overlap_cost", ranks, inside, 1, added(alone)))
+    return measured
 
 
 def two_numbers(curve: Curve) -> tuple[float, float]:

@@ -48,10 +48,9 @@ def measure_machine(
         torch.cuda.set_device(device)
     if ranks > 1:
         _rendezvous("nccl" if cuda else "gloo")
+    show = show if rank == 0 else lambda text: None
     try:
-        content = _measure_all(
-            device, ranks, local, show if rank == 0 else lambda text: None, seconds
-        )
+        content = _measure_all(device, ranks, local, show, seconds)
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -97,13 +96,12 @@ def _measure_all(
         note("all-reduce", ring[0] / ring[1] / 1e9, "GB/s", f"{ring[0]:,} bytes leave each rank")
         if inside:
             n_bytes, added = curves[3].points[-1]
-            note(
-                "beside work", added * 1e6, "µs", f"added by an all-to-all of {n_bytes:,.0f} bytes"
-            )
+            what = f"added by an all-to-all of {n_bytes:,.0f} bytes"
+            note("beside work", added * 1e6, "µs", what)
     return {
         "name": machine["gpu"] if big else f"{machine['cpu']}, {torch.get_num_threads()} threads",
         "based_on": _nearest(machine["gpu"]) if big else "cpu",
-        "dtype": str(_dtype(device)).removeprefix("torch."),
+        "dtype": _name(_dtype(device)),
         "ranks": ranks,
         "measured": measured,
         "curves": [asdict(curve) for curve in curves],
@@ -124,10 +122,8 @@ def measure_rates(
     """Return the rates of one process: fields of `plan.machine.Machine`. `note` gets each number
     with its unit and shape; `wide` is the size of the square matmul, 0 the default."""
     dtype = _dtype(device)
-    name = str(dtype).removeprefix("torch.")
     big = device.type == "cuda"
-    usual, rows = (8192, 16384) if big else (2048, 2048)
-    wide = wide or usual
+    wide, rows = wide or (8192 if big else 2048), 16384 if big else 2048
     measured: dict[str, float] = {}
     for kind in dict.fromkeys((dtype, torch.float32)):
         large = matmul_flops(device, kind, wide, wide, wide, seconds)
@@ -136,16 +132,13 @@ def measure_rates(
         measured["peak" if kind == torch.bfloat16 else "peak_float32"] = peak
         if kind == dtype:
             measured["efficiency"], measured["narrow_efficiency"] = large / peak, small / peak
-        kind_name = str(kind).removeprefix("torch.")
-        note(f"matmul {kind_name}", large / 1e9, "GFLOP/s", f"{wide}³")
-        note(f"narrow {kind_name}", small / 1e9, "GFLOP/s", f"[{rows}, 256] × [256, 1024]")
+        note(f"matmul {_name(kind)}", large / 1e9, "GFLOP/s", f"{wide}³")
+        note(f"narrow {_name(kind)}", small / 1e9, "GFLOP/s", f"[{rows}, 256] × [256, 1024]")
     peak = measured["peak" if dtype == torch.bfloat16 else "peak_float32"]
-    rate, what = experts_flops(device, dtype, seconds)
-    measured["experts_efficiency"] = rate / peak
-    note(f"experts {name}", rate / 1e9, "GFLOP/s", what)
-    rate, what = attention_flops(device, dtype, seconds)
-    measured["attention_efficiency"] = rate / peak
-    note(f"attention {name}", rate / 1e9, "GFLOP/s", what)
+    for part, measure in (("experts", experts_flops), ("attention", attention_flops)):
+        rate, what = measure(device, dtype, seconds)
+        measured[f"{part}_efficiency"] = rate / peak
+        note(f"{part} {_name(dtype)}", rate / 1e9, "GFLOP/s", what)
     n = 1 << (30 if big else 27)
     measured["memory_bandwidth"] = copy_bandwidth(device, n, seconds)
     note("memory copy", measured["memory_bandwidth"] / 1e9, "GB/s", f"{n >> 20} MiB, both ways")
@@ -158,6 +151,10 @@ def measure_rates(
 def _dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of the matmuls that `run.dtype=auto` takes."""
     return torch.bfloat16 if native_bfloat16(device) else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def best(run: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -10,19 +10,8 @@ from headway.config import Config, UsageError
 from headway.recipes.cpu import cpu_step, demo, dense, latent, moe, multi_head_latent, shakespeare
 from headway.recipes.gpu import large, small
 
-Recipe = Callable[[], Config]
-
-RECIPES: dict[str, Recipe] = {
-    "demo": demo,
-    "dense": dense,
-    "moe": moe,
-    "latent": latent,
-    "multi_head_latent": multi_head_latent,
-    "shakespeare": shakespeare,
-    "cpu_step": cpu_step,
-    "small": small,
-    "large": large,
-}
+_FUNCTIONS = (demo, dense, moe, latent, multi_head_latent, shakespeare, cpu_step, small, large)
+RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe in _FUNCTIONS}
 """Every recipe by the name that the command line takes."""
 
 

@@ -23,14 +23,7 @@ def demo() -> Config:
             n_layers=4,
             d_model=192,
             n_heads=4,
-            moe=MoEConfig(
-                kind="multi_head_latent",
-                n_heads=4,
-                n_experts=32,
-                top_k=8,
-                d_expert=64,
-                router=RouterConfig(reads="token"),
-            ),
+            moe=_heads(4, n_experts=32, top_k=8, d_expert=64),
         ),
         data=DataConfig(seq_len=256, batch_size=8),
         optim=OptimConfig(name="muon", steps=400, lr=3e-3, warmup=0.05),
@@ -63,32 +56,32 @@ def latent() -> Config:
     """Return LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as
     the FLOPs allow."""
     n_experts, top_k = latent_acc(32, 8, alpha=2, d_expert=64, d_model=128, activation="swiglu")
-    return _sparse(
-        "latent",
-        MoEConfig(
-            kind="latent",
-            n_experts=n_experts,
-            top_k=top_k,
-            d_expert=64,
-            d_latent=64,
-            router=RouterConfig(reads="token"),
-        ),
+    layer = MoEConfig(
+        kind="latent",
+        n_experts=n_experts,
+        top_k=top_k,
+        d_expert=64,
+        d_latent=64,
+        router=RouterConfig(reads="token"),
     )
+    return _sparse("latent", layer)
 
 
 def multi_head_latent() -> Config:
     """Return a Multi-Head LatentMoE: two heads of width 64 whose routers read the whole token;
     narrower experts (F 50, not 64) pay for projections and routers."""
-    return _sparse(
-        "multi_head_latent",
-        MoEConfig(
-            kind="multi_head_latent",
-            n_heads=2,
-            n_experts=40,
-            top_k=8,
-            d_expert=50,
-            router=RouterConfig(reads="token"),
-        ),
+    return _sparse("multi_head_latent", _heads(2, n_experts=40, top_k=8, d_expert=50))
+
+
+def _heads(n_heads: int, *, n_experts: int, top_k: int, d_expert: int) -> MoEConfig:
+    """Return a Multi-Head LatentMoE layer whose routers read the whole token."""
+    return MoEConfig(
+        kind="multi_head_latent",
+        n_heads=n_heads,
+        n_experts=n_experts,
+        top_k=top_k,
+        d_expert=d_expert,
+        router=RouterConfig(reads="token"),
     )
 
 
@@ -107,14 +100,7 @@ def shakespeare() -> Config:
             n_layers=4,
             d_model=128,
             n_heads=4,
-            moe=MoEConfig(
-                kind="multi_head_latent",
-                n_heads=2,
-                n_experts=8,
-                top_k=2,
-                d_expert=64,
-                router=RouterConfig(reads="token"),
-            ),
+            moe=_heads(2, n_experts=8, top_k=2, d_expert=64),
         ),
         data=DataConfig(seq_len=64, batch_size=12, val_fraction=0.1),
         optim=OptimConfig(name="muon", steps=1000, lr=4e-3, beta2=0.99, warmup=0.02, decay=0.5),

@@ -2,14 +2,7 @@
 
 from dataclasses import replace
 
-from headway.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
-    RunConfig,
-)
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 
 
 def small() -> Config:
@@ -54,12 +47,7 @@ def large() -> Config:
             n_kv_heads=4,
             d_ff=8192,
             moe=replace(
-                base.model.moe,
-                n_heads=8,
-                n_experts=64,
-                top_k=8,
-                d_expert=512,
-                d_shared=1024,
+                base.model.moe, n_heads=8, n_experts=64, top_k=8, d_expert=512, d_shared=1024
             ),
         ),
         data=replace(base.data, seq_len=4096, batch_size=256, micro_batch_size=8),

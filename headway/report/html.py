@@ -34,9 +34,8 @@ def _embed(data: object) -> str:
 
 
 def _hash(text: str) -> str:
-    return (
-        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
-    )
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
@@ -59,9 +58,7 @@ def render(runs: list[dict]) -> str:
     every other script."""
     style = _asset("style.css")
     script = "\n".join(_asset(name) for name in SCRIPTS)
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
-    )
+    sources = f"style-src {_hash(style)}; script-src {_hash(script)}"
     data = {
         "runs": runs,
         "ranking": ranking(runs).sentence,
@@ -70,16 +67,14 @@ def render(runs: list[dict]) -> str:
     }
     parts = {
         "TITLE": escape("Headway: " + ", ".join(r["name"] for r in runs)),
-        "POLICY": policy,
+        "POLICY": f"default-src 'none'; img-src data:; {sources}",
         "STYLE": style,
         "SCRIPT": script,
         "DATA": _embed(data),
     }
     # One pass over the template, so that a marker inside the data is never filled in.
-    page = []
-    for i, piece in enumerate(_asset("template.html").split("%%")):
-        page.append(parts[piece] if i % 2 else piece)
-    return "".join(page)
+    pieces = enumerate(_asset("template.html").split("%%"))
+    return "".join(parts[piece] if i % 2 else piece for i, piece in pieces)
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:

@@ -28,157 +28,102 @@ class Metric:
     """What it tells, in one line."""
 
 
-METRICS: tuple[Metric, ...] = (
-    Metric(
-        "loss",
-        "Training loss",
-        "nats/token",
-        "−(1/N) Σ log p(target), averaged over the interval",
-        "What the optimiser lowers, without balance terms; depends on the tokenizer.",
-    ),
-    Metric(
-        "bits_per_byte",
-        "Training bits/byte",
-        "bits/byte",
-        "Σ −log p(target) / (ln 2 · bytes of the target text)",
-        "The loss per byte of text: comparable across tokenizers.",
-    ),
-    Metric(
-        "val_loss",
-        "Validation loss",
-        "nats/token",
-        "−(1/N) Σ log p(target) over the validation windows",
-        "The loss on documents kept for validation; the page says if training has some of them.",
-    ),
-    Metric(
-        "val_bits_per_byte",
-        "Validation bits/byte",
-        "bits/byte",
-        "Σ −log p(target) / (ln 2 · bytes), over the validation windows",
-        "The number to compare runs by.",
-    ),
-    Metric(
-        "lr",
-        "Learning rate",
-        "",
-        "peak rate · schedule(step)",
-        "Rate of the step; parts of the model may scale it.",
-    ),
-    Metric(
-        "grad_norm",
-        "Gradient norm",
-        "",
-        "√Σ g² over all parameters of all ranks, before clipping; mean over the interval",
-        "Spikes announce trouble; a step with a non-finite norm is skipped.",
-    ),
-    Metric(
-        "tokens_per_second",
-        "Throughput",
-        "tokens/s",
-        "tokens of the interval / its training time",
-        "Training speed over all ranks, without evaluation.",
-    ),
-    Metric(
-        "flops_per_second",
-        "FLOP rate",
-        "FLOP/s",
-        "FLOPs per token in training, as `headway describe` counts them · tokens/s",
-        "Useful FLOP/s; divided by the peak of the hardware it is MFU.",
-    ),
-    Metric(
-        "memory_gib",
-        "Memory",
-        "GiB",
-        "peak of the process (CPU: resident set; CUDA: allocated)",
-        "The largest amount held so far.",
-    ),
-    Metric(
-        "wire_bytes",
-        "Bytes sent",
-        "bytes/step",
-        "bytes that rank 0 sends when sub-tokens and outputs are exchanged, forward and backward",
-        "Counted at each collective of the hp and ep axes; gradients and statistics left out.",
-    ),
-    Metric(
-        "wire_expected",
-        "Bytes by formula",
-        "bytes/step",
-        "plan.volume: fixed in advance for Head Parallel, even and independent choices for Expert "
-        "Parallel",
-        "What `headway plan` says of this mesh.",
-    ),
-    Metric(
-        "wire_wait",
-        "Waiting for communication",
-        "of the step",
-        "time in which the host of rank 0 was blocked in a collective / training time",
-        "What overlap has not hidden, and the time that other ranks were late.",
-    ),
-    Metric(
-        "wire_layers",
-        "Communication by layer",
-        "bytes/step",
-        "columns over blocks: layer; bytes and expected (sub-tokens, counted and by formula); "
-        "weights (of FSDP, and gradients); wait (of the step)",
-        "A backward exchange belongs to the layer of its forward; sums over all layers to none.",
-    ),
-    Metric(
-        "skipped",
-        "Skipped steps",
-        "steps",
-        "count since step 0",
-        "Steps with a loss spike or a non-finite value, whose update was not applied.",
-    ),
-    Metric(
-        "balance_loss",
-        "Balance loss",
-        "",
-        "balance terms of the objective, with their coefficients",
-        "The part of the objective that evens out the experts.",
-    ),
-    Metric(
-        "load",
-        "Expert load",
-        "× fair share",
-        "tokens of the expert / (tokens of its head / experts per head)",
-        "1.0 is a fair share, 0.0 a dead expert; per layer, head and expert.",
-    ),
-    Metric(
-        "load_min",
-        "Least load",
-        "× fair share",
-        "minimum of the load over layers, heads and experts",
-        "The idlest expert.",
-    ),
-    Metric(
-        "load_p95",
-        "95th percentile of load",
-        "× fair share",
-        "95th percentile of the load over layers, heads and experts",
-        "How busy busy experts are.",
-    ),
-    Metric(
-        "load_max",
-        "Greatest load",
-        "× fair share",
-        "maximum of the load over layers, heads and experts",
-        "The busiest expert: it sets the pace when experts live on several ranks.",
-    ),
-    Metric(
-        "dead",
-        "Dead experts",
-        "experts",
-        "experts with load 0 in the interval",
-        "Parameters that no token reached.",
-    ),
-    Metric(
-        "entropy",
-        "Routing entropy",
-        "of log E",
-        "mean over tokens of −Σ p log p / log E, per sparse layer",
-        "1 is undecided (uniform), 0 is certain.",
-    ),
-)
+# per metric: name | title | unit, its formula, its meaning
+_TABLE = """
+loss | Training loss | nats/token
+−(1/N) Σ log p(target), averaged over the interval
+What the optimiser lowers, without balance terms; depends on the tokenizer.
+
+bits_per_byte | Training bits/byte | bits/byte
+Σ −log p(target) / (ln 2 · bytes of the target text)
+The loss per byte of text: comparable across tokenizers.
+
+val_loss | Validation loss | nats/token
+−(1/N) Σ log p(target) over the validation windows
+The loss on documents kept for validation; the page says if training has some of them.
+
+val_bits_per_byte | Validation bits/byte | bits/byte
+Σ −log p(target) / (ln 2 · bytes), over the validation windows
+The number to compare runs by.
+
+lr | Learning rate |
+peak rate · schedule(step)
+Rate of the step; parts of the model may scale it.
+
+grad_norm | Gradient norm |
+√Σ g² over all parameters of all ranks, before clipping; mean over the interval
+Spikes announce trouble; a step with a non-finite norm is skipped.
+
+tokens_per_second | Throughput | tokens/s
+tokens of the interval / its training time
+Training speed over all ranks, without evaluation.
+
+flops_per_second | FLOP rate | FLOP/s
+FLOPs per token in training, as `headway describe` counts them · tokens/s
+Useful FLOP/s; divided by the peak of the hardware it is MFU.
+
+memory_gib | Memory | GiB
+peak of the process (CPU: resident set; CUDA: allocated)
+The largest amount held so far.
+
+wire_bytes | Bytes sent | bytes/step
+bytes that rank 0 sends when sub-tokens and outputs are exchanged, forward and backward
+Counted at each collective of the hp and ep axes; gradients and statistics left out.
+
+wire_expected | Bytes by formula | bytes/step
+plan.volume: fixed in advance for Head Parallel, even and independent choices for Expert Parallel
+What `headway plan` says of this mesh.
+
+wire_wait | Waiting for communication | of the step
+time in which the host of rank 0 was blocked in a collective / training time
+What overlap has not hidden, and the time that other ranks were late.
+
+wire_layers | Communication by layer | bytes/step
+columns over blocks: layer; bytes and expected (sub-tokens, counted and by formula); \
+weights (of FSDP, and gradients); wait (of the step)
+A backward exchange belongs to the layer of its forward; sums over all layers to none.
+
+skipped | Skipped steps | steps
+count since step 0
+Steps with a loss spike or a non-finite value, whose update was not applied.
+
+balance_loss | Balance loss |
+balance terms of the objective, with their coefficients
+The part of the objective that evens out the experts.
+
+load | Expert load | × fair share
+tokens of the expert / (tokens of its head / experts per head)
+1.0 is a fair share, 0.0 a dead expert; per layer, head and expert.
+
+load_min | Least load | × fair share
+minimum of the load over layers, heads and experts
+The idlest expert.
+
+load_p95 | 95th percentile of load | × fair share
+95th percentile of the load over layers, heads and experts
+How busy busy experts are.
+
+load_max | Greatest load | × fair share
+maximum of the load over layers, heads and experts
+The busiest expert: it sets the pace when experts live on several ranks.
+
+dead | Dead experts | experts
+experts with load 0 in the interval
+Parameters that no token reached.
+
+entropy | Routing entropy | of log E
+mean over tokens of −Σ p log p / log E, per sparse layer
+1 is undecided (uniform), 0 is certain.
+"""
+
+
+def _metric(row: str) -> Metric:
+    head, formula, meaning = row.split("\n")
+    name, title, unit = (field.strip() for field in head.split("|"))
+    return Metric(name, title, unit, formula, meaning)
+
+
+METRICS = tuple(map(_metric, _TABLE.strip().split("\n\n")))
 
 
 def _flatten(load: object) -> Iterator[float]:

@@ -17,12 +17,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _cpu_model() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine() or "unknown"
 
 
@@ -47,22 +45,17 @@ def machine() -> dict[str, str | int | float | None]:
     """Return the hardware: cpu (model), cores (usable), memory_gib, cpu_capability (torch's vector
     path), os, gpu (name or None), gpus (count), gpu_memory_gib (of one, or None). No host name and
     no user name."""
-    facts: dict[str, str | int | float | None] = {
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
         "cpu": _cpu_model(),
         "cores": _cores(),
         "memory_gib": _memory_gib(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "gpu": None,
-        "gpus": 0,
-        "gpu_memory_gib": None,
+        "gpu": gpu and gpu.name,
+        "gpus": torch.cuda.device_count() if gpu else 0,
+        "gpu_memory_gib": gpu and round(gpu.total_memory / 2**30, 1),
     }
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        facts["gpu"] = device.name
-        facts["gpus"] = torch.cuda.device_count()
-        facts["gpu_memory_gib"] = round(device.total_memory / 2**30, 1)
-    return facts
 
 
 def _version(package: str) -> str:
@@ -88,18 +81,13 @@ def versions() -> dict[str, str]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # never lock the user's index
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            env=environment,
-            check=True,
-        )
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=20, env=environment
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:

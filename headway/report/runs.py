@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headway.config import Config, UsageError, leaves
-from headway.report.sinks import read_metrics
+from headway.report.sinks import read_metrics, unreadable
 
 MAX_POINTS = 1000
 """Points drawn of one line; a chart is about as many pixels wide."""
@@ -81,10 +81,8 @@ def _series(records: Sequence[Mapping], values: Sequence[float | None]) -> dict 
     if all(v is None for v in values):
         return None
     keep = decimate(values)
-    return _axis(records, keep) | {
-        "y": [short(values[i]) for i in keep],
-        "recorded": len(values),
-    }
+    drawn = [short(values[i]) for i in keep]
+    return _axis(records, keep) | {"y": drawn, "recorded": len(values)}
 
 
 def _last_of_each_step(records: Sequence[dict]) -> list[dict]:
@@ -100,10 +98,8 @@ def _load(records: Sequence[dict]) -> dict | None:
     cells = sum(len(head) for layer in records[-1]["load"] for head in layer)
     keep = evenly_spaced(len(records), max(2, min(MAX_FRAMES, MAX_CELLS // max(1, cells))))
     frames = [
-        [
-            [[short(number(v), 4) for v in head] for head in layer]  # 4 digits: 0.0003 is not dead
-            for layer in records[i]["load"]
-        ]
+        # 4 digits: 0.0003 is not dead
+        [[[short(number(v), 4) for v in head] for head in layer] for layer in records[i]["load"]]
         for i in keep
     ]
     return _axis(records, keep) | {"frames": frames, "cells": cells, "recorded": len(records)}
@@ -115,11 +111,9 @@ def _entropy(records: Sequence[dict]) -> list[dict]:
     layers = max((len(r["entropy"]) for r in records), default=0)
     out = []
     for layer in range(layers):
-        values = [
-            number(r["entropy"][layer]) if layer < len(r["entropy"]) else None for r in records
-        ]
-        series = _series(records, values)
-        if series:
+        rows = (r["entropy"] for r in records)
+        values = [number(row[layer]) if layer < len(row) else None for row in rows]
+        if series := _series(records, values):
             out.append(series | {"layer": layer})
     return out
 
@@ -127,7 +121,8 @@ def _entropy(records: Sequence[dict]) -> list[dict]:
 def _wire_layers(records: Sequence[dict]) -> list[dict]:
     """Return one row per layer that sends: means over the intervals of the run."""
     rows: dict[int, list[dict]] = {}
-    for columns in (r["wire_layers"] for r in records if r.get("wire_layers")):
+    for record in records:
+        columns = record.get("wire_layers") or {}
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             rows.setdefault(int(row["layer"]), []).append(row)
@@ -146,9 +141,7 @@ def _read_run_json(folder: Path) -> dict:
             f"no run at {folder} (it has no run.json); give a folder made by `headway train`"
         ) from None
     except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}; give a readable run folder"
-        ) from None
+        raise unreadable(path, error) from None
     except ValueError as error:
         raise UsageError(f"{path} is no JSON ({error}); restore it or give another run") from None
     if not isinstance(info, dict):
@@ -193,6 +186,10 @@ def _leak(overlap: Mapping | None) -> dict[str, str]:
     return {"sentence": str(overlap.get("sentence") or ""), "short": short}
 
 
+def _texts(values: Mapping | None) -> dict[str, str]:
+    return {str(k): str(v) for k, v in (values or {}).items() if v is not None}
+
+
 def load_run(folder: str | Path) -> dict:
     """Return everything the page needs of one run folder (run.json and metrics.jsonl), as plain
     JSON values.
@@ -201,22 +198,22 @@ def load_run(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     info = _read_run_json(folder)
-    records = [
-        r for r in read_metrics(folder / "metrics.jsonl") if number(r.get("step")) is not None
-    ]
+    records = read_metrics(folder / "metrics.jsonl")
+    records = [r for r in records if number(r.get("step")) is not None]
     train = _last_of_each_step([r for r in records if "loss" in r])
     evaluations = _last_of_each_step(
         [r for r in records if "val_loss" in r or "val_bits_per_byte" in r]
     )
     samples = _last_of_each_step([r for r in records if "sample" in r])
+    drawn = [samples[i] for i in evenly_spaced(len(samples), MAX_SAMPLES)]
     series = {}
     for name in SCALARS:
         source = evaluations if name.startswith("val_") else train
-        line = _series(source, [number(r.get(name)) for r in source])
-        if line:
+        if line := _series(source, [number(r.get(name)) for r in source]):
             series[name] = line
-    config = info.get("config") if isinstance(info.get("config"), Mapping) else {}
-    total_steps = number(((config or {}).get("optim") or {}).get("steps"))
+    config = info.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    total_steps = number((config.get("optim") or {}).get("steps"))
     return {
         "name": folder.resolve().name,
         "headline": _headline(info, train, evaluations, total_steps),
@@ -227,13 +224,11 @@ def load_run(folder: str | Path) -> dict:
         "wire_layers": _wire_layers(train),
         "samples": [
             {
-                "step": samples[i]["step"],
-                "tokens": number(samples[i].get("tokens")),
-                "seconds": number(samples[i].get("seconds")),
-                "prompt": str(samples[i].get("prompt") or ""),
-                "sample": str(samples[i].get("sample") or ""),
+                "step": r["step"],
+                **{name: number(r.get(name)) for name in ("tokens", "seconds")},
+                **{name: str(r.get(name) or "") for name in ("prompt", "sample")},
             }
-            for i in evenly_spaced(len(samples), MAX_SAMPLES)
+            for r in drawn
         ],
         "samples_recorded": len(samples),
         "events": [
@@ -241,14 +236,12 @@ def load_run(folder: str | Path) -> dict:
             for r in records
             if "event" in r
         ],
-        "config": leaves(config or {}),
-        "derived": {str(k): str(v) for k, v in (info.get("derived") or {}).items()},
+        "config": leaves(dict(config)),
+        "derived": _texts(info.get("derived")),
         "commit": str(info.get("commit") or "unknown"),
         "dirty": bool(info.get("dirty")),
-        "versions": {str(k): str(v) for k, v in (info.get("versions") or {}).items()},
-        "machine": {
-            str(k): str(v) for k, v in (info.get("machine") or {}).items() if v is not None
-        },
+        "versions": _texts(info.get("versions")),
+        "machine": _texts(info.get("machine")),
         "validation": {
             name: str((info.get("validation") or {}).get(name) or "")
             for name in ("fingerprint", "sentence")

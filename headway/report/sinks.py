@@ -43,6 +43,11 @@ def _object(text: bytes) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
+def unreadable(path: Path, error: OSError) -> UsageError:
+    """Return the error of a file of a run that cannot be read."""
+    return UsageError(f"cannot read {path}: {error.strerror}; give a readable run folder")
+
+
 def read_metrics(path: str | Path) -> list[dict]:
     """Return the records of a metrics file, in order, without a torn last line (no newline, not
     JSON).
@@ -57,9 +62,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             f"no metrics at {path}; give a run folder that holds metrics.jsonl"
         ) from None
     except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}; give a readable run folder"
-        ) from None
+        raise unreadable(path, error) from None
     lines = data.split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):

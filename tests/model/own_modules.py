@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from headway.model.build import build_block, build_feed_forward
+from headway.model.costs import Cost, CostGroup, Term
 from headway.model.linear import Linear
 from headway.model.moe import SparseLayer
 from headway.model.residual import Residual
@@ -35,6 +36,12 @@ class RunningMean(nn.Module):
             state_B2D.copy_(torch.stack([sum_BD, weight_BD], 1))
         return self.out(torch.stack(outputs, 1))
 
+    def costs(self, work):
+        matrices = self.value.weight.numel() + self.out.weight.numel()
+        n, D = matrices + len(self.decay_D), len(self.decay_D)
+        saved = Term(5 * work.n_tokens * D * work.bytes_per_value, "5·T·D·b")
+        return [Cost(CostGroup.MIXER, Term(n, "2·D² + D"), Term(2 * matrices, "4·D²"), saved)]
+
     def init_state(self, batch, max_len, dtype, device):
         return torch.zeros(batch, 2, self.decay_D.shape[0], dtype=dtype, device=device)
 
@@ -50,6 +57,11 @@ class ScaledExperts(nn.Module):
 
     def roles(self):
         return {"scale_HEL": Role(Group.EXPERT_IN, Init.ONES, shard=SplitOver.EXPERTS)}
+
+    def costs(self, work):
+        H, E, L = self.scale_HEL.shape
+        saved = Term(2 * work.n_tokens * H * L * work.bytes_per_value, "2·T·H·L·b")
+        return [Cost(CostGroup.EXPERTS, Term(H * E * L, "H·E·L"), saved=saved)]
 
     def forward(self, x_THL, route):
         H, L = x_THL.shape[1], x_THL.shape[2]
@@ -70,6 +82,9 @@ class TwoLanes(Residual):
 
     def roles(self):
         return {"read_2": Role(Group.VECTOR, Init.ONES)}
+
+    def costs(self, work):
+        return [Cost(CostGroup.RESIDUAL, Term(2, "lanes"))]
 
     def expand(self, x_BSD):
         return torch.stack([x_BSD, 0.5 * x_BSD], 2)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from headway.config import ModelConfig, MoEConfig, UsageError
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, UsageError
 from headway.model.build import build_block
 from headway.model.compute import Compute
 from headway.model.context import Context
 from headway.model.roles import roles_of
 from headway.model.transformer import Transformer
+from headway.plan.choose import rank_meshes
+from headway.plan.machine import MACHINES
+from headway.plan.time import Setting
 from headway.train.loop import train
 from tests.compare import assert_close
 from tests.model.own_modules import RunningMean, TwoLanes, own_blocks
@@ -76,3 +79,25 @@ def test_every_parameter_has_a_role_and_one_without_is_named():
 
     with pytest.raises(UsageError, match=r"layers.0.residual1.mix has no role.*roles.*Nameless"):
         Transformer(SMALL, blocks=blocks)
+
+
+def test_modules_of_ones_own_are_planned():
+    """Every mesh, from the costs that the modules declare; one without costs is named."""
+    config = Config(recipe="own", model=SMALL, data=DataConfig(seq_len=16, batch_size=8))
+    setting = Setting(config, MACHINES["h100"], blocks=own_blocks)
+    meshes = {row["mesh"]: row for row in rank_meshes(setting, 2)["meshes"]}
+    assert len(meshes) == 3 and all(row["step_seconds"] > 0 for row in meshes.values())
+    counted = sum(p.numel() for p in Transformer(SMALL, blocks=own_blocks).parameters())
+    costs = setting.costs(8)
+    assert sum(item.value for item in costs.parameters) == counted
+
+    class Silent(nn.Module):
+        def __init__(self, mixer):
+            super().__init__()
+            self.mixer = mixer
+
+    def blocks(config, layer, compute):
+        return build_block(config, layer, compute, mixer=Silent(RunningMean(config)))
+
+    with pytest.raises(UsageError, match="Silent does not say what it costs"):
+        Setting(config, MACHINES["h100"], blocks=blocks).costs(8)

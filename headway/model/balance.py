@@ -27,8 +27,8 @@ class RouteReport(NamedTuple):
     None."""
 
     index_THK: Tensor
-    """int64 `[T, H, K]`, best first; from E on for an expert that does nothing and for a slot that
-    was dropped."""
+    """int64 `[T, H, K]`, best first, before any slot is dropped; from E on for an expert that does
+    nothing."""
     gate_THK: Tensor
     """float32 `[T, H, K]`."""
     logits_THE: Tensor | None = None

@@ -169,7 +169,7 @@ class SparseLayer(nn.Module):
     def _steps(self, x_TD: Tensor, index_THK: Tensor | None, seq_len: int, ctx: Context) -> Steps:
         """The way of one chunk through the layer."""
         dispatcher, router, E = ctx.dispatcher, self.router, self.config.n_experts
-        how = (seq_len, ctx.cache is not None, "logits" in ctx.report)
+        how = (seq_len, ctx.cache is not None, ctx.report)
         z_THL = self.split(x_TD)
         early = given = None
         if self.reads_token:  # before the exchange: indices and gates are sent along
@@ -188,14 +188,15 @@ class SparseLayer(nn.Module):
         y_THL = yield dispatcher.gather(y_THL)
         stats = route.stats
         if ctx.report:
-            chosen_THK = yield dispatcher.gather(route.index_THK, exact=True)
-            gate_THK = yield dispatcher.gather(route.gate_THK.detach(), exact=True)
-            if early is not None:
-                logits_THE = early.logits_THE
-            elif (logits_THE := route.logits_THE) is not None:
-                logits_THE = yield dispatcher.gather(logits_THE, exact=True)
             norm_TH = y_THL.detach().float().norm(dim=-1) if "norms" in ctx.report else None
-            stats = stats._replace(report=RouteReport(chosen_THK, gate_THK, logits_THE, norm_TH))
+            if early is not None:  # of this process's tokens already
+                parts = [early.chosen_THK, early.gate_THK.detach(), early.logits_THE]
+            else:
+                parts = [route.chosen_THK, route.gate_THK.detach(), route.logits_THE]
+                for i, part in enumerate(parts):
+                    if part is not None:
+                        parts[i] = yield dispatcher.gather(part, exact=True)
+            stats = stats._replace(report=RouteReport(*parts, norm_TH))  # type: ignore[arg-type]
         yield Finished((self.merge(y_THL), stats))
 
     def costs(self, work: Workload) -> Sequence[Cost]:

@@ -31,6 +31,8 @@ class Route(NamedTuple):
     gate_THK: Tensor
     """float32 `[T, H, K]`, with gradient."""
     stats: RouteStats
+    chosen_THK: Tensor | None = None
+    """The selection before any slot was dropped; None where nothing was asked for."""
     logits_THE: Tensor | None = None
     """float32 `[T, H, E]`, without gradient, where they were asked for."""
 
@@ -98,7 +100,7 @@ class Router(nn.Module):
         index_THK: Tensor | None = None,
         seq_len: int | None = None,
         dropless: bool = False,
-        logits: bool = False,
+        report: frozenset[str] = frozenset(),
     ) -> Route:
         """Route `[T, H, L]` sub-tokens, or `[T, D]` tokens that all heads read.
 
@@ -106,10 +108,10 @@ class Router(nn.Module):
             index_THK: replays a selection; gates and statistics are those of the given experts.
             seq_len: tokens of a sequence, which follow one another; divides T. None: they are one.
             dropless: ignore the capacity.
-            logits: return them too.
+            report: as in `Context.report`; not empty returns `chosen_THK`, `logits` the logits.
         """
         fused = self._is_plain() and keeps_no_logits(x, self.w_HEL, self.bias_HE)
-        arguments = (x, index_THK, seq_len, dropless, logits)
+        arguments = (x, index_THK, seq_len, dropless, report)
         if self.recompute and torch.is_grad_enabled() and not fused and not transformed():
             return checkpoint(self._route, *arguments, use_reentrant=False)
         return self._route(*arguments)
@@ -148,12 +150,12 @@ class Router(nn.Module):
         index_THK: Tensor | None,
         seq_len: int | None,
         dropless: bool,
-        wants_logits: bool,
+        report: frozenset[str],
     ) -> Route:
         c, bias_HE = self.config, self.bias_HE
         options = (self.top_k, c.gate, c.renormalize, c.scale)
         aux_H = margins_HEQ = logits_THE = None
-        if self._is_plain() and not wants_logits:
+        if self._is_plain() and "logits" not in report:
             routed = route(x, self.w_HEL, bias_HE, index_THK, *options)
         else:
             logits_THE = self.logits(x)
@@ -178,8 +180,10 @@ class Router(nn.Module):
             aux_H=aux_H,
             margins_HEQ=margins_HEQ,
         )
-        seen = logits_THE.detach() if wants_logits and logits_THE is not None else None
-        return Route(index_THK, routed.gate_THK, stats, seen)
+        if not report:
+            return Route(index_THK, routed.gate_THK, stats)
+        seen = logits_THE.detach() if "logits" in report and logits_THE is not None else None
+        return Route(index_THK, routed.gate_THK, stats, routed.index_THK, seen)
 
     def _by_sequence(
         self, logits_THE: Tensor, index_THK: Tensor | None, seq_len: int | None

@@ -104,17 +104,25 @@ def _padded(x, shape):
 
 
 def test_the_capacity_drops_no_slot_that_does_nothing():
-    balance = BalanceConfig(aux=0)
-    layer = layer_of("moe", n_zero_experts=2, capacity_factor=0.5, balance=balance)
-    x = torch.randn(4, 10, 12, dtype=torch.float64)
-    _, stats = layer(x, Context(report=ALL))
-    index = stats.report.index_THK
-    free = layer.router(layer.split(x.flatten(0, 1)), dropless=True).index_THK
+    layer = layer_of("moe", n_zero_experts=2, capacity_factor=0.5)
+    x = torch.randn(40, 12, dtype=torch.float64)
+    z = layer.split(x)
+    index, free = (layer.router(z, None, 10, dropless).index_THK for dropless in (False, True))
     zero = free >= 5
     assert torch.equal(index[zero], free[zero])
-    dropped = index == 7
-    assert float(stats.dropped) == pytest.approx(float(dropped.double().mean()))
-    assert dropped.any() and not zero[dropped].any()
+    assert (index == 7).any() and not zero[index == 7].any()
+
+
+@pytest.mark.parametrize("kind", ["moe", "heads", "heads, token"])
+def test_what_the_capacity_dropped_is_dropped_again_in_a_replay(kind):
+    layer = layer_of(kind, capacity_factor=0.5)
+    x = torch.randn(4, 10, 12, dtype=torch.float64)
+    y, stats = layer(x, Context(report=ALL))
+    assert float(stats.dropped) > 0.1 and stats.report.index_THK.max() < 5
+    again, same = layer(x, Context(replay=(stats.report.index_THK,)))
+    assert_close(again, y, 1e-12)
+    assert torch.equal(same.counts_HE, stats.counts_HE)
+    assert float(same.dropped) == float(stats.dropped)
 
 
 def test_a_balance_rule_moves_experts_that_do_nothing_too():

@@ -32,12 +32,11 @@ from headway.plan.link import Link, Rates
 from headway.plan.machine import Machine
 from headway.plan.overlap import Kind, Layer, Message, Work, exposed, program
 from headway.plan.shape import shape_of
-from headway.plan.volume import layer_exchanges
 
-_KINDS: tuple[tuple[AxisName, Kind, Kind], ...] = (
-    ("hp", "scatter", "gather"),
-    ("ep", "dispatch", "combine"),
-)
+_KINDS: dict[AxisName, tuple[Kind, Kind]] = {
+    "hp": ("scatter", "gather"),
+    "ep": ("dispatch", "combine"),
+}
 
 
 class ExchangeCosts(NamedTuple):
@@ -88,12 +87,11 @@ def exchange_costs(
     forward: dict[Kind, Message] = {}
     backward: dict[Kind, Message] = {}
     on_wire = t.payload_bytes(config.mesh, bytes_per_value)
-    volumes = layer_exchanges(config.model, layout, n_tokens, on_wire)
-    for axis, out, back in _KINDS:
-        if axis not in volumes:
-            continue
-        link, sent = axis_link(machine, layout, axis, per_node), volumes[axis]
-        uneven = imbalance if axis == "ep" and layout.scheme != "all_gather" else 1.0
+    for axis, exchange in layout.exchanges.items():
+        out, back = _KINDS[axis]
+        link = axis_link(machine, layout, axis, per_node)
+        sent = t.expected_bytes(config.model, exchange, n_tokens, link.ranks, on_wire)
+        uneven = imbalance if exchange.follows_router else 1.0
         forward[out] = _message(axis, link, sent.dispatch / chunks, uneven)
         forward[back] = _message(axis, link, sent.combine / chunks, uneven)
         backward[back] = _message(axis, link, sent.combine_backward / chunks, uneven)

@@ -24,7 +24,7 @@ from headway.config.bounds import alternatives, divisors
 from headway.model.roles import Group, SplitOver
 from headway.plan.cost import ModelCosts, Weights
 from headway.plan.shape import shape_of
-from headway.plan.traffic import Scheme
+from headway.plan.traffic import SCHEMES, Scheme, TokenExchange
 
 AxisName = Literal["dp", "hp", "ep", "routers", "world"]
 
@@ -43,6 +43,16 @@ class MeshLayout:
     @property
     def ranks(self) -> int:
         return self.dp * self.hp * self.ep
+
+    @property
+    def exchanges(self) -> dict[AxisName, TokenExchange]:
+        """The exchanges of a sparse layer, by axis."""
+        by_axis: dict[AxisName, TokenExchange] = {}
+        if self.hp > 1:
+            by_axis["hp"] = TokenExchange.HEADS
+        if self.scheme and self.ep > 1:
+            by_axis["ep"] = SCHEMES[self.scheme]
+        return by_axis
 
     def size(self, axis: AxisName) -> int:
         """Return the ranks of an axis; `routers` are those that hold the same heads, dp × ep."""

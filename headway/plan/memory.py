@@ -13,7 +13,7 @@ from headway.model.roles import Group
 from headway.plan.cost import Item, Items, ModelCosts, Weights
 from headway.plan.layout import MeshLayout, ShareKind, stored, used
 from headway.plan.shape import shape_of
-from headway.plan.traffic import expected_ranks, gate_bytes, index_bytes
+from headway.plan.traffic import TokenExchange, sub_token
 
 
 class MemoryPart(Enum):
@@ -78,19 +78,18 @@ def by_muon(weights: Weights, optim: OptimConfig) -> bool:
 def _received(config: Config, layout: MeshLayout, n_tokens: int, b: int) -> Item:
     """Return what Expert Parallel received, which it keeps beside what it sent; Head Parallel keeps
     as many sub-tokens as a single process, those of its heads."""
-    s = shape_of(config.model)
-    n = n_tokens * s.H
-    if layout.ep == 1:
+    exchange = layout.exchanges.get("ep")
+    if exchange is None:
         return Item(MemoryPart.RECEIVED, 0, "")
-    slots = s.K * (index_bytes(s.H, s.E) + gate_bytes(b))
-    if layout.scheme == "all_gather":
-        value, formula = layout.ep * (s.L * b + slots), "layers·T·H·ep·(L·b + K·(i+g))"
-    elif layout.scheme == "all_to_all":
-        value = expected_ranks(s.K, layout.ep) * (s.L * b + slots)
-        formula = "layers·T·H·c·(L·b + K·(i+g))"
+    s, sub = shape_of(config.model), sub_token(config.model, exchange, layout.ep, b)
+    if exchange is TokenExchange.PER_SLOT:
+        value, formula = sub.row, "K·L·b"
     else:
-        value, formula = s.K * s.L * b, "layers·T·H·K·L·b"
-    return Item(MemoryPart.RECEIVED, s.n_sparse * n * value, formula)
+        value = sub.row + sub.indices + sub.gates
+        copies = "ep" if exchange is TokenExchange.ALL_GATHER else "c"
+        formula = f"{copies}·(L·b + K·(i+g))"
+    value = s.n_sparse * n_tokens * s.H * (sub.copies * value)
+    return Item(MemoryPart.RECEIVED, value, f"layers·T·H·{formula}")
 
 
 def _gathered(costs: ModelCosts, layout: MeshLayout, b: int) -> Item:

@@ -12,7 +12,7 @@ from headway.config import Config, ModelConfig
 from headway.plan import traffic as t
 from headway.plan.cost import ModelCosts
 from headway.plan.layout import AxisName, MeshLayout, Share, ShareKind, used
-from headway.plan.shape import Shape, shape_of
+from headway.plan.shape import shape_of
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,11 @@ def comm_volumes(
         imbalance: permuted tokens of the most loaded rank of an ep axis over the mean; an
             all-gather does not depend on it.
     """
-    s, b = shape_of(costs.config), bytes_per_value
-    on_wire, calls = b if payload is None else payload, passes * chunks
-    volumes = token_volumes(costs.config, layout, n_tokens, calls, on_wire, imbalance)
+    b, on_wire = bytes_per_value, bytes_per_value if payload is None else payload
+    volumes = token_volumes(costs.config, layout, n_tokens, passes * chunks, on_wire, imbalance)
     for share, n in used(costs, layout).items():
         if n and layout.size(share.axis) > 1:
-            volumes += _parameters(share, n, layout, s, passes, b, chunks)
+            volumes += _parameters(share, n, layout, costs.config, passes, b, chunks)
     return volumes
 
 
@@ -67,12 +66,21 @@ def token_volumes(
     imbalance: float = 1.0,
 ) -> list[CommVolume]:
     """Return what the sparse layers send, in `calls` forward passes of a layer per step."""
-    s = shape_of(model)
+    n_sparse = shape_of(model).n_sparse
     volumes = []
-    if layout.hp > 1:
-        volumes.append(_heads(model, s, layout, n_tokens, payload, s.n_sparse * calls))
-    if layout.ep > 1:
-        volumes += _experts(s, layout, n_tokens, payload, s.n_sparse * calls, imbalance)
+    for axis, exchange in layout.exchanges.items():
+        P, name = layout.size(axis), exchange.value
+        value = n_sparse * t.expected_bytes(model, exchange, n_tokens, P, payload).total
+        formula = f"layers·T·{t.formula(model, exchange, axis, payload)}"
+        if exchange.follows_router and imbalance != 1.0:
+            value, formula = value * imbalance, f"imbalance·{formula}"
+        if exchange is t.TokenExchange.PER_SLOT:
+            name += ", one copy per slot"
+        messages = n_sparse * calls * (P - 1)
+        volumes.append(CommVolume(name, "tokens", axis, value, 4 * messages, formula))
+        if exchange.follows_router:
+            counts, formula = n_sparse * calls * t.count_bytes(P), "layers·passes·chunks·8·(ep−1)"
+            volumes.append(CommVolume("counts of rows", "tokens", axis, counts, messages, formula))
     return volumes
 
 
@@ -82,34 +90,12 @@ def ep_totals(
     """Return the bytes on the ep axis under each scheme, per step, with even choices; `calls`
     exchanges of counts per layer. One copy per rank never sends more sub-tokens than an all-gather,
     c ≤ P; but it needs the counts, and the host waits for them."""
-    s = shape_of(model)
     totals = {}
     for scheme in t.SCHEMES:
-        counts = 0 if scheme == "all_gather" else calls * t.count_bytes(layout.ep)
-        exchange = _ep_bytes(s, scheme, layout.ep, n_tokens, bytes_per_value)
-        totals[scheme] = s.n_sparse * (exchange.total + counts)
+        on_ep = MeshLayout(ep=layout.ep, scheme=scheme)
+        volumes = token_volumes(model, on_ep, n_tokens, calls, bytes_per_value)
+        totals[scheme] = sum(volume.bytes for volume in volumes)
     return totals
-
-
-def _ep_bytes(s: Shape, scheme: t.Scheme, n_ranks: int, n_tokens: int, b: int) -> t.ExchangeBytes:
-    index = t.index_bytes(s.H, s.E)
-    return t.expected_bytes(scheme, n_tokens * s.H, s.L, s.K, n_ranks, b, index)
-
-
-def layer_exchanges(
-    model: ModelConfig, layout: MeshLayout, n_tokens: int, b: int
-) -> dict[AxisName, t.ExchangeBytes]:
-    """Return the four exchanges of one sparse layer on each axis that has any, for T tokens of the
-    rank."""
-    s = shape_of(model)
-    by_axis: dict[AxisName, t.ExchangeBytes] = {}
-    if layout.hp > 1:
-        token = model.moe.reads_token
-        sizes = n_tokens, s.H, s.L, s.K, s.E, layout.hp, b
-        by_axis["hp"] = t.head_bytes(*sizes, reads_token=token)
-    if layout.scheme is not None and layout.ep > 1:
-        by_axis["ep"] = _ep_bytes(s, layout.scheme, layout.ep, n_tokens, b)
-    return by_axis
 
 
 def token_bytes(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float:
@@ -124,84 +110,35 @@ def token_bytes(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float
     return sum(volume.bytes for volume in volumes)
 
 
-def _heads(
-    model: ModelConfig, s: Shape, layout: MeshLayout, n_tokens: int, b: int, calls: int
-) -> CommVolume:
-    exchange = layer_exchanges(model, layout, n_tokens, b)["hp"]
-    extra = " + H·K·(i+2g)" if model.moe.reads_token else ""
-    values = "H·(L+4)" if b == 1 else "D_L·b"
-    formula = f"layers·T·(4·{values}{extra})·(hp−1)/hp"
-    messages = 4 * calls * (layout.hp - 1)
-    return CommVolume(
-        "Head Parallel", "tokens", "hp", s.n_sparse * exchange.total, messages, formula
-    )
-
-
-_EXPERTS: dict[t.Scheme, tuple[str, str]] = {
-    "all_to_all": (
-        "Expert Parallel, one copy per rank",
-        "layers·T·H·c·(4·L·b + K·(i+2g))·(ep−1)/ep, c = ep·(1−(1−1/ep)^K)",
-    ),
-    "all_to_all_per_slot": (
-        "Expert Parallel, one copy per slot",
-        "layers·T·H·K·(4·L·b + i)·(ep−1)/ep",
-    ),
-    "all_gather": (
-        "Expert Parallel, all-gather",
-        "layers·T·H·(4·L·b + K·(i+2g))·(ep−1)",
-    ),
-}
-
-
-def _experts(
-    s: Shape, layout: MeshLayout, n_tokens: int, b: int, calls: int, imbalance: float
-) -> list[CommVolume]:
-    assert layout.scheme is not None
-    name, formula = _EXPERTS[layout.scheme]
-    formula = formula.replace("L·b", "(L+4)") if b == 1 else formula
-    value = s.n_sparse * _ep_bytes(s, layout.scheme, layout.ep, n_tokens, b).total
-    others = layout.ep - 1
-    if layout.scheme == "all_gather":
-        return [CommVolume(name, "tokens", "ep", value, 4 * calls * others, formula)]
-    if imbalance != 1.0:
-        value, formula = value * imbalance, f"imbalance·{formula}"
-    counts = calls * t.count_bytes(layout.ep)
-    return [
-        CommVolume(name, "tokens", "ep", value, 4 * calls * others, formula),
-        CommVolume(
-            "counts of rows",
-            "tokens",
-            "ep",
-            counts,
-            calls * others,
-            "layers·passes·chunks·8·(ep−1)",
-        ),
-    ]
-
-
 def _parameters(
-    share: Share, n: int, layout: MeshLayout, s: Shape, passes: int, b: int, chunks: int
+    share: Share, n: int, layout: MeshLayout, model: ModelConfig, passes: int, b: int, chunks: int
 ) -> list[CommVolume]:
     """Return what parameters cost: an all-reduce of gradients once per step, or with `shard` an
     all-gather of weights where they are used, in forward and in backward (experts for every chunk
     of tokens; embedding and head once for both), and a reduce-scatter of gradients after each pass.
     Exact where P divides the first dim of each parameter; shards are padded otherwise."""
-    axis, P = share.axis, layout.size(share.axis)
+    axis, P, what = share.axis, layout.size(share.axis), share.kind.value
     size = {"world": "N", "routers": "(dp·ep)", "dp": "dp"}[axis]
     fraction = f"n·({size}−1)/{size}"
+
+    def volume(
+        name: str, kind: Literal["weights", "gradients"], n_bytes: float, calls: int, formula: str
+    ) -> CommVolume:
+        formula = f"{formula}·{fraction}"
+        return CommVolume(f"{name}, {what}", kind, axis, n_bytes, calls * (P - 1), formula)
+
     if not share.gathers:
-        name, value = f"gradients all-reduced, {share.kind.value}", t.all_reduce_bytes(n, P)
-        return [CommVolume(name, "gradients", axis, value, 2 * (P - 1), f"2·4·{fraction}")]
-    groups = {ShareKind.EXPERTS: s.n_sparse, ShareKind.EMBEDDING: 1}.get(share.kind, s.n_layers)
-    gathers = share.gathers * (chunks if share.kind is ShareKind.EXPERTS else 1)
+        n_bytes = t.all_reduce_bytes(n, P)
+        return [volume("gradients all-reduced", "gradients", n_bytes, 2, "2·4")]
+    groups, gathers = model.n_layers, share.gathers
+    if share.kind is ShareKind.EXPERTS:
+        groups, gathers = shape_of(model).n_sparse, gathers * chunks
+    elif share.kind is ShareKind.EMBEDDING:
+        groups = 1
     times = "passes·" + (f"{gathers}·" if gathers > 1 else "")
     weights, gradients = passes * t.scatter_bytes(n, P, b), passes * t.scatter_bytes(n, P)
-    calls = passes * groups * (P - 1)
-    gathered = f"weights gathered, {share.kind.value}"
-    name = f"gradients reduce-scattered, {share.kind.value}"
+    calls = passes * groups
     return [
-        CommVolume(
-            gathered, "weights", axis, gathers * weights, gathers * calls, f"{times}b·{fraction}"
-        ),
-        CommVolume(name, "gradients", axis, gradients, calls, f"passes·4·{fraction}"),
+        volume("weights gathered", "weights", gathers * weights, gathers * calls, f"{times}b"),
+        volume("gradients reduce-scattered", "gradients", gradients, calls, "passes·4"),
     ]

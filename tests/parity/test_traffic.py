@@ -17,6 +17,7 @@ from headway.plan import traffic
 from headway.plan.cost import model_costs
 from headway.plan.layout import MeshLayout
 from headway.plan.shape import shape_of
+from headway.plan.traffic import TokenExchange
 from headway.plan.volume import comm_volumes
 from headway.train.objective import NextToken
 from headway.train.step import gradient
@@ -69,9 +70,7 @@ def test_head_parallel(ranks, mesh, reads, chunks):
     model = heads(router=RouterConfig(reads=reads), top_k=3)
     mesh = MeshConfig(mesh.dp, mesh.hp, mesh.ep, chunks=chunks)
     s = shape_of(model)
-    want = traffic.head_bytes(
-        tokens_of(mesh), s.H, s.L, s.K, s.E, mesh.hp, 4, reads_token=reads == "token"
-    )
+    want = traffic.expected_bytes(model, TokenExchange.HEADS, tokens_of(mesh), mesh.hp, 4)
     for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(counted, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
         by_layer(counted, entries, "hp", "scatter", "gather", want)
@@ -83,9 +82,7 @@ def test_head_parallel_in_float8(ranks, reads):
     model = heads(router=RouterConfig(reads=reads), top_k=3)
     mesh = MeshConfig(hp=4, payload="float8")
     s = shape_of(model)
-    want = traffic.head_bytes(
-        tokens_of(mesh), s.H, s.L, s.K, s.E, 4, 1, reads_token=reads == "token"
-    )
+    want = traffic.expected_bytes(model, TokenExchange.HEADS, tokens_of(mesh), 4, 1)
     assert want.combine == tokens_of(mesh) * s.H * (s.L + 4) * 3 // 4
     for counted, _ in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(counted, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
@@ -102,8 +99,8 @@ def test_head_parallel_does_not_grow_with_k(ranks):
 def test_all_gather(ranks, model, payload):
     mesh = MeshConfig(ep=4, ep_scheme="all_gather", payload=payload)
     s = shape_of(model)
-    index, b = traffic.index_bytes(s.H, s.E), traffic.payload_bytes(mesh, 4)
-    want = traffic.gather_bytes(tokens_of(mesh) * s.H, s.L, s.K, 4, b, index)
+    b = traffic.payload_bytes(mesh, 4)
+    want = traffic.expected_bytes(model, TokenExchange.ALL_GATHER, tokens_of(mesh), 4, b)
     for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
         assert trips(counted, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
         by_layer(counted, entries, "ep", "dispatch", "combine", want)
@@ -115,19 +112,17 @@ def test_all_to_all_follows_the_rows(ranks, model, dedup):
     """The rows are read off one trip; the other three and their sum over ranks must agree."""
     mesh = MeshConfig(ep=4, ep_scheme="all_to_all", dedup=dedup)
     s = shape_of(model)
-    index = traffic.index_bytes(s.H, s.E)
+    exchange = TokenExchange.PER_RANK if dedup else TokenExchange.PER_SLOT
+    sub_token = traffic.sub_token(model, exchange, 4, 4)
     answers = [counted for counted, _ in ranks.run(mesh, count, Case(model, mesh))]
     leaving = 0
     for counted in answers:
-        row = s.L * 4 + (s.K * (index + 4) if dedup else index)
+        row = s.L * 4 + (s.K * (2 + 4) if dedup else 2)  # indices of 2 bytes, gates of 4
         rows, rest = divmod(counted["ep dispatch"], row)
         assert rest == 0
         leaving += rows
         assert counted["ep counts"] == s.n_sparse * traffic.count_bytes(4)
-        if dedup:
-            want = traffic.rank_rows_bytes(rows, s.L, s.K, 4, index)
-        else:
-            want = traffic.slot_rows_bytes(rows, s.L, 4, index)
+        want = sub_token.sent(rows)
         exchanged = trips(counted, "ep", "dispatch", "combine")
         # a rank sends its rows there and their gradients; outputs leave from where rows arrived
         assert (exchanged[0], exchanged[2]) == (want.dispatch, want.combine_backward)

@@ -7,7 +7,9 @@ import pytest
 
 from headway.config import ModelConfig, MoEConfig, RouterConfig
 from headway.plan import traffic as t
-from headway.plan.traffic import traffic_per_token
+from headway.plan.traffic import TokenExchange, expected_bytes, sub_token, traffic_per_token
+
+HEADS, PER_SLOT, PER_RANK, ALL_GATHER = TokenExchange
 
 MODEL = ModelConfig(
     vocab_size=64, n_layers=2, d_model=256, moe=MoEConfig(n_heads=8, n_experts=64, top_k=4)
@@ -27,10 +29,10 @@ def test_by_hand():
     # research: P = 8, k = 4 → 3.31 ranks
     once = sent["Expert Parallel, one copy per rank"]
     assert once == pytest.approx(3.31 * 8 * 7 / 8 * (4 * 32 * 2 + 4 * 10), rel=0.002)
-    forward = items(MODEL, n_ranks=8, training=False)
-    assert forward["Head Parallel"] == sent["Head Parallel"] / 2
-    assert forward["Expert Parallel"] == 8 * 4 * (2 * 32 * 2 + 2) * 7 / 8
-    assert forward["Expert Parallel, all-gather"] == 8 * 7 * (2 * 32 * 2 + 4 * (2 + 4))
+    forward = {way: sum(expected_bytes(MODEL, way, 1, 8, 2)[:2]) for way in TokenExchange}
+    assert forward[HEADS] == sent["Head Parallel"] / 2
+    assert forward[PER_SLOT] == 8 * 4 * (2 * 32 * 2 + 2) * 7 / 8
+    assert forward[ALL_GATHER] == 8 * 7 * (2 * 32 * 2 + 4 * (2 + 4))
 
 
 def test_head_parallel_does_not_grow_with_k():
@@ -54,10 +56,9 @@ def test_expected_copies_by_simulation():
     ranks.sort(axis=1)
     distinct = 1 + (np.diff(ranks, axis=1) > 0).sum(1)
     assert t.expected_ranks(K, P) == pytest.approx(distinct.mean(), rel=0.01)
-    assert t.expected_rows(100, K, P, "all_to_all") == pytest.approx(
-        100 * distinct.mean() * 7 / 8, rel=0.01
-    )
-    assert t.expected_rows(100, K, P, "all_to_all_per_slot") == 100 * 4 * 7 / 8
+    rows = {way: expected_bytes(MODEL, way, 100, P, 4).combine / (32 * 4) for way in TokenExchange}
+    assert rows[PER_RANK] == pytest.approx(800 * distinct.mean() * 7 / 8, rel=0.01)
+    assert rows[PER_SLOT] == 800 * 4 * 7 / 8
 
 
 def test_latent_and_flat_and_dense():
@@ -73,59 +74,73 @@ def test_latent_and_flat_and_dense():
 # per rank, from plain integers
 
 
+def sizes(n_heads=4, n_experts=16, top_k=3, reads="sub_token", width=8):
+    router = RouterConfig(reads=reads)
+    moe = MoEConfig(n_heads=n_heads, n_experts=n_experts, top_k=top_k, router=router)
+    return ModelConfig(vocab_size=64, n_layers=1, d_model=n_heads * width, moe=moe)
+
+
+TOKEN = sizes(reads="token")
+
+
 def test_heads_in_integers():
     """6 tokens, 4 heads of width 8, K = 3, P = 2, float32: 6·32·4 bytes, half of them leave."""
-    trips = t.head_bytes(6, 4, 8, 3, 16, 2, 4)
+    trips = expected_bytes(sizes(), HEADS, 6, 2, 4)
     assert trips == (384, 384, 384, 384) and all(isinstance(n, int) for n in trips)
-    token = t.head_bytes(6, 4, 8, 3, 16, 2, 4, reads_token=True)
+    token = expected_bytes(TOKEN, HEADS, 6, 2, 4)
     slots = 6 * 4 * 3 // 2
     assert token == (384 + slots * 6, 384, 384, 384 + slots * 4)
-    assert token.total == 4 * 384 + slots * 10 and token.forward == 2 * 384 + slots * 6
+    assert token.total == 4 * 384 + slots * 10
     assert all(isinstance(n, int) for n in token)
 
 
 def test_heads_in_float64_and_with_many_experts():
     """Gates are as wide as float64 values; an index needs 4 bytes from 32768 experts on."""
     slots = 6 * 4 * 3 // 2
-    wide = t.head_bytes(6, 4, 8, 3, 16, 2, 8, reads_token=True)
+    wide = expected_bytes(TOKEN, HEADS, 6, 2, 8)
     assert wide == (768 + slots * (2 + 8), 768, 768, 768 + slots * 8)
-    many = t.head_bytes(6, 4, 8, 3, 8192, 2, 4, reads_token=True)
+    many = expected_bytes(sizes(n_experts=8192, reads="token"), HEADS, 6, 2, 4)
     assert many.dispatch == 384 + slots * 8
-    assert [t.index_bytes(4, 8191), t.index_bytes(4, 8192)] == [2, 4]
+    index = [sub_token(sizes(n_experts=n), PER_SLOT, 2, 4).indices for n in (8191, 8192)]
+    assert index == [2, 4]
 
 
 def test_rows_that_leave():
     """7 rows of width 8 in bfloat16 with K = 3."""
-    assert t.rank_rows_bytes(7, 8, 3, 2, 2) == (
-        7 * (16 + 3 * 6),
-        7 * 16,
-        7 * 16,
-        7 * (16 + 3 * 4),
-    )
-    assert t.slot_rows_bytes(7, 8, 2, 2) == (7 * 18, 7 * 16, 7 * 16, 7 * 16)
+    once, slots = (sub_token(sizes(), way, 4, 2).sent(7) for way in (PER_RANK, PER_SLOT))
+    assert once == (7 * (16 + 3 * 6), 7 * 16, 7 * 16, 7 * (16 + 3 * 4))
+    assert slots == (7 * 18, 7 * 16, 7 * 16, 7 * 16)
     assert t.count_bytes(4) == 24
 
 
 def test_all_gather_in_integers():
     """10 sub-tokens to each of 3 others."""
-    trips = t.gather_bytes(10, 8, 3, 4, 4, 2)
+    trips = expected_bytes(sizes(n_heads=2), ALL_GATHER, 5, 4, 4)
     assert trips == (30 * (32 + 18), 30 * 32, 30 * 32, 30 * (32 + 12))
     assert all(isinstance(n, int) for n in trips)
 
 
 def test_expected_bytes_use_the_expected_rows():
-    rows = t.expected_rows(40, 3, 4, "all_to_all")
-    assert t.expected_bytes("all_to_all", 40, 8, 3, 4, 2, 2) == t.rank_rows_bytes(rows, 8, 3, 2, 2)
-    assert t.expected_bytes("all_to_all_per_slot", 40, 8, 3, 4, 2, 2) == t.slot_rows_bytes(
-        40 * 3 * 3 / 4, 8, 2, 2
-    )
-    assert t.expected_bytes("all_gather", 40, 8, 3, 4, 2, 2) == t.gather_bytes(40, 8, 3, 4, 2, 2)
+    """40 sub-tokens of width 8 in bfloat16, K = 3, P = 4."""
+    row, rows = 16, 40 * t.expected_ranks(3, 4) * 3 / 4
+    for way, n, more, back in (
+        (PER_RANK, rows, 3 * 6, 3 * 4),
+        (PER_SLOT, 40 * 3 * 3 / 4, 2, 0),
+        (ALL_GATHER, 40 * 3, 3 * 6, 3 * 4),
+    ):
+        sent = n * (row + more), n * row, n * row, n * (row + back)
+        assert expected_bytes(sizes(), way, 10, 4, 2) == sent
 
 
 def test_the_all_gather_wins_where_ranks_are_few_beside_k():
     """Sub-tokens alone: P − 1 against c·(P−1)/P, so as soon as c = P."""
-    few = {s: t.expected_bytes(s, 64, 512, 16, 2, 2, 2).total for s in t.SCHEMES}
-    many = {s: t.expected_bytes(s, 64, 512, 2, 16, 2, 2).total for s in t.SCHEMES}
+    few, many = (
+        {
+            s: expected_bytes(sizes(top_k=k, width=512), way, 16, P, 2).total
+            for s, way in t.SCHEMES.items()
+        }
+        for k, P in ((16, 2), (2, 16))
+    )
     assert few["all_gather"] == pytest.approx(few["all_to_all"], rel=1e-3)
     assert few["all_gather"] < few["all_to_all_per_slot"] / 7
     assert many["all_to_all"] < many["all_gather"] / 5

@@ -25,8 +25,7 @@ class Batch:
     """int32, the number of the token's document in its row, from 0; an eos belongs to the document
     that it ends. None unless `doc_mask`."""
     bytes_B: Tensor | None = None
-    """float64, the bytes of text that the targets of a row stand for; None where they are not
-    counted."""
+    """float64, bytes of text that the targets of a row stand for; None where not counted."""
 
 
 B = TypeVar("B", bound=Batch)

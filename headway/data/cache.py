@@ -71,8 +71,7 @@ def writing(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a lock file, and yield False where the file system has no locks; the system releases it
-    when a process dies."""
+    """Hold a lock file, released when a process dies; yield False where there are no locks."""
     with writing(path.parent):
         file = path.open("w")
     with file:

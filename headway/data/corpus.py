@@ -36,8 +36,8 @@ _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-"
 
 def files(spec: str) -> Found:
     """Return the files of a source, sorted, and what else is there. Folders are searched for all
-    but hidden files and `__pycache__`; a `hf:NAME` has those of its local folder, or none. Raise
-    UsageError if nothing is there."""
+    but hidden files and `__pycache__`; `hf:NAME` has those of a local folder. UsageError if there
+    are none."""
     if spec == "stdlib":
         return Found(ordinary(_stdlib_files(), Counter()))
     if spec.startswith("hf:"):
@@ -81,9 +81,8 @@ def files(spec: str) -> Found:
 
 def identity(spec: str) -> list:
     """Return what tells two states of a source apart, JSON-ready: absolute path, size, modification
-    time and a hash of each file, sampled in large sources (`sampled_hashes`). A data set of the
-    Hugging Face hub is known by its name alone: to fetch a newer state of it, delete its folder in
-    the cache."""
+    time and a hash of each file, sampled in large sources (`sampled_hashes`). A data set of the hub
+    is known by its name: delete its folder in the cache to fetch it again."""
     listed = files(spec).files
     version = list(sys.version_info[:3]) if spec == "stdlib" else []
     label = spec if spec.startswith("hf:") else "files"
@@ -96,8 +95,7 @@ def identity(spec: str) -> list:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Return whether a pattern, in which `**` is any number of folders, fits a path or a folder of
-    it."""
+    """Return whether a pattern fits a path or a folder of it; `**` is any number of folders."""
     if not pattern:
         return True
     if pattern[0] == "**":

@@ -46,8 +46,7 @@ class Text:
     """The document."""
 
     def pieces(self) -> Iterator[TextPiece]:
-        """Return the text, cut as that of a file is: equal documents have equal tokens wherever
-        they lie."""
+        """Return the text, cut as that of a file is: equal documents have equal tokens."""
         if len(self.text) <= PIECE_BYTES // 4:  # a character has at most 4 bytes
             yield TextPiece(self.text, True, True)
             return
@@ -70,16 +69,15 @@ class Bad:
     begins: bool = True
     """False after pieces of it that could be read."""
     numbered: bool = False
-    """Whether it counts in the choice of validation documents: texts, of which other pieces may be
-    read elsewhere; rows do not."""
+    """Whether it counts in the choice of validation documents, as a text does and a row does
+    not."""
     file: bool = False
     """Whether it is a whole file of rows that cannot be read, which each of its spans says."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A document in a file: the bytes [start, end) of UTF-8 text (of what a compressed one unpacks
-    to), read only when asked for."""
+    """A document in a file: bytes [start, end) of (unpacked) UTF-8, read only when asked for."""
 
     path: Path
     start: int = 0
@@ -88,8 +86,8 @@ class TextFile:
 
     def pieces(self, first: int | None = None, last: int | None = None) -> Iterator[TextPiece]:
         """Yield the pieces whose end lies in the bytes [first, last) of the file, both a whole
-        number of blocks from `start`; None: all. Raise BadData if it is not UTF-8 text or holds NUL
-        bytes."""
+        number of blocks from `start`; None: all. Raise BadData for bytes that are not UTF-8 or
+        NUL."""
         with open_file(self.path) as file:
             for at, content, begins, ends in _cut(file, self.start, self.end, first, last):
                 if b"\0" in content:
@@ -102,8 +100,7 @@ class TextFile:
                 yield TextPiece(text if at else text.removeprefix("\ufeff"), begins, ends)
 
     def halves(self, val_fraction: float) -> tuple["TextFile", "TextFile"]:
-        """Return head and tail: the first 1 − val_fraction of the bytes, up to a whole character,
-        and the rest."""
+        """Return the first 1 − val_fraction of the bytes, up to a whole character, and the rest."""
         end = self.end
         if end is None:
             with open_file(self.path) as file:
@@ -144,8 +141,7 @@ def split(stream: Iterable[T], val_fraction: float) -> Iterator[tuple[Split, T]]
 def _cut(
     file: BinaryIO, start: int, end: int | None, first: int | None = None, last: int | None = None
 ) -> Iterator[tuple[int, bytes, bool, bool]]:
-    """Yield (place, content, whether the document begins and ends there) of each piece; see
-    `pieces`."""
+    """Yield (place, content, whether the document begins, ends there) per piece; see `pieces`."""
     position = start if first is None else first
     carry = b""
     if position > start:
@@ -172,8 +168,7 @@ def _cut(
 
 
 def _cut_of(block: bytes) -> int:
-    """Return where a piece ends in a block: after its last newline, else after its last complete
-    character."""
+    """Return where a piece ends in a block: after its last newline, else last full character."""
     if newline := block.rfind(b"\n") + 1:
         return newline
     for back in range(1, min(3, len(block)) + 1):

@@ -49,9 +49,8 @@ class Found:
 
 def walk(folder: Path) -> Found:
     """Return all files below a folder, sorted, but for hidden ones and `__pycache__`. Symbolic
-    links to folders are followed: each folder is read once, under its own name if it lies below
-    `folder`, and a link to an enclosing folder is left out. Raise UsageError for a folder that
-    cannot be read."""
+    links to folders are followed: each folder is read once, under its own name if it is below
+    `folder`, and a link to an enclosing one is left out. UsageError for unreadable ones."""
     paths: list[Path] = []
     left_out: Counter[str] = Counter()
     seen, todo = set(), [folder]
@@ -83,8 +82,7 @@ def walk(folder: Path) -> Found:
 
 
 def once(files: list[File], left_out: Counter[str]) -> list[File]:
-    """Return `files`, sorted; one that links make appear several times is kept under its shortest
-    name."""
+    """Return `files`, sorted; of the names that links give to one file, the shortest is kept."""
     by_target: dict[str, File] = {}
     for file in sorted(set(files), key=lambda file: (len(file.path.parts), file.path)):
         by_target.setdefault(os.path.realpath(file.path), file)
@@ -93,8 +91,7 @@ def once(files: list[File], left_out: Counter[str]) -> list[File]:
 
 
 def ordinary(paths: Sequence[Path], left_out: Counter[str]) -> list[File]:
-    """Return the ordinary files among `paths`, in their order. Raise UsageError for one that cannot
-    be seen."""
+    """Return the ordinary files among `paths`, in order. Raise UsageError for an unreadable one."""
     files = []
     for path in paths:
         try:
@@ -112,8 +109,7 @@ def ordinary(paths: Sequence[Path], left_out: Counter[str]) -> list[File]:
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that says how a file is read, without that of its compression, in lower
-    case."""
+    """Return the suffix that says how a file is read, beside that of packing, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -128,8 +124,7 @@ def compressed(path: Path) -> bool:
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open for reading; .gz, .bz2, .xz and .zst (extra `[data]`) are unpacked. Errors of the file
-    system, of unpacking and of too little memory become BadData, also those raised while the file
-    is open."""
+    system, of unpacking and of memory become BadData, also those while it is open."""
     try:
         with _open(path) as file:
             yield file
@@ -165,9 +160,8 @@ def forward(file: BinaryIO, position: int) -> None:
 
 
 def sampled_hashes(files: Sequence[File]) -> list[str]:
-    """Return A hash of each file: of all its bytes while the source has at most SAMPLED_BYTES, else
-    of blocks that are evenly spread from its first to its last byte, in proportion to its size and
-    at least three."""
+    """Return a hash of each file: of all its bytes while the source has at most SAMPLED_BYTES, else
+    of evenly spread blocks, in proportion to its size and at least three."""
     share = min(SAMPLED_BYTES / max(sum(file.size for file in files), 1), 1.0)
 
     def digest(file: File) -> str:

@@ -1,5 +1,4 @@
-"""Documents that are rows of a table: JSON lines, CSV, parquet, Hugging Face data sets. The text is
-in `text`."""
+"""Documents that are rows of a table: JSON lines, CSV, parquet, Hugging Face data sets."""
 
 import csv
 import io
@@ -62,8 +61,7 @@ def is_json_lines(path: Path) -> bool:
 
 
 def jsonl(path: Path, start: int = 0, end: int | None = None) -> Rows:
-    """Yield the `text` of each line that begins in the bytes [start, end); blank lines are left
-    out."""
+    """Yield the `text` of each line that begins in the bytes [start, end), but for blank ones."""
     with open_file(path) as file:
         begin = start
         if start:
@@ -110,8 +108,7 @@ def _json_row(line: bytes) -> str | Bad:
 
 
 def table(path: Path) -> Rows:
-    """Yield the `text` column of a .csv or .tsv file that has a header. Raise BadData if it has
-    none."""
+    """Yield the `text` column of a .csv or .tsv file. Raise BadData if its header has none."""
     with open_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         delimiter = "\t" if kind_of(path) == ".tsv" else ","
@@ -138,8 +135,7 @@ def table(path: Path) -> Rows:
 
 
 def parquet(path: Path, start: int = 0, end: int | None = None) -> Rows:
-    """Yield the `text` column of the row groups [start, end). Raise BadData if there is none,
-    UsageError without pyarrow."""
+    """Yield the `text` column of row groups [start, end); UsageError without pyarrow."""
     reader = extra("pyarrow.parquet", str(path))
     try:
         with reader.ParquetFile(path) as file:
@@ -170,8 +166,7 @@ def row_groups(path: Path) -> list[int]:
 
 
 def hugging_face(spec: str) -> Rows:
-    """Yield the `text` of each row, streamed. NAME may be a local folder: data files, or what
-    `save_to_disk` wrote."""
+    """Yield the `text` of each row. NAME may be a local folder: files, or by `save_to_disk`."""
     parsed = HfName.parse(spec)
     datasets = extra("datasets", spec)
     folder = Path(parsed.name).expanduser()

@@ -1,5 +1,4 @@
-"""Token ids on disk: one writer and one reader of the shard files of a split. Little-endian uint16
-or uint32."""
+"""Token ids on disk, little-endian uint16 or uint32: the shard files of a split."""
 
 import hashlib
 import os
@@ -46,8 +45,7 @@ class ShardWriter:
         self._in_shard = self._ends_in_shard = 0
 
     def write(self, ids: np.ndarray, text_bytes: int, documents: int) -> None:
-        """Append ids (any integer dtype) that stand for `text_bytes` bytes of text and in which so
-        many documents begin."""
+        """Append integer ids that stand for `text_bytes` of text and begin so many documents."""
         self.text_bytes += text_bytes
         self.documents += documents
         while len(ids):

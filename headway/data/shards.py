@@ -57,8 +57,7 @@ class Dataset:
     eos: int
     """The id that ends a document."""
     fingerprint: str
-    """A hash of all tokens in their order: equal wherever the data are equal, whatever their
-    paths."""
+    """A hash of all tokens in their order: equal for equal data, whatever their paths."""
     overlap: Overlap
     """What training and validation share."""
 

@@ -33,8 +33,7 @@ class Stream:
     """Batches of a tokenised data set, training and validation."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, seed: int):
-        """Raise UsageError if the data are shorter than a batch, or a split of a source is shorter
-        than a window."""
+        """Raise UsageError if the data are shorter than a batch, or a split than a window."""
         config.check()
         named = tuple(source.spec for source in dataset.sources)
         assert named == config.source, "the dataset was prepared from another config"
@@ -70,8 +69,7 @@ class Stream:
         """Return windows begin … end − 1 of validation, the same ones for every batch size, mesh,
         seed and weight. Those of all sources are in one fixed shuffled order, so that the first few
         are a fair sample. Together they have each token of the split as a target exactly once: the
-        first one follows the eos of the ring, and the last window of a source ends in targets of
-        −1."""
+        first follows the eos of the ring, and the last window of a source ends in targets of −1."""
         size, total = self.config.seq_len, self.n_val_windows
         assert 0 <= begin < end <= total
         place_B = np.arange(begin, end, dtype=_U64)
@@ -85,8 +83,7 @@ class Stream:
         return self._read(tokens_B, (first_B - 1) % length_B, length_B - first_B)
 
     def locate(self, sample_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return source and first token (int64 [B] each) of the samples with these global numbers
-        (uint64 [B])."""
+        """Return source and first token (int64 [B] each) of samples by number (uint64 [B])."""
         source_B, count_B = pick(sample_B, self._splits, self._phases)
         start_B = np.empty(len(sample_B), dtype=np.int64)
         for s, source in enumerate(self.dataset.sources):
@@ -184,15 +181,13 @@ def pick(
 
 
 def _taken(g: np.ndarray, share: int, phase: int) -> np.ndarray:
-    """Return (g·share + phase) // 2³² for share < 2³² and phase < 2³², without overflow up to g =
-    2⁶³."""
+    """Return (g·share + phase) // 2³² for share, phase < 2³², without overflow up to g = 2⁶³."""
     high, low = g >> _U64(32), g & _U64(0xFFFFFFFF)
     return high * _U64(share) + ((low * _U64(share) + _U64(phase)) >> _U64(32))
 
 
 def _thresholds(shares: tuple[float, ...] | tuple[int, ...]) -> list[int]:
-    """Return, for each source but the last, its share of what the sources before it leave, in units
-    of 2⁻³²."""
+    """Return the share of each source but the last of what those before it leave, times 2³²."""
     largest = max(shares)  # relative to it first, so that huge weights do not overflow
     relative = [share / largest for share in shares]
     rest = [sum(relative[s:]) for s in range(len(relative))]

@@ -1,5 +1,4 @@
-"""Text ↔ token ids: bytes, or any `tokenizer.json` through the tokenizers library. `train_bpe`
-makes such a file."""
+"""Text ↔ token ids: bytes, or any `tokenizer.json`, which `train_bpe` makes."""
 
 import codecs
 import hashlib
@@ -51,8 +50,7 @@ class Tokenizer(Protocol):
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """Return int64 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for eos and
-        other special ids."""
+        """Return int64 [vocab_size]: bytes of UTF-8 that each id stands for; 0 for special ids."""
         ...
 
     @property
@@ -178,8 +176,7 @@ class JsonTokenizer:
         self.token_bytes = np.array([len(shown) for shown in self._bytes], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
-        """Pickle the content for another process: the library's own pickles lose
-        `encode_special_tokens`."""
+        """Pickle the content: the library's own pickles lose `encode_special_tokens`."""
         return JsonTokenizer, self._made_from
 
     @property
@@ -192,8 +189,7 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each text; the library uses all cores (TOKENIZERS_PARALLELISM=false:
-        one)."""
+        """Return `encode` of each text, on all cores unless TOKENIZERS_PARALLELISM=false."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
@@ -222,8 +218,7 @@ class _ByteStream:
 
 class _WindowStream:
     """A decoder of tokens whose text depends on their neighbours, as with a space that is only
-    shown between words: it decodes those that were shown last together with those that were not
-    yet."""
+    shown between words: it decodes those shown last together with those not shown yet."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode, self._ids, self._shown = decode, [], 0
@@ -240,8 +235,7 @@ class _WindowStream:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Load `bytes`, the path of a `tokenizer.json`, or of a folder that holds one. Raise UsageError
-    if it cannot be read."""
+    """Load `bytes`, or a `tokenizer.json` by its path or folder. Raise UsageError if unreadable."""
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
@@ -299,8 +293,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
 
 
 def _byte_of_char() -> dict[str, int]:
-    """Return GPT-2's table: each byte has one printable character; those that are not printable
-    start at U+0100."""
+    """Return GPT-2's table, a printable character per byte; unprintable ones start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -59,8 +59,7 @@ class Unit:
 
 
 def plan(spec: str, val_fraction: float) -> tuple[list[Unit], str]:
-    """Return the units of a source, and what it is made of, for people. Raise UsageError if nothing
-    is there."""
+    """Return the units of a source and a sentence on its files; UsageError if there are none."""
     if spec.startswith("hf:"):
         return [Unit([Span(spec, "data set")], 0, val_fraction)], "a data set"
     source = files(spec)
@@ -98,8 +97,7 @@ def read(unit: Unit, skip_bad: bool = False) -> Iterator[TextPiece | Bad]:
 def train_texts(
     sources: Sequence[str], val_fraction: float, skip_bad: bool = False
 ) -> Iterator[str]:
-    """Yield the training text of several sources in pieces, for training a tokenizer, which thus
-    never sees validation text."""
+    """Yield the training text of sources in pieces: a tokenizer never sees validation text."""
     for spec in sources:
         pieces = (one for unit in plan(spec, val_fraction)[0] for one in read(unit, skip_bad))
         pieces = (one for one in pieces if isinstance(one, TextPiece) or one.numbered)
@@ -109,8 +107,7 @@ def train_texts(
 
 
 def _documents(pieces: Iterator[TextPiece | Bad]) -> Iterator[Iterator[TextPiece | Bad]]:
-    """Yield the pieces of each document, which are to be read before the next document is asked
-    for."""
+    """Yield the pieces of each document, to be read before the next document is asked for."""
     number = itertools.count()
     current = 0
 

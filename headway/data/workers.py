@@ -26,8 +26,7 @@ STARTING_BYTES = 8 << 20
 
 
 def count(asked: int, job: Job) -> int:
-    """Return how many processes tokenise: `data.workers`, or those that pay among the cores of this
-    process."""
+    """Return how many processes tokenise: `data.workers`, or as many cores of this one as pay."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     wanted = asked or min(cores, sum(unit.bytes for unit in job.units) // STARTING_BYTES)
     return max(min(wanted, len(job.units)), 1)
@@ -71,8 +70,7 @@ def run(job: Job, n: int, tell: Tell, idle: Callable[[], None]) -> None:
 def _started(
     job: bytes, number: int, lines: queue.Queue[tuple[int, str]]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a worker whose lines go to a queue, an empty one at its end. It does not outlive the
-    body."""
+    """Start a worker whose lines go to a queue, an empty one at its end; end it with the body."""
     place = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "0"}
     command = [sys.executable, "-m", __name__]
     pipe = subprocess.PIPE

@@ -17,8 +17,7 @@ ACTIVATIONS = ("swiglu", "relu2", "gelu")
 
 
 def activate_reference(pre: Tensor, activation: str) -> Tensor:
-    """Return SwiGLU silu(gate)·up, ReLU² max(x, 0)², or exact (erf) GELU: `[..., G·F]` → `[...,
-    F]`."""
+    """Return silu(gate)·up (SwiGLU), max(x, 0)² or exact (erf) GELU: `[..., G·F]` → `[..., F]`."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -26,8 +25,7 @@ def activate_reference(pre: Tensor, activation: str) -> Tensor:
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
-    """Return what `activate_reference` does, with autograd; on CPUs with float32 arithmetic that is
-    rounded once."""
+    """Return what `activate_reference` does; on CPUs in float32 arithmetic, rounded once."""
     if cpp_kernels().supports(pre) and not transformed():
         return (_activate if undispatched(pre) else _forward)(pre, activation)
     return activate_reference(pre, activation)
@@ -101,8 +99,7 @@ def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
 
 
 def activate_with_slope(pre: Tensor, activation: str, hid: Tensor, slope: Tensor) -> None:
-    """Write `activate_reference` into `hid [..., F]` and ∂hid/∂pre into `slope [..., G·F]`, with
-    one exponential for both."""
+    """Write `hid [..., F]` and ∂hid/∂pre, `slope [..., G·F]`, with one exponential for both."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         d_gate, d_up = slope.chunk(2, dim=-1)

@@ -100,8 +100,7 @@ def _cpp_kernels() -> CppKernels:
 
 
 def _built(compiler: str) -> Path:
-    """Return the shared object for these sources, this compiler and this CPU; build it if the cache
-    has none."""
+    """Return the shared object for these sources, compiler and CPU, built if the cache has none."""
     key = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         key.update(path.name.encode() + path.read_bytes())
@@ -120,8 +119,7 @@ def _built(compiler: str) -> Path:
 
 
 def _cpu() -> str:
-    """Return the CPU's model and feature flags, on which `-march=native` depends: part of the build
-    key."""
+    """Return the CPU's model and feature flags, on which `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -277,16 +277,14 @@ def _loop_backward(
 
 
 def _groups(counts: list[int], *tables: Tensor | None) -> Iterator[tuple]:
-    """Yield (expert, number of rows, its slice of each table…) for every expert that has rows; each
-    table is split once."""
+    """Yield (expert, number of rows, its slice of each table…) for every expert that has rows."""
     sizes = [n for n in counts if n]
     parts = [repeat(None) if t is None else t[: sum(sizes)].split(sizes) for t in tables]
     return zip((e for e, n in enumerate(counts) if n), sizes, *parts, strict=False)
 
 
 class _Scratch:
-    """A buffer for elementwise work in float32 (or better), and one for rounding it to the dtype of
-    the matmuls."""
+    """A buffer for elementwise work in float32 or better, and one in the dtype of the matmuls."""
 
     def __init__(self, rows: int, width: int, like: Tensor):
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -294,8 +292,7 @@ class _Scratch:
         self._narrow = self.wide if wide == like.dtype else like.new_empty(rows, width)
 
     def narrow(self, values: Tensor) -> Tensor:
-        """Return `values`, a slice of `wide`, in the dtype of the matmuls; itself where it is the
-        same."""
+        """Return `values`, a slice of `wide`, in the dtype of the matmuls."""
         return values if self._narrow is self.wide else self._narrow[: len(values)].copy_(values)
 
 

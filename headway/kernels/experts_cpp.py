@@ -44,8 +44,7 @@ def backward(
 
 
 def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:
-    """Return groups, K, L, F, G, the activation's number and whether weights are bfloat16, as the
-    kernels take them."""
+    """Return groups, K, L, F, G, the activation's number and whether weights are bfloat16."""
     H, E, G, Fh, L = w_in_HEGFL.shape
     number = ACTIVATIONS.index(activation)
     return H * E, row_NK.shape[1], L, Fh, G, number, int(w_in_HEGFL.dtype == torch.bfloat16)

@@ -79,8 +79,7 @@ class _Rows:
 
 
 def _outer(a_R: Tensor, b_R: Tensor, ends_G: Tensor) -> Tensor:
-    """Return aᵀ·b over the rows of each group, `[H·E, width of a, width of b]`; zeros for an empty
-    one."""
+    """Return aᵀ·b over each group's rows, `[H·E, width of a, width of b]`; 0 for an empty one."""
     sizes_G = ends_G.diff(prepend=ends_G.new_zeros(1))
     outer = F.grouped_mm(a_R.transpose(0, 1), b_R, offs=ends_G)
     return outer.masked_fill_((sizes_G == 0).view(-1, 1, 1), 0)

@@ -18,8 +18,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return what `rms_norm_reference` does: `x` `[..., L]`, `weight` `[L]` or `[H, L]` (one row
-    per head), result in x's dtype."""
+    """Return what `rms_norm_reference` does: `x [..., L]`, `weight [L]` or one per head `[H,
+    L]`."""
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once

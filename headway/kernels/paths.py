@@ -40,8 +40,7 @@ class ExpertInputs(NamedTuple):
     activation: str
 
     def stacked_weights(self) -> tuple[Tensor, Tensor]:
-        """Return w_in `[H·E, G·F, L]` and w_out `[H·E, F, L]` in x's dtype; views where they have
-        it already."""
+        """Return w_in `[H·E, G·F, L]` and w_out `[H·E, F, L]` in x's dtype, as views if it is."""
         dtype = self.x_NL.dtype
         w_in = self.w_in_HEGFL.flatten(2, 3).flatten(0, 1).to(dtype)
         return w_in, self.w_out_HEFL.flatten(0, 1).to(dtype)
@@ -122,8 +121,7 @@ def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
 
 
 def _has_grouped_matmuls() -> bool:
-    """Return whether `grouped_mm` is one kernel. Elsewhere it is a loop in PyTorch that waits for
-    the device to read the sizes."""
+    """Return whether `grouped_mm` is one kernel, not a loop that waits for the sizes."""
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 

@@ -28,12 +28,10 @@ from headway.kernels.precision import widen
 
 
 class Rows(NamedTuple):
-    """The permutation that sorts (token, slot) pairs by (head, expert); int64, and int32 from the
-    GPU's sort."""
+    """The permutation that sorts (token, slot) pairs by (head, expert); int64 (int32 on GPUs)."""
 
     slot_R: Tensor
-    """`[R]`: sorted row → slot (t·H + h)·K + k; its sub-token, an index into `[N, L]`, is
-    slot // K."""
+    """`[R]`: sorted row → slot (t·H + h)·K + k, whose sub-token n is slot // K."""
     row_NK: Tensor
     """`[N, K]`: slot → sorted row; the inverse of `slot_R`."""
     counts_HE: Tensor
@@ -41,8 +39,7 @@ class Rows(NamedTuple):
 
 
 def count(key: Tensor, n_keys: int) -> Tensor:
-    """Count how often each of 0 … n_keys − 1 occurs; int64 `[n_keys]`. It is `bincount` with a
-    shape known before the data."""
+    """Count each of 0 … n_keys − 1, int64 `[n_keys]`: a `bincount` of known shape."""
     key = key.flatten()
     none = torch.zeros(n_keys, dtype=torch.int64, device=key.device)
     return none.scatter_add(0, key, torch.ones_like(key))  # not in place: `vmap` cannot
@@ -119,8 +116,7 @@ def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tens
 
 
 def sum_slots(y_RL: Tensor, row_NK: Tensor, weight_NK: Tensor | None) -> Tensor:
-    """Return out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` is a fused
-    gather and weighted sum."""
+    """Return out_n = Σ_k weight_nk · y[row_nk] in fixed order of k; `embedding_bag` fuses it."""
     N, K = row_NK.shape
     if y_RL.dtype in (torch.bfloat16, torch.float16) or y_RL.device.type != "cpu":
         y_NKL = widen(y_RL[row_NK])

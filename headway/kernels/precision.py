@@ -13,8 +13,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Give matmuls the dtype of their operands, also where the caller's autocast would narrow
-    them."""
+    """Give matmuls the dtype of their operands, also inside the caller's autocast."""
     device = x.device.type
     # `is_autocast_available` would be the question, but PyTorch 2.11 does not compile it
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
@@ -23,8 +22,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bfloat16 itself; elsewhere it is emulated and far
-    slower than float32."""
+    """Return whether the hardware multiplies bfloat16; emulation is far slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -33,8 +33,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return what `rope_reference` does; float32 arithmetic, rounded once. The backward rotates
-    back."""
+    """Return what `rope_reference` does, rounded once from float32. Backward rotates back."""
     if transformed():
         return rope_reference(x, cos, sin)
     if _runs_in_cpp(x, cos, sin):
@@ -43,8 +42,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `rope(rms_norm(x, weight, eps), cos, sin)` for `weight [d]`, rounded once where it is
-    one kernel."""
+    """Return `rope(rms_norm(x, weight, eps), cos, sin)`, `weight [d]`; rounded once in C++."""
     if not transformed() and _runs_in_cpp(x, weight, cos, sin):
         run = _norm_rotate_cpp if undispatched(x) else _norm_turn
         return run(x, weight, eps, cos, sin)[0]

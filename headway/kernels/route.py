@@ -268,8 +268,7 @@ def _empty(logits_THE: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def _by_head(logits_THE: Tensor) -> bool:
-    """Return whether one head's tokens are contiguous, as a batched matmul over heads leaves
-    them."""
+    """Return whether one head's tokens are contiguous, as `bmm` over heads leaves them."""
     return logits_THE.transpose(0, 1).is_contiguous()
 
 

@@ -20,8 +20,7 @@ def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
 
 
 def top_k(scores_THE: Tensor, k: int) -> Tensor:
-    """Return what `top_k_reference` does, for every input (−inf ties with the lowest finite
-    number)."""
+    """Return what `top_k_reference` does (−inf ties with the lowest finite number)."""
     if k > MAX_ROUNDS or transformed():
         return top_k_reference(scores_THE, k)
     # a taken score becomes −inf, so that one not taken must stay above it

@@ -84,8 +84,7 @@ class Checkpoints:
         self.log(f"resumed from {path} at step {self.progress.step}")
 
     def _tell_schedule(self, old: OptimConfig) -> None:
-        """Log how the learning rate continues where that is not by the schedule `old`, and offer
-        the checkpoint before its fall."""
+        """Log where the rate leaves the schedule `old`; offer the checkpoint before its fall."""
         step, new = self.progress.step, self.config.optim
         if not (line := change(step, old, new)):
             return

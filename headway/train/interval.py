@@ -50,8 +50,7 @@ class Interval:
         self.counts, self.entropy = counts, entropy
 
     def record(self) -> dict[str, Any]:
-        """Return means over the interval under the names of report/metrics.py; NaN where every step
-        was skipped."""
+        """Return means under the names of report/metrics.py; NaN where every step was skipped."""
         steps = self.steps or math.nan
         load = [(c / c.mean(-1, keepdim=True).clamp(min=1e-9)).tolist() for c in self.counts]
         load = [[[round(x, 4) for x in head] for head in layer] for layer in load]

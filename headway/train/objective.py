@@ -46,8 +46,7 @@ class MicroLoss(NamedTuple):
     stats: tuple[RouteStats, ...]
     """One per sparse layer, first layer first."""
     sums: Mapping[str, Tensor] = {}
-    """Further scalars, reported as sums over all micro-batches and ranks; the same names in each
-    micro-batch."""
+    """Further scalars, each in every micro-batch, reported as sums over micro-batches and ranks."""
 
 
 class Objective(Protocol[B_contra]):

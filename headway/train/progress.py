@@ -31,8 +31,7 @@ class Progress:
     sample: str = ""
     """The last text sample, without its prompt."""
     load: list[Tensor] | None = None
-    """Rows per expert `[H, E]` of the last step that was applied, one per sparse layer, all heads
-    (`train.step.Gradient.load`)."""
+    """`Gradient.load` of the last step that was applied: `[H, E]` per sparse layer, all heads."""
     interval: Interval = field(default_factory=Interval)
 
     def add_step(self, result: Gradient) -> None:

@@ -65,8 +65,7 @@ LoadData = Callable[[Config, Tokenizer, Mesh, Log], D]
 
 @dataclass
 class Session(Generic[D]):
-    """A run in training on this rank; `open_session` makes it. The order of calls is at the head
-    of this file."""
+    """A run in training on this rank, from `open_session`; the order of calls is at the head."""
 
     data: D
     tokenizer: Tokenizer

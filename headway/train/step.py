@@ -48,8 +48,7 @@ class Gradient:
 
     @property
     def load(self) -> list[Tensor]:
-        """Rows per expert `[H, E]`, one per sparse layer, all heads: the `load` of the next
-        step."""
+        """Rows per expert `[H, E]` of each sparse layer, all heads: `load` of the next step."""
         return [route.counts_HE for route in self.routes]
 
 

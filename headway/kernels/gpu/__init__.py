@@ -29,8 +29,7 @@ class GpuKernels:
     """One line for people."""
 
     def supports(self, *tensors: Tensor) -> bool:
-        """Return whether the kernels can work on these: all on the device, in bfloat16 or
-        float32."""
+        """Return whether the kernels work on these: on the device, in bfloat16 or float32."""
         return bool(self.device) and all(
             t.device.type == self.device and t.dtype in SUPPORTED_DTYPES for t in tensors
         )
@@ -66,8 +65,7 @@ def _gpu_kernels() -> GpuKernels:
 
 
 def capability() -> int:
-    """Return 90 for compute capability 9.0: that of the current device, or 90 where there is
-    none."""
+    """Return the current device's compute capability, 90 for 9.0; 90 where there is none."""
     if not torch.cuda.is_available():
         return 90
     major, minor = torch.cuda.get_device_capability()

@@ -42,8 +42,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def narrow_float8(x):
-    """Round float32 up to 448 to e4m3, to nearest even; interpreted, to the same values in
-    float32."""
+    """Round float32 up to 448 to e4m3, to nearest even (interpreted: the values, in float32)."""
     if INTERPRETED:
         exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
         step = tl.exp2((tl.maximum(exponent, -6) - 3).to(tl.float32))
@@ -82,8 +81,7 @@ def split(a):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """Return a·b (+ acc) with a float32 sum; float32 operands keep their precision (three products
-    of TF32 parts)."""
+    """Return a·b (+ acc), summed in float32; float32 operands by three products of TF32 parts."""
     if INTERPRETED:
         return tl.dot(widen(a), widen(b), acc)
     return tl.dot(a, b, acc, input_precision="tf32x3")
@@ -126,8 +124,7 @@ def dot_split(a, b0, b1, b2):
 
 @triton.jit
 def dot_rounded(a, b0, b1, acc):
-    """Return acc + a·(b0 + b1) for a in float32, off by 2⁻¹⁶: enough where the result is rounded to
-    bfloat16."""
+    """Return acc + a·(b0 + b1) for a in float32, off by 2⁻¹⁶: enough for a bfloat16 result."""
     a0, a1, _ = split(a)
     acc = dot(a1, b0, acc)
     acc = dot(a0, b1, acc)

@@ -18,8 +18,7 @@ WIDEST_BACKWARD = 128
 def forward(
     inputs: ExpertInputs, keep: bool, precision: Precision = "bfloat16"
 ) -> tuple[Tensor, Tensor]:
-    """Return (out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else `[0,
-    G·F]`)."""
+    """Return (out `[N, L]`, pre-activations `[R, G·F]` of wide experts if `keep`, else empty)."""
     x_NL, (F, L) = inputs.x_NL, inputs.w_out_HEFL.shape[2:]
     with on(x_NL):
         if fits_on_chip(x_NL.dtype, L, F):

@@ -68,8 +68,7 @@ def experts_backward_rows(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """Compute, for one block of rows of one expert, d_gate[slot] and, before the sum over slots, dx
-    · scale."""
+    """Compute d_gate[slot] and dx·scale, not yet summed over slots, of a block of rows."""
     b = tl.program_id(0)
     g = tl.load(group + b)
     if g < 0:
@@ -121,9 +120,8 @@ def experts_backward_weights(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """Compute the gradients of one chunk of the hidden width of one expert's weights, summed over
-    the expert's rows in their order; zeros where it has none. Chunks of an expert are neighbours:
-    they read the same rows."""
+    """Compute the gradients of one expert's weights, a chunk of the hidden width, summed over its
+    rows in their order; zeros where it has none. Neighbouring chunks read the same rows."""
     g = tl.program_id(0) // tl.cdiv(F, BF)
     f0 = tl.program_id(0) % tl.cdiv(F, BF) * BF
     row_in, live_in = hidden_rows(f0, F, G, BF)

@@ -108,8 +108,7 @@ def experts_forward_float8(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """Compute one block of rows of one expert. W_out is transposed: Hopper wants both operands
-    contiguous along the sum."""
+    """Compute a block of rows. W_out is transposed: Hopper sums along contiguous dims."""
     b = tl.program_id(0)
     g = tl.load(group + b)
     if g < 0:

@@ -104,8 +104,7 @@ def experts_forward(
     BF: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """Compute y·scale = gate · act(x·W_inᵀ)·W_out at the slots of one block of rows of one
-    expert."""
+    """Compute y·scale = gate · act(x·W_inᵀ)·W_out at the slots of one expert's block of rows."""
     b = tl.program_id(0)
     g = tl.load(group + b)
     if g < 0:

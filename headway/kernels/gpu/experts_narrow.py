@@ -33,12 +33,11 @@ BFLOAT16 = {
     256: (Tiles(128, 32, 8, 3),),
 }
 """Padded L → the tiles of `KERNELS`, the fastest on an H100 at 64 and 128, and of the forward pass
-at 256, whose backward is wide (docs/numbers): two or three programs on a multiprocessor hide each
-other's waits."""
+at 256, whose backward is wide (docs/numbers): two or three programs on a multiprocessor hide
+waits."""
 
 FLOAT32 = Tiles(32, 16, 4, 1)
-"""Of every kernel: three products of TF32 parts take registers and memory for the parts (some go to
-the stack)."""
+"""Of every kernel: the TF32 parts of three products take registers, memory and stack."""
 
 FLOAT8 = {
     32: Tiles(128, 64, 8, 2),
@@ -62,8 +61,7 @@ SMALL = {
 
 
 def default_tiles(kernel: str, L: int, itemsize: int, capability: int = 90) -> Tiles:
-    """Return the tiles of a kernel for a width and a device; `capability`: 90 for compute
-    capability 9.0."""
+    """Return the tiles of a kernel for a width and a device of this capability (90 for 9.0)."""
     if kernel == "forward_float8":
         return FLOAT8[max(32, padded(L))]
     if itemsize == 4:

@@ -57,8 +57,7 @@ SMALL = {name: Tiles(64, 64, 4, 2) for name in BFLOAT16} | {"gradients": Tiles(6
 
 @triton.jit
 def add(a, b, acc):
-    """Return acc + a·b; float32 operands get a fresh sum each time: tensor cores add by
-    truncation."""
+    """Return acc + a·b; float32 gets a fresh sum each time: tensor cores add by truncation."""
     if a.dtype == tl.float32:
         return acc + dot(a, b)
     return dot(a, b, acc)
@@ -153,8 +152,7 @@ def wide_gradients(
     KEPT: tl.constexpr, M: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute, for a block of rows and BF hidden units, gate·hid, d_pre and their part of the
-    gates' gradient, `d_gate [⌈F/BF⌉, S]` over the S slots. KEPT: pre-activations are read, else
-    recomputed."""
+    gates' gradient, `d_gate [⌈F/BF⌉, S]` over S slots. KEPT: pre-activations are read."""
     chunks: tl.constexpr = (F + BF - 1) // BF
     b = tl.program_id(0) // chunks
     g, row, slot, valid = block_rows(b, slots, start, group, first_row, M)
@@ -290,8 +288,7 @@ class _Call:
 
 
 def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
-    """Return (out `[N, L]`, pre-activations `[R, G·F]` in sorted order, or `[0, G·F]` unless
-    `keep`)."""
+    """Return (out `[N, L]`, pre-activations of sorted rows `[R, G·F]`, empty unless `keep`)."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)
@@ -311,8 +308,7 @@ def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, gates, w_in and w_out. Pre-activations are recomputed where
-    `pre_R` has no rows."""
+    """Return the gradients of x, gates, w_in, w_out. An empty `pre_R` is recomputed."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
     x, gate = x_NL.contiguous(), gate_NK.contiguous()
     w_in, w_out = cast(w_in_HEGFL, x), cast(w_out_HEFL, x)

@@ -53,8 +53,7 @@ def _slots(
     K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     GATE: tl.constexpr, RENORMALIZE: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Compute `ds [T, H, K]`, the gradient of the chosen logits through the gates only, and `c [T,
-    H]`."""
+    """Compute `ds [T, H, K]`, gradients of chosen logits through the gates only, and `c [T, H]`."""
     t, h = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1)
     SIGMOID: tl.constexpr = GATE == 2
     row, slot = t.to(tl.int64) * H + h, tl.arange(0, BK)

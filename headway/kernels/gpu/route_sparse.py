@@ -115,8 +115,7 @@ def _sparse_sums(part, start, dw, L, block, BR: tl.constexpr, BC: tl.constexpr):
 
 
 def block_rows(n_slots: int) -> int:
-    """Return the slots of a block, for `n_slots` of one head: a power of two, so that few kernels
-    differ."""
+    """Return the slots of a block, of `n_slots` per head: a power of two, so few kernels differ."""
     return max(LEAST, triton.next_power_of_2(triton.cdiv(n_slots, SPLITS)))
 
 

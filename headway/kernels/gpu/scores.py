@@ -18,8 +18,7 @@ from headway.kernels.gpu.arith import dot_close, dot_exact, dot_split, sigmoid, 
 from headway.kernels.gpu.tune import Tiles, tiles
 
 PROGRAMS = 1024
-"""About as many programs share the sums over tokens: several waves on any GPU, and so few that
-their partial sums stay small."""
+"""About as many programs share the sums over tokens: several waves on any GPU, few partial sums."""
 
 KERNELS = ("route", "route_columns", "route_slots", "route_dx", "route_dw")
 """What is cut by tiles of its own. `route_columns` runs where `route` takes the experts in chunks,
@@ -98,21 +97,18 @@ def split_w(w_HEL: Tensor) -> Tensor:
 
 
 def strides(x: Tensor) -> dict[str, int]:
-    """Return the distance from a token, a head and a column to the next; `[T, L]` is one token for
-    all heads."""
+    """Return the strides of tokens, heads and columns; `[T, L]` is one token for all heads."""
     per_head = 0 if x.dim() == 2 else x.stride(1)
     return {"stride_t": x.stride(0), "stride_h": per_head, "stride_l": x.stride(-1)}
 
 
 def width(L: int, most: int) -> int:
-    """Return the columns of a tile for `L` of them: a power of two, 16 at least and `most` at
-    most."""
+    """Return the columns of a tile for `L` of them: a power of two from 16 to `most`."""
     return min(max(triton.next_power_of_2(L), 16), most)
 
 
 def walks(n_tiles: int, per_tile: int) -> tuple[int, int]:
-    """Return (programs, tiles of each program) for `n_tiles` tiles, each worked on by `per_tile`
-    programs."""
+    """Return (programs, tiles of each) for `n_tiles` tiles, each worked on by `per_tile`."""
     walk = triton.cdiv(n_tiles * per_tile, PROGRAMS)
     return triton.cdiv(n_tiles, walk), walk
 

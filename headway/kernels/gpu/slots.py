@@ -42,8 +42,7 @@ def put_rows(
 @triton.jit
 def combine(y, scale, row, start, out, N, K, G, L: tl.constexpr, M: tl.constexpr, BL: tl.constexpr):
     """Compute out[n] = Σ_k scale[n, k] · y[n, k] in the order of the slots, a block of columns;
-    slots whose row is past the last group have no expert: nothing was written there and nothing is
-    read."""
+    slots whose row is past the last group have no expert and are not read."""
     n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n_taken = tl.load(start + G)
     blocks: tl.constexpr = (L + BL - 1) // BL
@@ -68,8 +67,7 @@ def padded(width: int) -> int:
 
 
 def empty_rows(x_NL: Tensor, N: int, K: int, columns: int = 1) -> tuple[Tensor, Tensor]:
-    """Allocate a row for each slot `[N, K, L]`, and the scale of each of its blocks of columns `[N,
-    K, columns]`."""
+    """Allocate a row per slot `[N, K, L]` and a scale per block of columns `[N, K, columns]`."""
     dtype = torch.float16 if x_NL.dtype == torch.bfloat16 else torch.float32
     rows_NKL = x_NL.new_empty(N, K, x_NL.shape[1], dtype=dtype)
     return rows_NKL, x_NL.new_empty(N, K, columns, dtype=torch.float32)
@@ -78,8 +76,7 @@ def empty_rows(x_NL: Tensor, N: int, K: int, columns: int = 1) -> tuple[Tensor, 
 def sum_slots(
     like_NL: Tensor, y_NKL: Tensor, scale: Tensor, row_NK: Tensor, start_G: Tensor, BL: int
 ) -> Tensor:
-    """Return Σ_k scale · y over the slots that have an expert; `[N, L]`. BL columns have one
-    scale."""
+    """Return Σ_k scale · y over slots with an expert, `[N, L]`; BL columns have one scale."""
     N, K, L = y_NKL.shape
     out, G = torch.empty_like(like_NL), start_G.numel() - 1
     rows = max(1, 2048 // BL)

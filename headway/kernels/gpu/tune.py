@@ -40,8 +40,7 @@ def tiles(kernel: str, shape: Sequence[int | str], default: Tiles) -> Tiles:
 
 
 def measured() -> dict[str, Tiles]:
-    """Return what was kept for the current device: key → tiles. A bench may put candidates into
-    it."""
+    """Return what was kept for this device, key → tiles. A bench may put candidates into it."""
     return _measured(_device(torch.cuda.current_device() if torch.cuda.is_available() else -1))
 
 

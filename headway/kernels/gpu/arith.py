@@ -11,9 +11,6 @@ three that are left out are 2⁻²⁴ of the result. Six products in bfloat16 co
 and unlike it they are what the interpreter computes too.
 """
 
-# Triton's annotations describe its compiler, not what a kernel writes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 import triton
 import triton.language as tl
 from triton import knobs

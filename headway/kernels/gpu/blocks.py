@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-
 """Which rows each program of a grouped kernel works on, without asking the device.
 
 R sorted rows · G groups, (head, expert) pairs, whose rows lie one behind the other. A group of n

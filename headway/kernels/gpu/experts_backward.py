@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
 """The backward kernels of narrow experts; both recompute the pre-activations. Equations in
 ../experts.py.
 
@@ -47,27 +45,10 @@ def paired(first, second, G: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
 
 @triton.jit
 def experts_backward_rows(
-    d_out,
-    x,
-    gate,
-    w_in,
-    w_out,
-    slots,
-    start,
-    group,
-    first_row,
-    d_gate,
-    dx,
-    scale,
-    K,
-    G: tl.constexpr,
-    F: tl.constexpr,
-    L: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    M: tl.constexpr,
-    BF: tl.constexpr,
-    BL: tl.constexpr,
-):
+    d_out, x, gate, w_in, w_out, slots, start, group, first_row, d_gate, dx, scale, K,
+    G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
+    M: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
     """Compute d_gate[slot] and dx·scale, not yet summed over slots, of a block of rows."""
     b = tl.program_id(0)
     g = tl.load(group + b)
@@ -102,24 +83,10 @@ def experts_backward_rows(
 
 @triton.jit
 def experts_backward_weights(
-    d_out,
-    x,
-    gate,
-    w_in,
-    w_out,
-    slots,
-    start,
-    dw_in,
-    dw_out,
-    K,
-    G: tl.constexpr,
-    F: tl.constexpr,
-    L: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    M: tl.constexpr,
-    BF: tl.constexpr,
-    BL: tl.constexpr,
-):
+    d_out, x, gate, w_in, w_out, slots, start, dw_in, dw_out, K,
+    G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
+    M: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
     """Compute the gradients of one expert's weights, a chunk of the hidden width, summed over its
     rows in their order; zeros where it has none. Neighbouring chunks read the same rows."""
     g = tl.program_id(0) // tl.cdiv(F, BF)

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-
 """The forward pass of narrow experts with products in float8 (e4m3); backward stays in bfloat16.
 
 e4m3 has 4 significant bits and reaches 448, so every operand is divided by a float32 scale first:
@@ -15,12 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headway.kernels.gpu.arith import dot_float8, encode_float8, narrow_float8, widen
-from headway.kernels.gpu.experts_forward import (
-    activated,
-    hidden_rows,
-    row_tile,
-    unpaired,
-)
+from headway.kernels.gpu.experts_forward import activated, hidden_rows, row_tile, unpaired
 from headway.kernels.gpu.slots import padded, put_rows
 
 LARGEST = tl.constexpr(448.0)
@@ -87,27 +80,10 @@ def _tile(w, row, live, col, inside, stride):
 
 @triton.jit
 def experts_forward_float8(
-    x,
-    gate,
-    w_in,
-    in_scale,
-    w_out_T,
-    out_scale,
-    slots,
-    start,
-    group,
-    first_row,
-    y,
-    scale,
-    K,
-    G: tl.constexpr,
-    F: tl.constexpr,
-    L: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    M: tl.constexpr,
-    BF: tl.constexpr,
-    BL: tl.constexpr,
-):
+    x, gate, w_in, in_scale, w_out_T, out_scale, slots, start, group, first_row, y, scale, K,
+    G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
+    M: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
     """Compute a block of rows. W_out is transposed: Hopper sums along contiguous dims."""
     b = tl.program_id(0)
     g = tl.load(group + b)

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
 """The forward kernel of narrow experts; equations in ../experts.py.
 
 M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
@@ -85,25 +83,10 @@ def activated(first, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def experts_forward(
-    x,
-    gate,
-    w_in,
-    w_out,
-    slots,
-    start,
-    group,
-    first_row,
-    y,
-    scale,
-    K,
-    G: tl.constexpr,
-    F: tl.constexpr,
-    L: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    M: tl.constexpr,
-    BF: tl.constexpr,
-    BL: tl.constexpr,
-):
+    x, gate, w_in, w_out, slots, start, group, first_row, y, scale, K,
+    G: tl.constexpr, F: tl.constexpr, L: tl.constexpr, ACTIVATION: tl.constexpr,
+    M: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
     """Compute y·scale = gate · act(x·W_inᵀ)·W_out at the slots of one expert's block of rows."""
     b = tl.program_id(0)
     g = tl.load(group + b)

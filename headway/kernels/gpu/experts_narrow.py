@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
 """Narrow experts on the GPU: every intermediate of a block of rows stays on the chip.
 
 Equations and arguments are in ../experts.py, the kernels in experts_forward.py and
@@ -47,10 +46,7 @@ FLOAT8 = {
 }
 """Of the forward kernel; a product of e4m3 sums over 32 values at least."""
 
-AMPERE = {
-    128: (*BFLOAT16[128][:2], Tiles(64, 16, 4, 2)),
-    256: (Tiles(128, 16, 8, 2),),
-}
+AMPERE = {128: (*BFLOAT16[128][:2], Tiles(64, 16, 4, 2)), 256: (Tiles(128, 16, 8, 2),)}
 """bfloat16 where a block has 163 KiB of shared memory (capability 8.0, 8.7); 227 on Hopper."""
 
 SMALL = {

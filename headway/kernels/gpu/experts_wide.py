@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
 """The kernels of wide experts: one product a kernel, hidden units go through memory; equations in
 ../experts.py.
 

@@ -8,10 +8,6 @@ pass, all in registers. The steps of a tile wait for one another, so tiles are s
 head meets E experts and not H·E, which keeps the table of places small all the same.
 """
 
-# Triton's annotations describe its compiler, not what a kernel writes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-
 import torch
 import triton
 import triton.language as tl

@@ -21,10 +21,6 @@ lower. What is taken is set to CHOSEN, below every number.
     after chunk 1   key_k = [9, 9]   e_k = [2, 6]
 """
 
-# Triton's annotations describe its compiler, not what a kernel writes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-
 import math
 
 import torch

@@ -20,10 +20,6 @@ their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsu
 No atomics; sums over tokens are partial sums per program, then added in the programs' order.
 """
 
-# Triton's annotations describe its compiler, not what a kernel writes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-
 import torch
 import triton
 import triton.language as tl

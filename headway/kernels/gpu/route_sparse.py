@@ -9,10 +9,6 @@ took every slot is summed by `SPLITS` programs at most. Their sums are added in 
 float32 throughout, no atomics, no host sync, the same bits on every run.
 """
 
-# Triton's annotations describe its compiler, not what a kernel writes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -2,10 +2,6 @@
 cut. T tokens · H heads · L width · E experts per head.
 """
 
-# Triton's annotations describe its compiler, not what a kernel writes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-
 from dataclasses import replace
 
 import torch
@@ -139,9 +135,4 @@ def fitting(kernel: str, x: Tensor, w_HEL: Tensor) -> Tiles:
 
 def launch(cut: Tiles) -> dict[str, int]:
     """Return the tiles as a kernel takes them."""
-    return {
-        "BT": cut.rows,
-        "BE": cut.cols,
-        "num_warps": cut.warps,
-        "num_stages": cut.stages,
-    }
+    return {"BT": cut.rows, "BE": cut.cols, "num_warps": cut.warps, "num_stages": cut.stages}

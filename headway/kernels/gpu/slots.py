@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
 """What kernels of experts write for every slot, and its sum over the K slots of a sub-token.
 
 A block of rows stores each result once, at the place of its slot; the sum then reads contiguous

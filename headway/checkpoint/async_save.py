@@ -34,14 +34,11 @@ class AsyncSave:
         return self._outcome
 
     def _write(self) -> None:
-        outcome: Path | CheckpointError
         try:
-            outcome = save.write_checkpoint(self._plan, self._gather_objects)
+            self._outcome = save.write_checkpoint(self._plan, self._gather_objects)
         except CheckpointError as error:
-            outcome = error
+            self._outcome = error
         except Exception as error:  # such as a rank that is gone: the training loop must know
-            text = (
-                f"checkpoint at step {self.step} was not written: {type(error).__name__}: {error}"
-            )
-            outcome = CheckpointError(" ".join(text.split()))
-        self._outcome = outcome
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            text = f"checkpoint at step {self.step} was not written: {problem}"
+            self._outcome = CheckpointError(text)

@@ -70,43 +70,36 @@ def split_path(path: Path) -> tuple[Path, Path | None]:
     return path.absolute().parent.parent, path
 
 
-def resume_run(path: Path, lock: Lock, log: Callable[[str], None]) -> LatestCheckpoint:
-    """Lock the folder of a run to resume; return its latest checkpoint as `find_checkpoint` does.
-    Raises `UsageError` where there is no run."""
-    if not (path / "run.json").is_file():
-        raise UsageError(f"resume: {path} holds no run.json; give the folder of a run")
-    lock.acquire(log)
-    return find_checkpoint(path)
-
-
-def verify_fork(fork_from: Path | None) -> LatestCheckpoint:
-    """Return the checkpoint of another run from which a new one starts, if any. Raises `UsageError`
-    for a damaged one."""
+def find_start(start: RunStart, lock: Lock, log: Callable[[str], None]) -> LatestCheckpoint:
+    """Return the checkpoint from which a run starts, if any: the latest of a run to resume, whose
+    folder is locked, as `find_checkpoint` does, or that of another run. Raises `UsageError` where
+    there is no run, or the checkpoint is damaged."""
+    path, fork_from = start.run_dir, start.fork_from
+    if start.resume:
+        if not (path / "run.json").is_file():
+            raise UsageError(f"resume: {path} holds no run.json; give the folder of a run")
+        lock.acquire(log)
+        return find_checkpoint(path)
     if fork_from is not None and (problem := checkpoint_dir.verify(fork_from)):
         raise UsageError(f"resume: {fork_from} is damaged ({problem}); give another checkpoint")
     return fork_from, []
 
 
 def create_run(
-    path: Path,
-    info: dict[str, Any],
-    overwrite: bool,
-    lock: Lock,
-    log: Callable[[str], None],
-    fork_from: Path | None = None,
+    start: RunStart, info: dict[str, Any], lock: Lock, log: Callable[[str], None]
 ) -> Path | None:
-    """Create and lock the folder of a new run with its run.json and, where the run starts from the
-    checkpoint `fork_from` of another one, copies of that and of the records. Return the copy, or
-    None. Raises `UsageError` when the folder cannot be written or already holds a run; `overwrite`
-    removes that run.
-    """
+    """Create and lock the folder of a new run with its run.json and, where the run starts from a
+    checkpoint of another one, copies of that and of the records. Return the copy, or None. Raises
+    `UsageError` when the folder cannot be written or already holds a run and `start.overwrite`
+    does not clear it."""
+    path, fork_from = start.run_dir, start.fork_from
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from None
     lock.acquire(log)
     old_files = [path / name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
-    if old_files and not overwrite:
+    if old_files and not start.overwrite:
         raise UsageError(
             f"{path} already holds a run; go on with `--resume {path}`, choose another --run, "
             "or clear it with --overwrite"
@@ -149,8 +142,7 @@ def _write_run_json(path: Path, info: dict[str, Any]) -> None:
 
 def resume_command(mesh: MeshConfig, path: Path | str) -> str:
     """Return the command that resumes a run on the same mesh, all ranks on one host."""
-    ranks = mesh.size
-    launcher = f"torchrun --nproc-per-node {ranks} -m -- " if ranks > 1 else ""
+    launcher = f"torchrun --nproc-per-node {mesh.size} -m -- " if mesh.size > 1 else ""
     return f"{launcher}headway train --resume {path}"
 
 

@@ -52,12 +52,9 @@ def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto
     """Return the model of a run folder (its latest undamaged checkpoint), or of one checkpoint
     folder inside a run.
 
-    The model is built on the meta device and every tensor is read once.
-
-    Args: device, dtype: as for `resolve_runtime`.
-
-    Raises UsageError where there is no undamaged checkpoint, no run.json above it, or no such
-    device.
+    The model is built on the meta device and every tensor is read once. `device` and `dtype` are as
+    for `resolve_runtime`. Raises UsageError where there is no undamaged checkpoint, no run.json
+    above it, or no such device.
     """
     run_dir, checkpoint, problems = _find(Path(path))
     config = run_folder.read_config(run_dir)

@@ -29,6 +29,7 @@ from headway.checkpoint.tensor_files import MAX_FILE_BYTES, TensorFile, index_of
 from headway.config import ModelConfig
 from headway.optim.groups import Optimizers
 from headway.parallel.local_shards import LocalShard, local_shard
+from headway.parallel.mesh import Mesh
 from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 
 GatherObjects = Callable[[Any], list[Any]]
@@ -42,8 +43,7 @@ class SavePlan:
     path: Path
     """The folder of the checkpoint."""
     step: int
-    rank: int
-    size: int
+    mesh: Mesh
     files: list[TensorFile]
     shards: dict[str, LocalShard]
     json_files: dict[str, dict[str, Any]]
@@ -55,28 +55,6 @@ class SavePlan:
         """Return a plan with copies of the tensors on the CPU, so that training may continue while
         it is written."""
         return dataclasses.replace(self, shards={k: s.to_cpu() for k, s in self.shards.items()})
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    model: nn.Module,
-    optimizers: Optimizers,
-    config: ModelConfig,
-    state: dict[str, Any],
-    keep: int = 2,
-    parallelism: Parallelism = SINGLE_PROCESS,
-    keep_up_to: Sequence[int] = (),
-) -> Path:
-    """Write `checkpoints/step-{step:06d}`, then remove all but the newest `keep` and, for each
-    step in `keep_up_to`, the newest one up to that step; return its path. Collective.
-
-    `state` is JSON-ready; the random number generators and the mesh are added to it. Raises
-    `CheckpointError` on every rank when one of them cannot write, as on a full disk; then nothing
-    of this checkpoint is left and the earlier ones are untouched.
-    """
-    plan = plan_save(run_dir, step, model, optimizers, config, state, keep, parallelism, keep_up_to)
-    return write_checkpoint(plan, parallelism.mesh.all_gather_object)
 
 
 def plan_save(
@@ -91,8 +69,8 @@ def plan_save(
     keep_up_to: Sequence[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> SavePlan:
-    """Return what `write_checkpoint` writes; arguments as for `save_checkpoint`. Collective;
-    tensors are not copied."""
+    """Plan `checkpoints/step-{step:06d}` for `write_checkpoint`. Collective; tensors are not
+    copied. `state` is JSON-ready; the random number generators and the mesh are added to it."""
     mesh, sharding = parallelism.mesh, parallelism.sharding
     ranks = mesh.all_gather_object((rng_state(), optimizers.without_state()))
     missing = [names for _, names in ranks]
@@ -122,8 +100,7 @@ def plan_save(
     return SavePlan(
         checkpoint_dir.checkpoints(run_dir) / f"step-{step:06d}",
         step,
-        mesh.rank,
-        mesh.size,
+        mesh,
         files,
         weights | moments,
         json_files,
@@ -132,10 +109,16 @@ def plan_save(
     )
 
 
-def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects) -> Path:
-    """Write the folder of a checkpoint, complete or not at all; return its path. The ranks wait for
-    one another after each stage. Raises `CheckpointError` on every rank."""
-    is_main, path = plan.rank == 0, plan.path
+def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects | None = None) -> Path:
+    """Write the folder of a checkpoint, then remove all but the newest `plan.keep` and, for each
+    step in `plan.keep_up_to`, the newest one up to that step; return its path. Collective: the
+    ranks wait for one another after each stage, by default with `Mesh.all_gather_object`.
+
+    Raises `CheckpointError` on every rank when one of them cannot write, as on a full disk; then
+    nothing of this checkpoint is left and the earlier ones are untouched.
+    """
+    mesh, is_main, path = plan.mesh, plan.mesh.is_main, plan.path
+    gather_objects = gather_objects or mesh.all_gather_object
     temporary, digests = checkpoint_dir.temporary(path), {}
 
     def create_files() -> None:
@@ -152,7 +135,7 @@ def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects) -> Path:
 
     def hash_files() -> dict[str, Any]:
         names = [*(file.name for file in plan.files), *plan.json_files]
-        ours = names[plan.rank :: plan.size]
+        ours = names[mesh.rank :: mesh.size]
         return {name: checkpoint_dir.digest(temporary / name) for name in ours}
 
     def commit() -> None:
@@ -165,7 +148,7 @@ def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects) -> Path:
         try:
             result = stage()
         except OSError as error:
-            problem = f"rank {plan.rank}: {error}" if plan.size > 1 else str(error)
+            problem = f"rank {mesh.rank}: {error}" if mesh.size > 1 else str(error)
         answers = gather_objects((problem, result))
         problem = next((text for text, _ in answers if text), "")
         if problem:

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +85,11 @@ def plan_files(
         groups[-1].append(name)
         room -= n_bytes
     n = len(groups)
-    names = [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    names = names if n > 1 else [f"{stem}.safetensors"]
-    return [
-        _plan_file(name, {k: shards[k] for k in g}) for name, g in zip(names, groups, strict=True)
-    ]
+    files = []
+    for i, group in enumerate(groups, 1):
+        name = f"{stem}-{i:05d}-of-{n:05d}.safetensors" if n > 1 else f"{stem}.safetensors"
+        files.append(_plan_file(name, {key: shards[key] for key in group}))
+    return files
 
 
 def index_of(files: list[TensorFile]) -> dict[str, Any]:
@@ -99,18 +99,16 @@ def index_of(files: list[TensorFile]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
-class TensorReader:
+class TensorReader(ExitStack):
     """Context that reads tensors of one file, or of several with an index, in full or in part."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self._stack = ExitStack()
+        super().__init__()
         listed = folder / f"{stem}.safetensors.index.json"
         names = [f"{stem}.safetensors"]
         if listed.exists():
             names = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
-        files = [
-            self._stack.enter_context(safe_open(folder / name, framework="pt")) for name in names
-        ]
+        files = [self.enter_context(safe_open(folder / name, framework="pt")) for name in names]
         self._places = {key: file for file in files for key in file.keys()}  # noqa: SIM118
 
     def names(self) -> list[str]:
@@ -125,12 +123,6 @@ class TensorReader:
         """Return a tensor, or the part of it that `slices` select: only that is read from disk."""
         file = self._places[name]
         return file.get_slice(name)[slices] if slices else file.get_tensor(name)
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
 
 def _plan_file(name: str, shards: dict[str, LocalShard]) -> TensorFile:
@@ -163,24 +155,14 @@ def _runs(shard: LocalShard) -> Iterator[tuple[int, memoryview]]:
     if not local.numel():
         return
     data = local.reshape(-1).view(torch.uint8).numpy().data
-    split = [
-        d for d, (n, full) in enumerate(zip(local.shape, shard.shape, strict=True)) if n < full
-    ]
+    split = [d for d in range(local.dim()) if local.shape[d] < shard.shape[d]]
     last = max(split, default=0)
     strides = [math.prod(shard.shape[d + 1 :]) for d in range(local.dim())]
     run = math.prod(local.shape[last:]) * local.element_size()
-    for i, leading in enumerate(_indices(local.shape[:last])):
+    for i, leading in enumerate(itertools.product(*map(range, local.shape[:last]))):
         place = (*leading, *([0] * (local.dim() - last)))
-        elements = sum(
-            (at + start) * stride
-            for at, start, stride in zip(place, shard.start, strides, strict=True)
-        )
+        elements = sum((place[d] + shard.start[d]) * strides[d] for d in range(local.dim()))
         yield elements * local.element_size(), data[i * run : (i + 1) * run]
-
-
-def _indices(shape: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    """Iterate over all indices of a shape, the last dim fastest."""
-    return itertools.product(*map(range, shape))
 
 
 def _write_at(handle: int, offset: int, data: memoryview) -> None:

@@ -1,7 +1,7 @@
 """`headway eval`: bits per byte of a trained model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
@@ -43,15 +43,12 @@ def evaluate(args: Sequence[str]) -> int:
         f"{model.checkpoint}: {result.val_bits_per_byte:.4f} bits/byte, "
         f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
-    print_json(
-        options.json,
-        {
-            "val_bits_per_byte": result.val_bits_per_byte,
-            "val_loss": result.val_loss,
-            "windows": text.windows,
-            "validation": text.fingerprint,
-            "data": list(data.source),
-            **trained.facts(model),
-        },
-    )
+    answer = {
+        **asdict(result),
+        "windows": text.windows,
+        "validation": text.fingerprint,
+        "data": list(data.source),
+        **trained.facts(model),
+    }
+    print_json(options.json, answer)
     return 0

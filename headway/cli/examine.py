@@ -1,6 +1,5 @@
 """What `headway doctor` shows: hardware, selected kernels and why, missing extras."""
 
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,13 +30,16 @@ def examine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     native = native_bfloat16(device)
+    rates = {"float32": _matmul_gflops(device, torch.float32)}
+    if native:  # where it is emulated the measurement would take minutes
+        rates["bfloat16"] = _matmul_gflops(device, torch.bfloat16)
     facts = {
         **provenance(),
         "threads": torch.get_num_threads(),
         "device": device.type,
         "native_bfloat16": native,
         "dtype": "bfloat16" if native else "float32",
-        "matmul_gflops": {"float32": _matmul_gflops(device, torch.float32)},
+        "matmul_gflops": rates,
         "extras": {
             name: {"missing": [m for m in modules if find_spec(m) is None], "adds": adds}
             for name, (modules, adds) in EXTRAS.items()
@@ -49,10 +51,7 @@ def examine() -> dict[str, Any]:
         "cache": str(root_of(DataConfig())),
         "cache_free_gib": _free_gib(root_of(DataConfig())),
     }
-    if native:  # where it is emulated the measurement would take minutes
-        facts["matmul_gflops"]["bfloat16"] = _matmul_gflops(device, torch.bfloat16)
-    facts["paths"] = _paths(facts)
-    return facts
+    return facts | {"paths": _paths(facts)}
 
 
 def _matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -79,9 +78,8 @@ def render(facts: dict[str, Any]) -> str:
         missing = ", ".join(extra["missing"])
         fix = f"missing {missing}: pip install 'headway[{name}]' adds {extra['adds']}"
         extras[name] = fix if missing else "installed"
-    lines = _table(rows, "")
-    lines += ["", "paths that will run", *_table(facts["paths"], "  ")]
-    return "\n".join([*lines, "", "extras", *_table(extras, "  ")])
+    paths = ["", "paths that will run", *_table(facts["paths"], "  ")]
+    return "\n".join([*_table(rows, ""), *paths, "", "extras", *_table(extras, "  ")])
 
 
 def _table(rows: dict[str, str], indent: str) -> list[str]:
@@ -119,9 +117,8 @@ def _routing(facts: dict[str, Any]) -> str:
     """Return which kernels route, and why not those of the GPU."""
     if gpu_kernels().device:
         return f"Triton, no logits in memory; {gpu_kernels().why} (kernels/gpu/route.py)"
-    if facts["device"] == "cpu":
-        return f"{facts['cpu_kernels']} (kernels/route.py); no Triton: {gpu_kernels().why}"
-    return f"PyTorch (kernels/route.py); no Triton: {gpu_kernels().why}"
+    used = facts["cpu_kernels"] if facts["device"] == "cpu" else "PyTorch"
+    return f"{used} (kernels/route.py); no Triton: {gpu_kernels().why}"
 
 
 def _free_gib(path: Path) -> float | None:
@@ -130,4 +127,4 @@ def _free_gib(path: Path) -> float | None:
         if path == path.parent or str(path) == "/dev/shm":
             return None
         path = path.parent
-    return round(shutil.disk_usage(os.fspath(path)).free / 2**30, 1)
+    return round(shutil.disk_usage(path).free / 2**30, 1)

@@ -65,10 +65,8 @@ def plan(args: Sequence[str]) -> int:
     if options.scheme not in ("auto", *SCHEMES):
         raise UsageError(f"--scheme {options.scheme} is unknown; use auto, {', '.join(SCHEMES)}")
     if not 1 <= options.imbalance < float("inf"):
-        raise UsageError(
-            f"--imbalance {options.imbalance:g} is no number ≥ 1; "
-            "use 1 for even loads, 1.3 for 30 % more"
-        )
+        fix = "use 1 for even loads, 1.3 for 30 % more"
+        raise UsageError(f"--imbalance {options.imbalance:g} is no number ≥ 1; {fix}")
     machine = _machine(options)
     chunks = 0 if options.chunks == "auto" else _count("--chunks", options.chunks)
     config = replace(config, mesh=MeshConfig(payload=config.mesh.payload, chunks=chunks))

@@ -36,8 +36,6 @@ def report(args: Sequence[str]) -> int:
     print(f"report of {', '.join(options.runs)}: {path}")
     if ranked.sentence:
         print(ranked.sentence)
-    print_json(
-        options.json,
-        {"report": str(path), "runs": list(options.runs), "ranking": ranked.order},
-    )
+    answer = {"report": str(path), "runs": list(options.runs), "ranking": ranked.order}
+    print_json(options.json, answer)
     return 0

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
@@ -38,14 +39,10 @@ def sample(args: Sequence[str]) -> int:
         raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
     model = trained.load(options)
     if factor := model.config.model.moe.capacity_factor:
-        print(
-            f"note: trained with model.moe.capacity_factor={factor}; sampling drops no token",
-            file=sys.stderr,
-        )
+        note = f"trained with model.moe.capacity_factor={factor}; sampling drops no token"
+        print(f"note: {note}", file=sys.stderr)
 
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
+    show = partial(print, end="", flush=True)
     show(options.prompt)
     text = generate(
         model.model,
@@ -59,14 +56,12 @@ def sample(args: Sequence[str]) -> int:
         on_token=show,
     )
     print()
-    print_json(
-        options.json,
-        {
-            "prompt": options.prompt,
-            "text": text,
-            "tokens": len(model.tokenizer.encode(text)),
-            "seed": options.seed,
-            **trained.facts(model),
-        },
-    )
+    answer = {
+        "prompt": options.prompt,
+        "text": text,
+        "tokens": len(model.tokenizer.encode(text)),
+        "seed": options.seed,
+        **trained.facts(model),
+    }
+    print_json(options.json, answer)
     return 0

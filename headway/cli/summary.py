@@ -16,14 +16,11 @@ MOST_RANKS = 8
 
 def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     """Format the result of `train` as aligned lines of text."""
-    rows = [("interrupted" if result["interrupted"] else "done", _done(result))]
-    rows.append(
-        (
-            "parameters",
-            f"{result['parameters_total']:,} total, "
-            f"{result['parameters_active']:,} active per token",
-        )
-    )
+    total, active = result["parameters_total"], result["parameters_active"]
+    rows = [
+        ("interrupted" if result["interrupted"] else "done", _done(result)),
+        ("parameters", f"{total:,} total, {active:,} active per token"),
+    ]
     if result["val_bits_per_byte"] is not None:
         rows.append(("bits/byte", _bits(result)))
     if shape_of(with_vocab(config).model).n_sparse:
@@ -31,8 +28,7 @@ def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     if result["sample"]:
         text = config.run.sample_prompt + result["sample"]
         rows.append(("sample", text.rstrip().replace("\n", "\n" + " " * 13)))
-    rows.append(("checkpoint", result["checkpoint"] or "none"))
-    rows.append(("report", result["report"] or "none"))
+    rows += [(name, result[name] or "none") for name in ("checkpoint", "report")]
     if result["interrupted"]:
         rows.append(("resume", resume_command(config.mesh, run_dir)))
     elif result["checkpoint"]:
@@ -73,9 +69,8 @@ def _traffic(config: Config) -> str:
     shape = shape_of(model)
     ranks = min(MOST_RANKS, shape.H) if shape.H > 1 else MOST_RANKS
     sent = {i.part: i.value * shape.n_sparse for i in traffic_per_token(model, ranks)}
-    per_expert = sent[TokenExchange.PER_SLOT]
-    per_rank = sent[TokenExchange.PER_RANK]
-    text = f"Expert Parallel {per_expert:,.0f} bytes ({per_rank:,.0f} with one copy per rank)"
+    per_slot, per_rank = sent[TokenExchange.PER_SLOT], sent[TokenExchange.PER_RANK]
+    text = f"Expert Parallel {per_slot:,.0f} bytes ({per_rank:,.0f} with one copy per rank)"
     if TokenExchange.HEADS in sent:
         text = f"Head Parallel {sent[TokenExchange.HEADS]:,.0f} bytes, {text}"
     return f"per token in training, if {ranks} ranks shared the experts: {text}"

@@ -69,15 +69,13 @@ def _train(data: DataConfig, options: Tokenize) -> int:
     ratio = len(text.encode("utf-8")) / max(len(tokenizer.encode(text)), 1)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids, {ratio:.2f} bytes per token")
     print(f"train with it: headway train RECIPE --data.tokenizer {options.out}")
-    print_json(
-        options.json,
-        {
-            "tokenizer": options.out,
-            "vocab_size": tokenizer.vocab_size,
-            "bytes_per_token": ratio,
-            "fingerprint": tokenizer.fingerprint,
-        },
-    )
+    answer = {
+        "tokenizer": options.out,
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": ratio,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    print_json(options.json, answer)
     return 0
 
 
@@ -86,13 +84,11 @@ def _shards(data: DataConfig, json: bool) -> int:
     from headway.data.tokenizer import load_tokenizer
 
     dataset = prepare(data, load_tokenizer(data.tokenizer), lambda line: print(line, flush=True))
-    print_json(
-        json,
-        {
-            "shards": [str(source.folder) for source in dataset.sources],
-            "train_tokens": dataset.train_tokens,
-            "val_tokens": dataset.val_tokens,
-            "fingerprint": dataset.fingerprint,
-        },
-    )
+    answer = {
+        "shards": [str(source.folder) for source in dataset.sources],
+        "train_tokens": dataset.train_tokens,
+        "val_tokens": dataset.val_tokens,
+        "fingerprint": dataset.fingerprint,
+    }
+    print_json(json, answer)
     return 0

@@ -191,12 +191,8 @@ class MoEConfig:
         """Return derived value → the sentence that says where it comes from. Raise UsageError where
         the sizes do not fit a model of `n_layers` blocks of width `d_model`."""
         at_least(1, "model.moe", vars(self), "n_experts d_expert n_heads")
-        at_least(
-            0,
-            "model.moe",
-            vars(self),
-            "d_latent d_shared capacity_factor n_dense_layers n_zero_experts",
-        )
+        at_least(0, "model.moe", vars(self), "d_latent d_shared capacity_factor")
+        at_least(0, "model.moe", vars(self), "n_dense_layers n_zero_experts")
         self.balance.check()
         self.router.check(self.n_experts + self.n_zero_experts, self.top_k)
         if self.n_dense_layers > n_layers:
@@ -233,9 +229,8 @@ class MoEConfig:
 
 
 def latent_eff(n_experts: int, top_k: int, alpha: int) -> tuple[int, int]:
-    """(N', K') of LatentMoE-eff: N' = αN, K' = K. The same experts' work at 1/α of the cost (arXiv
-    2601.18089 eq. 1).
-    """
+    """Return (N', K') of LatentMoE-eff: N' = αN, K' = K. The same experts' work at 1/α of the cost
+    (arXiv 2601.18089 eq. 1)."""
     return alpha * n_experts, top_k
 
 

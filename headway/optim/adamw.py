@@ -53,50 +53,38 @@ class AdamW(torch.optim.Optimizer):
         """
         self.updates += 1
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self.init_state(p)
             alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
-            for p in params:
-                key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
-                alike.setdefault(key, []).append(p)
-            for group_params in alike.values():
-                grads = [to_local(p.grad) for p in group_params if p.grad is not None]
-                local = [to_local(p) for p in group_params]
-                first = [self.state[p]["exp_avg"] for p in group_params]
-                second = [self.state[p]["exp_avg_sq"] for p in group_params]
-                if first[0].dtype == group_params[0].dtype:
-                    self._fused(group, local, grads, first, second, grad_scale)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.init_state(p)
+                    key = (p.device, p.dtype, self.state[p]["exp_avg"].dtype)
+                    alike.setdefault(key, []).append(p)
+            for params in alike.values():
+                grads = [to_local(p.grad) for p in params if p.grad is not None]
+                local = [to_local(p) for p in params]
+                first = [self.state[p]["exp_avg"] for p in params]
+                second = [self.state[p]["exp_avg_sq"] for p in params]
+                if first[0].dtype == params[0].dtype:
+                    self._fused(group, grad_scale, local, grads, first, second)
                 else:
                     for tensors in zip(local, grads, first, second, strict=True):
-                        self._sliced(group, *tensors, grad_scale)
+                        self._sliced(group, grad_scale, *tensors)
 
     def init_state(self, p: Tensor) -> None:
         """Add zero moments for a parameter that has none yet."""
         if not self.state[p]:
+            dtype = self.state_dtype or p.dtype
             for name in ("exp_avg", "exp_avg_sq"):
-                self.state[p][name] = torch.zeros_like(
-                    to_local(p), dtype=self.state_dtype or p.dtype
-                )
+                self.state[p][name] = torch.zeros_like(to_local(p), dtype=dtype)
 
-    def _fused(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        first: list[Tensor],
-        second: list[Tensor],
-        grad_scale: float,
-    ) -> None:
-        device = params[0].device
-        updates = torch.full((), self.updates, dtype=torch.float32, device=device)
+    def _fused(self, group: dict[str, Any], grad_scale: float, *tensors: list[Tensor]) -> None:
+        """Update; `tensors` are parameters, gradients, first moments and second moments."""
+        params = tensors[0]
+        updates = torch.full((), self.updates, dtype=torch.float32, device=params[0].device)
         # The kernel divides by its scale, a float32 scalar.
         inverse = None if grad_scale == 1.0 else updates.new_tensor(1 / grad_scale)
         torch.ops.aten._fused_adamw_(
-            params,
-            grads,
-            first,
-            second,
+            *tensors,
             [],
             [updates] * len(params),
             lr=group["lr"],
@@ -112,16 +100,14 @@ class AdamW(torch.optim.Optimizer):
     def _sliced(
         self,
         group: dict[str, Any],
+        grad_scale: float,
         param: Tensor,
         grad: Tensor,
         first: Tensor,
         second: Tensor,
-        grad_scale: float,
     ) -> None:
-        if (
-            cpp_kernels().supports(param, grad, first)
-            and param.dtype == grad.dtype == torch.float32
-        ):
+        float32 = param.dtype == grad.dtype == torch.float32
+        if float32 and cpp_kernels().supports(param, grad, first):
             beta1, beta2 = self.betas
             rates = (group["lr"], beta1, beta2, self.eps, group["weight_decay"])
             corrections = (1 - beta1**self.updates, 1 - beta2**self.updates)
@@ -134,6 +120,6 @@ class AdamW(torch.optim.Optimizer):
         for p, g, m, v in zip(*slices, strict=True):
             wide_m = wide_first[: p.numel()].copy_(m)
             wide_v = wide_second[: p.numel()].copy_(v)
-            self._fused(group, [p], [g], [wide_m], [wide_v], grad_scale)
+            self._fused(group, grad_scale, [p], [g], [wide_m], [wide_v])
             m.copy_(wide_m)
             v.copy_(wide_v)

@@ -8,7 +8,7 @@ from headway.model.roles import Group, roles_of
 from headway.optim.adamw import AdamW
 from headway.optim.muon import Muon
 from headway.parallel.parallelize import SINGLE_PROCESS
-from headway.parallel.placement import Sharding, ShardSpec, to_local
+from headway.parallel.placement import Sharding, to_local
 
 
 def clip_factor(norm: float, limit: float) -> float:
@@ -73,23 +73,19 @@ class Optimizers:
 
     def add_state(self, names: set[str]) -> None:
         """Add the state of before the first update where there is none; changes no update."""
+        without = {self.named[name] for name in names}
         for optimizer in self.all():
             for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if any(self.named[name] is p for name in names):
-                        optimizer.init_state(p)
+                for p in without.intersection(group["params"]):
+                    optimizer.init_state(p)
 
     def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Restore what `tensors` returned after `updates` steps.
 
         Raises `UsageError` when the tensors belong to another optimiser or another model.
         """
-        muon_keys = (
-            {p: ("momentum",) for g in self.muon.param_groups for p in g["params"]}
-            if self.muon
-            else {}
-        )
-        adam_dtype = self.adamw.state_dtype
+        muon_groups = self.muon.param_groups if self.muon else []
+        for_muon = {p for group in muon_groups for p in group["params"]}
         for optimizer in self.all():
             optimizer.state.clear()
         for key, value in tensors.items():
@@ -100,14 +96,15 @@ class Optimizers:
                     f"resume: the checkpoint's optimiser state {key} fits no parameter; "
                     "resume with the run's own recipe"
                 )
-            expected = muon_keys.get(p, ("exp_avg", "exp_avg_sq"))
+            expected = ("momentum",) if p in for_muon else ("exp_avg", "exp_avg_sq")
             if moment not in expected:
                 raise UsageError(
                     f"resume: the checkpoint has {key} where this recipe keeps {expected[0]}; "
                     "resume with the same optim.name"
                 )
-            owner = self.muon if self.muon is not None and p in muon_keys else self.adamw
-            dtype = adam_dtype if owner is self.adamw and adam_dtype is not None else p.dtype
+            owner, dtype = self.adamw, self.adamw.state_dtype or p.dtype
+            if self.muon is not None and p in for_muon:
+                owner, dtype = self.muon, p.dtype
             owner.state[p][moment] = value.to(device=p.device, dtype=dtype, copy=True)
         self.adamw.updates = updates
 
@@ -165,19 +162,11 @@ def build_optimizers(
             momentum=config.momentum,
             adjust=config.muon_adjust,
             dtype=newton_schulz_dtype,
-            shards=_sharded_matrices(named, sharding),
+            shards={
+                named[name]: placement.shard
+                for name, placement in sharding.placements.items()
+                if placement.shard and placement.shard.dim >= named[name].ndim - 2
+            },
             traffic=sharding.mesh.traffic,
         )
     return Optimizers(named, groups, adamw, muon)
-
-
-def _sharded_matrices(
-    named: dict[str, nn.Parameter], sharding: Sharding
-) -> dict[Tensor, ShardSpec]:
-    """Return the parameters whose matrices (the last two dims) are sharded over several ranks."""
-    shards: dict[Tensor, ShardSpec] = {}
-    for name, p in named.items():
-        shard = sharding.placements[name].shard if sharding.placements else None
-        if p.ndim >= 2 and shard is not None and shard.dim >= p.ndim - 2:
-            shards[p] = shard
-    return shards

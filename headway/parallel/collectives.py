@@ -19,10 +19,10 @@ message.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from headway.parallel import p2p
 from headway.parallel.fp8 import narrow, widen
 from headway.parallel.mesh import Axis
 from headway.parallel.traffic import Traffic
+
+T = TypeVar("T")
 
 
 class Splits(NamedTuple):
@@ -59,13 +61,9 @@ class CommContext(NamedTuple):
         """Count a collective that is issued."""
         self.traffic.add(self.axis.name, self.purpose, n_bytes, self.layer)
 
-    @contextmanager
-    def count_wait(self) -> Iterator[None]:
-        """Count the time that the body blocks the host."""
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.traffic.add_wait(self.axis.name, self.purpose, seconds, self.layer)
+    def waiting(self) -> AbstractContextManager[None]:
+        """Return a context that counts the time that its body blocks the host."""
+        return self.traffic.waiting(self.axis.name, self.purpose, self.layer)
 
     def backward(self) -> "CommContext":
         """Return the context of the collective of the gradients."""
@@ -81,7 +79,7 @@ class _Pending(NamedTuple):
 
     def wait(self) -> Tensor:
         """Block until it is complete; return what was received."""
-        with self.comm.count_wait():
+        with self.comm.waiting():
             self.works.wait()
         return self.received
 
@@ -158,13 +156,15 @@ class AsyncCollective:
     """Handle of a collective that has been issued; `wait` completes it."""
 
     def __init__(
-        self, comm: CommContext, forward: _CollectiveSpec, adjoint: _CollectiveSpec
+        self,
+        parts: Sequence[Tensor],
+        comm: CommContext,
+        forward: _CollectiveSpec,
+        adjoint: _CollectiveSpec,
     ) -> None:
         self.comm, self.forward, self.adjoint = comm, forward, adjoint
         self.pending: _Pending | None = None
-        self.packing = _Packing(())
-        self.dtype = torch.float32
-        self.token = torch.empty(0)
+        self.token: Tensor = _Issue.apply(self, *parts)  # type: ignore[assignment]
 
     def issue(self, parts: Sequence[Tensor], spec: _CollectiveSpec, comm: CommContext) -> None:
         """Start a collective: the forward one or its adjoint."""
@@ -188,6 +188,19 @@ class AsyncCollective:
         """Block until complete; return the tensors in the order in which they were sent."""
         token, self.token = self.token, torch.empty(0)  # breaks the ring, see above
         return _Complete.apply(self, token)  # type: ignore[return-value]
+
+    def then(self, function: Callable[..., T]) -> "_Then[T]":
+        """Return a handle whose `wait` returns `function(*tensors)` of what was received."""
+        return _Then(self, function)
+
+
+@dataclass(frozen=True)
+class _Then(Generic[T]):
+    collective: AsyncCollective
+    function: Callable[..., T]
+
+    def wait(self) -> T:
+        return self.function(*self.collective.wait())
 
 
 def _rank_sum(received: Tensor, size: int) -> Tensor:
@@ -226,14 +239,6 @@ class _Complete(torch.autograd.Function):
         return None, grads[0].new_empty(0)
 
 
-def _start(
-    parts: Sequence[Tensor], comm: CommContext, forward: _CollectiveSpec, adjoint: _CollectiveSpec
-) -> AsyncCollective:
-    collective = AsyncCollective(comm, forward, adjoint)
-    collective.token = _Issue.apply(collective, *parts)  # type: ignore[assignment]
-    return collective
-
-
 def all_to_all(
     parts: Sequence[Tensor], comm: CommContext, splits: Splits | None = None
 ) -> AsyncCollective:
@@ -243,20 +248,20 @@ def all_to_all(
     """
     inverse = None if splits is None else splits.swapped()
     forward, adjoint = _issue_all_to_all(splits), _issue_all_to_all(inverse)
-    return _start(parts, comm, _CollectiveSpec(forward), _CollectiveSpec(adjoint))
+    return AsyncCollective(parts, comm, _CollectiveSpec(forward), _CollectiveSpec(adjoint))
 
 
 def all_gather(parts: Sequence[Tensor], comm: CommContext) -> AsyncCollective:
     """`[N, …]` → `[P·N, …]` on every rank. The gradients are summed over the ranks."""
     adjoint = _CollectiveSpec(_issue_all_to_all(None), sums=True)
-    return _start(parts, comm, _CollectiveSpec(_issue_all_gather), adjoint)
+    return AsyncCollective(parts, comm, _CollectiveSpec(_issue_all_gather), adjoint)
 
 
 def reduce_scatter(part: Tensor, comm: CommContext) -> AsyncCollective:
     """`[P·N, …]` → `[N, …]`, the sum over the ranks: an all-to-all, which sends as many bytes as a
     ring would, and one sum in rank order. The gradients are all-gathered."""
     forward = _CollectiveSpec(_issue_all_to_all(None), sums=True)
-    return _start((part,), comm, forward, _CollectiveSpec(_issue_all_gather))
+    return AsyncCollective((part,), comm, forward, _CollectiveSpec(_issue_all_gather))
 
 
 def exchange_counts(send_P: Tensor, comm: CommContext) -> Splits:
@@ -265,7 +270,7 @@ def exchange_counts(send_P: Tensor, comm: CommContext) -> Splits:
     axis = comm.axis
     receive_P = torch.empty_like(send_P)
     comm.add((axis.size - 1) * send_P.element_size())
-    with comm.count_wait():
+    with comm.waiting():
         p2p.all_to_all(receive_P, send_P, axis).wait()
         send, receive = torch.stack([send_P, receive_P]).tolist()
     return Splits(send, receive)

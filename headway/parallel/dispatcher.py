@@ -6,7 +6,6 @@ axis, before routing and after the experts; `dispatch` and `combine` on the ep a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +15,7 @@ from headway.model.dispatch import Completed, Future
 from headway.model.router import Route
 from headway.parallel import expert, head
 from headway.parallel.collectives import CommContext
-from headway.parallel.mesh import Mesh
+from headway.parallel.mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -26,23 +25,15 @@ class MeshDispatcher:
     mesh: Mesh
     n_chunks: int
     """Chunks of the tokens, so that one is communicated while the next is computed."""
-    use_all_gather: bool
-    """On ep: all-gather and reduce-scatter instead of the all-to-all that depends on the route."""
-    dedup: bool
-    """On ep: one copy per rank and not per slot."""
+    scheme: expert.Scheme
+    """How ep communicates: an all-to-all that depends on the route, with one copy per rank or per
+    slot, or all-gather and reduce-scatter."""
     layer: int | None = None
     """Index of the block that exchanges, for `mesh.traffic`."""
 
     def at(self, layer: int) -> "MeshDispatcher":
         """Return the dispatcher of one block."""
         return replace(self, layer=layer)
-
-    @property
-    def scheme(self) -> Literal["all_to_all", "all_to_all_per_slot", "all_gather"]:
-        """Return the Expert Parallel scheme under the name that `plan` gives it."""
-        if self.use_all_gather:
-            return "all_gather"
-        return "all_to_all" if self.dedup else "all_to_all_per_slot"
 
     def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
         """Return `[T, D]` in equal chunks of whole units of `unit` tokens: `n_chunks`, or the next
@@ -55,7 +46,7 @@ class MeshDispatcher:
         """Send sub-tokens to the ranks of their heads, with their route if they have one."""
         if self.mesh.hp.size == 1:
             return Completed((z_THL, route))
-        return head.ScatterHandle(z_THL, route, self._comm("hp", "scatter"))
+        return head.scatter(z_THL, route, self._comm(self.mesh.hp, "scatter"))
 
     def dispatch(
         self, z_THL: Tensor, route: Route, n_experts: int
@@ -63,14 +54,8 @@ class MeshDispatcher:
         """Send sub-tokens to the ranks of their experts."""
         if self.mesh.ep.size == 1:
             return Completed(expert.DispatchOutput(z_THL, route, None))
-        return expert.dispatch(
-            z_THL,
-            route,
-            n_experts,
-            self._comm("ep", "dispatch"),
-            use_all_gather=self.use_all_gather,
-            dedup=self.dedup,
-        )
+        comm = self._comm(self.mesh.ep, "dispatch")
+        return expert.dispatch(z_THL, route, n_experts, comm, self.scheme)
 
     def combine(self, y_THL: Tensor, metadata: expert.CombineMetadata | None) -> Future[Tensor]:
         """Return the experts' outputs to the ranks of their heads, summed over the experts."""
@@ -80,33 +65,30 @@ class MeshDispatcher:
         """Send sub-tokens back to the ranks of their tokens; `exact` in the dtype they have."""
         if self.mesh.hp.size == 1:
             return Completed(y_THL)
-        comm = self._comm("hp", "gather")
-        return head.GatherHandle(y_THL, comm._replace(float8=comm.float8 and not exact))
+        comm = self._comm(self.mesh.hp, "gather")
+        return head.gather(y_THL, comm._replace(float8=comm.float8 and not exact))
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Replace `x` by rank 0's values, for decisions that must be the same on all ranks."""
         dist.broadcast(x, src=0)
         return x
 
-    def _comm(self, axis: str, purpose: str) -> CommContext:
-        mesh = self.mesh
-        float8 = mesh.config.payload == "float8"
-        over = mesh.hp if axis == "hp" else mesh.ep
-        return CommContext(over, mesh.traffic, purpose, self.layer, float8)
+    def _comm(self, axis: Axis, purpose: str) -> CommContext:
+        float8 = self.mesh.config.payload == "float8"
+        return CommContext(axis, self.mesh.traffic, purpose, self.layer, float8)
 
 
-def uses_all_gather(config: MeshConfig, top_k: int) -> bool:
-    """Return whether Expert Parallel uses the all-gather scheme; `auto` takes the one with fewer
-    bytes.
+def ep_scheme(config: MeshConfig, top_k: int) -> expert.Scheme:
+    """Return the scheme of Expert Parallel; `auto` takes the one with fewer bytes.
 
     All-gather sends P−1 copies of a sub-token. The all-to-all sends it to each other rank that has
     one of its K experts, (P−1)·(1 − (1 − 1/P)^K) of them when choices are independent, or
     K·(P−1)/P times without de-duplication.
     """
-    size = config.ep
-    if config.ep_scheme != "auto":
-        return config.ep_scheme == "all_gather"
-    copies = (
-        (size - 1) * (1 - (1 - 1 / size) ** top_k) if config.dedup else top_k * (size - 1) / size
-    )
-    return size - 1 <= 1.02 * copies  # sizes that are known in advance are worth 2% more bytes
+    size, scheme, copies = config.ep, "all_to_all_per_slot", top_k * (config.ep - 1) / config.ep
+    if config.dedup:
+        scheme, copies = "all_to_all", (size - 1) * (1 - (1 - 1 / size) ** top_k)
+    fewer = size - 1 <= 1.02 * copies  # sizes that are known in advance are worth 2% more bytes
+    if config.ep_scheme == "all_gather" or (config.ep_scheme == "auto" and fewer):
+        return "all_gather"
+    return scheme

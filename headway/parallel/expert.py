@@ -22,12 +22,12 @@ The first two exchange counts first, and wait for the device to read them.
 N sub-tokens (T·H) · K slots · P ranks · R rows sent · M sub-tokens received.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from headway.model.dispatch import Future
 from headway.model.router import Route
 from headway.parallel.collectives import (
     AsyncCollective,
@@ -40,6 +40,8 @@ from headway.parallel.collectives import (
     reduce_scatter,
 )
 
+Scheme = Literal["all_to_all", "all_to_all_per_slot", "all_gather"]
+
 
 class DispatchOutput(NamedTuple):
     """Sub-tokens on the rank of their experts; `metadata` is None where nothing was sent."""
@@ -49,50 +51,26 @@ class DispatchOutput(NamedTuple):
     metadata: "CombineMetadata | None"
 
 
-class DispatchHandle:
-    """A dispatch that has been issued."""
-
-    def __init__(
-        self, collective: AsyncCollective, route: Route, metadata: "CombineMetadata"
-    ) -> None:
-        self.collective, self.route, self.metadata = collective, route, metadata
-
-    def wait(self) -> DispatchOutput:
-        """Return `z [M, 1, L]` and its route over the H·E/P local experts as one head."""
-        z_ML, *received = self.collective.wait()
-        index_MK, gate_MK = self.metadata.local_route(received)
-        route = self.route._replace(
-            index_THK=index_MK.long().unsqueeze(1), gate_THK=gate_MK.unsqueeze(1)
-        )
-        return DispatchOutput(z_ML.unsqueeze(1), route, self.metadata)
-
-
-class CombineHandle:
-    """A combine that has been issued."""
-
-    def __init__(self, collective: AsyncCollective, metadata: "CombineMetadata") -> None:
-        self.collective, self.metadata = collective, metadata
-
-    def wait(self) -> Tensor:
-        """Return `[T, H, L]`, summed over experts."""
-        (y_RL,) = self.collective.wait()
-        return self.metadata.combine(y_RL).view(self.metadata.shape)
-
-
 class CombineMetadata:
-    """What combine needs from dispatch; one subclass per scheme."""
+    """What combine needs from dispatch; one subclass per scheme. `splits` are those of its
+    all-to-all; None for a reduce-scatter."""
 
-    def __init__(self, comm: CommContext, shape: torch.Size, n_local: int) -> None:
-        self.comm, self.shape, self.n_local = comm._replace(purpose="combine"), shape, n_local
+    def __init__(self, comm: CommContext, x: "_SubTokens", splits: Splits | None) -> None:
+        self.comm, self.shape, self.n_local = comm._replace(purpose="combine"), x.shape, x.n_local
+        self.splits = splits
 
-    def local_route(self, received: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def local_route(self, *received: Tensor) -> tuple[Tensor, ...]:
         """Return indices of local experts, `n_local` where an expert is elsewhere, and gates."""
-        index_MK, gate_MK = received
-        return index_MK, gate_MK
+        return received
 
-    def start_combine(self, y_M1L: Tensor) -> CombineHandle:
-        """Send the outputs back."""
-        raise NotImplementedError
+    def start_combine(self, y_M1L: Tensor) -> Future[Tensor]:
+        """Send the outputs back → `[T, H, L]`, summed over experts."""
+        y_ML = y_M1L.squeeze(1)
+        if self.splits is None:
+            collective = reduce_scatter(y_ML, self.comm)
+        else:
+            collective = all_to_all([y_ML], self.comm, self.splits.swapped())
+        return collective.then(lambda y_RL: self.combine(y_RL).view(self.shape))
 
     def combine(self, y_RL: Tensor) -> Tensor:
         """Sum the outputs that came back → `[N, L]`."""
@@ -114,15 +92,10 @@ class _SubTokens(NamedTuple):
 
 
 def dispatch(
-    z_THL: Tensor,
-    route: Route,
-    n_experts: int,
-    comm: CommContext,
-    *,
-    use_all_gather: bool,
-    dedup: bool,
-) -> DispatchHandle:
-    """Send `[T, H, L]` to the experts that `route` chose among `n_experts` per head."""
+    z_THL: Tensor, route: Route, n_experts: int, comm: CommContext, scheme: Scheme
+) -> Future[DispatchOutput]:
+    """Send `[T, H, L]` to the experts that `route` chose among `n_experts` per head → `[M, 1, L]`,
+    and its route over the H·E/P local experts as one head."""
     T, H, L = z_THL.shape
     per_rank = n_experts // comm.axis.size
     index_NK = route.index_THK.reshape(T * H, -1)
@@ -135,9 +108,20 @@ def dispatch(
         head_N1 * per_rank + index_NK % per_rank,
         H * per_rank,
     )
-    start = _dispatch_to_all if use_all_gather else _dispatch_rows if dedup else _dispatch_slots
-    collective, metadata = start(x, comm)
-    return DispatchHandle(collective, route, metadata)
+    match scheme:
+        case "all_gather":
+            collective, metadata = _dispatch_to_all(x, comm)
+        case "all_to_all":
+            collective, metadata = _dispatch_rows(x, comm)
+        case "all_to_all_per_slot":
+            collective, metadata = _dispatch_slots(x, comm)
+
+    def receive(z_ML: Tensor, *received: Tensor) -> DispatchOutput:
+        index_MK, gate_MK = (part.unsqueeze(1) for part in metadata.local_route(*received))
+        local = route._replace(index_THK=index_MK.long(), gate_THK=gate_MK)
+        return DispatchOutput(z_ML.unsqueeze(1), local, metadata)
+
+    return collective.then(receive)
 
 
 def _dispatch_to_all(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, CombineMetadata]:
@@ -145,31 +129,17 @@ def _dispatch_to_all(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective,
     n_all = size * x.n_local
     index_NK = torch.where(x.owner_NK < size, x.owner_NK * x.n_local + x.local_NK, n_all)
     collective = all_gather((x.z_NL, index_NK.to(index_dtype(n_all)), x.gate_NK), comm)
-    return collective, _AllGathered(comm, x.shape, x.n_local)
+    return collective, _AllGathered(comm, x, None)
 
 
 class _AllGathered(CombineMetadata):
-    def local_route(self, received: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        index_MK, gate_MK = received
+    def local_route(self, index_MK: Tensor, gate_MK: Tensor) -> tuple[Tensor, ...]:
         local_MK = index_MK.long() - self.comm.axis.index * self.n_local
         elsewhere_MK = (local_MK < 0) | (local_MK >= self.n_local)
         return torch.where(elsewhere_MK, self.n_local, local_MK), gate_MK
 
-    def start_combine(self, y_M1L: Tensor) -> CombineHandle:
-        return CombineHandle(reduce_scatter(y_M1L.squeeze(1), self.comm), self)
-
     def combine(self, y_RL: Tensor) -> Tensor:
         return y_RL
-
-
-class _AllToAllMetadata(CombineMetadata):
-    def __init__(self, comm: CommContext, x: _SubTokens, splits: Splits) -> None:
-        super().__init__(comm, x.shape, x.n_local)
-        self.splits = splits
-
-    def start_combine(self, y_M1L: Tensor) -> CombineHandle:
-        collective = all_to_all([y_M1L.squeeze(1)], self.comm, self.splits.swapped())
-        return CombineHandle(collective, self)
 
 
 def _dispatch_rows(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, CombineMetadata]:
@@ -187,7 +157,7 @@ def _dispatch_rows(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, C
     return collective, _RowMetadata(comm, x, splits, rows)
 
 
-class _RowMetadata(_AllToAllMetadata):
+class _RowMetadata(CombineMetadata):
     def __init__(self, comm: CommContext, x: _SubTokens, splits: Splits, rows: "_Rows") -> None:
         super().__init__(comm, x, splits)
         self.rows = rows
@@ -211,15 +181,14 @@ def _dispatch_slots(x: _SubTokens, comm: CommContext) -> tuple[AsyncCollective, 
     return collective, _SlotMetadata(comm, x, splits, row_S.view_as(x.owner_NK))
 
 
-class _SlotMetadata(_AllToAllMetadata):
+class _SlotMetadata(CombineMetadata):
     """Every received row goes through one expert, with gate 1."""
 
     def __init__(self, comm: CommContext, x: _SubTokens, splits: Splits, row_NK: Tensor) -> None:
         super().__init__(comm, x, splits)
         self.row_NK, self.gate_NK = row_NK, x.gate_NK
 
-    def local_route(self, received: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        (index_M1,) = received
+    def local_route(self, index_M1: Tensor) -> tuple[Tensor, ...]:
         return index_M1, torch.ones_like(index_M1, dtype=self.gate_NK.dtype)
 
     def combine(self, y_RL: Tensor) -> Tensor:

@@ -26,34 +26,25 @@ Muon finds full matrices (picture: `placement.py`).
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
-
-try:
-    from torch.distributed import all_gather_single as _all_gather
-    from torch.distributed import reduce_scatter_single as _reduce_scatter
-except ImportError:  # before torch 2.13
-    from torch.distributed import all_gather_into_tensor as _all_gather
-    from torch.distributed import reduce_scatter_tensor as _reduce_scatter
 
 from headway.model.roles import DeclaresRoles, Group, SplitOver, roles_of
 from headway.model.transformer import Transformer
 from headway.parallel.collectives import CommContext
 from headway.parallel.mesh import Axis, Mesh
 from headway.parallel.placement import Sharding, ShardSpec
-from headway.parallel.traffic import Traffic
+from headway.parallel.reduce import ring_bytes
 
 
 def apply_fsdp(model: Transformer, sharding: Sharding) -> Sharding:
@@ -85,7 +76,7 @@ def apply_fsdp(model: Transformer, sharding: Sharding) -> Sharding:
         _use_counted_sums(block, axis, mesh, model.dtype, i)
     fully_shard(model, mesh=device_mesh, ignored_params=not_sharded)
     _use_counted_sums(model, axis, mesh, model.dtype, None)
-    first = mesh.dp.index == 0 if kind == "hsdp" else True
+    first = kind == "fsdp" or mesh.dp.index == 0
     placements = {
         name: replace(placement, first=first, shard=shards[name]) if name in shards else placement
         for name, placement in sharding.placements.items()
@@ -117,7 +108,7 @@ def _block_mesh(mesh: Mesh) -> tuple[DeviceMesh, Axis]:
 
 
 def _experts_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of a block whose parameters are split over heads and experts, by name."""
+    """Return the modules of a block whose parameters are split over heads and experts, by name."""
 
     def has_experts(module: nn.Module) -> bool:
         roles = module.roles().values() if isinstance(module, DeclaresRoles) else ()
@@ -134,15 +125,12 @@ def _shard_experts(
     assert mesh.device_mesh is not None
     size = mesh.dp.size
 
-    def choose_dim(p: nn.Parameter) -> int:
+    shards: dict[str, ShardSpec] = {}
+    dim_of: dict[nn.Parameter, int] = {}
+    for name, p in experts.named_parameters():
         # FSDP2 allows uneven shards along dim 0 only
-        return next((dim for dim in (0, 1, p.ndim - 2) if p.shape[dim] % size == 0), 0)
-
-    dim_of = {p: choose_dim(p) for p in experts.parameters()}
-    shards = {
-        name: ShardSpec(dim_of[p], p.shape[dim_of[p]], mesh.dp)
-        for name, p in experts.named_parameters()
-    }
+        dim = next((dim for dim in (0, 1, p.ndim - 2) if p.shape[dim] % size == 0), 0)
+        shards[name], dim_of[p] = ShardSpec(dim, p.shape[dim], mesh.dp), dim
     # the output is a view, and nothing writes to it in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .*Experts.* returned a view")
     fully_shard(
@@ -162,22 +150,17 @@ def _use_counted_sums(
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no average; NCCL loses nothing
-    module.set_custom_all_gather(_CountedAllGather(axis, mesh.traffic, dtype, layer))
-    module.set_custom_reduce_scatter(_CountedReduceScatter(axis, mesh.traffic, layer))
+    gather = CommContext(axis, mesh.traffic, "fsdp all-gather", layer)
+    module.set_custom_all_gather(_CountedAllGather(gather, dtype))
+    scatter = CommContext(axis, mesh.traffic, "fsdp reduce-scatter", layer)
+    module.set_custom_reduce_scatter(_CountedReduceScatter(scatter))
     if mesh.config.shard == "hsdp":
-        module.set_all_reduce_hook(_AllReduceCounter(mesh.dp, mesh.traffic, layer))
+        comm = CommContext(mesh.dp, mesh.traffic, "fsdp all-reduce", layer)
+        # called when FSDP has just issued the all-reduce over the replicas
+        module.set_all_reduce_hook(lambda reduced: comm.add(ring_bytes(reduced, mesh.dp)))
 
 
-class _Allocator:
-    """Allocate the buffer of a collective with torch's allocator."""
-
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _CountedAllGather(_Allocator, AllGather):
+class _CountedAllGather(DefaultAllGather):
     """FSDP's all-gather, counted, communicated in `dtype`.
 
     Experts, embedding and head are stored in float32 and handed over in float32: they are cast
@@ -185,8 +168,8 @@ class _CountedAllGather(_Allocator, AllGather):
     which they were handed over.
     """
 
-    def __init__(self, axis: Axis, traffic: Traffic, dtype: torch.dtype, layer: int | None) -> None:
-        self.comm, self.dtype = CommContext(axis, traffic, "fsdp all-gather", layer), dtype
+    def __init__(self, comm: CommContext, dtype: torch.dtype) -> None:
+        self.comm, self.dtype = comm, dtype
 
     def __call__(
         self,
@@ -201,17 +184,17 @@ class _CountedAllGather(_Allocator, AllGather):
             sent = sent.to(self.dtype)
             received = sent.new_empty(output_tensor.shape)
         self.comm.add((self.comm.axis.size - 1) * sent.nbytes)
-        work = _all_gather(received, sent, group=group, async_op=async_op)
+        work = super().__call__(received, sent, group, async_op)
         if compress:
             output_tensor.copy_(received)
         return work
 
 
-class _CountedReduceScatter(_Allocator, ReduceScatter):
+class _CountedReduceScatter(DefaultReduceScatter):
     """FSDP's reduce-scatter, counted."""
 
-    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
-        self.comm = CommContext(axis, traffic, "fsdp reduce-scatter", layer)
+    def __init__(self, comm: CommContext) -> None:
+        self.comm = comm
 
     def __call__(
         self,
@@ -220,18 +203,7 @@ class _CountedReduceScatter(_Allocator, ReduceScatter):
         group: dist.ProcessGroup,
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
-    ) -> dist.Work | None:
+    ) -> dist.Work:
         self.comm.add((self.comm.axis.size - 1) * output_tensor.nbytes)
         assert op == dist.ReduceOp.SUM
-        return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-class _AllReduceCounter:
-    """Counts the all-reduce of `hsdp` over the replicas, which FSDP has just issued."""
-
-    def __init__(self, axis: Axis, traffic: Traffic, layer: int | None) -> None:
-        self.comm = CommContext(axis, traffic, "fsdp all-reduce", layer)
-
-    def __call__(self, reduced: Tensor) -> None:
-        size = self.comm.axis.size
-        self.comm.add(2 * (size - 1) * reduced.nbytes // size)
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)

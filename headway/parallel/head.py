@@ -11,41 +11,37 @@ A router that reads the token has run before; its indices and gates are sent in 
 
 from torch import Tensor
 
+from headway.model.dispatch import Future
 from headway.model.router import Route
 from headway.parallel.collectives import CommContext, all_to_all, index_dtype
 
 
-class ScatterHandle:
-    """`[T, H, L]` and a route `[T, H, K]` → `[P·T, H/P, L]` and `[P·T, H/P, K]`, in rank order."""
+def scatter(
+    z_THL: Tensor, route: Route | None, comm: CommContext
+) -> Future[tuple[Tensor, Route | None]]:
+    """`[T, H, L]` and a route `[T, H, K]` → `[P·T, H/P, L]` and `[P·T, H/P, K]`, in rank order. The
+    statistics of the route remain those of the local tokens."""
+    parts = [z_THL]
+    if route is not None:
+        dtype = index_dtype(route.stats.counts_HE.numel())
+        parts += [route.index_THK.to(dtype), route.gate_THK]
 
-    def __init__(self, z_THL: Tensor, route: Route | None, comm: CommContext) -> None:
-        self.route = route
-        parts = [z_THL]
-        if route is not None:
-            dtype = index_dtype(route.stats.counts_HE.numel())
-            parts += [route.index_THK.to(dtype), route.gate_THK]
-        self.collective = all_to_all([_by_rank(part, comm.axis.size) for part in parts], comm)
-
-    def wait(self) -> tuple[Tensor, Route | None]:
-        """Return the sub-tokens of the local heads and their route, whose statistics remain those
-        of the local tokens."""
-        z_THL, *indices_and_gates = self.collective.wait()
-        if self.route is None:
+    def receive(z_THL: Tensor, *index_and_gate: Tensor) -> tuple[Tensor, Route | None]:
+        if route is None:
             return z_THL, None
-        index_THK, gate_THK = indices_and_gates
-        return z_THL, Route(index_THK.long(), gate_THK, self.route.stats)
+        index_THK, gate_THK = index_and_gate
+        return z_THL, Route(index_THK.long(), gate_THK, route.stats)
+
+    return all_to_all([_by_rank(part, comm.axis.size) for part in parts], comm).then(receive)
 
 
-class GatherHandle:
+def gather(y_THL: Tensor, comm: CommContext) -> Future[Tensor]:
     """The inverse: `[P·T, H/P, L]` → `[T, H, L]`, every token on its rank, heads in order."""
 
-    def __init__(self, y_THL: Tensor, comm: CommContext) -> None:
-        self.collective, self.size = all_to_all([y_THL], comm), comm.axis.size
+    def receive(y_PTHL: Tensor) -> Tensor:
+        return y_PTHL.unflatten(0, (comm.axis.size, -1)).transpose(0, 1).flatten(1, 2)
 
-    def wait(self) -> Tensor:
-        """Return `[T, H, L]`."""
-        (y_PTHL,) = self.collective.wait()
-        return y_PTHL.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1, 2)
+    return all_to_all([y_THL], comm).then(receive)
 
 
 def _by_rank(x_THX: Tensor, size: int) -> Tensor:

@@ -31,13 +31,13 @@ def local_shard(name: str, local: Tensor, sharding: Sharding, parameter: str = "
     placement = sharding.placements.get(parameter or name)
     if placement is None:
         return LocalShard(local, tuple(local.shape), (0,) * local.dim(), sharding.mesh.is_main)
-    shape, start = list(local.shape), [0] * local.dim()
-    if (shard := placement.shard) is not None:
-        shape[shard.dim], start[shard.dim] = shard.rows, shard.start
+    shape = list(local.shape)
+    if placement.shard is not None:
+        shape[placement.shard.dim] = placement.shard.rows
     for dim, axis in enumerate(placement.axes):
-        start[dim] += axis.index * shape[dim]
         shape[dim] *= axis.size
-    return LocalShard(local, tuple(shape), tuple(start), placement.first)
+    start = tuple(part.start for part in placement.slices(shape))
+    return LocalShard(local, tuple(shape), start, placement.first)
 
 
 def local_slices(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[slice, ...]:
@@ -46,13 +46,5 @@ def local_slices(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple
     placement = sharding.placements.get(name)
     if placement is None:
         return ()
-    start, size = [0] * len(shape), list(shape)
-    for dim, axis in enumerate(placement.axes):
-        size[dim] //= axis.size
-        start[dim] = axis.index * size[dim]
-    if (shard := placement.shard) is not None:
-        start[shard.dim] += shard.start
-        size[shard.dim] = shard.length(shard.axis.index)
-    if tuple(size) == shape:
-        return ()
-    return tuple(slice(first, first + n) for first, n in zip(start, size, strict=True))
+    slices = placement.slices(shape)
+    return () if slices == tuple(slice(0, n) for n in shape) else slices

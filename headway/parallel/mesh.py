@@ -151,11 +151,6 @@ def _all_gather_object(value: T, size: int, group: dist.ProcessGroup | None = No
     return values
 
 
-def launched() -> bool:
-    """Whether torchrun (or Slurm through it) started this process as one of several."""
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
-
-
 @contextmanager
 def launch(
     config: MeshConfig,
@@ -173,35 +168,31 @@ def launch(
         _check_product(config, 1, 0)
         yield Mesh(config, device=device)
         return
-    rank = _number("RANK")
+    rank, address, port = _number("RANK"), os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", _number("LOCAL_RANK"))
         torch.cuda.set_device(device)
     # NCCL aborts the process from its own thread: the watchdog gets time to report before that
     timeout = timedelta(seconds=config.timeout + (30 if cuda else 0))
+    wait = timedelta(seconds=max(config.timeout, 60.0))  # importing torch takes long on a busy host
+    attempt = f"headway {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        # importing torch takes long on a busy host
-        wait = timedelta(seconds=max(config.timeout, 60.0))
         job_store, _, _ = next(rendezvous("env://", timeout=wait))
-        attempt = f"headway {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = dist.PrefixStore(attempt, job_store)
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankError(
-            f"rank {rank} found no rendezvous at {where} ({text}); "
+            f"rank {rank} found no rendezvous at {address}:{port} ({text}); "
             "use a free port (torchrun --master-port) and an address that all hosts reach"
         ) from None
     traffic = Traffic()
     # a second connection, since a thread that waits for a key blocks its connection
-    where = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
-    watchdog_store = dist.PrefixStore(
-        attempt, dist.TCPStore(*where, timeout=wait, wait_for_workers=False)
-    )
+    second = dist.TCPStore(address, port, timeout=wait, wait_for_workers=False)
+    watchdog_store = dist.PrefixStore(attempt, second)
     try:
         with Watchdog(watchdog_store, rank, world, config.timeout, traffic) as watchdog:
             check(rank, _all_gather_object(facts(), world))
@@ -214,14 +205,13 @@ def launch(
 def _check_product(config: MeshConfig, world: int, rank: int) -> None:
     """Raise unless the mesh has as many ranks as there are processes."""
     if config.size != world:
+        there, fix = f"are {world}", f"use --mesh with a product of {world}"
+        if world == 1:
+            there = "is 1"
+            fix = f"start it with: torchrun --nproc-per-node {config.size} -m -- headway train …"
         raise (PeerError if rank else UsageError)(
             f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {config.size} processes "
-            f"and there {'is 1' if world == 1 else f'are {world}'}; "
-            + (
-                f"start it with: torchrun --nproc-per-node {config.size} -m -- headway train …"
-                if world == 1
-                else f"use --mesh with a product of {world}"
-            )
+            f"and there {there}; {fix}"
         )
 
 
@@ -241,9 +231,9 @@ def fake(config: MeshConfig, rank: int = 0) -> Iterator[Mesh]:
 
 
 def _world_size() -> int:
-    """Return the number of processes from the launcher's environment. Raise UsageError where that
-    is incomplete."""
-    if not launched():
+    """Return the number of processes from the launcher's environment (torchrun, or Slurm through
+    it). Raise UsageError where that is incomplete."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 1
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
@@ -252,7 +242,7 @@ def _world_size() -> int:
             f"{missing[0]} is not set, and RANK or WORLD_SIZE is; start with torchrun, "
             f"which sets {', '.join(needed)}"
         )
-    world, rank, port = _number("WORLD_SIZE"), _number("RANK"), _number("MASTER_PORT")
+    world, rank, port = map(_number, ("WORLD_SIZE", "RANK", "MASTER_PORT"))
     if world > 1 and not (0 <= rank < world and 0 < port < 2**16):
         raise UsageError(
             f"RANK={rank}, WORLD_SIZE={world}, MASTER_PORT={port} cannot be; use ranks from 0 to "
@@ -271,9 +261,8 @@ def _number(name: str) -> int:
 
 def build_mesh(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
     """Return the mesh of an initialised process group, as `rank` sees it. Collective."""
-    names = ("dp", "hp", "ep")
     sizes = (config.dp, config.hp, config.ep)
-    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "hp", "ep"))
     hp_index = rank // config.ep % config.hp
 
     def axis(name: str) -> Axis:
@@ -290,9 +279,7 @@ def build_mesh(config: MeshConfig, rank: int, device: torch.device) -> Mesh:
     return Mesh(
         config,
         rank,
-        dp=axis("dp"),
-        hp=axis("hp"),
-        ep=axis("ep"),
+        *map(axis, ("dp", "hp", "ep")),
         world=Axis("world", ranks.numel(), rank, dist.group.WORLD),
         routers=Axis("routers", config.dp * config.ep, index, cast(dist.ProcessGroup, routers)),
         device_mesh=device_mesh,

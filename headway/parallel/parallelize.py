@@ -6,7 +6,7 @@ import torch
 
 from headway.model.dispatch import LOCAL, LocalDispatcher
 from headway.model.transformer import Transformer
-from headway.parallel.dispatcher import MeshDispatcher, uses_all_gather
+from headway.parallel.dispatcher import MeshDispatcher, ep_scheme
 from headway.parallel.fsdp import apply_fsdp
 from headway.parallel.mesh import Mesh
 from headway.parallel.placement import Sharding, partition, to_local
@@ -32,14 +32,9 @@ def parallelize(model: Transformer, mesh: Mesh) -> Parallelism:
     """Replace the tensors of a full model by the parts that this rank holds, in place."""
     if mesh.size == 1:
         return Parallelism(Sharding(mesh, {}), LOCAL)
-    config = mesh.config
-    dispatcher = MeshDispatcher(
-        mesh,
-        # 0 is resolved by who knows the nodes (`train.resolve`); elsewhere it means one chunk
-        n_chunks=max(config.chunks, 1),
-        use_all_gather=uses_all_gather(config, model.config.moe.top_k),
-        dedup=config.dedup,
-    )
+    # 0 is resolved by who knows the nodes (`train.resolve`); elsewhere it means one chunk
+    n_chunks = max(mesh.config.chunks, 1)
+    dispatcher = MeshDispatcher(mesh, n_chunks, ep_scheme(mesh.config, model.config.moe.top_k))
     return Parallelism(apply_fsdp(model, partition(model, mesh)), dispatcher)
 
 

@@ -13,11 +13,11 @@ ep=2 as the rank dp=1, hp=0, ep=1 holds it:
     shape [4, 6, …]                [2, 3, …]                  [1, 3, …], start (1, 3, …)
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from headway.model.moe import SparseLayer
@@ -50,10 +50,6 @@ class ShardSpec:
         """First row of this rank's shard."""
         return min(self.axis.index * self.rows_per_rank, self.rows)
 
-    def local_view(self, x: Tensor) -> Tensor:
-        """Return this rank's shard of a slice, a view."""
-        return x.narrow(self.dim, self.start, self.length(self.axis.index))
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -68,13 +64,16 @@ class Placement:
     shard: ShardSpec | None = None
     """How FSDP shards the slice, if it does. It then sums the gradients itself."""
 
-    def local_view(self, full: Tensor) -> Tensor:
-        """Return the part of a full tensor that this rank holds, a view."""
-        part = full
+    def slices(self, shape: Sequence[int]) -> tuple[slice, ...]:
+        """Return the part of a full tensor of `shape` that this rank holds: one slice per dim."""
+        start, size = [0] * len(shape), list(shape)
         for dim, axis in enumerate(self.axes):
-            size = part.shape[dim] // axis.size
-            part = part.narrow(dim, axis.index * size, size)
-        return part if self.shard is None else self.shard.local_view(part)
+            size[dim] //= axis.size
+            start[dim] = axis.index * size[dim]
+        if (shard := self.shard) is not None:
+            start[shard.dim] += shard.start
+            size[shard.dim] = shard.length(shard.axis.index)
+        return tuple(slice(first, first + n) for first, n in zip(start, size, strict=True))
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Sharding:
     def local_view(self, name: str, full: Tensor) -> Tensor:
         """Return the part of a full tensor that this rank holds, a view."""
         placement = self.placements.get(name)
-        return full if placement is None else placement.local_view(full)
+        return full if placement is None else full[placement.slices(full.shape)]
 
     def local_heads(self, x: Tensor, layer: SparseLayer) -> Tensor:
         """Return the rows of a statistic `[H, …]` of all heads for the heads whose router is on
@@ -101,31 +100,26 @@ class Sharding:
 def partition(model: Transformer, mesh: Mesh) -> Sharding:
     """Replace the tensors of a full model by this rank's slices, in place; return their
     placements. FSDP comes after it (`fsdp.apply_fsdp`)."""
-    first = mesh.dp.index == 0
-    replicated = Placement((), mesh.world, mesh.rank == 0)
+    replicated = Placement((), mesh.world, mesh.is_main)
     placement_of = {
         SplitOver.NONE: replicated,
         SplitOver.HEADS: Placement((mesh.hp,), mesh.routers, mesh.routers.index == 0),
-        SplitOver.EXPERTS: Placement((mesh.hp, mesh.ep), mesh.dp, first),
+        SplitOver.EXPERTS: Placement((mesh.hp, mesh.ep), mesh.dp, mesh.dp.index == 0),
     }
     if mesh.hp.size == 1:
         placement_of[SplitOver.HEADS] = replicated
     placements = {name: placement_of[role.shard] for name, role in roles_of(model).items()}
+    sharding = Sharding(mesh, placements)
     with torch.no_grad():
-        for name, tensor in _tensors(model):
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if placements[name].axes:
                 # a copy, so that the memory of the full tensor is freed
-                local = placements[name].local_view(tensor).clone()
+                local = sharding.local_view(name, tensor).clone()
                 tensor.set_(local)  # type: ignore[call-overload]
-    return Sharding(mesh, placements)
+    return sharding
 
 
 def to_local(x: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds: a plain tensor itself, this rank's shard
     of a `DTensor`. It shares memory with `x`."""
     return x.to_local().detach() if isinstance(x, DTensor) else x
-
-
-def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

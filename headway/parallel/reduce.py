@@ -7,10 +7,9 @@ sent it some, through the backward of the exchange, and only its replicas are le
 (arXiv 2602.04870's code forgets to divide there, and clips every rank by another norm).
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -30,10 +29,9 @@ ROW = 4096
 def sum_over(axis: Axis, x: Tensor, mesh: Mesh, purpose: str) -> Tensor:
     """Sum `x` over the ranks of an axis, in place; the result has the same bits on all of them."""
     if axis.size > 1:
-        mesh.traffic.add(axis.name, purpose, _ring_bytes(x, axis))
-        started = time.perf_counter()
-        dist.all_reduce(x, group=axis.group)
-        mesh.traffic.add_wait(axis.name, purpose, time.perf_counter() - started)
+        mesh.traffic.add(axis.name, purpose, ring_bytes(x, axis))
+        with mesh.traffic.waiting(axis.name, purpose):
+            dist.all_reduce(x, group=axis.group)
     return x
 
 
@@ -65,8 +63,8 @@ class _Bucket:
     """Gradients that are reduced in one message."""
 
     axis: Axis
-    parameters: list[nn.Parameter]
-    pending: int
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    pending: int = 0
     """Gradients that backward has not computed yet."""
     flat: Tensor | None = None
     work: dist.Work | None = None
@@ -95,10 +93,8 @@ class _BucketReducer:
             self._issue(bucket)
         for bucket in self.buckets:
             assert bucket.work is not None and bucket.flat is not None
-            started = time.perf_counter()
-            bucket.work.wait()
-            seconds = time.perf_counter() - started
-            self.mesh.traffic.add_wait(bucket.axis.name, "gradients", seconds)
+            with self.mesh.traffic.waiting(bucket.axis.name, "gradients"):
+                bucket.work.wait()
             sums = bucket.flat.split([p.numel() for p in bucket.parameters])
             for p, total in zip(bucket.parameters, sums, strict=True):
                 _grad(p).copy_(total.view_as(p))
@@ -107,7 +103,7 @@ class _BucketReducer:
     def _issue(self, bucket: _Bucket) -> None:
         flat = torch.cat([_grad(p).flatten() for p in bucket.parameters])
         axis, bucket.flat = bucket.axis, flat
-        self.mesh.traffic.add(axis.name, "gradients", _ring_bytes(flat, axis))
+        self.mesh.traffic.add(axis.name, "gradients", ring_bytes(flat, axis))
         bucket.work = dist.all_reduce(flat, group=axis.group, async_op=True)
 
 
@@ -120,9 +116,7 @@ def _buckets(model: nn.Module, sharding: Sharding) -> list[_Bucket]:
         if placement is None or placement.replicas.size == 1 or placement.shard is not None:
             continue
         key = (placement.replicas.name, p.dtype)
-        bucket = partial_.get(key)
-        if bucket is None:
-            bucket = partial_[key] = _Bucket(placement.replicas, [], 0)
+        bucket = partial_.setdefault(key, _Bucket(placement.replicas))
         bucket.parameters.append(p)
         bucket.pending += 1
         if sum(p.nbytes for p in bucket.parameters) >= BUCKET:
@@ -205,7 +199,7 @@ def global_stats(
     return global_routes, flat[: len(sums)]
 
 
-def _ring_bytes(x: Tensor, axis: Axis) -> int:
+def ring_bytes(x: Tensor, axis: Axis) -> int:
     """Return what a ring all-reduce sends: each of P shards P−1 times to sum it, P−1 times to
     distribute the sum."""
     return 2 * (axis.size - 1) * x.nbytes // axis.size

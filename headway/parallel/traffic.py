@@ -7,6 +7,7 @@ A layer is the index of a block in the model. Backward counts for the layer of i
 serves several layers at once (sums of gradients, of the loss, of statistics) has no layer.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,8 +57,12 @@ class Traffic:
         self.calls += 1
         self._count(axis, purpose, layer).add(Count(n_bytes, 1))
 
-    def add_wait(self, axis: str, purpose: str, seconds: float, layer: int | None = None) -> None:
-        """Count the time that a collective blocked the host."""
+    @contextmanager
+    def waiting(self, axis: str, purpose: str, layer: int | None = None) -> Iterator[None]:
+        """Count the time that a collective blocks the host in the body."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
         self.wait += seconds
         self._count(axis, purpose, layer).wait += seconds
 

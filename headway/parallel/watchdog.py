@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -58,6 +57,7 @@ class Watchdog:
     ) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.traffic = traffic
+        self._late = f"did not join a collective within {timeout:g} s"
         self.step = self.heartbeats = 0
         self._ended = False
         self._progressed = threading.Event()
@@ -70,9 +70,8 @@ class Watchdog:
 
     def positions(self) -> dict[int, Position]:
         """Return the position of every rank that has published one."""
-        keys = [f"at/{rank}" for rank in range(self.size)]
-        ranks = [rank for rank, key in enumerate(keys) if self.store.check([key])]
-        texts = self.store.multi_get([keys[rank] for rank in ranks]) if ranks else []
+        ranks = [rank for rank in range(self.size) if self.store.check([f"at/{rank}"])]
+        texts = self.store.multi_get([f"at/{rank}" for rank in ranks]) if ranks else []
         return {r: Position(*json.loads(text)) for r, text in zip(ranks, texts, strict=True)}
 
     def explain(self, error: BaseException) -> str:
@@ -81,10 +80,7 @@ class Watchdog:
         before = self.positions()
         time.sleep(2.5 * HEARTBEAT)  # long enough for another heartbeat of every rank that is alive
         text = str(error).lower()
-        if "timed out" in text or "timeout" in text:
-            fate = f"did not join a collective within {self.timeout:g} s"
-        else:
-            fate = "left the job"
+        fate = self._late if "timed out" in text or "timeout" in text else "left the job"
         return who_is_behind(before, self.positions(), fate)
 
     def claim_report(self) -> bool:
@@ -96,12 +92,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        _: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         try:
             if isinstance(error, RuntimeError) and _is_collective_error(error):
                 raise RunError(self._report(error)) from None
@@ -175,8 +166,7 @@ class Watchdog:
         time.sleep(2.5 * HEARTBEAT)
         self._publish()
         if self.claim_report():
-            fate = f"did not join a collective within {self.timeout:g} s"
-            text = who_is_behind(before, self.positions(), fate)
+            text = who_is_behind(before, self.positions(), self._late)
             print(f"headway: {text}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -192,10 +182,8 @@ def who_is_behind(before: dict[int, Position], now: dict[int, Position], fate: s
     named = named or [r for r, p in now.items() if p.progress < front]
     others = [p for r, p in now.items() if r not in named]
     if not named or not others:
-        position = next(iter(now.values()))
-        return (
-            f"all ranks are at {position}, and one of them {fate}: look at the network between them"
-        )
+        where = f"all ranks are at {next(iter(now.values()))}"
+        return f"{where}, and one of them {fate}: look at the network between them"
     one = len(named) == 1
     who = f"rank {named[0]} is" if one else f"ranks {', '.join(map(str, named))} are"
     return (

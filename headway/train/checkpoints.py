@@ -111,15 +111,15 @@ class Checkpoints:
         }
         self.poll(wait=True)  # at most one is being written
         up_to = [] if optim.schedule == "cosine" else [steps_before_fall(optim)]
-        arguments = (
+        plan = save.plan_save(
             *(self.run_dir, self.progress.step, self.model, self.optimizers, self.config.model),
             *(state, run.keep_checkpoints, self.parallelism, [*up_to, *self.offered]),
         )
         if run.async_checkpoint:
-            self._pending = AsyncSave(save.plan_save(*arguments).stage(), self._gather)
+            self._pending = AsyncSave(plan.stage(), self._gather)
             return
         try:
-            self._saved(save.save_checkpoint(*arguments), self.progress.step)
+            self._saved(save.write_checkpoint(plan), self.progress.step)
         except CheckpointError as error:
             self._failed(error)
 

@@ -57,7 +57,8 @@ def open_session(
     def facts() -> dict[str, Any]:
         return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
 
-    run_dir, resumes, overwrite, fork_from = RunStart.of(resolved.config, resume, overwrite)
+    start = RunStart.of(resolved.config, resume, overwrite)
+    run_dir = start.run_dir
     with (
         nullcontext(interrupt) if interrupt else Interrupt() as interrupt,
         launch(resolved.config.mesh, resolved.device, facts) as mesh,
@@ -66,13 +67,7 @@ def open_session(
     ):
         log = log if mesh.is_main else _silent
         config, run = resolved.config, resolved.config.run
-        checkpoint, problems = mesh.on_main(
-            lambda: (
-                run_folder.resume_run(run_dir, lock, log)
-                if resumes
-                else run_folder.verify_fork(fork_from)
-            )
-        )
+        checkpoint, problems = mesh.on_main(lambda: run_folder.find_start(start, lock, log))
         if checkpoint is not None:
             check_architecture(read_model_config(checkpoint), config.model)
         if run.threads:
@@ -86,11 +81,9 @@ def open_session(
             model = Transformer(config.model, compute, blocks=blocks)
         sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
         parallelism = materialize(model, mesh, run.seed)
-        if not resumes:
+        if not start.resume:
             info = run_info(resolved, sizes, data.info, recipe_source)
-            checkpoint = mesh.on_main(
-                lambda: run_folder.create_run(run_dir, info, overwrite, lock, log, fork_from)
-            )
+            checkpoint = mesh.on_main(lambda: run_folder.create_run(start, info, lock, log))
         announce(resolved, mesh, sizes, run_dir, log)
         for line in data.notes:
             log(line)
@@ -103,7 +96,7 @@ def open_session(
         with JsonlSink(run_dir / "metrics.jsonl") if mesh.is_main else NoSink() as sink:
             records = Records(config, run_dir, model, sizes, parallelism, progress, sink, log)
             checkpoints = Checkpoints(records, optimizers, identity)
-            if resumes or fork_from is not None:
+            if start.resume or start.fork_from is not None:
                 checkpoints.restore(checkpoint, problems)
             interrupt.defer(mesh.all_gather_object)
             if run.compile:

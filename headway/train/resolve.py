@@ -22,7 +22,7 @@ from headway.model.costs import (
 )
 from headway.model.router import capacity
 from headway.model.transformer import Transformer
-from headway.parallel.dispatcher import uses_all_gather
+from headway.parallel.dispatcher import ep_scheme
 from headway.plan.layout import MeshLayout, auto_chunks
 
 
@@ -104,7 +104,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
 def _chunks(mesh: MeshConfig, moe: MoEConfig, rows: int, derived: dict[str, str]) -> MeshConfig:
     """Choose mesh.chunks by the rule of `headway plan`. Ranks compare their configs before step 0:
     nodes of different sizes, which might choose differently, are an error that names it."""
-    scheme = "all_gather" if uses_all_gather(mesh, moe.top_k) else "all_to_all"
+    scheme = ep_scheme(mesh, moe.top_k)
     sharded = mesh.shard == "fsdp"
     sharding = MeshLayout(mesh.dp, mesh.hp, mesh.ep, scheme if mesh.ep > 1 else None, sharded)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size))  # torchrun sets it

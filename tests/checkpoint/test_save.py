@@ -60,7 +60,8 @@ def _trained(steps=2, seed=0):
 
 
 def _save(run, step, model, optimizers, keep=2, state=None):
-    return save.save_checkpoint(run, step, model, optimizers, CONFIG, state or {}, keep)
+    plan = save.plan_save(run, step, model, optimizers, CONFIG, state or {}, keep)
+    return save.write_checkpoint(plan)
 
 
 def _names(run):
@@ -125,7 +126,7 @@ def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path):
 def test_large_files_are_several_with_an_index(tmp_path):
     model, optimizers = _trained()
     snapshot = save.plan_save(tmp_path, 1, model, optimizers, CONFIG, {}, max_file_bytes=3250)
-    path = save.write_checkpoint(snapshot, lambda value: [value])
+    path = save.write_checkpoint(snapshot)
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert [p.name for p in sorted(path.glob("model-*"))] == names
     assert checkpoint_dir.verify(path) == ""

@@ -12,7 +12,7 @@ import torch
 from headway.checkpoint import checkpoint_dir
 from headway.checkpoint.checkpoint_dir import CheckpointError
 from headway.checkpoint.load import load_checkpoint
-from headway.checkpoint.save import save_checkpoint
+from headway.checkpoint.save import plan_save, write_checkpoint
 from headway.checkpoint.tensor_files import TensorFile
 from headway.config import BalanceConfig, MeshConfig, OptimConfig, RouterConfig
 from headway.model.compute import Compute
@@ -78,7 +78,9 @@ def go_on(mesh, folder, first, last, model, optim, save_at=()):
         optimizers.zero_grad()
         if step + 1 in save_at:
             state = {"progress": progress.to_dict()}
-            save_checkpoint(Path(folder), step + 1, net, optimizers, model, state, 9, parallelism)
+            write_checkpoint(
+                plan_save(Path(folder), step + 1, net, optimizers, model, state, 9, parallelism)
+            )
     return records
 
 
@@ -116,7 +118,7 @@ def resave(mesh, source, target, model, optim):
     path, _ = checkpoint_dir.latest(Path(source))
     assert path is not None
     load_checkpoint(path, net, optimizers, model, parallelism.sharding)
-    save_checkpoint(Path(target), 2, net, optimizers, model, {}, 9, parallelism)
+    write_checkpoint(plan_save(Path(target), 2, net, optimizers, model, {}, 9, parallelism))
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(hp=4), MeshConfig(2, 2, 2)], ids=str)
@@ -155,7 +157,9 @@ def fails_once(mesh, folder, model, optim):
 
     def save(step):
         try:
-            save_checkpoint(Path(folder), step, net, optimizers, model, {}, 9, parallelism)
+            write_checkpoint(
+                plan_save(Path(folder), step, net, optimizers, model, {}, 9, parallelism)
+            )
         except CheckpointError as error:
             seen.append(str(error))
 

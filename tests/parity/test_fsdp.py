@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from headway import recipes
 from headway.checkpoint.load import load_checkpoint
-from headway.checkpoint.save import save_checkpoint
+from headway.checkpoint.save import plan_save, write_checkpoint
 from headway.checkpoint.state import parameter_of
 from headway.config import (
     DataConfig,
@@ -129,7 +129,8 @@ def _story(mesh, config, optim, data, folder, steps):
         optimizers.zero_grad()
         records.append(((seen.val_loss, seen.val_bits_per_byte, result.norm), text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
-    path = save_checkpoint(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
+    plan = plan_save(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
+    path = write_checkpoint(plan)
     for p in model.parameters():
         to_local(p).detach().zero_()
     again, parallelism, optimizers = build(mesh, config, optim)

@@ -135,14 +135,14 @@ def test_stops_early_on_request(tmp_path):
 
 
 def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch):
-    inner = save.save_checkpoint
+    inner = save.write_checkpoint
 
-    def failing(run_dir, step, *rest):
-        if step in (8, 20):
-            raise CheckpointError(f"checkpoint at step {step} was not written: no space")
-        return inner(run_dir, step, *rest)
+    def failing(plan):
+        if plan.step in (8, 20):
+            raise CheckpointError(f"checkpoint at step {plan.step} was not written: no space")
+        return inner(plan)
 
-    monkeypatch.setattr(save, "save_checkpoint", failing)
+    monkeypatch.setattr(save, "write_checkpoint", failing)
     lines = []
     result = train(tiny(tmp_path), log=lines.append)
     assert result["steps"] == 20 and result["error"].startswith("checkpoint at step 20 was not")

@@ -24,8 +24,7 @@ def checkpoints(run_dir: Path) -> Path:
 
 
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that passes `verify`, and one line for each newer one that does
-    not."""
+    """Return the newest checkpoint that passes `verify`, and a line for each newer that fails."""
     problems = []
     for _, path in reversed(_listed(checkpoints(run_dir))):
         problem = verify(path)
@@ -36,8 +35,7 @@ def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(path: Path) -> str:
-    """Return what is wrong with a checkpoint folder, in a few words; empty when every file has its
-    size and SHA-256."""
+    """Return what is wrong with a checkpoint, in a few words; "" if every size and SHA-256 fits."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())["files"]
         for name in dict.fromkeys((*manifest, *_NEEDED)):
@@ -128,10 +126,8 @@ def digest(path: Path) -> dict[str, Any]:
     """Return the size of a file in bytes and its SHA-256. Not a CRC: SHA-256 costs under a second
     per GiB, finds any damage, and lets people compare checkpoints by one line."""
     with path.open("rb") as file:
-        return {
-            "size": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha256}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -149,11 +145,9 @@ def fsync(path: Path) -> None:
 
 
 def _listed(parent: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder), oldest first; a replaced folder sorts before the one that replaced
-    it."""
+    """Return (step, folder), oldest first; a replaced folder before the one that replaced it."""
     entries = []
-    if parent.is_dir():
-        for path in parent.iterdir():
-            if (match := _NAME.fullmatch(path.name)) and path.is_dir():
-                entries.append((int(match[1]), not match[2], path))
+    for path in parent.glob("step-*"):
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            entries.append((int(match[1]), not match[2], path))
     return [(step, path) for step, _, path in sorted(entries)]

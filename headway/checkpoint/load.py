@@ -71,8 +71,7 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def check_architecture(before: ModelConfig, wanted: ModelConfig) -> None:
-    """Raise `UsageError` on the first differing field; strengths of balance losses may change
-    within a run."""
+    """Raise `UsageError` on the first differing field; strengths of balance losses may change."""
     ours = leaves(dataclasses.asdict(wanted), "model.")
     free = tuple(f"model.moe.balance.{name}" for name in ("aux", "aux_scope", "z", "bias_rate"))
     for name, old in leaves(dataclasses.asdict(before), "model.").items():

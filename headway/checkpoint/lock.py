@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from headway.config import RunError, UsageError
+from headway.config import RunError, UsageError, cannot_write
 
 HEARTBEAT = 10.0
 """Seconds between two heartbeats."""
@@ -67,18 +67,15 @@ class Lock:
             while not self._create(self.path) and not self._take_over(log):
                 time.sleep(0.01)
         except OSError as error:
-            raise UsageError(
-                f"cannot write {self.path}: {error.strerror}; choose another folder with --run"
-            ) from None
+            raise cannot_write(self.path, error) from None
         self._acquired = True
         threading.Thread(target=self._heartbeat, daemon=True).start()
 
     def check(self) -> None:
         """Raise RunError when another job took the lock over, as while this one was suspended."""
         if self._new_holder:
-            raise RunError(
-                f"{self.path.parent} was taken over by {self._new_holder}; this job ends"
-            )
+            taken = f"{self.path.parent} was taken over by {self._new_holder}"
+            raise RunError(f"{taken}; this job ends")
 
     def __enter__(self) -> "Lock":
         return self
@@ -102,17 +99,22 @@ class Lock:
         holder, silence = _read(self.path), _age(self.path)
         if silence is None:  # released
             return False
+        alive = ""
         if holder is not None and holder.machine == self._mine.machine:
             if _start_time(holder.pid) in (holder.born, ""):
-                raise self._in_use(str(holder))
+                alive = str(holder)
+        elif silence < 3 * HEARTBEAT:
+            alive = f"{holder or 'a process'}, {silence:.0f} s ago,"
         elif silence < EXPIRY:
-            if silence < 3 * HEARTBEAT:
-                raise self._in_use(f"{holder or 'a process'}, {silence:.0f} s ago,")
-            log(
-                f"{self.path.parent}: is {holder or 'its process'} gone? silent for {silence:.0f} s"
-            )
+            who = holder or "its process"
+            log(f"{self.path.parent}: is {who} gone? silent for {silence:.0f} s")
             time.sleep(EXPIRY / 6)
             return False
+        if alive:
+            raise UsageError(
+                f"{self.path.parent} is in use: {alive} trains in it; wait for its end, or choose "
+                "another --run"
+            )
         # Of several processes one may replace this holder: the one that creates this file.
         claim = self.path.with_name(f"{self.path.name}.{holder.token if holder else 'torn'}")
         if not self._create(claim):
@@ -127,12 +129,6 @@ class Lock:
         log(f"{holder or 'a process'}, which trained in {self.path.parent}, is gone: taking over")
         return True
 
-    def _in_use(self, who: str) -> UsageError:
-        return UsageError(
-            f"{self.path.parent} is in use: {who} trains in it; wait for its end, or choose "
-            "another --run"
-        )
-
     def _heartbeat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
             holder = _read(self.path)
@@ -144,8 +140,7 @@ class Lock:
 
 
 def _read(path: Path) -> Holder | None:
-    """Return the holder that a lock names; None where there is no lock, or one that is being
-    written."""
+    """Return the holder that a lock names; None without a lock, or while it is being written."""
     try:
         return Holder(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
@@ -153,8 +148,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _age(path: Path) -> float | None:
-    """Return the seconds since a file was touched, by the clock of its file system; None without
-    it."""
+    """Return the seconds since a file was touched, by its file system's clock; None without it."""
     with tempfile.TemporaryFile(dir=path.parent) as now:
         now.write(b"now")
         now.flush()
@@ -178,11 +172,10 @@ def _start_time(pid: int) -> str | None:
     """Return the start time of a process of this machine, in ticks since the boot; None when it is
     gone, empty where the system does not say."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # of another user
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # of another user
-        pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from headway.checkpoint import checkpoint_dir
 from headway.checkpoint.lock import Lock
-from headway.config import Config, MeshConfig, OptimConfig, UsageError, from_dict
+from headway.config import Config, MeshConfig, OptimConfig, UsageError, cannot_write, from_dict
 
 
 def torchrun_job() -> str:
-    """Return the torchrun job that this process belongs to, the same after each of its restarts;
-    empty without one."""
+    """Return the torchrun job of this process, the same after each restart; "" without one."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return ""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -23,8 +22,7 @@ def torchrun_job() -> str:
 
 
 def is_restart(path: Path) -> bool:
-    """Return whether torchrun has restarted this job after a fault and `path` holds its run, which
-    is then resumed."""
+    """Return whether torchrun restarted this job after a fault, and `path` holds its run."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     try:
@@ -96,7 +94,7 @@ def create_run(
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise cannot_write(path, error) from None
     lock.acquire(log)
     old_files = [path / name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
     if old_files and not start.overwrite:
@@ -113,7 +111,7 @@ def create_run(
             copy = checkpoint_dir.copy(fork_from, path)
             shutil.copyfile(fork_from.parent.parent / "metrics.jsonl", path / "metrics.jsonl")
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise cannot_write(path, error) from None
     _write_run_json(path, info)
     return copy
 
@@ -128,8 +126,7 @@ def update_optim(path: Path, optim: OptimConfig) -> None:
 
 
 def _write_run_json(path: Path, info: dict[str, Any]) -> None:
-    """Write run.json, complete or not at all. Raises `UsageError` when the folder cannot be
-    written."""
+    """Write run.json, complete or not at all. Raises `UsageError` where that is impossible."""
     temporary = path / ".run.json"
     try:
         text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
@@ -137,7 +134,7 @@ def _write_run_json(path: Path, info: dict[str, Any]) -> None:
         temporary.write_text(text, "utf-8", "backslashreplace")
         os.replace(temporary, path / "run.json")
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise cannot_write(path, error) from None
 
 
 def resume_command(mesh: MeshConfig, path: Path | str) -> str:
@@ -147,8 +144,7 @@ def resume_command(mesh: MeshConfig, path: Path | str) -> str:
 
 
 def read_config(path: Path) -> Config:
-    """Return the resolved config of a run, to resume, evaluate or sample it. Raises `UsageError`
-    without one."""
+    """Return the resolved config of a run. Raises `UsageError` without one."""
     return from_dict(Config, _read_run_json(path)["config"])
 
 
@@ -178,7 +174,3 @@ def find_checkpoint(path: Path) -> LatestCheckpoint:
             f"resume: no whole checkpoint in {path}: {'; '.join(problems)}; start another --run"
         )
     return checkpoint, problems
-
-
-def _unwritable(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write {path}: {error.strerror}; choose another folder with --run")

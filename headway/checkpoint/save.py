@@ -52,8 +52,7 @@ class SavePlan:
     keep_up_to: Sequence[int]
 
     def stage(self) -> "SavePlan":
-        """Return a plan with copies of the tensors on the CPU, so that training may continue while
-        it is written."""
+        """Return a plan with copies of the tensors on the CPU, to be written beside training."""
         return dataclasses.replace(self, shards={k: s.to_cpu() for k, s in self.shards.items()})
 
 

@@ -59,15 +59,12 @@ class TensorFile:
 
     def write(self, folder: Path, shards: dict[str, LocalShard]) -> None:
         """Write the shards of this rank and sync them to disk."""
-        handle = os.open(folder / self.name, os.O_WRONLY)
-        try:
+        with (folder / self.name).open("r+b", buffering=0) as file:
             for name, begin in self.begins.items():
                 if shards[name].writes:
                     for offset, data in _runs(shards[name]):
-                        _write_at(handle, begin + offset, data)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+                        _write_at(file.fileno(), begin + offset, data)
+            os.fsync(file.fileno())
 
 
 def plan_files(
@@ -149,8 +146,7 @@ def _bytes(shard: LocalShard) -> int:
 
 
 def _runs(shard: LocalShard) -> Iterator[tuple[int, memoryview]]:
-    """Yield (byte offset in the full tensor, bytes) of each run of this shard that is contiguous
-    there."""
+    """Yield (byte offset in the full tensor, bytes) of each run that is contiguous there."""
     local = shard.tensor.detach().to("cpu").contiguous()
     if not local.numel():
         return

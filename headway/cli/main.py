@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from headway import __version__
 from headway.cli.describe import describe
 from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
@@ -35,8 +36,7 @@ VERBS = {
 }
 """Verb → one line of help."""
 SPINS = "2000"
-"""GOMP_SPINCOUNT, some microseconds; 5% slower than the default on cores that nothing else
-wants."""
+"""GOMP_SPINCOUNT, some microseconds; 5% slower than the default on idle cores."""
 
 
 def run() -> None:
@@ -57,8 +57,7 @@ def run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code. `argv` has no program name; by default it is that of
-    the process."""
+    """Run one verb and return its exit code. `argv` has no program name; None: the process's."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _verb(args)
@@ -113,8 +112,6 @@ def _verb(args: list[str]) -> int:
             print(_help())
             return 0
         case "--version":
-            from headway import __version__
-
             print(f"headway {__version__}")
             return 0
         case _:

@@ -119,8 +119,7 @@ def recipe_names() -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return the known word most like `word`, as a whole or by its last part; empty when none is
-    close."""
+    """Return the known word most like `word`, as a whole or by its last part; "" for none."""
     by_tail = {name.rpartition(".")[2].strip("-"): name for name in reversed(known)}
     tail = difflib.get_close_matches(word.rpartition(".")[2].strip("-"), by_tail, n=1, cutoff=0.75)
     whole = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
@@ -143,8 +142,7 @@ def _config_help(prog: str) -> str:
 
 
 def _flags(options: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every option that tyro makes of a dataclass: `--a.b-c`, and `--a.no-b-c` for
-    switches."""
+    """Yield every option that tyro makes of a dataclass: `--a.b-c`, switches `--a.no-b-c` too."""
     for field in dataclasses.fields(options):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(field.type):
@@ -197,8 +195,7 @@ def _mesh(text: str) -> Iterator[str]:
 
 
 def _unboxed(text: str) -> str:
-    """Return what tyro's box says below its title, as one line. The box is drawn with `│` and `─`,
-    or with dashes alone."""
+    """Return as one line what tyro's box, of `│` and `─` or dashes alone, says below its title."""
     paragraphs: list[list[str]] = [[]]
     for line in text.splitlines():
         inside = line.strip("│╰╯ ")

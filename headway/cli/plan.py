@@ -45,8 +45,7 @@ _ANSWERED = (
 
 
 def plan(args: Sequence[str]) -> int:
-    """Run `headway plan RECIPE --gpus N --gpu h100` and return its exit code: 1 where no mesh
-    fits."""
+    """Run `headway plan RECIPE --gpus N` and return its exit code: 1 where no mesh fits."""
     options, words = parse_with_config(Plan, args, "headway plan")
     if asked := next((word for word in words if word.partition("=")[0] in _ANSWERED), None):
         raise UsageError(f"plan tries every mesh of --gpus ranks; leave {asked} out")
@@ -95,8 +94,7 @@ def _machine(options: Plan) -> Machine:
 
 
 def _dtype(wanted: str, machine: Machine, file: str) -> str:
-    """Return the dtype of the matmuls: what was measured, what the config says, or what the machine
-    is fast in."""
+    """Return the dtype of the matmuls: measured, or of the config, or fast on the machine."""
     if machine.dtype and wanted not in ("auto", machine.dtype):
         raise UsageError(
             f"run.dtype={wanted} and {file} was measured in {machine.dtype}; "

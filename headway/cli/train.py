@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from headway.checkpoint.run_folder import RunStart, is_restart, read_config, split_path
 from headway.cli.options import (
     RecipeOptions,
     load_recipe,
@@ -45,9 +46,8 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
     if not options.recipe and not options.resume:
         raise UsageError(f"train needs a recipe or --resume RUN; use {recipe_names()}")
     if options.resume and options.overwrite:
-        raise UsageError(
-            f"--resume {options.resume} resumes a run and --overwrite clears it; use one"
-        )
+        resume = f"--resume {options.resume}"
+        raise UsageError(f"{resume} resumes a run and --overwrite clears it; use one")
     config, resume = _open(options, words)
     overwrite = options.overwrite and resume is None
 
@@ -59,7 +59,6 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
             interrupt.request("closed output")
 
     from headway import recipes
-    from headway.checkpoint.run_folder import RunStart
     from headway.cli.summary import train_summary
     from headway.train.loop import train as run_training
 
@@ -88,8 +87,6 @@ def _open(options: Train, words: Sequence[str]) -> tuple[Config, Path | None]:
     """Return the config, and the run to resume or the checkpoint to start from.
 
     A job that torchrun has started again after a fault resumes the run that it had begun."""
-    from headway.checkpoint.run_folder import split_path
-
     if options.resume:
         resume = Path(options.resume)
         config = _resumed(resume, options.recipe, words)
@@ -97,16 +94,13 @@ def _open(options: Train, words: Sequence[str]) -> tuple[Config, Path | None]:
             resume = _restarted(config) or resume
         return config, resume
     config = load_recipe("train", options.recipe, words)
-    resume = _restarted(config)
-    if resume is not None:  # its run.json has everything that was asked for
+    if resume := _restarted(config):  # its run.json has everything that was asked for
         config = _resumed(resume, "", [])
     return config, resume
 
 
 def _restarted(config: Config) -> Path | None:
     """Return the run folder, when torchrun started this job again after a fault."""
-    from headway.checkpoint.run_folder import is_restart
-
     run_dir = Path(config.run_dir)
     if not is_restart(run_dir):
         return None
@@ -123,8 +117,6 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
     """Return the config of a run, with overrides of what may change within a run (`run.*`, the
     mesh, the micro-batch and the length). `path` may be a checkpoint in it, from which another run
     starts in a folder of its own."""
-    from headway.checkpoint.run_folder import read_config, split_path
-
     run_dir, start = split_path(path)
     saved = read_config(run_dir)
     if recipe:

@@ -7,7 +7,7 @@ in `config.check`. This package imports the standard library only, so layers and
 it anywhere."""
 
 from headway.config.data import DataConfig, cache_root
-from headway.config.errors import PeerError, RankError, RunError, UsageError
+from headway.config.errors import PeerError, RankError, RunError, UsageError, cannot_write
 from headway.config.mesh import MeshConfig
 from headway.config.model import ModelConfig
 from headway.config.moe import (

@@ -64,8 +64,7 @@ def _check_axes(config: Config) -> None:
 
 
 def _check_batch(config: Config) -> None:
-    """Check that the batch divides among ranks, micro-batches and, where a chunk must hold whole
-    sequences, chunks."""
+    """Check that ranks and micro-batches divide the batch, and that chunks hold whole sequences."""
     mesh, moe, data = config.mesh, config.model.moe, config.data
     at_once = mesh.size * (data.micro_batch_size or 1)
     if data.batch_size % at_once:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from headway.config.bounds import alternatives, divisors
+from headway.config.bounds import alternatives, at_least, divisors
 from headway.config.errors import UsageError
 
 
@@ -57,14 +57,11 @@ class DataConfig:
         """Raise UsageError for values that no data could satisfy."""
         sources, weights = self.source, self.weights
         if not sources:
-            raise UsageError(
-                "data.source is empty; give stdlib, a file, a folder, a glob or hf:NAME"
-            )
+            fix = "give stdlib, a file, a folder, a glob or hf:NAME"
+            raise UsageError(f"data.source is empty; {fix}")
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"val_fraction {self.val_fraction} must lie between 0 and 1; try 0.05")
-        for name, value in (("seq_len", self.seq_len), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise UsageError(f"data.{name} is {value}; it must be 1 or more")
+        at_least(1, "data", vars(self), "seq_len batch_size")
         if self.workers < 0:
             raise UsageError(f"data.workers is {self.workers}; give 1 or more, or 0 for all cores")
         if weights and len(weights) != len(sources):
@@ -73,9 +70,8 @@ class DataConfig:
             )
         for spec, weight in zip(sources, weights, strict=False):
             if not 0 < weight < float("inf"):  # also false for NaN
-                raise UsageError(
-                    f"weight {weight} of source {spec!r} must be a finite number above 0"
-                )
+                where = f"weight {weight} of source {spec!r}"
+                raise UsageError(f"{where} must be a finite number above 0")
         batch, micro = self.batch_size, self.micro_batch_size
         if micro < 0 or (micro and batch % micro):
             raise UsageError(

@@ -1,8 +1,15 @@
 """Errors that end a command: mistakes of the user and runs that fail."""
 
+from pathlib import Path
+
 
 class UsageError(ValueError):
     """An error of the user: the command line prints its text as one line and exits with code 2."""
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    """Return the error of a run folder, or a file in it, that cannot be written."""
+    return UsageError(f"cannot write {path}: {error.strerror}; choose another folder with --run")
 
 
 class RankError(UsageError):

@@ -147,8 +147,7 @@ class MoEConfig:
 
     @property
     def is_latent(self) -> bool:
-        """Return whether tokens are projected to a latent width before routing and back after
-        it."""
+        """Return whether tokens are routed at a latent width, with projections to it and back."""
         return self.kind in ("latent", "multi_head_latent")
 
     @property
@@ -177,8 +176,7 @@ class MoEConfig:
 
     @property
     def counts_by_sequence(self) -> str:
-        """Name the option that needs whole sequences in every pass of a sparse layer; empty for
-        none."""
+        """Name the option for which a pass of a sparse layer needs whole sequences; "" for none."""
         if self.kind == "dense":
             return ""
         if self.capacity_factor:

@@ -65,10 +65,8 @@ class OptimConfig:
     """The run fails after this many skipped steps in a row."""
 
     def check(self) -> None:
-        """Raise UsageError for a value out of range, and where warm-up and decay leave no
-        schedule."""
-        if self.steps < 1:
-            raise UsageError(f"optim.steps={self.steps} is below 1; use 1 or more")
+        """Raise UsageError for a value out of range, or where warm-up and decay do not fit."""
+        at_least(1, "optim", vars(self), "steps max_skipped")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"optim.warmup={self.warmup} is outside 0 ≤ warmup < 1; try 0.02")
         if self.schedule != "cosine" and not 0 < self.decay <= 1 - self.warmup:
@@ -81,7 +79,7 @@ class OptimConfig:
         above_zero("optim", vars(self), "lr muon_lr eps")
         at_least(0, "optim", vars(self), "embed_lr_scale router_lr_scale expert_lr_scale")
         at_least(0, "optim", vars(self), "weight_decay clip spike")
-        at_least(1, "optim", vars(self), "max_skipped")
+
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= (value := vars(self)[name]) < 1:
                 raise UsageError(f"optim.{name}={value} is outside 0 ≤ {name} < 1; try 0.9")

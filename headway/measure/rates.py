@@ -158,8 +158,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def best(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the shortest of the repetitions that fit into `seconds`, at least two, after a
-    warm-up."""
+    """Return the shortest repetition within `seconds`, of at least two, after a warm-up."""
     times: list[float] = []
     end = 0.0
     while len(times) < 3 or time.perf_counter() < end:
@@ -215,8 +214,7 @@ _SMALL_EXPERTS = (1024, 4, 64, 16, 4, 128)
 
 
 def attention_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, str]:
-    """Return the FLOP/s of causal attention, forward and backward, on causal pairs, and the shape
-    as text."""
+    """Return the FLOP/s of attention on causal pairs, forward and backward, and the shape."""
     B, S, N, d = (4, 4096, 16, 128) if device.type == "cuda" else (4, 256, 4, 64)
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, S, N, d, device=device).to(dtype).requires_grad_() for _ in range(3))

@@ -12,10 +12,8 @@ from headway.parallel.placement import Sharding, to_local
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """Return the factor that limits the norm of the gradients to `limit`; 1.0 where `limit` is 0.
-
-    As in torch.nn.utils.clip_grad_norm_.
-    """
+    """Return the factor that limits the norm of the gradients to `limit`, as
+    torch.nn.utils.clip_grad_norm_ does; 1.0 where `limit` is 0."""
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
@@ -56,8 +54,7 @@ class Optimizers:
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all state, `<parameter>.<moment>` → tensor with the shape of the parameter on this
-        rank; no copies."""
+        """Return all state, `<parameter>.<moment>` → tensor shaped as on this rank; no copies."""
         return {
             f"{name}.{key}": value
             for optimizer in self.all()

@@ -1,5 +1,4 @@
-"""Muon for matrices and stacks of matrices (Keller Jordan 2024; scaling of arXiv 2502.16982,
-§2.2)."""
+"""Muon for stacks of matrices (Keller Jordan 2024; scaling of arXiv 2502.16982, §2.2)."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,5 +1,4 @@
-"""Learning rate schedules: pure functions of the step, so that a resumed run needs no state of
-theirs."""
+"""Learning rate schedules: pure functions of the step, without state to resume."""
 
 import math
 

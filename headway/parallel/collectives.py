@@ -85,8 +85,7 @@ class _Pending(NamedTuple):
 
 
 class _CollectiveSpec(NamedTuple):
-    """Which collective to issue, and whether the `[P·N, …]` that it receives are then summed over
-    the ranks."""
+    """Which collective to issue, and whether its `[P·N, …]` are then summed over the ranks."""
 
     issue: Callable[[Tensor, CommContext], _Pending]
     sums: bool = False

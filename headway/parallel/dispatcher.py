@@ -53,7 +53,7 @@ class MeshDispatcher:
     ) -> Future[expert.DispatchOutput]:
         """Send sub-tokens to the ranks of their experts."""
         if self.mesh.ep.size == 1:
-            return Completed(expert.DispatchOutput(z_THL, route, None))
+            return Completed((z_THL, route, None))
         comm = self._comm(self.mesh.ep, "dispatch")
         return expert.dispatch(z_THL, route, n_experts, comm, self.scheme)
 

@@ -22,7 +22,7 @@ The first two exchange counts first, and wait for the device to read them.
 N sub-tokens (T·H) · K slots · P ranks · R rows sent · M sub-tokens received.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,12 +43,8 @@ from headway.parallel.collectives import (
 Scheme = Literal["all_to_all", "all_to_all_per_slot", "all_gather"]
 
 
-class DispatchOutput(NamedTuple):
-    """Sub-tokens on the rank of their experts; `metadata` is None where nothing was sent."""
-
-    z_THL: Tensor
-    route: Route
-    metadata: "CombineMetadata | None"
+DispatchOutput: TypeAlias = "tuple[Tensor, Route, CombineMetadata | None]"
+"""Sub-tokens on the rank of their experts, their route, and None where nothing was sent."""
 
 
 class CombineMetadata:
@@ -119,7 +115,7 @@ def dispatch(
     def receive(z_ML: Tensor, *received: Tensor) -> DispatchOutput:
         index_MK, gate_MK = (part.unsqueeze(1) for part in metadata.local_route(*received))
         local = route._replace(index_THK=index_MK.long(), gate_THK=gate_MK)
-        return DispatchOutput(z_ML.unsqueeze(1), local, metadata)
+        return z_ML.unsqueeze(1), local, metadata
 
     return collective.then(receive)
 

@@ -48,8 +48,7 @@ from headway.parallel.reduce import ring_bytes
 
 
 def apply_fsdp(model: Transformer, sharding: Sharding) -> Sharding:
-    """Shard the parameters of a partitioned model in place, as `mesh.shard` says; return the new
-    placements."""
+    """Shard a partitioned model in place, as `mesh.shard` says; return the new placements."""
     mesh = sharding.mesh
     kind = mesh.config.shard
     if kind == "replicate" or mesh.size == 1:
@@ -120,8 +119,7 @@ def _experts_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
 def _shard_experts(
     experts: nn.Module, mesh: Mesh, dtype: torch.dtype, layer: int
 ) -> dict[str, ShardSpec]:
-    """Shard parameters `[H, E, …, F, L]` over dp: between heads, else between experts, else along
-    F."""
+    """Shard `[H, E, …, F, L]` over dp: between heads, else between experts, else along F."""
     assert mesh.device_mesh is not None
     size = mesh.dp.size
 

@@ -41,8 +41,7 @@ def local_shard(name: str, local: Tensor, sharding: Sharding, parameter: str = "
 
 
 def local_slices(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[slice, ...]:
-    """Return the part of a full tensor of `shape` that this rank holds: one slice per dim, () for
-    all of it."""
+    """Return the slices of a full tensor of `shape` that this rank holds; () for all of it."""
     placement = sharding.placements.get(name)
     if placement is None:
         return ()

@@ -44,8 +44,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The mesh as one rank sees it. `Mesh()` is a single process; `launch` and `fake` give the
-    others."""
+    """The mesh as one rank sees it: `Mesh()` in a single process, else from `launch` or `fake`."""
 
     config: MeshConfig = field(default_factory=MeshConfig)
     rank: int = 0

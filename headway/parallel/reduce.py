@@ -200,8 +200,7 @@ def global_stats(
 
 
 def ring_bytes(x: Tensor, axis: Axis) -> int:
-    """Return what a ring all-reduce sends: each of P shards P−1 times to sum it, P−1 times to
-    distribute the sum."""
+    """Return what a ring all-reduce sends: x/P, P−1 times to sum and P−1 times to distribute it."""
     return 2 * (axis.size - 1) * x.nbytes // axis.size
 
 

@@ -21,8 +21,7 @@ class Count:
     bytes: int = 0
     calls: int = 0
     wait: float = 0.0
-    """Seconds that the host was blocked in `wait`. With NCCL the stream waits and not the host, and
-    this stays near 0."""
+    """Seconds that the host was blocked. With NCCL the stream waits instead: near 0."""
 
     def add(self, other: "Count") -> None:
         """Add in place."""

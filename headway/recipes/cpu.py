@@ -53,8 +53,7 @@ def moe() -> Config:
 
 
 def latent() -> Config:
-    """Return LatentMoE-acc at α = 2: experts half as wide, twice as many, and as many per token as
-    the FLOPs allow."""
+    """Return LatentMoE-acc at α = 2: twice as many experts, half as wide, with the same FLOPs."""
     n_experts, top_k = latent_acc(32, 8, alpha=2, d_expert=64, d_model=128, activation="swiglu")
     layer = MoEConfig(
         kind="latent",

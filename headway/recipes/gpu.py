@@ -33,8 +33,7 @@ def small() -> Config:
 
 
 def large() -> Config:
-    """Return several billion parameters, an eighth of the experts active: a node of 8 GPUs with
-    Head Parallel."""
+    """Return several billion parameters, 1/8 of the experts active: 8 GPUs with Head Parallel."""
     base = small()
     return replace(
         base,

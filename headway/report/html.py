@@ -1,5 +1,4 @@
-"""The report: one HTML file that opens from disk, without network, and draws itself from the
-numbers inside it."""
+"""The report: one offline HTML file that draws itself from the numbers inside it."""
 
 import base64
 import dataclasses
@@ -11,10 +10,10 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from headway.config import UsageError
+from headway.config import Config, UsageError, leaves
 from headway.report.metrics import METRICS
 from headway.report.ranking import ranking
-from headway.report.runs import defaults, load_run
+from headway.report.runs import load_run
 
 SCRIPTS = "format.js plot.js chart.js heat.js panels.js facts.js wire.js page.js".split()
 """Scripts of the page, in the order in which it runs them."""
@@ -25,8 +24,7 @@ def _asset(name: str) -> str:
 
 
 def _embed(data: object) -> str:
-    """Return JSON without <, > and &, which cannot end the script element that holds it, whatever
-    text a model wrote."""
+    """Return JSON without <, > and &: no text of a model can end the script that holds it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -54,8 +52,7 @@ def _unique_names(runs: list[dict], folders: Sequence[Path]) -> None:
 
 
 def render(runs: list[dict]) -> str:
-    """Return the page for runs that `load_run` returned. Its policy forbids every request and
-    every other script."""
+    """Return the page of runs from `load_run`; its policy forbids requests and other scripts."""
     style = _asset("style.css")
     script = "\n".join(_asset(name) for name in SCRIPTS)
     sources = f"style-src {_hash(style)}; script-src {_hash(script)}"
@@ -63,7 +60,7 @@ def render(runs: list[dict]) -> str:
         "runs": runs,
         "ranking": ranking(runs).sentence,
         "metrics": {m.name: dataclasses.asdict(m) for m in METRICS},
-        "defaults": defaults(),
+        "defaults": leaves(Config().to_dict()),  # the page marks what a recipe changed
     }
     parts = {
         "TITLE": escape("Headway: " + ", ".join(r["name"] for r in runs)),

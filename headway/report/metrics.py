@@ -141,8 +141,7 @@ def load_summary(load: Sequence | np.ndarray) -> dict[str, float | int]:
 
     `load` is nested [layers][heads][experts], load / fair share (1.0 fair, 0.0 dead); layers may
     differ in shape. Returns load_min, load_p95, load_max (linear interpolation, as numpy) and dead
-    (experts with load 0); an empty dict without sparse layers, so that `record.update` adds no
-    keys.
+    (experts with load 0); an empty dict without sparse layers.
     """
     flat = np.fromiter(_flatten(load), dtype=np.float64)
     if flat.size == 0:

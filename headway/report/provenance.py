@@ -1,5 +1,4 @@
-"""The provenance of a number: machine, versions, commit. Written to run.json and by every
-benchmark."""
+"""The provenance of a number: machine, versions, commit; for run.json and benchmarks."""
 
 import contextlib
 import os

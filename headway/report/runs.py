@@ -1,12 +1,11 @@
-"""Read a run folder into what the page draws: decimated series of points, and everything that was
-recorded once."""
+"""Read a run folder into what the page draws: decimated series, and what was recorded once."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from headway.config import Config, UsageError, leaves
+from headway.config import UsageError, leaves
 from headway.report.sinks import read_metrics, unreadable
 
 MAX_POINTS = 1000
@@ -250,8 +249,3 @@ def load_run(folder: str | Path) -> dict:
         "approximate": [str(why) for why in info.get("approximate") or ()],
         "recipe_source": str(info.get("recipe_source") or ""),
     }
-
-
-def defaults() -> dict[str, object]:
-    """Return the default of every config leaf, so that the page can mark what a recipe changed."""
-    return leaves(Config().to_dict())

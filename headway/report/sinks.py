@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headway.config import UsageError
+from headway.config import UsageError, cannot_write
 
 
 def _plain(value: object) -> object:
@@ -93,9 +93,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = self._open()
         except OSError as error:
-            raise UsageError(
-                f"cannot write {self.path}: {error.strerror}; choose another folder with --run"
-            ) from None
+            raise cannot_write(self.path, error) from None
         self._repair()
 
     def _open(self) -> int:
@@ -127,8 +125,7 @@ class JsonlSink:
             raise
 
     def resume_at(self, step: int) -> int:
-        """Drop records after the checkpoint's `step` and return how many. The file is replaced in
-        one rename."""
+        """Drop records after the checkpoint's `step`, in one rename, and return how many."""
         records = read_metrics(self.path)
         remaining = [r for r in records if r.get("step", 0) <= step]
         if len(remaining) == len(records):

@@ -219,6 +219,10 @@ class MoEConfig:
         derived = {}
         if not self.d_latent:
             derived["model.moe.d_latent"] = f"{d_latent}: as wide as d_model"
+        if self.router.reads == "auto":
+            what = "token" if self.reads_token else "sub_token"
+            name = "LatentMoE" if self.kind == "latent" else "Multi-Head LatentMoE"
+            derived["model.moe.router.reads"] = f"{what}: as published for {name}"
         if self.n_heads > 1:
             derived["width of a latent head"] = (
                 f"{self.head_width(d_model)}: d_latent {d_latent} / n_heads {self.n_heads}"

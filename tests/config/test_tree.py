@@ -127,6 +127,7 @@ def test_derived_values_say_where_they_come_from():
         "model.d_head": "16: d_model 64 / n_heads 4",
         "model.n_kv_heads": "4: as many as n_heads",
         "model.moe.d_latent": "64: as wide as d_model",
+        "model.moe.router.reads": "sub_token: as published for Multi-Head LatentMoE",
         "width of a latent head": "8: d_latent 64 / n_heads 8",
     }
     assert validate(model(d_head=16, n_kv_heads=2, moe=MoEConfig(kind="dense"))) == {}

@@ -24,7 +24,7 @@ from headway.config import Config, DataConfig, ModelConfig
 from headway.plan.choose import rank_meshes
 from headway.plan.link import Curve, parse_curve
 from headway.plan.machine import MACHINES, Machine
-from headway.plan.time import Setting
+from headway.plan.setting import Setting
 
 HOSTS = 4
 

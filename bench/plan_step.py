@@ -27,7 +27,7 @@ from headway.measure.rates import measure_machine
 from headway.plan.choose import rank_meshes
 from headway.plan.describe import with_vocab
 from headway.plan.machine import read_machine
-from headway.plan.time import Setting
+from headway.plan.setting import Setting
 
 RECIPES = ("demo", "moe", "latent", "multi_head_latent", "dense", "cpu_step")
 

@@ -57,8 +57,8 @@ def plan(args: Sequence[str]) -> int:
     from headway.data.tokenizer import load_tokenizer
     from headway.plan.choose import rank_meshes
     from headway.plan.describe import with_vocab
+    from headway.plan.setting import Setting
     from headway.plan.table import format_plan
-    from headway.plan.time import Setting
     from headway.plan.traffic import SCHEMES
 
     if options.scheme not in ("auto", *SCHEMES):

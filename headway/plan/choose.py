@@ -23,8 +23,9 @@ from headway.plan.layout import (
 )
 from headway.plan.machine import NUMBERS
 from headway.plan.memory import memory
+from headway.plan.setting import Setting
 from headway.plan.shape import total
-from headway.plan.time import Setting, step_flops, step_seconds
+from headway.plan.time import step_flops, step_seconds
 from headway.plan.traffic import Scheme, payload_bytes
 from headway.plan.volume import comm_volumes, ep_totals
 
@@ -117,7 +118,7 @@ def _row(
 ) -> dict[str, Any]:
     config, b = setting.config, setting.bytes_per_value
     n_tokens = micro * passes * config.data.seq_len
-    uneven = setting.imbalance if layout.ep > 1 else 1.0
+    uneven = setting.imbalance_on(layout)
     held = memory(config, costs, layout, micro, b, uneven)
     volumes = comm_volumes(
         costs,

@@ -21,17 +21,17 @@ way round. Sums are in float32. An all-gather counts the received tokens, but fo
 which are a rank's local ones.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from headway.config import Config
 from headway.model.costs import CostGroup
 from headway.plan import traffic as t
 from headway.plan.cost import ModelCosts
 from headway.plan.layout import AxisName, MeshLayout
-from headway.plan.link import Link, Rates
-from headway.plan.machine import Machine
-from headway.plan.overlap import Kind, Layer, Message, Work, exposed, program
+from headway.plan.overlap import NOTHING, Kind, Layer, LayerExchange, Message, Work, exposed
+from headway.plan.setting import Setting
 from headway.plan.shape import shape_of
+from headway.plan.traffic import TokenExchange
 
 _KINDS: dict[AxisName, tuple[Kind, Kind]] = {
     "hp": ("scatter", "gather"),
@@ -49,85 +49,35 @@ class ExchangeCosts(NamedTuple):
     """Exposed communication on the ep axis."""
 
 
-def axis_link(machine: Machine, layout: MeshLayout, axis: AxisName, per_node: int) -> Link:
-    """Return how the ranks of an axis are connected."""
-    inside = layout.in_one_node(axis, per_node)
-    within = Rates(machine.intra_node, machine.latency)
-    between = Rates(machine.inter_node, machine.latency)
-    return Link(
-        layout.size(axis),
-        inside,
-        within if inside else between,
-        within,
-        machine.curves,
-        machine.cpu_driven,
-    )
-
-
 def exchange_costs(
-    config: Config,
-    costs: ModelCosts,
-    machine: Machine,
-    layout: MeshLayout,
-    n_tokens: int,
-    chunks: int,
-    *,
-    per_node: int,
-    bytes_per_value: int,
-    imbalance: float,
+    setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: int
 ) -> ExchangeCosts:
-    """Return what the exchanges of one sparse layer cost in a pass.
-
-    Args:
-        n_tokens: T, of this rank in a pass.
-        imbalance: permuted tokens of the most loaded rank of an ep axis over the mean.
-    """
-    copied = _copies(config, machine, layout, n_tokens, bytes_per_value)
-    layer = stages(config, costs, machine, layout, n_tokens, bytes_per_value, imbalance, copied)
-    forward: dict[Kind, Message] = {}
-    backward: dict[Kind, Message] = {}
-    on_wire = t.payload_bytes(config.mesh, bytes_per_value)
-    for axis, exchange in layout.exchanges.items():
-        out, back = _KINDS[axis]
-        link = axis_link(machine, layout, axis, per_node)
-        sent = t.expected_bytes(config.model, exchange, n_tokens, link.ranks, on_wire)
-        uneven = imbalance if exchange.follows_router else 1.0
-        forward[out] = _message(axis, link, sent.dispatch / chunks, uneven)
-        forward[back] = _message(axis, link, sent.combine / chunks, uneven)
-        backward[back] = _message(axis, link, sent.combine_backward / chunks, uneven)
-        backward[out] = _message(axis, link, sent.dispatch_backward / chunks, uneven)
-    counted = layout.ep > 1 and layout.scheme != "all_gather"
-    counts = Message("ep", 0.0)
-    if counted:
-        link = axis_link(machine, layout, "ep", per_node)
-        counts = Message("ep", link.exchange(t.count_bytes(layout.ep)))
-    waits = exposed(program(layer, chunks, counted), forward, backward, counts)
-    extra = sum(w.forward + w.backward for w in (*copied[0].values(), *copied[1].values()))
-    return ExchangeCosts(extra, waits.get("hp", 0.0), waits.get("ep", 0.0))
+    """Return what the exchanges of one sparse layer cost in a pass over T tokens of this rank."""
+    exchanges: dict[Kind, LayerExchange] = {}
+    for axis, how in layout.exchanges.items():
+        exchanges |= _exchanges(setting, layout, n_tokens, axis, how)
+    if not exchanges:
+        return ExchangeCosts(0.0, 0.0, 0.0)
+    layer = replace(stages(setting, costs, layout, n_tokens), exchanges=exchanges)
+    waits = exposed(layer, setting.chunks_on(layout))
+    before, after = ([e.before for e in exchanges.values()], [e.after for e in exchanges.values()])
+    copies = sum(work.forward + work.backward for work in (*before, *after))
+    return ExchangeCosts(copies, waits.get("hp", 0.0), waits.get("ep", 0.0))
 
 
-def stages(
-    config: Config,
-    costs: ModelCosts,
-    machine: Machine,
-    layout: MeshLayout,
-    n_tokens: int,
-    b: int,
-    imbalance: float,
-    copied: tuple[dict[Kind, Work], dict[Kind, Work]] = ({}, {}),
-) -> Layer:
-    """Return the seconds of the layer's stages, each at the rate of its matmuls; backward is twice
-    forward, and more with `recompute`."""
+def stages(setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: int) -> Layer:
+    """Return the seconds of the layer's stages, each at the rate of its matmuls, without exchanges;
+    backward is twice forward, and more with `recompute`."""
+    config, machine, b = setting.config, setting.machine, setting.bytes_per_value
     s = shape_of(config.model)
-    matmul = machine.rate("matmul", b, s.D)
+    matmul, experts_rate = (machine.rate(kind, b, s.D) for kind in ("matmul", "experts"))
 
     def work(group: CostGroup, share: float = 1.0) -> Work:
         seconds = share * n_tokens * costs.flops_of(group) / s.n_sparse / matmul
         return Work(seconds, 2 * seconds)
 
-    rate = machine.rate("experts", b, s.D)
-    uneven = machine.uneven(imbalance) if layout.ep > 1 else 1.0
-    experts = uneven * n_tokens * costs.flops_of(CostGroup.EXPERTS) / s.n_sparse / rate
+    uneven = machine.uneven(setting.imbalance_on(layout))
+    experts = uneven * n_tokens * costs.flops_of(CostGroup.EXPERTS) / s.n_sparse / experts_rate
     again = s.G / (s.G + 1) if config.run.recompute else 0
     return Layer(
         split=work(CostGroup.LATENT, 0.5),
@@ -135,48 +85,57 @@ def stages(
         shared=work(CostGroup.SHARED),
         experts=Work(experts, (2 + again) * experts),
         merge=work(CostGroup.LATENT, 0.5),
-        copies_before=copied[0],
-        copies_after=copied[1],
         early_route=config.model.moe.reads_token,
+        exchanges={},
     )
 
 
-def _message(axis: str, link: Link, n_bytes: float, uneven: float) -> Message:
-    """Return an exchange of `n_bytes`; between steps of a computation it takes at least the
-    processor's time, even where nothing overlaps it."""
-    busiest, work = n_bytes * uneven, link.work(n_bytes)
-    seconds = max(link.exchange(n_bytes, busiest), work)
-    return Message(axis, seconds, link.concurrent_speed(n_bytes, busiest), work / seconds)
+def _exchanges(
+    setting: Setting, layout: MeshLayout, n_tokens: int, axis: AxisName, how: TokenExchange
+) -> dict[Kind, LayerExchange]:
+    """Return the exchanges of a layer on one axis: the messages of a chunk, and copies of all
+    chunks, the bytes of the table above over the bandwidth of permuted tokens."""
+    model, machine, b = setting.config.model, setting.machine, setting.bytes_per_value
+    link, on_wire = setting.link(layout, axis), t.payload_bytes(setting.config.mesh, b)
+    sent = t.expected_bytes(model, how, n_tokens, link.ranks, on_wire)
+    imbalance = setting.imbalance if how.follows_router else 1.0
 
+    def message(n_bytes: float) -> Message:
+        """Between steps of a computation an exchange takes at least the processor's time, even
+        where nothing overlaps it."""
+        n_bytes /= setting.chunks_on(layout)
+        busiest, work = n_bytes * imbalance, link.work(n_bytes)
+        seconds = max(link.exchange(n_bytes, busiest), work)
+        return Message(axis, seconds, link.concurrent_speed(n_bytes, busiest), work / seconds)
 
-def _copies(
-    config: Config, machine: Machine, layout: MeshLayout, n_tokens: int, b: int
-) -> tuple[dict[Kind, Work], dict[Kind, Work]]:
-    """Return the work before and after each exchange: bytes of the table above over the bandwidth
-    of permuted tokens."""
-    s = shape_of(config.model)
+    values = n_tokens * shape_of(model).D_L
     speed = machine.memory_bandwidth * machine.rows_efficiency
-    before: dict[Kind, Work] = {}
-    after: dict[Kind, Work] = {}
+    rate = speed / (values * t.sub_token(model, how, link.ranks, on_wire).copies)
 
-    def note(kind: Kind, values: float, start: tuple[int, int], end: tuple[int, int]) -> None:
-        rate = speed / values
-        before[kind], after[kind] = (Work(f / rate, g / rate) for f, g in (start, end))
+    def copy(forward: int, backward: int) -> Work:
+        return Work(forward / rate, backward / rate)
 
-    values = n_tokens * s.D_L
-    if layout.hp > 1:
-        packed = 2 * b if config.model.moe.reads_token else 0
-        note("scatter", values, (2 * b + packed, 2 * b + packed), (packed, packed))
-        note("gather", values, (0, 0), (2 * b, 2 * b))
-    if layout.ep > 1 and layout.scheme == "all_to_all":
-        rows = values * t.expected_ranks(s.K, layout.ep)
-        note("dispatch", rows, (4 * b, 3 * b + 16), (2 * b, 2 * b))
-        note("combine", rows, (0, 0), (b + 16, 2 * b))
-    elif layout.ep > 1 and layout.scheme == "all_to_all_per_slot":
-        note("dispatch", values * s.K, (5 * b, 6 * b), (2 * b, 0))
-        note("combine", values * s.K, (0, 0), (5 * b + 16, 7 * b + 28))
-    elif layout.ep > 1:
-        note("dispatch", values * layout.ep, (0, 0), (2 * b, b + 4))
-        before["dispatch"] = Work(2 * b * values / speed, 0.0)
-        note("combine", values * layout.ep, (0, 0), (b + 4, 0))
-    return before, after
+    match how:
+        case TokenExchange.HEADS:
+            packed = 2 * b if model.moe.reads_token else 0
+            before, after = copy(2 * b + packed, 2 * b + packed), copy(packed, packed)
+            after_back = copy(2 * b, 2 * b)
+        case TokenExchange.PER_RANK:
+            before, after = copy(4 * b, 3 * b + 16), copy(2 * b, 2 * b)
+            after_back = copy(b + 16, 2 * b)
+        case TokenExchange.PER_SLOT:
+            before, after = copy(5 * b, 6 * b), copy(2 * b, 0)
+            after_back = copy(5 * b + 16, 7 * b + 28)
+        case TokenExchange.ALL_GATHER:
+            before, after = Work(2 * b * values / speed, 0.0), copy(2 * b, b + 4)
+            after_back = copy(b + 4, 0)
+    exchanges: dict[Kind, LayerExchange] = {}
+    if how.follows_router:
+        counts = Message(axis, link.exchange(t.count_bytes(link.ranks)))
+        exchanges["counts"] = LayerExchange(counts, counts)
+    out, back = _KINDS[axis]
+    there, home = message(sent.dispatch), message(sent.dispatch_backward)
+    exchanges[out] = LayerExchange(there, home, before, after)
+    there, home = message(sent.combine), message(sent.combine_backward)
+    exchanges[back] = LayerExchange(there, home, NOTHING, after_back)
+    return exchanges

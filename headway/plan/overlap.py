@@ -1,8 +1,8 @@
 """Overlap in a sparse layer: a simulation of one rank that computes and exchanges.
 
-The program of a rank is that of `model.moe.MoE.forward` with a dispatcher: the chunks take turns,
-each runs to its next exchange. An exchange starts and is waited for where the code does so, so
-overlap is simulated, not assumed; backward is the program in reverse. With two chunks:
+The program of a rank is that of `model.moe.SparseLayer.forward` with a dispatcher: the chunks take
+turns, each runs to its next exchange. An exchange starts and is waited for where the code does so,
+so overlap is simulated, not assumed; backward is the program in reverse. With two chunks:
 
     processor  route 0 │ route 1 │ experts 0      │ experts 1      │ merge 0 │ merge 1
     network            │ dispatch 0 │ dispatch 1  │ combine 0      │ combine 1 │
@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["scatter", "dispatch", "combine", "gather"]
+Kind = Literal["scatter", "counts", "dispatch", "combine", "gather"]
+"""`counts`: the numbers of permuted tokens, exchanged in forward only; the host waits for them."""
 AT_ONCE = 2
 """Threads of gloo."""
 
@@ -49,6 +50,21 @@ class Work:
         return Work(self.forward / n, self.backward / n)
 
 
+NOTHING = Work(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class LayerExchange:
+    """One of a layer's exchanges: its messages, and the copies of all chunks around it."""
+
+    forward: Message
+    backward: Message
+    before: Work = NOTHING
+    """Permuting and packing."""
+    after: Work = NOTHING
+    """Unpacking and summing."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Issue an exchange."""
@@ -65,13 +81,7 @@ class Wait:
     chunk: int
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Exchange the numbers of permuted tokens, forward only; the host waits."""
-
-
-Op = Work | Start | Wait | Counts
-NOTHING = Work(0.0, 0.0)
+Op = Work | Start | Wait
 
 
 @dataclass(frozen=True)
@@ -83,41 +93,34 @@ class Layer:
     shared: Work
     experts: Work
     merge: Work
-    copies_before: Mapping[Kind, Work]
-    """Permuting and packing before an exchange. Only the exchanges named here happen."""
-    copies_after: Mapping[Kind, Work]
-    """Unpacking and summing after it."""
     early_route: bool
     """Whether the router reads the token, so that it runs before heads are scattered."""
+    exchanges: Mapping[Kind, LayerExchange]
+    """Only the exchanges named here happen."""
 
 
-def program(layer: Layer, chunks: int, counts: bool) -> list[Op]:
-    """Return the forward pass in the order of `model.moe.MoE.forward`: each chunk runs until it
-    has issued an exchange, then the next one does."""
-    segments = [_segments(layer, chunk, chunks, counts) for chunk in range(chunks)]
+def program(layer: Layer, chunks: int) -> list[Op]:
+    """Return the forward pass in the order of `model.moe.SparseLayer.forward`: each chunk runs
+    until it has issued an exchange, then the next one does."""
+    segments = [_segments(layer, chunk, chunks) for chunk in range(chunks)]
     turns = [[op for ops in turn for op in ops] for turn in zip(*segments, strict=True)]
     return [*turns[0], layer.shared, *(op for turn in turns[1:] for op in turn)]
 
 
-def _segments(layer: Layer, chunk: int, chunks: int, counts: bool) -> list[list[Op]]:
-    """Return the program of one chunk, split where it waits."""
+def _segments(layer: Layer, chunk: int, chunks: int) -> list[list[Op]]:
+    """Return the program of one chunk, split where it waits and others compute."""
+    stages: list[Work | Kind] = [layer.split, "scatter", layer.router, "counts", "dispatch"]
+    if layer.early_route:
+        stages[1:3] = layer.router, "scatter"
     segments: list[list[Op]] = [[]]
-
-    def exchange(kind: Kind) -> None:
-        if kind in layer.copies_before:
-            segments[-1] += [layer.copies_before[kind] / chunks, Start(kind, chunk)]
-            segments.append([Wait(kind, chunk), layer.copies_after[kind] / chunks])
-
-    segments[-1] += [layer.split / chunks, layer.router / chunks if layer.early_route else NOTHING]
-    exchange("scatter")
-    segments[-1].append(NOTHING if layer.early_route else layer.router / chunks)
-    if counts:
-        segments[-1].append(Counts())
-    exchange("dispatch")
-    segments[-1].append(layer.experts / chunks)
-    exchange("combine")
-    exchange("gather")
-    segments[-1].append(layer.merge / chunks)
+    for stage in (*stages, layer.experts, "combine", "gather", layer.merge):
+        if isinstance(stage, Work):
+            segments[-1].append(stage / chunks)
+        elif exchange := layer.exchanges.get(stage):
+            segments[-1] += [exchange.before / chunks, Start(stage, chunk)]
+            if stage != "counts":
+                segments.append([])
+            segments[-1] += [Wait(stage, chunk), exchange.after / chunks]
     return segments
 
 
@@ -128,38 +131,28 @@ def reverse(ops: list[Op]) -> Iterator[Op]:
         match op:
             case Work(_, backward):
                 yield Work(backward, 0.0)
-            case Start(kind, chunk):
+            case Start(kind, chunk) if kind != "counts":
                 yield Wait(kind, chunk)
-            case Wait(kind, chunk):
+            case Wait(kind, chunk) if kind != "counts":
                 yield Start(kind, chunk)
-            case Counts():
-                pass
 
 
-def exposed(
-    ops: list[Op],
-    forward: Mapping[Kind, Message],
-    backward: Mapping[Kind, Message],
-    counts: Message,
-) -> dict[str, float]:
-    """Return axis → seconds that a layer takes beyond its work, forward and backward.
-
-    `forward` and `backward` are the exchanges of one chunk in either pass.
-    """
+def exposed(layer: Layer, chunks: int) -> dict[str, float]:
+    """Return axis → seconds that a layer takes beyond its work, forward and backward."""
     exposed_by_axis: dict[str, float] = defaultdict(float)
-    for direction, messages in ((ops, forward), (reverse(ops), backward)):
+    forward = program(layer, chunks)
+    for ops, is_forward in ((forward, True), (reverse(forward), False)):
         rank = _Rank()
-        for op in direction:
+        for op in ops:
             match op:
                 case Work(seconds, _):
                     rank.work(seconds)
                 case Start(kind, chunk):
-                    rank.start((kind, chunk), messages[kind])
+                    exchange = layer.exchanges[kind]
+                    message = exchange.forward if is_forward else exchange.backward
+                    rank.in_flight.append(_Transfer((kind, chunk), message, message.seconds))
                 case Wait(kind, chunk):
                     rank.wait((kind, chunk))
-                case Counts():
-                    rank.start(None, counts)
-                    rank.wait(None)
         for axis, seconds in rank.exposed.items():
             exposed_by_axis[axis] += seconds
     return exposed_by_axis
@@ -167,7 +160,8 @@ def exposed(
 
 @dataclass
 class _Transfer:
-    key: object
+    key: tuple[Kind, int]
+    """The exchange and its chunk."""
     message: Message
     remaining: float
     """Seconds that it still takes with nothing else in flight."""
@@ -177,12 +171,8 @@ class _Rank:
     """A rank whose clock advances from one event to the next."""
 
     def __init__(self) -> None:
-        self.in_flight: list[_Transfer] = []
+        self.in_flight: list[_Transfer] = []  # in the order of their start
         self.exposed: dict[str, float] = defaultdict(float)
-
-    def start(self, key: object, message: Message) -> None:
-        """Queue an exchange behind those in flight."""
-        self.in_flight.append(_Transfer(key, message, message.seconds))
 
     def work(self, seconds: float) -> None:
         """Compute while exchanges are in flight."""
@@ -196,7 +186,7 @@ class _Rank:
             seconds = 0.0 if took < completion else seconds - took * pace
             self._advance(took)
 
-    def wait(self, key: object) -> None:
+    def wait(self, key: tuple[Kind, int]) -> None:
         """Advance the clock until the exchange has completed."""
         while any(f.key == key for f in self.in_flight):
             took = self._next_completion()
@@ -214,14 +204,9 @@ class _Rank:
         return min((f.remaining / speed for f, speed in self._active()), default=float("inf"))
 
     def _advance(self, seconds: float) -> None:
-        if not self.in_flight:
-            return
-        completion = self._next_completion()
+        completes = seconds >= self._next_completion()
         for transfer, speed in self._active():
             transfer.remaining -= seconds * speed
-            if (
-                seconds >= completion
-                and transfer.remaining <= 1e-12 + 1e-9 * transfer.message.seconds
-            ):
+            if completes and transfer.remaining <= 1e-12 + 1e-9 * transfer.message.seconds:
                 transfer.remaining = 0.0
         self.in_flight = [f for f in self.in_flight if f.remaining > 0]

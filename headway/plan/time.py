@@ -31,31 +31,28 @@ processor that moves the bytes itself (gloo) pays for the hidden part as well.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from headway.config import Config, OptimConfig
-from headway.model.build import BlockBuilder, build_block
 from headway.model.costs import CostGroup
-from headway.plan.cost import ModelCosts, model_costs
-from headway.plan.layer import axis_link, exchange_costs
-from headway.plan.layout import MeshLayout, ShareKind, auto_chunks, share_of, used
-from headway.plan.machine import WIDE, Kind, Machine
+from headway.plan.cost import ModelCosts
+from headway.plan.layer import exchange_costs
+from headway.plan.layout import MeshLayout, ShareKind, share_of, used
+from headway.plan.machine import WIDE, Kind
 from headway.plan.memory import MemoryPart, by_muon
+from headway.plan.setting import Setting
 from headway.plan.shape import Item, Items, shape_of, total
 from headway.plan.volume import CommVolume
 
-COPIED = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
 HIDDEN = "comm − what stages of other chunks hide (plan/overlap.py)"
-_NOT_KEPT = (
-    MemoryPart.WEIGHTS,
-    MemoryPart.GRADIENTS,
-    MemoryPart.ADAMW,
-    MemoryPart.MUON,
-    MemoryPart.GATHERED,
-    CostGroup.CASTS,
-)
+_MOVED: dict[Enum, int] = {
+    MemoryPart.WEIGHTS: 2,
+    MemoryPart.GRADIENTS: 1,
+    MemoryPart.ADAMW: 2,
+    MemoryPart.MUON: 2,
+}
+"""How often the optimiser reads or writes what a rank holds."""
 
 
 class TimePart(Enum):
@@ -76,30 +73,6 @@ class TimePart(Enum):
     NEWTON_SCHULZ = "Newton–Schulz"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The inputs of a prediction other than the mesh."""
-
-    config: Config
-    machine: Machine
-    per_node: int = 8
-    bytes_per_value: int = 2
-    chunks: int = 0
-    """0: `layout.auto_chunks` chooses for each mesh."""
-    imbalance: float = 1.0
-
-    blocks: BlockBuilder = build_block
-    """Builds blocks with modules of your own, as in `Transformer`."""
-
-    def costs(self, micro: int) -> ModelCosts:
-        """Return the costs of the model with `micro` sequences in a forward pass."""
-        return model_costs(self.config, micro, self.bytes_per_value, self.blocks)
-
-    def chunks_on(self, layout: MeshLayout) -> int:
-        """Return the chunks of a micro-batch on a mesh."""
-        return self.chunks or auto_chunks(layout, self.per_node)[0]
-
-
 class StepFlops(NamedTuple):
     """FLOPs of one rank and step."""
 
@@ -113,20 +86,17 @@ def step_flops(
     config: Config, costs: ModelCosts, n_tokens: int, imbalance: float = 1.0
 ) -> StepFlops:
     """Return the FLOPs of one rank and step."""
-    s = shape_of(config.model)
+    G, recompute = config.model.moe.n_inputs, config.run.recompute
     experts, scores = CostGroup.EXPERTS, CostGroup.SCORES
     matmuls = sum(i.value for i in costs.flops if i.part not in (experts, scores))
-    again = s.G / (s.G + 1) if config.run.recompute else 0
-    factor = "(3 + G/(G+1))" if again else "3"
-    uneven = "·imbalance" if imbalance != 1 else ""
+    times = 3 + (G / (G + 1) if recompute else 0)
+    formula = f"{'(3 + G/(G+1))' if recompute else '3'}·T·FLOPs forward"
+    formula += "·imbalance" if imbalance != 1 else ""
+    uneven = times * n_tokens * costs.flops_of(experts) * imbalance
     return StepFlops(
         Item(TimePart.MATMULS, 3 * n_tokens * matmuls, "3·T·FLOPs forward"),
         Item(TimePart.SCORES, 3 * n_tokens * costs.flops_of(scores), "3·T·FLOPs forward"),
-        Item(
-            TimePart.EXPERTS,
-            (3 + again) * n_tokens * costs.flops_of(experts) * imbalance,
-            f"{factor}·T·FLOPs forward{uneven}",
-        ),
+        Item(TimePart.EXPERTS, uneven, formula),
     )
 
 
@@ -143,48 +113,64 @@ def step_seconds(
     `volume.comm_volumes`."""
     config, machine, b = setting.config, setting.machine, setting.bytes_per_value
     D = config.model.d_model
-    share = "efficiency" if D >= WIDE else "narrow_efficiency"
-    uneven = machine.uneven(setting.imbalance) if layout.ep > 1 else 1.0
-    work = step_flops(config, costs, n_tokens, uneven)
-    saved = sum(item.value for item in memory if item.part not in _NOT_KEPT)
+    work = step_flops(config, costs, n_tokens, machine.uneven(setting.imbalance_on(layout)))
+    not_saved = (*_MOVED, MemoryPart.GATHERED, CostGroup.CASTS)
+    saved = sum(item.value for item in memory if item.part not in not_saved)
     parameters = used(costs, layout)
     experts = sum(n for s, n in parameters.items() if s.kind is ShareKind.EXPERTS)
-    again = setting.chunks_on(layout) - 1 if layout.hp * layout.ep > 1 else 0
+    again = setting.chunks_on(layout) - 1 if layout.exchanges else 0
 
     def computed(item: Item, kind: Kind, efficiency: str) -> Item:
         seconds = item.value / machine.rate(kind, b, D)
         return Item(item.part, seconds, f"{item.formula} / (peak·{efficiency})")
 
+    def moved(part: TimePart, n_bytes: float, formula: str) -> Item:
+        return Item(part, n_bytes / machine.memory_bandwidth, f"{formula} / memory bandwidth")
+
     compute = (
-        computed(work.matmuls, "matmul", share),
+        computed(work.matmuls, "matmul", "efficiency" if D >= WIDE else "narrow_efficiency"),
         computed(work.scores, "attention", "attention_efficiency"),
         computed(work.experts, "experts", "experts_efficiency"),
-        Item(
+        moved(
             TimePart.MEMORY,
-            passes * (2 * saved + 3 * b * sum(parameters.values())) / machine.memory_bandwidth,
-            "passes·(2·kept bytes + 3·b·parameters used) / memory bandwidth",
+            passes * (2 * saved + 3 * b * sum(parameters.values())),
+            "passes·(2·kept bytes + 3·b·parameters used)",
         ),
-        Item(
+        moved(
             TimePart.EXPERTS_AGAIN,
-            passes * again * (3 * b + 12) * experts / machine.memory_bandwidth,
-            "passes·(chunks−1)·(3·b + 12)·experts' parameters / memory bandwidth",
+            passes * again * (3 * b + 12) * experts,
+            "passes·(chunks−1)·(3·b + 12)·experts' parameters",
         ),
     )
+    optimiser = (
+        moved(
+            TimePart.OPTIMISER,
+            sum(_MOVED[i.part] * i.value for i in memory if i.part in _MOVED),
+            "(2·weights + gradients + 2·state)",
+        ),
+        Item(
+            TimePart.NEWTON_SCHULZ,
+            newton_schulz(costs, config.optim, layout) / machine.rate("matmul", b, D),
+            "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / rate of matmuls",
+        ),
+    )
+    layers = shape_of(config.model).n_sparse * passes
+    waited = exchange_costs(setting, costs, layout, n_tokens // passes)
+    copied = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
     exposed = (
-        *_exchanges(setting, costs, layout, n_tokens, passes),
+        Item(TimePart.COPIES, layers * waited.copies, copied),
+        Item(TimePart.HEAD_PARALLEL, layers * waited.hp, HIDDEN),
+        Item(TimePart.EXPERT_PARALLEL, layers * waited.ep, HIDDEN),
         _weights(setting, layout, volumes, passes, total(compute)),
         _gradients(setting, layout, volumes, passes, total(compute)),
         _small_sums(setting, layout),
     )
-    items = (*compute, *exposed, *_optimiser(setting, costs, layout, memory))
-    return tuple(item for item in items if item.value)
+    return tuple(item for item in (*compute, *exposed, *optimiser) if item.value)
 
 
 def _comm(setting: Setting, layout: MeshLayout, sent: CommVolume) -> float:
-    machine = setting.machine
-    inside = layout.in_one_node(sent.axis, setting.per_node)
-    bandwidth = machine.intra_node if inside else machine.inter_node
-    return sent.bytes / bandwidth + machine.latency * sent.messages
+    rates = setting.link(layout, sent.axis).rates
+    return sent.bytes / rates.bandwidth + rates.latency * sent.messages
 
 
 def _weights(
@@ -200,32 +186,6 @@ def _weights(
     return Item(TimePart.WEIGHTS, _exposed(comm, parts, compute), formula)
 
 
-def _exchanges(
-    setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: int, passes: int
-) -> tuple[Item, Item, Item]:
-    """Return the copies around the exchanges of the sparse layers, and the exposed time of the
-    exchanges on hp and ep."""
-    layers = shape_of(setting.config.model).n_sparse * passes
-    copies, hp, ep = 0.0, 0.0, 0.0
-    if layout.hp * layout.ep > 1:
-        copies, hp, ep = exchange_costs(
-            setting.config,
-            costs,
-            setting.machine,
-            layout,
-            n_tokens // passes,
-            setting.chunks_on(layout),
-            per_node=setting.per_node,
-            bytes_per_value=setting.bytes_per_value,
-            imbalance=setting.imbalance if layout.ep > 1 else 1.0,
-        )
-    return (
-        Item(TimePart.COPIES, layers * copies, COPIED),
-        Item(TimePart.HEAD_PARALLEL, layers * hp, HIDDEN),
-        Item(TimePart.EXPERT_PARALLEL, layers * ep, HIDDEN),
-    )
-
-
 def _gradients(
     setting: Setting,
     layout: MeshLayout,
@@ -234,20 +194,17 @@ def _gradients(
     compute: float,
 ) -> Item:
     comm = work = 0.0
-    for sent in volumes:
-        if sent.kind != "gradients":
-            continue
+    for sent in (volume for volume in volumes if volume.kind == "gradients"):
         if layout.shard:
             comm += _comm(setting, layout, sent)
         else:
-            link = axis_link(setting.machine, layout, sent.axis, setting.per_node)
+            link = setting.link(layout, sent.axis)
             comm += link.ring(sent.bytes)
             work += link.ring_work(sent.bytes)
     hiding = compute * 2 / 3 / (1 if layout.shard else passes)
     exposed = _exposed(comm, setting.config.model.n_layers + 1, hiding)
-    formula = "max(comm/(layers+1), comm − backward" + (
-        ")" if layout.shard else " of the last pass)"
-    )
+    backward = "backward" if layout.shard else "backward of the last pass"
+    formula = f"max(comm/(layers+1), comm − {backward})"
     if work:  # the hidden part still takes its share of the processor
         exposed += work * (comm - exposed) / comm
         formula += " + the processor's part of the rest"
@@ -257,41 +214,13 @@ def _gradients(
 def _small_sums(setting: Setting, layout: MeshLayout) -> Item:
     """Return the sums of targets, norm and statistics of `train/step.py` and `parallel/reduce.py`,
     once per step."""
-    seconds = 0.0
-    if layout.ranks > 1:
-        seconds = 3 * axis_link(setting.machine, layout, "world", setting.per_node).ring(0)
+    seconds = 3 * setting.link(layout, "world").ring(0) if layout.ranks > 1 else 0.0
     return Item(TimePart.SMALL_SUMS, seconds, "3·latency·2·(N−1)")
 
 
 def _exposed(comm: float, parts: int, work: float) -> float:
     """Return the seconds of `comm`, sent in `parts`, that `work` does not hide."""
     return max(comm / parts, comm - work) if comm else 0.0
-
-
-def _optimiser(
-    setting: Setting, costs: ModelCosts, layout: MeshLayout, memory: Items
-) -> tuple[Item, Item]:
-    times: dict[Enum, int] = {
-        MemoryPart.WEIGHTS: 2,
-        MemoryPart.GRADIENTS: 1,
-        MemoryPart.ADAMW: 2,
-        MemoryPart.MUON: 2,
-    }
-    moved = sum(times[i.part] * i.value for i in memory if i.part in times)
-    machine = setting.machine
-    ortho = newton_schulz(costs, setting.config.optim, layout)
-    return (
-        Item(
-            TimePart.OPTIMISER,
-            moved / machine.memory_bandwidth,
-            "(2·weights + gradients + 2·state) / memory bandwidth",
-        ),
-        Item(
-            TimePart.NEWTON_SCHULZ,
-            ortho / machine.rate("matmul", setting.bytes_per_value, setting.config.model.d_model),
-            "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / rate of matmuls",
-        ),
-    )
 
 
 def newton_schulz(costs: ModelCosts, optim: OptimConfig, layout: MeshLayout) -> float:

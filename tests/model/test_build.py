@@ -14,7 +14,7 @@ from headway.model.roles import roles_of
 from headway.model.transformer import Transformer
 from headway.plan.choose import rank_meshes
 from headway.plan.machine import MACHINES
-from headway.plan.time import Setting
+from headway.plan.setting import Setting
 from headway.train.loop import train
 from tests.compare import assert_close
 from tests.model.own_modules import RunningMean, TwoLanes, own_blocks

@@ -17,7 +17,7 @@ from headway.model.transformer import Transformer
 from headway.plan.choose import rank_meshes
 from headway.plan.describe import describe
 from headway.plan.machine import MACHINES
-from headway.plan.time import Setting
+from headway.plan.setting import Setting
 from headway.train.resolve import Sizes
 
 D, S, V = 32, 16, 64

@@ -11,9 +11,9 @@ from headway.plan.describe import with_vocab
 from headway.plan.layout import MeshLayout, illegal, meshes
 from headway.plan.machine import MACHINES
 from headway.plan.memory import states
+from headway.plan.setting import Setting
 from headway.plan.shape import total
 from headway.plan.table import format_plan
-from headway.plan.time import Setting
 from headway.recipes import load
 from tests.plan.test_memory import MODELS
 

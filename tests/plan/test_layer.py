@@ -6,9 +6,10 @@ import pytest
 
 from headway.config import RouterConfig, RunConfig
 from headway.model.costs import CostGroup
-from headway.plan.layer import axis_link, exchange_costs, stages
+from headway.plan.layer import exchange_costs, stages
 from headway.plan.layout import MeshLayout
 from headway.plan.link import Curve
+from headway.plan.setting import Setting
 from headway.plan.traffic import expected_ranks
 from tests.plan.test_time import CONFIG, MACHINE, MODEL, T, costs_of
 
@@ -17,22 +18,21 @@ MACHINE = replace(MACHINE, rows_efficiency=0.5)
 
 
 def layer_costs(layout, config=CONFIG, machine=MACHINE, chunks=1, imbalance=1.0, per_node=8):
-    options = {"per_node": per_node, "bytes_per_value": 2, "imbalance": imbalance}
-    return exchange_costs(config, costs_of(config), machine, layout, T, chunks, **options)
+    setting = Setting(config, machine, per_node, 2, chunks, imbalance)
+    return exchange_costs(setting, costs_of(config), layout, T)
 
 
 def test_stages_add_up_to_the_layer():
     forward = {i.part: i.value * T / 2 for i in costs_of().flops}  # of one of two layers
-    layer = stages(CONFIG, costs_of(), MACHINE, MeshLayout(), T, 2, 1.0)
+    layer = stages(Setting(CONFIG, MACHINE), costs_of(), MeshLayout(), T)
     assert layer.experts.forward == pytest.approx(forward[CostGroup.EXPERTS] / 2e8)
     assert layer.experts.backward == pytest.approx(2 * layer.experts.forward)
     projections = layer.split.forward + layer.merge.forward
     assert projections == pytest.approx(forward[CostGroup.LATENT] / 2.5e8)
     assert layer.router.forward == pytest.approx(forward[CostGroup.ROUTERS] / 2.5e8)
     assert layer.shared.forward == 0 and not layer.early_route
-    again = stages(
-        replace(CONFIG, run=RunConfig(recompute=True)), costs_of(), MACHINE, MeshLayout(), T, 2, 1.0
-    )
+    recompute = replace(CONFIG, run=RunConfig(recompute=True))
+    again = stages(Setting(recompute, MACHINE), costs_of(), MeshLayout(), T)
     assert again.experts.backward == pytest.approx((2 + 2 / 3) * layer.experts.forward)
 
 
@@ -65,18 +65,9 @@ def test_the_busiest_link_decides_where_load_is_uneven():
 
 def test_crowded_ranks_share_out_uneven_work():
     layout = MeshLayout(ep=2, scheme="all_to_all")
-    busy = [
-        stages(
-            CONFIG,
-            costs_of(),
-            replace(MACHINE, oversubscription=oversubscription),
-            layout,
-            T,
-            2,
-            1.5,
-        ).experts.forward
-        for oversubscription in (1.0, 1.2, 2.0)
-    ]
+    machines = [replace(MACHINE, oversubscription=x) for x in (1.0, 1.2, 2.0)]
+    settings = [Setting(CONFIG, machine, imbalance=1.5) for machine in machines]
+    busy = [stages(s, costs_of(), layout, T).experts.forward for s in settings]
     assert [x / busy[2] for x in busy] == pytest.approx([1.5, 1.25, 1.0])
 
 
@@ -92,6 +83,7 @@ def test_chunks_of_measured_exchanges_share_the_link():
 
 
 def test_links_know_their_place():
-    inside, between = (axis_link(MACHINE, MeshLayout(hp=2), "hp", per_node) for per_node in (8, 1))
+    settings = [Setting(CONFIG, MACHINE, per_node) for per_node in (8, 1)]
+    inside, between = (setting.link(MeshLayout(hp=2), "hp") for setting in settings)
     assert (inside.rates.bandwidth, between.rates.bandwidth) == (1e6, 1e5)
     assert inside.inside and not between.inside and between.within == inside.rates

@@ -1,4 +1,6 @@
-"""Overlap by hand: two resources, and the order of `model.moe.MoE.forward`."""
+"""Overlap by hand: two resources, and the order of `model.moe.SparseLayer.forward`."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from headway.model.dispatch import Completed
 from headway.model.layers import MultiHeadLatentMoE
 from headway.plan.overlap import (
     NOTHING,
-    Counts,
     Layer,
+    LayerExchange,
     Message,
     Start,
     Wait,
@@ -27,13 +29,17 @@ EXPERTS = ("dispatch", "combine")
 def layer(*kinds, split=0.0, router=0.0, shared=0.0, experts=0.0, merge=0.0, early=False):
     """Backward as long as forward, so that both directions are alike."""
     stages = (Work(x, x) for x in (split, router, shared, experts, merge))
-    copies = dict.fromkeys(kinds, NOTHING)
-    return Layer(*stages, copies, copies, early)
+    return Layer(*stages, early, dict.fromkeys(kinds, LayerExchange(FREE, FREE)))
 
 
-def beyond(stages, chunks, seconds, *, counts=FREE, counted=False, **message):
-    sent = {kind: Message("ep", seconds, **message) for kind in stages.copies_before}
-    return exposed(program(stages, chunks, counted), sent, sent, counts)["ep"]
+def beyond(stages, chunks, seconds, *, counts=None, **message):
+    sent = dict.fromkeys(stages.exchanges, Message("ep", seconds, **message))
+    sent |= {"counts": counts} if counts else {}
+    return exposed(with_messages(stages, sent), chunks)["ep"]
+
+
+def with_messages(stages, sent):
+    return replace(stages, exchanges={kind: LayerExchange(m, m) for kind, m in sent.items()})
 
 
 def test_one_chunk_hides_nothing():
@@ -66,7 +72,7 @@ def test_counts_wait_behind_what_travels():
     first are waited for as well."""
     stages = layer("dispatch", "combine", experts=2.0)
     without = beyond(stages, 2, 10.0)
-    waited = beyond(stages, 2, 10.0, counts=Message("ep", 1.0), counted=True)
+    waited = beyond(stages, 2, 10.0, counts=Message("ep", 1.0))
     # c | d1 | c | d2 beside e1 | b1 beside e2 | b2
     assert waited == pytest.approx(without + 2 * 1.0)
 
@@ -95,13 +101,13 @@ def test_heads_around_experts():
     stages = layer("scatter", "dispatch", "combine", "gather", experts=1.0)
     sent = {kind: Message("ep", 3.0) for kind in ("dispatch", "combine")}
     sent |= {kind: Message("hp", 2.0) for kind in ("scatter", "gather")}
-    waited = exposed(program(stages, 1, False), sent, sent, FREE)
+    waited = exposed(with_messages(stages, sent), 1)
     assert dict(waited) == {"hp": pytest.approx(8.0), "ep": pytest.approx(12.0)}
 
 
 def test_the_program_of_heads():
     stages = layer("scatter", "gather", split=2.0, experts=8.0, router=4.0)
-    ops = [op for op in program(stages, 2, False) if op != NOTHING]
+    ops = [op for op in program(stages, 2) if op != NOTHING]
     assert ops == [
         Work(1.0, 1.0),
         Start("scatter", 0),
@@ -120,7 +126,9 @@ def test_the_program_of_heads():
     ]
     back = [op for op in reverse(ops) if isinstance(op, Start | Wait)]
     assert back[:3] == [Start("gather", 1), Start("gather", 0), Wait("gather", 1)]
-    assert Counts() in program(layer("dispatch", "combine"), 1, True)
+    ops = program(layer("counts", "dispatch", "combine"), 1)
+    assert ops.index(Start("counts", 0)) + 1 == ops.index(Wait("counts", 0))
+    assert not any(op.kind == "counts" for op in reverse(ops) if isinstance(op, Start | Wait))
 
 
 class Away(torch.autograd.Function):
@@ -204,7 +212,7 @@ def test_the_program_is_that_of_the_layer(kinds, chunks):
     moe = MultiHeadLatentMoE(8, 2, 4, 2, 8, d_shared=8)
     ranks = Recorder(kinds, chunks)
     y_TD, _ = moe(torch.randn(6, 8, requires_grad=True), Context(dispatcher=ranks))
-    ops = program(layer(*kinds), chunks, False)
+    ops = program(layer(*kinds), chunks)
     assert ranks.log == [op for op in ops if isinstance(op, Start | Wait)]
     ranks.log.clear()
     y_TD.sum().backward()

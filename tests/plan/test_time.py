@@ -12,8 +12,9 @@ from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import MeshLayout
 from headway.plan.machine import Machine
 from headway.plan.memory import memory
+from headway.plan.setting import Setting
 from headway.plan.shape import Item, total
-from headway.plan.time import Setting, newton_schulz, step_flops, step_seconds
+from headway.plan.time import newton_schulz, step_flops, step_seconds
 from headway.plan.volume import comm_volumes
 from tests.plan.test_memory import MODELS
 

@@ -25,10 +25,8 @@ def load_checkpoint(
     config: ModelConfig,
     sharding: Sharding = SINGLE_PROCESS.sharding,
 ) -> dict[str, Any]:
-    """Restore model, optimisers and random number generators; return the rest of the state.
-
-    Raises `UsageError` naming the first field in which the architecture differs from `config`.
-    """
+    """Restore model, optimisers and random number generators; return the rest of the state. Raises
+    `UsageError` naming the first field in which the architecture differs from `config`."""
     check_architecture(read_model_config(path), config)
     load_model(path, model, sharding)
     state = json.loads((path / "state.json").read_text())

@@ -59,10 +59,8 @@ class Lock:
         self._acquired, self._ended, self._new_holder = False, threading.Event(), ""
 
     def acquire(self, log: Callable[[str], None]) -> None:
-        """Acquire the lock. That of a process that is gone is taken over, which `log` tells.
-
-        Raises UsageError where another process trains in the folder or it cannot be written.
-        """
+        """Acquire the lock. That of a process that is gone is taken over, which `log` tells. Raises
+        UsageError where another process trains in the folder or it cannot be written."""
         try:
             while not self._create(self.path) and not self._take_over(log):
                 time.sleep(0.01)

@@ -163,11 +163,9 @@ def _read_run_json(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: Path) -> LatestCheckpoint:
-    """Return the latest undamaged checkpoint, and one sentence for each damaged newer one.
-
+    """Return the latest undamaged checkpoint, and one sentence for each damaged newer one;
     (None, []) when none was ever finished: the run then starts over. Raises `UsageError` when all
-    are damaged.
-    """
+    are damaged."""
     checkpoint, problems = checkpoint_dir.latest(path)
     if checkpoint is None and problems:
         raise UsageError(

@@ -14,8 +14,7 @@ class Doctor:
 
     measure: str = ""
     """Measure this machine instead, for `headway plan --machine FILE`: matmuls, experts, attention,
-    memory and, under torchrun, the network. The file to write.
-    """
+    memory and, under torchrun, the network. The file to write."""
     json: bool = False
     """End with one JSON object."""
 

@@ -51,11 +51,9 @@ R = TypeVar("R", bound=RecipeOptions)
 
 
 def parse(options: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
-    """Return an instance of the dataclass `options` from `args`, starting from `default`.
-
-    Prints help and raises SystemExit(0) for `--help`. Raises UsageError, one line, for everything
-    that does not parse.
-    """
+    """Return an instance of the dataclass `options` from `args`, starting from `default`. Prints
+    help and raises SystemExit(0) for `--help`. Raises UsageError, one line, for everything that
+    does not parse."""
     _check_names(args, list(_flags(options)))
     box = io.StringIO()
     try:
@@ -70,11 +68,9 @@ def parse(options: type[T], args: Sequence[str], prog: str, default: T | None = 
 
 
 def parse_with_config(options: type[R], args: Sequence[str], prog: str) -> tuple[R, list[str]]:
-    """Return the options of a verb and the other words, which name leaves of the config.
-
-    A word belongs to the option before it. `--help` prints the verb's options; with a recipe it
-    stays among the other words, so that `override` lists the leaves too.
-    """
+    """Return the options of a verb and the other words, which name leaves of the config. A word
+    belongs to the option before it. `--help` prints the verb's options; with a recipe it stays
+    among the other words, so that `override` lists the leaves too."""
     flags = list(_flags(options))
     _check_names(args, [*flags, *_config_flags()])
     verb_words: list[str] = []

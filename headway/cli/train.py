@@ -84,9 +84,8 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
 
 
 def _open(options: Train, words: Sequence[str]) -> tuple[Config, Path | None]:
-    """Return the config, and the run to resume or the checkpoint to start from.
-
-    A job that torchrun has started again after a fault resumes the run that it had begun."""
+    """Return the config, and the run to resume or the checkpoint to start from. A job that torchrun
+    has started again after a fault resumes the run that it had begun."""
     if options.resume:
         resume = Path(options.resume)
         config = _resumed(resume, options.recipe, words)

@@ -10,11 +10,9 @@ from headway.config.tree import Config
 
 
 def validate(config: Config) -> dict[str, str]:
-    """Check every section and the rules between them.
-
-    Returns, for each derived value that needs neither data nor device, a sentence on where it comes
-    from. Raises UsageError, one line, for the first thing that cannot work.
-    """
+    """Check every section and the rules between them. Returns, for each derived value that needs
+    neither data nor device, a sentence on where it comes from. Raises UsageError, one line, for the
+    first thing that cannot work."""
     derived = config.model.check()
     config.data.check()
     config.optim.check()

@@ -92,16 +92,14 @@ class ModelConfig:
         return derived
 
     def _check_attention(self) -> dict[str, str]:
-        derived = {}
-        d_head = self.d_head
-        if not d_head:
+        derived, d_head = {}, self.head_width
+        if not self.d_head:
             if self.d_model % self.n_heads:
                 raise UsageError(
                     f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model}; "
                     f"use n_heads={nearest_divisors(self.d_model, self.n_heads)}, "
                     "or set model.d_head"
                 )
-            d_head = self.d_model // self.n_heads
             derived["model.d_head"] = f"{d_head}: d_model {self.d_model} / n_heads {self.n_heads}"
         if d_head % 2:
             raise UsageError(

@@ -32,11 +32,9 @@ Show = Callable[[str], None]
 def measure_machine(
     path: Path, show: Show = lambda text: None, seconds: float = 0.5
 ) -> dict[str, Any]:
-    """Measure, write the machine file and return its content; `seconds` per number.
-
-    `show` is called with a line after each number, on rank 0 only. Raises UsageError where the
-    file's folder is missing or no rendezvous is found, before measuring.
-    """
+    """Measure, write the machine file and return its content; `seconds` per number. `show` is
+    called with a line after each number, on rank 0 only. Raises UsageError where the file's folder
+    is missing or no rendezvous is found, before measuring."""
     if not path.parent.is_dir():
         raise UsageError(f"--measure {path}: there is no folder {path.parent}; make it first")
     cuda = torch.cuda.is_available()

@@ -46,11 +46,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """Update with the gradients times `grad_scale` (the clip factor).
-
-        The fused kernel scales the gradients in place when `grad_scale` is not 1; zero them
-        afterwards.
-        """
+        """Update with the gradients times `grad_scale` (the clip factor). The fused kernel scales
+        the gradients in place when `grad_scale` is not 1; zero them afterwards."""
         self.updates += 1
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}

@@ -18,11 +18,9 @@ def clip_factor(norm: float, limit: float) -> float:
 
 
 class Optimizers:
-    """AdamW and, with `optim.name=muon`, Muon beside it, over named parameter groups.
-
-    Use: `set_lr(factor)`, `step(grad_scale)`, `zero_grad()`. State goes in and out under the names
-    of the parameters (`layers.0.attn.q.weight.exp_avg`), never under indices.
-    """
+    """AdamW and, with `optim.name=muon`, Muon beside it, over named parameter groups. Use:
+    `set_lr(factor)`, `step(grad_scale)`, `zero_grad()`. State goes in and out under the names of
+    the parameters (`layers.0.attn.q.weight.exp_avg`), never under indices."""
 
     def __init__(
         self,
@@ -77,10 +75,8 @@ class Optimizers:
                     optimizer.init_state(p)
 
     def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Restore what `tensors` returned after `updates` steps.
-
-        Raises `UsageError` when the tensors belong to another optimiser or another model.
-        """
+        """Restore what `tensors` returned after `updates` steps. Raises `UsageError` when the
+        tensors belong to another optimiser or another model."""
         muon_groups = self.muon.param_groups if self.muon else []
         for_muon = {p for group in muon_groups for p in group["params"]}
         for optimizer in self.all():
@@ -115,11 +111,9 @@ def build_optimizers(
     newton_schulz_dtype: torch.dtype = torch.float32,
     sharding: Sharding = SINGLE_PROCESS.sharding,
 ) -> Optimizers:
-    """Put every parameter of `model` into exactly one group of one optimiser.
-
-    `newton_schulz_dtype` is the run's matmul dtype: bfloat16 where the hardware multiplies it
-    natively. `sharding` says which parameters are sharded.
-    """
+    """Put every parameter of `model` into exactly one group of one optimiser. `newton_schulz_dtype`
+    is the run's matmul dtype: bfloat16 where the hardware multiplies it natively. `sharding` says
+    which parameters are sharded."""
     named = dict(model.named_parameters())  # a tied head appears once, as the embedding
     roles = roles_of(model)
     groups: dict[Group, list[str]] = {}

@@ -18,11 +18,8 @@ EPS = 1e-7
 
 def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a stack `[n, M, N]` with the singular values of every matrix pushed to about 1
-    (0.5 … 1.5), in `dtype`.
-
-    Five steps of X ← aX + b(XXᵀ)X + c(XXᵀ)²X on the wide side. For n = 1 these are
-    torch.optim.Muon's operations.
-    """
+    (0.5 … 1.5), in `dtype`: five steps of X ← aX + b(XXᵀ)X + c(XXᵀ)²X on the wide side. For n = 1
+    these are torch.optim.Muon's operations."""
     a, b, c = COEFFICIENTS
     tall = g_NMN.size(-2) > g_NMN.size(-1)
     # Contiguous: a product into a transposed bfloat16 matrix is a thousand times slower on CPUs.

@@ -41,10 +41,8 @@ def steps_before_fall(config: OptimConfig) -> int:
 
 def change(step: int, old: OptimConfig, new: OptimConfig) -> str:
     """Return a sentence on the learning rate of a run that has done `step` steps of the schedule
-    `old` and resumes with `new`; "" where both are the same.
-
-    Rates are those of AdamW; Muon's jump with them.
-    """
+    `old` and resumes with `new`; "" where both are the same. Rates are those of AdamW; Muon's jump
+    with them."""
     plans = [f"{c.schedule} over {c.steps} steps" for c in (old, new)]
     if _shape(old) == _shape(new) or not 0 < step < new.steps:
         return ""

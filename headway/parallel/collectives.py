@@ -242,9 +242,7 @@ def all_to_all(
     parts: Sequence[Tensor], comm: CommContext, splits: Splits | None = None
 ) -> AsyncCollective:
     """Send rows `[N, …]` to their ranks, in rank order; equally many to each without `splits`.
-
-    Integer tensors are sent along and get no gradient.
-    """
+    Integer tensors are sent along and get no gradient."""
     inverse = None if splits is None else splits.swapped()
     forward, adjoint = _issue_all_to_all(splits), _issue_all_to_all(inverse)
     return AsyncCollective(parts, comm, _CollectiveSpec(forward), _CollectiveSpec(adjoint))

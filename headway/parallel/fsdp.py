@@ -159,12 +159,9 @@ def _use_counted_sums(
 
 
 class _CountedAllGather(DefaultAllGather):
-    """FSDP's all-gather, counted, communicated in `dtype`.
-
-    Experts, embedding and head are stored in float32 and handed over in float32: they are cast
-    where they are used, and their gradients, which are summed over rows there, have the dtype in
-    which they were handed over.
-    """
+    """FSDP's all-gather, counted, communicated in `dtype`. Experts, embedding and head are stored
+    in float32 and handed over in float32: they are cast where they are used, and their gradients,
+    which are summed over rows there, have the dtype in which they were handed over."""
 
     def __init__(self, comm: CommContext, dtype: torch.dtype) -> None:
         self.comm, self.dtype = comm, dtype

@@ -8,7 +8,7 @@ sent it some, through the backward of the exchange, and only its replicas are le
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,16 +45,12 @@ def summed_gradients(model: nn.Module, sharding: Sharding) -> Iterator[None]:
     ranks issue the same in the same order; the end of the body waits for all of them.
     """
     reducer = _BucketReducer(_buckets(model, sharding), sharding.mesh)
-    handles = [
-        p.register_post_accumulate_grad_hook(partial(reducer.mark_ready, bucket))
-        for bucket in reducer.buckets
-        for p in bucket.parameters
-    ]
-    try:
+    with ExitStack() as hooks:
+        for bucket in reducer.buckets:
+            mark_ready = partial(reducer.mark_ready, bucket)
+            for p in bucket.parameters:
+                hooks.enter_context(p.register_post_accumulate_grad_hook(mark_ready))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     reducer.finish()
 
 
@@ -125,11 +121,9 @@ def _buckets(model: nn.Module, sharding: Sharding) -> list[_Bucket]:
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Return ‖·‖₂ over all elements of all tensors, a float64 scalar; 0 without any.
-
-    Rows are summed in the tensors' dtype, their norms in float64: on CPUs torch sums the squares of
-    a float32 tensor one after another, and its norm of 2²⁵ elements is 2e-3 too small.
-    """
+    """Return ‖·‖₂ over all elements of all tensors, a float64 scalar; 0 without any. Rows are
+    summed in the tensors' dtype, their norms in float64: on CPUs torch sums the squares of a
+    float32 tensor one after another, and its norm of 2²⁵ elements is 2e-3 too small."""
     rows = []
     for x in tensors:
         flat = x.reshape(-1)
@@ -159,11 +153,8 @@ def global_stats(
     routes: Sequence[RouteStats], sums: Tensor, sharding: Sharding, reads_token: bool
 ) -> tuple[list[RouteStats], Tensor]:
     """Return statistics of all heads over the global batch, and `sums` (float64 `[n]`) summed over
-    the ranks: one all-reduce for everything that a step reports.
-
-    Counts are summed (exactly: in float64), the rest is averaged over the ranks that routed tokens
-    of a head.
-    """
+    the ranks: one all-reduce for everything that a step reports. Counts are summed (exactly: in
+    float64), the rest is averaged over the ranks that routed tokens of a head."""
     mesh = sharding.mesh
     if mesh.size == 1:
         return list(routes), sums

@@ -11,10 +11,8 @@ MIN_SECONDS = 0.2
 
 
 class StragglerDetector:
-    """Compares the ranks over an interval: time of the steps less time blocked in collectives.
-
-    With NCCL the device waits and not the host, so all ranks look alike.
-    """
+    """Compares the ranks over an interval: time of the steps less time blocked in collectives. With
+    NCCL the device waits and not the host, so all ranks look alike."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.waited = mesh, mesh.traffic.wait

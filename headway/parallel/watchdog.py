@@ -172,11 +172,9 @@ class Watchdog:
 
 
 def who_is_behind(before: dict[int, Position], now: dict[int, Position], fate: str) -> str:
-    """Return `rank 2 is at step 7 (in hp scatter) and the others are at step 8 (in …): it …`.
-
-    Of the positions at two times, ranks without a heartbeat in between are named, else those
-    behind.
-    """
+    """Return `rank 2 is at step 7 (in hp scatter) and the others are at step 8 (in …): it …`. Of
+    the positions at two times, ranks without a heartbeat in between are named, else those
+    behind."""
     front = max(p.progress for p in now.values())
     named = [r for r, p in now.items() if not p.ended and p.heartbeats == before[r].heartbeats]
     named = named or [r for r, p in now.items() if p.progress < front]

@@ -17,9 +17,7 @@ RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe i
 
 def load(name: str) -> Config:
     """Return the config of a recipe: one of `RECIPES`, or `path/to/file.py:function` of your own.
-
-    Raises UsageError for an unknown name (with the nearest one), file or function.
-    """
+    Raises UsageError for an unknown name (with the nearest one), file or function."""
     if ":" in name or name.endswith(".py"):
         return _from_file(name)
     recipe = RECIPES.get(name.replace("-", "_"))

@@ -81,11 +81,9 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def load_runs(run_dirs: Sequence[str | Path]) -> list[dict]:
-    """Return the runs of a page, each with a unique name.
-
-    `run_dirs` are run folders with run.json and metrics.jsonl; a run that is still going is fine.
-    Raises UsageError for a missing or corrupt run.
-    """
+    """Return the runs of a page, each with a unique name. `run_dirs` are run folders with run.json
+    and metrics.jsonl; a run that is still going is fine. Raises UsageError for a missing or corrupt
+    run."""
     folders = [Path(d) for d in run_dirs]
     if not folders:
         raise UsageError(

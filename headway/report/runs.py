@@ -42,10 +42,8 @@ def short(value: float | None, digits: int = 7) -> float | int | None:
 
 def decimate(values: Sequence[float | None], limit: int = MAX_POINTS) -> list[int]:
     """Return the indices to draw, ascending: first and last, and of each equal interval its
-    minimum, maximum and first gap.
-
-    These are at most about `limit` (gaps come on top), and no peak is lost.
-    """
+    minimum, maximum and first gap. These are at most about `limit` (gaps come on top), and no peak
+    is lost."""
     n = len(values)
     if n <= limit:
         return list(range(n))
@@ -191,10 +189,8 @@ def _texts(values: Mapping | None) -> dict[str, str]:
 
 def load_run(folder: str | Path) -> dict:
     """Return everything the page needs of one run folder (run.json and metrics.jsonl), as plain
-    JSON values.
-
-    Raises UsageError for a missing or corrupt file. The run may still be going, or be killed.
-    """
+    JSON values. Raises UsageError for a missing or corrupt file. The run may still be going, or be
+    killed."""
     folder = Path(folder)
     info = _read_run_json(folder)
     records = read_metrics(folder / "metrics.jsonl")

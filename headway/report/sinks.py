@@ -50,10 +50,8 @@ def unreadable(path: Path, error: OSError) -> UsageError:
 
 def read_metrics(path: str | Path) -> list[dict]:
     """Return the records of a metrics file, in order, without a torn last line (no newline, not
-    JSON).
-
-    Raises UsageError, naming path and line, for a missing file or a line that is no JSON object.
-    """
+    JSON). Raises UsageError, naming path and line, for a missing file or a line that is no JSON
+    object."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -81,11 +79,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 class JsonlSink:
     """Appends records to `path`: one line each, handed to the operating system before `write`
-    returns.
-
-    Opening repairs a torn last line of a killed run. Raises UsageError when the file cannot be
-    opened.
-    """
+    returns. Opening repairs a torn last line of a killed run. Raises UsageError when the file
+    cannot be opened."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -14,7 +14,7 @@ from headway.parallel.mesh import Axis
 from headway.parallel.p2p import all_to_all
 from headway.plan.link import Curve
 
-Points = tuple[tuple[float, float], ...]
+Point = tuple[float, float]
 """(bytes that a rank sends, seconds)."""
 TURNS = 4
 """Exchanges that overlap work in one measurement, one after another as in a model's layers."""
@@ -37,65 +37,69 @@ def measure_curves(
     the slowest rank; the same on every rank. `ranks` is the size of the group."""
     axis = Axis("all", ranks, dist.get_rank(group), group)
 
+    def together(run: Callable[[], object]) -> float:
+        """Return the median seconds of the slowest rank, after a warm-up."""
+        times = []
+        for _ in range(repeats + 1):
+            dist.barrier()  # of all: groups measure at the same time, as in training
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+        slowest = torch.tensor(times[1:], dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+        return statistics.median(slowest.tolist())
+
     def tensors(size: int) -> tuple[Tensor, Tensor]:
         """Return a buffer to send and one to receive."""
         x = torch.zeros(size // (ranks - 1) * ranks, dtype=torch.uint8, device=device)
         return x, torch.empty_like(x)
 
-    def exchange(at_once: int) -> Points:
-        points = []
-        for size in sizes:
-            pairs = [tensors(size // at_once) for _ in range(at_once)]
+    def exchange(size: int, at_once: int) -> Point:
+        pairs = [tensors(size // at_once) for _ in range(at_once)]
 
-            def run(pairs: Sequence[tuple[Tensor, Tensor]] = pairs) -> None:
-                posted = [all_to_all(y, x, axis) for x, y in pairs]
-                for each in posted:
-                    each.wait()
+        def run() -> None:
+            posted = [all_to_all(y, x, axis) for x, y in pairs]
+            for each in posted:
+                each.wait()
 
-            seconds = _together(run, device, repeats, group)
-            n_sent = at_once * (pairs[0][0].numel() // ranks) * (ranks - 1)
-            points.append((float(n_sent), seconds))
-        return tuple(points)
+        n_sent = at_once * (pairs[0][0].numel() // ranks) * (ranks - 1)
+        return float(n_sent), together(run)
 
-    def added(alone: Points) -> Points:
+    def ring(size: int) -> Point:
+        x = torch.zeros(size // 8 * ranks // (ranks - 1), device=device)
+        seconds = together(lambda: dist.all_reduce(x, group=group))
+        return 2 * 4 * x.numel() * (ranks - 1) / ranks, seconds
+
+    def added(size: int, n_sent: float, seconds: float) -> Point:
         """Measure what an exchange adds to matmuls that take at least twice as long."""
-        width = 4096 if device.type == "cuda" else 256
-        a = torch.ones(width, width, dtype=torch.bfloat16, device=device)
-        each = _together(lambda: a @ a, device, repeats, group)
-        points = []
-        for size, (n_sent, seconds) in zip(sizes, alone, strict=True):
-            x, y = tensors(size)
-            n = math.ceil(max(2 * seconds, LEAST) / each)
+        x, y = tensors(size)
+        n = math.ceil(max(2 * seconds, LEAST) / matmul)
 
-            def run(exchanging: bool, x: Tensor = x, y: Tensor = y, n: int = n) -> None:
-                for _ in range(TURNS):
-                    posted = all_to_all(y, x, axis) if exchanging else None
-                    for _ in range(n):
-                        torch.matmul(a, a)
-                    if posted is not None:
-                        posted.wait()
+        def run(exchanging: bool) -> None:
+            for _ in range(TURNS):
+                posted = all_to_all(y, x, axis) if exchanging else None
+                for _ in range(n):
+                    torch.matmul(a, a)
+                if posted is not None:
+                    posted.wait()
 
-            both = _together(partial(run, True), device, repeats, group)
-            more = both - _together(partial(run, False), device, repeats, group)
-            points.append((n_sent, max(more / TURNS, 1e-6)))
-        return tuple(points)
+        more = together(partial(run, True)) - together(partial(run, False))
+        return n_sent, max(more / TURNS, 1e-6)
 
-    def ring() -> Points:
-        points = []
-        for size in sizes:
-            x = torch.zeros(size // 8 * ranks // (ranks - 1), device=device)
-            seconds = _together(lambda x=x: dist.all_reduce(x, group=group), device, repeats, group)
-            points.append((2 * 4 * x.numel() * (ranks - 1) / ranks, seconds))
-        return tuple(points)
-
-    alone = exchange(1)
+    alone = tuple(exchange(size, 1) for size in sizes)
     measured = [
         Curve("all_to_all", ranks, inside, 1, alone),
-        Curve("all_to_all", ranks, inside, 2, exchange(2)),
-        Curve("all_reduce", ranks, inside, 1, ring()),
+        Curve("all_to_all", ranks, inside, 2, tuple(exchange(size, 2) for size in sizes)),
+        Curve("all_reduce", ranks, inside, 1, tuple(ring(size) for size in sizes)),
     ]
     if overlap_cost:
-        measured.append(Curve("overlap_cost", ranks, inside, 1, added(alone)))
+        width = 4096 if device.type == "cuda" else 256
+        a = torch.ones(width, width, dtype=torch.bfloat16, device=device)
+        matmul = together(lambda: a @ a)
+        points = tuple(added(size, *point) for size, point in zip(sizes, alone, strict=True))
+        measured.append(Curve("overlap_cost", ranks, inside, 1, points))
     return measured
 
 
@@ -104,23 +108,3 @@ def two_numbers(curve: Curve) -> tuple[float, float]:
     size, and of its smallest."""
     (_, least), (n_bytes, seconds) = curve.points[0], curve.points[-1]
     return n_bytes / seconds, least / (curve.ranks - 1)
-
-
-def _together(
-    run: Callable[[], object],
-    device: torch.device,
-    repeats: int,
-    group: dist.ProcessGroup | None,
-) -> float:
-    """Return the median seconds of the slowest rank, after a warm-up."""
-    times = []
-    for _ in range(repeats + 1):
-        dist.barrier()  # of all: groups measure at the same time, as in training
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    slowest = torch.tensor(times[1:], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-    return statistics.median(slowest.tolist())

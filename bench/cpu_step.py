@@ -41,7 +41,8 @@ from headway.kernels.precision import native_bfloat16
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
-from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
+from headway.optim.groups import build_optimizers, clip_factor
+from headway.parallel.reduce import total_norm
 from headway.plan.cost import model_costs
 from headway.recipes.cpu import cpu_step
 from headway.train.allocator import set_allocator
@@ -88,7 +89,8 @@ def headway_step(config: Config) -> Step:
         t1 = time.perf_counter()
         loss.backward()
         t2 = time.perf_counter()
-        factor = clip_factor(float(global_grad_norm(model.parameters())), config.optim.clip)
+        norm = total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        factor = clip_factor(float(norm), config.optim.clip)
         t3 = time.perf_counter()
         optimizers.step(factor)
         optimizers.zero_grad()

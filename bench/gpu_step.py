@@ -22,7 +22,8 @@ from headway.config import ModelConfig, MoEConfig, OptimConfig
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
-from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
+from headway.optim.groups import build_optimizers, clip_factor
+from headway.parallel.reduce import total_norm
 
 if TYPE_CHECKING:
     from bench.gpu_stages import Record
@@ -100,7 +101,8 @@ def headway_step(
         out = made(inputs, targets)
         loss = out.nats / targets.numel() + balance_loss(out.stats, model.moe.balance)
         loss.backward()
-        optimizers.step(clip_factor(float(global_grad_norm(made.parameters())), 1.0))
+        norm = total_norm(p.grad for p in made.parameters() if p.grad is not None)
+        optimizers.step(clip_factor(float(norm), 1.0))
         optimizers.zero_grad()
         return loss.detach()
 

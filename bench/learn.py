@@ -21,8 +21,9 @@ from headway.kernels.precision import native_bfloat16
 from headway.model import balance
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
-from headway.optim.groups import build_optimizers, clip_factor, global_grad_norm
+from headway.optim.groups import build_optimizers, clip_factor
 from headway.optim.schedule import lr_factor
+from headway.parallel.reduce import total_norm
 from headway.train.allocator import set_allocator
 
 TICKS = 100_000
@@ -153,8 +154,8 @@ class Trainer:
         self.optimizers.set_lr(rate)
         total, _ = self.loss(self.model, tokens_BS, targets_BS)
         total.backward()
-        norm = float(global_grad_norm(self.model.parameters()))
-        self.optimizers.step(clip_factor(norm, self.optim.clip))
+        norm = total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        self.optimizers.step(clip_factor(float(norm), self.optim.clip))
         self.optimizers.zero_grad()
         if self.after_step is not None:
             self.after_step(self.model)

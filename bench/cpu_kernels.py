@@ -3,7 +3,8 @@
     python bench/cpu_kernels.py [--repetitions 15] [--threads N] [--json] [--save]
 
 Experts with 2,048 tokens, 32 experts per head, top-4, F 192, at 1 × 384, 6 × 64 and 12 × 32 heads;
-causal attention, RMSNorm, QK-norm with RoPE and SwiGLU at the shapes of bench/cpu_step.py. Both
+causal attention, RMSNorm, QK-norm with RoPE and SwiGLU at the shapes of bench/cpu_step.py;
+attention to a window and to documents, on PyTorch's path with a dense mask. Both
 sides take turns, a call each; a row holds medians of forward with backward. The ceiling is the best
 rate of a large square matmul of PyTorch in the same dtype; work of the products alone is counted.
 """
@@ -26,6 +27,7 @@ from headway.config import UsageError
 from headway.kernels import activation, attention, experts, norm, paths, rope
 from headway.kernels.cpp import CppKernels, cpp_kernels
 from headway.kernels.permute import sort_rows
+from headway.model.context import Positions
 from headway.train.allocator import set_allocator
 
 MODULES = (activation, attention, norm, paths, rope)
@@ -54,6 +56,8 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     q, k, v = (torch.randn(B, S, N, d).to(dtype) for _ in range(3))
     causal = 4 * B * N * d * S * (S + 1) / 2
     made["attention 6x64, S 256"] = (attention.attention, [q, k, v], causal)
+    for name, window, document in (("window 64", 64, 0), ("documents of 128", 0, 128)):
+        made[f"attention 6x64, S 1024, {name}"] = _bounded(dtype, tokens, window, document)
     x, w = torch.randn(tokens, 384).to(dtype), torch.ones(384)
     made["RMSNorm 384"] = (lambda x, w: norm.rms_norm(x, w, 1e-6), [x, w], 0.0)
     tables = rope.rope_tables(torch.arange(S), d, 1e4, dtype)
@@ -65,6 +69,23 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     pre = torch.randn(tokens, 2 * 1024).to(dtype)
     made["SwiGLU 1024"] = (lambda pre: activation.activate(pre, "swiglu"), [pre], 0.0)
     return made
+
+
+def _bounded(dtype: torch.dtype, tokens: int, window: int, document: int) -> Case:
+    """Attention with a window or documents: the kernel reads first keys, PyTorch a dense mask."""
+    B, N, S, d = max(1, tokens // 1024), 6, min(1024, tokens), 64
+    doc_BS = (torch.arange(S) // document).int().expand(B, S) if document else None
+    positions = Positions(B, S, torch.device("cpu"), doc_BS=doc_BS)
+    mask, _ = positions.visible(window, torch.float64)
+    _, first_BS = positions.visible(window, dtype)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if attention.reads_first(q.device, q.dtype):
+            return attention.attention(q, k, v, first_BS=first_BS)
+        return attention.attention(q, k, v, mask)
+
+    seen = S * (S + 1) / 2 * B if mask is None else mask.sum().item() * B / mask.shape[0]
+    return call, [torch.randn(B, S, N, d).to(dtype) for _ in range(3)], 4.0 * N * d * seen
 
 
 def _experts(dtype: torch.dtype, tokens: int, H: int, L: int) -> Case:

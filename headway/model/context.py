@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.attention import causal_mask, reads_first
 from headway.kernels.rope import rope_tables
 from headway.model.dispatch import LOCAL, TokenDispatcher
 
@@ -69,7 +71,7 @@ class Positions:
         self.ragged = len(set(held)) > 1
         """Whether sequences hold different numbers of positions."""
         self.start, self.n_new, self.n_keys = held[0], n_new, max(held) + n_new
-        self.doc_BS, self.device = doc_BS, device
+        self.doc_BS, self.device, self._batch = doc_BS, device, batch
         if self.ragged:
             self.index = torch.tensor(held, device=device).unsqueeze(1) + torch.arange(
                 n_new, device=device
@@ -78,7 +80,7 @@ class Positions:
             self.index = torch.arange(self.start, self.n_keys, device=device)
         """int64 `[S]`, or `[B, S]` where ragged."""
         self._tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int, Tensor | None] = {}
+        self._visible: dict[tuple[int, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
 
     def rope(self, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin) of `kernels.rope.rope_tables`, a row for each of S (ragged: B·S) positions."""
@@ -87,27 +89,35 @@ class Positions:
             self._tables[key] = rope_tables(self.index.flatten(), d_head, theta, dtype)
         return self._tables[key]
 
-    def mask(self, window: int) -> Tensor | None:
-        """Boolean mask, true where a query may look: `[S, keys]`, or `[B, 1, S, keys]` where
-        sequences differ. None where a causal kernel (as many keys as queries) or no mask at all
-        (one query after the last key) does the same."""
-        if window not in self._masks:
-            self._masks[window] = self._mask(window)
-        return self._masks[window]
+    def visible(self, window: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Return `mask` and `first_BS` of `kernels.attention.attention` for matmuls in `dtype`: at
+        most one is given, the mask (`[S, keys]`, or `[B, 1, S, keys]` where sequences differ) where
+        no kernel reads the other. Neither: attention is causal."""
+        key = window, dtype
+        if key not in self._visible:
+            self._visible[key] = self._visible_of(window, dtype)
+        return self._visible[key]
 
-    def _mask(self, window: int) -> Tensor | None:
-        windowed = 0 < window < self.n_keys
-        uniform = not self.ragged and self.doc_BS is None and not windowed
-        if uniform and self.n_new in (1, self.n_keys):
-            return None
-        query = self.index.unsqueeze(-1)
-        key = torch.arange(self.n_keys, device=self.device)
-        mask = key <= query
-        if windowed:
-            mask = mask & (key > query - window)
+    def _visible_of(self, window: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        first = self._first(window)
+        square = self.n_new == self.n_keys
+        if first is None and (square or self.n_new == 1) and not self.ragged:
+            return None, None
+        if first is not None and square and reads_first(self.device, dtype):
+            return None, first.expand(self._batch, -1).int().contiguous()
+        mask = causal_mask(self.index, self.n_keys, first)
+        return (mask.unsqueeze(1) if mask.dim() == 3 else mask), None
+
+    def _first(self, window: int) -> Tensor | None:
+        """Return the first key that each new position sees, `[S]` or `[B, S]`; None is key 0."""
+        first = None
+        if 0 < window < self.n_keys:
+            first = (self.index - window + 1).clamp(min=0)
         if self.doc_BS is not None:
-            mask = mask & (self.doc_BS.unsqueeze(2) == self.doc_BS.unsqueeze(1))
-        return mask.unsqueeze(1) if mask.dim() == 3 else mask
+            begins = F.pad(self.doc_BS[:, 1:] != self.doc_BS[:, :-1], (1, 0))
+            start_BS = (begins * self.index).cummax(1).values
+            first = start_BS if first is None else torch.maximum(start_BS, first)
+        return first
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,8 @@ class Context:
     process."""
 
     doc_BS: Tensor | None = None
-    """int32 `[B, S]` document numbers: positions attend only within their own document."""
+    """int32 `[B, S]` document numbers: positions attend only within their own document, which is a
+    run of equal numbers."""
     cache: Cache | None = None
     """Where decoding continues: keys and values are appended, and no slot is dropped whatever the
     capacity, so that a text does not depend on the parts in which it is decoded."""

@@ -63,6 +63,8 @@ class Workload:
     """b, of the matmuls' dtype."""
     doc_mask: bool = False
     """Whether documents are kept apart."""
+    dense_masks: bool = False
+    """Whether windows and documents take masks of S × S, as on GPUs; the CPU kernel takes none."""
 
     @property
     def n_tokens(self) -> int:

@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         config, positions = self.config, ctx.positions_of(x_BSD)
         positions.rope(config.head_width, config.rope_theta, self.dtype)
         for window in set(config.window) or {0}:
-            positions.mask(window)
+            positions.visible(window, self.dtype)
         return replace(ctx, positions=positions)
 
     def _head_weight(self) -> Tensor:

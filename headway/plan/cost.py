@@ -80,13 +80,16 @@ def model_costs(
     batch: int,
     bytes_per_value: int = 4,
     blocks: BlockBuilder = build_block,
+    dense_masks: bool = False,
 ) -> ModelCosts:
     """Return the costs of a config whose vocabulary is resolved, with `batch` sequences in a
-    forward pass. `blocks` builds blocks with modules of your own, as in `Transformer`."""
+    forward pass. `blocks` builds blocks with modules of your own, as in `Transformer`;
+    `dense_masks` is that of `Workload`."""
     data = config.data
+    work = Workload(data.seq_len, batch, bytes_per_value, data.doc_mask, dense_masks)
     with torch.device("meta"):
         model = Transformer(config.model, Compute(recompute=config.run.recompute), blocks=blocks)
-    return ModelCosts.of(model, Workload(data.seq_len, batch, bytes_per_value, data.doc_mask))
+    return ModelCosts.of(model, work)
 
 
 def _weights(model: Transformer) -> tuple[Weights, ...]:

@@ -27,7 +27,8 @@ class Setting:
 
     def costs(self, micro: int) -> ModelCosts:
         """Return the costs of the model with `micro` sequences in a forward pass."""
-        return model_costs(self.config, micro, self.bytes_per_value, self.blocks)
+        dense_masks = not self.machine.cpu_driven
+        return model_costs(self.config, micro, self.bytes_per_value, self.blocks, dense_masks)
 
     def chunks_on(self, layout: MeshLayout) -> int:
         """Return the chunks of a micro-batch on a mesh."""

@@ -9,6 +9,7 @@ import torch
 from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig, UsageError
 from headway.config.check import remarks as config_remarks
 from headway.config.check import validate
+from headway.kernels.attention import reads_first
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.paths import check_float8, choose_path, explain
 from headway.kernels.precision import native_bfloat16
@@ -93,6 +94,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     device = _device(run, derived)
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
+    remarks += _attention(config, device, dtype)
     remarks += _experts(model, mesh, device, dtype, derived)
     if run.strict and (notes or remarks):
         raise UsageError(f"run.strict: {[*notes, *remarks][0]}")
@@ -149,6 +151,18 @@ def _kernels(device: torch.device, derived: dict[str, str]) -> tuple[str, ...]:
         return (f"the C++ kernels will not run, the slower PyTorch paths do: {kernels.why}",)
     derived["kernels"] = f"C++, {kernels.why}"
     return ()
+
+
+def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Say where windows and documents leave the fast attention."""
+    S, documents = config.data.seq_len, config.data.doc_mask
+    windowed = any(0 < window < S for window in config.model.window)
+    if not (documents or windowed) or reads_first(device, dtype):
+        return ()
+    option = "data.doc_mask" if documents else f"model.window={config.model.window}"
+    return (
+        f"{option}: attention on this {device.type} takes a mask of {S} × {S}, which is slower",
+    )
 
 
 def _experts(

@@ -57,7 +57,7 @@ def test_shakespeare(path, capsys, monkeypatch):
 @pytest.mark.skipif(cpp_kernels().library is None, reason=cpp_kernels().why)
 def test_cpu_kernels(capsys, monkeypatch):
     found = last_line(cpu_kernels.main, capsys, monkeypatch, "--small", "--repetitions", "1")
-    assert len(found["rows"]) == 7 * (2 if cpp_kernels().bfloat16 else 1)
+    assert len(found["rows"]) == 9 * (2 if cpp_kernels().bfloat16 else 1)
     for row in found["rows"]:
         ours, theirs = (
             row[f"{side} forward ms"] + row[f"{side} backward ms"] for side in ("ours", "pytorch")

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headway.kernels import attention as module
 from headway.kernels.attention import attention, attention_reference
@@ -24,27 +26,41 @@ def make(B, S, N, M, d, dtype, scale=1.0):
     return inputs, d_out.to(dtype)
 
 
-def run(inputs, d_out):
+def first_keys(S, window=0, documents=((),)):
+    """`first_BS` by its definition; a row of `documents` holds the positions where they begin."""
+    rows = [
+        [
+            max([begin for begin in begins if begin <= i] + [i - window + 1 if window else 0, 0])
+            for i in range(S)
+        ]
+        for begins in documents
+    ]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def run(inputs, d_out, first_BS=None):
     """Output, dq, dk, dv."""
-    out = attention(*inputs)
+    out = attention(*inputs, first_BS=first_BS)
     return out, *torch.autograd.grad(out, inputs, d_out)
 
 
-def run_reference(inputs, d_out):
+def run_reference(inputs, d_out, first_BS=None):
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
-    out = attention_reference(*wide)
+    out = attention_reference(*wide, first_BS=first_BS)
     return out, *torch.autograd.grad(out, wide, d_out.double())
 
 
-def assert_equals_reference(inputs, d_out, bounds=BOUNDS):
+def assert_equals_reference(inputs, d_out, bounds=BOUNDS, first_BS=None, typical=0.0):
+    """`typical`: the size of a gradient to expect where few keys make it small."""
     dtype = d_out.dtype
-    got, want = run(inputs, d_out), run_reference(inputs, d_out)
+    got, want = run(inputs, d_out, first_BS), run_reference(inputs, d_out, first_BS)
     out_bound, grad_bound = bounds[dtype]
     assert got[0].is_contiguous() and all(t.dtype == dtype for t in got)
     assert_close(got[0], want[0], out_bound)
     for a, b in zip(got[1:], want[1:], strict=True):
         # of one position dq and dk are 0: absolute there
-        assert_close(a, b, grad_bound if b.abs().max() > 1e-6 else 5e-5)
+        bound = grad_bound if b.abs().max() > 1e-6 else 5e-5
+        assert_close(a, b, bound, typical * b.numel() ** 0.5)
 
 
 @needs_native
@@ -164,7 +180,9 @@ def test_are_well_formed_custom_operators():
     plain = tuple(t.detach() for t in inputs)
     out, lse = torch.ops.headway.attention(*plain)
     assert lse.shape == (2, 4, 20) and lse.dtype == torch.float32
-    torch.library.opcheck(torch.ops.headway.attention_backward.default, (d_out, *plain, out, lse))
+    torch.library.opcheck(
+        torch.ops.headway.attention_backward.default, (d_out, *plain, None, out, lse)
+    )
 
 
 @needs_native
@@ -180,3 +198,134 @@ def test_compiles_whole_and_equals_eager():
 
     compiled = grads(torch.compile(both, fullgraph=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled, grads(both), strict=True))
+
+
+def test_the_reference_with_first_keys_is_softmax_over_what_is_seen():
+    (q, k, v), _ = make(2, 7, 2, 1, 4, torch.float64)
+    first_BS = first_keys(7, 3, documents=[(), (2, 3)])
+    got = attention_reference(q, k, v, first_BS=first_BS)
+    for b, i, n in ((0, 0, 0), (0, 6, 1), (1, 1, 0), (1, 2, 1), (1, 3, 0), (1, 6, 0)):
+        seen = slice(int(first_BS[b, i]), i + 1)
+        weights = torch.softmax(k[b, seen, 0] @ q[b, i, n] / 2, 0)
+        assert_close(got[b, i, n], weights @ v[b, seen, 0], 1e-14)
+    assert first_BS.tolist() == [[0, 0, 0, 1, 2, 3, 4], [0, 0, 2, 3, 3, 3, 4]]
+
+
+DOCUMENTS = {
+    "none": lambda S: [(), ()],
+    "of one token": lambda S: [range(S), range(1, S)],
+    "many": lambda S: [range(0, S, 13), (S // 3, S // 2)],
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("window", [0, 1, 2, 5, -1, -2])
+@pytest.mark.parametrize("S", [7, 65, 301])
+def test_windows_and_documents_equal_float64(S, window, documents, dtype):
+    """Rows that differ; a window below 0 counts from the end: S and S − 1."""
+    window = S + 1 + window if window < 0 else window
+    first_BS = first_keys(S, window, DOCUMENTS[documents](S))
+    assert_equals_reference(*make(2, S, 4, 2, 24, dtype), first_BS=first_BS)
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    S=st.integers(1, 330),
+    window=st.integers(0, 340),
+    cuts=st.lists(st.sets(st.floats(0, 1), max_size=9), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]),
+    dtype=st.sampled_from(NATIVE_DTYPES),
+)
+def test_any_window_and_documents_equal_float64(S, window, cuts, heads, dtype):
+    documents = [[int(cut * (S - 1)) for cut in row] for row in cuts]
+    first_BS = first_keys(S, window, documents)
+    case = make(len(cuts), S, *heads, 8, dtype)
+    assert_equals_reference(*case, first_BS=first_BS, typical=0.1)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("S", [1, 24, 33, 300])
+def test_first_keys_of_zero_change_no_bit(S, dtype):
+    inputs, d_out = make(2, S, 4, 2, 16, dtype)
+    causal, bounded = run(inputs, d_out), run(inputs, d_out, first_keys(S, S, [(), (0,)]))
+    assert all(torch.equal(a, b) for a, b in zip(causal, bounded, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_documents_do_not_change_each_other_by_a_bit(dtype):
+    """Documents that begin inside of blocks, and pairs of bfloat16, of two documents."""
+    inputs, d_out = make(1, 150, 4, 2, 16, dtype)
+    first_BS = first_keys(150, documents=[(61, 99)])
+    before = run(inputs, d_out, first_BS)
+    for changed in (*inputs, d_out):
+        changed.data[:, 61:99] += 1
+    after = run(inputs, d_out, first_BS)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :61], b[:, :61]) and torch.equal(a[:, 99:], b[:, 99:])
+        assert not torch.equal(a[:, 61:99], b[:, 61:99])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_with_windows_the_same_bits_on_any_number_of_threads(dtype):
+    inputs, d_out = make(3, 130, 4, 2, 40, dtype)
+    first_BS = first_keys(130, 50, [(), (70,), range(130)])
+    results = []
+    for n in (1, 2, 3):
+        with threads(n):
+            results.append(run(inputs, d_out, first_BS))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("window", [0, 1, 4, 39, 40])
+def test_windows_without_a_compiler_and_in_float64(window, monkeypatch):
+    first_BS = first_keys(40, window, [(), (3, 17, 18)])
+    assert_equals_reference(*make(2, 40, 4, 2, 6, torch.float64), first_BS=first_BS)
+    inputs, d_out = make(2, 40, 4, 2, 16, torch.float32)
+    with_it = run(inputs, d_out, first_BS)
+    switch_off(monkeypatch, module)
+    assert not module.reads_first(torch.device("cpu"), torch.float32)
+    for a, b in zip(with_it, run(inputs, d_out, first_BS), strict=True):
+        assert torch.allclose(a, b, rtol=2e-6, atol=2e-6)
+
+
+@needs_native
+def test_operators_with_first_keys_are_well_formed_and_compile():
+    inputs, d_out = make(2, 20, 4, 2, 16, torch.float32)
+    first_BS = first_keys(20, 6, [(), (4,)])
+    torch.library.opcheck(torch.ops.headway.attention.default, (*inputs, first_BS))
+    plain = tuple(t.detach() for t in inputs)
+    saved = torch.ops.headway.attention(*plain, first_BS)
+    arguments = (d_out, *plain, first_BS, *saved)
+    torch.library.opcheck(torch.ops.headway.attention_backward.default, arguments)
+
+    def grads(function):
+        out = function(*inputs, first_BS=first_BS)
+        return out, *torch.autograd.grad(out, inputs, d_out)
+
+    compiled = grads(torch.compile(attention, fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, grads(attention), strict=True))
+
+
+@needs_native
+def test_torch_func_and_second_derivatives_with_first_keys():
+    (q, k, v), d_out = make(2, 12, 2, 1, 4, torch.float32)
+    first_BS = first_keys(12, 5, [(), (4,)])
+
+    def loss(q, function=attention):
+        return (function(q, k, v, first_BS=first_BS) * d_out).sum()
+
+    want = run_reference((q, k, v), d_out, first_BS)[1]
+    assert_close(torch.func.grad(loss)(q), want, 1e-5)
+
+    def curvature(function):
+        (dq,) = torch.autograd.grad(loss(q, function), q, create_graph=True)
+        return torch.autograd.grad(dq.square().sum(), q)[0]
+
+    assert_close(curvature(attention), curvature(attention_reference), 1e-5)

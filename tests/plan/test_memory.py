@@ -23,7 +23,9 @@ from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import MeshLayout
+from headway.plan.machine import machine_named
 from headway.plan.memory import MemoryPart, states
+from headway.plan.setting import Setting
 from headway.plan.shape import total
 from tests.kernels.cpp_paths import needs_native
 
@@ -117,6 +119,15 @@ def test_activation_bytes_in_bfloat16(name):
 def test_document_masks_are_counted():
     measured = saved_bytes(Transformer(BASE, seed=0), doc=True)
     assert total(costs_of(BASE, doc=True).saved) == pytest.approx(measured, rel=0.02)
+
+
+def test_dense_masks_are_counted_where_a_gpu_takes_them():
+    config = Config(model=replace(BASE, window=(5, 0)), data=DataConfig(seq_len=S))
+    gpu, cpu = (Setting(config, machine_named(name)).costs(B) for name in ("h100", "cpu"))
+    assert total(gpu.saved) - total(cpu.saved) == 2 * (S * S * 2 - 4 * B * S)  # of three layers
+    documents = replace(config, data=replace(config.data, doc_mask=True))
+    gpu = Setting(documents, machine_named("h100")).costs(B)
+    assert total(gpu.saved) - total(cpu.saved) == 3 * B * S * S * 2 - 2 * 4 * B * S
 
 
 def test_recompute_saves_what_the_experts_keep():

@@ -17,12 +17,14 @@ from headway.config import (
     UsageError,
 )
 from headway.config.check import validate
+from headway.kernels import attention
 from headway.kernels.precision import native_bfloat16
 from headway.model.transformer import Transformer
 from headway.train.resolve import (
     Sizes,
     resolve,
 )
+from tests.kernels.cpp_paths import needs_native, switch_off
 
 
 def test_open_values_are_filled_in_and_explained():
@@ -116,6 +118,27 @@ def test_emulated_bfloat16_is_told_and_refused_when_strict():
     assert "emulated" in done.remarks[0]
     with pytest.raises(UsageError, match="run.strict: run.dtype=bfloat16 is emulated"):
         resolve(_changed(run=dataclasses.replace(run, strict=True)), 257)
+
+
+@needs_native
+def test_windows_and_documents_that_take_a_dense_mask_are_told_and_refused(monkeypatch):
+    windowed, run = ModelConfig(window=(64, 0)), RunConfig(device="cpu", dtype="float32")
+    documents = DataConfig(doc_mask=True)
+    assert not _slow_masks(_changed(model=windowed, data=documents, run=run))
+    switch_off(monkeypatch, attention)
+    wide = ModelConfig(window=(256,))  # S: every position sees all before it
+    assert not _slow_masks(_changed(model=wide, run=run))
+    (remark,) = _slow_masks(_changed(model=windowed, run=run))
+    assert remark.startswith(
+        "model.window=(64, 0): attention on this cpu takes a mask of 256 × 256"
+    )
+    config = _changed(data=documents, run=dataclasses.replace(run, strict=True))
+    with pytest.raises(UsageError, match="run.strict: .*data.doc_mask: attention"):
+        resolve(config, 257)
+
+
+def _slow_masks(config: Config) -> list[str]:
+    return [remark for remark in resolve(config, 257).remarks if "takes a mask" in remark]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -65,7 +65,7 @@ class Attention(nn.Module):
         q, k, v = self._qkv(x_BSD, positions)
         if ctx.cache is not None:
             k, v = ctx.cache.state(ctx.layer).append(k, v, positions)
-        y_BSNd = attention(q, k, v, positions.mask(self.window))
+        y_BSNd = attention(q, k, v, *positions.visible(self.window, q.dtype))
         if self.gate is not None:
             y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
         return self.o(y_BSNd.flatten(-2))
@@ -106,10 +106,11 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             norms = Term(2 * d, "2·d")
             saved += T * (N + M) * (d * b + 4)
-        if work.doc_mask:
-            masks = Term(work.batch * S * S * b, "B·S·S·b")
-        elif 0 < self.window < S:
-            masks = Term(S * S * b, "S·S·b")
+        if work.doc_mask or 0 < self.window < S:
+            masks = Term(4 * T, "4·B·S")
+            if work.dense_masks:
+                rows, formula = (T, "B·S·S·b") if work.doc_mask else (S, "S·S·b")
+                masks = Term(rows * S * b, formula)
         scores = Term(4 * N * d * mean_keys(S, self.window), "4·N·d·mean keys seen")
         saved_term = Term(saved, "T·b·d·(3N + 3M), of it N + M for QK-norm")
         return (

@@ -6,6 +6,7 @@ from headway.model.context import Context, DenseCache, Positions
 from headway.model.init import init_weights
 from headway.model.mixers.attention import Attention
 from tests.compare import assert_close
+from tests.kernels.cpp_paths import needs_native
 
 
 def build(window=0, **options):
@@ -85,5 +86,44 @@ def test_steps_equal_forward(window, options):
 
 def test_causal_mask_of_a_late_query():
     positions = Positions(1, 1, torch.device("cpu"), [4])
-    assert positions.mask(2).tolist() == [[False, False, False, True, True]]
-    assert positions.mask(0) is None
+    mask, first_BS = positions.visible(2, torch.float32)
+    assert mask is not None and first_BS is None
+    assert mask.tolist() == [[False, False, False, True, True]]
+    assert positions.visible(0, torch.float32) == (None, None)
+
+
+@needs_native
+def test_what_is_seen_is_a_first_key_for_the_kernel_and_a_mask_for_others():
+    doc = torch.tensor([[3, 3, 3, 4, 4], [0, 1, 1, 0, 0]], dtype=torch.int32)
+    positions = Positions(2, 5, torch.device("cpu"), doc_BS=doc)
+    mask, first_BS = positions.visible(2, torch.float32)
+    assert mask is None and first_BS is not None and first_BS.dtype == torch.int32
+    assert first_BS.tolist() == [[0, 0, 1, 3, 3], [0, 1, 1, 3, 3]]
+    assert positions.visible(2, torch.float32)[1] is first_BS  # made once
+    mask, none = positions.visible(2, torch.float64)
+    assert mask is not None and none is None and mask.shape == (2, 1, 5, 5)
+    for b in range(2):
+        for i in range(5):
+            seen = [j for j in range(5) if i - 2 < j <= i and doc[b, i] == doc[b, j]]
+            assert mask[b, 0, i].nonzero().flatten().tolist() == seen
+
+
+@needs_native
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_kernel_equals_the_mask_of_float64(window, documents):
+    layer, wide = build(window).float(), build(window)
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    doc = (torch.arange(40) // 7).int() + torch.zeros(2, 1, dtype=torch.int32)
+    ctx = Context(doc if documents else None)
+    d_out = torch.randn_like(x)
+    results = []
+    for model, dtype in ((layer, torch.float32), (wide, torch.float64)):
+        out = model(x.to(dtype), ctx)
+        results.append((out, *torch.autograd.grad(out, [*model.parameters()], d_out.to(dtype))))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-5)
+    if not documents:
+        cache = DenseCache([layer.init_state(2, 40, torch.float32, x.device)], 2)
+        prefill = layer(x.float(), Context(cache=cache))
+        assert torch.equal(prefill, results[0][0])

@@ -5,8 +5,7 @@ that a cluster uses, NFS included; file locks, which some of them lack or keep t
 needed. On the machine of the holder the process table says whether it is alive. Elsewhere its
 heartbeat does: it touches the file every `HEARTBEAT` seconds, and after `EXPIRY` seconds without
 one it counts as gone. Times are compared with those of a new file in the same folder, so the clocks
-of the hosts do not matter.
-"""
+of the hosts do not matter."""
 
 import contextlib
 import json

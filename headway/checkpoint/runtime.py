@@ -54,8 +54,7 @@ def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto
 
     The model is built on the meta device and every tensor is read once. `device` and `dtype` are as
     for `resolve_runtime`. Raises UsageError where there is no undamaged checkpoint, no run.json
-    above it, or no such device.
-    """
+    above it, or no such device."""
     run_dir, checkpoint, problems = _find(Path(path))
     config = run_folder.read_config(run_dir)
     runtime = resolve_runtime(config, device, dtype)
@@ -80,8 +79,7 @@ def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "aut
 
     `auto` takes what the run was trained with, where this machine has it, and otherwise what it
     has, with a remark. A machine that is slow is no error here, whatever `run.strict` says. Raises
-    UsageError for `device="cuda"` without a CUDA device.
-    """
+    UsageError for `device="cuda"` without a CUDA device."""
     run, moe, remarks = config.run, config.model.moe, []
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:

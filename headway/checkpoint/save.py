@@ -10,8 +10,7 @@
 The files are the same, byte for byte, whatever the mesh: every rank writes its slices to their
 places in the full tensors (docs/distributed.md). A folder is written under a temporary name beside
 its final one, every file and the folder are synced, and then it is renamed: a crash at any moment
-leaves the previous checkpoint untouched.
-"""
+leaves the previous checkpoint untouched."""
 
 import dataclasses
 import shutil
@@ -114,8 +113,7 @@ def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects | None = None
     ranks wait for one another after each stage, by default with `Mesh.all_gather_object`.
 
     Raises `CheckpointError` on every rank when one of them cannot write, as on a full disk; then
-    nothing of this checkpoint is left and the earlier ones are untouched.
-    """
+    nothing of this checkpoint is left and the earlier ones are untouched."""
     mesh, is_main, path = plan.mesh, plan.mesh.is_main, plan.path
     gather_objects = gather_objects or mesh.all_gather_object
     temporary, digests = checkpoint_dir.temporary(path), {}

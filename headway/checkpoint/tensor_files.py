@@ -3,8 +3,7 @@
 The header says where each tensor begins, so every rank writes its shards to their places in one
 file at the same time: nothing is gathered, nothing is written twice, and the bytes are those that
 `safetensors.torch.save_file` writes in a single process. Tensors that do not fit into one file are
-written to several, with the index that Hugging Face tools read.
-"""
+written to several, with the index that Hugging Face tools read."""
 
 import itertools
 import json

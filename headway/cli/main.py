@@ -2,8 +2,7 @@
 
 Exit codes: 0 done, 1 the run failed, 2 the user's mistake (one line on stderr), 130 interrupted.
 With `--json` the last line of stdout is one JSON object. PyTorch is imported inside the verbs that
-need it.
-"""
+need it."""
 
 import difflib
 import io

@@ -4,8 +4,7 @@ docstrings; every mistake becomes one line.
 The options of a verb are a frozen dataclass. `train`, `describe` and `plan` also take every leaf of
 the config: `parse_with_config` splits their words into the two, and `override` applies the second
 to a config. Unknown names are looked for before tyro parses, so that the message can name the
-nearest option; what tyro reports in a box is folded to a line.
-"""
+nearest option; what tyro reports in a box is folded to a line."""
 
 import contextlib
 import dataclasses

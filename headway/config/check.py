@@ -1,8 +1,7 @@
 """Checks of a whole config before step 0: every message names both values and the fix.
 
 Each section checks its own values; the rules between sections (heads and mesh, batch and replicas)
-are here. Nothing is dropped silently: an option that would have no effect is an error.
-"""
+are here. Nothing is dropped silently: an option that would have no effect is an error."""
 
 from headway.config.bounds import alternatives, divisors
 from headway.config.errors import UsageError

@@ -244,8 +244,7 @@ def latent_acc(
 
     The projections cost 2·D·ℓ multiplications per token and one expert (G+1)·ℓ·F, so ⌈2·D /
     ((G+1)·F)⌉ experts pay. The published models fit K' = αK − 2, which this gives for their sizes
-    (D 4096, F 2688, two matrices).
-    """
+    (D 4096, F 2688, two matrices)."""
     paying = math.ceil(2 * d_model / ((n_inputs(activation) + 1) * d_expert))
     if alpha * top_k <= paying:
         raise UsageError(

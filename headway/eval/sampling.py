@@ -29,8 +29,7 @@ def probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float
 
     `top_k` selects the k most likely tokens (0: all). `top_p` then selects the smallest set whose
     probability reaches p (nucleus sampling, arXiv 1904.09751 §3.1), at least one token. At
-    temperature 0 the most likely token has probability 1. Ties go to the lowest index.
-    """
+    temperature 0 the most likely token has probability 1. Ties go to the lowest index."""
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float()
@@ -64,8 +63,7 @@ def generate(
 
     The same seed gives the same text; the global random number generator is not used. `on_token`
     gets each part of the text once its characters are complete, for which it may take several
-    tokens. Collective on a mesh: all ranks return the same text.
-    """
+    tokens. Collective on a mesh: all ranks return the same text."""
     check_sampling(temperature, top_k, top_p)
     device = model.embed.weight.device
     ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos]

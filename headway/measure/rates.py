@@ -2,8 +2,7 @@
 
 Every rate is the best of several repetitions, a collective's time their median. Under torchrun all
 ranks measure at the same time, as in training, rank 0 writes its own numbers, and the network is
-measured too.
-"""
+measured too."""
 
 import json
 import os

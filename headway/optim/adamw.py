@@ -24,8 +24,7 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled.
         state_dtype: of both moments; None keeps the parameter's. With bfloat16, beta2 ≤ 0.99: a
             slower average would be lost in rounding (its step of 1 − beta2 must stay above 2⁻⁸).
-        chunk: elements per slice of the bfloat16 update.
-    """
+        chunk: elements per slice of the bfloat16 update."""
 
     def __init__(
         self,

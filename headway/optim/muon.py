@@ -65,8 +65,7 @@ class Muon(torch.optim.Optimizer):
             four times that.
         shards: parameters whose matrices are sharded over several ranks. Each is orthogonalised on
             one of them, and `step` is collective.
-        traffic: counts what is sent for that.
-    """
+        traffic: counts what is sent for that."""
 
     def __init__(
         self,

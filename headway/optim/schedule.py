@@ -11,8 +11,7 @@ def lr_factor(step: int, config: OptimConfig) -> float:
     Warm-up takes W = ⌊warmup·steps⌋ steps, (step+1)/W each, so the first step already moves and
     step W−1 is at the peak. The last step is at `min_lr_ratio`. A run too short to have a falling
     part stays at the peak. `wsd` falls by 1−√x (arXiv 2405.18392, §3), `trapezoid` linearly,
-    `cosine` by half a cosine from the peak on.
-    """
+    `cosine` by half a cosine from the peak on."""
     last = config.steps - 1
     assert 0 <= step <= last, f"step {step} of {config.steps}"
     warm, peak_end = _warm_up(config), steps_before_fall(config) - 1

@@ -15,8 +15,7 @@ a ring `collective → token → _Issue → collective`. Python's garbage collec
 inside autograd, so a step's whole graph would leak. `wait` therefore drops the token.
 
 P ranks on the axis · N rows. Several tensors with the same rows are packed row by row into one
-message.
-"""
+message."""
 
 import math
 from collections.abc import Callable, Sequence

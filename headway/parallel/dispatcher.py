@@ -1,8 +1,7 @@
 """The token dispatcher of a mesh: Head Parallel around Expert Parallel.
 
 `MeshDispatcher` is a `model.dispatch.TokenDispatcher`: `scatter` and `gather` communicate on the hp
-axis, before routing and after the experts; `dispatch` and `combine` on the ep axis between them.
-"""
+axis, before routing and after the experts; `dispatch` and `combine` on the ep axis between them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,8 +82,7 @@ def ep_scheme(config: MeshConfig, top_k: int) -> expert.Scheme:
 
     All-gather sends P−1 copies of a sub-token. The all-to-all sends it to each other rank that has
     one of its K experts, (P−1)·(1 − (1 − 1/P)^K) of them when choices are independent, or
-    K·(P−1)/P times without de-duplication.
-    """
+    K·(P−1)/P times without de-duplication."""
     size, scheme, copies = config.ep, "all_to_all_per_slot", top_k * (config.ep - 1) / config.ep
     if config.dedup:
         scheme, copies = "all_to_all", (size - 1) * (1 - (1 - 1 / size) ** top_k)

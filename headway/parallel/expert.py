@@ -19,8 +19,7 @@ chose 2 3. Rank 0 holds experts 0 1, rank 1 holds 2 3; both number them 0 1, and
 
 The first two exchange counts first, and wait for the device to read them.
 
-N sub-tokens (T·H) · K slots · P ranks · R rows sent · M sub-tokens received.
-"""
+N sub-tokens (T·H) · K slots · P ranks · R rows sent · M sub-tokens received."""
 
 from typing import Literal, NamedTuple, TypeAlias
 

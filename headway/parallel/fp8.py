@@ -2,8 +2,7 @@
 
 e4m3 has 3 bits of mantissa, so the error of a value that is not tiny compared with the largest of
 its row is at most 2⁻⁴ of itself, 2.6e-2 rms. Rows are scaled so that their largest value is the
-largest of e4m3: the relative error does not depend on the scale of the data.
-"""
+largest of e4m3: the relative error does not depend on the scale of the data."""
 
 import torch
 from torch import Tensor

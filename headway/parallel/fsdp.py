@@ -22,8 +22,7 @@ size of the message as a ring would send them, not observed.
 
 Parameters are plain tensors within `forward` and DTensors outside; `placement.to_local` returns the
 shard. Stacked experts are sharded between matrices where their numbers allow, so that
-Muon finds full matrices (picture: `placement.py`).
-"""
+Muon finds full matrices (picture: `placement.py`)."""
 
 import warnings
 from dataclasses import replace

@@ -27,8 +27,7 @@ def apply_to_full(
     Args:
         shards: this rank's shard of each tensor, all of one dtype and device.
         specs: how each is sharded.
-        function: maps a full tensor to one of the same shape.
-    """
+        function: maps a full tensor to one of the same shape."""
     axis = specs[0].axis
     assert len(shards) <= axis.size and all(spec.axis is axis for spec in specs)
     ranks = range(axis.size)

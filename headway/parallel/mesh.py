@@ -160,8 +160,7 @@ def launch(
 
     `facts` returns what must be the same on all ranks, such as the options; it is compared first.
     Raises: UsageError where facts differ, the mesh does not fit the processes, or the rendezvous
-    fails; RunError, which names a rank, where a collective fails inside the context.
-    """
+    fails; RunError, which names a rank, where a collective fails inside the context."""
     world = _world_size()
     if world == 1:
         _check_product(config, 1, 0)

@@ -11,8 +11,7 @@ r sends to r+i and receives from r−i, so that in each round every rank has one
       1          0, 2                 2, 0           1 → 2          1 → 0
       2          1, 0                 0, 1           2 → 0          2 → 1
 
-P ranks on the axis.
-"""
+P ranks on the axis."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -4,8 +4,7 @@ Every rank's loss is its part of a sum over the global batch (its nats over the 
 targets, its balance loss over the number of ranks). Gradients are therefore sums over ranks and
 nothing is divided afterwards: an expert's gradient already contains the tokens of all ranks that
 sent it some, through the backward of the exchange, and only its replicas are left to be summed
-(arXiv 2602.04870's code forgets to divide there, and clips every rank by another norm).
-"""
+(arXiv 2602.04870's code forgets to divide there, and clips every rank by another norm)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,8 +41,7 @@ def summed_gradients(model: nn.Module, sharding: Sharding) -> Iterator[None]:
 
     Parameters with the same replicas share buckets of `BUCKET` bytes, last layer first. A bucket is
     reduced when its gradients are complete and the bucket before it has been issued, so that all
-    ranks issue the same in the same order; the end of the body waits for all of them.
-    """
+    ranks issue the same in the same order; the end of the body waits for all of them."""
     reducer = _BucketReducer(_buckets(model, sharding), sharding.mesh)
     with ExitStack() as hooks:
         for bucket in reducer.buckets:

@@ -4,8 +4,7 @@ The host knows the size of a collective when it issues it, so counting never wai
 Bytes are those that leave the rank, without what it keeps for itself.
 
 A layer is the index of a block in the model. Backward counts for the layer of its forward; what
-serves several layers at once (sums of gradients, of the loss, of statistics) has no layer.
-"""
+serves several layers at once (sums of gradients, of the loss, of statistics) has no layer."""
 
 import time
 from collections.abc import Iterator

@@ -3,8 +3,7 @@
 A thread of each rank writes `[step, collectives so far, the last one, heartbeats so far, ended]`
 twice a second and at every step. It costs the training thread nothing, touches no device, and runs
 while that thread is blocked. A rank that is alive and behind still has a heartbeat; one that was
-stopped, or whose host is gone, has none.
-"""
+stopped, or whose host is gone, has none."""
 
 import contextlib
 import json
@@ -49,8 +48,7 @@ class Watchdog:
     An error of a collective inside it becomes a `RunError` that names the rank at fault; its text
     is empty on all ranks but one, so that one line is printed. With NCCL the host learns of errors
     too late: there the thread itself ends a process that has made no progress for `timeout` + 5 s
-    while others are behind.
-    """
+    while others are behind."""
 
     def __init__(
         self, store: dist.Store, rank: int, size: int, timeout: float, traffic: Traffic

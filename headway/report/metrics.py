@@ -2,8 +2,7 @@
 read this table.
 
 The schema of metrics.jsonl (one JSON object per line) is these names plus the counters `step`,
-`tokens`, `seconds`; a sample adds `prompt` and `sample`, an event adds `event` and `detail`.
-"""
+`tokens`, `seconds`; a sample adds `prompt` and `sample`, an event adds `event` and `detail`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,8 +140,7 @@ def load_summary(load: Sequence | np.ndarray) -> dict[str, float | int]:
 
     `load` is nested [layers][heads][experts], load / fair share (1.0 fair, 0.0 dead); layers may
     differ in shape. Returns load_min, load_p95, load_max (linear interpolation, as numpy) and dead
-    (experts with load 0); an empty dict without sparse layers.
-    """
+    (experts with load 0); an empty dict without sparse layers."""
     flat = np.fromiter(_flatten(load), dtype=np.float64)
     if flat.size == 0:
         return {}
@@ -192,8 +190,7 @@ def progress_line(
 
     `record` is a training record of metrics.jsonl; a missing or None value prints as `-` (a dense
     run has no load). `eta_seconds` is the estimated time left. With `peak_flops` (FLOP/s of the
-    hardware, all ranks) MFU stands in place of GFLOP/s.
-    """
+    hardware, all ranks) MFU stands in place of GFLOP/s."""
     step = f"{record['step']:>{len(str(total_steps))}d}/{total_steps}"
     if peak_flops:
         speed = f"MFU {_text(record, 'flops_per_second', '.1%', 1 / peak_flops):>6}"

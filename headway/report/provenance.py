@@ -95,8 +95,7 @@ def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
 
     Dirty: a tracked file anywhere in the tree differs from the commit, or `folder` holds a new
     file. A package installed below somebody else's repository is not tracked there, hence
-    `unknown`.
-    """
+    `unknown`."""
     folder = Path(folder)
     head = _git(folder, "rev-parse", "--verify", "HEAD")
     if head is None or not _git(folder, "ls-files", "--", "."):

@@ -1,8 +1,7 @@
 """The metrics file: append-only JSON lines that survive a kill at any byte.
 
 Each record is one `write`, so a reader sees complete lines or one torn last line, which every
-function here tolerates.
-"""
+function here tolerates."""
 
 import json
 import math

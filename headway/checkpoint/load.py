@@ -48,16 +48,14 @@ def load_model(path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS
     with TensorReader(path, "model") as reader:
         if set(reader.names()) != set(targets):
             differing = sorted(set(reader.names()) ^ set(targets))[0]
-            raise CheckpointError(
-                f"{path.name}: {differing} is only in the model or only in the file"
-            )
+            where = "only in the model or only in the file"
+            raise CheckpointError(f"{path.name}: {differing} is {where}")
         with torch.no_grad():
             for name, target in targets.items():
                 shape, wanted = reader.shape(name), local_shard(name, target, sharding).shape
                 if shape != wanted:
-                    raise CheckpointError(
-                        f"{path.name}: {name} is {shape} in the file and {wanted} in the model"
-                    )
+                    differs = f"{name} is {shape} in the file and {wanted} in the model"
+                    raise CheckpointError(f"{path.name}: {differs}")
                 target.copy_(reader.read(name, local_slices(name, shape, sharding)))
 
 

@@ -95,10 +95,9 @@ def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "aut
         dtype = run.dtype
         if dtype == "bfloat16" and not native:
             dtype = "float32"
-            remarks.append(
-                f"trained with run.dtype=bfloat16, which this {chosen.type} emulates: in float32"
-            )
-    narrow = dtype == "bfloat16" or (dtype == "auto" and native)
+            emulated = f"run.dtype=bfloat16, which this {chosen.type} emulates"
+            remarks.append(f"trained with {emulated}: in float32")
+    narrow = native if dtype == "auto" else dtype == "bfloat16"
     matmuls = torch.bfloat16 if narrow else torch.float32
     precision: Precision = "bfloat16"
     if moe.kind != "dense" and moe.precision == "float8":
@@ -118,15 +117,13 @@ def _find(path: Path) -> tuple[Path, Path, list[str]]:
     if (path / "run.json").is_file():
         checkpoint, problems = run_folder.find_checkpoint(path)
         if checkpoint is None:
-            raise UsageError(
-                f"{path} holds no checkpoint yet; train it first: headway train --resume {path}"
-            )
+            fix = f"train it first: headway train --resume {path}"
+            raise UsageError(f"{path} holds no checkpoint yet; {fix}")
         return path, checkpoint, problems
     if (path / "manifest.json").is_file() or path.name.startswith("step-"):
         if problem := checkpoint_dir.verify(path):
-            raise UsageError(
-                f"checkpoint {path} is damaged: {problem}; give the run folder for the one before"
-            )
+            fix = "give the run folder for the one before"
+            raise UsageError(f"checkpoint {path} is damaged: {problem}; {fix}")
         return path.parent.parent, path, []
     raise UsageError(
         f"{path} is neither a run folder nor a checkpoint; give the --run of a `headway train`"

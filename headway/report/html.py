@@ -86,9 +86,8 @@ def load_runs(run_dirs: Sequence[str | Path]) -> list[dict]:
     run."""
     folders = [Path(d) for d in run_dirs]
     if not folders:
-        raise UsageError(
-            "no run to report; give one or more run folders, as in `headway report runs/demo`"
-        )
+        fix = "give one or more run folders, as in `headway report runs/demo`"
+        raise UsageError(f"no run to report; {fix}")
     runs = [load_run(folder) for folder in folders]
     _unique_names(runs, folders)
     return runs
@@ -106,7 +105,6 @@ def write_page(runs: list[dict], out: str | Path) -> Path:
         temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, out)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {out}: {error.strerror}; choose another file with --out"
-        ) from None
+        fix = "choose another file with --out"
+        raise UsageError(f"cannot write {out}: {error.strerror}; {fix}") from None
     return out

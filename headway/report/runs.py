@@ -134,17 +134,15 @@ def _read_run_json(folder: Path) -> dict:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(
-            f"no run at {folder} (it has no run.json); give a folder made by `headway train`"
-        ) from None
+        fix = "give a folder made by `headway train`"
+        raise UsageError(f"no run at {folder} (it has no run.json); {fix}") from None
     except OSError as error:
         raise unreadable(path, error) from None
     except ValueError as error:
         raise UsageError(f"{path} is no JSON ({error}); restore it or give another run") from None
     if not isinstance(info, dict):
-        raise UsageError(
-            f"{path} holds a {type(info).__name__}, not an object; restore it or give another run"
-        )
+        problem = f"holds a {type(info).__name__}, not an object"
+        raise UsageError(f"{path} {problem}; restore it or give another run")
     return info
 
 

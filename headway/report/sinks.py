@@ -55,9 +55,8 @@ def read_metrics(path: str | Path) -> list[dict]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(
-            f"no metrics at {path}; give a run folder that holds metrics.jsonl"
-        ) from None
+        fix = "give a run folder that holds metrics.jsonl"
+        raise UsageError(f"no metrics at {path}; {fix}") from None
     except OSError as error:
         raise unreadable(path, error) from None
     lines = data.split(b"\n")

@@ -84,7 +84,7 @@ def _bounded(dtype: torch.dtype, tokens: int, window: int, document: int) -> Cas
             return attention.attention(q, k, v, first_BS=first_BS)
         return attention.attention(q, k, v, mask)
 
-    seen = S * (S + 1) / 2 * B if mask is None else mask.sum().item() * B / mask.shape[0]
+    seen = B * S * (S + 1) / 2 if mask is None else mask.expand(B, 1, S, S).sum().item()
     return call, [torch.randn(B, S, N, d).to(dtype) for _ in range(3)], 4.0 * N * d * seen
 
 

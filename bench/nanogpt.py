@@ -13,6 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.model.linear import Embedding
+from headway.model.roles import Group, Role
+
+
+class Linear(nn.Linear):
+    """A matrix, to the optimiser."""
+
+    def roles(self):
+        return {"weight": Role(Group.MATRIX)}
+
+
+class LayerNorm(nn.LayerNorm):
+    """A vector, to the optimiser: no weight decay."""
+
+    def roles(self):
+        return {"weight": Role(Group.VECTOR)}
+
+
+class Positions(nn.Embedding):
+    """A matrix, to the optimiser."""
+
+    def roles(self):
+        return {"weight": Role(Group.MATRIX)}
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
@@ -20,13 +44,13 @@ class Block(nn.Module):
     def __init__(self, width: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.norm1, self.norm2 = LayerNorm(width, bias=False), LayerNorm(width, bias=False)
         self.qkv, self.o = (
-            nn.Linear(width, 3 * width, bias=False),
-            nn.Linear(width, width, bias=False),
+            Linear(width, 3 * width, bias=False),
+            Linear(width, width, bias=False),
         )
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up = Linear(width, 4 * width, bias=False)
+        self.down = Linear(4 * width, width, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         heads = (
@@ -51,9 +75,9 @@ class NanoGPT(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        self.embed, self.position = nn.Embedding(vocab_size, width), nn.Embedding(seq_len, width)
+        self.embed, self.position = Embedding(vocab_size, width), Positions(seq_len, width)
         self.layers = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(width, bias=False)
+        self.norm = LayerNorm(width, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in self.named_parameters():

@@ -259,8 +259,8 @@ def test_race_without_locks_is_harmless(config, monkeypatch):
         ({"val_fraction": 0.0}, "val_fraction 0.0"),
         ({"val_fraction": 1.0}, "val_fraction 1.0"),
         ({"val_fraction": float("nan")}, "val_fraction nan"),
-        ({"seq_len": 0}, "data.seq_len is 0"),
-        ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"seq_len": 0}, "data.seq_len=0 is below 1"),
+        ({"batch_size": 0}, "data.batch_size=0 is below 1"),
         ({"source": ("/no/such/place",)}, "does not exist"),
     ],
 )

@@ -8,8 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from headway.config import DataConfig, UsageError, cache_root
+
+Log = Callable[[str], None]
+"""Takes one line for people."""
 
 
 def root_of(config: DataConfig) -> Path:
@@ -17,7 +21,7 @@ def root_of(config: DataConfig) -> Path:
     return cache_root(config.cache_dir)
 
 
-def make(folder: Path, write: Callable[[Path], None], log: Callable[[str], None]) -> None:
+def make(folder: Path, write: Callable[[Path], None], log: Log) -> None:
     """Have `write(temporary folder)` make `folder` unless it is there. Of several processes that
     want the same folder one writes and the others wait; what a killed one left behind is removed.
     """
@@ -70,7 +74,7 @@ def writing(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
+def _locked(path: Path, log: Log) -> Iterator[bool]:
     """Hold a lock file, released when a process dies; yield False where there are no locks."""
     with writing(path.parent):
         file = path.open("w")
@@ -84,6 +88,15 @@ def _locked(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, which is on the disk once the body has ended."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

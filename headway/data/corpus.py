@@ -21,15 +21,7 @@ from headway.config import UsageError
 from headway.data.files import Found, counted, once, ordinary, sampled_hashes, walk
 from headway.data.records import HfName
 
-_NOT_LIBRARY = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "idle_test",
-    "lib-dynload",
-}
+_NOT_LIBRARY = "site-packages dist-packages __pycache__ test tests idle_test lib-dynload".split()
 # These say how and where this machine's Python was built.
 _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
 
@@ -44,14 +36,9 @@ def files(spec: str) -> Found:
         folder = Path(HfName.parse(spec).name).expanduser()
         return walk(folder) if folder.is_dir() else Found()
     path = Path(spec).expanduser()
-    if path.is_dir():
-        source = walk(path)
-        if not source.files:
-            raise UsageError(_nothing(spec, source.left_out))
-        return source
     if path.exists():
-        source = Found()
-        source.files = ordinary([path], source.left_out)
+        left_out = Counter()
+        source = walk(path) if path.is_dir() else Found(ordinary([path], left_out), left_out)
         if not source.files:
             raise UsageError(_nothing(spec, source.left_out))
         return source

@@ -10,14 +10,13 @@ Equal text has equal tokens, so the hash of a document is that of its ids.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from headway.data.cache import synced
 from headway.data.shard_file import Tokens, check, sample_digest
 from headway.data.tokenizer import Tokenizer
 
@@ -83,16 +82,14 @@ def write_index(folder: Path, tokenizer: Tokenizer) -> None:
         documents_N, token_bytes, text = _scan(tokens.parts, tokenizer, split == "val")
         hashes[split] = documents_N["hash"]
         path, content = folder / f"{split}-documents.bin", documents_N.tobytes()
-        with path.open("wb") as file:
+        with synced(path) as file:
             file.write(content)
-            _sync(file)
         digest = hashlib.sha256(content).hexdigest()
         values = (len(documents_N), len(content), digest, sample_digest(path), token_bytes, text)
         entries[split] = asdict(SplitIndex(path.name, *values))
     shared = int(np.isin(hashes["val"], hashes["train"]).sum())
-    with (folder / "documents.json").open("w") as file:
-        json.dump({**entries, "shared": shared}, file, indent=1)
-        _sync(file)
+    with synced(folder / "documents.json") as file:
+        file.write(json.dumps({**entries, "shared": shared}, indent=1).encode())
 
 
 def _scan(
@@ -127,8 +124,3 @@ def _scan(
     documents_N["hash"] = np.frombuffer(hashes, "<u8")
     token_bytes = int(count_V @ tokenizer.token_bytes)
     return documents_N, token_bytes, text.hexdigest() if show else ""
-
-
-def _sync(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

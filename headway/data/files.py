@@ -64,8 +64,7 @@ def walk(folder: Path) -> Found:
             seen.add((stat.st_dev, stat.st_ino))
             folders.sort()
             searched = [name for name in folders if name[0] != "." and name != "__pycache__"]
-            if hidden := [name for name in folders if name[0] == "."]:
-                left_out["hidden folders"] += len(hidden)
+            left_out["hidden folders"] += sum(name[0] == "." for name in folders)
             folders[:] = searched
             for name in searched:
                 path = os.path.join(here, name)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -123,7 +122,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
     path = job.folder / f"{number:05d}.bin"
     mark = f".{socket.gethostname()}-{os.getpid()}"  # another process may write the same unit
     rows, bad, unread, files = [], [], 0, set()
-    with path.with_suffix(mark).open("wb") as file:
+    with cache.synced(path.with_suffix(mark)) as file:
         for batch in _batches(read(unit, job.skip_bad)):
             told = 0
             texts = [one.text if isinstance(one, TextPiece) else "" for one in batch]
@@ -145,13 +144,11 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
                 rows.append((len(ids), size, one.begins, False))
                 told += size
             tell(told)
-        _sync(file)
     index = np.array(rows, dtype=INDEX)
-    with path.with_suffix(mark + ".npz").open("wb") as file:
-        named = np.array(list(dict.fromkeys(bad))[:NAMED], dtype=str)
-        whole = np.array(sorted(files), dtype=str)
+    named = np.array(list(dict.fromkeys(bad))[:NAMED], dtype=str)
+    whole = np.array(sorted(files), dtype=str)
+    with cache.synced(path.with_suffix(mark + ".npz")) as file:
         np.savez(file, index=index, unread=unread, bad=named, files=whole)
-        _sync(file)
     path.with_suffix(mark).rename(path)
     path.with_suffix(mark + ".npz").rename(path.with_suffix(".npz"))
 
@@ -168,11 +165,6 @@ def _batches(pieces: Iterator[TextPiece | Bad]) -> Iterator[list[TextPiece | Bad
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextmanager

@@ -14,7 +14,6 @@ tokenizer, val_fraction, skip_bad and the format.
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,14 +21,12 @@ import numpy as np
 
 from headway.config import DataConfig, UsageError
 from headway.data import cache, corpus
+from headway.data.cache import Log
 from headway.data.document_index import DocumentIndex
 from headway.data.overlap import Kept, Overlap, count, kept_documents
 from headway.data.shard_file import Tokens, damaged
-from headway.data.tokenise import tokenise
+from headway.data.tokenise import FORMAT, tokenise
 from headway.data.tokenizer import Tokenizer
-
-FORMAT = 5
-"""Version of the folder's layout; another version is another key."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +85,7 @@ class Dataset:
 
 
 def prepare(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    log: Callable[[str], None] = print,
-    verify: bool = False,
+    config: DataConfig, tokenizer: Tokenizer, log: Log = print, verify: bool = False
 ) -> Dataset:
     """Tokenise each source, or find it in the cache, and map its shards into memory.
 
@@ -124,12 +118,7 @@ def _without_repeats(source: Source, kept_N: np.ndarray) -> Source:
 
 
 def _source(
-    spec: str,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    root: Path,
-    log: Callable[[str], None],
-    verify: bool,
+    spec: str, config: DataConfig, tokenizer: Tokenizer, root: Path, log: Log, verify: bool
 ) -> Source:
     _check_apart(spec, root)
     state = [FORMAT, corpus.identity(spec), tokenizer.fingerprint, config.val_fraction]
@@ -137,19 +126,15 @@ def _source(
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec).name).strip("-")[:32] or "data"
     folder = root / f"{name}-{_hash(state)[:20]}"
     if not folder.is_dir():
-        tokenise(spec, config, tokenizer, folder, FORMAT, log)
+        tokenise(spec, config, tokenizer, folder, log)
     return _load(spec, folder, tokenizer, verify, log)
 
 
-def _load(
-    spec: str, folder: Path, tokenizer: Tokenizer, verify: bool, log: Callable[[str], None]
-) -> Source:
+def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool, log: Log) -> Source:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        if (manifest["tokenizer"], manifest["vocab_size"]) != (
-            tokenizer.fingerprint,
-            tokenizer.vocab_size,
-        ):
+        wanted = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+        if any(manifest[name] != value for name, value in wanted.items()):
             raise damaged(folder, "its manifest names another tokenizer")
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         train, val = (
@@ -196,12 +181,11 @@ def _check_apart(spec: str, root: Path) -> None:
     if spec == "stdlib" or spec.startswith("hf:") or not folder.is_dir():
         return
     data, inside = folder.resolve(), root.resolve()
-    if inside.is_relative_to(data):
-        hidden = any(part.startswith(".") for part in inside.relative_to(data).parts)
-        if not hidden:
-            raise UsageError(
-                f"cache {root} lies inside data source {spec!r}; set data.cache_dir elsewhere"
-            )
+    if not inside.is_relative_to(data):
+        return
+    if not any(part.startswith(".") for part in inside.relative_to(data).parts):  # hidden: not read
+        problem = f"cache {root} lies inside data source {spec!r}"
+        raise UsageError(f"{problem}; set data.cache_dir elsewhere")
 
 
 def _hash(value: object) -> str:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,18 +19,15 @@ from headway.data.shard_file import ShardWriter, damaged
 from headway.data.tokenizer import Tokenizer
 from headway.data.units import plan
 
+FORMAT = 5
+"""Version of the folder's layout; another version is another key."""
 PROGRESS_SECONDS = 5.0
 RUN_TOKENS = 1 << 22
 """Ids that are copied at once."""
 
 
 def tokenise(
-    spec: str,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    folder: Path,
-    format: int,
-    log: Callable[[str], None],
+    spec: str, config: DataConfig, tokenizer: Tokenizer, folder: Path, log: cache.Log
 ) -> None:
     """Make the folder of a source, together with all processes that want the same one. What a
     killed process has done is kept beside it and used. Raise UsageError for data that cannot be
@@ -49,7 +45,7 @@ def tokenise(
             fix = "give a file, folder or glob with some"
             raise BadData(f"data source {spec!r} holds no text{unread}; {fix}")
         manifest = {
-            "format": format,
+            "format": FORMAT,
             "source": spec,
             "made_of": made_of,
             "skipped": skipped,
@@ -60,11 +56,9 @@ def tokenise(
             "dtype": job.dtype.name,
             "splits": splits,
         }
-        with cache.writing(folder.parent), (into / "manifest.json").open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
         with cache.writing(folder.parent):
+            with cache.synced(into / "manifest.json") as file:
+                file.write(json.dumps(manifest, indent=1).encode())
             write_index(into, tokenizer)
         progress.end()
 
@@ -83,7 +77,7 @@ def tokenise(
 class _Progress:
     """Logs a line every few seconds."""
 
-    def __init__(self, spec: str, job: Job, n: int, log: Callable[[str], None]):
+    def __init__(self, spec: str, job: Job, n: int, log: cache.Log):
         self.spec, self.job, self.log = spec, job, log
         self.by = f"{n} process{'es' * (n > 1)}"
         self.total = sum(unit.bytes for unit in job.units)
@@ -99,29 +93,32 @@ class _Progress:
 
     def show(self) -> None:
         """Log a line if it is time for one."""
-        now = time.monotonic()
-        if now - self.shown <= PROGRESS_SECONDS:
+        if not self._due():
             return
-        self.shown = now
         line = f"tokenising {self.spec}: {self._speed()}"
         done = self._done()
         if self.total and done:
             line += f", {done / self.total:.0%} of the source"
         if done > self.before:
-            left = (now - self.began) * (self.total - done) / (done - self.before)
+            left = (time.monotonic() - self.began) * (self.total - done) / (done - self.before)
             line += f", {left:,.0f} s left"
         self.log(line)
 
     def joining(self, unit: int) -> None:
         """Log, if it is time for a line, that the parts before `unit` have been joined."""
-        now = time.monotonic()
-        if now - self.shown > PROGRESS_SECONDS:
-            self.shown = now
+        if self._due():
             self.log(f"joining {self.spec}: {unit:,} of {len(self.job.units):,} parts")
 
     def end(self) -> None:
         """Log the last line."""
         self.log(f"tokenised {self.spec}: {self._speed()}; kept in {self.job.target.parent}")
+
+    def _due(self) -> bool:
+        """Return whether it is time for a line, at most once every few seconds."""
+        now = time.monotonic()
+        due = now - self.shown > PROGRESS_SECONDS
+        self.shown = now if due else self.shown
+        return due
 
     def _speed(self) -> str:
         megabytes = self.bytes / 1e6

@@ -15,16 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headway.config import UsageError
 
-EOS_NAMES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<｜end▁of▁sentence｜>",
-    "<|im_end|>",
-    "[EOS]",
-)
+EOS_NAMES = """
+<|endoftext|> <|end_of_text|> </s> <eos> <|eos|> <｜end▁of▁sentence｜> <|im_end|> [EOS]
+""".split()
 """Names under which a `tokenizer.json` is searched for its end of document, in this order."""
 
 # GPT-4's cut into words (cl100k), with numbers in groups of two digits as nanochat does for small
@@ -38,30 +31,16 @@ _WORDS = (
 class Tokenizer(Protocol):
     """What the rest of the system needs of a tokenizer."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of ids: they are 0 … vocab_size − 1."""
-        ...
-
-    @property
-    def eos(self) -> int:
-        """Return the id that ends every document; no text encodes to it."""
-        ...
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """Return int64 [vocab_size]: bytes of UTF-8 that each id stands for; 0 for special ids."""
-        ...
-
-    @property
-    def token_texts(self) -> Sequence[bytes]:
-        """Return those bytes, by id."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Return a text that is equal for equal tokenizers, wherever their files lie."""
-        ...
+    vocab_size: int
+    """The ids are 0 … vocab_size − 1."""
+    eos: int
+    """The id that ends every document; no text encodes to it."""
+    token_texts: Sequence[bytes]
+    """The bytes of text in UTF-8 that each id stands for; none for eos and other special ids."""
+    token_bytes: np.ndarray
+    """int64 [vocab_size]: how many bytes those are."""
+    fingerprint: str
+    """Equal for equal tokenizers, wherever their files lie."""
 
     def encode(self, text: str) -> np.ndarray:
         """Return the uint32 ids of a text, without eos; uint8 for bytes."""
@@ -91,19 +70,9 @@ class DecodeStream(Protocol):
 class ByteTokenizer:
     """257 ids: 0…255 are the bytes of the text in UTF-8, 256 ends a document."""
 
-    vocab_size = 257
-    eos = 256
-    fingerprint = "bytes-257"
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """Return int64 [257]: 1 for every byte, 0 for eos."""
-        return (np.arange(257) < 256).astype(np.int64)
-
-    @property
-    def token_texts(self) -> Sequence[bytes]:
-        """Return each byte, and nothing for eos."""
-        return [*(bytes([i]) for i in range(256)), b""]
+    vocab_size, eos, fingerprint = 257, 256, "bytes-257"
+    token_texts: Sequence[bytes] = (*(bytes([i]) for i in range(256)), b"")
+    token_bytes = np.array([1] * 256 + [0], dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         """Return uint8 [bytes of the text]."""
@@ -119,7 +88,7 @@ class ByteTokenizer:
 
     def decode_stream(self) -> DecodeStream:
         """Return a decoder of ids that come one at a time."""
-        return _ByteStream([bytes([i]) for i in range(256)])
+        return _ByteStream(self.token_texts)
 
 
 class JsonTokenizer:
@@ -142,9 +111,7 @@ class JsonTokenizer:
                 f"cannot read tokenizer {str(path)!r}: {error.strerror}; "
                 "give bytes or the path of a tokenizer.json"
             ) from None
-        except (
-            Exception
-        ) as error:  # the library raises bare Exception for a file that is no tokenizer
+        except Exception as error:  # what the library raises for a file that is no tokenizer
             reason = (str(error).splitlines() or ["unknown format"])[0]
             raise UsageError(
                 f"{path} is no tokenizer.json: {reason}; make one with `headway tokenize`"
@@ -165,24 +132,19 @@ class JsonTokenizer:
             )
         self.eos = eos
         added = self._inner.get_added_tokens_decoder()
-        self._byte_level = '"ByteLevel"' in json.dumps(
-            [spec.get("decoder"), spec.get("pre_tokenizer")]
-        )
-        self._bytes: list[bytes] = [b""] * self.vocab_size
+        stages = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
+        self._byte_level = '"ByteLevel"' in stages
+        texts = [b""] * self.vocab_size
         for token, i in vocabulary.items():
             if i == self.eos or (i in added and added[i].special):
                 continue
-            self._bytes[i] = token.encode() if i in added else _shown(token, self._byte_level)
-        self.token_bytes = np.array([len(shown) for shown in self._bytes], dtype=np.int64)
+            texts[i] = token.encode() if i in added else _shown(token, self._byte_level)
+        self.token_texts: Sequence[bytes] = texts
+        self.token_bytes = np.array([len(text) for text in texts], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
         """Pickle the content: the library's own pickles lose `encode_special_tokens`."""
         return JsonTokenizer, self._made_from
-
-    @property
-    def token_texts(self) -> Sequence[bytes]:
-        """Return what each id shows."""
-        return self._bytes
 
     def encode(self, text: str) -> np.ndarray:
         """Return uint32 [tokens], without eos or any other special token."""
@@ -197,23 +159,23 @@ class JsonTokenizer:
         """Return the text; special ids and ids outside the vocabulary vanish."""
         known = [i for i in map(int, ids) if i < self.vocab_size]
         if self._byte_level:
-            return b"".join(self._bytes[i] for i in known).decode("utf-8", "replace")
+            return b"".join(self.token_texts[i] for i in known).decode("utf-8", "replace")
         return self._inner.decode(known, skip_special_tokens=True)
 
     def decode_stream(self) -> DecodeStream:
         """Return a decoder of ids that come one at a time."""
-        return _ByteStream(self._bytes) if self._byte_level else _WindowStream(self.decode)
+        return _ByteStream(self.token_texts) if self._byte_level else _WindowStream(self.decode)
 
 
 class _ByteStream:
     """A decoder of tokens that are bytes."""
 
-    def __init__(self, bytes_V: list[bytes]) -> None:
-        self._bytes, self._decoder = bytes_V, codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, texts_V: Sequence[bytes]) -> None:
+        self._texts, self._decoder = texts_V, codecs.getincrementaldecoder("utf-8")("replace")
 
     def step(self, i: int) -> str:
         """Return the text that id `i` completes."""
-        return self._decoder.decode(self._bytes[i] if i < len(self._bytes) else b"")
+        return self._decoder.decode(self._texts[i] if i < len(self._texts) else b"")
 
 
 class _WindowStream:
@@ -258,12 +220,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
     if not target.parent.is_dir():
         raise UsageError(f"cannot write {str(path)!r}: its folder does not exist")
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -296,9 +255,8 @@ def _byte_of_char() -> dict[str, int]:
     """Return GPT-2's table, a printable character per byte; unprintable ones start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
+    chars = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+    return dict(zip(chars, [*printable, *others], strict=True))
 
 
 _BYTE_OF_CHAR = _byte_of_char()
@@ -308,8 +266,6 @@ def _shown(token: str, byte_level: bool) -> bytes:
     """Return the bytes of text that a token of the vocabulary stands for."""
     if byte_level and all(char in _BYTE_OF_CHAR for char in token):
         return bytes(_BYTE_OF_CHAR[char] for char in token)
-    if match := re.fullmatch(
-        r"<0x([0-9A-Fa-f]{2})>", token
-    ):  # SentencePiece's fallback for one byte
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):  # SentencePiece's single byte
         return bytes([int(match[1], 16)])
     return token.removeprefix("##").replace("▁", " ").encode()

@@ -50,19 +50,15 @@ def files(spec: str) -> Found:
         if match.is_dir():
             below = walk(match)
             left_out += below.left_out
-            matches += [
-                file
-                for file in below.files
-                if _matches(file.path.relative_to(match).parts, pattern)
-            ]
+            paths = ((file, file.path.relative_to(match).parts) for file in below.files)
+            matches += [file for file, parts in paths if _matches(parts, pattern)]
         elif not pattern:
             matches += ordinary([match], left_out)
     source = Found(once(matches, left_out), left_out)
     if not source.files:
         what = "matches no file" if glob.has_magic(spec) else "does not exist"
-        raise UsageError(
-            f"data source {spec!r} {what}; give stdlib, a file, a folder, a glob or hf:NAME[:SPLIT]"
-        )
+        fix = "give stdlib, a file, a folder, a glob or hf:NAME[:SPLIT]"
+        raise UsageError(f"data source {spec!r} {what}; {fix}")
     return source
 
 
@@ -74,11 +70,8 @@ def identity(spec: str) -> list:
     version = list(sys.version_info[:3]) if spec == "stdlib" else []
     label = spec if spec.startswith("hf:") else "files"
     stated = zip(listed, sampled_hashes(listed), strict=True)
-    return [
-        label,
-        version,
-        *([os.path.abspath(path), *state, digest] for (path, *state), digest in stated),
-    ]
+    states = ([os.path.abspath(path), *state, digest] for (path, *state), digest in stated)
+    return [label, version, *states]
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -106,7 +99,6 @@ def _stdlib_files() -> list[Path]:
         sources = [name for name in names if name.endswith(".py")]
         paths += [Path(here, name) for name in sources if not name.startswith(_OF_THE_MACHINE)]
     if not paths:
-        raise UsageError(
-            f"this Python has no library sources in {root}; give other data than stdlib"
-        )
+        problem = f"this Python has no library sources in {root}"
+        raise UsageError(f"{problem}; give other data than stdlib")
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())

@@ -174,15 +174,13 @@ def hugging_face(spec: str) -> Rows:
         if (folder / "dataset_dict.json").is_file():  # DatasetDict.save_to_disk
             by_split = datasets.load_from_disk(str(folder))
             if parsed.split not in by_split:
-                raise UsageError(
-                    f"data set {spec!r} has no such split; it has {', '.join(by_split)}"
-                )
+                splits = ", ".join(by_split)
+                raise UsageError(f"data set {spec!r} has no such split; it has {splits}")
             rows = by_split[parsed.split]
         elif (folder / "state.json").is_file():  # Dataset.save_to_disk
             if parsed.split != "train":
-                raise UsageError(
-                    f"data set {spec!r} has a single split; leave {parsed.split!r} out"
-                )
+                fix = f"leave {parsed.split!r} out"
+                raise UsageError(f"data set {spec!r} has a single split; {fix}")
             rows = datasets.load_from_disk(str(folder))
         else:
             name = str(folder) if folder.is_dir() else parsed.name

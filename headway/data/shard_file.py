@@ -29,12 +29,7 @@ class ShardWriter:
     which ends in `eos`, may cross shards."""
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        eos: int,
-        dtype: np.dtype,
-        shard_tokens: int = SHARD_TOKENS,
+        self, folder: Path, split: str, eos: int, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS
     ):
         self.folder, self.split, self.eos, self.dtype = folder, split, eos, dtype
         self.shard_tokens = shard_tokens
@@ -50,9 +45,8 @@ class ShardWriter:
         self.documents += documents
         while len(ids):
             if self._file is None:
-                self._file = (self.folder / f"{self.split}-{len(self._shards):05d}.bin").open(
-                    "wb", buffering=1 << 20
-                )
+                path = self.folder / f"{self.split}-{len(self._shards):05d}.bin"
+                self._file = path.open("wb", buffering=1 << 20)
             now, ids = np.split(ids, [self.shard_tokens - self._in_shard])
             content = now.astype(self.dtype).tobytes()
             self._ends_in_shard += int(np.count_nonzero(now == self.eos))

@@ -48,9 +48,8 @@ def _backward(d_hid: Tensor, pre: Tensor, activation: str) -> Tensor:
     """Return the gradient of `pre`."""
     d_hid, pre = d_hid.contiguous(), pre.contiguous()
     d_pre = torch.empty_like(pre)
-    cpp_kernels().call(
-        "activation_backward", pre.dtype, d_hid, pre, *_sizes(pre, activation), d_pre
-    )
+    sizes = _sizes(pre, activation)
+    cpp_kernels().call("activation_backward", pre.dtype, d_hid, pre, *sizes, d_pre)
     return d_pre
 
 

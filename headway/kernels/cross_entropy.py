@@ -175,10 +175,8 @@ def _rows(
 def _rows_native(logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool) -> Tensor:
     """Run the C++ path; a target beyond the vocabulary gives NaN."""
     loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
-    sizes = (*logits_TV.shape, float(softcap), int(back))
-    cpp_kernels().call(
-        "cross_entropy", logits_TV.dtype, logits_TV, target_T.contiguous(), *sizes, loss_T
-    )
+    arguments = (logits_TV, target_T.contiguous(), *logits_TV.shape, float(softcap), int(back))
+    cpp_kernels().call("cross_entropy", logits_TV.dtype, *arguments, loss_T)
     return loss_T
 
 

@@ -13,34 +13,34 @@ from headway.kernels.paths import ExpertInputs
 
 def forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
     """Return (out `[N, L]`, pre-activations `[R, G·F]`, or `[0, G·F]` unless `keep`)."""
-    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
-    x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
-    slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
+    x, gate, w_in, w_out, slot_R, row_NK, counts_HE, activation = _contiguous(inputs)
     R, (_, _, G, Fh, L) = slot_R.numel(), w_in.shape
     y_RL = x.new_empty(R, L, dtype=torch.float32)
     pre_R = x.new_empty(R if keep else 0, G * Fh)
-    pre, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
-    cpp_kernels().call(
-        "experts_forward", x.dtype, x, w_in, w_out, slot_R, counts_HE, *sizes, pre, y_RL
-    )
-    return _combine(x, y_RL, row_NK, counts_HE, gate_NK.contiguous()), pre_R
+    tensors, sizes = (x, w_in, w_out, slot_R, counts_HE), _sizes(row_NK, w_in, activation)
+    cpp_kernels().call("experts_forward", x.dtype, *tensors, *sizes, pre_R if keep else None, y_RL)
+    return _combine(x, y_RL, row_NK, counts_HE, gate), pre_R
 
 
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, gates, w_in and w_out."""
-    x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, slot_R, row_NK, counts_HE, activation = inputs
-    x, w_in, w_out = x_NL.contiguous(), w_in_HEGFL.contiguous(), w_out_HEFL.contiguous()
-    slot_R, row_NK, counts_HE = slot_R.long(), row_NK.long(), counts_HE.long()
+    x, gate, w_in, w_out, slot_R, row_NK, counts_HE, activation = _contiguous(inputs)
     dx_RL = x.new_empty(slot_R.numel(), x.shape[1], dtype=torch.float32)
-    d_gate = torch.zeros_like(gate_NK, memory_format=torch.contiguous_format)
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    tensors = (x, do_NL, gate_NK.contiguous(), w_in, w_out, slot_R, counts_HE)
+    d_gate, dw_in, dw_out = torch.zeros_like(gate), torch.empty_like(w_in), torch.empty_like(w_out)
+    tensors = (x, do_NL, gate, w_in, w_out, slot_R, counts_HE)
     pre, sizes = pre_R if keep else None, _sizes(row_NK, w_in, activation)
     grads = (dx_RL, d_gate, dw_in, dw_out)
     cpp_kernels().call("experts_backward", x.dtype, *tensors, *sizes, pre, *grads)
     return _combine(x, dx_RL, row_NK, counts_HE, None), d_gate, dw_in, dw_out
+
+
+def _contiguous(inputs: ExpertInputs) -> ExpertInputs:
+    """Return the arguments as the kernels take them: contiguous, with int64 tables."""
+    *tensors, slot_R, row_NK, counts_HE, activation = inputs
+    tables = (slot_R.long(), row_NK.long(), counts_HE.long())
+    return ExpertInputs(*(t.contiguous() for t in tensors), *tables, activation)
 
 
 def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:

@@ -173,11 +173,9 @@ def _route(
         if index_THK.numel() and not 0 <= int(index_THK.min()) <= int(index_THK.max()) < E:
             raise IndexError(f"a replayed index lies outside 0 … {E - 1}")
     logits, token, head = _laid(logits_THE)
-    out = _empty(logits_THE, K)
-    inputs = (logits, bias_HE.contiguous(), index_THK, T, H, E, K, token, head)
-    cpp_kernels().call(
-        "route", torch.float32, *inputs, GATES.index(gate), int(renormalize), scale, *out
-    )
+    out, inputs = _empty(logits_THE, K), (logits, bias_HE.contiguous(), index_THK)
+    sizes = (T, H, E, K, token, head, GATES.index(gate), int(renormalize), scale)
+    cpp_kernels().call("route", torch.float32, *inputs, *sizes, *out)
     return out
 
 

@@ -28,8 +28,5 @@ def set_allocator(policy: Policy) -> bool:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # another C library
         return False
-    if policy == "keep":
-        return bool(
-            libc.mallopt(M_MMAP_THRESHOLD, KEEP) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        )
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, RETURN) and libc.mallopt(M_TRIM_THRESHOLD, RETURN))
+    mmap, trim = (KEEP, 2**31 - 1) if policy == "keep" else (RETURN, RETURN)
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, mmap) and libc.mallopt(M_TRIM_THRESHOLD, trim))

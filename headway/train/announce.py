@@ -43,9 +43,8 @@ def announce(resolved: Resolved, mesh: Mesh, sizes: Sizes, run_dir: Path, log: L
             log(f"note: {note}")
     run = resolved.config.run
     activations = "recomputed in backward" if run.recompute else "kept for backward"
-    log(
-        f"parameters {sizes.total:,} total, {sizes.active:,} active per token; run folder {run_dir}"
-    )
+    parameters = f"parameters {sizes.total:,} total, {sizes.active:,} active per token"
+    log(f"{parameters}; run folder {run_dir}")
     log(
         f"path: {resolved.device.type}, {torch.get_num_threads()} threads, matmuls in "
         f"{str(resolved.dtype).removeprefix('torch.')}, expert activations {activations}, "

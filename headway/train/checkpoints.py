@@ -37,10 +37,8 @@ class Checkpoints:
         self.model, self.parallelism = self.records.model, self.records.parallelism
         self.progress, self.log = self.records.progress, self.records.log
         self._pending: AsyncSave | None = None
-        mesh = self.parallelism.mesh
-        self._gather = (
-            mesh.object_gatherer() if self.config.run.async_checkpoint else mesh.all_gather_object
-        )
+        mesh, separate = self.parallelism.mesh, self.config.run.async_checkpoint
+        self._gather = mesh.object_gatherer() if separate else mesh.all_gather_object
 
     def restore(self, path: Path | None, problems: list[str]) -> None:
         """Go back to a checkpoint, or to step 0 when there is none; drop later records.
@@ -58,9 +56,8 @@ class Checkpoints:
             sink.resume_at(-1)
             self.log(f"resume: {self.run_dir} has no checkpoint yet; starting over at step 0")
             return
-        state = load.load_checkpoint(
-            path, self.model, self.optimizers, self.config.model, self.parallelism.sharding
-        )
+        sharding, config = self.parallelism.sharding, self.config.model
+        state = load.load_checkpoint(path, self.model, self.optimizers, config, sharding)
         for name, value in self.identity.items():
             if state[name] != value:
                 raise UsageError(

@@ -77,9 +77,7 @@ class Progress:
 
     def restore(self, values: dict[str, Any]) -> None:
         """Take over the state that `to_dict` gave, exactly."""
-        first, last = (
-            None if values[k] is None else Evaluation(**values[k]) for k in ("first", "last")
-        )
+        first, last = (values[k] and Evaluation(**values[k]) for k in ("first", "last"))
         load = values.get("load")  # a checkpoint of before there was one resumes as step 0 begins
         objects = {
             "first": first,

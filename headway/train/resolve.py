@@ -13,14 +13,7 @@ from headway.kernels.attention import reads_first
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.paths import check_float8, choose_path, explain
 from headway.kernels.precision import native_bfloat16
-from headway.model.costs import (
-    Workload,
-    active_parameters,
-    costs_of,
-    flops,
-    parameters,
-    total,
-)
+from headway.model.costs import Workload, active_parameters, costs_of, flops, parameters, total
 from headway.model.router import capacity
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import ep_scheme
@@ -57,9 +50,8 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     if not model.vocab_size:
         rounded = -(-vocab_size // 64) * 64
         model = dataclasses.replace(model, vocab_size=rounded)
-        derived["model.vocab_size"] = (
-            f"{rounded}: the tokenizer's {vocab_size}, up to a multiple of 64"
-        )
+        why = f"the tokenizer's {vocab_size}, up to a multiple of 64"
+        derived["model.vocab_size"] = f"{rounded}: {why}"
     elif model.vocab_size < vocab_size:
         raise UsageError(
             f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}; "
@@ -68,9 +60,8 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     if not data.micro_batch_size:
         world = config.mesh.size
         data = dataclasses.replace(data, micro_batch_size=data.batch_size // world)
-        derived["data.micro_batch_size"] = f"{data.micro_batch_size}: " + (
-            "the whole batch in one pass" if world == 1 else f"one pass on each of {world} ranks"
-        )
+        why = "the whole batch in one pass" if world == 1 else f"one pass on each of {world} ranks"
+        derived["data.micro_batch_size"] = f"{data.micro_batch_size}: {why}"
     if not run.eval_every:
         every = max(1, config.optim.steps // 10)
         run = dataclasses.replace(run, eval_every=every)

@@ -182,19 +182,13 @@ class Session(Generic[D]):
         run = self.config.run
         if not run.sample_tokens:
             return
+        prompt, n, dispatcher = run.sample_prompt, run.sample_tokens, self.parallelism.dispatcher
         with self.parallelism.mesh.traffic.paused():
             text = generate(
-                self.model,
-                self.tokenizer,
-                run.sample_prompt,
-                run.sample_tokens,
-                0.8,
-                50,
-                seed=run.seed,
-                dispatcher=self.parallelism.dispatcher,
+                self.model, self.tokenizer, prompt, n, 0.8, 50, seed=run.seed, dispatcher=dispatcher
             )
         self.progress.sample = text
-        self.records.write({"prompt": run.sample_prompt, "sample": text})
+        self.records.write({"prompt": prompt, "sample": text})
 
     def finish(self) -> dict[str, Any]:
         """Log how the run ended, write the report and return the result (`loop.train`)."""
@@ -207,9 +201,8 @@ class Session(Generic[D]):
             where = f"saved {saved.path}" if saved.step == progress.step else "not saved"
             self.records.event("interrupted", f"{self.ended_by} at step {progress.step}, {where}")
             command = resume_command(config.mesh, saved.run_dir)
-            self.log(
-                f"{self.ended_by}: step {progress.step} is finished, {where}; go on with: {command}"
-            )
+            done = f"step {progress.step} is finished, {where}"
+            self.log(f"{self.ended_by}: {done}; go on with: {command}")
         elif stopped:
             self.records.event("stopped", stopped)
             self.log(f"stopped early: {stopped}")

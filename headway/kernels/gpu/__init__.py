@@ -30,9 +30,8 @@ class GpuKernels:
 
     def supports(self, *tensors: Tensor) -> bool:
         """Return whether the kernels work on these: on the device, in bfloat16 or float32."""
-        return bool(self.device) and all(
-            t.device.type == self.device and t.dtype in SUPPORTED_DTYPES for t in tensors
-        )
+        dtypes = SUPPORTED_DTYPES
+        return all(t.device.type == self.device and t.dtype in dtypes for t in tensors)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
@@ -51,9 +50,8 @@ def _gpu_kernels() -> GpuKernels:
     if wish == "interpret":
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             return GpuKernels("", "Triton is loaded already: start Python with TRITON_INTERPRET=1")
-        return GpuKernels(
-            "cpu", "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only"
-        )
+        why = "interpreted on the CPU (HEADWAY_TRITON=interpret): for tests only"
+        return GpuKernels("cpu", why)
     if not torch.cuda.is_available():
         return GpuKernels("", "there is no CUDA device")
     if torch.version.hip:

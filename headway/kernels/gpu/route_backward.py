@@ -221,9 +221,8 @@ def backward(
         dx.zero_()
         dw_HEL.zero_()
         return
-    d_gate, d_prob, d_z = (
-        None if d is None else d.contiguous() for d in (d_gate_THK, d_prob_HE, d_z_H)
-    )
+    grads = (d_gate_THK, d_prob_HE, d_z_H)
+    d_gate, d_prob, d_z = (None if d is None else d.contiguous() for d in grads)
     ds = x.new_empty(T, H, K, dtype=torch.float32) if gated else None
     c = x.new_empty(T, H, dtype=torch.float32) if dense else None
     BL, BC = width(L, 64), width(L, 128)

@@ -1,7 +1,6 @@
 """A batch of token windows, and how its rows are divided into micro-batches and among ranks."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -39,7 +38,7 @@ def micro_batches(batch: B, size: int, device: torch.device) -> list[B]:
         if value is not None
     }
     parts = zip(*fields.values(), strict=True)
-    return [dataclasses.replace(batch, **dict(zip(fields, p, strict=True))) for p in parts]
+    return [replace(batch, **dict(zip(fields, p, strict=True))) for p in parts]
 
 
 def count_targets(batch: Batch) -> tuple[int, float]:
@@ -64,4 +63,4 @@ def rank_rows(batch: B, rank: int, world: int) -> B:
         for name, x in vars(batch).items()
         if x is not None
     }
-    return dataclasses.replace(batch, **fields)
+    return replace(batch, **fields)

@@ -155,8 +155,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
 
 def _batches(pieces: Iterator[TextPiece | Bad]) -> Iterator[list[TextPiece | Bad]]:
     """Yield lists of pieces of about BATCH_CHARS each."""
-    batch: list[TextPiece | Bad] = []
-    size = 0
+    batch, size = [], 0
     for one in pieces:
         batch.append(one)
         size += len(one.text) if isinstance(one, TextPiece) else 0

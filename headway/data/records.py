@@ -71,8 +71,7 @@ def jsonl(path: Path, start: int = 0, end: int | None = None) -> Rows:
         for number in itertools.count(1):
             if end is not None and position >= end:
                 return
-            line = file.readline(LINE_BYTES)
-            if not line:
+            if not (line := file.readline(LINE_BYTES)):
                 return
             position += len(line)
             if len(line) == LINE_BYTES and line[-1:] != b"\n":
@@ -104,7 +103,7 @@ def _json_row(line: bytes) -> str | Bad:
         return Bad(f"is a line of {len(line):,} bytes, for which there is not enough memory")
     if not isinstance(row, dict):
         return Bad(f"is a {type(row).__name__}, not a JSON object with a `text` field")
-    return _text(row.get("text"), list(row), "text" in row)
+    return _text(row.get("text"), list(row))
 
 
 def table(path: Path) -> Rows:
@@ -196,16 +195,13 @@ def hugging_face(spec: str) -> Rows:
 
 def _row(value: object, where: str, fields: list[str]) -> Rows:
     """Return the document of one row."""
-    text = _text(value, fields, "text" in fields)
-    if isinstance(text, Bad):
-        yield Bad(f"{where} {text.why}")
-    else:
-        yield Text(where, text)
+    text = _text(value, fields)
+    yield Bad(f"{where} {text.why}") if isinstance(text, Bad) else Text(where, text)
 
 
-def _text(value: object, fields: list[str], there: bool) -> str | Bad:
+def _text(value: object, fields: list[str]) -> str | Bad:
     """Return the text of a row; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-    if not there:
+    if "text" not in fields:
         return Bad(_no_text("", fields, "field").strip())
     if value is None:
         return Bad("has null for its `text`; fill it in or leave the row out")
@@ -235,12 +231,9 @@ def _end_line(file: BinaryIO, most: int | None) -> int:
 
 def _lines(path: Path, end: int) -> int:
     """Count the lines that end in the first `end` bytes of a file."""
-    count = 0
     with open_file(path) as file:
-        while end and (block := file.read(min(end, 1 << 20))):
-            end -= len(block)
-            count += block.count(b"\n")
-    return count
+        sizes = (min(1 << 20, end - at) for at in range(0, end, 1 << 20))
+        return sum(file.read(size).count(b"\n") for size in sizes)
 
 
 def _without_nul(lines: Iterator[str], path: Path) -> Iterator[str]:

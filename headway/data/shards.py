@@ -66,12 +66,10 @@ class Dataset:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what a reader of numbers measured on these data has to know, one line each."""
-        overlap, leak = self.overlap, ()
-        if overlap.shared:
-            leak = (f"{overlap.sentence}; --data.dedup exact leaves them out of training",)
-        elif overlap.removed:
-            leak = (overlap.sentence,)
-        return (*leak, *self.approximate)
+        said, fix = self.overlap.sentence, "--data.dedup exact leaves them out of training"
+        if self.overlap.shared:
+            return (f"{said}; {fix}", *self.approximate)
+        return (said, *self.approximate) if self.overlap.removed else self.approximate
 
     @property
     def train_tokens(self) -> int:

@@ -121,25 +121,24 @@ def _documents(pieces: Iterator[TextPiece | Bad]) -> Iterator[Iterator[TextPiece
 
 def _all(unit: Unit) -> Iterator[TextPiece | Bad]:
     for span in unit.spans:
-        begins = span.start == span.document[0]
+        is_text = span.kind == "text"
+        begins = not is_text or span.start == span.document[0]
         try:
-            if span.kind == "text":
+            if is_text:
                 text = TextFile(Path(span.path), *span.document)
                 for piece in text.pieces(span.start, span.end):
                     begins = False
                     yield piece
             else:
-                begins = True
                 for row in _rows(span):
                     yield from [row] if isinstance(row, Bad) else row.pieces()
         except BadData as error:
-            is_text = span.kind == "text"
             yield Bad(str(error), begins, numbered=is_text, file=not is_text)
 
 
 def _halved(unit: Unit) -> Iterator[TextPiece | Bad]:
     """Yield the documents of a unit of rows that may have a single one, which gives two halves."""
-    first_rows = [row for row in itertools.islice(_texts(unit.spans), 2)]
+    first_rows = list(itertools.islice(_texts(unit.spans), 2))
     if len(first_rows) == 1:
         for half in first_rows[0].halves(unit.halve):
             yield from half.pieces()

@@ -38,9 +38,9 @@ def backward(
 
 def _contiguous(inputs: ExpertInputs) -> ExpertInputs:
     """Return the arguments as the kernels take them: contiguous, with int64 tables."""
-    *tensors, slot_R, row_NK, counts_HE, activation = inputs
-    tables = (slot_R.long(), row_NK.long(), counts_HE.long())
-    return ExpertInputs(*(t.contiguous() for t in tensors), *tables, activation)
+    x, gate, w_in, w_out = (t.contiguous() for t in inputs[:4])
+    slot_R, row_NK, counts_HE = (t.long() for t in inputs[4:7])
+    return ExpertInputs(x, gate, w_in, w_out, slot_R, row_NK, counts_HE, inputs.activation)
 
 
 def _sizes(row_NK: Tensor, w_in_HEGFL: Tensor, activation: str) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def cases(dtype: torch.dtype, tokens: int) -> dict[str, Case]:
     made["RMSNorm 384"] = (lambda x, w: norm.rms_norm(x, w, 1e-6), [x, w], 0.0)
     tables = rope.rope_tables(torch.arange(S), d, 1e4, dtype)
     made["QK-norm and RoPE 6x64"] = (
-        lambda q, w: rope.norm_rope(q, w, 1e-6, *tables),
+        lambda q, w: norm.norm_rope(q, w, 1e-6, *tables),
         [q.clone(), torch.ones(d)],
         0.0,
     )

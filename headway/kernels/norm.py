@@ -1,5 +1,6 @@
-"""RMSNorm with a hand-written backward, statistics in float32: one pass over memory each way in
-`cpu/pointwise.cpp`, four in PyTorch instead of autograd's nine.
+"""RMSNorm, alone and before a rotation (rope.py), with a hand-written backward, statistics in
+float32: one pass over memory each way in `cpu/pointwise.cpp`, four in PyTorch instead of autograd's
+nine.
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.precision import widen
+from headway.kernels.rope import rope, rope_reference, rope_sizes, runs_in_cpp
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,69 +25,91 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
-    if cpp_kernels().supports(x, weight) and weight.dtype == torch.float32:
-        return (_norm if undispatched(x) else _forward)(x, weight, eps)[0]
+    if runs_in_cpp(x, weight):
+        return (_norm if undispatched(x) else _forward)(x, weight, eps, None, None)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (out, 1/sqrt(mean(x²) + eps) of every row, float32 `[...]`)."""
+def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `rope(rms_norm(x, weight, eps), cos, sin)`, `weight [d]`; rounded once in C++."""
+    if not transformed() and runs_in_cpp(x, weight, cos, sin):
+        return (_norm if undispatched(x) else _forward)(x, weight, eps, cos, sin)[0]
+    return rope(rms_norm(x, weight, eps), cos, sin)
+
+
+def _norm(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return (out, rotated if there are tables, 1/sqrt(mean(x²) + eps) of every row, float32)."""
     assert x.shape[-weight.dim() :] == weight.shape
     x, weight = x.contiguous(), weight.contiguous()
     out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    L = weight.shape[-1]
-    heads = weight.numel() // L
-    cpp_kernels().call("norm", x.dtype, x, weight, scale.numel(), heads, L, eps, out, scale)
+    name, tables, sizes = _variant(x, weight, cos, sin)
+    cpp_kernels().call(name, x.dtype, x, weight, *tables, *sizes, eps, out, scale)
     return out, scale
+
+
+def _variant(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[str, tuple[Tensor, ...], tuple[int, ...]]:
+    """Return the C++ kernel's name, its tables and its sizes, with or without a rotation."""
+    L = weight.shape[-1]
+    if cos is None or sin is None:
+        return "norm", (), (x.numel() // L, weight.numel() // L, L)
+    assert weight.dim() == 1
+    return "norm_rope", (cos.contiguous(), sin.contiguous()), rope_sizes(x, cos)
 
 
 _forward = torch.library.custom_op("headway::rms_norm", _norm, mutates_args=())
 
 
 @torch.library.custom_op("headway::rms_norm_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
-    L = weight.shape[-1]
-    sizes = (scale.numel(), weight.numel() // L, L)
-    cpp_kernels().call("norm_backward", x.dtype, dy, x, weight, scale, *sizes, dx, d_weight)
+    name, tables, sizes = _variant(x, weight, cos, sin)
+    tensors = (dy, x, weight, scale, *tables)
+    cpp_kernels().call(f"{name}_backward", x.dtype, *tensors, *sizes, dx, d_weight)
     return dx, d_weight
 
 
 @_forward.register_fake
-def _(x, weight, eps):
+def _(x, weight, eps, cos, sin):
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), scale
 
 
 @_backward.register_fake
-def _(dy, x, weight, scale):
+def _(dy, x, weight, scale, cos, sin):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, output[1])
+    x, weight, ctx.eps, cos, sin = inputs
+    ctx.save_for_backward(x, weight, output[1], cos, sin)
 
 
 def _autograd(ctx, dy, _):
     if dy is None:  # PyTorch may ask without a gradient
-        return None, None, None
+        return (None,) * 5
     if torch.is_grad_enabled():
-        return _twice(ctx, dy)
-    return (*_backward(dy, *ctx.saved_tensors), None)
+        return (*_twice(ctx, dy, *ctx.saved_tensors[3:]), None, None)
+    return (*_backward(dy, *ctx.saved_tensors), None, None, None)
 
 
-def _twice(ctx, dy: Tensor) -> tuple:
-    """Return gradients that can be differentiated again."""
-    x, weight, _ = ctx.saved_tensors
+def _twice(ctx, dy: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> tuple:
+    """Return gradients of x, weight and eps that can be differentiated again."""
 
     def reference(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-        return (rms_norm_reference(x, weight, ctx.eps),)
+        y = rms_norm_reference(x, weight, ctx.eps)
+        return (y if cos is None or sin is None else rope_reference(y, cos, sin),)
 
-    return (*reference_grads(reference, (x, weight), ctx.needs_input_grad[:2], (dy,)), None)
+    inputs = ctx.saved_tensors[:2]
+    return (*reference_grads(reference, inputs, ctx.needs_input_grad[:2], (dy,)), None)
 
 
 _forward.register_autograd(_autograd, setup_context=_save)

@@ -1,5 +1,5 @@
 """Rotary position embedding (arXiv 2104.09864), half-split form as in GPT-NeoX and Hugging Face's
-Llama, alone and after an RMSNorm: one pass over memory each way in `cpu/pointwise.cpp`.
+Llama: one pass over memory each way in `cpu/pointwise.cpp`. After an RMSNorm: norm.py.
 
 S positions · H heads · d head width.
 """
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels, undispatched
-from headway.kernels.differentiate import reference_grads, transformed
-from headway.kernels.norm import rms_norm, rms_norm_reference
+from headway.kernels.differentiate import transformed
 
 
 def rope_tables(
@@ -36,20 +35,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return what `rope_reference` does, rounded once from float32. Backward rotates back."""
     if transformed():
         return rope_reference(x, cos, sin)
-    if _runs_in_cpp(x, cos, sin):
+    if runs_in_cpp(x, cos, sin):
         return (_rotate_cpp if undispatched(x) else _turn)(x, cos, sin, 1.0)
     return _Rope.apply(x, cos, sin)
 
 
-def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `rope(rms_norm(x, weight, eps), cos, sin)`, `weight [d]`; rounded once in C++."""
-    if not transformed() and _runs_in_cpp(x, weight, cos, sin):
-        run = _norm_rotate_cpp if undispatched(x) else _norm_turn
-        return run(x, weight, eps, cos, sin)[0]
-    return rope(rms_norm(x, weight, eps), cos, sin)
-
-
-def _runs_in_cpp(x: Tensor, *float32: Tensor) -> bool:
+def runs_in_cpp(x: Tensor, *float32: Tensor) -> bool:
+    """Return whether the C++ kernels can work on `x` and these, which they read as float32."""
     return cpp_kernels().supports(x, *float32) and all(t.dtype == torch.float32 for t in float32)
 
 
@@ -77,7 +69,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: int) -> Tensor:
     return out.to(x.dtype)
 
 
-def _sizes(x: Tensor, cos: Tensor) -> tuple[int, int, int, int]:
+def rope_sizes(x: Tensor, cos: Tensor) -> tuple[int, int, int, int]:
     """Return (rows, S, H, d/2) of `x [..., S, H, d]`."""
     S, H, d = x.shape[-3:]
     assert cos.shape == (S, 1, d // 2), "one row of the tables per position"
@@ -88,7 +80,7 @@ def _rotate_cpp(x: Tensor, cos: Tensor, sin: Tensor, turn: float) -> Tensor:
     """Rotate in C++; `turn` −1 rotates back."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
-    cpp_kernels().call("rope", x.dtype, x, cos, sin, *_sizes(x, cos), turn, out)
+    cpp_kernels().call("rope", x.dtype, x, cos, sin, *rope_sizes(x, cos), turn, out)
     return out
 
 
@@ -110,64 +102,3 @@ def _turn_back(ctx, dy):
 
 
 _turn.register_autograd(_turn_back, setup_context=_save_turn)
-
-
-def _norm_rotate_cpp(
-    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (out, 1/sqrt(mean(x²) + eps) of every row, float32 `[..., S, H]`)."""
-    assert weight.shape == x.shape[-1:]
-    x, weight, cos, sin = (t.contiguous() for t in (x, weight, cos, sin))
-    out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    sizes = _sizes(x, cos)
-    cpp_kernels().call("norm_rope", x.dtype, x, weight, cos, sin, *sizes, eps, out, scale)
-    return out, scale
-
-
-_norm_turn = torch.library.custom_op("headway::norm_rope", _norm_rotate_cpp, mutates_args=())
-
-
-@torch.library.custom_op("headway::norm_rope_backward", mutates_args=())
-def _norm_turn_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight."""
-    dy, x, weight, cos, sin = (t.contiguous() for t in (dy, x, weight, cos, sin))
-    dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
-    tensors = (dy, x, weight, scale, cos, sin)
-    cpp_kernels().call("norm_rope_backward", x.dtype, *tensors, *_sizes(x, cos), dx, d_weight)
-    return dx, d_weight
-
-
-@_norm_turn.register_fake
-def _(x, weight, eps, cos, sin):
-    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), scale
-
-
-@_norm_turn_backward.register_fake
-def _(dy, x, weight, scale, cos, sin):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
-    x, weight, ctx.eps, cos, sin = inputs
-    ctx.save_for_backward(x, weight, output[1], cos, sin)
-
-
-def _autograd(ctx, dy, _):
-    if dy is None:  # PyTorch may ask without a gradient
-        return None, None, None, None, None
-    if torch.is_grad_enabled():
-        x, weight, _, cos, sin = ctx.saved_tensors
-
-        def reference(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-            return (rope_reference(rms_norm_reference(x, weight, ctx.eps), cos, sin),)
-
-        grads = reference_grads(reference, (x, weight), ctx.needs_input_grad[:2], (dy,))
-        return (*grads, None, None, None)
-    return (*_norm_turn_backward(dy, *ctx.saved_tensors), None, None, None)
-
-
-_norm_turn.register_autograd(_autograd, setup_context=_save)

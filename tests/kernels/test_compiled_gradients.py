@@ -16,7 +16,7 @@ def cases():
     targets = torch.randint(0, 30, (12,))
     return {
         "norm": (lambda x, w: norm.rms_norm(x, w, 1e-6), (x, weight)),
-        "norm and rope": (lambda x, w: rope.norm_rope(x, w, 1e-6, *tables), (x, weight[0])),
+        "norm and rope": (lambda x, w: norm.norm_rope(x, w, 1e-6, *tables), (x, weight[0])),
         "rope": (lambda x: rope.rope(x, *tables), (x,)),
         "cross-entropy": (
             lambda x, w: cross_entropy.cross_entropy(x, w, targets, 0.0),

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import headway
 from headway.kernels import cpp as module
 from headway.kernels.cpp import CppKernels, _cpp_kernels, cpp_kernels, undispatched
-from headway.kernels.rope import norm_rope, rope, rope_tables
+from headway.kernels.norm import norm_rope
+from headway.kernels.rope import rope, rope_tables
 
 
 def fresh(monkeypatch, **environment) -> CppKernels:

@@ -123,11 +123,11 @@ def test_the_same_bits_on_any_number_of_threads(dtype, shape, weight_shape):
 @needs_native
 def test_is_a_well_formed_custom_operator():
     x, weight, _ = make((4, 3, 20), (3, 20), torch.float32)
-    torch.library.opcheck(torch.ops.headway.rms_norm.default, (x, weight, 1e-6))
+    torch.library.opcheck(torch.ops.headway.rms_norm.default, (x, weight, 1e-6, None, None))
     scale = torch.rand(4, 3)
     torch.library.opcheck(
         torch.ops.headway.rms_norm_backward.default,
-        (x.detach(), x.detach(), weight.detach(), scale),
+        (x.detach(), x.detach(), weight.detach(), scale, None, None),
     )
 
 

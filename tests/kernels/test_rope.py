@@ -3,8 +3,8 @@ import torch
 
 from headway.kernels import norm as norm_module
 from headway.kernels import rope as module
-from headway.kernels.norm import rms_norm_reference
-from headway.kernels.rope import norm_rope, rope, rope_reference, rope_tables
+from headway.kernels.norm import norm_rope, rms_norm_reference
+from headway.kernels.rope import rope, rope_reference, rope_tables
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
@@ -131,9 +131,9 @@ def test_are_well_formed_custom_operators():
     x, weight, d_out, tables = make((2, 4, 3, 20), torch.float32)
     ops = torch.ops.headway
     torch.library.opcheck(ops.rope.default, (x, *tables, 1.0))
-    torch.library.opcheck(ops.norm_rope.default, (x, weight, 1e-6, *tables))
+    torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, *tables))
     flat = (d_out, x.detach(), weight.detach(), torch.rand(2, 4, 3), *tables)
-    torch.library.opcheck(ops.norm_rope_backward.default, flat)
+    torch.library.opcheck(ops.rms_norm_backward.default, flat)
 
 
 @needs_native

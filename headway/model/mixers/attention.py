@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.kernels.attention import attention
-from headway.kernels.rope import norm_rope, rope
+from headway.kernels.norm import norm_rope
+from headway.kernels.rope import rope
 from headway.model.context import Context, Positions
 from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, casts
 from headway.model.linear import Linear, RMSNorm

@@ -69,8 +69,7 @@ class Bad:
     begins: bool = True
     """False after pieces of it that could be read."""
     numbered: bool = False
-    """Whether it counts in the choice of validation documents, as a text does and a row does
-    not."""
+    """Whether it counts in the choice of validation documents: a text does, a row does not."""
     file: bool = False
     """Whether it is a whole file of rows that cannot be read, which each of its spans says."""
 
@@ -86,8 +85,7 @@ class TextFile:
 
     def pieces(self, first: int | None = None, last: int | None = None) -> Iterator[TextPiece]:
         """Yield the pieces whose end lies in the bytes [first, last) of the file, both a whole
-        number of blocks from `start`; None: all. Raise BadData for bytes that are not UTF-8 or
-        NUL."""
+        number of blocks from `start`; None: all. Raise BadData if it is not UTF-8 or has NULs."""
         with open_file(self.path) as file:
             for at, content, begins, ends in _cut(file, self.start, self.end, first, last):
                 if b"\0" in content:

@@ -168,8 +168,7 @@ def _batches(pieces: Iterator[TextPiece | Bad]) -> Iterator[list[TextPiece | Bad
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Yield whether no other process holds the lock file (True where there are no locks); the
-    system releases it when one dies."""
+    """Yield whether no other process holds the lock file; True where there are no locks."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

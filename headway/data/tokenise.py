@@ -29,9 +29,8 @@ RUN_TOKENS = 1 << 22
 def tokenise(
     spec: str, config: DataConfig, tokenizer: Tokenizer, folder: Path, log: cache.Log
 ) -> None:
-    """Make the folder of a source, together with all processes that want the same one. What a
-    killed process has done is kept beside it and used. Raise UsageError for data that cannot be
-    read and for a cache that cannot be written."""
+    """Make the folder of a source, together with all processes that want it and from what killed
+    ones have done. Raise UsageError for unreadable data and for a cache that cannot be written."""
     units, made_of = plan(spec, config.val_fraction)
     parts_folder = folder.parent / f".{folder.name}.parts"
     job = Job(units, tokenizer, config.skip_bad, parts_folder, folder)

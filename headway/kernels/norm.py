@@ -13,15 +13,13 @@ from headway.kernels.rope import rope, rope_reference, rope_sizes, runs_in_cpp
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x²) + eps) · weight over the last dim; `weight` broadcasts from the
-    right (arXiv 1910.07467)."""
+    """Return x / sqrt(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return what `rms_norm_reference` does: `x [..., L]`, `weight [L]` or one per head `[H,
-    L]`."""
+    """Return what `rms_norm_reference` does, `x [..., L]`, `weight [L]` or, by head, `[H, L]`."""
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once

@@ -14,8 +14,7 @@ MAX_ROUNDS = 8  # beyond this a stable sort is faster
 
 
 def top_k_reference(scores_THE: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest scores, best first, ties to the lowest index; int64
-    `[..., k]`. NaN counts as largest."""
+    """Return int64 `[..., k]`: the k largest, best first, ties to the lowest index, NaN largest."""
     return torch.sort(scores_THE, dim=-1, descending=True, stable=True).indices[..., :k]
 
 

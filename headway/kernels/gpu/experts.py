@@ -29,8 +29,7 @@ def forward(
 def backward(
     do_NL: Tensor, inputs: ExpertInputs, pre_R: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, gates, w_in and w_out. Whether `pre_R` has rows tells what was
-    kept; `keep` is for the other paths."""
+    """Return the gradients of x, gates, w_in and w_out; `pre_R` has rows if kept."""
     x_NL, (F, L) = inputs.x_NL, inputs.w_out_HEFL.shape[2:]
     with on(x_NL):
         if fits_on_chip(x_NL.dtype, L, F) and L <= WIDEST_BACKWARD:

@@ -32,8 +32,7 @@ BFLOAT16 = {
     256: (Tiles(128, 32, 8, 3),),
 }
 """Padded L → the tiles of `KERNELS`, the fastest on an H100 at 64 and 128, and of the forward pass
-at 256, whose backward is wide (docs/numbers): two or three programs on a multiprocessor hide
-waits."""
+at 256, whose backward is wide (docs/numbers): two or three programs on an SM hide waits."""
 
 FLOAT32 = Tiles(32, 16, 4, 1)
 """Of every kernel: the TF32 parts of three products take registers, memory and stack."""

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,9 +42,11 @@ class CppKernels:
     def bfloat16(self) -> bool:
         return torch.bfloat16 in self.dtypes
 
-    def supports(self, *tensors: Tensor) -> bool:
-        """Return whether the kernels can work on these: all on the CPU, in one of `dtypes`."""
-        return all(t.is_cpu and t.dtype in self.dtypes for t in tensors)
+    def supports(self, *tensors: Tensor, float32: Sequence[Tensor] = ()) -> bool:
+        """Return whether the kernels can work on these: all on the CPU, in one of `dtypes`; those
+        of `float32` in that."""
+        narrow = any(t.dtype != torch.float32 for t in float32)
+        return not narrow and all(t.is_cpu and t.dtype in self.dtypes for t in (*tensors, *float32))
 
     def call(self, name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
         """Run `headway_NAME_DTYPE(args…, threads)`. Tensors are contiguous and pass their address,

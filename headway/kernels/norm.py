@@ -9,11 +9,12 @@ from torch import Tensor
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.precision import widen
-from headway.kernels.rope import rope, rope_reference, rope_sizes, runs_in_cpp
+from headway.kernels.rope import rope, rope_reference, rope_sizes
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
+    """Return x / sqrt(mean(x²) + eps) · weight over the last dim; `weight` broadcasts from the
+    right (arXiv 1910.07467)."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -23,14 +24,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
-    if runs_in_cpp(x, weight):
+    if cpp_kernels().supports(x, float32=(weight,)):
         return (_norm if undispatched(x) else _forward)(x, weight, eps, None, None)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """Return `rope(rms_norm(x, weight, eps), cos, sin)`, `weight [d]`; rounded once in C++."""
-    if not transformed() and runs_in_cpp(x, weight, cos, sin):
+    if not transformed() and cpp_kernels().supports(x, float32=(weight, cos, sin)):
         return (_norm if undispatched(x) else _forward)(x, weight, eps, cos, sin)[0]
     return rope(rms_norm(x, weight, eps), cos, sin)
 

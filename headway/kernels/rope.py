@@ -35,14 +35,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return what `rope_reference` does, rounded once from float32. Backward rotates back."""
     if transformed():
         return rope_reference(x, cos, sin)
-    if runs_in_cpp(x, cos, sin):
+    if cpp_kernels().supports(x, float32=(cos, sin)):
         return (_rotate_cpp if undispatched(x) else _turn)(x, cos, sin, 1.0)
     return _Rope.apply(x, cos, sin)
-
-
-def runs_in_cpp(x: Tensor, *float32: Tensor) -> bool:
-    """Return whether the C++ kernels can work on `x` and these, which they read as float32."""
-    return cpp_kernels().supports(x, *float32) and all(t.dtype == torch.float32 for t in float32)
 
 
 class _Rope(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from headway.config import Activation, BalanceConfig, Config, ModelConfig, MoEConfig, RouterConfig
 from headway.plan.cost import model_costs
-from headway.plan.shape import total as sum_of
+from headway.plan.cost import total as sum_of
 
 Kind = Literal["dense", "moe", "latent", "multi_head_latent"]
 

@@ -6,7 +6,6 @@ from typing import Any
 from headway.checkpoint.run_folder import resume_command
 from headway.config import Config
 from headway.plan.describe import with_vocab
-from headway.plan.shape import shape_of
 from headway.plan.traffic import TokenExchange, traffic_per_token
 from headway.report.sinks import read_metrics
 
@@ -23,7 +22,7 @@ def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     ]
     if result["val_bits_per_byte"] is not None:
         rows.append(("bits/byte", _bits(result)))
-    if shape_of(with_vocab(config).model).n_sparse:
+    if config.model.n_sparse:
         rows += [("balance", _balance(Path(run_dir))), ("traffic", _traffic(config))]
     if result["sample"]:
         text = config.run.sample_prompt + result["sample"]
@@ -66,9 +65,9 @@ def _balance(run_dir: Path) -> str:
 
 def _traffic(config: Config) -> str:
     model = with_vocab(config).model
-    shape = shape_of(model)
-    ranks = min(MOST_RANKS, shape.H) if shape.H > 1 else MOST_RANKS
-    sent = {i.part: i.value * shape.n_sparse for i in traffic_per_token(model, ranks)}
+    heads = model.moe.n_heads
+    ranks = min(MOST_RANKS, heads) if heads > 1 else MOST_RANKS
+    sent = {i.part: i.value * model.n_sparse for i in traffic_per_token(model, ranks)}
     per_slot, per_rank = sent[TokenExchange.PER_SLOT], sent[TokenExchange.PER_RANK]
     text = f"Expert Parallel {per_slot:,.0f} bytes ({per_rank:,.0f} with one copy per rank)"
     if TokenExchange.HEADS in sent:

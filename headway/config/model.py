@@ -64,6 +64,11 @@ class ModelConfig:
         """Return the attention window of block `layer` in tokens; 0 is full attention."""
         return self.window[layer % len(self.window)] if self.window else 0
 
+    @property
+    def n_sparse(self) -> int:
+        """Return the number of sparse layers."""
+        return sum(map(self.is_sparse, range(self.n_layers)))
+
     def is_sparse(self, layer: int) -> bool:
         """Return whether block `layer` has a sparse feed-forward layer."""
         return self.moe.kind != "dense" and layer >= self.moe.n_dense_layers

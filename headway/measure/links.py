@@ -42,11 +42,7 @@ def measure_curves(
         times = []
         for _ in range(repeats + 1):
             dist.barrier()  # of all: groups measure at the same time, as in training
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
+            times.append(elapsed(run, device))
         slowest = torch.tensor(times[1:], dtype=torch.float64, device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
         return statistics.median(slowest.tolist())
@@ -108,3 +104,12 @@ def two_numbers(curve: Curve) -> tuple[float, float]:
     size, and of its smallest."""
     (_, least), (n_bytes, seconds) = curve.points[0], curve.points[-1]
     return n_bytes / seconds, least / (curve.ranks - 1)
+
+
+def elapsed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call, until the device has finished."""
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

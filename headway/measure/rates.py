@@ -18,7 +18,7 @@ import torch.distributed as dist
 from headway.config import MoEConfig, UsageError
 from headway.kernels.attention import attention
 from headway.kernels.precision import native_bfloat16
-from headway.measure.links import measure_curves, two_numbers
+from headway.measure.links import elapsed, measure_curves, two_numbers
 from headway.model.mixers.attention import mean_keys
 from headway.model.moe import Experts
 from headway.model.router import Router
@@ -84,17 +84,15 @@ def _measure_all(
         inside = ranks == local
         curves = measure_curves(device, ranks, inside, sizes, repeats, overlap_cost=inside)
         bandwidth, latency = two_numbers(curves[0])
-        measured["intra_node" if inside else "inter_node"] = bandwidth
-        measured["latency"] = latency
+        measured |= {"intra_node" if inside else "inter_node": bandwidth, "latency": latency}
         what = f"{sizes[0]:,} to {sizes[-1]:,} bytes leave each of {ranks} ranks"
         note("all-to-all", bandwidth / 1e9, "GB/s", what)
         note("latency", latency * 1e6, "µs", "per message")
-        ring = curves[2].points[-1]
-        note("all-reduce", ring[0] / ring[1] / 1e9, "GB/s", f"{ring[0]:,} bytes leave each rank")
+        n_bytes, s = curves[2].points[-1]
+        note("all-reduce", n_bytes / s / 1e9, "GB/s", f"{n_bytes:,} bytes leave each rank")
         if inside:
-            n_bytes, added = curves[3].points[-1]
-            what = f"added by an all-to-all of {n_bytes:,.0f} bytes"
-            note("beside work", added * 1e6, "µs", what)
+            n_bytes, s = curves[3].points[-1]
+            note("beside work", s * 1e6, "µs", f"added by an all-to-all of {n_bytes:,.0f} bytes")
     return {
         "name": machine["gpu"] if big else f"{machine['cpu']}, {torch.get_num_threads()} threads",
         "based_on": _nearest(machine["gpu"]) if big else "cpu",
@@ -159,11 +157,7 @@ def best(run: Callable[[], object], device: torch.device, seconds: float) -> flo
     times: list[float] = []
     end = 0.0
     while len(times) < 3 or time.perf_counter() < end:
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(elapsed(run, device))
         end = end or time.perf_counter() + seconds
     return min(times[1:])
 

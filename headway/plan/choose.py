@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from headway.config import UsageError
-from headway.plan.cost import ModelCosts
+from headway.plan.cost import ModelCosts, total
 from headway.plan.describe import summary
 from headway.plan.layout import (
     AxisName,
@@ -24,9 +24,8 @@ from headway.plan.layout import (
 from headway.plan.machine import NUMBERS
 from headway.plan.memory import memory
 from headway.plan.setting import Setting
-from headway.plan.shape import total
 from headway.plan.time import step_flops, step_seconds
-from headway.plan.traffic import Scheme, payload_bytes
+from headway.plan.traffic import Scheme
 from headway.plan.volume import comm_volumes, ep_totals
 
 SchemeChoice = Literal["auto", "all_to_all", "all_to_all_per_slot", "all_gather"]
@@ -42,7 +41,7 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
     config = setting.config
     if n_ranks < 1:
         raise UsageError(f"--gpus {n_ranks} is below 1; use 1 or more")
-    micro, passes = micro_batch(config, n_ranks)
+    (micro, passes), seq_len = micro_batch(config, n_ranks), config.data.seq_len
     rows, refused = [], []
     costs = setting.costs(micro)
     formulas: dict[str, dict[str, str]] = {}
@@ -51,7 +50,7 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
         if reason:
             refused.append({"dp": mesh.dp, "hp": mesh.hp, "ep": mesh.ep, "reason": reason})
             continue
-        for layout in _variants(setting, mesh, micro, passes, scheme):
+        for layout in _variants(setting, mesh, micro * passes * seq_len, passes, scheme):
             rows.append(_row(setting, costs, layout, micro, passes, formulas))
     rows.sort(key=lambda row: (not row["fits"], row["step_seconds"]))
     machine = setting.machine
@@ -69,8 +68,8 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
             **{n: {"value": vars(machine)[n], "origin": machine.origin_of(n)} for n in NUMBERS},
         },
         "batch_size": config.data.batch_size,
-        "tokens_per_step": config.data.batch_size * config.data.seq_len,
-        "tokens_per_rank": micro * passes * config.data.seq_len,
+        "tokens_per_step": config.data.batch_size * seq_len,
+        "tokens_per_rank": micro * passes * seq_len,
         "micro_batch_size": micro,
         "passes": passes,
         "best": next((row for row in rows if row["fits"]), None),
@@ -84,12 +83,13 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
 
 
 def _variants(
-    setting: Setting, mesh: MeshLayout, micro: int, passes: int, wanted: SchemeChoice
+    setting: Setting, mesh: MeshLayout, n_tokens: int, passes: int, wanted: SchemeChoice
 ) -> Iterator[MeshLayout]:
     """Yield the mesh with each scheme of its ep axis, replicated and sharded."""
     schemes: list[Scheme | None] = [None]
     if mesh.ep > 1 and wanted == "auto":
-        sizes = _by_scheme(setting, mesh, micro, passes)
+        calls = passes * setting.chunks_on(mesh)
+        sizes = ep_totals(setting.config.model, mesh, n_tokens, calls, setting.payload)
         dedup, slots = sizes["all_to_all"], sizes["all_to_all_per_slot"]
         schemes = ["all_to_all" if dedup <= slots else "all_to_all_per_slot", "all_gather"]
     elif mesh.ep > 1 and wanted != "auto":
@@ -97,15 +97,6 @@ def _variants(
     for scheme in schemes:
         for shard in (False, True) if mesh.ranks > 1 else (False,):
             yield replace(mesh, scheme=scheme, shard=shard)
-
-
-def _by_scheme(
-    setting: Setting, layout: MeshLayout, micro: int, passes: int
-) -> dict[Scheme, float]:
-    config, calls = setting.config, passes * setting.chunks_on(layout)
-    n_tokens = micro * passes * config.data.seq_len
-    b = payload_bytes(config.mesh, setting.bytes_per_value)
-    return ep_totals(config.model, layout, n_tokens, calls, b)
 
 
 def _row(
@@ -116,7 +107,7 @@ def _row(
     passes: int,
     formulas: dict[str, dict[str, str]],
 ) -> dict[str, Any]:
-    config, b = setting.config, setting.bytes_per_value
+    config, b, chunks = setting.config, setting.bytes_per_value, setting.chunks_on(layout)
     n_tokens = micro * passes * config.data.seq_len
     uneven = setting.imbalance_on(layout)
     held = memory(config, costs, layout, micro, b, uneven)
@@ -126,26 +117,28 @@ def _row(
         n_tokens,
         passes,
         b,
-        payload=payload_bytes(config.mesh, b),
-        chunks=setting.chunks_on(layout),
+        payload=setting.payload,
+        chunks=chunks,
         imbalance=uneven,
     )
     parts = step_seconds(setting, costs, layout, n_tokens, passes, held, volumes)
     flops = step_flops(config, costs, n_tokens)
-    for group, items in (("memory", held), ("bytes_sent", volumes), ("seconds", parts)):
+    groups = {"memory": held, "bytes_sent": volumes, "seconds": parts, "flops": flops}
+    for group, items in groups.items():
         formulas.setdefault(group, {}).update({i.name: i.formula for i in items})
-    formulas.setdefault("flops", {}).update({i.name: i.formula for i in flops})
     bytes_held, step = round(total(held)), total(parts)
     fits = bytes_held <= setting.machine.memory
-    useful = costs.training_flops * n_tokens
-    by_scheme = _by_scheme(setting, layout, micro, passes) if layout.ep > 1 else {}
+    there_are = f"{setting.machine.name} has {round(setting.machine.memory):,}"
+    by_scheme: dict[Scheme, float] = {}
+    if layout.ep > 1:
+        by_scheme = ep_totals(config.model, layout, n_tokens, passes * chunks, setting.payload)
     return {
         "mesh": str(layout),
         "dp": layout.dp,
         "hp": layout.hp,
         "ep": layout.ep,
         "scheme": layout.scheme,
-        "chunks": setting.chunks_on(layout),
+        "chunks": chunks,
         "chunks_because": f"--chunks {setting.chunks}"
         if setting.chunks
         else auto_chunks(layout, setting.per_node)[1],
@@ -153,10 +146,7 @@ def _row(
         or by_scheme[layout.scheme] == min(by_scheme.values()),
         "replicas": "fsdp" if layout.shard else "replicate",
         "fits": fits,
-        "reason": ""
-        if fits
-        else f"needs {bytes_held:,} bytes and {setting.machine.name} has "
-        f"{round(setting.machine.memory):,}",
+        "reason": "" if fits else f"needs {bytes_held:,} bytes and {there_are}",
         "parameters": sum(used(costs, layout).values()),
         "parameters_held": round(sum(stored(weights, layout) for weights in costs.weights)),
         "flops": {i.name: round(i.value) for i in flops},
@@ -175,7 +165,7 @@ def _row(
         "seconds": {i.name: i.value for i in parts},
         "step_seconds": step,
         "tokens_per_second": n_tokens * layout.ranks / step,
-        "mfu": useful / (step * setting.machine.peak_of(b)),
+        "mfu": costs.training_flops * n_tokens / (step * setting.machine.peak_of(b)),
     }
 
 

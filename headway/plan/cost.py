@@ -6,8 +6,9 @@ updated and sharded follows from its role (`model.roles`).
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,28 @@ from headway.model.compute import Compute
 from headway.model.costs import Cost, CostGroup, Term, Workload
 from headway.model.roles import Group, SplitOver, roles_of
 from headway.model.transformer import Transformer
-from headway.plan.shape import Item, Items, total
 
 
-class _Key(NamedTuple):
-    group: Group
-    shard: SplitOver
+class Item(NamedTuple):
+    """One line of a sum: what it is for, its value, and the formula that gave it."""
+
+    part: Enum
+    """The value of this member is the label."""
+    value: float
+    formula: str
+
+    @property
+    def name(self) -> str:
+        """The label."""
+        return self.part.value
+
+
+Items = tuple[Item, ...]
+
+
+def total(items: Iterable[Item]) -> float:
+    """Return the sum of the values."""
+    return sum(item.value for item in items)
 
 
 @dataclass
@@ -93,10 +110,10 @@ def model_costs(
 
 
 def _weights(model: Transformer) -> tuple[Weights, ...]:
-    roles, by_key = roles_of(model), dict[_Key, Weights]()
+    roles, by_key = roles_of(model), dict[tuple[Group, SplitOver], Weights]()
     for name, p in model.named_parameters():
         role = roles[name]
-        weights = by_key.setdefault(_Key(role.group, role.shard), Weights(role.group, role.shard))
+        weights = by_key.setdefault((role.group, role.shard), Weights(role.group, role.shard))
         weights.count += p.numel()
         if p.dim() >= 2:
             m, n = sorted(p.shape[-2:])

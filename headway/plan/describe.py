@@ -5,10 +5,9 @@ from typing import Any
 
 from headway.config import Config, UsageError
 from headway.model.build import BlockBuilder, build_block
-from headway.plan.cost import model_costs
+from headway.plan.cost import Items, model_costs, total
 from headway.plan.layout import MeshLayout
 from headway.plan.memory import states
-from headway.plan.shape import Items, shape_of, total
 from headway.plan.traffic import traffic_per_token
 
 TYPICAL_VOCAB = 320
@@ -64,20 +63,20 @@ def describe(
 
 def summary(config: Config) -> str:
     """Return one line on the architecture."""
-    m, s = config.model, shape_of(config.model)
+    m, moe = config.model, config.model.moe
     text = f"{m.n_layers} layers, D {m.d_model}, V {m.vocab_size}, "
     text += f"{m.n_heads} attention heads ({m.kv_heads} key/value) of width {m.head_width}"
-    if n_dense := s.n_layers - s.n_sparse:
+    if n_dense := m.n_layers - m.n_sparse:
         text += f"; {n_dense} dense networks, F {m.d_ff}"
-    if s.n_sparse:
+    if m.n_sparse:
         kind = {
             "moe": "flat MoE",
-            "latent": f"LatentMoE of width {s.D_L}",
-            "multi_head_latent": f"Multi-Head LatentMoE, H {s.H} × L {s.L}",
-        }[m.moe.kind]
-        text += f"; {s.n_sparse} layers of {kind}, E {s.E}, K {s.K}, F {m.moe.d_expert}"
-        if m.moe.d_shared:
-            text += f", shared expert {m.moe.d_shared}"
+            "latent": f"LatentMoE of width {moe.latent_width(m.d_model)}",
+            "multi_head_latent": "Multi-Head LatentMoE, "
+            f"H {moe.n_heads} × L {moe.head_width(m.d_model)}",
+        }[moe.kind]
+        text += f"; {m.n_sparse} layers of {kind}, E {moe.n_experts}, K {moe.top_k}"
+        text += f", F {moe.d_expert}" + (f", shared expert {moe.d_shared}" if moe.d_shared else "")
     return text
 
 

@@ -30,7 +30,6 @@ from headway.plan.cost import ModelCosts
 from headway.plan.layout import AxisName, MeshLayout
 from headway.plan.overlap import NOTHING, Kind, Layer, LayerExchange, Message, Work, exposed
 from headway.plan.setting import Setting
-from headway.plan.shape import shape_of
 from headway.plan.traffic import TokenExchange
 
 _KINDS: dict[AxisName, tuple[Kind, Kind]] = {
@@ -69,23 +68,23 @@ def stages(setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: in
     """Return the seconds of the layer's stages, each at the rate of its matmuls, without exchanges;
     backward is twice forward, and more with `recompute`."""
     config, machine, b = setting.config, setting.machine, setting.bytes_per_value
-    s = shape_of(config.model)
-    matmul, experts_rate = (machine.rate(kind, b, s.D) for kind in ("matmul", "experts"))
+    model, G = config.model, config.model.moe.n_inputs
+    matmul, experts_rate = (machine.rate(kind, b, model.d_model) for kind in ("matmul", "experts"))
 
     def work(group: CostGroup, share: float = 1.0) -> Work:
-        seconds = share * n_tokens * costs.flops_of(group) / s.n_sparse / matmul
+        seconds = share * n_tokens * costs.flops_of(group) / model.n_sparse / matmul
         return Work(seconds, 2 * seconds)
 
     uneven = machine.uneven(setting.imbalance_on(layout))
-    experts = uneven * n_tokens * costs.flops_of(CostGroup.EXPERTS) / s.n_sparse / experts_rate
-    again = s.G / (s.G + 1) if config.run.recompute else 0
+    experts = uneven * n_tokens * costs.flops_of(CostGroup.EXPERTS) / model.n_sparse / experts_rate
+    again = G / (G + 1) if config.run.recompute else 0
     return Layer(
         split=work(CostGroup.LATENT, 0.5),
         router=work(CostGroup.ROUTERS),
         shared=work(CostGroup.SHARED),
         experts=Work(experts, (2 + again) * experts),
         merge=work(CostGroup.LATENT, 0.5),
-        early_route=config.model.moe.reads_token,
+        early_route=model.moe.reads_token,
         exchanges={},
     )
 
@@ -96,7 +95,7 @@ def _exchanges(
     """Return the exchanges of a layer on one axis: the messages of a chunk, and copies of all
     chunks, the bytes of the table above over the bandwidth of permuted tokens."""
     model, machine, b = setting.config.model, setting.machine, setting.bytes_per_value
-    link, on_wire = setting.link(layout, axis), t.payload_bytes(setting.config.mesh, b)
+    link, on_wire = setting.link(layout, axis), setting.payload
     sent = t.expected_bytes(model, how, n_tokens, link.ranks, on_wire)
     imbalance = setting.imbalance if how.follows_router else 1.0
 
@@ -108,7 +107,7 @@ def _exchanges(
         seconds = max(link.exchange(n_bytes, busiest), work)
         return Message(axis, seconds, link.concurrent_speed(n_bytes, busiest), work / seconds)
 
-    values = n_tokens * shape_of(model).D_L
+    values = n_tokens * model.moe.latent_width(model.d_model)
     speed = machine.memory_bandwidth * machine.rows_efficiency
     rate = speed / (values * t.sub_token(model, how, link.ranks, on_wire).copies)
 

@@ -23,7 +23,6 @@ from headway.config import Config, ModelConfig, UsageError
 from headway.config.bounds import alternatives, divisors
 from headway.model.roles import Group, SplitOver
 from headway.plan.cost import ModelCosts, Weights
-from headway.plan.shape import shape_of
 from headway.plan.traffic import SCHEMES, Scheme, TokenExchange
 
 AxisName = Literal["dp", "hp", "ep", "routers", "world"]
@@ -137,18 +136,16 @@ def meshes(n_ranks: int) -> Iterator[MeshLayout]:
 
 def illegal(model: ModelConfig, layout: MeshLayout) -> str:
     """Return why a mesh cannot run the model, in a line; empty where it can."""
-    s, moe = shape_of(model), model.moe
-    if layout.hp > 1 and (moe.kind != "multi_head_latent" or not s.n_sparse):
-        kind = moe.kind if s.n_sparse else "dense"
+    moe, H, E = model.moe, model.moe.n_heads, model.moe.n_experts
+    if layout.hp > 1 and (moe.kind != "multi_head_latent" or not model.n_sparse):
+        kind = moe.kind if model.n_sparse else "dense"
         return f"hp needs multi_head_latent: hp={layout.hp} and kind={kind}"
-    if s.H % layout.hp:
-        return f"hp={layout.hp} does not divide n_heads={s.H}; use hp={alternatives(divisors(s.H))}"
-    if layout.ep > 1 and not s.n_sparse:
+    if H % layout.hp:
+        return f"hp={layout.hp} does not divide n_heads={H}; use hp={alternatives(divisors(H))}"
+    if layout.ep > 1 and not model.n_sparse:
         return f"ep needs experts: ep={layout.ep} and every layer is dense; use ep=1"
-    if s.E % layout.ep:
-        return (
-            f"ep={layout.ep} does not divide n_experts={s.E}; use ep={alternatives(divisors(s.E))}"
-        )
+    if E % layout.ep:
+        return f"ep={layout.ep} does not divide n_experts={E}; use ep={alternatives(divisors(E))}"
     return ""
 
 

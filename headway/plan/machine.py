@@ -84,20 +84,11 @@ class Machine:
 
 WIDE = 1024
 """Width D from which matmuls count as large."""
-_ASSUMED = (
-    "efficiency",
-    "narrow_efficiency",
-    "experts_efficiency",
-    "attention_efficiency",
-    "rows_efficiency",
-    "latency",
-)
-_OTHER = ("name", "origin", "dtype", "curves", "cpu_driven", "oversubscription")
-NUMBERS = tuple(f.name for f in fields(Machine) if f.name not in _OTHER)
-"""The fields that are numbers."""
+NUMBERS = tuple(f.name for f in fields(Machine) if f.type is float and f.name != "oversubscription")
+"""The fields that a machine file may hold."""
+_ASSUMED = ("latency", *(name for name in NUMBERS if name.endswith("efficiency")))
 
 _NDR = 50e9  # 400 Gbit/s InfiniBand NDR, one port per GPU as in DGX H100, in bytes/s
-_GUESSED: dict[str, Origin] = dict.fromkeys(NUMBERS, "assumed")
 
 MACHINES: dict[str, Machine] = {
     # name, peak, peak_float32, memory, memory_bandwidth, intra_node, inter_node, latency
@@ -112,21 +103,11 @@ MACHINES: dict[str, Machine] = {
     # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s bfloat16, 19.5 float32, 2.0 TB/s, NVLink 600
     # GB/s both ways. (A DGX A100 has 200 Gbit/s per GPU: --network hdr.)
     "a100": Machine("A100 SXM 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, _NDR, 5e-6),
-    # Assumed: a process with a few cores, gloo within a machine, 10 Gbit/s between machines.
-    "cpu": Machine(
-        "a CPU process",
-        peak=1e11,
-        peak_float32=1e11,
-        memory=16e9,
-        memory_bandwidth=2e10,
-        intra_node=2e9,
-        inter_node=1.25e9,
-        latency=5e-5,
-        efficiency=1.0,
-        narrow_efficiency=0.8,
-        experts_efficiency=0.5,
-        attention_efficiency=0.3,
-        origin=_GUESSED,
+    # Assumed: a process with a few cores, gloo within a machine, 10 Gbit/s between machines;
+    # efficiency, narrow_efficiency, experts_efficiency, attention_efficiency.
+    "cpu": replace(
+        Machine("a CPU process", 1e11, 1e11, 16e9, 2e10, 2e9, 1.25e9, 5e-5, 1.0, 0.8, 0.5, 0.3),
+        origin=dict.fromkeys(NUMBERS, "assumed"),
         cpu_driven=True,
     ),
 }
@@ -147,12 +128,10 @@ def machine_named(name: str) -> Machine:
 
 def with_network(machine: Machine, network: str) -> Machine:
     """Return the machine with another network between nodes: Gbit/s per rank, or a preset."""
-    gbit: float | None = NETWORKS.get(network.lower())
-    if gbit is None:
-        try:
-            gbit = float(network)
-        except ValueError:
-            gbit = 0.0
+    try:
+        gbit = float(NETWORKS.get(network.lower(), network))
+    except ValueError:
+        gbit = 0.0
     if not 0 < gbit < float("inf"):
         raise UsageError(
             f"--network {network} is neither Gbit/s above 0 nor one of {', '.join(NETWORKS)}; "
@@ -182,8 +161,7 @@ def read_machine(path: str, gpu: str = "") -> Machine:
     for name, value in measured.items():
         if name not in NUMBERS:
             raise UsageError(f"--machine {path} measures {name!r}; use {', '.join(NUMBERS)}")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise UsageError(f"--machine {path}: {name}={value!r} is not above 0; {again}")
     dtype = content.get("dtype", "")
     if dtype not in ("", "float32", "bfloat16"):
@@ -193,9 +171,12 @@ def read_machine(path: str, gpu: str = "") -> Machine:
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--machine {path}: its curves are damaged ({error}); {again}") from None
     base = machine_named(gpu or str(content.get("based_on", "cpu")))
-    origin: dict[str, Origin] = {name: base.origin_of(name) for name in NUMBERS}
-    origin |= dict.fromkeys(measured, "measured")
     numbers = {name: float(value) for name, value in measured.items()}
-    name = str(content.get("name") or base.name)
-    more = {"name": name, "origin": origin, "dtype": dtype, "curves": curves}
-    return replace(base, **{**numbers, **more})
+    return replace(
+        base,
+        **numbers,
+        name=str(content.get("name") or base.name),
+        origin={**base.origin, **dict.fromkeys(measured, "measured")},
+        dtype=dtype,
+        curves=curves,
+    )

@@ -12,7 +12,6 @@ from headway.model.costs import CostGroup
 from headway.model.roles import Group
 from headway.plan.cost import Item, Items, ModelCosts, Weights
 from headway.plan.layout import MeshLayout, ShareKind, stored, used
-from headway.plan.shape import shape_of
 from headway.plan.traffic import TokenExchange, sub_token
 
 
@@ -81,14 +80,14 @@ def _received(config: Config, layout: MeshLayout, n_tokens: int, b: int) -> Item
     exchange = layout.exchanges.get("ep")
     if exchange is None:
         return Item(MemoryPart.RECEIVED, 0, "")
-    s, sub = shape_of(config.model), sub_token(config.model, exchange, layout.ep, b)
+    model, sub = config.model, sub_token(config.model, exchange, layout.ep, b)
     if exchange is TokenExchange.PER_SLOT:
         value, formula = sub.row, "K·L·b"
     else:
         value = sub.row + sub.indices + sub.gates
         copies = "ep" if exchange is TokenExchange.ALL_GATHER else "c"
         formula = f"{copies}·(L·b + K·(i+g))"
-    value = s.n_sparse * n_tokens * s.H * (sub.copies * value)
+    value = model.n_sparse * n_tokens * model.moe.n_heads * (sub.copies * value)
     return Item(MemoryPart.RECEIVED, value, f"layers·T·H·{formula}")
 
 

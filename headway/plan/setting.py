@@ -8,6 +8,7 @@ from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import AxisName, MeshLayout, auto_chunks
 from headway.plan.link import Link, Rates
 from headway.plan.machine import Machine
+from headway.plan.traffic import payload_bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Setting:
         """Return the costs of the model with `micro` sequences in a forward pass."""
         dense_masks = not self.machine.cpu_driven
         return model_costs(self.config, micro, self.bytes_per_value, self.blocks, dense_masks)
+
+    @property
+    def payload(self) -> int:
+        """Return the bytes of a value of the sub-tokens that are sent."""
+        return payload_bytes(self.config.mesh, self.bytes_per_value)
 
     def chunks_on(self, layout: MeshLayout) -> int:
         """Return the chunks of a micro-batch on a mesh."""

@@ -36,13 +36,12 @@ from typing import NamedTuple
 
 from headway.config import Config, OptimConfig
 from headway.model.costs import CostGroup
-from headway.plan.cost import ModelCosts
+from headway.plan.cost import Item, Items, ModelCosts, total
 from headway.plan.layer import exchange_costs
 from headway.plan.layout import MeshLayout, ShareKind, share_of, used
 from headway.plan.machine import WIDE, Kind
 from headway.plan.memory import MemoryPart, by_muon
 from headway.plan.setting import Setting
-from headway.plan.shape import Item, Items, shape_of, total
 from headway.plan.volume import CommVolume
 
 HIDDEN = "comm − what stages of other chunks hide (plan/overlap.py)"
@@ -154,7 +153,7 @@ def step_seconds(
             "Σ over Muon's matrices 5·(4·m²·n + 2·m³) / rate of matmuls",
         ),
     )
-    layers = shape_of(config.model).n_sparse * passes
+    layers = config.model.n_sparse * passes
     waited = exchange_costs(setting, costs, layout, n_tokens // passes)
     copied = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
     exposed = (

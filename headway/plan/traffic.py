@@ -24,7 +24,7 @@ from enum import Enum
 from typing import Literal, NamedTuple
 
 from headway.config import MeshConfig, ModelConfig
-from headway.plan.shape import Item, shape_of
+from headway.plan.cost import Item
 
 Scheme = Literal["all_to_all", "all_to_all_per_slot", "all_gather"]
 """How sub-tokens are dispatched on the `ep` axis: one copy per rank, one copy per slot, or all
@@ -96,21 +96,21 @@ def sub_token(
     model: ModelConfig, exchange: TokenExchange, n_ranks: int, bytes_per_value: int
 ) -> SubToken:
     """Return how a sub-token is sent over P ranks, `bytes_per_value` on the wire."""
-    s, b = shape_of(model), bytes_per_value
-    row = s.L * b + (4 if b == 1 else 0)
-    index, gate = 2 if s.H * s.E < 32768 else 4, 8 if b == 8 else 4
+    moe, K, b = model.moe, model.moe.top_k, bytes_per_value
+    row = moe.head_width(model.d_model) * b + (4 if b == 1 else 0)
+    index, gate = 2 if moe.n_heads * moe.n_experts < 32768 else 4, 8 if b == 8 else 4
     match exchange:
-        case TokenExchange.HEADS if not model.moe.reads_token:
+        case TokenExchange.HEADS if not moe.reads_token:
             return SubToken(1, row, 0, 0)
         case TokenExchange.PER_SLOT:  # gates stay local
-            return SubToken(s.K, row, index, 0)
+            return SubToken(K, row, index, 0)
         case TokenExchange.HEADS:
             copies = 1
         case TokenExchange.PER_RANK:
-            copies = expected_ranks(s.K, n_ranks)
+            copies = expected_ranks(K, n_ranks)
         case TokenExchange.ALL_GATHER:
             copies = n_ranks
-    return SubToken(copies, row, s.K * index, s.K * gate)
+    return SubToken(copies, row, K * index, K * gate)
 
 
 def expected_ranks(top_k: int, n_ranks: int) -> float:
@@ -177,7 +177,7 @@ def traffic_per_token(
     Head Parallel needs heads: it is listed for Multi-Head LatentMoE only, and works when P divides
     H.
     """
-    exchanges = list(TokenExchange) if shape_of(model).n_sparse else []
+    exchanges = list(TokenExchange) if model.n_sparse else []
     if exchanges and model.moe.kind != "multi_head_latent":
         exchanges.remove(TokenExchange.HEADS)
     return tuple(

@@ -12,7 +12,6 @@ from headway.config import Config, ModelConfig
 from headway.plan import traffic as t
 from headway.plan.cost import ModelCosts
 from headway.plan.layout import AxisName, MeshLayout, Share, ShareKind, used
-from headway.plan.shape import shape_of
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,20 @@ def token_volumes(
     imbalance: float = 1.0,
 ) -> list[CommVolume]:
     """Return what the sparse layers send, in `calls` forward passes of a layer per step."""
-    n_sparse = shape_of(model).n_sparse
     volumes = []
     for axis, exchange in layout.exchanges.items():
         P, name = layout.size(axis), exchange.value
-        value = n_sparse * t.expected_bytes(model, exchange, n_tokens, P, payload).total
+        value = model.n_sparse * t.expected_bytes(model, exchange, n_tokens, P, payload).total
         formula = f"layers·T·{t.formula(model, exchange, axis, payload)}"
         if exchange.follows_router and imbalance != 1.0:
             value, formula = value * imbalance, f"imbalance·{formula}"
         if exchange is t.TokenExchange.PER_SLOT:
             name += ", one copy per slot"
-        messages = n_sparse * calls * (P - 1)
+        messages = model.n_sparse * calls * (P - 1)
         volumes.append(CommVolume(name, "tokens", axis, value, 4 * messages, formula))
         if exchange.follows_router:
-            counts, formula = n_sparse * calls * t.count_bytes(P), "layers·passes·chunks·8·(ep−1)"
+            counts = model.n_sparse * calls * t.count_bytes(P)
+            formula = "layers·passes·chunks·8·(ep−1)"
             volumes.append(CommVolume("counts of rows", "tokens", axis, counts, messages, formula))
     return volumes
 
@@ -132,7 +131,7 @@ def _parameters(
         return [volume("gradients all-reduced", "gradients", n_bytes, 2, "2·4")]
     groups, gathers = model.n_layers, share.gathers
     if share.kind is ShareKind.EXPERTS:
-        groups, gathers = shape_of(model).n_sparse, gathers * chunks
+        groups, gathers = model.n_sparse, gathers * chunks
     elif share.kind is ShareKind.EMBEDDING:
         groups = 1
     times = "passes·" + (f"{gathers}·" if gathers > 1 else "")

@@ -70,12 +70,11 @@ def test_a_selection_is_replayed_on_a_mesh(ranks, mesh, reads):
     moe = replace(config.moe, router=RouterConfig(reads=reads))
     config = replace(config, moe=moe)
     generator = torch.Generator().manual_seed(1)
-    n_sparse = sum(config.is_sparse(layer) for layer in range(config.n_layers))
     replay = tuple(
         torch.rand(ROWS * 8, moe.n_heads, moe.n_experts, generator=generator)
         .topk(moe.top_k)
         .indices
-        for _ in range(n_sparse)
+        for _ in range(config.n_sparse)
     )
     compare(ranks, mesh, config, replay)
 

@@ -16,7 +16,6 @@ from headway.parallel.parallelize import parallelize
 from headway.plan import traffic
 from headway.plan.cost import model_costs
 from headway.plan.layout import MeshLayout
-from headway.plan.shape import shape_of
 from headway.plan.traffic import TokenExchange
 from headway.plan.volume import comm_volumes
 from headway.train.objective import NextToken
@@ -69,10 +68,9 @@ def by_layer(counted, entries, axis, there, back, want):
 def test_head_parallel(ranks, mesh, reads, chunks):
     model = heads(router=RouterConfig(reads=reads), top_k=3)
     mesh = MeshConfig(mesh.dp, mesh.hp, mesh.ep, chunks=chunks)
-    s = shape_of(model)
     want = traffic.expected_bytes(model, TokenExchange.HEADS, tokens_of(mesh), mesh.hp, 4)
     for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
-        assert trips(counted, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+        assert trips(counted, "hp", "scatter", "gather") == tuple(model.n_sparse * x for x in want)
         by_layer(counted, entries, "hp", "scatter", "gather", want)
 
 
@@ -81,11 +79,10 @@ def test_head_parallel_in_float8(ranks, reads):
     """One byte a value and four a sub-token, in all four exchanges."""
     model = heads(router=RouterConfig(reads=reads), top_k=3)
     mesh = MeshConfig(hp=4, payload="float8")
-    s = shape_of(model)
     want = traffic.expected_bytes(model, TokenExchange.HEADS, tokens_of(mesh), 4, 1)
-    assert want.combine == tokens_of(mesh) * s.H * (s.L + 4) * 3 // 4
+    assert want.combine == tokens_of(mesh) * 4 * (model.moe.head_width(model.d_model) + 4) * 3 // 4
     for counted, _ in ranks.run(mesh, count, Case(model, mesh)):
-        assert trips(counted, "hp", "scatter", "gather") == tuple(s.n_sparse * x for x in want)
+        assert trips(counted, "hp", "scatter", "gather") == tuple(model.n_sparse * x for x in want)
 
 
 def test_head_parallel_does_not_grow_with_k(ranks):
@@ -98,11 +95,12 @@ def test_head_parallel_does_not_grow_with_k(ranks):
 @pytest.mark.parametrize("model", [flat(), latent(), heads()], ids=["flat", "latent", "heads"])
 def test_all_gather(ranks, model, payload):
     mesh = MeshConfig(ep=4, ep_scheme="all_gather", payload=payload)
-    s = shape_of(model)
     b = traffic.payload_bytes(mesh, 4)
     want = traffic.expected_bytes(model, TokenExchange.ALL_GATHER, tokens_of(mesh), 4, b)
     for counted, entries in ranks.run(mesh, count, Case(model, mesh)):
-        assert trips(counted, "ep", "dispatch", "combine") == tuple(s.n_sparse * x for x in want)
+        assert trips(counted, "ep", "dispatch", "combine") == tuple(
+            model.n_sparse * x for x in want
+        )
         by_layer(counted, entries, "ep", "dispatch", "combine", want)
 
 
@@ -111,25 +109,25 @@ def test_all_gather(ranks, model, payload):
 def test_all_to_all_follows_the_rows(ranks, model, dedup):
     """The rows are read off one trip; the other three and their sum over ranks must agree."""
     mesh = MeshConfig(ep=4, ep_scheme="all_to_all", dedup=dedup)
-    s = shape_of(model)
     exchange = TokenExchange.PER_RANK if dedup else TokenExchange.PER_SLOT
     sub_token = traffic.sub_token(model, exchange, 4, 4)
+    width, top_k = model.moe.head_width(model.d_model), model.moe.top_k
     answers = [counted for counted, _ in ranks.run(mesh, count, Case(model, mesh))]
     leaving = 0
     for counted in answers:
-        row = s.L * 4 + (s.K * (2 + 4) if dedup else 2)  # indices of 2 bytes, gates of 4
+        row = width * 4 + (top_k * (2 + 4) if dedup else 2)  # indices of 2 bytes, gates of 4
         rows, rest = divmod(counted["ep dispatch"], row)
         assert rest == 0
         leaving += rows
-        assert counted["ep counts"] == s.n_sparse * traffic.count_bytes(4)
+        assert counted["ep counts"] == model.n_sparse * traffic.count_bytes(4)
         want = sub_token.sent(rows)
         exchanged = trips(counted, "ep", "dispatch", "combine")
         # a rank sends its rows there and their gradients; outputs leave from where rows arrived
         assert (exchanged[0], exchanged[2]) == (want.dispatch, want.combine_backward)
     both = sum(f["ep combine"] for f in answers), sum(f["ep combine backward"] for f in answers)
-    assert both == (leaving * s.L * 4, leaving * s.L * 4)
-    slots = ROWS * S * s.H * s.n_sparse
-    most = s.K if not dedup else min(s.K, 3)
+    assert both == (leaving * width * 4, leaving * width * 4)
+    slots = ROWS * S * model.moe.n_heads * model.n_sparse
+    most = top_k if not dedup else min(top_k, 3)
     assert 0 < leaving <= slots * most
 
 

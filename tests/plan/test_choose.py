@@ -6,13 +6,12 @@ import pytest
 
 from headway.config import Config, DataConfig, MoEConfig, RouterConfig, UsageError
 from headway.plan.choose import rank_meshes
-from headway.plan.cost import model_costs
+from headway.plan.cost import model_costs, total
 from headway.plan.describe import with_vocab
 from headway.plan.layout import MeshLayout, illegal, meshes
 from headway.plan.machine import MACHINES
 from headway.plan.memory import states
 from headway.plan.setting import Setting
-from headway.plan.shape import total
 from headway.plan.table import format_plan
 from headway.recipes import load
 from tests.plan.test_memory import MODELS

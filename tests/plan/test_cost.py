@@ -11,9 +11,8 @@ from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterCon
 from headway.model.costs import CostGroup
 from headway.model.mixers.attention import mean_keys
 from headway.model.transformer import Transformer
-from headway.plan.cost import ModelCosts, model_costs
+from headway.plan.cost import ModelCosts, model_costs, total
 from headway.plan.describe import with_vocab
-from headway.plan.shape import total
 from headway.recipes import RECIPES
 from headway.train.resolve import Sizes
 from tests.plan.test_memory import MODELS

@@ -6,7 +6,7 @@ import pytest
 
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
 from headway.model.roles import Group, SplitOver
-from headway.plan.cost import ModelCosts, model_costs
+from headway.plan.cost import ModelCosts, model_costs, total
 from headway.plan.layout import (
     MeshLayout,
     auto_chunks,
@@ -16,7 +16,6 @@ from headway.plan.layout import (
     stored,
     used,
 )
-from headway.plan.shape import total
 from tests.plan.test_memory import MODELS
 
 WIDE = ModelConfig(

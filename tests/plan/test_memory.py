@@ -21,12 +21,11 @@ from headway.model.compute import Compute
 from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
-from headway.plan.cost import ModelCosts, model_costs
+from headway.plan.cost import ModelCosts, model_costs, total
 from headway.plan.layout import MeshLayout
 from headway.plan.machine import machine_named
 from headway.plan.memory import MemoryPart, states
 from headway.plan.setting import Setting
-from headway.plan.shape import total
 from tests.kernels.cpp_paths import needs_native
 
 SPARSE = MoEConfig(n_heads=2, n_experts=8, top_k=3, d_expert=20)

@@ -7,10 +7,9 @@ import pytest
 from headway.config import Config, DataConfig, OptimConfig, RunConfig
 from headway.model.costs import CostGroup
 from headway.plan import memory as m
-from headway.plan.cost import model_costs
+from headway.plan.cost import Items, model_costs, total
 from headway.plan.layout import MeshLayout
 from headway.plan.memory import MemoryPart
-from headway.plan.shape import Items, total
 from tests.plan.test_memory import MODELS
 
 DATA = DataConfig(seq_len=32, batch_size=16)

@@ -8,12 +8,11 @@ import torch
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
-from headway.plan.cost import ModelCosts, model_costs
+from headway.plan.cost import Item, ModelCosts, model_costs, total
 from headway.plan.layout import MeshLayout
 from headway.plan.machine import Machine
 from headway.plan.memory import memory
 from headway.plan.setting import Setting
-from headway.plan.shape import Item, total
 from headway.plan.time import newton_schulz, step_flops, step_seconds
 from headway.plan.volume import comm_volumes
 from tests.plan.test_memory import MODELS

@@ -7,9 +7,8 @@ import pytest
 
 from headway.config import Config, UsageError
 from headway.config.check import remarks, validate
-from headway.plan.cost import model_costs
+from headway.plan.cost import model_costs, total
 from headway.plan.describe import with_vocab
-from headway.plan.shape import total
 from headway.recipes import RECIPES, load, source
 
 

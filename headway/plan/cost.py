@@ -6,7 +6,7 @@ updated and sharded follows from its role (`model.roles`).
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from headway.config import Config, ModelConfig
 from headway.model import costs as c
 from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
-from headway.model.costs import Cost, CostGroup, Term, Workload
+from headway.model.costs import CostGroup, Workload
 from headway.model.roles import Group, SplitOver, roles_of
 from headway.model.transformer import Transformer
 
@@ -74,12 +74,11 @@ class ModelCosts:
         """Count a model, on the meta device or not. Raises UsageError for a module without costs
         or a parameter without a role."""
         costs = c.costs_of(model, work)
-
-        def items(quantity: Callable[[Cost], Term]) -> Items:
-            return tuple(Item(g, *term) for g, term in c.by_group(costs, quantity).items())
-
-        quantities = (items(q) for q in (c.parameters, c.active_parameters, c.flops, c.saved_bytes))
-        return cls(model.config, _weights(model), *quantities)
+        sums = (
+            tuple(Item(group, *term) for group, term in c.by_group(costs, quantity).items())
+            for quantity in (c.parameters, c.active_parameters, c.flops, c.saved_bytes)
+        )
+        return cls(model.config, _weights(model), *sums)
 
     def flops_of(self, group: CostGroup) -> float:
         """Return the FLOPs of one group per token; 0 where the model has none of it."""

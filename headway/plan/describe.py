@@ -5,7 +5,7 @@ from typing import Any
 
 from headway.config import Config, UsageError
 from headway.model.build import BlockBuilder, build_block
-from headway.plan.cost import Items, model_costs, total
+from headway.plan.cost import model_costs, total
 from headway.plan.layout import MeshLayout
 from headway.plan.memory import states
 from headway.plan.traffic import traffic_per_token
@@ -38,7 +38,7 @@ def describe(
     """
     if n_ranks < 2:
         raise UsageError(f"--P {n_ranks} ranks send nothing; use 2 or more")
-    model, data = config.model, config.data
+    data = config.data
     costs = model_costs(config, data.micro_batch_size or data.batch_size, bytes_per_value, blocks)
     groups = {
         "parameters": costs.parameters,
@@ -48,16 +48,18 @@ def describe(
         "activation_bytes": costs.saved,
     }
     totals = {name: round(total(items)) for name, items in groups.items()}
-    totals["flops_per_token_training"] = round(costs.training_flops)
-    sent = traffic_per_token(model, n_ranks)
+    groups["traffic_bytes_per_token_and_layer"] = sent = traffic_per_token(config.model, n_ranks)
     return {
         "recipe": config.recipe,
         "model": summary(config),
         **totals,
+        "flops_per_token_training": round(costs.training_flops),
         "traffic_ranks": n_ranks,
         "traffic_bytes_per_token_and_layer": {i.name: round(i.value) for i in sent},
-        "items": {name: _table(items) for name, items in groups.items()}
-        | {"traffic_bytes_per_token_and_layer": _table(sent)},
+        "items": {
+            name: {i.name: {"value": round(i.value), "formula": i.formula} for i in items}
+            for name, items in groups.items()
+        },
     }
 
 
@@ -93,8 +95,8 @@ def format_description(costs: dict[str, Any], config: Config, derived: dict[str,
         "activation_bytes": f"bytes kept for backward, {micro} × {config.data.seq_len} tokens",
     }
     for name, heading in headings.items():
-        lines += ["", f"{heading}: {costs[name]:,}{_unit(name, costs[name])}"]
-        lines += _rows(costs["items"][name])
+        size = f" ({costs[name] / 2**20:,.1f} MiB)" if name.endswith("bytes") else ""
+        lines += ["", f"{heading}: {costs[name]:,}{size}", *_rows(costs["items"][name])]
     ranks = costs["traffic_ranks"]
     sent = costs["items"]["traffic_bytes_per_token_and_layer"]
     if sent:
@@ -104,14 +106,6 @@ def format_description(costs: dict[str, Any], config: Config, derived: dict[str,
         if "Head Parallel" in sent and heads % ranks:
             lines.append(f"  (Head Parallel itself needs P to divide H = {heads})")
     return "\n".join(lines)
-
-
-def _table(items: Items) -> dict[str, dict[str, float | str]]:
-    return {i.name: {"value": round(i.value), "formula": i.formula} for i in items}
-
-
-def _unit(name: str, value: int) -> str:
-    return f" ({value / 2**20:,.1f} MiB)" if name.endswith("bytes") else ""
 
 
 def _rows(items: dict[str, dict[str, float | str]]) -> list[str]:

@@ -1,24 +1,10 @@
 """Seconds of the stages and exchanges of one sparse layer on a mesh, for `plan.overlap`.
 
 Tokens are copied around an exchange: permuted into the order of the ranks, packed with their
-indices and gates, unpacked, summed. The table counts `parallel/head.py`, `parallel/expert.py` and
-`parallel/collectives.py` in bytes read and written per value of b bytes; local tokens are copied
-too.
-
-| exchange | before it: forward, backward | after it: forward, backward |
-|---|---|---|
-| scatter (with a token router's route) | 2b (4b), 2b (4b) | 0 (2b), 0 (2b) |
-| gather | 0, 0 | 2b, 2b |
-| dispatch, one copy per rank | 4b, 3b + 16 | 2b, 2b |
-| combine, one copy per rank | 0, 0 | b + 16, 2b |
-| dispatch, one copy per slot | 5b, 6b | 2b, 0 |
-| combine, one copy per slot | 0, 0 | 5b + 16, 7b + 28 |
-| dispatch, all-gather | 2b, 0 | 2b, b + 4 |
-| combine, all-gather | 0, 0 | b + 4, 0 |
-
-In backward, what precedes an exchange in forward follows the gradient's exchange, and the other
-way round. Sums are in float32. An all-gather counts the received tokens, but for its 2b before,
-which are a rank's local ones.
+indices and gates, unpacked, summed. `_copies` counts what `parallel/head.py`, `parallel/expert.py`
+and `parallel/collectives.py` read and write, in bytes per value of b bytes; local tokens are copied
+too. In backward, what precedes an exchange in forward follows the gradient's exchange, and the
+other way round. Sums are in float32.
 """
 
 from dataclasses import replace
@@ -92,49 +78,55 @@ def stages(setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: in
 def _exchanges(
     setting: Setting, layout: MeshLayout, n_tokens: int, axis: AxisName, how: TokenExchange
 ) -> dict[Kind, LayerExchange]:
-    """Return the exchanges of a layer on one axis: the messages of a chunk, and copies of all
-    chunks, the bytes of the table above over the bandwidth of permuted tokens."""
-    model, machine, b = setting.config.model, setting.machine, setting.bytes_per_value
-    link, on_wire = setting.link(layout, axis), setting.payload
-    sent = t.expected_bytes(model, how, n_tokens, link.ranks, on_wire)
+    """Return the exchanges of a layer on one axis: messages of one chunk, copies of all chunks."""
+    model, chunks = setting.config.model, setting.chunks_on(layout)
+    link = setting.link(layout, axis)
+    sent = t.expected_bytes(model, how, n_tokens, link.ranks, setting.payload)
     imbalance = setting.imbalance if how.follows_router else 1.0
 
     def message(n_bytes: float) -> Message:
         """Between steps of a computation an exchange takes at least the processor's time, even
         where nothing overlaps it."""
-        n_bytes /= setting.chunks_on(layout)
+        n_bytes /= chunks
         busiest, work = n_bytes * imbalance, link.work(n_bytes)
         seconds = max(link.exchange(n_bytes, busiest), work)
         return Message(axis, seconds, link.concurrent_speed(n_bytes, busiest), work / seconds)
 
+    exchanges: dict[Kind, LayerExchange] = {}
+    if how.follows_router:
+        counts = Message(axis, link.exchange(t.count_bytes(link.ranks)))
+        exchanges["counts"] = LayerExchange(counts, counts)
+    out, back = _KINDS[axis]
+    before, after, after_back = _copies(setting, how, n_tokens, link.ranks)
+    there, home = message(sent.dispatch), message(sent.dispatch_backward)
+    exchanges[out] = LayerExchange(there, home, before, after)
+    there, home = message(sent.combine), message(sent.combine_backward)
+    exchanges[back] = LayerExchange(there, home, NOTHING, after_back)
+    return exchanges
+
+
+def _copies(
+    setting: Setting, how: TokenExchange, n_tokens: int, n_ranks: int
+) -> tuple[Work, Work, Work]:
+    """Return the copies before and after scatter or dispatch, and after gather or combine, which
+    nothing precedes: bytes over the bandwidth of permuted tokens. An all-gather counts the received
+    tokens, but for its 2b before, which are a rank's local ones."""
+    model, machine, b = setting.config.model, setting.machine, setting.bytes_per_value
     values = n_tokens * model.moe.latent_width(model.d_model)
     speed = machine.memory_bandwidth * machine.rows_efficiency
-    rate = speed / (values * t.sub_token(model, how, link.ranks, on_wire).copies)
+    rate = speed / (values * t.sub_token(model, how, n_ranks, b).copies)
 
     def copy(forward: int, backward: int) -> Work:
         return Work(forward / rate, backward / rate)
 
     match how:
         case TokenExchange.HEADS:
-            packed = 2 * b if model.moe.reads_token else 0
-            before, after = copy(2 * b + packed, 2 * b + packed), copy(packed, packed)
-            after_back = copy(2 * b, 2 * b)
+            route = 2 * b if model.moe.reads_token else 0  # of a token router
+            before = copy(2 * b + route, 2 * b + route)
+            return before, copy(route, route), copy(2 * b, 2 * b)
         case TokenExchange.PER_RANK:
-            before, after = copy(4 * b, 3 * b + 16), copy(2 * b, 2 * b)
-            after_back = copy(b + 16, 2 * b)
+            return copy(4 * b, 3 * b + 16), copy(2 * b, 2 * b), copy(b + 16, 2 * b)
         case TokenExchange.PER_SLOT:
-            before, after = copy(5 * b, 6 * b), copy(2 * b, 0)
-            after_back = copy(5 * b + 16, 7 * b + 28)
+            return copy(5 * b, 6 * b), copy(2 * b, 0), copy(5 * b + 16, 7 * b + 28)
         case TokenExchange.ALL_GATHER:
-            before, after = Work(2 * b * values / speed, 0.0), copy(2 * b, b + 4)
-            after_back = copy(b + 4, 0)
-    exchanges: dict[Kind, LayerExchange] = {}
-    if how.follows_router:
-        counts = Message(axis, link.exchange(t.count_bytes(link.ranks)))
-        exchanges["counts"] = LayerExchange(counts, counts)
-    out, back = _KINDS[axis]
-    there, home = message(sent.dispatch), message(sent.dispatch_backward)
-    exchanges[out] = LayerExchange(there, home, before, after)
-    there, home = message(sent.combine), message(sent.combine_backward)
-    exchanges[back] = LayerExchange(there, home, NOTHING, after_back)
-    return exchanges
+            return Work(2 * b * values / speed, 0.0), copy(2 * b, b + 4), copy(b + 4, 0)

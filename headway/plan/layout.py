@@ -55,13 +55,8 @@ class MeshLayout:
 
     def size(self, axis: AxisName) -> int:
         """Return the ranks of an axis; `routers` are those that hold the same heads, dp × ep."""
-        return {
-            "dp": self.dp,
-            "hp": self.hp,
-            "ep": self.ep,
-            "routers": self.dp * self.ep,
-            "world": self.ranks,
-        }[axis]
+        sizes = {"dp": self.dp, "hp": self.hp, "ep": self.ep, "routers": self.dp * self.ep}
+        return sizes.get(axis, self.ranks)
 
     def in_one_node(self, axis: AxisName, per_node: int) -> bool:
         """Return whether every group of the axis is within one node of `per_node` ranks: the block

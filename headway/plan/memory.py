@@ -41,12 +41,14 @@ def memory(
     saved = costs.saved
     if layout.shard:  # casts are gathered and freed layer by layer
         saved = tuple(item for item in saved if item.part is not CostGroup.CASTS)
+    rows = [i.value for i in saved if i.part in (CostGroup.EXPERTS, CostGroup.PERMUTATION)]
+    uneven = (imbalance - 1) * sum(rows) if layout.ep > 1 else 0
     items = (
         *states(costs, layout, config.optim),
         *saved,
         _received(config, layout, micro * config.data.seq_len, bytes_per_value),
         _gathered(costs, layout, bytes_per_value),
-        _uneven(saved, layout, imbalance),
+        Item(MemoryPart.UNEVEN, uneven, "(imbalance − 1)·(experts + sorted rows)"),
     )
     return tuple(item for item in items if item.value)
 
@@ -106,11 +108,3 @@ def _gathered(costs: ModelCosts, layout: MeshLayout, b: int) -> Item:
         max(layers, 8 * n[ShareKind.EMBEDDING]),
         "max((3·b·n + 12·experts)/layers, 8·(embedding and head))",
     )
-
-
-def _uneven(saved: Items, layout: MeshLayout, imbalance: float) -> Item:
-    groups = (CostGroup.EXPERTS, CostGroup.PERMUTATION)
-    rows = sum(item.value for item in saved if item.part in groups)
-    more = (imbalance - 1) * rows if layout.ep > 1 else 0
-    formula = "(imbalance − 1)·(experts + sorted rows)"
-    return Item(MemoryPart.UNEVEN, more, formula)

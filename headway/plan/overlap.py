@@ -150,9 +150,9 @@ def exposed(layer: Layer, chunks: int) -> dict[str, float]:
                 case Start(kind, chunk):
                     exchange = layer.exchanges[kind]
                     message = exchange.forward if is_forward else exchange.backward
-                    rank.in_flight.append(_Transfer((kind, chunk), message, message.seconds))
+                    rank.in_flight.append(_Transfer(kind, chunk, message, message.seconds))
                 case Wait(kind, chunk):
-                    rank.wait((kind, chunk))
+                    rank.wait(kind, chunk)
         for axis, seconds in rank.exposed.items():
             exposed_by_axis[axis] += seconds
     return exposed_by_axis
@@ -160,8 +160,8 @@ def exposed(layer: Layer, chunks: int) -> dict[str, float]:
 
 @dataclass
 class _Transfer:
-    key: tuple[Kind, int]
-    """The exchange and its chunk."""
+    kind: Kind
+    chunk: int
     message: Message
     remaining: float
     """Seconds that it still takes with nothing else in flight."""
@@ -186,11 +186,11 @@ class _Rank:
             seconds = 0.0 if took < completion else seconds - took * pace
             self._advance(took)
 
-    def wait(self, key: tuple[Kind, int]) -> None:
+    def wait(self, kind: Kind, chunk: int) -> None:
         """Advance the clock until the exchange has completed."""
-        while any(f.key == key for f in self.in_flight):
+        while pending := [f for f in self.in_flight if (f.kind, f.chunk) == (kind, chunk)]:
             took = self._next_completion()
-            self.exposed[next(f for f in self.in_flight if f.key == key).message.axis] += took
+            self.exposed[pending[0].message.axis] += took
             self._advance(took)
 
     def _active(self) -> list[tuple[_Transfer, float]]:

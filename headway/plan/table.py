@@ -31,11 +31,9 @@ def format_plan(ranking: dict[str, Any]) -> str:
         "",
         f"{len(rows)} ways on {len({r['mesh'] for r in rows})} meshes, {len(fit)} fit; "
         "fastest first",
-        *_table(fit[:MOST_ROWS]),
+        *_table(fit),
+        *_refused(ranking),
     ]
-    if len(fit) > MOST_ROWS:
-        lines.append(f"  … {len(fit) - MOST_ROWS} more: --json has all")
-    lines += _refused(ranking)
     if best is None:
         smallest = min(rows, key=lambda row: row["memory_bytes"])
         lines += ["", f"no mesh fits; the smallest, {_name(smallest)}, {smallest['reason']}"]
@@ -46,7 +44,7 @@ def format_plan(ranking: dict[str, Any]) -> str:
 
 def _options(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
     """Return the command-line options that run the mesh as predicted."""
-    words = [f"--mesh dp={row['dp']},hp={row['hp']},ep={row['ep']}"]
+    words = [f"--mesh {row['mesh']}"]
     if row["scheme"] == "all_to_all_per_slot":
         words.append("--mesh.ep-scheme all_to_all --mesh.dedup False")
     elif row["scheme"]:
@@ -58,9 +56,8 @@ def _options(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
     lines = []
     if row["replicas"] == "fsdp":
         words.append("--mesh.shard fsdp")
-        best = ranking["best_replicated"]
         lines = ["without fsdp no mesh fits"]
-        if best is not None:
+        if best := ranking["best_replicated"]:
             lines = [f"fastest without fsdp: {_name(best)}, {1e3 * best['step_seconds']:,.1f} ms"]
     words.append(f"--data.micro-batch-size {ranking['micro_batch_size']}")
     return [*lines, f"options: {' '.join(words)}"]
@@ -73,16 +70,9 @@ def _machine(machine: dict[str, Any]) -> list[str]:
             unit, scale = _UNITS.get(name, ("", 1.0))
             text = f"{name} {entry['value'] / scale:,.4g} {unit}".rstrip()
             by_origin.setdefault(entry["origin"], []).append(text)
-    words = {
-        "vendor": "vendor's",
-        "assumed": "assumed, not measured",
-        "measured": "measured",
-        "given": "given",
-    }
-    return [
-        f"{machine['name']}, per rank",
-        *(f"  {words[origin]}: {', '.join(texts)}" for origin, texts in by_origin.items()),
-    ]
+    words = {"vendor": "vendor's", "assumed": "assumed, not measured"}
+    lines = [f"  {words.get(name, name)}: {', '.join(texts)}" for name, texts in by_origin.items()]
+    return [f"{machine['name']}, per rank", *lines]
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -91,25 +81,24 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
+    columns = ("compute", "exposed", "gradients", "optimiser")
     head = (
         f"  {'mesh':<20} {'ep scheme':<19} {'replicas':<9} {'chunks':>6} {'step ms':>9} "
-        f"{'compute':>9} {'exposed':>9} {'gradients':>9} {'optimiser':>9} {'GB sent':>8} "
-        f"{'GB held':>8} {'MFU':>5}"
+        f"{' '.join(f'{name:>9}' for name in columns)} {'GB sent':>8} {'GB held':>8} {'MFU':>5}"
     )
-    return [head, *(_line(row) for row in rows)]
-
-
-def _line(row: dict[str, Any]) -> str:
-    ms = {name: 1e3 * value for name, value in _groups(row["seconds"]).items()}
-    return (
-        f"  {row['mesh']:<20} {row['scheme'] or '–':<19} {row['replicas']:<9} "
-        f"{row['chunks']:>6} "
-        f"{1e3 * row['step_seconds']:>9,.1f} {ms['compute']:>9,.1f} {ms['exposed']:>9,.1f} "
-        f"{ms['gradients']:>9,.1f} {ms['optimiser']:>9,.1f} {row['bytes_sent_total'] / 1e9:>8,.2f} "
-        f"{row['memory_bytes'] / 1e9:>8,.2f} {row['mfu']:>5.1%}"
-    )
+    lines = []
+    for row in rows:
+        ms: dict[str, float] = dict.fromkeys(columns, 0.0)
+        for name, seconds in row["seconds"].items():
+            ms[_COLUMNS.get(TimePart(name), "compute")] += seconds
+        lines.append(
+            f"  {row['mesh']:<20} {row['scheme'] or '–':<19} {row['replicas']:<9} "
+            f"{row['chunks']:>6} {1e3 * row['step_seconds']:>9,.1f} "
+            f"{' '.join(f'{1e3 * ms[name]:>9,.1f}' for name in columns)} "
+            f"{row['bytes_sent_total'] / 1e9:>8,.2f} {row['memory_bytes'] / 1e9:>8,.2f} "
+            f"{row['mfu']:>5.1%}"
+        )
+    return [head, *_first(lines)] if rows else []
 
 
 _COLUMNS = {
@@ -124,29 +113,22 @@ _COLUMNS = {
 """The column of a part that is not `compute`."""
 
 
-def _groups(seconds: dict[str, float]) -> dict[str, float]:
-    groups: dict[str, float] = dict.fromkeys(("compute", "exposed", "gradients", "optimiser"), 0.0)
-    for name, value in seconds.items():
-        groups[_COLUMNS.get(TimePart(name), "compute")] += value
-    return groups
-
-
 def _refused(ranking: dict[str, Any]) -> list[str]:
     """Return one line per mesh that cannot run or does not fit."""
     too_big = [row for row in ranking["meshes"] if not row["fits"]]
     lines = []
     if too_big:
         lines += ["", f"{len(too_big)} do not fit"]
-        lines += [f"  {_name(row)}: {row['reason']}" for row in too_big[:MOST_ROWS]]
-        if len(too_big) > MOST_ROWS:
-            lines.append(f"  … {len(too_big) - MOST_ROWS} more: --json has all")
-    if ranking["illegal"]:
-        lines += ["", f"{len(ranking['illegal'])} meshes cannot run"]
-        lines += [
-            f"  dp={row['dp']},hp={row['hp']},ep={row['ep']}: {row['reason']}"
-            for row in ranking["illegal"]
-        ]
+        lines += _first([f"  {_name(row)}: {row['reason']}" for row in too_big])
+    if illegal := ranking["illegal"]:
+        lines += ["", f"{len(illegal)} meshes cannot run"]
+        lines += [f"  dp={r['dp']},hp={r['hp']},ep={r['ep']}: {r['reason']}" for r in illegal]
     return lines
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = len(lines) - MOST_ROWS
+    return lines[:MOST_ROWS] + ([f"  … {more} more: --json has all"] if more > 0 else [])
 
 
 def _explained(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
@@ -156,13 +138,14 @@ def _explained(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
         f"fastest: {_name(row)}, {1e3 * row['step_seconds']:,.1f} ms per step, "
         f"{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1%}",
     ]
-    sections: tuple[tuple[str, str, float, str], ...] = (
-        ("seconds", "milliseconds per step", 1e3, ",.2f"),
-        ("bytes_sent", "bytes that a rank sends per step", 1, ",.0f"),
-        ("memory", "bytes that a rank holds", 1, ",.0f"),
-        ("flops", "FLOPs of a rank per step", 1, ",.0f"),
-    )
-    for group, heading, scale, form in sections:
+    sections = {
+        "seconds": "milliseconds per step",
+        "bytes_sent": "bytes that a rank sends per step",
+        "memory": "bytes that a rank holds",
+        "flops": "FLOPs of a rank per step",
+    }
+    for group, heading in sections.items():
+        scale, form = (1e3, ",.2f") if group == "seconds" else (1, ",.0f")
         lines += ["", f"{heading}: {sum(row[group].values()) * scale:{form}}"]
         lines += [
             f"  {name:<38} {value * scale:>26{form}}  {formulas[group][name]}"
@@ -175,8 +158,6 @@ def _explained(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
         f"  {formulas['parameters']}",
     ]
     if row["links"]:
-        lines.append(f"chunks: {row['chunks']}, {row['chunks_because']}")
-        lines.append(
-            f"links: {', '.join(f'{axis} {place}' for axis, place in row['links'].items())}"
-        )
+        links = ", ".join(f"{axis} {place}" for axis, place in row["links"].items())
+        lines += [f"chunks: {row['chunks']}, {row['chunks_because']}", f"links: {links}"]
     return lines + _options(row, ranking)

@@ -1,18 +1,5 @@
-"""Predicted seconds of one optimiser step on the slowest rank: a sum of parts, each one formula.
-
-| part | seconds |
-|---|---|
-| matmuls | 3·T·FLOPs forward, without experts and attention scores / (peak · efficiency) |
-| attention scores | 3·T·FLOPs forward / (peak · attention efficiency) |
-| experts | (3 + G/(G+1) with recompute)·T·FLOPs forward · imbalance / (peak · experts efficiency) |
-| memory traffic | passes · (2·kept bytes + 3·b·parameters used) / memory bandwidth |
-| experts again | passes · (chunks − 1) · (3·b + 12)·experts / memory bandwidth |
-| copies | bytes of `plan.layer` / (memory bandwidth · rows efficiency) |
-| hp, ep | what `plan.overlap` does not hide |
-| weights (FSDP) | max(comm / (2·layers·passes), comm − the parts of compute) |
-| gradients | max(comm / (layers + 1), comm − backward of the last pass, or of all with FSDP) |
-| small sums | 3 · latency · 2·(N−1) |
-| optimiser | (2·weights + gradients + 2·state) bytes / memory bandwidth + Newton–Schulz |
+"""Predicted seconds of one optimiser step on the slowest rank: a sum of parts, each one formula
+(docs/plan.md has them in a table).
 
 comm = bytes / bandwidth + latency · messages of the axis, or the measured time (`plan.link`). The
 bandwidth is that within a node where every group of the axis is in one, else that between nodes,

@@ -26,6 +26,7 @@ from headway.plan.link import Curve
 from headway.report.provenance import provenance
 
 Show = Callable[[str], None]
+Note = Callable[[str, float, str, str], None]
 
 
 def measure_machine(
@@ -37,9 +38,8 @@ def measure_machine(
     if not path.parent.is_dir():
         raise UsageError(f"--measure {path}: there is no folder {path.parent}; make it first")
     cuda = torch.cuda.is_available()
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    ranks, local = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -103,9 +103,6 @@ def _measure_all(
         "details": details,
         **origin,
     }
-
-
-Note = Callable[[str, float, str, str], None]
 
 
 def measure_rates(

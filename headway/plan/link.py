@@ -48,13 +48,8 @@ def parse_curve(values: dict[str, Any]) -> Curve:
     rising = all(a[0] < b[0] for a, b in itertools.pairwise(points))
     if not points or not rising or any(t <= 0 for _, t in points):
         raise ValueError("points must be (bytes, seconds), rising bytes and seconds above 0")
-    return Curve(
-        values["collective"],
-        int(values["ranks"]),
-        bool(values["inside"]),
-        int(values["at_once"]),
-        points,
-    )
+    ranks, at_once = int(values["ranks"]), int(values["at_once"])
+    return Curve(values["collective"], ranks, bool(values["inside"]), at_once, points)
 
 
 class Rates(NamedTuple):
@@ -83,8 +78,7 @@ class Link:
     def exchange(self, n_bytes: float, busiest: float = 0.0) -> float:
         """Return the seconds of an all-to-all in which a rank sends `n_bytes` on average and the
         most loaded link carries `busiest` bytes in one direction."""
-        curve = self._curve("all_to_all", 1)
-        if curve is not None:
+        if curve := self._curve("all_to_all", 1):
             return self._measured(curve, n_bytes, busiest)
         most = max(n_bytes, busiest)
         return most / self.rates.bandwidth + (self.ranks - 1) * self.rates.latency
@@ -93,8 +87,7 @@ class Link:
         """Return the seconds that such an exchange takes from the processor: as measured within a
         node, where no link limits it; else its whole duration within a node where the processor
         moves the bytes, and 0 where DMA engines do."""
-        curve = self._within_node._curve("overlap_cost", 1)
-        if curve is not None:
+        if curve := self._within_node._curve("overlap_cost", 1):
             return curve.seconds(n_bytes)
         return self._within_node.exchange(n_bytes) if self.cpu_driven else 0.0
 
@@ -108,8 +101,7 @@ class Link:
 
     def ring(self, n_bytes: float) -> float:
         """Return the seconds of an all-reduce in which a rank sends `n_bytes`."""
-        curve = self._curve("all_reduce", 1)
-        if curve is not None:
+        if curve := self._curve("all_reduce", 1):
             return curve.seconds(n_bytes)
         return n_bytes / self.rates.bandwidth + 2 * (self.ranks - 1) * self.rates.latency
 
@@ -129,9 +121,6 @@ class Link:
 
     def _curve(self, collective: Collective, at_once: int) -> Curve | None:
         """Return the curve that was measured on the most similar number of ranks."""
-        fitting = [
-            c
-            for c in self.curves
-            if (c.collective, c.at_once, c.inside) == (collective, at_once, self.inside)
-        ]
+        wanted = collective, at_once, self.inside
+        fitting = [c for c in self.curves if (c.collective, c.at_once, c.inside) == wanted]
         return min(fitting, key=lambda c: abs(math.log(c.ranks / self.ranks)), default=None)

@@ -142,14 +142,21 @@ def step_seconds(
     )
     layers = config.model.n_sparse * passes
     waited = exchange_costs(setting, costs, layout, n_tokens // passes)
+    gathered = sum(_comm(setting, layout, w) for w in volumes if w.kind == "weights")
+    small_sum = setting.link(layout, "world").ring(0) if layout.ranks > 1 else 0.0
     copied = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
     exposed = (
         Item(TimePart.COPIES, layers * waited.copies, copied),
         Item(TimePart.HEAD_PARALLEL, layers * waited.hp, HIDDEN),
         Item(TimePart.EXPERT_PARALLEL, layers * waited.ep, HIDDEN),
-        _weights(setting, layout, volumes, passes, total(compute)),
+        Item(
+            TimePart.WEIGHTS,
+            _exposed(gathered, 2 * config.model.n_layers * passes, total(compute)),
+            "max(comm/(2·layers·passes), comm − compute)",
+        ),
         _gradients(setting, layout, volumes, passes, total(compute)),
-        _small_sums(setting, layout),
+        # targets, norm and statistics of train/step.py and parallel/reduce.py, once per step
+        Item(TimePart.SMALL_SUMS, 3 * small_sum, "3·latency·2·(N−1)"),
     )
     return tuple(item for item in (*compute, *exposed, *optimiser) if item.value)
 
@@ -157,19 +164,6 @@ def step_seconds(
 def _comm(setting: Setting, layout: MeshLayout, sent: CommVolume) -> float:
     rates = setting.link(layout, sent.axis).rates
     return sent.bytes / rates.bandwidth + rates.latency * sent.messages
-
-
-def _weights(
-    setting: Setting,
-    layout: MeshLayout,
-    volumes: Sequence[CommVolume],
-    passes: int,
-    compute: float,
-) -> Item:
-    comm = sum(_comm(setting, layout, w) for w in volumes if w.kind == "weights")
-    parts = 2 * setting.config.model.n_layers * passes
-    formula = "max(comm/(2·layers·passes), comm − compute)"
-    return Item(TimePart.WEIGHTS, _exposed(comm, parts, compute), formula)
 
 
 def _gradients(
@@ -195,13 +189,6 @@ def _gradients(
         exposed += work * (comm - exposed) / comm
         formula += " + the processor's part of the rest"
     return Item(TimePart.GRADIENTS, exposed, formula)
-
-
-def _small_sums(setting: Setting, layout: MeshLayout) -> Item:
-    """Return the sums of targets, norm and statistics of `train/step.py` and `parallel/reduce.py`,
-    once per step."""
-    seconds = 3 * setting.link(layout, "world").ring(0) if layout.ranks > 1 else 0.0
-    return Item(TimePart.SMALL_SUMS, seconds, "3·latency·2·(N−1)")
 
 
 def _exposed(comm: float, parts: int, work: float) -> float:

@@ -100,17 +100,15 @@ def sub_token(
     row = moe.head_width(model.d_model) * b + (4 if b == 1 else 0)
     index, gate = 2 if moe.n_heads * moe.n_experts < 32768 else 4, 8 if b == 8 else 4
     match exchange:
-        case TokenExchange.HEADS if not moe.reads_token:
-            return SubToken(1, row, 0, 0)
+        case TokenExchange.HEADS:
+            K = K if moe.reads_token else 0  # the router of a sub-token runs after the exchange
+            return SubToken(1, row, K * index, K * gate)
         case TokenExchange.PER_SLOT:  # gates stay local
             return SubToken(K, row, index, 0)
-        case TokenExchange.HEADS:
-            copies = 1
         case TokenExchange.PER_RANK:
-            copies = expected_ranks(K, n_ranks)
+            return SubToken(expected_ranks(K, n_ranks), row, K * index, K * gate)
         case TokenExchange.ALL_GATHER:
-            copies = n_ranks
-    return SubToken(copies, row, K * index, K * gate)
+            return SubToken(n_ranks, row, K * index, K * gate)
 
 
 def expected_ranks(top_k: int, n_ranks: int) -> float:

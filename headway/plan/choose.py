@@ -109,18 +109,8 @@ def _row(
 ) -> dict[str, Any]:
     config, b, chunks = setting.config, setting.bytes_per_value, setting.chunks_on(layout)
     n_tokens = micro * passes * config.data.seq_len
-    uneven = setting.imbalance_on(layout)
-    held = memory(config, costs, layout, micro, b, uneven)
-    volumes = comm_volumes(
-        costs,
-        layout,
-        n_tokens,
-        passes,
-        b,
-        payload=setting.payload,
-        chunks=chunks,
-        imbalance=uneven,
-    )
+    held = memory(config, costs, layout, micro, b, setting.imbalance_on(layout))
+    volumes = comm_volumes(setting, costs, layout, n_tokens, passes)
     parts = step_seconds(setting, costs, layout, n_tokens, passes, held, volumes)
     flops = step_flops(config, costs, n_tokens)
     groups = {"memory": held, "bytes_sent": volumes, "seconds": parts, "flops": flops}

@@ -12,6 +12,7 @@ from headway.config import Config, ModelConfig
 from headway.plan import traffic as t
 from headway.plan.cost import ModelCosts
 from headway.plan.layout import AxisName, MeshLayout, Share, ShareKind, used
+from headway.plan.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -27,32 +28,17 @@ class CommVolume:
 
 
 def comm_volumes(
-    costs: ModelCosts,
-    layout: MeshLayout,
-    n_tokens: int,
-    passes: int,
-    bytes_per_value: int,
-    *,
-    payload: int | None = None,
-    chunks: int = 1,
-    imbalance: float = 1.0,
+    setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: int, passes: int
 ) -> list[CommVolume]:
-    """Return all that a rank sends in a step, over all sparse layers.
-
-    Args:
-        n_tokens: T, of this rank in a step.
-        passes: forward passes (micro-batches) of a step.
-        bytes_per_value: b, of the matmuls' dtype.
-        payload: b of sub-tokens as they are sent; None: the same.
-        chunks: parts of a micro-batch for overlap; more messages, the same bytes.
-        imbalance: permuted tokens of the most loaded rank of an ep axis over the mean; an
-            all-gather does not depend on it.
-    """
-    b, on_wire = bytes_per_value, bytes_per_value if payload is None else payload
-    volumes = token_volumes(costs.config, layout, n_tokens, passes * chunks, on_wire, imbalance)
+    """Return all that a rank sends in a step of T tokens and `passes` forward passes
+    (micro-batches), over all sparse layers. Chunks add messages, and bytes of counts and gathered
+    experts; an all-gather of tokens does not depend on the imbalance."""
+    calls, imbalance = passes * setting.chunks_on(layout), setting.imbalance_on(layout)
+    model = setting.config.model
+    volumes = token_volumes(model, layout, n_tokens, calls, setting.payload, imbalance)
     for share, n in used(costs, layout).items():
         if n and layout.size(share.axis) > 1:
-            volumes += _parameters(share, n, layout, costs.config, passes, b, chunks)
+            volumes += _parameters(setting, layout, share, n, passes)
     return volumes
 
 
@@ -110,7 +96,7 @@ def token_bytes(config: Config, scheme: t.Scheme, bytes_per_value: int) -> float
 
 
 def _parameters(
-    share: Share, n: int, layout: MeshLayout, model: ModelConfig, passes: int, b: int, chunks: int
+    setting: Setting, layout: MeshLayout, share: Share, n: int, passes: int
 ) -> list[CommVolume]:
     """Return what parameters cost: an all-reduce of gradients once per step, or with `shard` an
     all-gather of weights where they are used, in forward and in backward (experts for every chunk
@@ -129,9 +115,10 @@ def _parameters(
     if not share.gathers:
         n_bytes = t.all_reduce_bytes(n, P)
         return [volume("gradients all-reduced", "gradients", n_bytes, 2, "2·4")]
+    model, b = setting.config.model, setting.bytes_per_value
     groups, gathers = model.n_layers, share.gathers
     if share.kind is ShareKind.EXPERTS:
-        groups, gathers = model.n_sparse, gathers * chunks
+        groups, gathers = model.n_sparse, gathers * setting.chunks_on(layout)
     elif share.kind is ShareKind.EMBEDDING:
         groups = 1
     times = "passes·" + (f"{gathers}·" if gathers > 1 else "")

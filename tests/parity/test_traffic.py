@@ -16,6 +16,8 @@ from headway.parallel.parallelize import parallelize
 from headway.plan import traffic
 from headway.plan.cost import model_costs
 from headway.plan.layout import MeshLayout
+from headway.plan.machine import MACHINES
+from headway.plan.setting import Setting
 from headway.plan.traffic import TokenExchange
 from headway.plan.volume import comm_volumes
 from headway.train.objective import NextToken
@@ -189,8 +191,9 @@ def test_plan_says_what_fsdp_sends(ranks, model, mesh, micro, b):
     )
     T, passes = tokens_of(mesh), ROWS // 4 // (micro or ROWS // 4)
     want: dict[tuple[str, str], float] = {}
-    costs = model_costs(Config(model=model), 1)
-    for part in comm_volumes(costs, layout, T, passes, b, chunks=max(mesh.chunks, 1)):
+    config = Config(model=model)
+    setting = Setting(config, MACHINES["cpu"], bytes_per_value=b, chunks=max(mesh.chunks, 1))
+    for part in comm_volumes(setting, model_costs(config, 1), layout, T, passes):
         purpose = PREFIX.get(part.name.partition(",")[0], "gradients")
         key = (part.axis, "" if part.kind == "tokens" else purpose)
         want[key] = want.get(key, 0) + part.bytes

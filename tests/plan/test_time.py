@@ -40,7 +40,7 @@ def parts(layout, config=CONFIG, per_node=8, chunks=1, imbalance=1.0, b=2):
     uneven = imbalance if layout.ep > 1 else 1.0
     costs = costs_of(config, b)
     held = memory(config, costs, layout, 2, b, uneven)
-    wires = comm_volumes(costs, layout, T, PASSES, b, chunks=chunks, imbalance=uneven)
+    wires = comm_volumes(setting, costs, layout, T, PASSES)
     times = step_seconds(setting, costs, layout, T, PASSES, held, wires)
     return {i.name: i.value for i in times}
 
@@ -99,7 +99,8 @@ def test_small_sums():
 def test_gradients_hide_behind_the_last_backward_pass():
     """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all."""
     layout = MeshLayout(dp=2, hp=2)
-    wires = {w.name: w for w in comm_volumes(costs_of(), layout, T, PASSES, 2)}
+    setting = Setting(CONFIG, MACHINE, chunks=1)
+    wires = {w.name: w for w in comm_volumes(setting, costs_of(), layout, T, PASSES)}
     comm = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
     assert len(wires) == 4
     times = parts(layout, per_node=2)
@@ -110,7 +111,8 @@ def test_gradients_hide_behind_the_last_backward_pass():
     assert times["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
     # with FSDP they leave in every pass, and half of the ring
     sharded = replace(layout, shard=True)
-    leaving = [w for w in comm_volumes(costs_of(), sharded, T, PASSES, 2) if w.kind == "gradients"]
+    volumes = comm_volumes(setting, costs_of(), sharded, T, PASSES)
+    leaving = [w for w in volumes if w.kind == "gradients"]
     ways = (1e6 if sharded.in_one_node(w.axis, 4) else 1e5 for w in leaving)
     comm = sum(w.bytes / way + 1e-3 * w.messages for w, way in zip(leaving, ways, strict=True))
     times = parts(sharded, per_node=4)
@@ -159,7 +161,7 @@ def test_parts_are_items_with_formulas():
     setting = Setting(CONFIG, MACHINE)
     costs = costs_of()
     held = memory(CONFIG, costs, layout, 2, 2)
-    wires = comm_volumes(costs, layout, T, PASSES, 2)
+    wires = comm_volumes(setting, costs, layout, T, PASSES)
     times = step_seconds(setting, costs, layout, T, PASSES, held, wires)
     assert all(isinstance(i, Item) and i.formula and i.value > 0 for i in times)
     assert not torch.is_tensor(times[0].value)

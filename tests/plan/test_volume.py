@@ -8,6 +8,8 @@ from headway.config import Config, ModelConfig, MoEConfig, RouterConfig
 from headway.model.costs import CostGroup
 from headway.plan.cost import ModelCosts, model_costs
 from headway.plan.layout import MeshLayout
+from headway.plan.machine import MACHINES
+from headway.plan.setting import Setting
 from headway.plan.volume import comm_volumes, ep_totals
 from tests.plan.test_memory import MODELS
 
@@ -25,8 +27,14 @@ def costs_of(model=MODEL) -> ModelCosts:
     return model_costs(Config(model=model), 1)
 
 
+def volumes_of(layout, model=MODEL, passes=4, b=2, chunks=1, imbalance=1.0):
+    config = Config(model=model)
+    setting = Setting(config, MACHINES["h100"], 8, b, chunks, imbalance)
+    return comm_volumes(setting, costs_of(model), layout, T, passes)
+
+
 def by_name(layout, model=MODEL, **options):
-    return {w.name: w for w in comm_volumes(costs_of(model), layout, T, 4, 2, **options)}
+    return {w.name: w for w in volumes_of(layout, model, **options)}
 
 
 def n_of(*groups):
@@ -35,7 +43,7 @@ def n_of(*groups):
 
 def test_one_rank_sends_nothing():
     for layout in (MeshLayout(), MeshLayout(shard=True)):
-        assert comm_volumes(costs_of(), layout, T, 4, 2) == []
+        assert volumes_of(layout) == []
 
 
 def test_head_parallel():
@@ -82,7 +90,7 @@ def test_imbalance_grows_what_follows_the_router():
 
 def test_totals_by_scheme_include_the_counts():
     for scheme, value in ep_totals(MODEL, MeshLayout(ep=4), T, 4, 2).items():
-        volumes = comm_volumes(costs_of(), MeshLayout(ep=4, scheme=scheme), T, 4, 2)
+        volumes = volumes_of(MeshLayout(ep=4, scheme=scheme))
         assert value == sum(w.bytes for w in volumes if w.kind == "tokens")
 
 
@@ -106,5 +114,5 @@ def test_fsdp_gathers_twice_and_scatters_once_a_pass():
 
 
 def test_a_dense_model_sends_gradients_alone():
-    volumes = comm_volumes(costs_of(MODELS["dense"]), MeshLayout(dp=2), T, 1, 4)
+    volumes = volumes_of(MeshLayout(dp=2), MODELS["dense"], passes=1, b=4)
     assert [(w.name, w.axis) for w in volumes] == [("gradients all-reduced, replicated", "world")]

@@ -38,15 +38,9 @@ class Completed(Generic[T]):
         return self.value
 
 
-class Finished(Generic[T]):
+class Finished(Completed[T]):
     """The last thing that `Steps` yield: their result. (PyTorch does not compile the value of a
     generator's `return`.)"""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-    def wait(self) -> T:
-        return self.value
 
 
 Steps: TypeAlias = Generator[Future[Any], Any, None]
@@ -73,7 +67,7 @@ class ChunkTask:
 
     def _send(self, received: Any) -> None:
         self.pending = self.steps.send(received)
-        while isinstance(self.pending, Completed):
+        while type(self.pending) is Completed:
             self.pending = self.steps.send(self.pending.value)
         self.done = isinstance(self.pending, Finished)
 
@@ -87,69 +81,42 @@ def run_interleaved(tasks: Sequence[ChunkTask]) -> list[Any]:
     return [task.pending.wait() for task in tasks]
 
 
-class TokenDispatcher(Protocol):
-    """Exchanges the tokens of sparse layers with other processes;
-    `parallel.dispatcher.MeshDispatcher` implements it."""
+class TokenDispatcher:
+    """Exchanges the tokens of sparse layers with other processes. This one is of a single process:
+    every exchange is complete, nothing moves. `parallel.dispatcher.MeshDispatcher` is of a mesh."""
 
     def at(self, layer: int) -> "TokenDispatcher":
         """The same for one layer of a model, under whose number its traffic is counted."""
-        ...
+        return self
 
     def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
         """The chunks that pass through the layer one after another, of whole units of `unit`
         tokens."""
-        ...
+        return (x_TD,)
 
     def scatter(self, z_THL: Tensor, route: Route | None) -> Future[tuple[Tensor, Route | None]]:
         """Send sub-tokens, and the route that is there already, to the processes of their heads."""
-        ...
+        return Completed((z_THL, route))
 
     def dispatch(
         self, z_THL: Tensor, route: Route, n_experts: int
     ) -> Future[tuple[Tensor, Route, Any]]:
         """Send sub-tokens to the processes of their experts; the result ends with what `combine`
         needs."""
-        ...
+        return Completed((z_THL, route, None))
 
     def combine(self, y_THL: Tensor, metadata: Any) -> Future[Tensor]:
         """The inverse of `dispatch`: the experts' outputs, summed."""
-        ...
+        return Completed(y_THL)
 
     def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
         """The inverse of `scatter`; `exact` for values that no payload dtype may round."""
-        ...
+        return Completed(y_THL)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """The values of one process, on all."""
-        ...
-
-
-class LocalDispatcher:
-    """A single process: every exchange is complete, nothing moves."""
-
-    def at(self, layer: int) -> "LocalDispatcher":
-        return self
-
-    def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
-        return (x_TD,)
-
-    def scatter(self, z_THL: Tensor, route: Route | None) -> Future[tuple[Tensor, Route | None]]:
-        return Completed((z_THL, route))
-
-    def dispatch(
-        self, z_THL: Tensor, route: Route, n_experts: int
-    ) -> Future[tuple[Tensor, Route, None]]:
-        return Completed((z_THL, route, None))
-
-    def combine(self, y_THL: Tensor, metadata: None) -> Future[Tensor]:
-        return Completed(y_THL)
-
-    def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
-        return Completed(y_THL)
-
-    def broadcast(self, x: Tensor) -> Tensor:
         return x
 
 
-LOCAL = LocalDispatcher()
+LOCAL = TokenDispatcher()
 """Stateless, so that one is enough."""

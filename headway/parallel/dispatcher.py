@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headway.config import MeshConfig
-from headway.model.dispatch import Completed, Future
+from headway.model.dispatch import Completed, Future, TokenDispatcher
 from headway.model.router import Route
 from headway.parallel import expert, head
 from headway.parallel.collectives import CommContext
@@ -18,7 +18,7 @@ from headway.parallel.mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
-class MeshDispatcher:
+class MeshDispatcher(TokenDispatcher):
     """Exchanges the tokens of the sparse layers of a model on a mesh."""
 
     mesh: Mesh
@@ -31,7 +31,6 @@ class MeshDispatcher:
     """Index of the block that exchanges, for `mesh.traffic`."""
 
     def at(self, layer: int) -> "MeshDispatcher":
-        """Return the dispatcher of one block."""
         return replace(self, layer=layer)
 
     def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
@@ -42,33 +41,28 @@ class MeshDispatcher:
         return x_TD.chunk(n)
 
     def scatter(self, z_THL: Tensor, route: Route | None) -> Future[tuple[Tensor, Route | None]]:
-        """Send sub-tokens to the ranks of their heads, with their route if they have one."""
         if self.mesh.hp.size == 1:
-            return Completed((z_THL, route))
+            return super().scatter(z_THL, route)
         return head.scatter(z_THL, route, self._comm(self.mesh.hp, "scatter"))
 
     def dispatch(
         self, z_THL: Tensor, route: Route, n_experts: int
     ) -> Future[expert.DispatchOutput]:
-        """Send sub-tokens to the ranks of their experts."""
         if self.mesh.ep.size == 1:
-            return Completed((z_THL, route, None))
+            return super().dispatch(z_THL, route, n_experts)
         comm = self._comm(self.mesh.ep, "dispatch")
         return expert.dispatch(z_THL, route, n_experts, comm, self.scheme)
 
     def combine(self, y_THL: Tensor, metadata: expert.CombineMetadata | None) -> Future[Tensor]:
-        """Return the experts' outputs to the ranks of their heads, summed over the experts."""
         return Completed(y_THL) if metadata is None else metadata.start_combine(y_THL)
 
     def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
-        """Send sub-tokens back to the ranks of their tokens; `exact` in the dtype they have."""
         if self.mesh.hp.size == 1:
-            return Completed(y_THL)
+            return super().gather(y_THL)
         comm = self._comm(self.mesh.hp, "gather")
         return head.gather(y_THL, comm._replace(float8=comm.float8 and not exact))
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Replace `x` by rank 0's values, for decisions that must be the same on all ranks."""
         dist.broadcast(x, src=0)
         return x
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headway.model.dispatch import LOCAL, LocalDispatcher
+from headway.model.dispatch import LOCAL, TokenDispatcher
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import MeshDispatcher, ep_scheme
 from headway.parallel.fsdp import apply_fsdp
@@ -17,7 +17,7 @@ class Parallelism:
     """A model on a mesh: the placement of its tensors and the exchange of its tokens."""
 
     sharding: Sharding
-    dispatcher: MeshDispatcher | LocalDispatcher
+    dispatcher: TokenDispatcher
 
     @property
     def mesh(self) -> Mesh:

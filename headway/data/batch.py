@@ -13,8 +13,7 @@ class Batch:
     is none to predict.
 
     A trainer that needs more per row (token weights, advantages) adds fields in a subclass. Every
-    field is None or a tensor whose first dim is B.
-    """
+    field is None or a tensor whose first dim is B."""
 
     tokens_BS: Tensor
     """int64."""

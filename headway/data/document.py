@@ -117,8 +117,7 @@ def validation_numbers(val_fraction: float) -> Iterator[int]:
     Each run of about 1/val_fraction documents gives one, at a pseudo-random place of the run (a
     fixed function of its number), so the share is right to within one document, follows no period
     of the data, and needs nobody to know how many documents there are. The first run gives its
-    second document, so that two documents make both splits.
-    """
+    second document, so that two documents make both splits."""
     share = Fraction(str(val_fraction))
     yield 1
     for run in itertools.count(1):

@@ -5,8 +5,7 @@ Made from the finished shards of a source and kept beside them:
     CACHE/NAME-KEY/train-documents.bin    DOCUMENT, one per document, in their order
     CACHE/NAME-KEY/documents.json         the rest of DocumentIndex by split, the number of leaks
 
-Equal text has equal tokens, so the hash of a document is that of its ids.
-"""
+Equal text has equal tokens, so the hash of a document is that of its ids."""
 
 import hashlib
 import json

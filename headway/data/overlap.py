@@ -1,7 +1,6 @@
 """Documents that are there more than once: validation text that is trained on, and repeats.
 
-Documents are compared by hash, over all sources together: near-duplicates are not found.
-"""
+Documents are compared by hash, over all sources together: near-duplicates are not found."""
 
 import hashlib
 from bisect import bisect_right

@@ -6,8 +6,7 @@
 A unit is done when its index is there. Both files are written under another name, synced and
 renamed, and every process would write the same bytes: a unit that two of them tokenise costs time
 and nothing else. So the locks, by which they share the units, need not be reliable, and whatever
-was killed is taken over by who comes next.
-"""
+was killed is taken over by who comes next."""
 
 import fcntl
 import os

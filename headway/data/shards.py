@@ -8,8 +8,7 @@ Each source has its own folder, so that another mixture of the same sources cost
     CACHE/NAME-KEY/documents.json     what the documents are, see document_index.py
 
 KEY hashes the state of the source (path, size, modification time and a hash of each file), the
-tokenizer, val_fraction, skip_bad and the format.
-"""
+tokenizer, val_fraction, skip_bad and the format."""
 
 import hashlib
 import json
@@ -92,8 +91,7 @@ def prepare(
     exchanged or zeroed but may miss a single wrong bit; `verify=True` hashes everything (about 1 s
     per GB). `log` gets a line every few seconds of long work. Safe to call from many processes at
     once, on one machine or on several that share the cache: they share the work too. UsageError
-    for data that cannot be read, and for a cache that is damaged or cannot be written.
-    """
+    for data that cannot be read, and for a cache that is damaged or cannot be written."""
     config.check()
     root = cache.root_of(config)
     sources = tuple(_source(spec, config, tokenizer, root, log, verify) for spec in config.source)

@@ -8,8 +8,7 @@ Sample g = step · batch_size + row. Three steps lead from g to a window of text
 2. Window (`permute`). Sample n of a source belongs to epoch n // W, where W = tokens // seq_len.
    Its window is the image of n mod W under a pseudo-random permutation, another one in each epoch,
    so every epoch visits every window once.
-3. Place. An epoch cuts the tokens, seen as a ring, from a random offset on: window borders move.
-"""
+3. Place. An epoch cuts the tokens, seen as a ring, from a random offset on: window borders move."""
 
 from collections.abc import Sequence
 
@@ -138,8 +137,7 @@ def permute(index_B: np.ndarray, n: int, key_B: np.ndarray) -> np.ndarray:
 
     A Feistel network permutes the numbers of `bits` bits, the next power of two; an image ≥ n goes
     through it again until it is below n (cycle walking; Black & Rogaway 2002), twice on average at
-    most.
-    """
+    most."""
     bits = max((n - 1).bit_length(), 2)
     low = _U64(bits // 2)
     masks = (_U64((1 << (bits - bits // 2)) - 1), _U64((1 << (bits // 2)) - 1))
@@ -164,8 +162,7 @@ def pick(
 
     One source after the other takes its share p/2³² of what the earlier ones left: it takes sample
     g exactly if (g·p + phase) // 2³² steps up from g to g + 1. That floor is also the count; the
-    others go on with g minus it.
-    """
+    others go on with g minus it."""
     source_B = np.full(len(sample_B), len(splits), dtype=np.int64)
     count_B = sample_B.copy()
     left = np.arange(len(sample_B))

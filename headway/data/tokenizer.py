@@ -97,8 +97,7 @@ class JsonTokenizer:
 
     For byte-level BPE `token_bytes` and `decode` are exact. Other kinds (SentencePiece, WordPiece)
     may normalise the text and add or lose spaces; there `token_bytes` counts what each token shows,
-    and a data set scales it to the bytes of its text (`Tokens.count_text`).
-    """
+    and a data set scales it to the bytes of its text (`Tokens.count_text`)."""
 
     def __init__(self, path: Path, content: str = ""):
         """Load a file, or the `content` that was read from it."""
@@ -210,8 +209,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
 
     Any text can be encoded, since all 256 bytes are tokens; `<|endoftext|>` is id 0. A small corpus
     may have fewer pairs to merge than asked for, so read the size from the result. UsageError for
-    fewer than 257 ids or no text.
-    """
+    fewer than 257 ids or no text."""
     if vocab_size < 257:
         raise UsageError(
             f"vocab_size {vocab_size} is too small for byte-level BPE; use 257 (bytes, eos) or more"

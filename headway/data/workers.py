@@ -3,8 +3,7 @@
 They are started as `python -m headway.data.workers` rather than by `multiprocessing`, which would
 import the user's script again, or fork a process in which PyTorch has threads. A worker gets its
 job from its stdin, and ends when that is closed, thus however its parent ends; signals are for the
-parent alone. It prints a line of JSON for every batch of text.
-"""
+parent alone. It prints a line of JSON for every batch of text."""
 
 import contextlib
 import json

@@ -1,6 +1,5 @@
 """Faster, never different: each file holds a plain reference, a fast path, and says where the fast
-path applies.
-"""
+path applies."""
 
 import os
 

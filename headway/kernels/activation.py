@@ -1,8 +1,7 @@
 """Activations of experts and feed-forward networks, with the derivative written out.
 
 F hidden width · G = 2 for SwiGLU (gate, then up), else 1. Pre-activations come as `[..., G·F]`.
-`activate` is one pass over memory each way in `cpu/pointwise.cpp` and keeps only its input.
-"""
+`activate` is one pass over memory each way in `cpu/pointwise.cpp` and keeps only its input."""
 
 import torch
 import torch.nn.functional as F

@@ -12,8 +12,7 @@ Backward, given do:
 Query i sees keys first[i] … i: `first` is 0, or where its window or its document begins. On CPUs
 with a C++ compiler `cpu/attention.cpp` does both passes, in float32 and bfloat16, and skips what no
 query sees; elsewhere PyTorch's SDPA does, with a dense mask where `first` is not 0. Scores and sums
-are float32; P and dS are rounded to q's dtype for the matmuls, which accumulate in float32.
-"""
+are float32; P and dS are rounded to q's dtype for the matmuls, which accumulate in float32."""
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,7 @@ def causal_mask(query: Tensor, n_keys: int, first: Tensor | None = None) -> Tens
     """Return a boolean mask `[…, S, keys]`, true where a query sees a key.
 
     Args: query: positions of the queries, `[S]` or `[B, S]`. first: the first key that each query
-    sees, broadcast to the queries; None is 0.
-    """
+    sees, broadcast to the queries; None is 0."""
     key = torch.arange(n_keys, device=query.device)
     mask = key <= query.unsqueeze(-1)
     return mask if first is None else mask & (key >= first.unsqueeze(-1))
@@ -72,8 +70,7 @@ def attention(
         SDPA. None is causal: with as many keys as queries, or with one query after the last key.
         first_BS: int32 `[B, S]`, only without a mask and with as many keys as queries: the first
         key that a query sees, between 0 and the query, and never below that of the query before.
-    Returns: `[B, S, N, d]` in q's dtype.
-    """
+    Returns: `[B, S, N, d]` in q's dtype."""
     if transformed():
         return attention_reference(q, k, v, mask, first_BS)
     square = mask is None and q.shape[1] == k.shape[1]

@@ -2,8 +2,7 @@
 the cache, called with plain pointers.
 
 They are faster and never different: where there is no compiler the PyTorch path of each kernel file
-runs instead, and `cpp_kernels().why` says so. `HEADWAY_NATIVE=0` asks for that path.
-"""
+runs instead, and `cpp_kernels().why` says so. `HEADWAY_NATIVE=0` asks for that path."""
 
 import ctypes
 import functools
@@ -68,8 +67,7 @@ def undispatched(x: Tensor) -> bool:
 
     PyTorch's dispatch of an operator written in Python costs more than the kernel does for one
     token. It is needed where something looks at operators: autograd, a compiler or tracer, a mode,
-    or a tensor that is not a plain one (fake, distributed).
-    """
+    or a tensor that is not a plain one (fake, distributed)."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
     return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()

@@ -4,8 +4,7 @@ are never in memory.
 T tokens · D width · V vocabulary. `cross_entropy` computes the gradients of a chunk together with
 its loss, while its logits exist; backward only scales them. The gradients of `token_log_probs`
 depend on a weight per token that only backward knows, so it computes the logits twice. Extra memory
-of both: one chunk of logits and, when training, dx `[T, D]` and dW `[V, D]`.
-"""
+of both: one chunk of logits and, when training, dx `[T, D]` and dW `[V, D]`."""
 
 from collections.abc import Iterator
 
@@ -36,8 +35,7 @@ def cross_entropy(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float =
         w_VD: `[V, D]` float32 (or float64); narrower ones get the gradient of float32, rounded.
         target_T: int64 `[T]`; −1 is ignored.
         softcap: bounds logits to ±softcap; 0 is off.
-    Returns: float32 (float64) scalar, the sum in nats.
-    """
+    Returns: float32 (float64) scalar, the sum in nats."""
     if transformed():
         return cross_entropy_reference(x_TD, w_VD, target_T, softcap)
     return _CrossEntropy.apply(x_TD, w_VD, target_T, softcap)
@@ -58,8 +56,7 @@ def token_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float
     Args: as for `cross_entropy`.
     Returns: float32 (float64) `[T]`, log-probabilities in nats; 0, without gradient, where the
         target is −1. Backward takes a weight per token and computes the logits again, chunk by
-        chunk: `cross_entropy`'s memory, for one more matmul.
-    """
+        chunk: `cross_entropy`'s memory, for one more matmul."""
     if transformed():
         return token_log_probs_reference(x_TD, w_VD, target_T, softcap)
     return _TokenLogProbs.apply(x_TD, w_VD, target_T, softcap)

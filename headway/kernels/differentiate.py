@@ -1,8 +1,7 @@
 """What hand-written backward passes cannot: a second derivative, forward mode, `torch.func`.
 
 There each operator runs as its reference in PyTorch's own operators, which has all of them.
-`headway doctor` says so.
-"""
+`headway doctor` says so."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,8 +29,7 @@ def reference_grads(
 
     Args:
         needed: which inputs want a gradient, as `ctx.needs_input_grad`; the others get None.
-        d_outputs: one for each output; None is 0.
-    """
+        d_outputs: one for each output; None is 0."""
     leaves = [x.view_as(x) if wanted else x for x, wanted in zip(inputs, needed, strict=True)]
     outputs = reference(*leaves)
     given = [(y, dy) for y, dy in zip(outputs, d_outputs, strict=True) if dy is not None]

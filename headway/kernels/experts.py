@@ -13,8 +13,7 @@ Backward, given do (research: the equations hold row by row, so an expert needs 
 so y is never kept, and with `recompute` nothing of size R×F is. Elementwise work is float32 or
 better. One operator with four paths: the loop of PyTorch matmuls in this file, C++
 (experts_cpp.py), grouped matmuls (experts_grouped.py) and Triton (gpu/experts.py). paths.py says
-which of them runs.
-"""
+which of them runs."""
 
 from collections.abc import Callable, Iterator
 from itertools import repeat
@@ -48,8 +47,7 @@ def experts_reference(
     """Loop over tokens, heads and slots, in any dtype (float64 in tests); autograd gives the
     gradients.
 
-    Args and result as in `experts`, with `index_THK` `[T, H, K]` in place of the sorted rows.
-    """
+    Args and result as in `experts`, with `index_THK` `[T, H, K]` in place of the sorted rows."""
     T, H, K = index_THK.shape
     E = w_in_HEGFL.shape[1]
     out = []
@@ -91,8 +89,7 @@ def experts(
         (gpu/experts_float8.py), on bfloat16 tokens; backward is that of `bfloat16`, which stands
         for the dtype of x.
     Returns: `[N, L]` in x's dtype. Gradients of gates and weights come in their own dtype.
-    Raises: UsageError for float8 where it cannot run.
-    """
+    Raises: UsageError for float8 where it cannot run."""
     gate_NK = widen(gate_NK)
     if w_in_HEGFL.dtype != w_out_HEFL.dtype:
         stored = torch.promote_types(w_in_HEGFL.dtype, w_out_HEFL.dtype)
@@ -213,8 +210,7 @@ def _loop_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Tensor]:
     the last matmul, and all experts share the scratch buffers `…_s`. Sizes are read on the host.
 
     The result of every bfloat16 matmul is rounded: 3e-3 to 5e-3 against float64, where the kernels
-    stay below 3e-3.
-    """
+    stay below 3e-3."""
     x_NL, gate_NK, _, _, slot_R, row_NK, counts_HE, activation = inputs
     w_in, w_out = inputs.stacked_weights()
     counts = counts_HE.flatten().tolist()
@@ -310,8 +306,7 @@ def experts_dense(inputs: ExpertInputs) -> Tensor:
     products, with a gate of 0 where it was not chosen. Sizes do not depend on the data.
 
     Returns: `[N, L]` in x's dtype; elementwise work is in float32 or better, and one matmul sums
-    over hidden units and experts.
-    """
+    over hidden units and experts."""
     x_NL, gate_NK, w_in_HEGFL, w_out_HEFL, _, row_NK, counts_HE, activation = inputs
     H, E = w_in_HEGFL.shape[:2]
     x_HTL = x_NL.unflatten(0, (-1, H)).transpose(0, 1)

@@ -1,7 +1,6 @@
 """Experts in the C++ of cpu/experts.cpp: packed weights and every intermediate of an expert in the
 cache, float32 from the first product to the last rounding. Weights are stored in float32 or
-bfloat16. See experts.py for the equations.
-"""
+bfloat16. See experts.py for the equations."""
 
 import torch
 from torch import Tensor

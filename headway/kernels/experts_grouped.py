@@ -4,8 +4,7 @@ for the equations.
 Every stage is one operator over all R rows: gather, `grouped_mm`, activation, `grouped_mm`, sum
 over slots. Rows past the last offset belong to no expert and `grouped_mm` leaves them unwritten, so
 they become zeros before they are read. Sums, activations and gates are float32; the result of every
-product is rounded to bfloat16, as in the loop. L and F are multiples of 8.
-"""
+product is rounded to bfloat16, as in the loop. L and F are multiples of 8."""
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,6 @@
 """RMSNorm, alone and before a rotation (rope.py), with a hand-written backward, statistics in
 float32: one pass over memory each way in `cpu/pointwise.cpp`, four in PyTorch instead of autograd's
-nine.
-"""
+nine."""
 
 import torch
 from torch import Tensor

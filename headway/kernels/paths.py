@@ -61,8 +61,7 @@ def choose_path(device: str, dtype: torch.dtype, L: int, F: int, n_groups: int =
 
     Every pass of every layer asks, so this compares plain values and builds no text.
 
-    Args: device: `cuda` or `cpu`; dtype: of x; n_groups: H·E of this process.
-    """
+    Args: device: `cuda` or `cpu`; dtype: of x; n_groups: H·E of this process."""
     if device == gpu_kernels().device and dtype in SUPPORTED_DTYPES:
         return "fused"
     if device == "cpu":

@@ -11,8 +11,7 @@ The counting sort for H = 1, E = 3, K = 2 and three tokens:
     counts  [3, 1, 2]                  first pass: slots of each expert
     next    [0, 3, 4]                  exclusive sum: where an expert's rows begin
     row_NK  [4 0] [1 3] [5 2]          second pass: row = next[e]++ in the order of the slots
-    slot_R  1 2 5 | 3 | 0 4            the inverse: stable within an expert
-"""
+    slot_R  1 2 5 | 3 | 0 4            the inverse: stable within an expert"""
 
 from typing import NamedTuple
 
@@ -50,8 +49,7 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> Rows:
     and in C++ on CPUs, else a radix sort.
 
     Args: index_THK: int64 or int32 `[T, H, K]`; one outside 0 … E − 1 (E by convention) means that
-    the slot takes no expert.
-    """
+    the slot takes no expert."""
     if transformed():
         return sort_rows_reference(index_THK, n_experts)
     if gpu_kernels().device == index_THK.device.type:
@@ -103,8 +101,7 @@ def _empty(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def drop_over_capacity(index_THK: Tensor, n_experts: int, capacity: int) -> Tensor:
     """Replace by E every slot beyond its expert's first `capacity` rows (in token, then slot
-    order); int64 `[T, H, K]`.
-    """
+    order); int64 `[T, H, K]`."""
     rows = sort_rows(index_THK, n_experts)
     starts = rows.counts_HE.flatten().cumsum(0) - rows.counts_HE.flatten()
     T, H, K = index_THK.shape

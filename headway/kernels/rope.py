@@ -1,8 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864), half-split form as in GPT-NeoX and Hugging Face's
 Llama: one pass over memory each way in `cpu/pointwise.cpp`. After an RMSNorm: norm.py.
 
-S positions · H heads · d head width.
-"""
+S positions · H heads · d head width."""
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ def rope_tables(
     """Return (cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head).
 
     `dtype` is that of the queries and keys; for bfloat16 the tables are float32, since a rounded
-    table would turn by a wrong angle and change lengths.
-    """
+    table would turn by a wrong angle and change lengths."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     i = torch.arange(d_head // 2, dtype=torch.float64, device=positions_S.device)
     angle = torch.outer(positions_S.double(), theta ** (-2 * i / d_head)).unsqueeze(1)

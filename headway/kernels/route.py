@@ -4,8 +4,7 @@ On GPUs one pass over the tokens that writes nothing of size T×E (`gpu/route.py
 `[T, H, E]`, then one pass over them each way in `cpu/route.cpp`, some forty operators in PyTorch.
 
 T tokens · H heads · L width · E experts per head · K chosen. Scores and gates are float32 (float64
-in references).
-"""
+in references)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -99,8 +98,7 @@ def route(
         x: `[T, H, L]`, or `[T, L]` that every head reads; float32, bfloat16 (float64).
         w_HEL: `[H, E, L]` float32 (float64); a narrower dtype is widened, as the bias is.
         the others as in `route_logits`. The GPU kernels cannot look at a replayed index without
-        waiting for the device: where it is no expert its gate is NaN.
-    """
+        waiting for the device: where it is no expert its gate is NaN."""
     w_HEL, bias_HE = widen(w_HEL), widen(bias_HE)
     arguments = (bias_HE, index_THK, k, gate, renormalize, float(scale))
     if keeps_no_logits(x, w_HEL, bias_HE):
@@ -145,8 +143,7 @@ def route_logits(
         score + bias, ties to the lowest index.
         gate, renormalize, scale: see `RouterConfig`. The score is σ(logit) with `sigmoid`, else the
         logit.
-    Raises: IndexError where a replayed index is no expert (RuntimeError on PyTorch's path).
-    """
+    Raises: IndexError where a replayed index is no expert (RuntimeError on PyTorch's path)."""
     bias_HE = bias_HE.to(logits_THE.dtype)
     arguments = (logits_THE, bias_HE, index_THK, k, gate, renormalize, float(scale))
     takes = cpp_kernels().supports(logits_THE, bias_HE) and logits_THE.dtype == torch.float32
@@ -244,8 +241,7 @@ def route_twice(
     """Return the gradients of what the logits are made of, for a given selection; they can be
     differentiated again.
 
-    Args: grads: of gates, mean scores and z, None is 0; options: gate, renormalize, scale.
-    """
+    Args: grads: of gates, mean scores and z, None is 0; options: gate, renormalize, scale."""
 
     def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
         logits_THE, index = logits_of(*inputs), index_THK.long()

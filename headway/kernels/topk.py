@@ -2,8 +2,7 @@
 
 T tokens · H heads · E experts · K chosen. `torch.topk` leaves the order of ties open, so two
 devices, or two runs, may route a token differently. `max` names the first maximum, so k rounds of
-it give a total order; for the k of a router that is also faster than sorting.
-"""
+it give a total order; for the k of a router that is also faster than sorting."""
 
 import torch
 from torch import Tensor

@@ -7,8 +7,7 @@ per optimiser step.
 
 No rule depends on how a step's batch is cut into micro-batches, chunks and ranks: each reads what
 adds up over the cuts (counts, means of equal parts), the step before, or single sequences, which
-are never cut.
-"""
+are never cut."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -48,8 +47,7 @@ class RouteStats(NamedTuple):
     """Mean over tokens of logsumexp(logits)²; `[H]`, with gradient."""
     entropy_H: Tensor
     """Mean over tokens of the entropy of the normalised scores, over log E: 1.0 is undecided;
-    `[H]`.
-    """
+    `[H]`."""
     dropped: Tensor
     """Share of slots dropped by the capacity, scalar."""
     aux_H: Tensor | None = None
@@ -86,8 +84,7 @@ def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:
     """E · Σ_e f_e·P_e of each head, 1.0 when balanced; `[H]` (Switch Transformer, arXiv 2101.03961
     eq. 4).
 
-    f_e is the share of rows that chose expert e, so its K-fold sum over experts is 1.
-    """
+    f_e is the share of rows that chose expert e, so its K-fold sum over experts is 1."""
     f_HE = counts_HE / counts_HE.sum(-1, keepdim=True).clamp(min=1)
     return prob_HE.shape[-1] * (f_HE * prob_HE).sum(-1)
 
@@ -102,8 +99,7 @@ def balance_loss(
             reads. The training loop gives those of the step before, the same for all micro-batches
             and ranks. None: the rows of `stats` themselves, for a loop of your own in which they
             are those of a whole step.
-    Raises: UsageError where `config` counts by sequence and the layers do not.
-    """
+    Raises: UsageError where `config` counts by sequence and the layers do not."""
     if not stats:
         return torch.zeros(())
     total = stats[0].prob_HE.new_zeros(())
@@ -133,8 +129,7 @@ def margin_counts(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
     """How many tokens have their margin of an expert in each of Q bins; int32 `[H, E, Q]`.
 
     The margin of a token is its biased score minus the (K+1)-th largest of the row: expert e is
-    chosen iff it is positive. Counts add up over micro-batches and ranks, quantiles do not.
-    """
+    chosen iff it is positive. Counts add up over micro-batches and ranks, quantiles do not."""
     T, H, E = scores_THE.shape
     if top_k >= E or T == 0:  # every expert is chosen: no margin says anything
         return torch.zeros(H, E, N_BINS, dtype=torch.int32, device=scores_THE.device)
@@ -151,8 +146,7 @@ def quantile_margin(margins_HEQ: Tensor, rows_HE: Tensor) -> Tensor:
     `[H, E]` (arXiv 2607.24653). 0 where no token was counted.
 
     Subtracting c_e from the bias would have given every expert its fair share on these tokens.
-    Between the edges of a bin its tokens are taken to lie evenly.
-    """
+    Between the edges of a bin its tokens are taken to lie evenly."""
     fair_HE1 = rows_HE.double().mean(-1)[:, None, None]
     counts = margins_HEQ.double()
     from_here = counts.flip(-1).cumsum(-1).flip(-1)  # tokens in this bin or above it
@@ -189,8 +183,7 @@ def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tenso
 
     `sign`: b += u·sign(mean load − load), then centred (arXiv 2408.15664 §2; centring as Moonlight
     2502.16982 App. C).
-    `quantile`: b −= c, then centred.
-    """
+    `quantile`: b −= c, then centred."""
     if config.bias == "sign":
         step = (
             torch.sign(stats.counts_HE.mean(-1, keepdim=True) - stats.counts_HE) * config.bias_rate

@@ -4,8 +4,7 @@ A slot is filled by one class in one file and one `case` here. To try a module o
 function like `build_block` and give it to `Transformer(config, blocks=…)`:
 
     def blocks(config, layer, compute):
-        return build_block(config, layer, compute, mixer=MyMixer(config))
-"""
+        return build_block(config, layer, compute, mixer=MyMixer(config))"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

@@ -2,8 +2,7 @@
 
 Training, prefill and decoding are the same `forward(x, ctx)`; what differs is in the context.
 
-B sequences · S new positions · M key/value heads · d head width.
-"""
+B sequences · S new positions · M key/value heads · d head width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,7 @@ activations and look-ups are left out. FLOPs are those of the forward pass; back
 many, since the backward pass of a product is two products of its size (arXiv 2602.04870 §3).
 
 Kept bytes are those of the default CPU path, tensor by tensor; short-lived buffers (one expert's
-permuted tokens, one chunk of logits) come on top and do not grow with depth.
-"""
+permuted tokens, one chunk of logits) come on top and do not grow with depth."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -146,8 +145,7 @@ def total(costs: Iterable[Cost], quantity: Callable[[Cost], Term]) -> float:
 def by_group(costs: Iterable[Cost], quantity: Callable[[Cost], Term]) -> dict[CostGroup, Term]:
     """Return the sum of one quantity in each group where it is not 0, in the order of `CostGroup`.
 
-    Formulas that several modules share are written once, after `layers·`.
-    """
+    Formulas that several modules share are written once, after `layers·`."""
     values: dict[CostGroup, float] = {}
     formulas: dict[CostGroup, dict[str, int]] = {}
     for cost in costs:

@@ -6,8 +6,7 @@ A chunk's way through the layer is a generator that yields a `Future` at each ex
 chunks on a Head Parallel mesh the exchange of one overlaps the computation of the other:
 
     chunk 0   split │scatter│ route, experts │gather │ merge
-    chunk 1         │ split │scatter         │ route, experts │gather│ merge
-"""
+    chunk 1         │ split │scatter         │ route, experts │gather│ merge"""
 
 from collections.abc import Generator, Sequence
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -51,8 +50,7 @@ Steps: TypeAlias = Generator[Future[Any], Any, None]
 class ChunkTask:
     """The computation of one chunk, advanced from exchange to exchange.
 
-    `start` runs it up to the first exchange that is not complete, `resume` to the next.
-    """
+    `start` runs it up to the first exchange that is not complete, `resume` to the next."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps, self.done = steps, False

@@ -48,8 +48,7 @@ def initial_weights(
         n_layers: residual depth; 0 (a layer on its own) leaves the last matrices of branches
         unscaled.
         seed: draw from a generator of its own, so that the same seed gives the same weights
-        whatever ran before.
-    """
+        whatever ran before."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     shapes = {name: x.shape for name, x in module.named_parameters()}
     shapes |= {name: x.shape for name, x in module.named_buffers()}

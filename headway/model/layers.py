@@ -7,8 +7,7 @@
 | `MultiHeadLatentMoE` (arXiv 2602.04870) | H | L, H·L = D_L | its sub-token, or the token |
 
 `layer(x)` returns y of x's shape and dtype, and `RouteStats`. Inside a model the same layers are
-built from a `MoEConfig` (`model.build`).
-"""
+built from a `MoEConfig` (`model.build`)."""
 
 from headway.config import (
     Activation,
@@ -35,8 +34,7 @@ class MoE(SparseLayer):
             sequence of S tokens, the first ones.
         recompute: constant-memory form.
         precision: of the experts' products in the forward pass; see `MoEConfig.precision`.
-    Raises: UsageError where the sizes do not fit.
-    """
+    Raises: UsageError where the sizes do not fit."""
 
     def __init__(
         self,
@@ -80,8 +78,7 @@ class MultiHeadLatentMoE(SparseLayer):
     (arXiv 2602.04870 §3.) Args as in `MoE`, and:
         n_heads: H; divides d_latent.
         d_latent: D_L = H·L; 0 means d_model.
-        latent_norm: learnable RMSNorm per head after W_in; norm_eps is added to its mean square.
-    """
+        latent_norm: learnable RMSNorm per head after W_in; norm_eps is added to its mean square."""
 
     def __init__(
         self,
@@ -128,8 +125,7 @@ class LatentMoE(SparseLayer):
     at full width D. Args as in `MultiHeadLatentMoE`.
 
     The paper's sizes for a baseline of N experts, top-K and α = D/ℓ come from `latent_eff` and
-    `latent_acc`.
-    """
+    `latent_acc`."""
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """Linear, norm and dense feed-forward layers that multiply in the dtype of their input and store in
-float32.
-"""
+float32."""
 
 from collections.abc import Sequence
 
@@ -42,8 +41,7 @@ class Embedding(nn.Embedding):
 
 class RMSNorm(nn.Module):
     """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for one weight row per
-    head.
-    """
+    head."""
 
     def __init__(self, *shape: int, eps: float = 1e-6):
         super().__init__()
@@ -59,8 +57,7 @@ class RMSNorm(nn.Module):
 
 class FeedForward(nn.Module):
     """Dense feed-forward network, D → F → D, also the shared expert. `w_in` holds gate and up for
-    SwiGLU.
-    """
+    SwiGLU."""
 
     def __init__(self, d_model: int, d_ff: int, activation: Activation):
         super().__init__()

@@ -3,8 +3,7 @@
 T tokens · D model width · H heads · L width of one head · E experts per head · K chosen · F expert
 hidden width · G = 2 for SwiGLU (gate, then up), else 1. One forward pass serves a flat MoE,
 LatentMoE and Multi-Head LatentMoE, in one process and on a mesh; they differ in how a token is
-split before routing and merged after it (`model.layers`).
-"""
+split before routing and merged after it (`model.layers`)."""
 
 from collections.abc import Sequence
 
@@ -29,8 +28,7 @@ class Experts(nn.Module):
     """y = Σ_k gate_k · w_out[e_k]ᵀ act(w_in[e_k]·x), no biases.
 
     The weights of all heads and experts of a layer are two parameters. Expert (h, e) is
-    `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh.
-    """
+    `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh."""
 
     def __init__(self, d_model: int, config: MoEConfig, compute: Compute = Compute()):
         super().__init__()
@@ -54,8 +52,7 @@ class Experts(nn.Module):
         """`[T, H, L]` → `[T, H, L]` in x's dtype.
 
         Or `[T, 1, L]` where each sub-token has a head of its own (Expert Parallel): the indices
-        then count all H·E experts, expert e of head h being h·E + e.
-        """
+        then count all H·E experts, expert e of head h being h·E + e."""
         H = x_THL.shape[1]
         w_in, w_out = (w.view(H, -1, *w.shape[2:]) for w in (self.w_in_HEGFL, self.w_out_HEFL))
         y_NL = experts(
@@ -101,8 +98,7 @@ class SparseLayer(nn.Module):
     Raises: UsageError where the sizes do not fit; in `forward`, where float8 cannot run.
 
     Weights may be stored in float32, bfloat16 or float16 (`layer.bfloat16()`); scores, gates and
-    the selection bias stay float32. Matmuls run in the dtype of x.
-    """
+    the selection bias stay float32. Matmuls run in the dtype of x."""
 
     def __init__(
         self,
@@ -149,8 +145,7 @@ class SparseLayer(nn.Module):
 
         `x` holds sequences of S tokens, T tokens in all; S matters to what counts by sequence
         alone. On a mesh T are this process's tokens, and the statistics those of the sub-tokens
-        that were routed here.
-        """
+        that were routed here."""
         x_TD, S = x.reshape(-1, x.shape[-1]), x.shape[-2] if x.dim() > 1 else 1
         chunks = ctx.dispatcher.chunks(x_TD, S if self.router.counts_sequences else 1)
         replay = _like(chunks, ctx.index_THK)

@@ -12,8 +12,7 @@ class Residual(nn.Module):
 
     A subclass may keep several lanes, `r [B, S, lanes, D]`, and parameters of its own (with
     `roles`): the model calls `expand` once after the embedding and `reduce` once before the last
-    norm; every branch of a block has an instance of its own for `read` and `write`.
-    """
+    norm; every branch of a block has an instance of its own for `read` and `write`."""
 
     def expand(self, x_BSD: Tensor) -> Tensor:
         """Embeddings → the stream."""

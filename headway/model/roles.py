@@ -3,8 +3,7 @@ from the role that its module declares, never from its name.
 
 A module with parameters or buffers of its own has a method `roles` that maps their local names to
 `Role`s. `Linear`, `RMSNorm` and `Embedding` of `model.linear` have one, so that a module made of
-these declares nothing.
-"""
+these declares nothing."""
 
 import math
 from collections.abc import Mapping
@@ -55,8 +54,7 @@ class Role:
     """The role of one parameter or buffer.
 
     `fan_in` is the number of inputs of a product with it. `ends_branch` marks the last matrix of a
-    residual branch, which is scaled down by √(2·layers).
-    """
+    residual branch, which is scaled down by √(2·layers)."""
 
     group: Group = Group.MATRIX
     init: Init = Init.FAN_IN
@@ -93,8 +91,7 @@ class DeclaresRoles(Protocol):
 def roles_of(model: nn.Module) -> dict[str, Role]:
     """Return the role of every parameter and buffer, parameters first, by its full name.
 
-    Raises UsageError for one whose module declares none.
-    """
+    Raises UsageError for one whose module declares none."""
     roles: dict[str, Role] = {}
     for named in (model.named_parameters(), model.named_buffers()):
         for name, _ in named:

@@ -1,8 +1,7 @@
 """The router: scores → selection → gates, one per head.
 
 T tokens · H heads · L width that the router reads · E experts per head · K chosen. Scores and gates
-are float32 (float64 in references), whatever the dtype of the tokens.
-"""
+are float32 (float64 in references), whatever the dtype of the tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -59,8 +58,7 @@ class Router(nn.Module):
         config: heads, experts, gates, noise, jitter, capacity; of `balance` only what it counts
         matters here. `n_zero_experts` adds choices that do nothing: indices from E on.
         compute: `recompute` keeps nothing of size T × E for backward.
-    Raises: UsageError where k, E and the gate do not fit.
-    """
+    Raises: UsageError where k, E and the gate do not fit."""
 
     bias_HE: Tensor
 
@@ -127,8 +125,7 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter
-        in training.
-        """
+        in training."""
         if self.training and self.config.jitter:
             x = x if x.dtype == torch.float64 else x.float()
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)

@@ -1,7 +1,6 @@
 """A decoder-only transformer: embed → blocks → norm → head → loss.
 
-B sequences · S positions · T = B·S tokens · D model width · V vocabulary.
-"""
+B sequences · S positions · T = B·S tokens · D model width · V vocabulary."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,8 +49,7 @@ class Transformer(nn.Module):
         compute: dtype of the matmuls, what is kept for backward.
         seed: of the initialisation.
         blocks: builds each block; `build_block` does it as the config says.
-    Raises: UsageError for a parameter without a role.
-    """
+    Raises: UsageError for a parameter without a role."""
 
     def __init__(
         self,
@@ -82,8 +80,7 @@ class Transformer(nn.Module):
         """Loss of `targets_BS` (−1 is ignored), or logits without targets.
 
         Args: tokens_BS, targets_BS: int64 `[B, S]`. With `ctx.cache` the tokens follow those that
-        it holds, and are added to it.
-        """
+        it holds, and are added to it."""
         x_BSD = self.embed(tokens_BS).to(self.dtype)
         blocks = self.blocks()
         ctx = self._with_positions(x_BSD, ctx)

@@ -1,8 +1,7 @@
 """`headway plan`: every mesh of N ranks for a recipe and a machine, ranked by predicted step time.
 
 A mesh that cannot run the model gets a reason; one that does not fit in memory is listed last, with
-the bytes it needs and the bytes there are.
-"""
+the bytes it needs and the bytes there are."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,8 +35,7 @@ def rank_meshes(setting: Setting, n_ranks: int, scheme: SchemeChoice = "auto") -
     """Return everything that `headway plan` shows, JSON-ready; the fastest mesh comes first.
 
     `scheme` of the ep axis: `auto` lists both the all-gather and the all-to-all that sends fewer
-    bytes. Raises UsageError where no mesh of N ranks can run, whatever its axes.
-    """
+    bytes. Raises UsageError where no mesh of N ranks can run, whatever its axes."""
     config = setting.config
     if n_ranks < 1:
         raise UsageError(f"--gpus {n_ranks} is below 1; use 1 or more")

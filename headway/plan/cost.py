@@ -1,8 +1,7 @@
 """The costs of a model, counted once on the meta device for all meshes.
 
 Parameters, FLOPs and saved bytes are what the modules declare (`model.costs`); how a parameter is
-updated and sharded follows from its role (`model.roles`).
-"""
+updated and sharded follows from its role (`model.roles`)."""
 
 import math
 from collections import Counter

@@ -34,8 +34,7 @@ def describe(
     their totals.
 
     `bytes_per_value` is of the matmuls: 4 for float32, 2 for bfloat16. Traffic is always that of
-    bfloat16. `blocks` builds blocks with modules of your own, as in `Transformer`.
-    """
+    bfloat16. `blocks` builds blocks with modules of your own, as in `Transformer`."""
     if n_ranks < 2:
         raise UsageError(f"--P {n_ranks} ranks send nothing; use 2 or more")
     data = config.data

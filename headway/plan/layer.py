@@ -4,8 +4,7 @@ Tokens are copied around an exchange: permuted into the order of the ranks, pack
 indices and gates, unpacked, summed. `_copies` counts what `parallel/head.py`, `parallel/expert.py`
 and `parallel/collectives.py` read and write, in bytes per value of b bytes; local tokens are copied
 too. In backward, what precedes an exchange in forward follows the gradient's exchange, and the
-other way round. Sums are in float32.
-"""
+other way round. Sums are in float32."""
 
 from dataclasses import replace
 from typing import NamedTuple

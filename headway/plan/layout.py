@@ -11,8 +11,7 @@ over all ranks: T = batch_size·seq_len / N tokens of a step on each.
 
 With `shard` (FSDP) weights, gradients and optimiser state of all but norms and routers are also
 sharded over the ranks that replicate them otherwise, and the weights are gathered where they are
-used.
-"""
+used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,8 +163,7 @@ def micro_batch(config: Config, n_ranks: int) -> tuple[int, int]:
     """Return (sequences of a forward pass, forward passes of a step) of one rank: the largest
     divisor of batch_size / N that is at most data.micro_batch_size, and the passes it needs.
 
-    Raises UsageError where N ranks cannot share the batch, which no mesh of them can change.
-    """
+    Raises UsageError where N ranks cannot share the batch, which no mesh of them can change."""
     batch = config.data.batch_size
     if batch % n_ranks:
         near = -(-batch // n_ranks) * n_ranks

@@ -4,8 +4,7 @@ An all-to-all in which a rank sends n bytes takes n / bandwidth + latency·(P−
 / bandwidth + latency·2·(P−1). Where `headway doctor --measure` has measured collectives of several
 sizes, their times are interpolated instead, because small messages reach another rate than large
 ones (switches and token buckets let bursts through, TCP loses more of a long exchange). The time
-that an exchange takes from a processor that computes meanwhile is measured separately.
-"""
+that an exchange takes from a processor that computes meanwhile is measured separately."""
 
 import itertools
 import math

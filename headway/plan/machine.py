@@ -1,8 +1,7 @@
 """Rates of one rank of a cluster: public numbers of vendors, assumptions, or measurements.
 
 Rates are per rank and in one direction. A number is `vendor` (a data sheet), `assumed` (nobody
-measured it) or `measured` (`headway doctor --measure FILE` on the machine itself).
-"""
+measured it) or `measured` (`headway doctor --measure FILE` on the machine itself)."""
 
 import json
 from dataclasses import dataclass, field, fields, replace
@@ -146,8 +145,7 @@ def read_machine(path: str, gpu: str = "") -> Machine:
     """Return the machine of a file that `headway doctor --measure` wrote: its measured numbers, and
     the others from the table's entry that `gpu` or the file names.
 
-    Raises UsageError for a file of another kind, or numbers that are not above 0.
-    """
+    Raises UsageError for a file of another kind, or numbers that are not above 0."""
     again = f"make one with `headway doctor --measure {path}`"
     try:
         content = json.loads(Path(path).read_text("utf-8"))

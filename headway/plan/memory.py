@@ -2,8 +2,7 @@
 forward pass keeps for backward, and what parallelism adds.
 
 Not counted: short-lived buffers, CUDA's context, NCCL's buffers and fragmentation; `plan.machine`
-leaves some 6 % for them.
-"""
+leaves some 6 % for them."""
 
 from enum import Enum
 

@@ -12,8 +12,7 @@ There are two resources:
 - the processor, which computes or waits. Where it moves the bytes itself (gloo), exchanges in
   flight take their share of its time;
 - the network. Exchanges are serialised, or share it at the measured speed of two concurrent ones.
-  The exchange of counts waits in the same queue, and the host waits for it.
-"""
+  The exchange of counts waits in the same queue, and the host waits for it."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -14,8 +14,7 @@ its layer's experts again and adds to their gradient in float32.
 Overlap: `plan.overlap` simulates the stages and exchanges of a sparse layer as the code runs them.
 The weights of the next layer are gathered while a layer computes, and gradients are reduced while
 earlier layers are still in backward; nothing hides those of the first layer and the embedding. A
-processor that moves the bytes itself (gloo) pays for the hidden part as well.
-"""
+processor that moves the bytes itself (gloo) pays for the hidden part as well."""
 
 from collections.abc import Sequence
 from enum import Enum

@@ -17,8 +17,7 @@ The R rows (permuted tokens) that a rank sends depend on the router: N·K·(P−
 slot and even choices, and N·c·(P−1)/P with a copy per rank, where c = P·(1 − (1 − 1/P)^K) is the
 expected number of ranks among K independent choices; an exchange of their counts, 8·(P−1) bytes,
 comes first. The sizes of the other schemes are fixed in advance. DeepEP sends one copy per rank. A
-sub-token in float8 is sent with its float32 scale: L + 4 bytes in place of L·b.
-"""
+sub-token in float8 is sent with its float32 scale: L + 4 bytes in place of L·b."""
 
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -173,8 +172,7 @@ def traffic_per_token(
     alternatives; empty without sparse layers.
 
     Head Parallel needs heads: it is listed for Multi-Head LatentMoE only, and works when P divides
-    H.
-    """
+    H."""
     exchanges = list(TokenExchange) if model.n_sparse else []
     if exchanges and model.moe.kind != "multi_head_latent":
         exchanges.remove(TokenExchange.HEADS)

@@ -2,8 +2,7 @@
 
 Letters as in `plan.traffic`; T is all tokens of the rank in a step. A message goes from one rank to
 one other: P−1 in an all-to-all or a ring all-gather, 2·(P−1) in a ring all-reduce. n is the number
-of parameters that the rank computes with; passes are its micro-batches.
-"""
+of parameters that the rank computes with; passes are its micro-batches."""
 
 from dataclasses import dataclass
 from typing import Literal

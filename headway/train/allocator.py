@@ -2,8 +2,7 @@
 the same buffers.
 
 By default glibc returns large blocks to the kernel, and the next step pays a page fault per 4 KiB
-to get them back. A process that keeps them saves those faults, at the price of fragmentation.
-"""
+to get them back. A process that keeps them saves those faults, at the price of fragmentation."""
 
 import ctypes
 import sys
@@ -20,8 +19,7 @@ def set_allocator(policy: Policy) -> bool:
     `system`.
 
     `keep`: freed blocks stay with the process. `return`: blocks of a MiB or more are returned to
-    the kernel at once.
-    """
+    the kernel at once."""
     if policy == "system" or not sys.platform.startswith("linux"):
         return False
     try:

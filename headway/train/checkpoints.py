@@ -45,8 +45,7 @@ class Checkpoints:
 
         Args:
             problems: a sentence for each damaged checkpoint that was passed over.
-        Raises: `UsageError` where data, tokenizer or seed are not those of the checkpoint.
-        """
+        Raises: `UsageError` where data, tokenizer or seed are not those of the checkpoint."""
         is_main, sink = self.parallelism.mesh.is_main, self.records.sink
         for problem in problems:
             self.log(f"resume: {problem}; going back")

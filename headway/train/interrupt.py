@@ -21,8 +21,7 @@ class Interrupt:
     and saves. A second SIGINT raises KeyboardInterrupt, except under torchrun, which forwards it.
 
     A SIGHUP that is ignored when the context begins (`nohup`) stays ignored. Outside the main
-    thread, where Python allows no handlers, nothing is changed.
-    """
+    thread, where Python allows no handlers, nothing is changed."""
 
     def __init__(self) -> None:
         self.requested = ""

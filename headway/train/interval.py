@@ -84,8 +84,7 @@ class SpikeDetector:
     """Detects losses that are more than `limit` standard deviations above the running mean.
 
     Mean and variance are exponential averages over about 50 steps. The first `WARM` losses are no
-    spikes. `limit` 0 is off.
-    """
+    spikes. `limit` 0 is off."""
 
     DECAY = 0.98
     WARM = 20

@@ -2,8 +2,7 @@
 
 `step.gradient` knows micro-batches, ranks and the backward pass; an objective knows the loss of one
 micro-batch. An objective may keep what it needs beside the model, such as a frozen teacher, and
-read what a subclass of `Batch` adds per row, such as token weights or advantages.
-"""
+read what a subclass of `Batch` adds per row, such as token weights or advantages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -51,8 +51,7 @@ def open_session(
     Args:
         load_data: loads the trainer's data on the mesh.
         resume, overwrite, recipe_source, log, interrupt, blocks: as for `loop.train`.
-    Raises: `UsageError` before step 0; on a mesh it names the rank that met it.
-    """
+    Raises: `UsageError` before step 0; on a mesh it names the rank that met it."""
 
     def facts() -> dict[str, Any]:
         return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}

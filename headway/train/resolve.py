@@ -42,8 +42,7 @@ class Resolved:
 def resolve(config: Config, vocab_size: int) -> Resolved:
     """Fill in what `config` leaves open; `vocab_size` is that of the tokenizer.
 
-    Raises `UsageError` for values that cannot work, before anything is written.
-    """
+    Raises `UsageError` for values that cannot work, before anything is written."""
     derived = validate(config)
     notes = config_remarks(config)
     model, data, run = config.model, config.data, config.run

@@ -9,8 +9,7 @@ A trainer brings its data and its loop:
             if not reason:
                 update(session.model, session.optimizers, result, session.lr_factor, …)
             session.end_step(result, reason)
-        return session.finish()
-"""
+        return session.finish()"""
 
 import dataclasses
 import math
@@ -115,8 +114,7 @@ class Session(Generic[D]):
 
         Args:
             skipped: why the update was not applied; empty where it was.
-        Raises: `RunError` after `optim.max_skipped` skipped steps in a row.
-        """
+        Raises: `RunError` after `optim.max_skipped` skipped steps in a row."""
         progress, run, mesh = self.progress, self.config.run, self.parallelism.mesh
         lr = self.config.optim.lr * self.lr_factor
         if not skipped:

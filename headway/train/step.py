@@ -69,8 +69,7 @@ def gradient(
         load: `Gradient.load` of the last step that was applied, for the auxiliary loss of
             `global_batch`: that of this step is known only after its last forward pass. None
             before the first: even, which gives the auxiliary loss no gradient.
-        signal: whether this rank was asked to end; `Gradient.signals` tells the others.
-    """
+        signal: whether this rank was asked to end; `Gradient.signals` tells the others."""
     assert len({len(batch.tokens_BS) for batch in micro_batches}) == 1, "means weigh equal parts"
     device, sharding = model.embed.weight.device, parallelism.sharding
     mesh = sharding.mesh

@@ -56,8 +56,7 @@ def load_text(config: Config, tokenizer: Tokenizer, mesh: Mesh, log: Log) -> Tex
     """Tokenise the sources of a config, or read them from the cache: one rank per host first.
 
     Raises `UsageError` for sources that cannot be read or are too short, and where ranks have other
-    data. Collective.
-    """
+    data. Collective."""
     with mesh.one_per_host():
         stream = Stream(prepare(config.data, tokenizer, log), config.data, config.run.seed)
     mesh.check_equal({"the fingerprint of the data": stream.dataset.fingerprint})

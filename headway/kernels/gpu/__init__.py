@@ -3,8 +3,7 @@
 They are faster and never different: without a CUDA device and Triton the other paths of each kernel
 file run, and `gpu_kernels().why` says so. `HEADWAY_TRITON=0` asks for those paths, and
 `HEADWAY_TRITON=interpret` for the kernels on a CPU, through Triton's interpreter: thousands of
-times slower, to test or debug them. Nothing here imports Triton before a kernel is wanted.
-"""
+times slower, to test or debug them. Nothing here imports Triton before a kernel is wanted."""
 
 import contextlib
 import functools

@@ -8,8 +8,7 @@ float32 is kept:
 A float32 number is the sum of three bfloat16 ones (8 bits of mantissa each). Products of parts are
 exact in float32, so a·b with a in bfloat16 is three products, and with both in float32 six; the
 three that are left out are 2⁻²⁴ of the result. Six products in bfloat16 cost what `tf32x3` costs,
-and unlike it they are what the interpreter computes too.
-"""
+and unlike it they are what the interpreter computes too."""
 
 import triton
 import triton.language as tl
@@ -53,8 +52,7 @@ def narrow_float8(x):
 def encode_float8(x):
     """Round float32 up to 448 to the bytes of e4m3 (uint8), to nearest even.
 
-    s eeee mmm    e > 0: ±2^(e − 7) · (1 + m/8);  e = 0: ±2^−6 · m/8;  e, m all ones: NaN
-    """
+    s eeee mmm    e > 0: ±2^(e − 7) · (1 + m/8);  e = 0: ±2^−6 · m/8;  e, m all ones: NaN"""
     if INTERPRETED:
         y = narrow_float8(x)
         bits = y.to(tl.int32, bitcast=True)

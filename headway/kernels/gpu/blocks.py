@@ -37,8 +37,7 @@ def blocks(counts_HE: Tensor, n_rows: int, block: int) -> Blocks:
     """Return the tables for R = `n_rows` and blocks of `block` rows. Nothing waits for the host, so
     a graph can capture it.
 
-    Args: counts_HE: int32 or int64, rows of each group; their sum is at most R < 2³¹.
-    """
+    Args: counts_HE: int32 or int64, rows of each group; their sum is at most R < 2³¹."""
     G, make = counts_HE.numel(), counts_HE.new_empty
     B = -(-n_rows // block) + G
     start_G = make(G + 1, dtype=torch.int32)

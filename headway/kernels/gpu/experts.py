@@ -2,8 +2,7 @@
 
 Narrow experts keep the hidden units of a block of rows on the chip (experts_narrow.py), wide ones
 put them in memory (experts_wide.py). On an H100 backward changes over at half the width of forward:
-the narrow kernels make the pre-activations twice there.
-"""
+the narrow kernels make the pre-activations twice there."""
 
 from torch import Tensor
 

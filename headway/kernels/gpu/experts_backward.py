@@ -1,8 +1,7 @@
 """The backward kernels of narrow experts; both recompute the pre-activations. Equations in
 ../experts.py.
 
-M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
-"""
+M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns."""
 
 import triton
 import triton.language as tl

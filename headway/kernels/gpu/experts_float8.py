@@ -4,8 +4,7 @@ e4m3 has 4 significant bits and reaches 448, so every operand is divided by a fl
 tokens by their row's largest value over 448, W_in by that of each hidden unit's row, W_out by that
 of each column, the hidden units by that of a row's chunk, on the chip. Sums are float32. Scales
 follow the values: multiplying the inputs by a power of two changes nothing else. A row with an
-infinity becomes NaN. Equations in ../experts.py, arguments as in experts_forward.py.
-"""
+infinity becomes NaN. Equations in ../experts.py, arguments as in experts_forward.py."""
 
 import torch
 import triton

@@ -3,8 +3,7 @@
 M rows of a tile · the hidden width is passed in chunks of BF · a row is padded to BL columns.
 Shapes of the parameters, here and in experts_backward.py: `x`, `d_out`, `dx` [N, L] · `gate` [N·K]
 · `w_in` [H·E, G·F, L] · `w_out` [H·E, F, L] · `slots` [R] · `start`, `group`, `first_row` as in
-blocks.py · `y` [N·K, L] with `scale` [N·K] as in slots.py.
-"""
+blocks.py · `y` [N·K, L] with `scale` [N·K] as in slots.py."""
 
 import triton
 import triton.language as tl
@@ -31,8 +30,7 @@ def hidden_rows(f0, F: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
         G = 2:  gate 0 … 7, up 0 … 7, gate 8 … 15, up 8 … 15, …
 
     A thread of a tensor core's accumulator holds the same columns of every eight, so it holds both
-    pre-activations of a unit and nothing changes places between threads.
-    """
+    pre-activations of a unit and nothing changes places between threads."""
     i = tl.arange(0, G * BF)
     f = f0 + i // (8 * G) * 8 + i % 8
     return (i // 8 % G) * F + f, f < F

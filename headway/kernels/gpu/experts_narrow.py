@@ -4,8 +4,7 @@ Equations and arguments are in ../experts.py, the kernels in experts_forward.py 
 experts_backward.py. An expert's rows are gathered, multiplied, activated, multiplied again and
 stored once, at the place of their slot. Backward recomputes the pre-activations in both its
 kernels: one owns rows (dx, d_gate), the other owns weights and walks over the rows of its expert.
-No atomics, no host sync, nothing of size R×F in memory.
-"""
+No atomics, no host sync, nothing of size R×F in memory."""
 
 from dataclasses import replace
 

@@ -20,8 +20,7 @@ How the rows of experts a, b, c (5, 0 and 3 rows) become blocks of M = 4, one pr
 of columns; the grid's bound ⌈8/4⌉ + 3 is known before the data:
 
     rows    a a a a | a | c c c |        start_G [0, 5, 5, 8]
-    blocks     0      1     2     3 4    group_B [0, 0, 2, −1, −1]   row_B [0, 4, 5, …]
-"""
+    blocks     0      1     2     3 4    group_B [0, 0, 2, −1, −1]   row_B [0, 4, 5, …]"""
 
 import torch
 import triton

@@ -5,8 +5,7 @@ counts each expert in each tile; the exclusive sum over (head, expert, tile) say
 such slot of the tile goes; pass 2 is the same walk from there and places them. A slot's rank within
 a step is the number of equal experts before it, by comparing all pairs: STEP comparisons a slot and
 pass, all in registers. The steps of a tile wait for one another, so tiles are short: a tile of one
-head meets E experts and not H·E, which keeps the table of places small all the same.
-"""
+head meets E experts and not H·E, which keeps the table of places small all the same."""
 
 import torch
 import triton
@@ -54,8 +53,7 @@ def sort_rows(index_THK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
     outside 0 … E − 1 takes no expert.
 
     Tiles are so long, 1024 slots at least, that the table of places is at most half as large as
-    `slot_R`.
-    """
+    `slot_R`."""
     (T, H, K), R, E = index_THK.shape, index_THK.numel(), n_experts
     assert R < 2**31, f"{R} rows are more than an int32 counts"
     make = index_THK.new_empty

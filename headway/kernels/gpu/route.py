@@ -18,8 +18,7 @@ lower. What is taken is set to CHOSEN, below every number.
     chunk 1         scores 5 8 9 1 at columns 4 5 6 7
       round 0       earlier best 9 (column 2) >= chunk's 9 (column 6): take column 2
       round 1       earlier best 7 (column 0) <  chunk's 9 (column 6): take column 6
-    after chunk 1   key_k = [9, 9]   e_k = [2, 6]
-"""
+    after chunk 1   key_k = [9, 9]   e_k = [2, 6]"""
 
 import math
 

@@ -17,8 +17,7 @@ their sum (`sigmoid`): dense = p·(1 − σ)·(dp − c) + softmax·2·dz·logsu
     _d_tokens   tiles of tokens × columns  d_logits (on chip) · w   → dx
     _d_weights  experts × columns          d_logitsᵀ (on chip) · x  → part [programs, H, E, L] → dw
 
-No atomics; sums over tokens are partial sums per program, then added in the programs' order.
-"""
+No atomics; sums over tokens are partial sums per program, then added in the programs' order."""
 
 import torch
 import triton

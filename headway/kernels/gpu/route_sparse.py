@@ -6,8 +6,7 @@ No balance loss, no z-loss, no `softmax_topk`. The first sum gathers K rows of w
 sub-token. For the second one slots are sorted by (head, expert) and each expert's rows, which then
 lie together, are summed in blocks whose number is known before the data (blocks.py); an expert that
 took every slot is summed by `SPLITS` programs at most. Their sums are added in the blocks' order.
-float32 throughout, no atomics, no host sync, the same bits on every run.
-"""
+float32 throughout, no atomics, no host sync, the same bits on every run."""
 
 import triton
 import triton.language as tl
@@ -37,8 +36,7 @@ def reads_less(E: int, L: int, K: int, itemsize: int, dx: Tiles, dw: Tiles) -> b
     8 bytes each, once per chunk. By slots: one float32 row of weights, one token and 24 bytes of
     numbers each, and the sort, whose 2·STEP comparisons count a byte each. Most of either comes
     from the cache. In bfloat16 at L = 128 and the default tiles the two are equal near E = 60·K for
-    small K and 50·K for K = 8.
-    """
+    small K and 50·K for K = 8."""
     parts = 2 if itemsize == 2 else 3
     by_experts = E * (2 * parts * L / dx.rows + itemsize * L / dw.cols)
     by_experts += E * 8 * K * (1 / dx.cols + 1 / dw.cols)

@@ -1,6 +1,5 @@
 """The scores of a tile of tokens by a chunk of experts, on chip, and how the router's kernels are
-cut. T tokens · H heads · L width · E experts per head.
-"""
+cut. T tokens · H heads · L width · E experts per head."""
 
 from dataclasses import replace
 
@@ -46,8 +45,7 @@ def scores(
     in bfloat16 may be off by 2⁻¹⁷ of the products, enough for a gradient.
 
     Tensor cores add to an accumulator by truncation, so its error grows with the length of the
-    chain: every block of columns has an accumulator of its own, and blocks are added in float32.
-    """
+    chain: every block of columns has an accumulator of its own, and blocks are added in float32."""
     acc = tl.full((t.shape[0], e.shape[0]), 0.0, tl.float32)
     for l0 in range(0, 1 if ONCE else L, BL):
         xt = load_x(x, t, T, l0, L, stride_t, stride_l, BL)

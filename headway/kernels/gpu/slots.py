@@ -3,8 +3,7 @@
 A block of rows stores each result once, at the place of its slot; the sum then reads contiguous
 memory in a fixed order: no atomics. With bfloat16 tokens these rows are float16 with a float32
 scale for each block of columns: the output is then off by 2.4e-3 from float64, where rows in
-bfloat16 left 3.0e-3.
-"""
+bfloat16 left 3.0e-3."""
 
 import torch
 import triton

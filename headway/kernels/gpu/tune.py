@@ -3,8 +3,7 @@
 A run never measures by itself: the first step of a job, a captured graph and N ranks would all
 choose differently. `bench/gpu_day.py --stages tiles` measures, `bench/gpu_tiles.py --keep` keeps
 the fastest, and every later process on a GPU of that name, with that version of Triton, reads the
-file once.
-"""
+file once."""
 
 import functools
 import json

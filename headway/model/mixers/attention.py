@@ -1,7 +1,6 @@
 """Grouped-query attention: the default token mixer.
 
-B sequences · S positions · D model width · N query heads · M key/value heads · d head width.
-"""
+B sequences · S positions · D model width · N query heads · M key/value heads · d head width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +43,7 @@ class Attention(nn.Module):
     """Causal attention with RoPE, optional QK-norm, sliding window and per-head sigmoid output
     gate.
 
-    `window`: tokens a position sees, itself included; 0 is all.
-    """
+    `window`: tokens a position sees, itself included; 0 is all."""
 
     def __init__(self, config: ModelConfig, window: int = 0):
         super().__init__()

@@ -108,11 +108,7 @@ def _formula(case: Case, ranks: int, width: int, exchange: TokenExchange) -> flo
 
 
 def sweep_row(
-    case: Case,
-    mbit: float,
-    samples: list[Sample],
-    size: Size,
-    base: dict | None,
+    case: Case, mbit: float, samples: list[Sample], size: Size, base: dict | None
 ) -> dict:
     """Medians over the repetitions; `base` is the row of the same case without a limit."""
     step = statistics.median(s.ms for s in samples)
@@ -196,13 +192,7 @@ def _mesh(mesh: MeshConfig) -> str:
 def targets(rows: list[dict]) -> list[dict]:
     """What is demanded of the rows, and what is only said."""
     swept = [r for r in rows if r["bench"] == "sweep"]
-    return [
-        *_bytes(swept),
-        *_speed(swept),
-        *_scaling(rows),
-        *_chunks(swept),
-        *_prediction(swept),
-    ]
+    return [*_bytes(swept), *_speed(swept), *_scaling(rows), *_chunks(swept), *_prediction(swept)]
 
 
 def _bytes(rows: list[dict]) -> list[dict]:

@@ -45,10 +45,7 @@ class Block(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.norm1, self.norm2 = LayerNorm(width, bias=False), LayerNorm(width, bias=False)
-        self.qkv, self.o = (
-            Linear(width, 3 * width, bias=False),
-            Linear(width, width, bias=False),
-        )
+        self.qkv, self.o = (Linear(width, 3 * width, bias=False), Linear(width, width, bias=False))
         self.up = Linear(width, 4 * width, bias=False)
         self.down = Linear(4 * width, width, bias=False)
 

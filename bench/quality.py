@@ -57,12 +57,7 @@ def models(vocab_size: int, small: bool = False) -> dict[str, ModelConfig]:
     widths = {8: 2, 16: 2, 32: 2} if small else {32: 2, 64: 16, 128: 2}
     heads = {
         f"multi-head latent L={L}": equal_shape(
-            "multi_head_latent",
-            head_width=L,
-            top_k=TOP_K,
-            multiple=multiple,
-            router=token,
-            **size,
+            "multi_head_latent", head_width=L, top_k=TOP_K, multiple=multiple, router=token, **size
         )
         for L, multiple in widths.items()
     }

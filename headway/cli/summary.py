@@ -16,12 +16,22 @@ MOST_RANKS = 8
 def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     """Format the result of `train` as aligned lines of text."""
     total, active = result["parameters_total"], result["parameters_active"]
+    done = (
+        f"{result['steps']:,} steps, {result['tokens']:,} tokens, "
+        f"{result['seconds']:.0f} s of training, {result['tokens_per_second']:,.0f} tokens/s"
+    )
+    if result["skipped"]:
+        done += f", {result['skipped']} steps skipped"
     rows = [
-        ("interrupted" if result["interrupted"] else "done", _done(result)),
+        ("interrupted" if result["interrupted"] else "done", done),
         ("parameters", f"{total:,} total, {active:,} active per token"),
     ]
-    if result["val_bits_per_byte"] is not None:
-        rows.append(("bits/byte", _bits(result)))
+    first, last = result["first_val_bits_per_byte"], result["val_bits_per_byte"]
+    if last is not None:  # equal in a run that ended before its first interval did
+        text = f"{first:.3f} → {last:.3f} on validation text"
+        if first == last:
+            text = f"{first:.3f} on validation text before the first step, not evaluated since"
+        rows.append(("bits/byte", text))
     if config.model.n_sparse:
         rows += [("balance", _balance(Path(run_dir))), ("traffic", _traffic(config))]
     if result["sample"]:
@@ -33,21 +43,6 @@ def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     elif result["checkpoint"]:
         rows.append(("try", f"headway sample {run_dir} --prompt 'import '"))
     return "\n" + "\n".join(f"{name:<12} {text}" for name, text in rows)
-
-
-def _done(result: dict[str, Any]) -> str:
-    text = (
-        f"{result['steps']:,} steps, {result['tokens']:,} tokens, "
-        f"{result['seconds']:.0f} s of training, {result['tokens_per_second']:,.0f} tokens/s"
-    )
-    return text + (f", {result['skipped']} steps skipped" if result["skipped"] else "")
-
-
-def _bits(result: dict[str, Any]) -> str:
-    first, last = result["first_val_bits_per_byte"], result["val_bits_per_byte"]
-    if first == last:  # a run that ended before its first interval did
-        return f"{first:.3f} on validation text before the first step, not evaluated since"
-    return f"{first:.3f} → {last:.3f} on validation text"
 
 
 def _balance(run_dir: Path) -> str:

@@ -40,7 +40,12 @@ def files(spec: str) -> Found:
         left_out = Counter()
         source = walk(path) if path.is_dir() else Found(ordinary([path], left_out), left_out)
         if not source.files:
-            raise UsageError(_nothing(spec, source.left_out))
+            reason = "is an empty folder; it needs text, .jsonl, .csv or .parquet files"
+            if said := counted(source.left_out):
+                reason = (
+                    f"holds no file to read; left out: {said}; name such a folder or file itself"
+                )
+            raise UsageError(f"data source {spec!r} {reason}")
         return source
     # glob itself would follow a loop of links until names are too long, along every way there is
     first = path.parts.index("**") if "**" in path.parts else len(path.parts)
@@ -81,13 +86,6 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     if pattern[0] == "**":
         return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _nothing(spec: str, left_out: Counter[str]) -> str:
-    if said := counted(left_out):
-        problem = f"holds no file to read; left out: {said}"
-        return f"data source {spec!r} {problem}; name such a folder or file itself"
-    return f"data source {spec!r} is an empty folder; it needs text, .jsonl, .csv or .parquet files"
 
 
 def _stdlib_files() -> list[Path]:

@@ -38,11 +38,7 @@ def reads_first(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    first_BS: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, first_BS: Tensor | None = None
 ) -> Tensor:
     """The same by its definition, any dtype; arguments and result as in `attention`."""
     (S, N, d), n_keys = q.shape[1:], k.shape[1]
@@ -54,11 +50,7 @@ def attention_reference(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    first_BS: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, first_BS: Tensor | None = None
 ) -> Tensor:
     """Attention of S queries to the keys that `mask` allows.
 

@@ -152,7 +152,8 @@ def quantile_margin(margins_HEQ: Tensor, rows_HE: Tensor) -> Tensor:
     from_here = counts.flip(-1).cumsum(-1).flip(-1)  # tokens in this bin or above it
     bin_HE1 = ((from_here > fair_HE1).sum(-1, keepdim=True) - 1).clamp(min=0)
     inside, above = (x.gather(-1, bin_HE1) for x in (counts, from_here - counts))
-    edges = _edges(counts.device)
+    steps = torch.arange(-_STEPS, _STEPS + 1, dtype=torch.float64, device=counts.device)
+    edges = FINEST * torch.sinh(steps / _PER_ASINH)  # Q − 1, symmetric around 0, one of them
     low, high = torch.cat([edges[:1], edges]), torch.cat([edges, edges[-1:]])
     share = (fair_HE1 - above) / inside.clamp(min=1)
     c_HE1 = torch.lerp(high[bin_HE1], low[bin_HE1], share)
@@ -170,12 +171,6 @@ def _bin(margin: Tensor) -> Tensor:
     steps = (margin / FINEST).asinh().mul_(_PER_ASINH).ceil_()
     steps = steps.nan_to_num(nan=-_STEPS)  # this and the next have no rule for `vmap` in place
     return steps.clamp(-_STEPS, _STEPS + 1).add_(_STEPS).long()
-
-
-def _edges(device: torch.device) -> Tensor:
-    """The Q − 1 margins between bins, symmetric around 0, which is one of them."""
-    steps = torch.arange(-_STEPS, _STEPS + 1, dtype=torch.float64, device=device)
-    return FINEST * torch.sinh(steps / _PER_ASINH)
 
 
 def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tensor:

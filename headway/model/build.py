@@ -6,7 +6,7 @@ function like `build_block` and give it to `Transformer(config, blocks=…)`:
     def blocks(config, layer, compute):
         return build_block(config, layer, compute, mixer=MyMixer(config))"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -86,10 +86,8 @@ class Block(nn.Module):
         return self.residual1, self.mixer, self.residual2, self.ffn
 
 
-class BlockBuilder(Protocol):
-    """Builds block number `layer` of a model."""
-
-    def __call__(self, config: ModelConfig, layer: int, compute: Compute) -> Block: ...
+BlockBuilder = Callable[[ModelConfig, int, Compute], Block]
+"""Builds block number `layer` of a model: `(config, layer, compute) → Block`."""
 
 
 def build_block(

@@ -167,8 +167,3 @@ class Context:
             return self.positions
         lengths = None if self.cache is None else self.cache.lengths
         return Positions(x_BSD.shape[0], x_BSD.shape[1], x_BSD.device, lengths, self.doc_BS)
-
-    @property
-    def index_THK(self) -> Tensor | None:
-        """The selection to replay in the sparse layer that reads this."""
-        return self.replay[self.sparse_layer] if self.replay else None

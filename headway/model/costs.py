@@ -11,6 +11,7 @@ permuted tokens, one chunk of logits) come on top and do not grow with depth."""
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
@@ -117,24 +118,13 @@ def casts(n_parameters: int, work: Workload) -> Cost:
     return Cost(CostGroup.CASTS, saved=NOTHING if b == 4 else Term(b * n_parameters, "b·n"))
 
 
-def parameters(cost: Cost) -> Term:
-    """Return the parameters."""
-    return cost.parameters
+parameters, flops, saved_bytes = map(attrgetter, ("parameters", "flops", "saved"))
+"""Quantities of a `Cost`, for the sums below."""
 
 
 def active_parameters(cost: Cost) -> Term:
     """Return the parameters that one token visits."""
     return cost.parameters if cost.active is None else cost.active
-
-
-def flops(cost: Cost) -> Term:
-    """Return the FLOPs of the forward pass per token."""
-    return cost.flops
-
-
-def saved_bytes(cost: Cost) -> Term:
-    """Return the bytes saved for backward."""
-    return cost.saved
 
 
 def total(costs: Iterable[Cost], quantity: Callable[[Cost], Term]) -> float:
@@ -154,12 +144,8 @@ def by_group(costs: Iterable[Cost], quantity: Callable[[Cost], Term]) -> dict[Co
             values[cost.group] = values.get(cost.group, 0) + value
             counts = formulas.setdefault(cost.group, {})
             counts[formula] = counts.get(formula, 0) + 1
-    return {
-        group: Term(values[group], " + ".join(_times(f, n) for f, n in formulas[group].items()))
-        for group in CostGroup
-        if group in values
+    texts = {
+        group: " + ".join(f if n == 1 else f"layers·{f}" for f, n in counts.items())
+        for group, counts in formulas.items()
     }
-
-
-def _times(formula: str, n: int) -> str:
-    return formula if n == 1 else f"layers·{formula}"
+    return {group: Term(values[group], texts[group]) for group in CostGroup if group in values}

@@ -9,13 +9,7 @@
 `layer(x)` returns y of x's shape and dtype, and `RouteStats`. Inside a model the same layers are
 built from a `MoEConfig` (`model.build`)."""
 
-from headway.config import (
-    Activation,
-    BalanceConfig,
-    MoEConfig,
-    Precision,
-    RouterConfig,
-)
+from headway.config import Activation, BalanceConfig, MoEConfig, Precision, RouterConfig
 from headway.model.compute import Compute
 from headway.model.init import init_weights
 from headway.model.moe import SparseLayer

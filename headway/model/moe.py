@@ -148,7 +148,9 @@ class SparseLayer(nn.Module):
         that were routed here."""
         x_TD, S = x.reshape(-1, x.shape[-1]), x.shape[-2] if x.dim() > 1 else 1
         chunks = ctx.dispatcher.chunks(x_TD, S if self.router.counts_sequences else 1)
-        replay = _like(chunks, ctx.index_THK)
+        replay: Sequence[Tensor | None] = [None] * len(chunks)
+        if ctx.replay:
+            replay = ctx.replay[ctx.sparse_layer].split([len(chunk) for chunk in chunks])
         tasks = [
             ChunkTask(self._steps(chunk_TD, index_THK, S, ctx)).start()
             for chunk_TD, index_THK in zip(chunks, replay, strict=True)
@@ -215,10 +217,3 @@ class SparseLayer(nn.Module):
             Cost(CostGroup.SUB_TOKENS, saved=Term(saved, "2·T·D_L·b")),
             casts(2 * D * D_L, work),
         ]
-
-
-def _like(chunks: Sequence[Tensor], index_THK: Tensor | None) -> Sequence[Tensor | None]:
-    """A selection in the same chunks as the tokens."""
-    if index_THK is None:
-        return [None] * len(chunks)
-    return index_THK.split([len(chunk) for chunk in chunks])

@@ -213,14 +213,11 @@ class Router(nn.Module):
         T = index_THK.shape[0]
         n = _sequences(T, seq_len)
         by_sequence = _apart(index_THK, n)
-        dropped = drop_over_capacity(by_sequence, self.n_choices, self.capacity(T // n))
+        limit = capacity(self.capacity_factor, T // n, self.top_k, self.n_choices)
+        dropped = drop_over_capacity(by_sequence, self.n_choices, limit)
         if self.n_zero:  # what does nothing has no capacity
             dropped = torch.where(by_sequence < self.n_experts, dropped, by_sequence)
         return _together(dropped, n)
-
-    def capacity(self, seq_len: int) -> int:
-        """Most rows of a sequence that an expert takes: ⌈factor · S · K / E⌉."""
-        return capacity(self.capacity_factor, seq_len, self.top_k, self.n_choices)
 
     def costs(self, work: Workload) -> Sequence[Cost]:
         """Saved are the scores, the K chosen with their gates and, where matmuls are not in

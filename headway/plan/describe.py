@@ -25,10 +25,7 @@ def with_vocab(config: Config, vocab_size: int = 0) -> Config:
 
 
 def describe(
-    config: Config,
-    n_ranks: int = 8,
-    bytes_per_value: int = 4,
-    blocks: BlockBuilder = build_block,
+    config: Config, n_ranks: int = 8, bytes_per_value: int = 4, blocks: BlockBuilder = build_block
 ) -> dict[str, Any]:
     """Return all costs of a valid config, JSON-ready: groups of `{name: {value, formula}}` and
     their totals.

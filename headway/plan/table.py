@@ -136,7 +136,7 @@ def _explained(row: dict[str, Any], ranking: dict[str, Any]) -> list[str]:
     formulas = ranking["formulas"]
     lines = [
         f"fastest: {_name(row)}, {1e3 * row['step_seconds']:,.1f} ms per step, "
-        f"{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1%}",
+        f"{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1%}"
     ]
     sections = {
         "seconds": "milliseconds per step",

@@ -166,11 +166,7 @@ def _comm(setting: Setting, layout: MeshLayout, sent: CommVolume) -> float:
 
 
 def _gradients(
-    setting: Setting,
-    layout: MeshLayout,
-    volumes: Sequence[CommVolume],
-    passes: int,
-    compute: float,
+    setting: Setting, layout: MeshLayout, volumes: Sequence[CommVolume], passes: int, compute: float
 ) -> Item:
     comm = work = 0.0
     for sent in (volume for volume in volumes if volume.kind == "gradients"):

@@ -116,11 +116,7 @@ def expected_ranks(top_k: int, n_ranks: int) -> float:
 
 
 def expected_bytes(
-    model: ModelConfig,
-    exchange: TokenExchange,
-    n_tokens: int,
-    n_ranks: int,
-    bytes_per_value: int,
+    model: ModelConfig, exchange: TokenExchange, n_tokens: int, n_ranks: int, bytes_per_value: int
 ) -> ExchangeBytes:
     """Return the bytes that a rank is expected to send of its T tokens in one layer, without the
     counts; exact for an all-gather, and for Head Parallel where P divides H."""

@@ -20,10 +20,7 @@ def demo() -> Config:
     return Config(
         recipe="demo",
         model=ModelConfig(
-            n_layers=4,
-            d_model=192,
-            n_heads=4,
-            moe=_heads(4, n_experts=32, top_k=8, d_expert=64),
+            n_layers=4, d_model=192, n_heads=4, moe=_heads(4, n_experts=32, top_k=8, d_expert=64)
         ),
         data=DataConfig(seq_len=256, batch_size=8),
         optim=OptimConfig(name="muon", steps=400, lr=3e-3, warmup=0.05),
@@ -96,10 +93,7 @@ def shakespeare() -> Config:
     return Config(
         recipe="shakespeare",
         model=ModelConfig(
-            n_layers=4,
-            d_model=128,
-            n_heads=4,
-            moe=_heads(2, n_experts=8, top_k=2, d_expert=64),
+            n_layers=4, d_model=128, n_heads=4, moe=_heads(2, n_experts=8, top_k=2, d_expert=64)
         ),
         data=DataConfig(seq_len=64, batch_size=12, val_fraction=0.1),
         optim=OptimConfig(name="muon", steps=1000, lr=4e-3, beta2=0.99, warmup=0.02, decay=0.5),

@@ -180,10 +180,7 @@ def _wire(record: Mapping) -> tuple[str, ...]:
 
 
 def progress_line(
-    record: Mapping,
-    total_steps: int,
-    eta_seconds: float | None,
-    peak_flops: float | None = None,
+    record: Mapping, total_steps: int, eta_seconds: float | None, peak_flops: float | None = None
 ) -> str:
     """Format one step interval: always the same fields in the same order, each value after its
     label.

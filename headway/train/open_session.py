@@ -64,7 +64,7 @@ def open_session(
         Lock(run_dir) as lock,
         _rank_in_errors(mesh.rank),
     ):
-        log = log if mesh.is_main else _silent
+        log = log if mesh.is_main else lambda _: None
         config, run = resolved.config, resolved.config.run
         checkpoint, problems = mesh.on_main(lambda: run_folder.find_start(start, lock, log))
         if checkpoint is not None:
@@ -113,7 +113,3 @@ def _rank_in_errors(rank: int) -> Iterator[None]:
         raise
     except UsageError as error:
         raise RankError(f"rank {rank}: {error}") if rank else error from None
-
-
-def _silent(_: str) -> None:
-    """The log of the ranks that print nothing."""

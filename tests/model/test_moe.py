@@ -17,12 +17,9 @@ from headway.config import (
     latent_eff,
 )
 from headway.model.context import Context
-from headway.model.layers import (
-    LatentMoE,
-    MoE,
-    MultiHeadLatentMoE,
-)
+from headway.model.layers import LatentMoE, MoE, MultiHeadLatentMoE
 from headway.model.moe import SparseLayer
+from headway.model.router import capacity
 from tests.compare import assert_close
 from tests.model.layer_reference import layer_reference
 
@@ -135,7 +132,7 @@ def test_capacity_drops_the_later_tokens():
         layer.router.bias_HE[:] = torch.tensor([9.0, 8.0, 0.0, 0.0, 0.0])  # all choose 0 and 1
     x = torch.randn(10, 12, dtype=torch.float64)
     out, stats = layer(x)
-    assert layer.router.capacity(10) == 2  # ⌈0.5 · 10 · 2 / 5⌉
+    assert capacity(0.5, 10, 2, 5) == 2  # ⌈0.5 · 10 · 2 / 5⌉
     assert (out[2:] == 0).all() and (out[:2] != 0).any()
     assert float(stats.dropped) == pytest.approx(0.8)
     assert stats.counts_HE.tolist() == [[10, 10, 0, 0, 0]]  # what was asked for, before dropping

@@ -34,11 +34,7 @@ def runs(rank, world, config, resume=False):
 
 def on_mesh(config, mesh=TWO, **run):
     """Two rows at once on each rank; `run` changes that part of the config."""
-    return dataclasses.replace(
-        config,
-        mesh=mesh,
-        run=dataclasses.replace(config.run, **run),
-    )
+    return dataclasses.replace(config, mesh=mesh, run=dataclasses.replace(config.run, **run))
 
 
 def test_a_run_goes_on_with_another_mesh_through_the_command_line(ranks, tmp_path, capsys):

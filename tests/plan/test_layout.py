@@ -7,15 +7,7 @@ import pytest
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
 from headway.model.roles import Group, SplitOver
 from headway.plan.cost import ModelCosts, model_costs, total
-from headway.plan.layout import (
-    MeshLayout,
-    auto_chunks,
-    illegal,
-    meshes,
-    micro_batch,
-    stored,
-    used,
-)
+from headway.plan.layout import MeshLayout, auto_chunks, illegal, meshes, micro_batch, stored, used
 from tests.plan.test_memory import MODELS
 
 WIDE = ModelConfig(

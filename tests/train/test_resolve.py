@@ -20,10 +20,7 @@ from headway.config.check import validate
 from headway.kernels import attention
 from headway.kernels.precision import native_bfloat16
 from headway.model.transformer import Transformer
-from headway.train.resolve import (
-    Sizes,
-    resolve,
-)
+from headway.train.resolve import Sizes, resolve
 from tests.kernels.cpp_paths import needs_native, switch_off
 
 

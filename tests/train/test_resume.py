@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from headway.checkpoint import run_folder
-from headway.config import (
-    UsageError,
-)
+from headway.config import UsageError
 from headway.train import loop
 from tests.train import tiny_run
 from tests.train.tiny_run import assert_same_run, events, tiny, train

@@ -63,12 +63,7 @@ def check(cases) -> None:
 
 
 def test_no_spills_and_little_shared_memory():
-    check(
-        [
-            (80, 64, 64, 4, "topk_softmax"),
-            (90, 256, 1024, 8, "sigmoid"),
-        ]
-    )
+    check([(80, 64, 64, 4, "topk_softmax"), (90, 256, 1024, 8, "sigmoid")])
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_of(state: str) -> str:
-    """`layers.0.norm1.weight.exp_avg` → `layers.0.norm1.weight`."""
+    """Map `layers.0.norm1.weight.exp_avg` to `layers.0.norm1.weight`."""
     return state.rpartition(".")[0]
 
 

@@ -115,7 +115,8 @@ class MoEConfig:
     """K, experts chosen per token and head; 1 ≤ K ≤ E, any integer."""
     n_zero_experts: int = 0
     """Z, further choices of each router that do nothing and cost nothing, so that easy tokens get
-    fewer experts; counted and balanced like the others. 0 is off."""
+    fewer experts; counted and balanced like the others. `describe` and `plan` still count K. 0 is
+    off."""
     d_expert: int = 192
     """F, hidden width of one expert."""
     n_heads: int = 1
@@ -239,8 +240,8 @@ def latent_eff(n_experts: int, top_k: int, alpha: int) -> tuple[int, int]:
 def latent_acc(
     n_experts: int, top_k: int, alpha: int, d_expert: int, d_model: int, activation: Activation
 ) -> tuple[int, int]:
-    """(N', K') of LatentMoE-acc: N' = αN, K' = αK − the experts that pay for the two projections
-    (eq. 2).
+    """Return (N', K') of LatentMoE-acc: N' = αN, K' = αK − the experts that pay for the two
+    projections (eq. 2).
 
     The projections cost 2·D·ℓ multiplications per token and one expert (G+1)·ℓ·F, so ⌈2·D /
     ((G+1)·F)⌉ experts pay. The published models fit K' = αK − 2, which this gives for their sizes

@@ -83,7 +83,7 @@ def attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, first_BS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, log-sum-exp of the scores `[B, N, S]` float32)."""
+    """Return (out, log-sum-exp of the scores `[B, N, S]` float32)."""
     (q, k, v), sizes = _arguments(q, k, v)
     out, lse = torch.empty_like(q), _row_sums(q)
     cpp_kernels().call("attention_forward", q.dtype, q, k, v, first_BS, *sizes, out, lse)
@@ -100,7 +100,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     (q, k, v), sizes = _arguments(q, k, v)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     tensors = (q, k, v, first_BS, out, d_out.contiguous(), lse)

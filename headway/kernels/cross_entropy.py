@@ -44,7 +44,8 @@ def cross_entropy(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float =
 def token_log_probs_reference(
     x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
 ) -> Tensor:
-    """log softmax(softcap(x·Wᵀ))[target] of every token, 0 where the target is −1; full logits."""
+    """Return log softmax(softcap(x·Wᵀ))[target] of every token, 0 where the target is −1; full
+    logits."""
     logits = _logits_reference(x_TD, w_VD, softcap)
     return -F.cross_entropy(logits, target_T, ignore_index=-1, reduction="none")
 
@@ -70,7 +71,7 @@ def _logits_reference(x_TD: Tensor, w_VD: Tensor, softcap: float) -> Tensor:
 
 
 def _chunks(T: int, V: int) -> Iterator[slice]:
-    """Tokens in chunks of at most `CHUNK_ELEMENTS` logits."""
+    """Cut tokens into chunks of at most `CHUNK_ELEMENTS` logits."""
     size = max(1, CHUNK_ELEMENTS // V)
     return (slice(start, start + size) for start in range(0, T, size))
 

@@ -64,11 +64,11 @@ class RouteStats(NamedTuple):
         return self.map(Tensor.detach)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RouteStats":
-        """Every statistic changed, without the report."""
+        """Apply `change` to every statistic, and drop the report."""
         return _stats({name: change(x) for name, x in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The statistics that are there, by name."""
+        """Return the statistics that are there, by name."""
         return {k: x for k, x in self._asdict().items() if k != "report" and x is not None}
 
 
@@ -81,8 +81,8 @@ SUMMED = ("counts_HE", "margins_HEQ")
 
 
 def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:
-    """E · Σ_e f_e·P_e of each head, 1.0 when balanced; `[H]` (Switch Transformer, arXiv 2101.03961
-    eq. 4).
+    """Return E · Σ_e f_e·P_e of each head, 1.0 when balanced; `[H]` (Switch Transformer, arXiv
+    2101.03961 eq. 4).
 
     f_e is the share of rows that chose expert e, so its K-fold sum over experts is 1."""
     f_HE = counts_HE / counts_HE.sum(-1, keepdim=True).clamp(min=1)
@@ -92,7 +92,7 @@ def aux_loss(counts_HE: Tensor, prob_HE: Tensor) -> Tensor:
 def balance_loss(
     stats: Sequence[RouteStats], config: BalanceConfig, load: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """The auxiliary and z-loss of all layers, weighted and averaged over layers; scalar.
+    """Return the auxiliary and z-loss of all layers, weighted and averaged over layers; scalar.
 
     Args:
         load: rows per expert `[H, E]`, one per layer, which the auxiliary loss of `global_batch`
@@ -126,7 +126,7 @@ FINEST, LARGEST = 1e-3, 1e2
 
 
 def margin_counts(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
-    """How many tokens have their margin of an expert in each of Q bins; int32 `[H, E, Q]`.
+    """Return how many tokens have their margin of an expert in each of Q bins; int32 `[H, E, Q]`.
 
     The margin of a token is its biased score minus the (K+1)-th largest of the row: expert e is
     chosen iff it is positive. Counts add up over micro-batches and ranks, quantiles do not."""
@@ -142,8 +142,8 @@ def margin_counts(scores_THE: Tensor, bias_HE: Tensor, top_k: int) -> Tensor:
 
 
 def quantile_margin(margins_HEQ: Tensor, rows_HE: Tensor) -> Tensor:
-    """c_e, the margin of expert e that as many tokens exceed as its fair share of rows; float64
-    `[H, E]` (arXiv 2607.24653). 0 where no token was counted.
+    """Return c_e, the margin of expert e that as many tokens exceed as its fair share of rows;
+    float64 `[H, E]` (arXiv 2607.24653). 0 where no token was counted.
 
     Subtracting c_e from the bias would have given every expert its fair share on these tokens.
     Between the edges of a bin its tokens are taken to lie evenly."""
@@ -166,7 +166,7 @@ _PER_ASINH = _STEPS / math.asinh(LARGEST / FINEST)
 
 
 def _bin(margin: Tensor) -> Tensor:
-    """The bin of each margin, edge < margin ≤ next edge; int64. What is no number is in the
+    """Return the bin of each margin, edge < margin ≤ next edge; int64. What is no number is in the
     first."""
     steps = (margin / FINEST).asinh().mul_(_PER_ASINH).ceil_()
     steps = steps.nan_to_num(nan=-_STEPS)  # this and the next have no rule for `vmap` in place
@@ -174,7 +174,7 @@ def _bin(margin: Tensor) -> Tensor:
 
 
 def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tensor:
-    """The selection bias after one optimiser step, given the step's counts; `[H, E]`.
+    """Return the selection bias after one optimiser step, given the step's counts; `[H, E]`.
 
     `sign`: b += u·sign(mean load − load), then centred (arXiv 2408.15664 §2; centring as Moonlight
     2502.16982 App. C).
@@ -198,13 +198,13 @@ def add_stats(a: RouteStats, b: RouteStats) -> RouteStats:
 
 
 def mean_stats(sums: RouteStats, n: int) -> RouteStats:
-    """What `add_stats` summed over `n` equal parts of a batch, as the statistics of all of it."""
+    """Turn what `add_stats` summed over `n` equal parts of a batch into its statistics."""
     means = {name: x / n for name, x in sums.tensors().items() if name not in SUMMED}
     return sums._replace(**means)
 
 
 def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
-    """The statistics, and the report, of one layer over several equal parts of a batch."""
+    """Return the statistics, and the report, of one layer over several equal parts of a batch."""
     if len(parts) == 1:
         return parts[0]
     merged = mean_stats(reduce(add_stats, parts), len(parts))

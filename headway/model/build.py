@@ -27,11 +27,11 @@ class Mixer(Protocol):
     """What the mixer slot asks of a module."""
 
     def __call__(self, x_BSD: Tensor, ctx: Context, /) -> Tensor:
-        """`[B, S, D]` → `[B, S, D]`."""
+        """Map `[B, S, D]` to `[B, S, D]`."""
         ...
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """An empty decoding state, which `ctx.cache.state(ctx.layer)` hands back in `forward`."""
+        """Return an empty decoding state; `ctx.cache.state(ctx.layer)` hands it to `forward`."""
         ...
 
 
@@ -39,7 +39,7 @@ class FeedForwardLayer(Protocol):
     """What the feed-forward slot asks of a module."""
 
     def __call__(self, x_BSD: Tensor, ctx: Context, /) -> tuple[Tensor, RouteStats | None]:
-        """`[B, S, D]` → `[B, S, D]`, and statistics where tokens are routed."""
+        """Map `[B, S, D]` to `[B, S, D]`, and statistics where tokens are routed."""
         ...
 
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.residual1, self.residual2 = residual(), residual()
 
     def forward(self, r: Tensor, ctx: Context) -> tuple[Tensor, RouteStats | None]:
-        """The residual stream after both branches, and what the feed-forward layer reports."""
+        """Return the stream after both branches, and what the feed-forward layer reports."""
         r = self.residual1.write(r, self.mixer(self.norm1(self.residual1.read(r)), ctx))
         y_BSD, stats = self.ffn(self.norm2(self.residual2.read(r)), ctx)
         return self.residual2.write(r, y_BSD), stats
@@ -99,7 +99,7 @@ def build_block(
     ffn: FeedForwardLayer | None = None,
     residual: type[Residual] = Residual,
 ) -> Block:
-    """The block that a config describes; a module that is given takes the place of the config's."""
+    """Return the block that a config describes, with given modules in place of the config's."""
     if mixer is None:
         mixer = Attention(config, config.window_of(layer))
     if ffn is None:
@@ -110,7 +110,7 @@ def build_block(
 def build_feed_forward(
     config: ModelConfig, layer: int, compute: Compute = Compute()
 ) -> SparseLayer | FeedForward:
-    """The feed-forward layer of block `layer`."""
+    """Return the feed-forward layer of block `layer`."""
     if not config.is_sparse(layer):
         return FeedForward(config.d_model, config.d_ff, config.activation)
     match config.moe.kind:

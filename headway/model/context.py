@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.config import UsageError
 from headway.kernels.attention import causal_mask, reads_first
 from headway.kernels.rope import rope_tables
 from headway.model.dispatch import LOCAL, TokenDispatcher
+
+REPORTS = frozenset({"routes", "logits", "norms"})
 
 
 class Cache(Protocol):
@@ -26,7 +29,7 @@ class Cache(Protocol):
         ...
 
     def state(self, layer: int) -> Any:
-        """The state that the mixer of a layer made in `init_state`."""
+        """Return the state that the mixer of a layer made in `init_state`."""
         ...
 
     def advance(self, n_new: Sequence[int]) -> None:
@@ -38,17 +41,13 @@ class DenseCache:
     """A cache with room for the same number of positions in each sequence."""
 
     def __init__(self, states: Sequence[Any], batch: int) -> None:
-        self._states, self._lengths = list(states), [0] * batch
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        return self._lengths
+        self._states, self.lengths = list(states), [0] * batch
 
     def state(self, layer: int) -> Any:
         return self._states[layer]
 
     def advance(self, n_new: Sequence[int]) -> None:
-        self._lengths = [held + n for held, n in zip(self._lengths, n_new, strict=True)]
+        self.lengths = [held + n for held, n in zip(self.lengths, n_new, strict=True)]
 
 
 class Positions:
@@ -64,25 +63,19 @@ class Positions:
         doc_BS: Tensor | None = None,
     ) -> None:
         held = lengths or [0] * batch
-        assert doc_BS is None or not any(held), (
-            "documents are kept apart in training, not in a cache"
-        )
+        assert doc_BS is None or not any(held), "a cache holds one document per sequence"
         self.ragged = len(set(held)) > 1
         """Whether sequences hold different numbers of positions."""
         self.start, self.n_new, self.n_keys = held[0], n_new, max(held) + n_new
         self.doc_BS, self.device, self._batch = doc_BS, device, batch
-        if self.ragged:
-            self.index = torch.tensor(held, device=device).unsqueeze(1) + torch.arange(
-                n_new, device=device
-            )
-        else:
-            self.index = torch.arange(self.start, self.n_keys, device=device)
+        held_B1 = torch.tensor(held, device=device).unsqueeze(1) if self.ragged else self.start
+        self.index = held_B1 + torch.arange(n_new, device=device)
         """int64 `[S]`, or `[B, S]` where ragged."""
         self._tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._visible: dict[tuple[int, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
 
     def rope(self, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of `kernels.rope.rope_tables`, a row for each of S (ragged: B·S) positions."""
+        """Return `kernels.rope.rope_tables`, a row for each of S (ragged: B·S) positions."""
         key = d_head, theta, dtype
         if key not in self._tables:
             self._tables[key] = rope_tables(self.index.flatten(), d_head, theta, dtype)
@@ -153,16 +146,20 @@ class Context:
     sparse_layer: int = 0
     """Index among the sparse layers."""
 
+    def __post_init__(self) -> None:
+        if not self.report <= REPORTS:
+            raise UsageError(f"report={set(self.report)} names more than {set(REPORTS)}")
+
     def at(self, layer: int, sparse_layer: int) -> "Context":
-        """The context of one block. Without cache, replay and other processes all blocks share
-        one, so that compiled blocks share their code."""
+        """Return the context of one block. Without cache, replay and other processes all blocks
+        share one, so that compiled blocks share their code."""
         if self.cache is None and not self.replay and self.dispatcher is LOCAL:
             return self
         dispatcher = self.dispatcher.at(layer)
         return replace(self, layer=layer, sparse_layer=sparse_layer, dispatcher=dispatcher)
 
     def positions_of(self, x_BSD: Tensor) -> Positions:
-        """The positions of this pass; those of a mixer that is used on its own are made here."""
+        """Return the positions of this pass, or make those of a mixer that is used alone."""
         if self.positions is not None:
             return self.positions
         lengths = None if self.cache is None else self.cache.lengths

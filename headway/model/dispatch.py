@@ -88,7 +88,7 @@ class TokenDispatcher:
         return self
 
     def chunks(self, x_TD: Tensor, unit: int) -> Sequence[Tensor]:
-        """The chunks that pass through the layer one after another, of whole units of `unit`
+        """Return the chunks that pass through the layer one after another, of whole units of `unit`
         tokens."""
         return (x_TD,)
 
@@ -104,15 +104,15 @@ class TokenDispatcher:
         return Completed((z_THL, route, None))
 
     def combine(self, y_THL: Tensor, metadata: Any) -> Future[Tensor]:
-        """The inverse of `dispatch`: the experts' outputs, summed."""
+        """Invert `dispatch`: return the experts' outputs, summed."""
         return Completed(y_THL)
 
     def gather(self, y_THL: Tensor, exact: bool = False) -> Future[Tensor]:
-        """The inverse of `scatter`; `exact` for values that no payload dtype may round."""
+        """Invert `scatter`; `exact` for values that no payload dtype may round."""
         return Completed(y_THL)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The values of one process, on all."""
+        """Return the values of one process, on all."""
         return x
 
 

@@ -38,8 +38,8 @@ def init_weights(
 def initial_weights(
     module: nn.Module, *, n_layers: int = 0, embed_std: float = 0.02, seed: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and initial value, float32 on the CPU, of every parameter and buffer: drawn one at a
-    time in the order of the module, so that no more than one of them need exist.
+    """Yield name and initial value, float32 on the CPU, of every parameter and buffer: drawn one
+    at a time in the order of the module, so that no more than one of them need exist.
 
     Only roles and shapes of `module` are read, before this returns: it may be on the meta device,
     and be sharded before the values are drawn.

@@ -66,7 +66,7 @@ class FeedForward(nn.Module):
         self.w_out = Linear(d_ff, d_model, ends_branch=True)
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> tuple[Tensor, None]:
-        """`[..., D]` → `[..., D]`; a dense network has no routing statistics."""
+        """Map `[..., D]` to `[..., D]`; a dense network has no routing statistics."""
         return self.w_out(activate(self.w_in(x), self.activation)), None
 
     def costs(self, work: Workload, group: CostGroup = CostGroup.DENSE) -> Sequence[Cost]:

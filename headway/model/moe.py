@@ -49,7 +49,7 @@ class Experts(nn.Module):
         }
 
     def forward(self, x_THL: Tensor, route: Route) -> Tensor:
-        """`[T, H, L]` → `[T, H, L]` in x's dtype.
+        """Map `[T, H, L]` to `[T, H, L]` in x's dtype.
 
         Or `[T, 1, L]` where each sub-token has a head of its own (Expert Parallel): the indices
         then count all H·E experts, expert e of head h being h·E + e."""
@@ -129,19 +129,19 @@ class SparseLayer(nn.Module):
         self.w_out = Linear(d_latent, d_model, ends_branch=True) if latent else None
 
     def split(self, x_TD: Tensor) -> Tensor:
-        """`[T, D]` → sub-tokens `[T, H, L]`; in a flat MoE the token itself, H = 1."""
+        """Map `[T, D]` to sub-tokens `[T, H, L]`; in a flat MoE the token itself, H = 1."""
         if self.w_in is None:
             return x_TD.unsqueeze(1)
         z_THL = self.w_in(x_TD).unflatten(-1, (self.n_heads, -1))
         return z_THL if self.norm is None else self.norm(z_THL)
 
     def merge(self, y_THL: Tensor) -> Tensor:
-        """`[T, H, L]` → `[T, D]`."""
+        """Map `[T, H, L]` to `[T, D]`."""
         return y_THL.squeeze(1) if self.w_out is None else self.w_out(y_THL.flatten(1))
 
     def forward(self, x: Tensor, ctx: Context = Context()) -> tuple[Tensor, RouteStats]:
-        """`[..., S, D]` → `[..., S, D]` in the same dtype, and the statistics that balance and the
-        report need.
+        """Map `[..., S, D]` to `[..., S, D]` in the same dtype, and the statistics that balance and
+        the report need.
 
         `x` holds sequences of S tokens, T tokens in all; S matters to what counts by sequence
         alone. On a mesh T are this process's tokens, and the statistics those of the sub-tokens
@@ -164,7 +164,7 @@ class SparseLayer(nn.Module):
         return y_TD.view(x.shape), merge_stats(stats)
 
     def _steps(self, x_TD: Tensor, index_THK: Tensor | None, seq_len: int, ctx: Context) -> Steps:
-        """The way of one chunk through the layer."""
+        """Compute one chunk, from exchange to exchange."""
         dispatcher, router, E = ctx.dispatcher, self.router, self.config.n_experts
         how = (seq_len, ctx.cache is not None, ctx.report)
         z_THL = self.split(x_TD)

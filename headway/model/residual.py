@@ -15,21 +15,21 @@ class Residual(nn.Module):
     norm; every branch of a block has an instance of its own for `read` and `write`."""
 
     def expand(self, x_BSD: Tensor) -> Tensor:
-        """Embeddings → the stream."""
+        """Make the stream of the embeddings. Reads no matrix: FSDP gathers those per block."""
         return x_BSD
 
     def read(self, r: Tensor) -> Tensor:
-        """The stream → the input of a branch, `[B, S, D]`."""
+        """Return the input of a branch, `[B, S, D]`."""
         return r
 
     def write(self, r: Tensor, y_BSD: Tensor) -> Tensor:
-        """The stream after a branch that gave `y_BSD`."""
+        """Return the stream after a branch that gave `y_BSD`."""
         return r + y_BSD
 
     def reduce(self, r: Tensor) -> Tensor:
-        """The stream → `[B, S, D]`."""
+        """Reduce the stream to `[B, S, D]`, without a matrix as `expand`."""
         return r
 
     def costs(self, work: Workload) -> Sequence[Cost]:
-        """The plain residual connection has no parameters; a subclass that has some names them."""
+        """Name the parameters of a subclass that has some; the plain connection has none."""
         return ()

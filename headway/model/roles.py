@@ -63,8 +63,8 @@ class Role:
     shard: SplitOver = SplitOver.NONE
 
     def std(self, n_layers: int, embed_std: float) -> float | None:
-        """Standard deviation of the initial values; 0 for zeros, None for ones. `n_layers` = 0 is a
-        layer on its own, whose branches are not scaled."""
+        """Return the standard deviation of the initial values; 0 for zeros, None for ones. With
+        `n_layers` = 0, a layer on its own, branches are not scaled."""
         match self.init:
             case Init.ONES:
                 return None
@@ -84,7 +84,7 @@ class DeclaresRoles(Protocol):
     """A module that says what its own parameters and buffers are for."""
 
     def roles(self) -> Mapping[str, Role]:
-        """Local name → role, for the parameters and buffers that this module itself holds."""
+        """Return local name → role for the parameters and buffers that this module holds."""
         ...
 
 

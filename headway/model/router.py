@@ -37,7 +37,7 @@ class Route(NamedTuple):
 
 
 def replayed(index_THK: Tensor, router: "Router") -> Route:
-    """A selection that is given, as a route without gates: what a router of sub-tokens is sent."""
+    """Return a given selection as a route without gates, which a router of sub-tokens is sent."""
     T, H, K = index_THK.shape
     gate_THK = index_THK.new_zeros(T, H, K, dtype=torch.float32)
     zero_HE = router.bias_HE.new_zeros(H, router.n_choices)
@@ -46,7 +46,7 @@ def replayed(index_THK: Tensor, router: "Router") -> Route:
 
 
 def capacity(factor: float, seq_len: int, top_k: int, n_experts: int) -> int:
-    """Rows of a sequence of S tokens that an expert takes at most: ⌈factor · S · K / E⌉."""
+    """Return how many rows of S tokens an expert takes at most: ⌈factor · S · K / E⌉."""
     return -int(-factor * seq_len * top_k // n_experts)
 
 
@@ -124,8 +124,8 @@ class Router(nn.Module):
         return self
 
     def logits(self, x: Tensor) -> Tensor:
-        """Raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and jitter
-        in training."""
+        """Return raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and
+        jitter in training."""
         if self.training and self.config.jitter:
             x = x if x.dtype == torch.float64 else x.float()
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
@@ -209,7 +209,7 @@ class Router(nn.Module):
         return whole, aux_HB.mean(1)
 
     def _drop(self, index_THK: Tensor, seq_len: int | None) -> Tensor:
-        """E + Z in place of every slot over the capacity of its expert in its sequence."""
+        """Put E + Z in place of every slot over the capacity of its expert in its sequence."""
         T = index_THK.shape[0]
         n = _sequences(T, seq_len)
         by_sequence = _apart(index_THK, n)
@@ -239,18 +239,18 @@ class Router(nn.Module):
 
 
 def _sequences(T: int, seq_len: int | None) -> int:
-    """How many there are in T tokens; no tokens are one empty sequence."""
+    """Return how many sequences T tokens are; no tokens are one empty sequence."""
     return T // seq_len if seq_len and T else 1
 
 
 def _apart(x_THX: Tensor, n: int) -> Tensor:
-    """`[n·S, H, X]` → `[S, H·n, X]`: each of n sequences as a head of its own, those of one head
-    together."""
+    """Map `[n·S, H, X]` to `[S, H·n, X]`: each of n sequences as a head of its own, those of one
+    head together."""
     T, H, X = x_THX.shape
     return x_THX.view(n, T // n, H, X).permute(1, 2, 0, 3).reshape(T // n, H * n, X)
 
 
 def _together(x_SNX: Tensor, n: int) -> Tensor:
-    """The inverse of `_apart`."""
+    """Invert `_apart`."""
     S, N, X = x_SNX.shape
     return x_SNX.view(S, N // n, n, X).permute(2, 0, 1, 3).reshape(S * n, N // n, X)

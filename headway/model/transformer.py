@@ -69,15 +69,15 @@ class Transformer(nn.Module):
         init_weights(self, n_layers=config.n_layers, embed_std=config.init_std, seed=seed)
 
     def initial(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Name and full initial value of every parameter and buffer, one at a time: those that the
-        constructor gives with this seed. For a model on the meta device."""
+        """Yield name and full initial value of every parameter and buffer, one at a time: those
+        that the constructor gives with this seed. For a model on the meta device."""
         c = self.config
         return initial_weights(self, n_layers=c.n_layers, embed_std=c.init_std, seed=seed)
 
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, ctx: Context = Context()
     ) -> Output:
-        """Loss of `targets_BS` (−1 is ignored), or logits without targets.
+        """Return the loss of `targets_BS` (−1 is ignored), or logits without targets.
 
         Args: tokens_BS, targets_BS: int64 `[B, S]`. With `ctx.cache` the tokens follow those that
         it holds, and are added to it."""
@@ -105,15 +105,15 @@ class Transformer(nn.Module):
         return Output(cross_entropy(*head), None, tuple(stats))
 
     def blocks(self) -> list[Block]:
-        """The layers, typed."""
+        """Return the layers, typed."""
         return [block for block in self.layers if isinstance(block, Block)]
 
     def sparse_layers(self) -> list[SparseLayer]:
-        """The sparse layers, first layer first: the order of `Output.stats`."""
+        """Return the sparse layers, first layer first: the order of `Output.stats`."""
         return [layer for block in self.blocks() if (layer := block.sparse) is not None]
 
     def init_cache(self, batch: int, max_len: int) -> DenseCache:
-        """An empty cache for decoding `batch` sequences of at most `max_len` positions."""
+        """Return an empty cache for decoding `batch` sequences of at most `max_len` positions."""
         device = self.embed.weight.device
         states = [
             block.mixer.init_state(batch, max_len, self.dtype, device) for block in self.blocks()
@@ -121,8 +121,7 @@ class Transformer(nn.Module):
         return DenseCache(states, batch)
 
     def _with_positions(self, x_BSD: Tensor, ctx: Context) -> Context:
-        """Tables and masks, made here once for all layers, outside of what `block.compile`
-        compiles."""
+        """Make tables and masks once for all layers, outside of what `block.compile` compiles."""
         config, positions = self.config, ctx.positions_of(x_BSD)
         positions.rope(config.head_width, config.rope_theta, self.dtype)
         for window in set(config.window) or {0}:
@@ -155,7 +154,7 @@ class Transformer(nn.Module):
 
 
 def _last(x_BSD: Tensor, ctx: Context) -> Tensor:
-    """`[B, 1, D]` after the last real token of each sequence."""
+    """Return `[B, 1, D]` after the last real token of each sequence."""
     if ctx.n_new is None:
         return x_BSD[:, -1:]
     row = torch.arange(len(x_BSD), device=x_BSD.device)

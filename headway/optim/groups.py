@@ -32,7 +32,7 @@ class Optimizers:
         self.named, self.groups, self.adamw, self.muon = named, groups, adamw, muon
 
     def all(self) -> list[AdamW | Muon]:
-        """The optimisers in use."""
+        """Return the optimisers in use."""
         return [self.adamw] if self.muon is None else [self.adamw, self.muon]
 
     def set_lr(self, factor: float) -> None:

@@ -248,14 +248,14 @@ def all_to_all(
 
 
 def all_gather(parts: Sequence[Tensor], comm: CommContext) -> AsyncCollective:
-    """`[N, …]` → `[P·N, …]` on every rank. The gradients are summed over the ranks."""
+    """Map `[N, …]` to `[P·N, …]` on every rank. The gradients are summed over the ranks."""
     adjoint = _CollectiveSpec(_issue_all_to_all(None), sums=True)
     return AsyncCollective(parts, comm, _CollectiveSpec(_issue_all_gather), adjoint)
 
 
 def reduce_scatter(part: Tensor, comm: CommContext) -> AsyncCollective:
-    """`[P·N, …]` → `[N, …]`, the sum over the ranks: an all-to-all, which sends as many bytes as a
-    ring would, and one sum in rank order. The gradients are all-gathered."""
+    """Map `[P·N, …]` to `[N, …]`, the sum over the ranks: an all-to-all, which sends as many bytes
+    as a ring would, and one sum in rank order. The gradients are all-gathered."""
     forward = _CollectiveSpec(_issue_all_to_all(None), sums=True)
     return AsyncCollective((part,), comm, forward, _CollectiveSpec(_issue_all_gather))
 

@@ -199,7 +199,7 @@ class _Rows:
         self.row_R, self.counts, self.n = row_R, counts, n
 
     def sum(self, y_RL: Tensor) -> Tensor:
-        """`[R, L]` → `[N, L]`, rank after rank, so that the order of the sum is fixed."""
+        """Map `[R, L]` to `[N, L]`, rank after rank, so that the order of the sum is fixed."""
         wide = torch.float64 if y_RL.dtype == torch.float64 else torch.float32
         total_NL = torch.zeros(self.n, y_RL.shape[1], dtype=wide, device=y_RL.device)
         for row, y in zip(self.row_R.split(self.counts), y_RL.split(self.counts), strict=True):

@@ -19,8 +19,8 @@ from headway.parallel.collectives import CommContext, all_to_all, index_dtype
 def scatter(
     z_THL: Tensor, route: Route | None, comm: CommContext
 ) -> Future[tuple[Tensor, Route | None]]:
-    """`[T, H, L]` and a route `[T, H, K]` → `[P·T, H/P, L]` and `[P·T, H/P, K]`, in rank order. The
-    statistics of the route remain those of the local tokens."""
+    """Map `[T, H, L]` and a route `[T, H, K]` to `[P·T, H/P, L]` and `[P·T, H/P, K]`, in rank
+    order. The statistics of the route remain those of the local tokens."""
     parts = [z_THL]
     if route is not None:
         dtype = index_dtype(route.stats.counts_HE.numel())
@@ -36,7 +36,7 @@ def scatter(
 
 
 def gather(y_THL: Tensor, comm: CommContext) -> Future[Tensor]:
-    """The inverse: `[P·T, H/P, L]` → `[T, H, L]`, every token on its rank, heads in order."""
+    """Invert `scatter`: `[P·T, H/P, L]` → `[T, H, L]`, tokens on their ranks, heads in order."""
 
     def receive(y_PTHL: Tensor) -> Tensor:
         return y_PTHL.unflatten(0, (comm.axis.size, -1)).transpose(0, 1).flatten(1, 2)
@@ -45,5 +45,5 @@ def gather(y_THL: Tensor, comm: CommContext) -> Future[Tensor]:
 
 
 def _by_rank(x_THX: Tensor, size: int) -> Tensor:
-    """`[T, H, X]` → `[P·T, H/P, X]`, the heads of rank 0 first."""
+    """Map `[T, H, X]` to `[P·T, H/P, X]`, the heads of rank 0 first."""
     return x_THX.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)

@@ -156,7 +156,8 @@ def launch(
     device: torch.device = torch.device("cpu"),
     facts: Callable[[], dict[str, Any]] = dict,
 ) -> Iterator[Mesh]:
-    """Context with the mesh of this job: a single process unless launched, else over NCCL or gloo.
+    """Return a context with the mesh of this job: a single process unless launched, else over NCCL
+    or gloo.
 
     `facts` returns what must be the same on all ranks, such as the options; it is compared first.
     Raises: UsageError where facts differ, the mesh does not fit the processes, or the rendezvous
@@ -215,8 +216,8 @@ def _check_product(config: MeshConfig, world: int, rank: int) -> None:
 
 @contextmanager
 def fake(config: MeshConfig, rank: int = 0) -> Iterator[Mesh]:
-    """Context with the mesh as `rank` would see it and collectives that send nothing: a dry run of
-    any size in one process, on the meta device or with small tensors."""
+    """Return a context with the mesh as `rank` would see it and collectives that send nothing: a
+    dry run of any size in one process, on the meta device or with small tensors."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = config.size

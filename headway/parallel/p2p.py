@@ -58,7 +58,7 @@ def all_to_all(
 
 
 def all_gather(received: Tensor, sent: Tensor, axis: Axis) -> Works:
-    """`[N, …]` → `[P·N, …]`, in rank order; contiguous, and unchanged until `wait`."""
+    """Map `[N, …]` to `[P·N, …]`, in rank order; contiguous, and unchanged until `wait`."""
     if not _uses_gloo(axis):
         return Works([_all_gather(received, sent, group=axis.group, async_op=True)])
     return _post(received.split([len(sent)] * axis.size), [sent] * axis.size, axis)

@@ -161,7 +161,7 @@ def global_stats(
     weight = hp / mesh.size  # of one rank in a mean over the ranks that hold its heads
 
     def place(x: Tensor) -> Tensor:
-        """`[H_local, …]` → `[H, …]` with zeros for the other heads."""
+        """Map `[H_local, …]` to `[H, …]` with zeros for the other heads."""
         if not heads_are_split or x.dim() == 0:
             return x
         all_heads = x.new_zeros(hp, *x.shape)

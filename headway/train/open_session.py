@@ -45,7 +45,7 @@ def open_session(
     interrupt: Interrupt | None = None,
     blocks: BlockBuilder = build_block,
 ) -> Iterator[Session[D]]:
-    """A context with a session on this rank: a new run at step 0, or a resumed one at its
+    """Return a context with a session on this rank: a new run at step 0, or a resumed one at its
     checkpoint.
 
     Args:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headway import LatentMoE, MoE, MultiHeadLatentMoE
-from headway.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from headway.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
 from headway.model.balance import new_bias
 from headway.model.compute import Compute
 from headway.model.context import Context
@@ -53,6 +53,11 @@ def test_reports_are_what_the_router_did(kind):
     assert_close(stats.report.norm_TH.double(), norms, 1e-6)
     assert not stats.report.gate_THK.requires_grad
     assert layer(x, Context(report=frozenset({"routes"})))[1].report.logits_THE is None
+
+
+def test_a_report_that_nobody_gives_is_named():
+    with pytest.raises(UsageError, match="report=.*logit.*names more than"):
+        Context(report=frozenset({"logit"}))
 
 
 def test_a_model_replays_its_own_report_in_another_model():

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.gate = Linear(config.d_model, self.n_heads) if config.attn_gate else None
 
     def forward(self, x_BSD: Tensor, ctx: Context = Context()) -> Tensor:
-        """`[B, S, D]` → `[B, S, D]`; the S positions follow those in the cache, if there is one."""
+        """Map `[B, S, D]` to `[B, S, D]`; the S positions follow those in a cache."""
         positions = ctx.positions_of(x_BSD)
         q, k, v = self._qkv(x_BSD, positions)
         if ctx.cache is not None:
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def init_state(
         self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> KVState:
-        """An empty cache for `batch` sequences of at most `max_len` positions."""
+        """Return an empty cache for `batch` sequences of at most `max_len` positions."""
         shape = (batch, self.n_kv_heads, max_len, self.d_head)
         return KVState(
             torch.zeros(shape, dtype=dtype, device=device),
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         )
 
     def _qkv(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and rotated queries, keys, values: `[B, S, heads, d]`."""
+        """Return normed and rotated queries, keys, values: `[B, S, heads, d]`."""
         B, S, _ = x_BSD.shape
         # one row of the tables per position: as one sequence where the positions differ
         rows = (1, B * S) if positions.ragged else (B, S)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from headway.checkpoint.checkpoint_dir import CheckpointError
 from headway.checkpoint.state import model_tensors, parameter_of, set_rng_state
 from headway.checkpoint.tensor_files import TensorReader
 from headway.config import ModelConfig, UsageError, from_dict, leaves
@@ -43,19 +42,19 @@ def load_checkpoint(
 
 def load_model(path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS.sharding) -> None:
     """Copy the weights and buffers of a checkpoint into `model`, of each tensor the slice that this
-    rank holds. Raises `CheckpointError` where names or shapes differ."""
+    rank holds. Raises UsageError where names or shapes differ."""
     targets = model_tensors(model)
     with TensorReader(path, "model") as reader:
         if set(reader.names()) != set(targets):
             differing = sorted(set(reader.names()) ^ set(targets))[0]
-            where = "only in the model or only in the file"
-            raise CheckpointError(f"{path.name}: {differing} is {where}")
+            where = "only in the model or only in the file; modules of your own need blocks="
+            raise UsageError(f"{path.name}: {differing} is {where}")
         with torch.no_grad():
             for name, target in targets.items():
                 shape, wanted = reader.shape(name), local_shard(name, target, sharding).shape
                 if shape != wanted:
                     differs = f"{name} is {shape} in the file and {wanted} in the model"
-                    raise CheckpointError(f"{path.name}: {differs}")
+                    raise UsageError(f"{path.name}: {differs}")
                 target.copy_(reader.read(name, local_slices(name, shape, sharding)))
 
 

@@ -13,6 +13,7 @@ from headway.config import Config, Precision, UsageError
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.kernels.paths import check_float8
 from headway.kernels.precision import native_bfloat16
+from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 
@@ -48,13 +49,18 @@ class Trained(NamedTuple):
     """Those of the `Runtime`."""
 
 
-def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto") -> Trained:
+def load_trained(
+    path: str | Path,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    blocks: BlockBuilder = build_block,
+) -> Trained:
     """Return the model of a run folder (its latest undamaged checkpoint), or of one checkpoint
     folder inside a run.
 
-    The model is built on the meta device and every tensor is read once. `device` and `dtype` are as
-    for `resolve_runtime`. Raises UsageError where there is no undamaged checkpoint, no run.json
-    above it, or no such device."""
+    The model is built on the meta device, each tensor read once. `device` and `dtype` are as for
+    `resolve_runtime`, `blocks` as for `Transformer`. Raises UsageError where there is no undamaged
+    checkpoint, no run.json above it, no such device, or where `blocks` make another model."""
     run_dir, checkpoint, problems = _find(Path(path))
     config = run_folder.read_config(run_dir)
     runtime = resolve_runtime(config, device, dtype)
@@ -68,7 +74,7 @@ def load_trained(path: str | Path, device: Device = "auto", dtype: Dtype = "auto
         torch.set_num_threads(config.run.threads)
     moe = replace(config.model.moe, precision=runtime.precision)
     with torch.device("meta"):
-        model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype))
+        model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype), blocks=blocks)
     model.to_empty(device=runtime.device)
     load_model(checkpoint, model)
     return Trained(config, model.eval(), tokenizer, checkpoint, problems, runtime.remarks)

@@ -7,9 +7,8 @@ import torch
 
 @dataclass(frozen=True)
 class Compute:
-    """The dtype of the matmuls, and what is kept for backward.
-
-    The precision of the experts' products is `MoEConfig.precision`."""
+    """The dtype of the matmuls, and what is kept for backward. (The precision of the experts'
+    products is `MoEConfig.precision`.)"""
 
     dtype: torch.dtype = torch.float32
     """Of the matmuls and the residual stream; parameters are float32."""

@@ -117,11 +117,9 @@ class SparseLayer(nn.Module):
                 f"n_heads={config.n_heads} must divide the latent width {d_latent}; "
                 f"use {nearest_divisors(d_latent, config.n_heads)} heads"
             )
-        normed = latent and config.latent_norm
         self.w_in = Linear(d_model, d_latent) if latent else None
-        self.norm = (
-            RMSNorm(config.n_heads, d_latent // config.n_heads, eps=norm_eps) if normed else None
-        )
+        norm = RMSNorm(config.n_heads, d_latent // config.n_heads, eps=norm_eps)
+        self.norm = norm if latent and config.latent_norm else None
         self.router = Router(d_model, config, compute)
         self.experts = Experts(d_model, config, compute) if experts is None else experts
         shared = config.d_shared

@@ -218,7 +218,7 @@ def test_another_architecture_is_refused_by_its_first_field(tmp_path):
 def test_other_tensors_are_refused(tmp_path):
     model, optimizers = _trained()
     path = _save(tmp_path, 1, model, optimizers)
-    with pytest.raises(CheckpointError, match="bias is only in"):
+    with pytest.raises(UsageError, match="bias is only in"):
         load.load_model(path, nn.Linear(2, 2))
 
 

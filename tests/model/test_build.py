@@ -1,11 +1,13 @@
 """Slots: modules of a user's own in a model, and the promise that every mixer keeps."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from headway.checkpoint.runtime import load_trained
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, UsageError
 from headway.model.build import build_block
 from headway.model.compute import Compute
@@ -61,6 +63,11 @@ def test_modules_of_ones_own_train_and_sample(tmp_path):
     result = train(tiny(tmp_path), blocks=own_blocks, log=lines.append)
     assert result["steps"] == tiny(tmp_path).optim.steps and result["sample"] is not None
     assert result["val_bits_per_byte"] < result["first_val_bits_per_byte"]
+    run = Path(result["checkpoint"]).parents[1]
+    loaded = load_trained(run, blocks=own_blocks).model
+    assert isinstance(loaded.blocks()[0].mixer, RunningMean)
+    with pytest.raises(UsageError, match="modules of your own need blocks="):
+        load_trained(run)
 
 
 def test_every_parameter_has_a_role_and_one_without_is_named():

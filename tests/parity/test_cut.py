@@ -4,6 +4,7 @@ whole. Loss, every gradient, norm, and what is left after two steps (parameters,
 to 1e-12."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -31,6 +32,7 @@ KINDS = {
     "sub-token": (heads, RouterConfig()),
     "token": (heads, TOKEN),
     "flat": (flat, RouterConfig(gate="sigmoid", renormalize=True)),
+    "experts that do nothing": (partial(heads, n_zero_experts=3), RouterConfig()),
 }
 
 
@@ -90,6 +92,7 @@ def name(value):
         ("sub-token", MeshConfig(dp=2), 4),
         ("sub-token", MeshConfig(hp=2, ep=2, chunks=2), 1),
         ("sub-token", MeshConfig(2, 2, 2), 1),
+        ("experts that do nothing", MeshConfig(hp=2, ep=2, chunks=2), 1),
         ("token", MeshConfig(hp=4, chunks=2), 4),
         ("token", MeshConfig(dp=2, hp=2, shard="fsdp"), 2),
         ("flat", MeshConfig(ep=4, ep_scheme="all_gather", chunks=4), 2),

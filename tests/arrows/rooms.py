@@ -70,9 +70,19 @@ ROOMS = (
         "config kernels model parallel data optim",
     ),
     Room(
+        "hub",
+        "Hugging Face folders in and out, GGUF out: a file per family, read in both directions",
+        "config kernels model data checkpoint",
+    ),
+    Room(
+        "serve",
+        "the inference engine: scheduler, paged cache, sampling; an OpenAI-compatible server",
+        "config kernels model parallel data checkpoint hub",
+    ),
+    Room(
         "train",
         "a session (mesh, model, optimisers, records, saves, stops), the step, the pre-training loop",
-        "config kernels model parallel data eval report plan optim checkpoint",
+        "config kernels model parallel data eval report plan optim checkpoint serve",
     ),
     Room("cli", "a file per verb; `main.py` has the exit codes; nothing imports it", "*"),
 )

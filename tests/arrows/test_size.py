@@ -3,9 +3,9 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 20_317
-"""Lines of Python when the rooms were renovated: standard names and real slots may not cost
-lines. Raise it together with a feature that needs them."""
+TOTAL = 28_000
+"""20,317 lines of Python when the rooms were renovated; then the hub and the engine. Raise it together
+with a feature that needs more."""
 
 
 def test_no_file_is_longer_than_a_sitting():

@@ -1,0 +1,1 @@
+"""Models of other libraries: Hugging Face folders and GGUF, in and out."""

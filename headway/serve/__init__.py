@@ -1,0 +1,1 @@
+"""Inference for many requests at once: engine, paged cache, sampling, server."""

@@ -7,7 +7,7 @@ function like `build_block` and give it to `Transformer(config, blocks=…)`:
         return build_block(config, layer, compute, mixer=MyMixer(config))"""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class Mixer(Protocol):
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Return an empty decoding state; `ctx.cache.state(ctx.layer)` hands it to `forward`."""
+        ...
+
+
+@runtime_checkable
+class PagedMixer(Protocol):
+    """What the inference engine asks of a mixer beside that."""
+
+    def init_pages(self, n_pages: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """Return an empty decoding state in pages (`model.paged`), with `bytes` and `copy_page`."""
         ...
 
 

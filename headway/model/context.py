@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.config import UsageError
+from headway.config import ModelConfig, UsageError
 from headway.kernels.attention import causal_mask, reads_first
 from headway.kernels.rope import rope_tables
 from headway.model.dispatch import LOCAL, TokenDispatcher
@@ -23,9 +23,8 @@ REPORTS = frozenset({"routes", "logits", "norms"})
 class Cache(Protocol):
     """The decoding state of all layers of a model for B sequences."""
 
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Positions that each sequence holds, before the current pass."""
+    def positions(self, batch: int, n_new: int, device: torch.device) -> "Positions":
+        """Return where the tokens `[batch, n_new]` of a pass stand."""
         ...
 
     def state(self, layer: int) -> Any:
@@ -42,6 +41,9 @@ class DenseCache:
 
     def __init__(self, states: Sequence[Any], batch: int) -> None:
         self._states, self.lengths = list(states), [0] * batch
+
+    def positions(self, batch: int, n_new: int, device: torch.device) -> "Positions":
+        return Positions(batch, n_new, device, self.lengths)
 
     def state(self, layer: int) -> Any:
         return self._states[layer]
@@ -63,7 +65,6 @@ class Positions:
         doc_BS: Tensor | None = None,
     ) -> None:
         held = lengths or [0] * batch
-        assert doc_BS is None or not any(held), "a cache holds one document per sequence"
         self.ragged = len(set(held)) > 1
         """Whether sequences hold different numbers of positions."""
         self.start, self.n_new, self.n_keys = held[0], n_new, max(held) + n_new
@@ -73,6 +74,12 @@ class Positions:
         """int64 `[S]`, or `[B, S]` where ragged."""
         self._tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._visible: dict[tuple[int, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
+
+    def prepare(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Make tables and masks of all layers now, outside of what `block.compile` compiles."""
+        self.rope(config.head_width, config.rope_theta, dtype)
+        for window in set(config.window) or {0}:
+            self.visible(window, dtype)
 
     def rope(self, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `kernels.rope.rope_tables`, a row for each of S (ragged: B·S) positions."""
@@ -139,6 +146,9 @@ class Context:
     matmul with the output head in backward."""
     last_only: bool = False
     """Without targets: give the logits after the last real token of each sequence alone."""
+    rows_R: Tensor | None = None
+    """Without targets, of one sequence: give the logits after these of its tokens alone, int64
+    `[R]`."""
     positions: Positions | None = None
     """Set by the model for its layers."""
     layer: int = 0
@@ -162,5 +172,8 @@ class Context:
         """Return the positions of this pass, or make those of a mixer that is used alone."""
         if self.positions is not None:
             return self.positions
-        lengths = None if self.cache is None else self.cache.lengths
-        return Positions(x_BSD.shape[0], x_BSD.shape[1], x_BSD.device, lengths, self.doc_BS)
+        B, S, _ = x_BSD.shape
+        if self.cache is not None:
+            assert self.doc_BS is None, "a cache holds one document per sequence"
+            return self.cache.positions(B, S, x_BSD.device)
+        return Positions(B, S, x_BSD.device, doc_BS=self.doc_BS)

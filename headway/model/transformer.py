@@ -28,8 +28,8 @@ class Output(NamedTuple):
     nats: Tensor | None
     """Sum of −log p over the valid targets, float32 scalar; None without targets."""
     logits_BSV: Tensor | None
-    """Float32 `[B, S, V]`, or `[B, 1, V]` with `Context.last_only`; None with targets, since they
-    are then never in memory all at once."""
+    """Float32 `[B, S, V]`, `[B, 1, V]` with `Context.last_only`, `[1, R, V]` with `Context.rows_R`;
+    None with targets, since they are then never in memory all at once."""
     stats: tuple[RouteStats, ...]
     """One per sparse layer, first layer first."""
     log_probs_BS: Tensor | None = None
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         if ctx.cache is not None:
             ctx.cache.advance(ctx.n_new or [tokens_BS.shape[1]] * len(tokens_BS))
         if targets_BS is None:
-            x_BSD = self.norm(_last(x_BSD, ctx) if ctx.last_only else x_BSD)
+            x_BSD = self.norm(_wanted(x_BSD, ctx))
             return Output(None, self._logits(x_BSD), tuple(stats))
         x_TD, target_T = self.norm(x_BSD).flatten(0, 1), targets_BS.flatten()
         head = (x_TD, self._head_weight(), target_T, self.config.logit_softcap)
@@ -122,10 +122,8 @@ class Transformer(nn.Module):
 
     def _with_positions(self, x_BSD: Tensor, ctx: Context) -> Context:
         """Make tables and masks once for all layers, outside of what `block.compile` compiles."""
-        config, positions = self.config, ctx.positions_of(x_BSD)
-        positions.rope(config.head_width, config.rope_theta, self.dtype)
-        for window in set(config.window) or {0}:
-            positions.visible(window, self.dtype)
+        positions = ctx.positions_of(x_BSD)
+        positions.prepare(self.config, self.dtype)
         return replace(ctx, positions=positions)
 
     def _head_weight(self) -> Tensor:
@@ -153,8 +151,13 @@ class Transformer(nn.Module):
         ]
 
 
-def _last(x_BSD: Tensor, ctx: Context) -> Tensor:
-    """Return `[B, 1, D]` after the last real token of each sequence."""
+def _wanted(x_BSD: Tensor, ctx: Context) -> Tensor:
+    """Return the rows whose logits the context asks for: `[1, R, D]`, `[B, 1, D]` after the last
+    real token of each sequence, or all."""
+    if ctx.rows_R is not None:
+        return x_BSD[:, ctx.rows_R]
+    if not ctx.last_only:
+        return x_BSD
     if ctx.n_new is None:
         return x_BSD[:, -1:]
     row = torch.arange(len(x_BSD), device=x_BSD.device)

@@ -15,6 +15,7 @@ from headway.kernels.rope import rope
 from headway.model.context import Context, Positions
 from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, casts
 from headway.model.linear import Linear, RMSNorm
+from headway.model.paged import PagedKV
 
 
 @dataclass
@@ -24,7 +25,15 @@ class KVState:
     k: Tensor
     v: Tensor
 
-    def append(self, k_BSMd: Tensor, v_BSMd: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, window: int) -> Tensor:
+        """Append keys and values `[B, S, M, d]`; return the attention of queries `[B, S, N, d]` to
+        all positions so far."""
+        k, v = self._append(k, v, positions)
+        return attention(q, k, v, *positions.visible(window, q.dtype))
+
+    def _append(
+        self, k_BSMd: Tensor, v_BSMd: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
         """Write keys and values at their positions; return those of all positions so far, views
         `[B, keys, M, d]`."""
         views = []
@@ -62,9 +71,10 @@ class Attention(nn.Module):
         """Map `[B, S, D]` to `[B, S, D]`; the S positions follow those in a cache."""
         positions = ctx.positions_of(x_BSD)
         q, k, v = self._qkv(x_BSD, positions)
-        if ctx.cache is not None:
-            k, v = ctx.cache.state(ctx.layer).append(k, v, positions)
-        y_BSNd = attention(q, k, v, *positions.visible(self.window, q.dtype))
+        if ctx.cache is None:
+            y_BSNd = attention(q, k, v, *positions.visible(self.window, q.dtype))
+        else:
+            y_BSNd = ctx.cache.state(ctx.layer).attend(q, k, v, positions, self.window)
         if self.gate is not None:
             y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
         return self.o(y_BSNd.flatten(-2))
@@ -78,6 +88,10 @@ class Attention(nn.Module):
             torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(shape, dtype=dtype, device=device),
         )
+
+    def init_pages(self, n_pages: int, dtype: torch.dtype, device: torch.device) -> PagedKV:
+        """Return empty pages for the keys and values of many sequences."""
+        return PagedKV(n_pages, self.n_kv_heads, self.d_head, dtype, device)
 
     def _qkv(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Return normed and rotated queries, keys, values: `[B, S, heads, d]`."""

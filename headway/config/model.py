@@ -1,10 +1,13 @@
 """Options of the network around the sparse layer."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from headway.config.bounds import above_zero, at_least, nearest_divisors
 from headway.config.errors import UsageError
 from headway.config.moe import Activation, MoEConfig
+
+QKNorm = Literal["none", "head", "all"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,16 @@ class ModelConfig:
     """Key/value heads; divides n_heads; 0 means n_heads."""
     d_head: int = 0
     """Width of an attention head, even; 0 means d_model / n_heads."""
-    qk_norm: bool = True
-    """RMSNorm on queries and keys, per head."""
+    qk_norm: QKNorm = "head"
+    """RMSNorm on queries and keys: `head`, of each head by itself (Qwen3); `all`, of all heads of a
+    token together (OLMoE); `none`."""
+    clip_qkv: float = 0.0
+    """Clamps queries, keys and values to ±clip_qkv, after QK-norm and before RoPE (OLMoE); 0 is
+    off."""
+    qkv_bias: bool = False
+    """Biases on the projections to queries, keys and values (Qwen2)."""
+    o_bias: bool = False
+    """A bias on the output projection of attention (GPT-OSS)."""
     attn_gate: bool = False
     """A sigmoid gate per head on the attention output, read from the block's input (arXiv
     2505.06708)."""
@@ -77,8 +88,10 @@ class ModelConfig:
         """Return derived value → the sentence that says where it comes from. Raise UsageError, one
         line, for the first thing that cannot work."""
         at_least(1, "model", vars(self), "n_layers d_model n_heads")
-        at_least(0, "model", vars(self), "vocab_size n_kv_heads d_head logit_softcap")
+        at_least(0, "model", vars(self), "vocab_size n_kv_heads d_head logit_softcap clip_qkv")
         above_zero("model", vars(self), "rope_theta norm_eps init_std")
+        if self.qk_norm not in get_args(QKNorm):
+            raise UsageError(f"model.qk_norm={self.qk_norm} is not known; use none, head or all")
         derived = self._check_attention()
         if any(entry < 0 for entry in self.window):
             raise UsageError(

@@ -40,9 +40,13 @@ class Config:
         return dataclasses.asdict(self)
 
 
+FORMER = {("qk_norm", True): "head", ("qk_norm", False): "none"}
+"""(field, value that former versions wrote) → its value today."""
+
+
 def from_dict(cls: type, values: dict):
-    """Rebuild a config dataclass from what `to_dict` returned. A missing key takes its default;
-    an unknown one raises UsageError."""
+    """Rebuild a config dataclass from what `to_dict` returned, now or in a former version. A
+    missing key takes its default; an unknown one raises UsageError."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -54,8 +58,10 @@ def from_dict(cls: type, values: dict):
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             arguments[name] = from_dict(kind, value)  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            arguments[name] = tuple(value)
         else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
+            arguments[name] = FORMER.get((name, value), value)
     return cls(**arguments)
 
 

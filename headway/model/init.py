@@ -9,6 +9,7 @@ RMS 1 behind an RMSNorm at any width. Exceptions, each with its reason:
 | last matrix of a branch | 1/fan_in, then / √(2·layers) | 2·layers branches add up to RMS 1 |
 | embedding | N(0, init_std²) | small against the branches, which write RMS ~ 1/√(2·layers) each |
 | output head | N(0, 1/D), then × 0.1 | first logits near 0, so the first loss is log V |
+| biases | 0 | a layer starts without them |
 | router noise | 0 | softplus(0) = 0.69 for every expert: noise starts uniform |
 | buffers (selection bias) | 0 | no expert is preferred |
 """

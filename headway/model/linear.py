@@ -16,20 +16,29 @@ from headway.model.roles import Group, Init, Role
 
 
 class Linear(nn.Module):
-    """y = x·Wᵀ, no bias; the weight is cast to the dtype of x. `ends_branch` and `head` are its
-    role."""
+    """y = x·Wᵀ (+ b), cast to the dtype of x. `ends_branch` and `head` are the weight's role."""
 
-    def __init__(self, d_in: int, d_out: int, *, ends_branch: bool = False, head: bool = False):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        bias: bool = False,
+        ends_branch: bool = False,
+        head: bool = False,
+    ):
         super().__init__()
         group, init = (Group.HEAD, Init.HEAD) if head else (Group.MATRIX, Init.FAN_IN)
         self._role = Role(group, init, d_in, ends_branch)
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
     def roles(self) -> dict[str, Role]:
-        return {"weight": self._role}
+        return {"weight": self._role, "bias": Role(Group.VECTOR, Init.ZEROS)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):

@@ -27,7 +27,7 @@ def test_overrides_reach_their_leaves():
     config = override(
         Config(recipe="x"),
         "--model.moe.top-k 7 --model.moe.router.gate sigmoid --model.window 3 0 --data a b --steps 9 --seed=4 "
-        "--checkpoint-every 2 --run here --mesh hp=2,ep=4 --model.no-qk-norm --run.compile --model.d_model 64".split(
+        "--checkpoint-every 2 --run here --mesh hp=2,ep=4 --model.qk-norm none --run.compile --model.d_model 64".split(
             " "
         ),
         "headway train x",
@@ -41,7 +41,7 @@ def test_overrides_reach_their_leaves():
         "here",
     )
     assert (config.mesh.dp, config.mesh.hp, config.mesh.ep) == (1, 2, 4)
-    assert not config.model.qk_norm and config.run.compile and config.model.d_model == 64
+    assert config.model.qk_norm == "none" and config.run.compile and config.model.d_model == 64
     untouched = replace(
         Config(recipe="x"), model=config.model, data=config.data, optim=config.optim, run=config.run
     )

@@ -41,6 +41,8 @@ MISTAKES = {
     "n_heads=5 must divide model.d_model=64; use n_heads=2 or 4": model(n_heads=5),
     "head of width 3": model(d_head=3),
     "n_kv_heads=3 must divide model.n_heads=4; use n_kv_heads=2 or 4": model(n_kv_heads=3),
+    "model.qk_norm=True is not known; use none, head or all": model(qk_norm=True),
+    "clip_qkv=-1.0 is below 0": model(clip_qkv=-1.0),
     "n_layers=0 is below 1": model(n_layers=0),
     "model.window=4 -1 has an entry below 0": model(window=(4, -1)),
     "window has 3 entries and model.n_layers=2": model(window=(1, 2, 3)),
@@ -146,6 +148,11 @@ def test_dict_round_trip_and_unknown_fields():
         from_dict(ModelConfig, {"d_modle": 3})
 
 
+def test_values_of_former_versions():
+    for former, today in ((True, "head"), (False, "none"), ("all", "all")):
+        assert from_dict(ModelConfig, {"qk_norm": former}).qk_norm == today
+
+
 def test_every_leaf_has_a_docstring():
     """`--help` is made from them."""
     import ast
@@ -200,7 +207,10 @@ models = st.builds(
     n_kv_heads=st.integers(0, 4),
     d_head=st.sampled_from([0, 0, 4, 5]),
     window=st.sampled_from([(), (0,), (3,), (2, 0)]),
-    qk_norm=st.booleans(),
+    qk_norm=st.sampled_from(["none", "head", "all"]),
+    clip_qkv=st.sampled_from([0.0, 0.5]),
+    qkv_bias=st.booleans(),
+    o_bias=st.booleans(),
     attn_gate=st.booleans(),
     tied=st.booleans(),
     d_ff=small,

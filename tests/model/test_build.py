@@ -42,7 +42,7 @@ def own_mixer(config, layer, compute):
     [
         (SMALL, build_block),
         (replace(SMALL, window=(3, 0)), build_block),
-        (replace(SMALL, n_kv_heads=1, attn_gate=True, qk_norm=False), build_block),
+        (replace(SMALL, n_kv_heads=1, attn_gate=True, qk_norm="none"), build_block),
         (SMALL, own_mixer),
         (SMALL, own_blocks),
     ],

@@ -129,6 +129,10 @@ CASES: dict[str, Case] = {
     "tied, fsdp, hp=2 ep=2": Case(
         replace(heads(), tied=True), _mesh(1, 2, 2, shard="fsdp"), micro=2
     ),
+    "biases of attention, QK-norm over all heads, fsdp, dp=2 hp=2": Case(
+        replace(heads(), qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0),
+        _mesh(2, 2, 1, shard="fsdp"),
+    ),
     "all to the same experts, hp=2 ep=2": Case(heads(), _mesh(hp=2, ep=2), skew=True),
     "all to the same experts, flat, ep=4": Case(flat(), _mesh(ep=4), skew=True),
     "all to the same experts, a capacity, ep=4": Case(

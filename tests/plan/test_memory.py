@@ -62,8 +62,13 @@ MODELS = {
         BASE, moe=MoEConfig(kind="dense"), attn_gate=True, window=(5, 0), activation="gelu"
     ),
     "relu2, no QK-norm, tied": replace(
-        BASE, moe=MoEConfig(kind="dense"), qk_norm=False, activation="relu2", tied=True
+        BASE, moe=MoEConfig(kind="dense"), qk_norm="none", activation="relu2", tied=True
     ),
+}
+MODELS |= {
+    "biases, QK-norm over all heads, clamped": replace(
+        BASE, qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0
+    )
 }
 B, S = 3, 24
 

@@ -49,23 +49,25 @@ class KVState:
 
 
 class Attention(nn.Module):
-    """Causal attention with RoPE, optional QK-norm, sliding window and per-head sigmoid output
-    gate.
+    """Causal attention with RoPE, optional biases, QK-norm, clamping, sliding window and per-head
+    sigmoid output gate.
 
-    `window`: tokens a position sees, itself included; 0 is all."""
+    `window`: tokens a position sees, itself included; 0 is all. Norm and rotation are one kernel
+    with `qk_norm` none or head and without `clip_qkv`; a kernel that fuses more does so there."""
 
     def __init__(self, config: ModelConfig, window: int = 0):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         self.d_head = config.head_width
         self.window, self.theta = window, config.rope_theta
-        self.q = Linear(config.d_model, self.n_heads * self.d_head)
-        self.k = Linear(config.d_model, self.n_kv_heads * self.d_head)
-        self.v = Linear(config.d_model, self.n_kv_heads * self.d_head)
-        self.o = Linear(self.n_heads * self.d_head, config.d_model, ends_branch=True)
-        self.q_norm = RMSNorm(self.d_head, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.d_head, eps=config.norm_eps) if config.qk_norm else None
-        self.gate = Linear(config.d_model, self.n_heads) if config.attn_gate else None
+        self.qk_norm, self.clip = config.qk_norm, config.clip_qkv
+        D, d = config.d_model, self.d_head
+        self.q = Linear(D, self.n_heads * d, bias=config.qkv_bias)
+        self.k = Linear(D, self.n_kv_heads * d, bias=config.qkv_bias)
+        self.v = Linear(D, self.n_kv_heads * d, bias=config.qkv_bias)
+        self.o = Linear(self.n_heads * d, D, bias=config.o_bias, ends_branch=True)
+        self.q_norm, self.k_norm = _qk_norm(config, self.n_heads), _qk_norm(config, self.n_kv_heads)
+        self.gate = Linear(D, self.n_heads) if config.attn_gate else None
 
     def forward(self, x_BSD: Tensor, ctx: Context = Context()) -> Tensor:
         """Map `[B, S, D]` to `[B, S, D]`; the S positions follow those in a cache."""
@@ -99,11 +101,23 @@ class Attention(nn.Module):
         # one row of the tables per position: as one sequence where the positions differ
         rows = (1, B * S) if positions.ragged else (B, S)
         q, k, v = (proj(x_BSD).view(*rows, -1, self.d_head) for proj in (self.q, self.k, self.v))
-        cos, sin = positions.rope(self.d_head, self.theta, x_BSD.dtype)
-        q, k = _rotated(q, self.q_norm, cos, sin), _rotated(k, self.k_norm, cos, sin)
+        tables = positions.rope(self.d_head, self.theta, x_BSD.dtype)
+        q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
+        v = self._clamped(v)
         if positions.ragged:
             q, k, v = (t.view(B, S, -1, self.d_head) for t in (q, k, v))
         return q, k, v
+
+    def _rotated(self, x: Tensor, norm: RMSNorm | None, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Norm, clamp and rotate `[B, S, heads, d]`."""
+        if norm is not None and self.qk_norm == "head" and not self.clip:
+            return norm_rope(x, norm.weight, norm.eps, *tables)
+        if norm is not None:
+            x = norm(x.flatten(-2)).view(x.shape) if self.qk_norm == "all" else norm(x)
+        return rope(self._clamped(x), *tables)
+
+    def _clamped(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.clip, self.clip) if self.clip else x
 
     def costs(self, work: Workload) -> Sequence[Cost]:
         """Saved are queries, keys, values, output, log-sum-exp, inputs and scales of QK-norm, and
@@ -116,9 +130,15 @@ class Attention(nn.Module):
         if self.gate is not None:
             weights, formula = weights + D * N, "(D·d·(2N + 2M) + D·N)"
             saved += T * N * b + T * N * d * b
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             norms = Term(2 * d, "2·d")
-            saved += T * (N + M) * (d * b + 4)
+            rows = N + M
+            if self.qk_norm == "all":
+                norms, rows = Term((N + M) * d, "(N + M)·d"), 2
+            saved += T * ((N + M) * d * b + 4 * rows)
+        if self.clip:
+            saved += T * b * d * (N + 2 * M)
+        biases = sum(p.bias.numel() for p in (self.q, self.k, self.v, self.o) if p.bias is not None)
         if work.doc_mask or 0 < self.window < S:
             masks = Term(4 * T, "4·B·S")
             if work.dense_masks:
@@ -128,11 +148,12 @@ class Attention(nn.Module):
         saved_term = Term(saved, "T·b·d·(3N + 3M), of it N + M for QK-norm")
         return (
             Cost(CostGroup.MIXER, Term(weights, formula), saved=saved_term),
+            Cost(CostGroup.MIXER, Term(biases, "biases")),
             Cost(CostGroup.NORMS, norms),
             Cost(CostGroup.PROJECTIONS, flops=Term(2 * weights, f"2·{formula}")),
             Cost(CostGroup.SCORES, flops=scores),
             Cost(CostGroup.MASKS, saved=masks),
-            casts(weights, work),
+            casts(weights + biases, work),
         )
 
 
@@ -143,7 +164,11 @@ def mean_keys(seq_len: int, window: int) -> float:
     return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
 
 
-def _rotated(x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
-    if norm is None:
-        return rope(x, cos, sin)
-    return norm_rope(x, norm.weight, norm.eps, cos, sin)
+def _qk_norm(config: ModelConfig, n_heads: int) -> RMSNorm | None:
+    match config.qk_norm:
+        case "none":
+            return None
+        case "head":
+            return RMSNorm(config.head_width, eps=config.norm_eps)
+        case "all":
+            return RMSNorm(n_heads * config.head_width, eps=config.norm_eps)

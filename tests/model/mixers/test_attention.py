@@ -7,39 +7,37 @@ from headway.model.init import init_weights
 from headway.model.mixers.attention import Attention
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import needs_native
+from tests.model.mixers.attention_reference import attention_reference
+
+
+def config(**options) -> ModelConfig:
+    return ModelConfig(**({"d_model": 16, "n_heads": 4} | options))
 
 
 def build(window=0, **options):
-    layer = Attention(ModelConfig(**({"d_model": 16, "n_heads": 4} | options)), window).double()
+    layer = Attention(config(**options), window).double()
     init_weights(layer, seed=0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            if p.dim() == 1:  # norms and biases
+                p += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     return layer
 
 
-def plain(layer, x, mask_SS):
-    """Attention by its definition, one query at a time, from the layer's own projections."""
-    q, k, v = (t.transpose(1, 2) for t in layer._qkv(x, Context().positions_of(x)))
-    repeat = layer.n_heads // layer.n_kv_heads
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    score = (q @ k.transpose(-1, -2)) / layer.d_head**0.5
-    score = score.masked_fill(~mask_SS, -torch.inf)
-    y = (torch.softmax(score, -1) @ v).transpose(1, 2)
-    if layer.gate is not None:
-        y = y * torch.sigmoid(x @ layer.gate.weight.T).unsqueeze(-1)
-    return y.flatten(-2) @ layer.o.weight.T
+OPTIONS = [
+    {},
+    {"n_kv_heads": 2},
+    {"n_kv_heads": 1},
+    {"qk_norm": "none"},
+    {"qk_norm": "all", "clip_qkv": 0.5, "n_kv_heads": 2},
+    {"clip_qkv": 0.5},
+    {"qkv_bias": True, "o_bias": True, "n_kv_heads": 1},
+    {"attn_gate": True},
+    {"d_head": 6},
+]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"n_kv_heads": 2},
-        {"n_kv_heads": 1},
-        {"qk_norm": False},
-        {"attn_gate": True},
-        {"d_head": 6},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("window", [0, 3])
 def test_equals_the_definition_with_gradient(options, window):
     layer = build(window, **options)
@@ -47,7 +45,7 @@ def test_equals_the_definition_with_gradient(options, window):
     mask = torch.tensor(
         [[j <= i and (not window or j > i - window) for j in range(7)] for i in range(7)]
     )
-    got, want = layer(x), plain(layer, x, mask)
+    got, want = layer(x), attention_reference(layer, x, mask, config(**options))
     assert_close(got, want, 1e-12)
     d_out = torch.randn_like(got)
     parameters = [x, *layer.parameters()]
@@ -71,7 +69,7 @@ def test_documents_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("options", [{}, {"n_kv_heads": 2, "attn_gate": True}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_equal_forward(window, options):
     layer = build(window, **options)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
@@ -109,10 +107,11 @@ def test_what_is_seen_is_a_first_key_for_the_kernel_and_a_mask_for_others():
 
 
 @needs_native
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_kernel_equals_the_mask_of_float64(window, documents):
-    layer, wide = build(window).float(), build(window)
+def test_the_kernel_equals_the_mask_of_float64(window, documents, options):
+    layer, wide = build(window, **options).float(), build(window, **options)
     x = torch.randn(2, 40, 16, dtype=torch.float64)
     doc = (torch.arange(40) // 7).int() + torch.zeros(2, 1, dtype=torch.int32)
     ctx = Context(doc if documents else None)

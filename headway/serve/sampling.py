@@ -1,0 +1,229 @@
+"""Sampling: the next token of each running choice, from the logits of a step.
+
+The order, for every row: logit bias; repetition, presence and frequency penalty; `min_tokens`,
+allowed tokens and grammar; temperature; top-k; top-p over what top-k left; min-p. Ties go to the
+lowest id. A token is then drawn by inverse CDF, the likeliest first, at a number in 0 … 1 that is a
+function of (seed, choice, position) alone.
+
+It runs in NumPy on the CPU. Every operation works along one row in a fixed order, so that the bits
+of a row do not depend on what else is in the batch. No ids are sorted: the sorted *values* decide
+how many tokens are candidates and which value is drawn, and the id is looked up (NumPy sorts floats
+with AVX512 or AVX2, several times faster than their ids)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway.config import RunError
+from headway.serve.params import Matcher, SamplingParams
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below it take the most likely token, as in vLLM."""
+
+CHUNK = 2**16
+"""Logits that are worked on at a time: their intermediate values stay in the L2 cache, and fresh
+memory of megabytes would cost more page faults than the arithmetic takes."""
+
+
+class TokenLogprob(NamedTuple):
+    """A token with its log-probability and the most likely tokens at its place."""
+
+    token: int
+    logprob: float
+    """Log-softmax of the raw logits over the tokenizer's vocabulary."""
+    top: tuple[tuple[int, float], ...]
+    """Pairs (token, log-probability), the likeliest first; () where none were asked for."""
+
+
+class Sampled(NamedTuple):
+    """What `sample` draws for R rows."""
+
+    token_R: list[int]
+    logprob_R: list[float]
+    top_R: list[tuple[tuple[int, float], ...]]
+    """`TokenLogprob.top` of each row, as long as its `SamplingParams.logprobs`."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One choice of a request as sampling sees it."""
+
+    params: SamplingParams
+    seed: int
+    """The request's own, or the one that was drawn for it; int64."""
+    choice: int
+    prompt: Sequence[int]
+    output: list[int]
+    """The reply so far; its length is the position of the draw. Tokens are only appended."""
+    eos_ids: tuple[int, ...]
+    matcher: Matcher | None = None
+    _seen: dict[int, int] = field(default_factory=dict)
+    """How often each token of prompt and reply is in the reply, as far as `_n_counted` of it."""
+    _n_counted: int = -1
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of prompt and reply, int64 [N], and how often each is in the reply."""
+        if self._n_counted < 0:
+            self._seen, self._n_counted = dict.fromkeys(self.prompt, 0), 0
+        for token in self.output[self._n_counted :]:
+            self._seen[token] = self._seen.get(token, 0) + 1
+        self._n_counted = len(self.output)
+        n = len(self._seen)
+        return np.fromiter(self._seen, np.int64, n), np.fromiter(self._seen.values(), np.int64, n)
+
+
+def sample(logits_RV: Tensor, rows: Sequence[Row]) -> Sampled:
+    """Draw the next token of each row.
+
+    `logits_RV` float32 `[R, V]` has the columns of the tokenizer's vocabulary alone (a padded
+    vocabulary is cut before) and is not changed. Raise RunError for NaN and infinity in them."""
+    raw_RV = np.ascontiguousarray(logits_RV.detach().cpu().numpy())
+    sampled = Sampled([], [], [])
+    for chunk in _chunks(raw_RV):
+        more = _sample(raw_RV[chunk], rows[chunk])
+        sampled.token_R.extend(more.token_R)
+        sampled.logprob_R.extend(more.logprob_R)
+        sampled.top_R.extend(more.top_R)
+    return sampled
+
+
+def log_probabilities(
+    logits_RV: Tensor, token_R: Sequence[int], n_top: int = 0
+) -> list[TokenLogprob]:
+    """Return log-probabilities of tokens that are not drawn but given, as those of a prompt, and of
+    the `n_top` likeliest in each row. The bits are those that `sample` returns."""
+    raw_RV = np.ascontiguousarray(logits_RV.detach().cpu().numpy())
+    tokens = np.asarray(token_R, np.int64)
+    result = []
+    for chunk in _chunks(raw_RV):
+        token_R = tokens[chunk]
+        columns = _log_probabilities(raw_RV[chunk], token_R, [n_top] * len(token_R))
+        result.extend(map(TokenLogprob, token_R.tolist(), *columns))
+    return result
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """Return the number in 0 ≤ u < 1 that the token at a position is drawn with: 52 bits of
+    Philox4x64-10 (Salmon et al. 2011) with key (seed, choice) and counter `position`."""
+    key = np.array([seed % 2**64, choice], np.uint64)
+    return int(np.random.Philox(counter=position, key=key).random_raw() >> 12) * 2.0**-52
+
+
+def _chunks(raw_RV: np.ndarray) -> Iterator[slice]:
+    """Yield the rows that are worked on together."""
+    step = max(1, CHUNK // max(1, raw_RV.shape[1]))
+    return (slice(r, r + step) for r in range(0, len(raw_RV), step))
+
+
+def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> Sampled:
+    """Draw the next token of rows that fit the processor's cache together."""
+    peak_R = raw_RV.max(axis=1)
+    if not np.isfinite(peak_R).all():
+        raise RunError(f"the model's largest logit is {peak_R.max()}; nothing can be drawn from it")
+    x_RV = raw_RV.copy() if any(map(_changes, rows)) else raw_RV
+    for x_V, row in zip(x_RV, rows, strict=True):
+        if _changes(row):
+            _change(x_V, row)
+    token_R = x_RV.argmax(axis=1)  # the first of equal ones
+    drawn = [r for r, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
+    few = [r for r in drawn if 0 < rows[r].params.top_k <= raw_RV.shape[1] // 8]
+    for group in (few, [r for r in drawn if r not in set(few)]):
+        if group:
+            token_R[group] = _draw(x_RV[group], [rows[r] for r in group], group is few)
+    tops = [row.params.logprobs for row in rows]
+    return Sampled(token_R.tolist(), *_log_probabilities(raw_RV, token_R, tops))
+
+
+def _changes(row: Row) -> bool:
+    """Say whether anything but temperature and cuts applies to a row's logits."""
+    p = row.params
+    return (
+        bool(p.logit_bias or p.allowed_token_ids)
+        or row.matcher is not None
+        or len(row.output) < p.min_tokens
+        or (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
+    )
+
+
+def _change(x_V: np.ndarray, row: Row) -> None:
+    """Apply bias, penalties and masks to the logits of one row, in place."""
+    p = row.params
+    for token, bias in p.logit_bias:
+        x_V[token] += np.float32(bias)
+    if (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0):
+        tokens_N, times_N = row.counts()
+        x_N, factor = x_V[tokens_N], np.float32(p.repetition_penalty)
+        x_N = np.where(x_N > 0, x_N / factor, x_N * factor)
+        x_N -= np.float32(p.frequency_penalty) * times_N.astype(np.float32)
+        x_N -= np.float32(p.presence_penalty) * (times_N > 0)
+        x_V[tokens_N] = x_N
+    early = len(row.output) < p.min_tokens
+    if not (p.allowed_token_ids or row.matcher is not None or early):
+        return
+    allowed_V = np.ones(len(x_V), bool) if row.matcher is None else row.matcher.mask()
+    if p.allowed_token_ids:
+        allowed_V = np.zeros(len(x_V), bool)
+        allowed_V[list(p.allowed_token_ids)] = True
+    if early:  # unless nothing else may follow, as at the end of a grammar
+        without_ends_V = allowed_V.copy()
+        without_ends_V[np.array([*row.eos_ids, *p.stop_token_ids], np.int64)] = False
+        allowed_V = without_ends_V if without_ends_V.any() else allowed_V
+    assert allowed_V.any(), "a mask leaves at least one token"
+    np.copyto(x_V, -np.inf, where=~allowed_V)
+
+
+def _draw(x_RV: np.ndarray, rows: Sequence[Row], few: bool) -> np.ndarray:
+    """Draw from the candidates of rows with a temperature: int64 `[R]`. With `few`, all rows have a
+    top_k, and only the largest values W of the rows are looked at."""
+    params, n_vocab = [row.params for row in rows], x_RV.shape[1]
+    width = max(p.top_k for p in params) if few else n_vocab
+    lack_RW = -x_RV  # negative, because NumPy sorts upwards
+    if few:
+        lack_RW = np.partition(lack_RW, width - 1, axis=1)[:, :width]
+    lack_RW.sort(axis=1)
+    e_RW = lack_RW[:, :1] - lack_RW
+    e_RW /= np.array([[p.temperature] for p in params], np.float32)
+    np.exp(e_RW, out=e_RW)  # probabilities over the highest one
+    mass_RW = torch.from_numpy(e_RW).cumsum(1, dtype=torch.float64)  # along a row, in order
+    target_R1 = torch.empty(len(rows), 1, dtype=torch.float64)
+    for r, (row, p) in enumerate(zip(rows, params, strict=True)):
+        mass_W = mass_RW[r].numpy()
+        n = min(p.top_k or n_vocab, n_vocab)
+        if p.top_p < 1:  # a token stays if the mass before it is short of p
+            n = min(n, int(np.searchsorted(mass_W[:n], p.top_p * mass_W[n - 1])) + 1)
+        if p.min_p > 0:
+            n = min(n, int(np.count_nonzero(e_RW[r] >= np.float32(p.min_p))))
+        target_R1[r] = uniform(row.seed, row.choice, len(row.output)) * float(mass_W[n - 1])
+    index_R = torch.searchsorted(mass_RW, target_R1, right=True)[:, 0].numpy()
+    value_R = -lack_RW[np.arange(len(rows)), index_R]
+    is_value_RV = x_RV == value_R[:, None]
+    token_R = is_value_RV.argmax(axis=1)
+    for r, i in enumerate(index_R):
+        if i > 0 and lack_RW[r, i - 1] == lack_RW[r, i]:  # equal ones: in the order of their ids
+            rank = i - int(np.searchsorted(lack_RW[r], lack_RW[r, i]))
+            token_R[r] = np.flatnonzero(is_value_RV[r])[rank]
+    return token_R
+
+
+def _log_probabilities(
+    raw_RV: np.ndarray, token_R: np.ndarray, n_top_R: Sequence[int]
+) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+    """Return log-probabilities of a token per row, and (token, log-probability) of the likeliest
+    ones of each row."""
+    peak_R1 = raw_RV.max(axis=1, keepdims=True)
+    mass_R = np.exp(raw_RV - peak_R1).sum(axis=1)  # NumPy adds a row's halves, whatever the rows
+    norm_R = peak_R1[:, 0].astype(np.float64) + np.log(mass_R.astype(np.float64))
+    logprob_R = raw_RV[np.arange(len(token_R)), token_R] - norm_R
+    top_R = []
+    for x_V, norm, n_top in zip(raw_RV, norm_R, n_top_R, strict=True):
+        n = min(n_top, len(x_V))
+        ids = np.empty(0, np.int64)
+        if n > 0:
+            ids = np.flatnonzero(x_V >= np.partition(x_V, len(x_V) - n)[len(x_V) - n])
+            ids = ids[np.argsort(-x_V[ids], kind="stable")][:n]
+        top_R.append(tuple(zip(ids.tolist(), (x_V[ids] - norm).tolist(), strict=True)))
+    return logprob_R.tolist(), top_R

@@ -100,9 +100,9 @@ def log_probabilities(
     tokens = np.asarray(token_R, np.int64)
     result = []
     for chunk in _chunks(raw_RV):
-        token_R = tokens[chunk]
-        columns = _log_probabilities(raw_RV[chunk], token_R, [n_top] * len(token_R))
-        result.extend(map(TokenLogprob, token_R.tolist(), *columns))
+        part = tokens[chunk]
+        columns = _log_probabilities(raw_RV[chunk], part, [n_top] * len(part))
+        result.extend(map(TokenLogprob, part.tolist(), *columns))
     return result
 
 

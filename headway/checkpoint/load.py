@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headway.checkpoint.state import model_tensors, parameter_of, set_rng_state
-from headway.checkpoint.tensor_files import TensorReader
+from headway.checkpoint.tensor_reader import TensorReader
 from headway.config import ModelConfig, UsageError, from_dict, leaves
 from headway.optim.groups import Optimizers
 from headway.parallel.local_shards import local_shard, local_slices
@@ -27,7 +28,7 @@ def load_checkpoint(
     """Restore model, optimisers and random number generators; return the rest of the state. Raises
     `UsageError` naming the first field in which the architecture differs from `config`."""
     check_architecture(read_model_config(path), config)
-    load_model(path, model, sharding)
+    load_weights(path, model, sharding)
     state = json.loads((path / "state.json").read_text())
     with TensorReader(path, "optimizer") as reader:
         tensors = {
@@ -40,22 +41,48 @@ def load_checkpoint(
     return state
 
 
-def load_model(path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS.sharding) -> None:
+def load_weights(
+    path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS.sharding
+) -> None:
     """Copy the weights and buffers of a checkpoint into `model`, of each tensor the slice that this
     rank holds. Raises UsageError where names or shapes differ."""
     targets = model_tensors(model)
+    with TensorReader(path, "model") as reader, torch.no_grad():
+        shapes = {name: local_shard(name, x, sharding).shape for name, x in targets.items()}
+        _check_tensors(path, reader, shapes)
+        for name, target in targets.items():
+            target.copy_(reader.read(name, local_slices(name, shapes[name], sharding)))
+
+
+def read_weights(
+    path: Path, model: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Give a model on the meta device the weights and buffers of a checkpoint on `device`, each in
+    its dtype: one tensor after the other goes from disk to where it stays. Raises UsageError where
+    names or shapes differ."""
+    targets = model.state_dict()
     with TensorReader(path, "model") as reader:
-        if set(reader.names()) != set(targets):
-            differing = sorted(set(reader.names()) ^ set(targets))[0]
-            where = "only in the model or only in the file; modules of your own need blocks="
-            raise UsageError(f"{path.name}: {differing} is {where}")
-        with torch.no_grad():
-            for name, target in targets.items():
-                shape, wanted = reader.shape(name), local_shard(name, target, sharding).shape
-                if shape != wanted:
-                    differs = f"{name} is {shape} in the file and {wanted} in the model"
-                    raise UsageError(f"{path.name}: {differs}")
-                target.copy_(reader.read(name, local_slices(name, shape, sharding)))
+        _check_tensors(path, reader, {name: tuple(x.shape) for name, x in targets.items()})
+        for name in targets:
+            assign(model, name, reader.read(name, dtype=dtypes[name]).to(device))
+
+
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in place of a parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner).load_state_dict({leaf: value}, strict=False, assign=True)
+
+
+def _check_tensors(path: Path, reader: TensorReader, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise UsageError naming the first tensor that differs in name or shape."""
+    if set(reader.names()) != set(shapes):
+        differing = sorted(set(reader.names()) ^ set(shapes))[0]
+        where = "only in the model or only in the file; modules of your own need blocks="
+        raise UsageError(f"{path.name}: {differing} is {where}")
+    for name, wanted in shapes.items():
+        if (shape := reader.shape(name)) != wanted:
+            differs = f"{name} is {shape} in the file and {wanted} in the model"
+            raise UsageError(f"{path.name}: {differs}")
 
 
 def read_model_config(path: Path) -> ModelConfig:

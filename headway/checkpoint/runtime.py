@@ -1,24 +1,18 @@
-"""Load a trained model for inference: a device and dtype that this machine has, the weights of a
-checkpoint. No training option is read."""
+"""Where and how a trained model computes, whatever it was trained with: a device, a dtype and
+threads that this machine has."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
-from headway.checkpoint import checkpoint_dir, run_folder
-from headway.checkpoint.load import load_model
 from headway.config import Config, Precision, UsageError
-from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.kernels.paths import check_float8
 from headway.kernels.precision import native_bfloat16
-from headway.model.build import BlockBuilder, build_block
-from headway.model.compute import Compute
-from headway.model.transformer import Transformer
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
-Dtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -32,52 +26,6 @@ class Runtime:
     """Precision of the experts' matmuls."""
     remarks: tuple[str, ...]
     """One sentence for each difference from training that this machine makes necessary."""
-
-
-class Trained(NamedTuple):
-    """A model with everything that is needed to use it."""
-
-    config: Config
-    """The config of the run."""
-    model: Transformer
-    """On its device, in evaluation mode."""
-    tokenizer: Tokenizer
-    checkpoint: Path
-    problems: list[str]
-    """One sentence for each newer checkpoint that is damaged."""
-    remarks: tuple[str, ...]
-    """Those of the `Runtime`."""
-
-
-def load_trained(
-    path: str | Path,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    blocks: BlockBuilder = build_block,
-) -> Trained:
-    """Return the model of a run folder (its latest undamaged checkpoint), or of one checkpoint
-    folder inside a run.
-
-    The model is built on the meta device, each tensor read once. `device` and `dtype` are as for
-    `resolve_runtime`, `blocks` as for `Transformer`. Raises UsageError where there is no undamaged
-    checkpoint, no run.json above it, no such device, or where `blocks` make another model."""
-    run_dir, checkpoint, problems = _find(Path(path))
-    config = run_folder.read_config(run_dir)
-    runtime = resolve_runtime(config, device, dtype)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UsageError(
-            f"{run_dir} has model.vocab_size={config.model.vocab_size} and the tokenizer "
-            f"{config.data.tokenizer} has {tokenizer.vocab_size} ids; restore the run's tokenizer"
-        )
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    moe = replace(config.model.moe, precision=runtime.precision)
-    with torch.device("meta"):
-        model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype), blocks=blocks)
-    model.to_empty(device=runtime.device)
-    load_model(checkpoint, model)
-    return Trained(config, model.eval(), tokenizer, checkpoint, problems, runtime.remarks)
 
 
 def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "auto") -> Runtime:
@@ -103,8 +51,11 @@ def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "aut
             dtype = "float32"
             emulated = f"run.dtype=bfloat16, which this {chosen.type} emulates"
             remarks.append(f"trained with {emulated}: in float32")
-    narrow = native if dtype == "auto" else dtype == "bfloat16"
-    matmuls = torch.bfloat16 if narrow else torch.float32
+    if dtype == "auto":
+        dtype = "bfloat16" if native else "float32"
+    if dtype == "float16" and chosen.type == "cpu":
+        remarks.append("this CPU has no fast float16 matmuls: PyTorch's run, several times slower")
+    matmuls = _DTYPES[dtype]
     precision: Precision = "bfloat16"
     if moe.kind != "dense" and moe.precision == "float8":
         try:
@@ -116,21 +67,3 @@ def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "aut
             name = str(matmuls).removeprefix("torch.")
             remarks.append(f"trained with {why}; here the experts multiply in {name}")
     return Runtime(chosen, matmuls, precision, tuple(remarks))
-
-
-def _find(path: Path) -> tuple[Path, Path, list[str]]:
-    """Return the run folder, the checkpoint to read and one sentence per damaged newer one."""
-    if (path / "run.json").is_file():
-        checkpoint, problems = run_folder.find_checkpoint(path)
-        if checkpoint is None:
-            fix = f"train it first: headway train --resume {path}"
-            raise UsageError(f"{path} holds no checkpoint yet; {fix}")
-        return path, checkpoint, problems
-    if (path / "manifest.json").is_file() or path.name.startswith("step-"):
-        if problem := checkpoint_dir.verify(path):
-            fix = "give the run folder for the one before"
-            raise UsageError(f"checkpoint {path} is damaged: {problem}; {fix}")
-        return path.parent.parent, path, []
-    raise UsageError(
-        f"{path} is neither a run folder nor a checkpoint; give the --run of a `headway train`"
-    )

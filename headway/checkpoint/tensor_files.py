@@ -1,4 +1,4 @@
-"""Safetensors files that several ranks write together and of which each reads what it needs.
+"""Safetensors files that several ranks write together.
 
 The header says where each tensor begins, so every rank writes its shards to their places in one
 file at the same time: nothing is gathered, nothing is written twice, and the bytes are those that
@@ -10,14 +10,11 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from headway.parallel.local_shards import LocalShard
 
@@ -29,6 +26,8 @@ _NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int16: "I16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -38,6 +37,8 @@ _NAMES = {
     torch.int64: "I64",
 }
 _ORDER = {dtype: i for i, dtype in enumerate(_NAMES)}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""Name of a dtype in a header → dtype."""
 
 
 @dataclass(frozen=True)
@@ -93,32 +94,6 @@ def index_of(files: list[TensorFile]) -> dict[str, Any]:
     total = sum(file.size - len(file.header) for file in files)
     places = {name: file.name for file in files for name in file.begins}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-
-
-class TensorReader(ExitStack):
-    """Context that reads tensors of one file, or of several with an index, in full or in part."""
-
-    def __init__(self, folder: Path, stem: str) -> None:
-        super().__init__()
-        listed = folder / f"{stem}.safetensors.index.json"
-        names = [f"{stem}.safetensors"]
-        if listed.exists():
-            names = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
-        files = [self.enter_context(safe_open(folder / name, framework="pt")) for name in names]
-        self._places = {key: file for file in files for key in file.keys()}  # noqa: SIM118
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the full tensor."""
-        return tuple(self._places[name].get_slice(name).get_shape())
-
-    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
-        """Return a tensor, or the part of it that `slices` select: only that is read from disk."""
-        file = self._places[name]
-        return file.get_slice(name)[slices] if slices else file.get_tensor(name)
 
 
 def _plan_file(name: str, shards: dict[str, LocalShard]) -> TensorFile:

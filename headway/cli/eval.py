@@ -40,7 +40,7 @@ def evaluate(args: Sequence[str]) -> int:
         print(f"note: {note}")
     result = bits_per_byte.evaluate(model.model, stream, text.windows, data.micro_batch_size)
     print(
-        f"{model.checkpoint}: {result.val_bits_per_byte:.4f} bits/byte, "
+        f"{model.info.source}: {result.val_bits_per_byte:.4f} bits/byte, "
         f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
     answer = {

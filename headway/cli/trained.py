@@ -1,4 +1,4 @@
-"""What `headway eval` and `headway sample` share: options and the trained model they name."""
+"""What the verbs that read a trained model share: options and the model they name."""
 
 import sys
 from dataclasses import dataclass
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from headway.config import UsageError
+
 if TYPE_CHECKING:
-    from headway.checkpoint.runtime import Trained
+    from headway.hub.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -18,28 +20,31 @@ class TrainedOptions:
     """A run folder, or one checkpoint folder inside it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: that of training, where this machine has it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the matmuls; auto: that of training, where this machine multiplies it natively."""
+    threads: int = 0
+    """CPU threads; 0: as many as in training."""
     json: bool = False
     """End with one JSON object."""
 
 
-def load(options: TrainedOptions) -> "Trained":
+def load(options: TrainedOptions) -> "LoadedModel":
     """Return the model that the options name; damaged checkpoints and what differs from training
     are reported on stderr."""
-    from headway.checkpoint.runtime import load_trained
+    if options.threads < 0:
+        raise UsageError(f"--threads {options.threads} is below 0; 0 means as many as in training")
+    from headway.hub.load import load_model
 
-    trained = load_trained(options.run, options.device, options.dtype)
-    damaged = [f"{problem}; using the one before" for problem in trained.problems]
-    for line in [*damaged, *trained.remarks]:
+    loaded = load_model(options.run, options.device, options.dtype, options.threads)
+    for line in loaded.info.lines:
         print(f"headway: {line}", file=sys.stderr)
-    return trained
+    return loaded
 
 
-def facts(trained: "Trained") -> dict[str, str]:
+def facts(loaded: "LoadedModel") -> dict[str, str]:
     """Return checkpoint, device and dtype of the matmuls, for `--json`."""
     return {
-        "checkpoint": str(trained.checkpoint),
-        "device": trained.model.embed.weight.device.type,
-        "dtype": str(trained.model.dtype).removeprefix("torch."),
+        "checkpoint": str(loaded.info.source),
+        "device": loaded.model.embed.weight.device.type,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }

@@ -43,6 +43,9 @@ class ModelConfig:
     window: tuple[int, ...] = ()
     """Sliding attention window in tokens, one entry per layer, repeated over the layers; 0 is full
     attention; empty is full attention everywhere."""
+    max_len: int = 0
+    """Longest context in tokens that the model is used with; 0 means data.seq_len. Bounds what is
+    served and changes no number."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
     d_ff: int = 1024
@@ -89,6 +92,7 @@ class ModelConfig:
         line, for the first thing that cannot work."""
         at_least(1, "model", vars(self), "n_layers d_model n_heads")
         at_least(0, "model", vars(self), "vocab_size n_kv_heads d_head logit_softcap clip_qkv")
+        at_least(0, "model", vars(self), "max_len")
         above_zero("model", vars(self), "rope_theta norm_eps init_std")
         if self.qk_norm not in get_args(QKNorm):
             raise UsageError(f"model.qk_norm={self.qk_norm} is not known; use none, head or all")

@@ -35,6 +35,12 @@ class Tokenizer(Protocol):
     """The ids are 0 … vocab_size − 1."""
     eos: int
     """The id that ends every document; no text encodes to it."""
+    eos_ids: tuple[int, ...]
+    """The ids that end a text when they are written: eos, and another one where the files of the
+    tokenizer name it, as a chat model's end of a turn."""
+    bos: int | None
+    """The id that the tokenizer's own post-processor puts before a text; None where it puts none.
+    `encode` leaves it out."""
     token_texts: Sequence[bytes]
     """The bytes of text in UTF-8 that each id stands for; none for eos and other special ids."""
     token_bytes: np.ndarray
@@ -71,6 +77,8 @@ class ByteTokenizer:
     """257 ids: 0…255 are the bytes of the text in UTF-8, 256 ends a document."""
 
     vocab_size, eos, fingerprint = 257, 256, "bytes-257"
+    eos_ids: tuple[int, ...] = (256,)
+    bos: int | None = None
     token_texts: Sequence[bytes] = (*(bytes([i]) for i in range(256)), b"")
     token_bytes = np.array([1] * 256 + [0], dtype=np.int64)
 
@@ -99,8 +107,9 @@ class JsonTokenizer:
     may normalise the text and add or lose spaces; there `token_bytes` counts what each token shows,
     and a data set scales it to the bytes of its text (`Tokens.count_text`)."""
 
-    def __init__(self, path: Path, content: str = ""):
-        """Load a file, or the `content` that was read from it."""
+    def __init__(self, path: Path, content: str = "", eos_token: str = ""):
+        """Load a file, or the `content` that was read from it. `eos_token`, where given, ends a
+        text too; it ends documents where none of EOS_NAMES is in the vocabulary."""
         try:
             content = content or path.read_text("utf-8")
             self._inner = tokenizers.Tokenizer.from_str(content)
@@ -115,7 +124,7 @@ class JsonTokenizer:
             raise UsageError(
                 f"{path} is no tokenizer.json: {reason}; make one with `headway tokenize`"
             ) from None
-        self._made_from = (path, content)
+        self._made_from = (path, content, eos_token)
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -123,13 +132,17 @@ class JsonTokenizer:
         self.fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        eos = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+        names = (*EOS_NAMES, *filter(None, [eos_token]))
+        eos = next((vocabulary[name] for name in names if name in vocabulary), None)
         if eos is None:
             names = ", ".join(EOS_NAMES[:4])
             raise UsageError(
                 f"{path} has no end-of-document token ({names}, …); add <|endoftext|> to it"
             )
         self.eos = eos
+        self.eos_ids = tuple(dict.fromkeys([eos, vocabulary.get(eos_token, eos)]))
+        whole, plain = (self._inner.encode("a", add_special_tokens=b).ids for b in (True, False))
+        self.bos: int | None = whole[0] if whole[:1] != plain[:1] else None
         added = self._inner.get_added_tokens_decoder()
         stages = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
         self._byte_level = '"ByteLevel"' in stages
@@ -200,7 +213,19 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
-    return JsonTokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    return JsonTokenizer(path, eos_token=_eos_token(path.with_name("tokenizer_config.json")))
+
+
+def _eos_token(path: Path) -> str:
+    """Return the name of the end of a text in a tokenizer_config.json; "" where there is none."""
+    try:
+        token = json.loads(path.read_text("utf-8")).get("eos_token") or ""
+        return token if isinstance(token, str) else token["content"]
+    except OSError:
+        return ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it or remove it") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokenizer:

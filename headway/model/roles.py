@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from headway.config import UsageError
@@ -105,3 +106,13 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
                 )
             roles[name] = declared[leaf]
     return roles
+
+
+def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return name → dtype of every parameter and buffer of a model that multiplies in `dtype` and
+    is not trained: routers, norms and biases stay float32."""
+    wide = (Group.VECTOR, Group.ROUTER)
+    return {
+        name: torch.promote_types(dtype, torch.float32) if role.group in wide else dtype
+        for name, role in roles_of(model).items()
+    }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headway.checkpoint.runtime import load_trained
+from headway.hub.load import load_model
 from tests.command import call
 
 OLD_RUN = Path(__file__).parent / "old_run"
@@ -68,8 +68,8 @@ def test_resume(old_run):
 
 
 def test_a_single_checkpoint_folder(old_run):
-    trained = load_trained(Path(old_run) / "checkpoints" / "step-000002")
-    assert trained.checkpoint.name == "step-000002" and trained.config.optim.steps == 4
+    trained = load_model(Path(old_run) / "checkpoints" / "step-000002")
+    assert trained.info.source.name == "step-000002" and trained.config.optim.steps == 4
     assert float(trained.model.embed.weight.detach().norm()) == pytest.approx(
         1.4238446950912476, rel=1e-6
     )

@@ -16,7 +16,8 @@ from torch import nn
 
 from headway.checkpoint import checkpoint_dir, load, save
 from headway.checkpoint.checkpoint_dir import CheckpointError, latest
-from headway.checkpoint.tensor_files import TensorFile, TensorReader, plan_files
+from headway.checkpoint.tensor_files import TensorFile, plan_files
+from headway.checkpoint.tensor_reader import TensorReader
 from headway.config import ModelConfig, MoEConfig, OptimConfig, UsageError
 from headway.model.linear import Embedding, Linear
 from headway.model.roles import Group, Role
@@ -219,7 +220,7 @@ def test_other_tensors_are_refused(tmp_path):
     model, optimizers = _trained()
     path = _save(tmp_path, 1, model, optimizers)
     with pytest.raises(UsageError, match="bias is only in"):
-        load.load_model(path, nn.Linear(2, 2))
+        load.load_weights(path, nn.Linear(2, 2))
 
 
 @pytest.fixture

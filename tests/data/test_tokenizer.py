@@ -1,11 +1,12 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from headway.config import UsageError
 from headway.data.tokenizer import load_tokenizer, train_bpe
@@ -163,6 +164,30 @@ def test_added_tokens_that_are_no_text_alphabet(bpe, tmp_path):
     assert made.decode(ids) == "x 日本語 <|user|>"
     assert made.token_bytes[ids].sum() == len("x 日本語 <|user|>".encode())
     assert made.token_bytes[inner.token_to_id("<|user|>")] == 0
+
+
+def test_what_the_files_of_a_tokenizer_say_of_its_ends(bpe, tmp_path):
+    """Its second end of a text, its only one, and the id that its post-processor puts first."""
+    assert (bpe.eos_ids, bpe.bos) == ((bpe.eos,), None)
+    inner = tokenizers.Tokenizer.from_str(bpe._made_from[1])
+    inner.add_special_tokens(["<|im_end|>", "<|bos|>"])
+    turn, bos = (inner.token_to_id(name) for name in ("<|im_end|>", "<|bos|>"))
+    inner.post_processor = processors.TemplateProcessing("<|bos|> $A", None, [("<|bos|>", bos)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    config = tmp_path / "tokenizer_config.json"
+    for written in ('"<|im_end|>"', '{"content": "<|im_end|>"}'):
+        config.write_text(f'{{"eos_token": {written}}}')
+        chat = load_tokenizer(str(tmp_path))
+        assert (chat.eos, chat.eos_ids, chat.bos) == (bpe.eos, (bpe.eos, turn), bos)
+        assert chat.encode("the cat").tolist() == bpe.encode("the cat").tolist()
+        again = pickle.loads(pickle.dumps(chat))
+        assert (again.eos_ids, again.bos) == (chat.eos_ids, bos)
+    config.write_text('{"eos_token": "a"}')
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).eos_ids == (0,)
+    config.write_text("[]")
+    assert "tokenizer_config.json cannot be read" in mistake(load_tokenizer, str(tmp_path))
 
 
 def mistake(call, *args):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from headway.checkpoint.runtime import load_trained
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, UsageError
+from headway.hub.load import load_model
 from headway.model.build import build_block
 from headway.model.compute import Compute
 from headway.model.context import Context
@@ -64,10 +64,10 @@ def test_modules_of_ones_own_train_and_sample(tmp_path):
     assert result["steps"] == tiny(tmp_path).optim.steps and result["sample"] is not None
     assert result["val_bits_per_byte"] < result["first_val_bits_per_byte"]
     run = Path(result["checkpoint"]).parents[1]
-    loaded = load_trained(run, blocks=own_blocks).model
+    loaded = load_model(run, blocks=own_blocks).model
     assert isinstance(loaded.blocks()[0].mixer, RunningMean)
     with pytest.raises(UsageError, match="modules of your own need blocks="):
-        load_trained(run)
+        load_model(run)
 
 
 def test_every_parameter_has_a_role_and_one_without_is_named():

@@ -22,5 +22,6 @@ from headway.config.moe import (
     n_inputs,
 )
 from headway.config.optim import OptimConfig
+from headway.config.rope import RopeConfig
 from headway.config.run import RunConfig
 from headway.config.tree import Config, from_dict, leaves

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from headway.config.bounds import above_zero, at_least, nearest_divisors
 from headway.config.errors import UsageError
 from headway.config.moe import Activation, MoEConfig
+from headway.config.rope import RopeConfig
 
 QKNorm = Literal["none", "head", "all"]
 
@@ -48,6 +49,8 @@ class ModelConfig:
     served and changes no number."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Which dims it rotates, and how it is scaled."""
     d_ff: int = 1024
     """Hidden width of the dense feed-forward network (dense layers only)."""
     activation: Activation = "swiglu"
@@ -73,6 +76,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """Return d, the width of an attention head."""
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Return r, how many dims of an attention head are rotated."""
+        return self.rope.rotary_dim or self.head_width
 
     def window_of(self, layer: int) -> int:
         """Return the attention window of block `layer` in tokens; 0 is full attention."""
@@ -129,6 +137,7 @@ class ModelConfig:
                 f"n_heads={self.n_heads}, d_head={self.d_head}) is odd, and RoPE rotates pairs; "
                 f"set model.d_head to {d_head + 1}"
             )
+        self.rope.check(d_head, self.rope_theta)
         if not self.n_kv_heads:
             derived["model.n_kv_heads"] = f"{self.n_heads}: as many as n_heads"
         elif self.n_heads % self.n_kv_heads:

@@ -3,36 +3,91 @@ Llama: one pass over memory each way in `cpu/pointwise.cpp`. After an RMSNorm: n
 
 S positions · H heads · d head width."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from headway.config import RopeConfig
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import transformed
 
 
 def rope_tables(
-    positions_S: Tensor, d_head: int, theta: float, dtype: torch.dtype
+    positions_S: Tensor,
+    d_head: int,
+    theta: float,
+    dtype: torch.dtype,
+    config: RopeConfig = RopeConfig(),
 ) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each `[S, 1, d_head/2]`, from float64: frequency i is theta^(−2i/d_head).
+    """Return (cos, sin), each `[S, 1, d_head/2]`, from float64: `rope_frequencies` times positions,
+    times `config.table_factor`. `d_head` are the dims to rotate.
 
     `dtype` is that of the queries and keys; for bfloat16 the tables are float32, since a rounded
     table would turn by a wrong angle and change lengths."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    i = torch.arange(d_head // 2, dtype=torch.float64, device=positions_S.device)
-    angle = torch.outer(positions_S.double(), theta ** (-2 * i / d_head)).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    frequency = rope_frequencies(d_head, theta, config, positions_S.device)
+    angle = torch.outer(positions_S.double(), frequency).unsqueeze(1)
+    cos, sin = angle.cos(), angle.sin()
+    if config.table_factor != 1.0:
+        cos, sin = cos * config.table_factor, sin * config.table_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x [..., S, H, d]` by tables `[S, 1, d/2]`, in plain operations."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def rope_frequencies(
+    d_head: int, theta: float, config: RopeConfig, device: torch.device | None = None
+) -> Tensor:
+    """Return the d_head/2 angles per position, float64: theta^(−2i/d_head), scaled as the config
+    says. Equal to the `ROPE_INIT_FUNCTIONS` of Transformers, which compute in float32."""
+    i = torch.arange(d_head // 2, dtype=torch.float64, device=device)
+    frequency = theta ** (-2 * i / d_head)
+    match config.scaling:
+        case "none":
+            return frequency
+        case "linear":
+            return frequency / config.factor
+        case "llama3":
+            turns = config.original_max_len * frequency / (2 * math.pi)
+            low, high = config.low_freq_factor, config.high_freq_factor
+            unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+        case "yarn":
+
+            def dim_of(turns: float) -> float:
+                """Return the (real) dim that turns so often over the original context."""
+                period = config.original_max_len / (2 * math.pi * turns)
+                return d_head * math.log(period) / (2 * math.log(theta))
+
+            first, last = dim_of(config.beta_fast), dim_of(config.beta_slow)
+            if config.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, d_head - 1)
+            last += 0.001 if first == last else 0  # a step
+            unscaled = 1 - ((i - first) / (last - first)).clamp(0, 1)
+    return frequency * (unscaled + (1 - unscaled) / config.factor)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return what `rope_reference` does, rounded once from float32. Backward rotates back."""
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate `x [..., S, H, d]` by tables `[S, 1, r/2]`, in plain operations; see `rope`."""
+    x, passed = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), -1)
+    wide = x.to(cos.dtype)
+    a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((rotated, passed), -1)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Return what `rope_reference` does, rounded once from float32. Backward rotates back.
+
+    The first r dims of a head are rotated, dims r … d pass. Pairs are (i, i + r/2), or with
+    `interleaved` (2i, 2i + 1), whose first members then come before all second ones: scores of
+    queries and keys do not depend on the order of dims."""
     if transformed():
-        return rope_reference(x, cos, sin)
+        return rope_reference(x, cos, sin, interleaved)
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rope(x[..., :width], cos, sin, interleaved), x[..., width:]), -1)
+    if interleaved:
+        x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     if cpp_kernels().supports(x, float32=(cos, sin)):
         return (_rotate_cpp if undispatched(x) else _turn)(x, cos, sin, 1.0)
     return _Rope.apply(x, cos, sin)

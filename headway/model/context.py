@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.config import ModelConfig, UsageError
+from headway.config import ModelConfig, RopeConfig, UsageError
 from headway.kernels.attention import causal_mask, reads_first
 from headway.kernels.rope import rope_tables
 from headway.model.dispatch import LOCAL, TokenDispatcher
@@ -72,20 +72,21 @@ class Positions:
         held_B1 = torch.tensor(held, device=device).unsqueeze(1) if self.ragged else self.start
         self.index = held_B1 + torch.arange(n_new, device=device)
         """int64 `[S]`, or `[B, S]` where ragged."""
-        self._tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, float, RopeConfig, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._visible: dict[tuple[int, torch.dtype], tuple[Tensor | None, Tensor | None]] = {}
 
     def prepare(self, config: ModelConfig, dtype: torch.dtype) -> None:
         """Make tables and masks of all layers now, outside of what `block.compile` compiles."""
-        self.rope(config.head_width, config.rope_theta, dtype)
+        self.rope(config, dtype)
         for window in set(config.window) or {0}:
             self.visible(window, dtype)
 
-    def rope(self, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rope(self, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `kernels.rope.rope_tables`, a row for each of S (ragged: B·S) positions."""
-        key = d_head, theta, dtype
+        key = config.rotary_width, config.rope_theta, config.rope, dtype
         if key not in self._tables:
-            self._tables[key] = rope_tables(self.index.flatten(), d_head, theta, dtype)
+            width, theta, rope, _ = key
+            self._tables[key] = rope_tables(self.index.flatten(), width, theta, dtype, rope)
         return self._tables[key]
 
     def visible(self, window: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

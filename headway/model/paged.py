@@ -49,7 +49,7 @@ class PagedPositions(Positions):
         self._tables = {}
 
     def prepare(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.rope(config.head_width, config.rope_theta, dtype)
+        self.rope(config, dtype)
 
 
 class PagedCache:

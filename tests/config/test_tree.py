@@ -16,6 +16,7 @@ from headway.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    RopeConfig,
     RouterConfig,
     RunConfig,
     UsageError,
@@ -42,6 +43,20 @@ MISTAKES = {
     "head of width 3": model(d_head=3),
     "n_kv_heads=3 must divide model.n_heads=4; use n_kv_heads=2 or 4": model(n_kv_heads=3),
     "model.qk_norm=True is not known; use none, head or all": model(qk_norm=True),
+    "model.rope.scaling=ntk is not known": model(rope=RopeConfig(scaling="ntk")),  # type: ignore
+    "rotary_dim=18 must be even and at most 16": model(rope=RopeConfig(rotary_dim=18)),
+    "rotary_dim=3 must be even": model(rope=RopeConfig(rotary_dim=3)),
+    "model.rope.factor=2.0 has no effect with scaling=none": model(rope=RopeConfig(factor=2.0)),
+    "mscale=1.0 has no effect with scaling=linear": model(
+        rope=RopeConfig(scaling="linear", mscale=1.0)
+    ),
+    "model.rope.original_max_len=0 is below 1": model(rope=RopeConfig(scaling="llama3")),
+    "low_freq_factor=4.0 must lie below high_freq_factor=4.0; use 1 and 4": model(
+        rope=RopeConfig(scaling="llama3", original_max_len=64, low_freq_factor=4.0)
+    ),
+    "rope_theta=1.0 with scaling=yarn": model(
+        rope=RopeConfig(scaling="yarn", original_max_len=64), rope_theta=1.0
+    ),
     "clip_qkv=-1.0 is below 0": model(clip_qkv=-1.0),
     "n_layers=0 is below 1": model(n_layers=0),
     "model.window=4 -1 has an entry below 0": model(window=(4, -1)),
@@ -208,6 +223,7 @@ models = st.builds(
     d_head=st.sampled_from([0, 0, 4, 5]),
     window=st.sampled_from([(), (0,), (3,), (2, 0)]),
     qk_norm=st.sampled_from(["none", "head", "all"]),
+    rope=st.builds(RopeConfig, rotary_dim=st.sampled_from([0, 0, 2, 3]), interleaved=st.booleans()),
     clip_qkv=st.sampled_from([0.0, 0.5]),
     qkv_bias=st.booleans(),
     o_bias=st.booleans(),

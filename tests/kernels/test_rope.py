@@ -1,10 +1,15 @@
+import math
+
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
+from headway.config import RopeConfig
 from headway.kernels import norm as norm_module
 from headway.kernels import rope as module
 from headway.kernels.norm import norm_rope, rms_norm_reference
-from headway.kernels.rope import rope, rope_reference, rope_tables
+from headway.kernels.rope import rope, rope_frequencies, rope_reference, rope_tables
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
@@ -142,3 +147,73 @@ def test_compiles_whole_and_equals_eager():
     with torch.no_grad():
         compiled = torch.compile(norm_rope, fullgraph=True)(x, weight, 1e-6, *tables)
     assert torch.equal(compiled, norm_rope(x, weight, 1e-6, *tables))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [2, 6, 8])
+def test_some_dims_or_neighbours(width, interleaved, dtype):
+    config = RopeConfig(scaling="yarn", factor=4.0, original_max_len=32)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    d_out = torch.randn_like(x)
+    results = []
+    for function, d in ((rope, dtype), (rope_reference, torch.float64)):
+        tables = rope_tables(torch.arange(5), width, 100.0, d, config)
+        leaf = x.to(d).requires_grad_()
+        y = function(leaf, *tables, interleaved)
+        results.append((y, *torch.autograd.grad(y, leaf, d_out.to(d))))
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, 1e-12 if dtype == torch.float64 else 1e-6)
+    assert torch.equal(results[0][0][..., width:], x[..., width:].to(dtype))
+    first, second = (0, 1) if interleaved else (0, width // 2)
+    a, b = x[:, 3, :, first], x[:, 3, :, second]
+    angle, factor = torch.tensor(3.0, dtype=torch.float64), config.table_factor  # frequency 1
+    turned = factor * (a * angle.cos() - b * angle.sin())
+    assert_close(results[1][0][:, 3, :, 0], turned, 1e-12)
+    assert factor == pytest.approx(1 + 0.1 * math.log(4))
+
+
+lengths = {"original_max_position_embeddings": st.sampled_from([16, 512, 4096])}
+factors = {"factor": st.floats(1.5, 40.0)}
+PARAMETERS = st.one_of(
+    st.fixed_dictionaries({"rope_type": st.just("linear"), **factors}),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("llama3"),
+            "low_freq_factor": st.floats(0.5, 2.0),
+            "high_freq_factor": st.floats(3.0, 8.0),
+            **factors,
+            **lengths,
+        }
+    ),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("yarn"), **factors, **lengths},
+        optional={
+            "beta_fast": st.floats(16.0, 48.0),
+            "beta_slow": st.floats(0.5, 4.0),
+            "truncate": st.booleans(),
+            "attention_factor": st.floats(0.5, 2.0),
+            "mscale": st.floats(0.5, 1.0),
+            "mscale_all_dim": st.floats(0.5, 1.0),
+        },
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARAMETERS, st.sampled_from([8, 64]), st.sampled_from([1e4, 5e5]))
+def test_scaling_equals_transformers(parameters, d_head, theta):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    names = {"rope_type": "scaling", "original_max_position_embeddings": "original_max_len"}
+    config = RopeConfig(**{names.get(name, name): value for name, value in parameters.items()})
+    config.check(d_head, theta)
+    theirs = transformers.LlamaConfig(
+        head_dim=d_head,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_theta": theta, **parameters},
+    )
+    want, factor = ROPE_INIT_FUNCTIONS[config.scaling](theirs)
+    assert_close(rope_frequencies(d_head, theta, config), want.double(), 2e-6)
+    assert config.table_factor == pytest.approx(factor, rel=1e-12)

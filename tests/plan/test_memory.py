@@ -13,6 +13,7 @@ from headway.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    RopeConfig,
     RouterConfig,
     RunConfig,
 )
@@ -68,7 +69,10 @@ MODELS = {
 MODELS |= {
     "biases, QK-norm over all heads, clamped": replace(
         BASE, qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0
-    )
+    ),
+    "some dims rotated, neighbours": replace(
+        BASE, moe=MoEConfig(kind="dense"), rope=RopeConfig(rotary_dim=8, interleaved=True)
+    ),
 }
 B, S = 3, 24
 

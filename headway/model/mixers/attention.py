@@ -53,14 +53,14 @@ class Attention(nn.Module):
     sigmoid output gate.
 
     `window`: tokens a position sees, itself included; 0 is all. Norm and rotation are one kernel
-    with `qk_norm` none or head and without `clip_qkv`; a kernel that fuses more does so there."""
+    with `qk_norm` none or head, without `clip_qkv` and where halves of whole heads are rotated; a
+    kernel that fuses more does so there."""
 
     def __init__(self, config: ModelConfig, window: int = 0):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         self.d_head = config.head_width
-        self.window, self.theta = window, config.rope_theta
-        self.qk_norm, self.clip = config.qk_norm, config.clip_qkv
+        self.config, self.window = config, window
         D, d = config.d_model, self.d_head
         self.q = Linear(D, self.n_heads * d, bias=config.qkv_bias)
         self.k = Linear(D, self.n_kv_heads * d, bias=config.qkv_bias)
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         # one row of the tables per position: as one sequence where the positions differ
         rows = (1, B * S) if positions.ragged else (B, S)
         q, k, v = (proj(x_BSD).view(*rows, -1, self.d_head) for proj in (self.q, self.k, self.v))
-        tables = positions.rope(self.d_head, self.theta, x_BSD.dtype)
+        tables = positions.rope(self.config, x_BSD.dtype)
         q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
         v = self._clamped(v)
         if positions.ragged:
@@ -110,14 +110,17 @@ class Attention(nn.Module):
 
     def _rotated(self, x: Tensor, norm: RMSNorm | None, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Norm, clamp and rotate `[B, S, heads, d]`."""
-        if norm is not None and self.qk_norm == "head" and not self.clip:
+        c = self.config
+        whole = not c.clip_qkv and not c.rope.interleaved and c.rotary_width == self.d_head
+        if norm is not None and c.qk_norm == "head" and whole:
             return norm_rope(x, norm.weight, norm.eps, *tables)
         if norm is not None:
-            x = norm(x.flatten(-2)).view(x.shape) if self.qk_norm == "all" else norm(x)
-        return rope(self._clamped(x), *tables)
+            x = norm(x.flatten(-2)).view(x.shape) if c.qk_norm == "all" else norm(x)
+        return rope(self._clamped(x), *tables, c.rope.interleaved)
 
     def _clamped(self, x: Tensor) -> Tensor:
-        return x.clamp(-self.clip, self.clip) if self.clip else x
+        limit = self.config.clip_qkv
+        return x.clamp(-limit, limit) if limit else x
 
     def costs(self, work: Workload) -> Sequence[Cost]:
         """Saved are queries, keys, values, output, log-sum-exp, inputs and scales of QK-norm, and
@@ -125,7 +128,7 @@ class Attention(nn.Module):
         T, S, b = work.n_tokens, work.seq_len, work.bytes_per_value
         D, N, M, d = self.q.weight.shape[1], self.n_heads, self.n_kv_heads, self.d_head
         weights, formula = D * d * (2 * N + 2 * M), "D·d·(2N + 2M)"
-        saved = T * b * d * (2 * N + 2 * M) + 4 * T * N + 4 * S * d
+        saved = T * b * d * (2 * N + 2 * M) + 4 * T * N + 4 * S * self.config.rotary_width
         norms = masks = NOTHING
         if self.gate is not None:
             weights, formula = weights + D * N, "(D·d·(2N + 2M) + D·N)"
@@ -133,10 +136,10 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norms = Term(2 * d, "2·d")
             rows = N + M
-            if self.qk_norm == "all":
+            if self.config.qk_norm == "all":
                 norms, rows = Term((N + M) * d, "(N + M)·d"), 2
             saved += T * ((N + M) * d * b + 4 * rows)
-        if self.clip:
+        if self.config.clip_qkv:
             saved += T * b * d * (N + 2 * M)
         biases = sum(p.bias.numel() for p in (self.q, self.k, self.v, self.o) if p.bias is not None)
         if work.doc_mask or 0 < self.window < S:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from headway.config import ModelConfig
+from headway.kernels.rope import rope_frequencies
 from headway.model.mixers.attention import Attention
 
 
@@ -12,15 +13,16 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, config: ModelConfig) -> Tensor:
-    """`[B, S, heads, d]`, the pairs of each head turned by position times frequency."""
-    d = x.shape[-1]
+    """`[B, S, heads, d]`, each pair of dims turned by position times frequency where it stands."""
+    width, scale = config.rotary_width, config.rope.table_factor
+    frequency = rope_frequencies(width, config.rope_theta, config.rope)
     out = x.clone()
     for t in range(x.shape[1]):
-        for i in range(d // 2):
-            angle = torch.tensor(t * config.rope_theta ** (-2 * i / d), dtype=x.dtype)
-            a, b = x[:, t, :, i], x[:, t, :, i + d // 2]
-            out[:, t, :, i] = a * torch.cos(angle) - b * torch.sin(angle)
-            out[:, t, :, i + d // 2] = b * torch.cos(angle) + a * torch.sin(angle)
+        for i in range(width // 2):
+            j, k = (2 * i, 2 * i + 1) if config.rope.interleaved else (i, i + width // 2)
+            cos, sin = torch.cos(t * frequency[i]), torch.sin(t * frequency[i])
+            a, b = scale * x[:, t, :, j], scale * x[:, t, :, k]
+            out[:, t, :, j], out[:, t, :, k] = a * cos - b * sin, b * cos + a * sin
     return out
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headway.config import ModelConfig
+from headway.config import ModelConfig, RopeConfig
 from headway.model.context import Context, DenseCache, Positions
 from headway.model.init import init_weights
 from headway.model.mixers.attention import Attention
@@ -34,6 +34,10 @@ OPTIONS = [
     {"qkv_bias": True, "o_bias": True, "n_kv_heads": 1},
     {"attn_gate": True},
     {"d_head": 6},
+    {"d_head": 6, "rope": RopeConfig(rotary_dim=4)},
+    {"rope": RopeConfig(interleaved=True), "qk_norm": "none"},
+    {"rope": RopeConfig(rotary_dim=2, interleaved=True), "n_kv_heads": 2},
+    {"rope": RopeConfig(scaling="yarn", factor=4.0, original_max_len=64), "rope_theta": 10.0},
 ]
 
 

@@ -45,6 +45,6 @@ def facts(loaded: "LoadedModel") -> dict[str, str]:
     """Return checkpoint, device and dtype of the matmuls, for `--json`."""
     return {
         "checkpoint": str(loaded.info.source),
-        "device": loaded.model.embed.weight.device.type,
+        "device": loaded.model.device.type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }

@@ -42,7 +42,7 @@ def evaluate(
     Each rank takes `micro_batch_size` of them at a time. Sums are float64 and divided once, so the
     result depends neither on the micro-batch nor on the number of ranks beyond float32 rounding.
     Collective."""
-    device, mesh = model.embed.weight.device, parallelism.mesh
+    device, mesh = model.device, parallelism.mesh
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()

@@ -65,7 +65,7 @@ def generate(
     gets each part of the text once its characters are complete, for which it may take several
     tokens. Collective on a mesh: all ranks return the same text."""
     check_sampling(temperature, top_k, top_p)
-    device = model.embed.weight.device
+    device = model.device
     ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos]
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

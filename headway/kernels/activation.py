@@ -86,6 +86,34 @@ def _autograd(ctx, d_hid):
 _forward.register_autograd(_autograd, setup_context=_save)
 
 
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Return cap·tanh(logits/cap), a soft bound; the logits themselves for a cap of 0.
+
+    Without gradients float32 on CPUs is computed in C++, where an element does not depend on where
+    it lies: PyTorch's own ends a tensor with another tanh."""
+    if not cap:
+        return logits
+    native = cpp_kernels().supports(float32=(logits,)) and undispatched(logits)
+    if not native or transformed():
+        return cap * torch.tanh(logits / cap)
+    logits = logits.contiguous()
+    out = torch.empty_like(logits)
+    cpp_kernels().call("softcap", torch.float32, logits, logits.numel(), float(cap), out)
+    return out
+
+
+def gate_heads(y: Tensor, gate: Tensor) -> Tensor:
+    """Return y·σ(gate): `[..., N, d]` gated by `[..., N]`, in y's dtype. As `softcap` without
+    gradients, float32 arithmetic rounded once."""
+    native = cpp_kernels().supports(y, gate) and y.dtype == gate.dtype and undispatched(y)
+    if not native or transformed():
+        return y * torch.sigmoid(gate).unsqueeze(-1)
+    y, out = y.contiguous(), torch.empty(y.shape, dtype=y.dtype)
+    arguments = (y, gate.contiguous(), gate.numel(), y.shape[-1], out)
+    cpp_kernels().call("gate_heads", y.dtype, *arguments)
+    return out
+
+
 def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
     """Write `activate_reference` into `hid [..., F]`, without autograd."""
     if activation == "swiglu":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import transformed
+from headway.kernels.packed import PackedWeight, packed_linear
 from headway.kernels.precision import widen
 
 CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
@@ -61,6 +62,18 @@ def token_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float
     if transformed():
         return token_log_probs_reference(x_TD, w_VD, target_T, softcap)
     return _TokenLogProbs.apply(x_TD, w_VD, target_T, softcap)
+
+
+def packed_log_probs(
+    x_TD: Tensor, weight: PackedWeight, target_T: Tensor, softcap: float = 0.0
+) -> Tensor:
+    """Return what `token_log_probs` does with a packed weight, from float32 logits and without
+    gradient."""
+    out_T = x_TD.new_empty(len(x_TD), dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for at in _chunks(len(x_TD), weight.n_out):
+        logits = packed_linear(x_TD[at], weight, wide=True)
+        out_T[at] = -_rows(logits, target_T[at], softcap, False)[0]
+    return out_T
 
 
 def _logits_reference(x_TD: Tensor, w_VD: Tensor, softcap: float) -> Tensor:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from headway.config import Activation, n_inputs
 from headway.kernels.activation import activate
 from headway.kernels.norm import rms_norm
+from headway.kernels.packed import PackedWeight, pack, packed_linear, packed_rows
+from headway.kernels.precision import widen
 from headway.model.context import Context
 from headway.model.costs import Cost, CostGroup, Term, Workload, casts
+from headway.model.packing import shape_only
 from headway.model.roles import Group, Init, Role
 
 
@@ -32,20 +35,62 @@ class Linear(nn.Module):
         self._role = Role(group, init, d_in, ends_branch)
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.packed: PackedWeight | None = None
+
+    def pack(self, dtype: torch.dtype) -> None:
+        if not self.weight.is_meta:
+            self.packed = pack_together([self], dtype)
 
     def roles(self) -> dict[str, Role]:
         return {"weight": self._role, "bias": Role(Group.VECTOR, Init.ZEROS)}
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return packed_linear(x, self.packed)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def pack_together(layers: Sequence[Linear], dtype: torch.dtype) -> PackedWeight:
+    """Pack layers that read the same input as one product; its outputs follow one another."""
+    weight = layers[0].weight
+    if len(layers) > 1:
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        zeros = [weight.new_zeros(len(layer.weight)) for layer in layers]
+        pairs = zip(layers, zeros, strict=True)
+        bias = torch.cat([zero if x.bias is None else x.bias.detach() for x, zero in pairs])
+    for layer in layers:
+        layer.weight = shape_only(layer.weight)
+        layer.bias = None if layer.bias is None else shape_only(layer.bias)
+    return pack(weight, dtype, bias)
 
 
 class Embedding(nn.Embedding):
     """A table `[V, D]` of token embeddings."""
 
+    def __init__(self, n_rows: int, width: int):
+        super().__init__(n_rows, width)
+        self.packed: PackedWeight | None = None
+
     def roles(self) -> dict[str, Role]:
         return {"weight": Role(Group.EMBEDDING, Init.EMBEDDING)}
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.packed is not None:
+            return packed_rows(self.packed, input)
+        return super().forward(input)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Keep the table as it is, in `dtype`: single rows are read."""
+        if not self.weight.is_meta:
+            self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=False)
+
+    def pack_as_head(self, dtype: torch.dtype) -> None:
+        """Pack the table as the matrix of a tied output head; rows are read out of it."""
+        self.packed = pack(self.weight, dtype)
+        self.weight = shape_only(self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -59,6 +104,9 @@ class RMSNorm(nn.Module):
 
     def roles(self) -> dict[str, Role]:
         return {"weight": Role(Group.VECTOR, Init.ONES)}
+
+    def pack(self, dtype: torch.dtype) -> None:
+        self.weight = nn.Parameter(widen(self.weight.detach()), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

@@ -48,6 +48,11 @@ class Experts(nn.Module):
             ),
         }
 
+    def pack(self, dtype: torch.dtype) -> None:
+        for name in ("w_in_HEGFL", "w_out_HEFL"):
+            weight = self.get_parameter(name).detach().to(dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
     def forward(self, x_THL: Tensor, route: Route) -> Tensor:
         """Map `[T, H, L]` to `[T, H, L]` in x's dtype.
 

@@ -13,11 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from headway.config import MoEConfig
 from headway.kernels.differentiate import transformed
+from headway.kernels.packed import PackedWeight, pack, packed_linear
 from headway.kernels.permute import drop_over_capacity
+from headway.kernels.precision import widen
 from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_logits
 from headway.model.balance import RouteStats, aux_loss, margin_counts
 from headway.model.compute import Compute
 from headway.model.costs import Cost, CostGroup, Term, Workload
+from headway.model.packing import shape_only
 from headway.model.roles import Group, Init, Role, SplitOver
 
 
@@ -78,6 +81,16 @@ class Router(nn.Module):
         # a buffer, saved with the model: added to the scores for selection only, moved by
         # `balance.new_bias`
         self.register_buffer("bias_HE", torch.zeros(shape[:2]))
+        self.packed: PackedWeight | None = None
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack the weights in float32, whatever the dtype of the tokens."""
+        if self.packed is not None:
+            return
+        reads_token = self.shard is SplitOver.NONE
+        weight = self.w_HEL.flatten(0, 1) if reads_token else self.w_HEL
+        self.packed = pack(widen(weight.detach()), widen(weight).dtype)
+        self.w_HEL = shape_only(self.w_HEL)
 
     def roles(self) -> dict[str, Role]:
         fan_in, shard = self.w_HEL.shape[-1], self.shard
@@ -129,6 +142,8 @@ class Router(nn.Module):
         if self.training and self.config.jitter:
             x = x if x.dtype == torch.float64 else x.float()
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
+        if self.packed is not None:
+            return packed_linear(x, self.packed, wide=True).view(len(x), *self.w_HEL.shape[:2])
         logits_THE = logits(x, self.w_HEL)
         if self.training and self.w_noise_HEL is not None:
             std_THE = F.softplus(logits(x, self.w_noise_HEL))
@@ -136,9 +151,9 @@ class Router(nn.Module):
         return logits_THE
 
     def _is_plain(self) -> bool:
-        """Whether nobody needs the logits themselves."""
+        """Whether nobody needs the logits themselves, and the weights are not packed."""
         changed = self.config.jitter or self.w_noise_HEL is not None
-        wanted = self.wants_margins or self.aux_by_sequence
+        wanted = self.wants_margins or self.aux_by_sequence or self.packed is not None
         return not wanted and not (self.training and changed)
 
     def _route(

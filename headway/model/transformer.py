@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
-from headway.kernels.cross_entropy import cross_entropy, token_log_probs
+from headway.kernels.activation import softcap
+from headway.kernels.cross_entropy import cross_entropy, packed_log_probs, token_log_probs
+from headway.kernels.packed import PackedWeight, packed_linear
+from headway.kernels.precision import widen
 from headway.model.balance import RouteReport, RouteStats
 from headway.model.build import Block, BlockBuilder, build_block
 from headway.model.compute import Compute
@@ -98,11 +101,16 @@ class Transformer(nn.Module):
             x_BSD = self.norm(_wanted(x_BSD, ctx))
             return Output(None, self._logits(x_BSD), tuple(stats))
         x_TD, target_T = self.norm(x_BSD).flatten(0, 1), targets_BS.flatten()
-        head = (x_TD, self._head_weight(), target_T, self.config.logit_softcap)
-        if ctx.log_probs:
-            log_probs_BS = token_log_probs(*head).view(targets_BS.shape)
-            return Output(-log_probs_BS.sum(), None, tuple(stats), log_probs_BS)
-        return Output(cross_entropy(*head), None, tuple(stats))
+        cap, packed = self.config.logit_softcap, self._packed_head()
+        if packed is not None:
+            log_probs_T = packed_log_probs(x_TD, packed, target_T, cap)
+        elif ctx.log_probs:
+            log_probs_T = token_log_probs(x_TD, self._head_weight(), target_T, cap)
+        else:
+            nats = cross_entropy(x_TD, self._head_weight(), target_T, cap)
+            return Output(nats, None, tuple(stats))
+        log_probs_BS = log_probs_T.view(targets_BS.shape) if ctx.log_probs else None
+        return Output(-log_probs_T.sum(), None, tuple(stats), log_probs_BS)
 
     def blocks(self) -> list[Block]:
         """Return the layers, typed."""
@@ -112,11 +120,15 @@ class Transformer(nn.Module):
         """Return the sparse layers, first layer first: the order of `Output.stats`."""
         return [layer for block in self.blocks() if (layer := block.sparse) is not None]
 
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
     def init_cache(self, batch: int, max_len: int) -> DenseCache:
         """Return an empty cache for decoding `batch` sequences of at most `max_len` positions."""
-        device = self.embed.weight.device
         states = [
-            block.mixer.init_state(batch, max_len, self.dtype, device) for block in self.blocks()
+            block.mixer.init_state(batch, max_len, self.dtype, self.device)
+            for block in self.blocks()
         ]
         return DenseCache(states, batch)
 
@@ -126,14 +138,22 @@ class Transformer(nn.Module):
         positions.prepare(self.config, self.dtype)
         return replace(ctx, positions=positions)
 
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack a table that is the output head too; otherwise each packs itself."""
+        if self.head is None and self.embed.packed is None:
+            self.embed.pack_as_head(dtype)
+
+    def _packed_head(self) -> PackedWeight | None:
+        return self.embed.packed if self.head is None else self.head.packed
+
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = F.linear(x, self._head_weight().to(x.dtype))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        packed, cap = self._packed_head(), self.config.logit_softcap
+        if packed is not None:
+            return softcap(packed_linear(x, packed, wide=True), cap)
+        return softcap(widen(F.linear(x, self._head_weight().to(x.dtype))), cap)
 
     def costs(self, work: Workload) -> list[Cost]:
         """Return the costs of all modules. The embedding counts as active in full, as is usual,

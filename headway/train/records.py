@@ -79,7 +79,7 @@ class Records:
         record |= {
             "lr": lr,
             "flops_per_second": self.sizes.flops_per_token * speed,
-            "memory_gib": _peak_memory_gib(self.model.embed.weight.device),
+            "memory_gib": _peak_memory_gib(self.model.device),
             "skipped": progress.skipped,
             **self._traffic(interval),
         }

@@ -71,7 +71,7 @@ def gradient(
             before the first: even, which gives the auxiliary loss no gradient.
         signal: whether this rank was asked to end; `Gradient.signals` tells the others."""
     assert len({len(batch.tokens_BS) for batch in micro_batches}) == 1, "means weigh equal parts"
-    device, sharding = model.embed.weight.device, parallelism.sharding
+    device, sharding = model.device, parallelism.sharding
     mesh = sharding.mesh
     sizes = torch.tensor([0.0, 0.0, signal], dtype=torch.float64, device=device)
     for batch in micro_batches:

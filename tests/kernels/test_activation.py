@@ -7,7 +7,9 @@ from headway.kernels.activation import (
     activate_into,
     activate_reference,
     activate_with_slope,
+    gate_heads,
     n_inputs,
+    softcap,
 )
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
@@ -110,3 +112,31 @@ def test_compiles_whole_and_equals_eager():
     with torch.no_grad():
         compiled = torch.compile(activate, fullgraph=True)(pre, "swiglu")
     assert torch.equal(compiled, activate(pre, "swiglu"))
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_softcap_is_the_same_wherever_an_element_lies(size):
+    logits = size * 40 * torch.randn(9, 1003)
+    with torch.no_grad():
+        out = softcap(logits, 30.0)
+        assert_close(out, 30 * torch.tanh(logits.double() / 30), 1e-6)
+        for at in (1, 500, 1002):
+            assert torch.equal(softcap(logits[3, at : at + 1], 30.0), out[3, at : at + 1])
+        with threads(2):
+            assert torch.equal(softcap(logits, 30.0), out)
+    assert softcap(logits, 0.0) is logits
+    leaf = logits[:1].clone().requires_grad_()
+    softcap(leaf, 30.0).sum().backward()
+    assert_close(leaf.grad, 1 - torch.tanh(logits[:1].double() / 30) ** 2, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_gates_of_heads(dtype):
+    y, gate = torch.randn(2, 7, 3, 21).to(dtype), torch.randn(2, 7, 3).to(dtype)
+    want = y.double() * torch.sigmoid(gate.double()).unsqueeze(-1)
+    assert_close(gate_heads(y, gate), want, 2 * BOUND[dtype])
+    with torch.no_grad():
+        out = gate_heads(y, gate)
+        assert_close(out, want, BOUND[dtype])
+        assert torch.equal(gate_heads(y[1, 4], gate[1, 4]), out[1, 4])

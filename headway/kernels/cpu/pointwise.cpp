@@ -136,9 +136,38 @@ void activation_backward(const T* d_hid, const T* pre, long rows, long F, int ac
   });
 }
 
+// y [rows, d] · σ(gate [rows])
+template <class T>
+void gate_heads(const T* y, const T* gate, long rows, long d, T* out, int threads) {
+  over_rows(rows, d, threads, [&](long r) {
+    const Vec open = sigmoid(splat(Elem<T>::wide(gate[r])));
+    sweep(d, EACH { put(out + r * d + i, get(y + r * d + i, n) * open, n); });
+  });
+}
+
+// cap·tanh(x/cap)
+void softcap(const float* x, long size, float cap, float* out, int threads) {
+  constexpr long ROW = 4096;
+  over_rows((size + ROW - 1) / ROW, ROW, threads, [&](long r) {
+    const long from = r * ROW, n_row = size - from < ROW ? size - from : ROW;
+    sweep(n_row, EACH {
+      const Vec z = get(x + from + i, n) / cap, z2 = z * z;
+      // 1 − 2/(e^2z + 1) would lose the digits of small values
+      const Vec near = z + z * z2 * (-1.f / 3 + z2 * (2.f / 15 + z2 * (-17.f / 315 + z2 * (62.f / 2835))));
+      const Vec far = 1.f - 2.f / (exp(2.f * z) + 1.f);
+      put(out + from + i, cap * (z2 < 0.04f ? near : far), n);
+    });
+  });
+}
+
 }  // namespace
 
 extern "C" {
+
+void headway_softcap_float32(const float* x, long size, float cap, float* out, int threads) {
+  softcap(x, size, cap, out, threads);
+}
+
 
 // x [rows, L], w [heads, L] (row r reads r % heads); scale [rows] is written for backward.
 // cos, sin [S, half]; x [rows = … · S · heads, 2·half].
@@ -180,6 +209,9 @@ extern "C" {
       const long at = r * 2 * half, s = r / heads % S * half;                                        \
       norm_turn_row_back(dy + at, x + at, w, scale[r], cos + s, sin + s, half, dx + at, sum);        \
     });                                                                                              \
+  }                                                                                                  \
+  void headway_gate_heads_##name(const T* y, const T* gate, long rows, long d, T* out, int threads) { \
+    gate_heads(y, gate, rows, d, out, threads);                                                      \
   }                                                                                                  \
   void headway_activation_##name(const T* pre, long rows, long F, long activation, T* hid,           \
                                  int threads) {                                                      \

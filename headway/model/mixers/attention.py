@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
+from headway.kernels.activation import gate_heads
 from headway.kernels.attention import attention
 from headway.kernels.norm import norm_rope
+from headway.kernels.packed import PackedWeight, packed_linear
 from headway.kernels.rope import rope
 from headway.model.context import Context, Positions
 from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, casts
-from headway.model.linear import Linear, RMSNorm
+from headway.model.linear import Linear, RMSNorm, pack_together
 from headway.model.paged import PagedKV
 
 
@@ -68,17 +70,28 @@ class Attention(nn.Module):
         self.o = Linear(self.n_heads * d, D, bias=config.o_bias, ends_branch=True)
         self.q_norm, self.k_norm = _qk_norm(config, self.n_heads), _qk_norm(config, self.n_kv_heads)
         self.gate = Linear(D, self.n_heads) if config.attn_gate else None
+        self.packed: PackedWeight | None = None
+        """q, k, v and the gate as one product."""
+
+    def pack(self, dtype: torch.dtype) -> None:
+        if self.packed is None:
+            self.packed = pack_together(self._inputs(), dtype)
+
+    def _inputs(self) -> list[Linear]:
+        """Return the layers that read the block's input."""
+        return [self.q, self.k, self.v, *([] if self.gate is None else [self.gate])]
 
     def forward(self, x_BSD: Tensor, ctx: Context = Context()) -> Tensor:
         """Map `[B, S, D]` to `[B, S, D]`; the S positions follow those in a cache."""
         positions = ctx.positions_of(x_BSD)
-        q, k, v = self._qkv(x_BSD, positions)
+        q, k, v, *gate = self._project(x_BSD)
+        q, k, v = self._qkv(q, k, v, positions)
         if ctx.cache is None:
             y_BSNd = attention(q, k, v, *positions.visible(self.window, q.dtype))
         else:
             y_BSNd = ctx.cache.state(ctx.layer).attend(q, k, v, positions, self.window)
-        if self.gate is not None:
-            y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
+        if gate:
+            y_BSNd = gate_heads(y_BSNd, gate[0])
         return self.o(y_BSNd.flatten(-2))
 
     def init_state(
@@ -95,13 +108,24 @@ class Attention(nn.Module):
         """Return empty pages for the keys and values of many sequences."""
         return PagedKV(n_pages, self.n_kv_heads, self.d_head, dtype, device)
 
-    def _qkv(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BSD: Tensor) -> Sequence[Tensor]:
+        """Return queries, keys, values, each `[B, S, heads·d]`, and the gate `[B, S, N]` if there
+        is one."""
+        layers = self._inputs()
+        if self.packed is None:
+            return [layer(x_BSD) for layer in layers]
+        widths = [len(layer.weight) for layer in layers]
+        return packed_linear(x_BSD, self.packed).split(widths, -1)
+
+    def _qkv(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return normed and rotated queries, keys, values: `[B, S, heads, d]`."""
-        B, S, _ = x_BSD.shape
+        B, S, _ = q.shape
         # one row of the tables per position: as one sequence where the positions differ
         rows = (1, B * S) if positions.ragged else (B, S)
-        q, k, v = (proj(x_BSD).view(*rows, -1, self.d_head) for proj in (self.q, self.k, self.v))
-        tables = positions.rope(self.config, x_BSD.dtype)
+        q, k, v = (t.reshape(*rows, -1, self.d_head) for t in (q, k, v))
+        tables = positions.rope(self.config, q.dtype)
         q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
         v = self._clamped(v)
         if positions.ragged:

@@ -1,0 +1,83 @@
+// Weights packed once, when a model is loaded for inference, in the layout that the register tile reads.
+//
+// A matrix with K rows (summed over) and `cols` columns becomes panels of NR·VL columns, the last one
+// narrower; a panel is [units][columns], contiguous. So a product with one row reads every weight once and
+// in the order of memory. Columns are padded to VL with zeros.
+//
+//     C[i, j] = Σ_u A[i, u] · B[u, j]      u in order, in one float32 accumulator
+//
+// whatever the number of rows: the sums of a block of units go on where those of the last one stopped, so
+// that the result of a row depends on nothing but the row (and equals `product` of tile.h bit for bit).
+#pragma once
+#include "tile.h"
+
+namespace headway {
+
+constexpr long PANEL = NR * VL;
+constexpr long UNITS = 64;  // of a panel that stay in the first-level cache while many rows pass: 16 KiB
+
+// Columns of panel p, padded.
+constexpr long panel_width(long cols, long p) {
+  return cols - p * PANEL < PANEL ? pad(cols - p * PANEL, VL) : PANEL;
+}
+constexpr long panels_of(long cols) { return (cols + PANEL - 1) / PANEL; }
+
+// C [M, PANEL] = A·B over some units; goes on with the sums in C where `more`. Asks on its way for the
+// memory from `next` on, `step` bytes per unit, which the processor would not yet read ahead by itself.
+template <class T, int M, int N>
+static __attribute__((noinline)) void strip(long units, const Unit* a, long a_row, const Unit* b, float* c,
+                                            bool more, const char* next, long step) {
+  Vec acc[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) acc[i][j] = more ? load(c + i * PANEL + j * VL) : Vec{};
+  for (long u = 0; u < units; ++u, ++a, b += N * VL, next += step) {
+#pragma GCC unroll 4
+    for (int l = 0; l < (M == 1 ? 0 : 2); ++l) __builtin_prefetch(next + l * 64);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[i][j] = dot<T>(acc[i][j], a[i * a_row], b + j * VL);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) store(c + i * PANEL + j * VL, acc[i][j]);
+}
+
+template <class T, int N>
+static void strips(long rows, long units, const Unit* a, long a_row, const Unit* b, float* c, bool more) {
+  const char* next = (const char*)(b + units * N * VL);
+  long step = N * 32;
+  for (; rows >= MR; rows -= MR, a += MR * a_row, c += MR * PANEL) {
+    strip<T, MR, N>(units, a, a_row, b, c, more, next, step);
+    next += units * step;
+    if (next >= (const char*)(b + 2 * units * N * VL)) next -= units * step, step = 0;
+  }
+#define HEADWAY_ROWS(n) \
+  case n: strip<T, n, N>(units, a, a_row, b, c, more, next, step); break;
+  switch (rows) { HEADWAY_ROWS(1) HEADWAY_ROWS(2) HEADWAY_ROWS(3) HEADWAY_ROWS(4) HEADWAY_ROWS(5) }
+#undef HEADWAY_ROWS
+}
+
+// C [rows, PANEL] = A [rows, units] · one panel of `width` columns.
+template <class T>
+static void panel_product(long rows, long units, const Unit* a, long a_row, const Unit* b, long width,
+                          float* c) {
+  const long block = rows > MR ? UNITS : units;
+  for (long u = 0; u < units; u += block) {
+    const long n = units - u < block ? units - u : block;
+    const Unit *a_at = a + u, *b_at = b + u * width;
+    switch (width / VL) {
+      case 1: strips<T, 1>(rows, n, a_at, a_row, b_at, c, u > 0); break;
+      case 2: strips<T, 2>(rows, n, a_at, a_row, b_at, c, u > 0); break;
+#ifdef __AVX512F__
+      case 3: strips<T, 3>(rows, n, a_at, a_row, b_at, c, u > 0); break;
+      default: strips<T, NR>(rows, n, a_at, a_row, b_at, c, u > 0);
+#endif
+    }
+  }
+}
+
+}  // namespace headway

@@ -1,0 +1,83 @@
+"""A packed model: the same numbers as before, and the same bits for a token in any company."""
+
+import pytest
+import torch
+
+from headway.config import ModelConfig, MoEConfig, RouterConfig
+from headway.model.compute import Compute
+from headway.model.context import Context
+from headway.model.costs import Workload
+from headway.model.packing import pack_
+from headway.model.transformer import Transformer
+from tests.compare import assert_close
+from tests.kernels.cpp_paths import NATIVE_DTYPES
+
+SPARSE = {
+    "moe": MoEConfig(kind="moe", n_experts=5, top_k=2, d_expert=12, d_shared=10),
+    "latent": MoEConfig(kind="latent", n_experts=5, top_k=2, d_expert=12, d_latent=20),
+    "multi_head": MoEConfig(
+        kind="multi_head_latent", n_heads=2, n_experts=5, top_k=2, d_expert=12, n_dense_layers=1
+    ),
+    "sub_tokens": MoEConfig(
+        kind="multi_head_latent",
+        n_heads=2,
+        n_experts=5,
+        top_k=2,
+        d_expert=12,
+        router=RouterConfig(reads="sub_token", gate="sigmoid"),
+    ),
+    "dense": MoEConfig(kind="dense"),
+}
+
+
+def config_of(kind: str, **changes) -> ModelConfig:
+    sizes = {
+        "vocab_size": 70,
+        "n_layers": 2,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_ff": 40,
+    }
+    return ModelConfig(**{**sizes, "moe": SPARSE[kind], **changes})
+
+
+def model_of(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    return Transformer(config, Compute(dtype), seed=3).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("kind", SPARSE)
+def test_logits_and_losses_are_those_of_the_model(kind, dtype):
+    config = config_of(kind, tied=kind == "moe", logit_softcap=5.0 if kind == "latent" else 0.0)
+    config_gate = config_of(kind, attn_gate=True, qkv_bias=True, o_bias=True)
+    for each in (config, config_gate):
+        model, packed = model_of(each, dtype), model_of(each, dtype)
+        pack_(packed, dtype)
+        tokens = torch.arange(40).view(2, 20) % 70
+        targets = tokens.roll(-1, 1).masked_fill(tokens == 7, -1)
+        with torch.no_grad():
+            want, got = model(tokens), packed(tokens)
+            assert got.logits_BSV.dtype == torch.float32
+            assert_close(got.logits_BSV, want.logits_BSV, 1e-5 if dtype == torch.float32 else 2e-2)
+            want, got = model(tokens, targets).nats, packed(tokens, targets).nats
+            assert_close(got, want, 1e-5 if dtype == torch.float32 else 1e-3)
+            ctx = Context(log_probs=True)
+            assert_close(packed(tokens, targets, ctx).log_probs_BS.sum(), -want, 1e-3)
+
+
+def test_costs_are_counted_from_the_shapes():
+    model, work = model_of(config_of("multi_head", qkv_bias=True)), Workload(seq_len=8)
+    before = [cost.parameters for cost in model.costs(work)]
+    pack_(model, torch.float32)
+    assert [cost.parameters for cost in model.costs(work)] == before
+
+
+def test_packing_twice_is_packing_once():
+    model = model_of(config_of("moe", tied=True))
+    tokens = torch.arange(9).view(1, 9)
+    pack_(model, torch.float32)
+    with torch.no_grad():
+        want = model(tokens).logits_BSV
+        pack_(model, torch.float32)
+        assert torch.equal(model(tokens).logits_BSV, want)

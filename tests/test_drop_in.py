@@ -298,7 +298,7 @@ def test_a_forward_that_a_launcher_wraps(kind):
 @pytest.mark.parametrize("layer", [MoE, LatentMoE, MultiHeadLatentMoE])
 def test_every_option_of_a_recipe(layer):
     """What a recipe can say of the layer, its constructor can."""
-    elsewhere = {"kind", "n_dense_layers"}
+    elsewhere = {"kind", "n_dense_layers", "sparse_step", "dense_layers"}
     if layer is not MultiHeadLatentMoE:
         elsewhere |= {"n_heads"}
     if layer is MoE:

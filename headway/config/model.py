@@ -93,7 +93,9 @@ class ModelConfig:
 
     def is_sparse(self, layer: int) -> bool:
         """Return whether block `layer` has a sparse feed-forward layer."""
-        return self.moe.kind != "dense" and layer >= self.moe.n_dense_layers
+        moe = self.moe
+        dense = moe.kind == "dense" or layer < moe.n_dense_layers or layer in moe.dense_layers
+        return not dense and (layer + 1) % moe.sparse_step == 0
 
     def check(self) -> dict[str, str]:
         """Return derived value → the sentence that says where it comes from. Raise UsageError, one
@@ -115,10 +117,10 @@ class ModelConfig:
                 f"model.window has {len(self.window)} entries and model.n_layers={self.n_layers}; "
                 f"use at most {self.n_layers} entries"
             )
-        if self.moe.kind == "dense" or self.moe.n_dense_layers:
-            at_least(1, "model", vars(self), "d_ff")
         if self.moe.kind != "dense":
             derived |= self.moe.check(self.d_model, self.n_layers)
+        if self.n_sparse < self.n_layers:
+            at_least(1, "model", vars(self), "d_ff")
         return derived
 
     def _check_attention(self) -> dict[str, str]:

@@ -131,7 +131,10 @@ class MoEConfig:
     from float64, where bfloat16 is by 2.4e-3; backward stays in bfloat16. `bfloat16`: `run.dtype`.
     """
     d_shared: int = 0
-    """Hidden width of the shared expert, which every token passes at full width D; 0 means none."""
+    """Hidden width of the shared expert, which every token passes at full width D; 0 means none.
+    Several shared experts are one as wide as all of them."""
+    shared_gate: bool = False
+    """Multiplies the shared expert's output by a sigmoid of the token (Qwen2-MoE)."""
     latent_norm: bool = True
     """Learnable RMSNorm per head after the input projection (`moe` has no projection, hence none).
     On, unlike the published layer, since it was better in each comparison made
@@ -141,6 +144,10 @@ class MoEConfig:
     later ones are dropped, in training and validation. Samples drop none."""
     n_dense_layers: int = 0
     """The first n layers keep a dense feed-forward network."""
+    sparse_step: int = 1
+    """Of every n layers the last one is sparse (Qwen's `decoder_sparse_step`); ≥ 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Further layers that keep a dense feed-forward network, from 0 (Qwen's `mlp_only_layers`)."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """Scores, selection, gates."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -189,7 +196,7 @@ class MoEConfig:
     def check(self, d_model: int, n_layers: int) -> dict[str, str]:
         """Return derived value → the sentence that says where it comes from. Raise UsageError where
         the sizes do not fit a model of `n_layers` blocks of width `d_model`."""
-        at_least(1, "model.moe", vars(self), "n_experts d_expert n_heads")
+        at_least(1, "model.moe", vars(self), "n_experts d_expert n_heads sparse_step")
         at_least(0, "model.moe", vars(self), "d_latent d_shared capacity_factor")
         at_least(0, "model.moe", vars(self), "n_dense_layers n_zero_experts")
         self.balance.check()
@@ -198,6 +205,17 @@ class MoEConfig:
             raise UsageError(
                 f"model.moe.n_dense_layers={self.n_dense_layers} exceeds "
                 f"model.n_layers={n_layers}; use {n_layers} or fewer, or kind=dense"
+            )
+        for layer in self.dense_layers:
+            if not 0 <= layer < n_layers:
+                raise UsageError(
+                    f"model.moe.dense_layers names layer {layer} and model.n_layers={n_layers}; "
+                    f"use layers from 0 to {n_layers - 1}"
+                )
+        if self.shared_gate and not self.d_shared:
+            raise UsageError(
+                "model.moe.shared_gate=True has no effect with d_shared=0; use d_shared > 0, or "
+                "shared_gate=False"
             )
         if self.n_heads > 1 and self.kind != "multi_head_latent":
             raise UsageError(

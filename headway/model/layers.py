@@ -23,6 +23,7 @@ class MoE(SparseLayer):
         n_zero_experts: further choices that do nothing.
         activation: of experts and shared expert.
         d_shared: hidden width of a shared expert at full width D; 0 means none.
+        shared_gate: whether a sigmoid of the token multiplies its output.
         router, balance: how scores become gates; which bias rule selects.
         capacity_factor: 0 is dropless; else an expert takes at most ⌈factor·S·K/E⌉ rows of each
             sequence of S tokens, the first ones.
@@ -40,6 +41,7 @@ class MoE(SparseLayer):
         n_zero_experts: int = 0,
         activation: Activation = "swiglu",
         d_shared: int = 0,
+        shared_gate: bool = False,
         router: RouterConfig = RouterConfig(),
         balance: BalanceConfig = BalanceConfig(),
         capacity_factor: float = 0.0,
@@ -54,6 +56,7 @@ class MoE(SparseLayer):
             n_zero_experts=n_zero_experts,
             activation=activation,
             d_shared=d_shared,
+            shared_gate=shared_gate,
             router=router,
             balance=balance,
             capacity_factor=capacity_factor,
@@ -88,6 +91,7 @@ class MultiHeadLatentMoE(SparseLayer):
         n_zero_experts: int = 0,
         activation: Activation = "swiglu",
         d_shared: int = 0,
+        shared_gate: bool = False,
         router: RouterConfig = RouterConfig(),
         balance: BalanceConfig = BalanceConfig(),
         capacity_factor: float = 0.0,
@@ -105,6 +109,7 @@ class MultiHeadLatentMoE(SparseLayer):
             n_zero_experts=n_zero_experts,
             activation=activation,
             d_shared=d_shared,
+            shared_gate=shared_gate,
             router=router,
             balance=balance,
             capacity_factor=capacity_factor,
@@ -134,6 +139,7 @@ class LatentMoE(SparseLayer):
         n_zero_experts: int = 0,
         activation: Activation = "swiglu",
         d_shared: int = 0,
+        shared_gate: bool = False,
         router: RouterConfig = RouterConfig(),
         balance: BalanceConfig = BalanceConfig(),
         capacity_factor: float = 0.0,
@@ -150,6 +156,7 @@ class LatentMoE(SparseLayer):
             n_zero_experts=n_zero_experts,
             activation=activation,
             d_shared=d_shared,
+            shared_gate=shared_gate,
             router=router,
             balance=balance,
             capacity_factor=capacity_factor,

@@ -129,6 +129,7 @@ class SparseLayer(nn.Module):
         self.experts = Experts(d_model, config, compute) if experts is None else experts
         shared = config.d_shared
         self.shared = FeedForward(d_model, shared, config.activation) if shared else None
+        self.shared_gate = Linear(d_model, 1) if config.shared_gate else None
         self.w_out = Linear(d_latent, d_model, ends_branch=True) if latent else None
 
     def split(self, x_TD: Tensor) -> Tensor:
@@ -159,12 +160,19 @@ class SparseLayer(nn.Module):
             for chunk_TD, index_THK in zip(chunks, replay, strict=True)
         ]
         # computed while the chunks are exchanged
-        shared_TD = None if self.shared is None else self.shared(x_TD)[0]
+        shared_TD = self._shared(x_TD)
         parts, stats = zip(*run_interleaved(tasks), strict=True)
         y_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), merge_stats(stats)
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        """Return the output of the shared expert, if there is one."""
+        if self.shared is None:
+            return None
+        y_TD = self.shared(x_TD)[0]
+        return y_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * y_TD
 
     def _steps(self, x_TD: Tensor, index_THK: Tensor | None, seq_len: int, ctx: Context) -> Steps:
         """Compute one chunk, from exchange to exchange."""
@@ -205,9 +213,14 @@ class SparseLayer(nn.Module):
         costs = [*costs_of(self.router, work), *costs_of(self.experts, work)]
         if self.shared is not None:
             costs += self.shared.costs(work, CostGroup.SHARED)
+        T, b, H = work.n_tokens, work.bytes_per_value, self.n_heads
+        if self.shared_gate is not None:
+            D = self.shared_gate.weight.shape[1]
+            saved = Term(T * (D + 1) * b, "T·(D + 1)·b")
+            costs.append(Cost(CostGroup.SHARED, Term(D, "D"), Term(2 * D, "2·D"), saved))
+            costs.append(casts(D, work))
         if self.w_in is None:
             return costs
-        T, b, H = work.n_tokens, work.bytes_per_value, self.n_heads
         D_L, D = self.w_in.weight.shape
         saved = 2 * T * D_L * b
         if self.norm is not None:

@@ -76,6 +76,12 @@ MISTAKES = {
     "n_heads=8 needs kind=multi_head_latent, and kind=latent": moe(kind="latent"),
     "has no effect with kind=moe": moe(kind="moe", n_heads=1, d_latent=32),
     "n_dense_layers=3 exceeds model.n_layers=2": moe(n_dense_layers=3),
+    "dense_layers names layer 2 and model.n_layers=2; use layers from 0 to 1": moe(
+        dense_layers=(0, 2)
+    ),
+    "sparse_step=0 is below 1": moe(sparse_step=0),
+    "shared_gate=True has no effect with d_shared=0": moe(shared_gate=True),
+    "d_ff=-1 is below 1": model(d_ff=-1, moe=replace(MOE, dense_layers=(1,))),
     "capacity_factor=-1.0 is below 0": moe(capacity_factor=-1.0),
     "balance.aux_scope=micro_batch is not known": moe(
         balance=BalanceConfig(aux_scope="micro_batch")  # type: ignore[arg-type]
@@ -210,6 +216,9 @@ moes = st.builds(
     latent_norm=st.booleans(),
     capacity_factor=st.sampled_from([0.0, 1.0]),
     n_dense_layers=st.integers(0, 2),
+    sparse_step=st.integers(1, 2),
+    dense_layers=st.sampled_from([(), (0,), (1,)]),
+    shared_gate=st.booleans(),
     router=routers,
     balance=st.builds(BalanceConfig, bias=st.sampled_from(["none", "sign", "quantile"])),
 )
@@ -272,6 +281,17 @@ def test_the_fix_for_a_mesh_works(heads, hp):
         .replace(", …", "")
     )
     assert all(heads % int(n) == 0 for n in proposed.split(", "))
+
+
+@given(st.integers(0, 3), st.integers(1, 4), st.sets(st.integers(0, 7)))
+def test_which_layers_are_sparse(first, step, dense):
+    """As in Qwen2-MoE and, for the first layers, DeepSeek."""
+    sparse = MoEConfig(n_dense_layers=first, sparse_step=step, dense_layers=tuple(dense))
+    config = replace(MODEL, n_layers=8, moe=sparse)
+    for i in range(8):
+        theirs = (i not in dense) and (i + 1) % step == 0 and i >= first
+        assert config.is_sparse(i) == theirs
+    assert config.n_sparse == sum(map(config.is_sparse, range(8)))
 
 
 def test_configs_are_frozen():

@@ -67,7 +67,10 @@ def layer_reference(layer: SparseLayer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
             y_D = layer.w_out.weight @ y_D
         if layer.shared is not None:
             pre = layer.shared.w_in.weight @ x_D
-            y_D = y_D + layer.shared.w_out.weight @ act(pre, layer.shared.activation)
+            shared_D = layer.shared.w_out.weight @ act(pre, layer.shared.activation)
+            if layer.shared_gate is not None:
+                shared_D = shared_D / (1 + torch.exp(-layer.shared_gate.weight[0] @ x_D))
+            y_D = y_D + shared_D
         out.append(y_D)
         picked.append(picked_H)
     return torch.stack(out), torch.tensor(picked)

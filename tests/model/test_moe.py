@@ -93,6 +93,12 @@ def test_every_combination_equals_the_equations(
     check(layer, torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+def test_a_gate_on_the_shared_expert(kind):
+    layer = build(kind, d_shared=7, shared_gate=True)
+    check(layer, torch.randn(7, 12, dtype=torch.float64, requires_grad=True))
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision(dtype, bound):
     layer = build("multi_head").float()

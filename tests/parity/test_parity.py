@@ -129,6 +129,10 @@ CASES: dict[str, Case] = {
     "tied, fsdp, hp=2 ep=2": Case(
         replace(heads(), tied=True), _mesh(1, 2, 2, shard="fsdp"), micro=2
     ),
+    "a gate on the shared expert, every other layer, fsdp, dp=2 ep=2": Case(
+        replace(flat(d_shared=16, shared_gate=True, sparse_step=2), n_layers=4),
+        _mesh(2, 1, 2, shard="fsdp"),
+    ),
     "biases of attention, QK-norm over all heads, fsdp, dp=2 hp=2": Case(
         replace(heads(), qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0),
         _mesh(2, 2, 1, shard="fsdp"),

@@ -70,6 +70,9 @@ MODELS |= {
     "biases, QK-norm over all heads, clamped": replace(
         BASE, qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0
     ),
+    "a gate on the shared expert, every other layer": replace(
+        BASE, moe=replace(SPARSE, d_shared=24, shared_gate=True, sparse_step=2)
+    ),
     "some dims rotated, neighbours": replace(
         BASE, moe=MoEConfig(kind="dense"), rope=RopeConfig(rotary_dim=8, interleaved=True)
     ),

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
@@ -32,11 +33,19 @@ def sample(args: Sequence[str]) -> int:
     """Run `headway sample RUN` and return its exit code."""
     options = parse(Sample, args, "headway sample")
 
-    from headway.eval.sampling import check_sampling, generate
+    from headway.serve.params import SamplingParams
+    from headway.serve.text import generate
 
-    check_sampling(options.temperature, options.top_k, options.top_p)
     if options.tokens < 1:
         raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
+    params = SamplingParams(
+        max_tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    params.check_values()
     model = trained.load(options)
     if factor := model.config.model.moe.capacity_factor:
         note = f"trained with model.moe.capacity_factor={factor}; sampling drops no token"
@@ -44,22 +53,16 @@ def sample(args: Sequence[str]) -> int:
 
     show = partial(print, end="", flush=True)
     show(options.prompt)
-    text = generate(
-        model.model,
-        model.tokenizer,
-        options.prompt,
-        options.tokens,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        options.seed,
-        on_token=show,
-    )
+    begin = perf_counter()
+    ends = model.info.eos_ids
+    reply = generate(model.model, model.tokenizer, options.prompt, params, show, ends)
+    seconds = perf_counter() - begin
     print()
     answer = {
         "prompt": options.prompt,
-        "text": text,
-        "tokens": len(model.tokenizer.encode(text)),
+        "text": reply.text,
+        "tokens": len(reply.tokens),
+        "tokens_per_second": len(reply.tokens) / seconds,
         "seed": options.seed,
         **trained.facts(model),
     }

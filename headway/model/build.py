@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from headway.config import ModelConfig
+from headway.config import ModelConfig, UsageError
 from headway.model.balance import RouteStats
 from headway.model.compute import Compute
 from headway.model.context import Context
@@ -127,3 +127,18 @@ def build_feed_forward(
             return SparseLayer(config.d_model, config.moe, compute, norm_eps=config.norm_eps)
         case kind:
             raise AssertionError(f"no sparse layer of kind {kind!r}")
+
+
+def paged_mixers(blocks: Sequence[Block]) -> list[PagedMixer]:
+    """Return the mixers of a model's blocks. Raise UsageError for one without pages."""
+    if reason := without_pages(blocks):
+        raise UsageError(f"{reason}, which inference needs; see PagedMixer in model/build.py")
+    return [block.mixer for block in blocks if isinstance(block.mixer, PagedMixer)]
+
+
+def without_pages(blocks: Sequence[Block]) -> str:
+    """Name the first mixer without pages; return "" where there is none."""
+    for i, block in enumerate(blocks):
+        if not isinstance(block.mixer, PagedMixer):
+            return f"the mixer of block {i}, {type(block.mixer).__name__}, has no init_pages"
+    return ""

@@ -58,6 +58,14 @@ class PagedCache:
     def __init__(self, states: Sequence[Any], segments: Sequence[Segment]):
         self._states, self._segments = states, segments
 
+    def slots(self) -> list[int]:
+        """Return where each token of the pass is written, 16·page + offset."""
+        return [
+            PAGE * s.pages[i // PAGE] + i % PAGE
+            for s in self._segments
+            for i in range(s.start, s.start + s.n_new)
+        ]
+
     def positions(self, batch: int, n_new: int, device: torch.device) -> PagedPositions:
         positions = PagedPositions(self._segments, device)
         assert (batch, n_new) == (1, len(positions.index)), "a pass is one sequence of all tokens"

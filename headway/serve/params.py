@@ -85,8 +85,21 @@ class SamplingParams:
     def check(self, vocab_size: int, max_len: int, n_prompt: int) -> None:
         """Raise UsageError, one line, for what cannot be had of a model with `vocab_size` tokens
         and a context of `max_len`, after a prompt of `n_prompt` tokens."""
-        _within("max_tokens", self.max_tokens, 0, max_len)
-        _within("min_tokens", self.min_tokens, 0, max_len)
+        self.check_values()
+        _known("logit_bias", (token for token, _ in self.logit_bias), vocab_size)
+        _known("allowed_token_ids", self.allowed_token_ids, vocab_size)
+        _known("stop_token_ids", self.stop_token_ids, vocab_size)
+        if n_prompt + self.max_tokens > max_len:
+            raise UsageError(
+                f"a prompt of {n_prompt} tokens and max_tokens={self.max_tokens} do not fit a "
+                f"context of {max_len}; shorten the prompt or ask for at most "
+                f"{max(max_len - n_prompt, 0)} tokens"
+            )
+
+    def check_values(self) -> None:
+        """Raise UsageError, one line, for what cannot be had of any model."""
+        _within("max_tokens", self.max_tokens, 0, 2**31)
+        _within("min_tokens", self.min_tokens, 0, 2**31)
         _within("temperature", self.temperature, 0, 1e30)
         _within("top_k", self.top_k, 0, 2**31)
         if not 0 < self.top_p <= 1:
@@ -103,9 +116,6 @@ class SamplingParams:
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         for token, bias in self.logit_bias:
             _within(f"logit_bias of token {token}", bias, -100, 100)
-        _known("logit_bias", (token for token, _ in self.logit_bias), vocab_size)
-        _known("allowed_token_ids", self.allowed_token_ids, vocab_size)
-        _known("stop_token_ids", self.stop_token_ids, vocab_size)
         _within("logprobs", self.logprobs, -1, MAX_LOGPROBS)
         _within("prompt_logprobs", self.prompt_logprobs, -1, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOPS:
@@ -121,12 +131,6 @@ class SamplingParams:
             raise UsageError(
                 f"a grammar and allowed_token_ids={list(self.allowed_token_ids)[:8]} may leave no "
                 "token to draw; give one of them"
-            )
-        if n_prompt + self.max_tokens > max_len:
-            raise UsageError(
-                f"a prompt of {n_prompt} tokens and max_tokens={self.max_tokens} do not fit a "
-                f"context of {max_len}; shorten the prompt or ask for at most "
-                f"{max(max_len - n_prompt, 0)} tokens"
             )
 
 

@@ -23,11 +23,13 @@ from headway.checkpoint.run_folder import resume_command
 from headway.config import Config, RunError
 from headway.data.tokenizer import Tokenizer
 from headway.eval.bits_per_byte import Evaluation
-from headway.eval.sampling import generate
+from headway.model.build import without_pages
 from headway.model.transformer import Transformer
 from headway.optim.schedule import lr_factor
 from headway.parallel.mesh import Mesh
 from headway.parallel.parallelize import Parallelism
+from headway.serve.params import SamplingParams
+from headway.serve.text import generate
 from headway.train.checkpoints import Checkpoints
 from headway.train.interrupt import Interrupt
 from headway.train.records import Log, Records
@@ -80,6 +82,9 @@ class Session(Generic[D]):
         self.model, self.parallelism = self.records.model, self.records.parallelism
         self.optimizers, self.progress = self.checkpoints.optimizers, self.records.progress
         self._started = 0.0
+        self._no_samples = without_pages(self.model.blocks())
+        if self._no_samples and self.config.run.sample_tokens:
+            self.log(f"note: no samples: {self._no_samples}")
 
     @property
     def lr_factor(self) -> float:
@@ -178,13 +183,13 @@ class Session(Generic[D]):
     def sample(self) -> None:
         """Record a text sample, with the run's seed so that those of a run can be compared."""
         run = self.config.run
-        if not run.sample_tokens:
+        if not run.sample_tokens or self._no_samples:
             return
-        prompt, n, dispatcher = run.sample_prompt, run.sample_tokens, self.parallelism.dispatcher
+        prompt, dispatcher = run.sample_prompt, self.parallelism.dispatcher
+        params = SamplingParams(run.sample_tokens, temperature=0.8, top_k=50, seed=run.seed)
+        model = self.model
         with self.parallelism.mesh.traffic.paused():
-            text = generate(
-                self.model, self.tokenizer, prompt, n, 0.8, 50, seed=run.seed, dispatcher=dispatcher
-            )
+            text = generate(model, self.tokenizer, prompt, params, dispatcher=dispatcher).text
         self.progress.sample = text
         self.records.write({"prompt": prompt, "sample": text})
 

@@ -63,7 +63,7 @@ ROOMS = (
         "optimiser groups, AdamW, Muon, learning-rate schedules",
         "config kernels model parallel",
     ),
-    Room("eval", "bits per byte, sampling", "config kernels model parallel data"),
+    Room("eval", "bits per byte", "config kernels model parallel data"),
     Room(
         "checkpoint",
         "sharded safetensors, run folders, save and load; a trained model for who only reads it",

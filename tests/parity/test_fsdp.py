@@ -28,13 +28,14 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import evaluate
-from headway.eval.sampling import generate
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.parallel.mesh import fake
 from headway.parallel.parallelize import parallelize
 from headway.parallel.placement import to_local
+from headway.serve.params import SamplingParams
+from headway.serve.text import generate
 from headway.train.objective import NextToken
 from headway.train.step import gradient, update
 from tests.parity.gathered import full_tensors
@@ -118,7 +119,8 @@ def _story(mesh, config, optim, data, folder, steps):
     records, load = [], None
     for step in range(steps):
         seen = evaluate(model, stream, 11, 3, parallelism)  # shares that no rank count divides
-        text = generate(model, tokenizer, "ab", 12, seed=step, dispatcher=parallelism.dispatcher)
+        params = SamplingParams(12, temperature=0.8, seed=step)
+        text = generate(model, tokenizer, "ab", params, dispatcher=parallelism.dispatcher).text
         micro = 4 // mesh.size  # all ranks together always see four rows
         batch = stream.batch(step, mesh.rank, mesh.size, micro)
         micros = micro_batches(batch, micro, torch.device("cpu"))

@@ -23,7 +23,7 @@ def test_defaults_and_the_largest_request_pass():
             {"max_tokens": 17},
             "84 tokens and max_tokens=17 do not fit a context of 100.* at most 16",
         ),
-        ({"max_tokens": -1}, "max_tokens=-1 is outside 0 … 100"),
+        ({"max_tokens": -1}, "max_tokens=-1 is outside 0"),
         ({"min_tokens": 17}, "min_tokens=17 is above max_tokens=16"),
         ({"temperature": NAN}, "temperature=nan"),
         ({"temperature": -0.1}, "temperature=-0.1 is outside 0"),

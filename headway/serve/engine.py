@@ -1,0 +1,376 @@
+"""The inference engine: many requests, one pass at a time.
+
+    engine = Engine.load("runs/demo")
+    for completions in engine.generate(["Once upon", "The"], SamplingParams(max_tokens=32)):
+        print(completions[0].text)
+
+T tokens of a pass · R rows whose logits are wanted · V vocabulary."""
+
+import itertools
+import secrets
+from collections.abc import Iterable
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway.checkpoint.runtime import Device, Dtype
+from headway.config import UsageError
+from headway.data.tokenizer import Tokenizer
+from headway.hub.load import load_model
+from headway.model.build import paged_mixers
+from headway.model.context import Context
+from headway.model.dispatch import LOCAL, TokenDispatcher
+from headway.model.paged import PAGE, PagedCache, Segment
+from headway.model.transformer import Transformer
+from headway.serve.blocks import BlockPool
+from headway.serve.detokenizer import Detokenizer
+from headway.serve.params import SamplingParams
+from headway.serve.request import Request, Sequence, Update
+from headway.serve.routes import RoutePages
+from headway.serve.sampling import Row, TokenLogprob, log_probabilities, sample
+from headway.serve.scheduler import Chunk, Scheduler
+
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+class Completion(NamedTuple):
+    """One choice of a request, complete."""
+
+    text: str
+    tokens: list[int]
+    """The end of text included, where the model wrote it."""
+    logprobs: list[TokenLogprob]
+    finish_reason: str
+    stop_reason: int | str | None
+    routes: np.ndarray | None
+
+
+@dataclass
+class Counters:
+    """What the engine did since it was made."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of prompts whose pages were in the cache."""
+    generation_tokens: int = 0
+    aborted: int = 0
+    steps: int = 0
+    experts_touched: int = 0
+    """Experts with at least one row in the last step, summed over sparse layers."""
+    step_seconds: float = 0.0
+    """Of the last step."""
+    forward_seconds: float = 0.0
+    """Of its pass."""
+
+    def count_step(self, forward_seconds: float, seconds: float) -> None:
+        """Count a step that has ended."""
+        self.steps += 1
+        self.forward_seconds, self.step_seconds = forward_seconds, seconds
+
+
+class Engine:
+    """Runs requests on one model.
+
+    Args:
+        model: in evaluation mode, its mixers with pages.
+        tokenizer: of its vocabulary.
+        eos_ids: tokens that end a text; () takes the tokenizer's.
+        max_len: most tokens of a request, prompt and output.
+        max_requests: most sequences that run at once.
+        max_batch_tokens: most tokens of a pass; above `max_requests`.
+        cache_tokens: positions that the cache holds; 0: `max_requests · max_len`, at most 1 GiB.
+        return_routes: keep the chosen experts of each token beside its keys and values.
+        dispatcher: exchanges tokens with other processes; every one of them then runs the same
+        engine with the same requests.
+    Raises: UsageError where a size does not fit or a mixer has no pages."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: ListOf[int] = (),
+        max_len: int = 2048,
+        max_requests: int = 64,
+        max_batch_tokens: int = 512,
+        cache_tokens: int = 0,
+        return_routes: bool = False,
+        dispatcher: TokenDispatcher = LOCAL,
+    ):
+        if max_batch_tokens <= max_requests:
+            raise UsageError(
+                f"max_batch_tokens={max_batch_tokens} must be above max_requests={max_requests}, "
+                f"one token for each; use {max_requests + 256}"
+            )
+        self.model, self.tokenizer, self.dispatcher = model, tokenizer, dispatcher
+        self.eos_ids = tuple(eos_ids) or tokenizer.eos_ids
+        self.max_len = max_len
+        n_pages = -(-(cache_tokens or self._default_cache(max_requests)) // PAGE)
+        device = model.embed.weight.device
+        self._states = [
+            m.init_pages(n_pages, model.dtype, device) for m in paged_mixers(model.blocks())
+        ]
+        self._routes = RoutePages(n_pages, model.sparse_layers()) if return_routes else None
+        self.scheduler = Scheduler(BlockPool(n_pages), max_requests, max_batch_tokens)
+        self.counters = Counters()
+        self.sequences: list[Sequence] = []
+        self._numbers = itertools.count()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: Device = "auto",
+        dtype: Dtype = "auto",
+        threads: int = 0,
+        *,
+        max_len: int = 0,
+        max_requests: int = 64,
+        max_batch_tokens: int = 512,
+        cache_tokens: int = 0,
+        return_routes: bool = False,
+    ) -> "Engine":
+        """Return an engine for the model of a run, a checkpoint or a Hugging Face folder; arguments
+        as above and for `load_model`. `max_len` 0 is the model's context."""
+        loaded = load_model(path, device, dtype, threads)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            eos_ids=loaded.info.eos_ids,
+            max_len=max_len or loaded.info.max_len,
+            max_requests=max_requests,
+            max_batch_tokens=max_batch_tokens,
+            cache_tokens=cache_tokens,
+            return_routes=return_routes,
+        )
+
+    # ---- requests -----------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a prompt, after the beginning of text where the tokenizer's own
+        post-processor puts one; an empty prompt starts a document."""
+        ids = [int(i) for i in self.tokenizer.encode(text)]
+        if self.tokenizer.bos is not None:
+            ids.insert(0, self.tokenizer.bos)
+        return ids or [self.tokenizer.eos]
+
+    def add(
+        self, prompt: ListOf[int], params: SamplingParams, *, salt: str = "", id: str = ""
+    ) -> Request:
+        """Queue a request. Texts with different salts share no pages. Raises UsageError where it
+        can never run."""
+        prompt = list(prompt) or [self.tokenizer.eos]
+        params.check(self.tokenizer.vocab_size, self.max_len, len(prompt))
+        most, capacity = len(prompt) + params.max_tokens, PAGE * self.scheduler.pool.n_pages
+        if most > capacity:
+            raise UsageError(
+                f"a request of {most} tokens exceeds the cache of {capacity}; raise cache_tokens "
+                "or lower max_tokens"
+            )
+        if params.return_routes and self._routes is None:
+            raise UsageError("this engine keeps no routes; start it with return_routes")
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = Request(id or str(next(self._numbers)), prompt, params, seed, salt)
+        if params.prompt_logprobs >= 0:
+            request.prompt_logprobs = [None] * len(prompt)
+        self.scheduler.waiting.append(self._sequence(request, choice=0))
+        self.counters.requests += 1
+        self.counters.prompt_tokens += len(prompt)
+        return request
+
+    def abort(self, id: str) -> None:
+        """Drop a request, if it still runs; its full pages stay reusable."""
+        for sequence in [s for s in self.sequences if s.request.id == id]:
+            self._end(sequence)
+            self.counters.aborted += sequence.row.choice == 0
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether a request waits or runs."""
+        return bool(self.sequences)
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[Update]:
+        """Run one pass; return what it adds to each choice."""
+        begin = perf_counter()
+        wanted = _Wanted(self.scheduler.schedule())
+        logits_RV = self._forward(wanted)
+        computed = perf_counter()
+        updates = self._advance(wanted, logits_RV)
+        self.counters.count_step(computed - begin, perf_counter() - begin)
+        return updates
+
+    def generate(
+        self, prompts: Iterable[str | ListOf[int]], params: SamplingParams = SamplingParams()
+    ) -> list[list[Completion]]:
+        """Return the choices of each prompt, a text or token ids, in their order."""
+        ids = [self.encode(p) if isinstance(p, str) else p for p in prompts]
+        requests = [self.add(prompt, params) for prompt in ids]
+        parts: dict[tuple[Request, int], list[Update]] = {}
+        while self.has_work:
+            for update in self.step():
+                parts.setdefault((update.request, update.choice), []).append(update)
+        return [[joined(parts[r, i]) for i in range(params.n)] for r in requests]
+
+    def _forward(self, wanted: "_Wanted") -> Tensor:
+        """Return the wanted logits of a pass, over the tokenizer's vocabulary."""
+        chunks, device = wanted.chunks, self.model.embed.weight.device
+        cache = PagedCache(self._states, [Segment(s.n_computed, n, s.pages) for s, n in chunks])
+        ctx = Context(
+            cache=cache,
+            dispatcher=self.dispatcher,
+            rows_R=torch.tensor(
+                [*wanted.scored, *wanted.sampled], dtype=torch.int64, device=device
+            ),
+            report=frozenset() if self._routes is None else frozenset({"routes"}),
+        )
+        tokens = [t for s, n in chunks for t in s.tokens[s.n_computed : s.n_computed + n]]
+        output = self.model(torch.tensor([tokens], device=device), ctx=ctx)
+        if self._routes is not None:
+            self._routes.write(cache.slots(), output.routes)
+        self.counters.experts_touched = sum(int(s.counts_HE.count_nonzero()) for s in output.stats)
+        logits_RV = self.dispatcher.broadcast(output.logits_BSV[0])
+        return logits_RV[:, : self.tokenizer.vocab_size]
+
+    def _advance(self, wanted: "_Wanted", logits_RV: Tensor) -> list[Update]:
+        """Take the results of a pass: score prompts, draw tokens, end what is complete."""
+        for chunk in wanted.chunks:
+            self.scheduler.advance(chunk)
+        n_scored = len(wanted.scored)
+        self._score(wanted.prompts, logits_RV[:n_scored])
+        updates, rows, sequences = [], [], []
+        for i, sequence in enumerate(wanted.sequences, start=n_scored):
+            if not sequence.row.output:
+                self.counters.cached_tokens += sequence.request.n_cached
+            if sequence.request.params.max_tokens == 0:
+                updates.append(self._end(sequence, "length"))
+                continue
+            choices = [sequence, *self._fork(sequence)]
+            sequences += choices
+            rows += [i] * len(choices)
+        sampled = sample(logits_RV[rows], [s.row for s in sequences]) if rows else None
+        if sampled is not None:
+            drawn = zip(sequences, map(TokenLogprob, *sampled), strict=True)
+            updates += [self._take(sequence, token) for sequence, token in drawn]
+        return updates
+
+    def _score(self, prompts: ListOf[tuple[Sequence, int, int]], logits_RV: Tensor) -> None:
+        """Set log-probabilities of prompt tokens from the logits before each."""
+        done = 0
+        for sequence, start, n in prompts:
+            request = sequence.request
+            tokens = request.prompt[start + 1 : start + 1 + n]
+            n_top = request.params.prompt_logprobs
+            scores = log_probabilities(logits_RV[done : done + n], tokens, n_top)
+            request.prompt_logprobs[start + 1 : start + 1 + n] = scores
+            done += n
+
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        """Start the further choices of a request whose prompt is computed."""
+        twins = []
+        if not sequence.row.output and sequence.row.choice == 0:
+            for choice in range(1, sequence.request.params.n):
+                twins.append(self._sequence(sequence.request, choice))
+                if copied := self.scheduler.fork(sequence, twins[-1]):
+                    for state in self._states:
+                        state.copy_page(*copied)
+                    if self._routes is not None:
+                        self._routes.copy_page(*copied)
+        return twins
+
+    def _take(self, sequence: Sequence, drawn: TokenLogprob) -> Update:
+        """Add a token to a choice."""
+        request, token = sequence.request, drawn.token
+        params = request.params
+        sequence.append(token)
+        self.counters.generation_tokens += 1
+        reason = stop_reason = None
+        if token in self.eos_ids and not params.ignore_eos:
+            reason = "stop"
+        elif token in params.stop_token_ids:
+            reason, stop_reason = "stop", token
+        text = ""
+        if reason is None or params.include_stop:
+            text = sequence.detokenizer.add(token)
+        if reason is None and sequence.detokenizer.stopped:
+            reason, stop_reason = "stop", sequence.detokenizer.stopped
+        if reason is None and len(sequence.row.output) >= params.max_tokens:
+            reason = "length"
+        logprobs = (drawn,) if params.logprobs >= 0 else ()
+        update = Update(request, sequence.row.choice, (token,), text, logprobs)
+        if reason is None:
+            return update
+        last = self._end(sequence, reason)
+        text += last.text
+        return last._replace(tokens=(token,), text=text, logprobs=logprobs, stop_reason=stop_reason)
+
+    def _sequence(self, request: Request, choice: int) -> Sequence:
+        params, grammar = request.params, request.params.grammar
+        matcher = None if grammar is None else grammar.matcher()
+        row = Row(params, request.seed, choice, request.prompt, [], self.eos_ids, matcher)
+        sequence = Sequence(request, row, Detokenizer(self.tokenizer, params))
+        self.sequences.append(sequence)
+        return sequence
+
+    def _end(self, sequence: Sequence, reason: str = "abort") -> Update:
+        """Remove a choice; return its last update, with the text that was held back."""
+        routes = None
+        if sequence.request.params.return_routes and self._routes is not None:
+            routes = self._routes.read(sequence.pages, sequence.n_computed)
+        self.scheduler.remove(sequence)
+        self.sequences.remove(sequence)
+        text = sequence.detokenizer.finish()
+        choice = sequence.row.choice
+        return Update(sequence.request, choice, (), text, (), reason, routes=routes)
+
+    def _default_cache(self, max_requests: int) -> int:
+        """Return how many positions fit `DEFAULT_CACHE_BYTES`, at most what all requests need."""
+        states = [
+            m.init_pages(1, self.model.dtype, torch.device("meta"))
+            for m in paged_mixers(self.model.blocks())
+        ]
+        fit = DEFAULT_CACHE_BYTES * PAGE // max(sum(state.bytes for state in states), 1)
+        return min(max(fit, self.max_len), max_requests * self.max_len)
+
+
+class _Wanted:
+    """The chunks of a pass, and which of its rows give logits: first those that score a prompt,
+    then the last one of each sequence that is computed to its end."""
+
+    def __init__(self, chunks: ListOf[Chunk]):
+        self.chunks, first = chunks, 0
+        self.scored: list[int] = []
+        self.prompts: list[tuple[Sequence, int, int]] = []
+        """Sequence, position of the first of its rows in `scored`, number of them."""
+        self.sampled: list[int] = []
+        self.sequences: list[Sequence] = []
+        """One per row in `sampled`."""
+        for sequence, n_new in chunks:
+            start = sequence.n_computed
+            if sequence.scores_prompt:
+                n = min(start + n_new, len(sequence.request.prompt) - 1) - start
+                self.prompts.append((sequence, start, n))
+                self.scored += range(first, first + n)
+            if n_new == sequence.n_new:
+                self.sampled.append(first + n_new - 1)
+                self.sequences.append(sequence)
+            first += n_new
+
+
+def joined(parts: ListOf[Update]) -> Completion:
+    """Join the updates of a choice that has ended."""
+    last = parts[-1]
+    assert last.finish_reason is not None
+    tokens = [token for part in parts for token in part.tokens]
+    logprobs = [logprob for part in parts for logprob in part.logprobs]
+    text = "".join(part.text for part in parts)
+    return Completion(text, tokens, logprobs, last.finish_reason, last.stop_reason, last.routes)

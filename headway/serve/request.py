@@ -1,0 +1,99 @@
+"""A request, and the sequences that answer it."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from headway.model.paged import PAGE
+from headway.serve.blocks import first_key, next_key
+from headway.serve.detokenizer import Detokenizer
+from headway.serve.params import SamplingParams
+from headway.serve.sampling import Row, TokenLogprob
+
+
+class Update(NamedTuple):
+    """What one step adds to one choice of a request."""
+
+    request: "Request"
+    choice: int
+    tokens: tuple[int, ...]
+    text: str
+    """Text that is final: what may still become part of a stop string is held back."""
+    logprobs: tuple[TokenLogprob, ...]
+    """One per token, where the request asks for them."""
+    finish_reason: str | None = None
+    """`stop`, `length` or `abort` with the last update of a choice."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it; None at an end of text."""
+    routes: np.ndarray | None = None
+    """With the last update, where the request asks for them: the experts of every token but the
+    last, int16 `[tokens, sparse layers, H·K]`."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with its parameters. `eq=False`: a request equals only itself."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    """`params.seed`, or a random one."""
+    salt: str
+    n_cached: int = 0
+    """Tokens of the prompt whose pages were in the cache when it was first admitted."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """One per token of the prompt, None for the first, where `params.prompt_logprobs` asks."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice of a request: its tokens, and the pages that hold their keys and values."""
+
+    request: Request
+    row: Row
+    """What sampling reads: choice, seed, the reply so far."""
+    detokenizer: Detokenizer
+    pages: list[int] = field(default_factory=list)
+    n_computed: int = 0
+    """Tokens whose keys and values are in the pages."""
+    keys: list[bytes] = field(default_factory=list)
+    """Keys of the full pages of the first `n_computed` tokens."""
+    admitted: bool = False
+    """Whether it has run before, even if it had to give up its pages since."""
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt, *self.row.output]
+        """Prompt and reply."""
+
+    def append(self, token: int) -> None:
+        """Add a token to the reply."""
+        self.tokens.append(token)
+        self.row.output.append(token)
+        if self.row.matcher is not None:
+            self.row.matcher.accept(token)
+
+    @property
+    def n_new(self) -> int:
+        """Return how many tokens are yet to be computed; 1 in decoding."""
+        return len(self.tokens) - self.n_computed
+
+    @property
+    def needs_pages(self) -> int:
+        """Return how many pages are missing for all tokens."""
+        return -(-len(self.tokens) // PAGE) - len(self.pages)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Return whether log-probabilities of the prompt are wanted and not all there yet."""
+        return self.request.params.prompt_logprobs >= 0 and not self.row.output
+
+    def new_keys(self, n_tokens: int) -> list[bytes]:
+        """Return the keys of the full pages of the first `n_tokens` that have none in `keys`."""
+        key = self.keys[-1] if self.keys else first_key(self.request.salt)
+        keys = []
+        for i in range(len(self.keys), n_tokens // PAGE):
+            key = next_key(key, self.tokens[i * PAGE : (i + 1) * PAGE])
+            keys.append(key)
+        return keys

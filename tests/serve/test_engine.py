@@ -1,0 +1,214 @@
+"""Requests beside each other give what each gives by itself, whatever is cached, chunked or taken
+back."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headway.config import UsageError
+from headway.data.tokenizer import ByteTokenizer
+from headway.model.context import Context
+from headway.model.paged import PAGE
+from headway.serve.params import SamplingParams
+
+EOS = ByteTokenizer.eos
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], n: int) -> list[int]:
+    """The most likely continuation, by passes over the whole text; an end of text ends it."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + n and tokens[len(prompt) :][-1:] != [EOS]:
+        logits = model(torch.tensor([tokens])).logits_BSV[0, -1, :257]
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def prompts(sizes: list[int], shared: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    prefix = torch.randint(256, (shared,), generator=generator).tolist()
+    return [[*prefix, *torch.randint(256, (n,), generator=generator).tolist()] for n in sizes]
+
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
+
+
+def test_many_requests_equal_each_by_itself(model, engine):
+    texts = prompts([1, 15, 16, 17, 40, 3, 33, 64, 2, 90])
+    expected = [greedy(model, text, 12) for text in texts]
+    assert [c[0].tokens for c in engine().generate(texts, GREEDY)] == expected
+
+
+def test_little_memory_takes_pages_back(model, engine):
+    texts = prompts([30, 31, 32, 33, 34], shared=16)
+    roomy, tight = engine(), engine(cache_tokens=8 * PAGE)
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    expected = roomy.generate(texts, params)
+    assert tight.generate(texts, params) == expected
+    assert roomy.scheduler.n_preemptions == 0 and tight.scheduler.n_preemptions > 0
+    assert tight.scheduler.pool.n_free == 8
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 6), st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=7
+    ),
+    chunk=st.sampled_from([5, 9, 17, 64]),
+    pages=st.sampled_from([6, 9, 40]),
+    shared=st.sampled_from([0, 20, 40]),
+)
+def test_arrival_chunks_and_cache_change_nothing(model, engine, arrivals, chunk, pages, shared):
+    """Requests arrive at steps, with prompts of some length and a common prefix."""
+    inference = engine(max_requests=4, max_batch_tokens=chunk, cache_tokens=pages * PAGE)
+    texts = prompts([n for _, n, _ in arrivals], shared)
+    due = sorted(range(len(arrivals)), key=lambda i: arrivals[i][0])
+    tokens: dict = {}
+    order, step = {}, 0
+    while due or inference.has_work:
+        while due and arrivals[due[0]][0] <= step:
+            i = due.pop(0)
+            params = SamplingParams(max_tokens=arrivals[i][2], seed=i, temperature=1.5)
+            if len(texts[i]) + params.max_tokens <= pages * PAGE:
+                order[inference.add(texts[i], params)] = i
+        for update in inference.step() if inference.has_work else ():
+            tokens.setdefault(order[update.request], []).extend(update.tokens)
+        step += 1
+    for i, sampled in tokens.items():
+        params = SamplingParams(max_tokens=arrivals[i][2], seed=i, temperature=1.5)
+        assert engine().generate([texts[i]], params)[0][0].tokens == sampled
+    assert len(tokens) == len(order)
+    assert inference.scheduler.pool.n_free == pages
+
+
+def test_log_probabilities_are_those_of_the_whole_text(model, engine):
+    text = prompts([37])[0]
+    params = SamplingParams(max_tokens=9, seed=3, logprobs=4, prompt_logprobs=2, ignore_eos=True)
+    inference = engine(max_batch_tokens=11)
+    for n_cached in (0, 0):  # a prompt that is scored is computed, though its prefix is cached
+        request = inference.add(text, params)
+        drawn = [u for _ in range(99) if inference.has_work for u in inference.step()]
+        assert request.n_cached == n_cached
+        tokens = [*text, *(u.tokens[0] for u in drawn)]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits_BSV[0, :, :257]
+        expected = torch.log_softmax(logits, -1)
+        scored = [*request.prompt_logprobs[1:], *(u.logprobs[0] for u in drawn)]
+        assert request.prompt_logprobs[0] is None
+        for i, score in enumerate(scored):
+            assert score.token == tokens[i + 1]
+            assert score.logprob == pytest.approx(float(expected[i, score.token]), abs=1e-10)
+            best = expected[i].topk(4 if i >= len(text) - 1 else 2)
+            assert [t for t, _ in score.top] == best.indices.tolist()
+
+
+def test_a_prefix_is_computed_once(engine):
+    first, second = prompts([5, 9], shared=50)
+    inference = engine()
+    alone = [engine().generate([text], GREEDY)[0] for text in (first, second)]
+    assert inference.generate([first], GREEDY)[0] == alone[0]
+    request = inference.add(second, GREEDY)
+    inference.step()
+    assert request.n_cached == 48
+    inference.abort(request.id)
+    assert inference.generate([second], GREEDY)[0] == alone[1]
+    salted = inference.add(second, GREEDY, salt="other")
+    inference.step()
+    assert salted.n_cached == 0
+    assert inference.counters.cached_tokens == 48 + 48
+
+
+def test_a_reply_can_be_continued_from_the_cache(engine):
+    inference, text = engine(), prompts([20])[0]
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    reply = inference.generate([text], params)[0][0].tokens
+    request = inference.add([*text, *reply, 65], params)
+    inference.step()
+    assert request.n_cached == (20 + 29) // PAGE * PAGE  # the last token of a reply is not computed
+
+
+def test_choices_share_the_prompt(engine):
+    text = prompts([40])[0]
+    params = SamplingParams(max_tokens=10, n=5, seed=8, ignore_eos=True)
+    inference = engine()
+    request = inference.add(text, params)
+    inference.step()
+    assert inference.scheduler.pool.n_pages - inference.scheduler.pool.n_free == 2 + 5
+    inference.abort(request.id)
+    choices = inference.generate([text], params)[0]
+    assert len({tuple(c.tokens) for c in choices}) == 5
+    # the same where only two sequences run at once, and where pages run out
+    for options in ({"max_requests": 2}, {"cache_tokens": 5 * PAGE}):
+        assert engine(**options).generate([text], params)[0] == choices
+
+
+def test_without_a_seed_each_request_differs(engine):
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    a, b = engine().generate(prompts([9]) * 2, params)
+    assert a[0].tokens != b[0].tokens
+
+
+def test_stops(model, engine):
+    text = prompts([12])[0]
+    base = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    reply = engine().generate([text], base)[0][0]
+    assert reply.finish_reason == "length" and len(reply.tokens) == 20
+
+    def run(**options):
+        params = SamplingParams(
+            **{"max_tokens": 20, "temperature": 0, "ignore_eos": True, **options}
+        )
+        return engine().generate([text], params)[0][0]
+
+    stop = reply.tokens[6]
+    where = reply.tokens.index(stop)
+    by_id = run(stop_token_ids=(stop,))
+    assert (by_id.finish_reason, by_id.stop_reason) == ("stop", stop)
+    assert by_id.tokens == reply.tokens[: where + 1]
+    assert by_id.text == ByteTokenizer().decode(reply.tokens[:where])
+    assert run(max_tokens=0).tokens == [] and run(max_tokens=0).finish_reason == "length"
+
+
+def test_routes_are_those_of_the_whole_text(model, engine):
+    text = prompts([50])[0]
+    params = SamplingParams(max_tokens=8, seed=1, return_routes=True, ignore_eos=True)
+    inference = engine(return_routes=True, max_batch_tokens=20)
+    for _ in range(2):  # the second time, most come from the cache
+        choice = inference.generate([text], params)[0][0]
+        tokens = torch.tensor([[*text, *choice.tokens[:-1]]])
+        with torch.no_grad():
+            output = model(tokens, ctx=Context(report=frozenset({"routes"})))
+        expected = torch.stack([r.index_THK.flatten(1) for r in output.routes], 1)
+        assert choice.routes.shape == (57, 2, 4)
+        assert (choice.routes == expected.numpy()).all()
+    assert inference.counters.cached_tokens == 48
+    with pytest.raises(UsageError, match="keeps no routes"):
+        engine().add(text, params)
+
+
+def test_what_can_never_run_is_refused(engine):
+    inference = engine(cache_tokens=4 * PAGE)
+    with pytest.raises(UsageError, match="70 tokens exceeds the cache of 64"):
+        inference.add([1] * 60, SamplingParams(max_tokens=10))
+    with pytest.raises(UsageError, match="256"):
+        inference.add([1] * 250, SamplingParams(max_tokens=10))
+    with pytest.raises(UsageError, match="max_batch_tokens=8 must be above max_requests=8"):
+        engine(max_batch_tokens=8)
+    assert not inference.has_work
+
+
+def test_a_mixer_without_pages_is_named(engine):
+    from headway.model.build import build_block
+    from headway.model.transformer import Transformer
+    from headway.serve.engine import Engine
+    from tests.model.own_modules import RunningMean
+    from tests.serve.conftest import CONFIG
+
+    def blocks(config, layer, compute):
+        return build_block(config, layer, compute, mixer=RunningMean(config))
+
+    with pytest.raises(UsageError, match="RunningMean, has no init_pages"):
+        Engine(Transformer(CONFIG, blocks=blocks), ByteTokenizer())

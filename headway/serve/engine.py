@@ -113,7 +113,7 @@ class Engine:
         self.eos_ids = tuple(eos_ids) or tokenizer.eos_ids
         self.max_len = max_len
         n_pages = -(-(cache_tokens or self._default_cache(max_requests)) // PAGE)
-        device = model.embed.weight.device
+        device = model.device
         self._states = [
             m.init_pages(n_pages, model.dtype, device) for m in paged_mixers(model.blocks())
         ]
@@ -223,7 +223,7 @@ class Engine:
 
     def _forward(self, wanted: "_Wanted") -> Tensor:
         """Return the wanted logits of a pass, over the tokenizer's vocabulary."""
-        chunks, device = wanted.chunks, self.model.embed.weight.device
+        chunks, device = wanted.chunks, self.model.device
         cache = PagedCache(self._states, [Segment(s.n_computed, n, s.pages) for s, n in chunks])
         ctx = Context(
             cache=cache,

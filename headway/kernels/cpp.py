@@ -53,11 +53,17 @@ class CppKernels:
         function = self.functions.get((name, dtype)) or self._load(name, dtype, args)
         function(*map(_plain, args), torch.get_num_threads())
 
+    def compute(self, name: str, dtype: torch.dtype, *sizes: int) -> int:
+        """Return what `headway_NAME_DTYPE(sizes…)` computes, a C long."""
+        assert self.library is not None
+        function = self.library[f"headway_{name}_{_suffix(dtype)}"]
+        function.argtypes, function.restype = (ctypes.c_long,) * len(sizes), ctypes.c_long
+        return function(*sizes)
+
     def _load(self, name: str, dtype: torch.dtype, args: tuple) -> Callable[..., None]:
         """Find a function and set its argument types, so that ctypes converts plain values."""
         assert self.library is not None
-        suffix = "bfloat16" if dtype == torch.bfloat16 else "float32"
-        function = self.functions[name, dtype] = self.library[f"headway_{name}_{suffix}"]
+        function = self.functions[name, dtype] = self.library[f"headway_{name}_{_suffix(dtype)}"]
         function.argtypes, function.restype = (*map(_c_type, args), ctypes.c_int), None
         return function
 
@@ -126,6 +132,10 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     wanted = ("model name", "flags", "Features", "cpu family", "model\t")
     return "".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def _plain(value: Tensor | int | float | None) -> int | float | None:

@@ -68,9 +68,8 @@ def pack(weight_HNK: Tensor, dtype: torch.dtype, bias_HN: Tensor | None = None) 
     (H, N, K), kernels = weight.shape, cpp_kernels()
     if not batch_invariant(weight.device, dtype) or weight.dtype not in kernels.dtypes:
         return PackedWeight(weight.to(dtype).contiguous(), H, N, K, dtype, bias_HN)
-    assert kernels.library is not None
-    vector, per_unit = kernels.library.headway_vector(), 4 // dtype.itemsize
-    data = torch.empty(H * -(-N // vector) * vector * -(-K // per_unit), dtype=torch.int32)
+    units = kernels.compute("packed_units", dtype, H, K, N)
+    data = torch.empty(units, dtype=torch.int32)
     narrow = int(weight.dtype == torch.bfloat16)
     kernels.call("pack", dtype, weight.contiguous(), narrow, H, K, N, data)
     return PackedWeight(data, H, N, K, dtype, bias_HN)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from headway.config import MoEConfig, UsageError
 from headway.config.bounds import nearest_divisors
 from headway.kernels.experts import experts
+from headway.kernels.packed import batch_invariant
+from headway.kernels.packed_experts import PackedExperts, pack_experts, packed_experts
 from headway.kernels.permute import sort_rows
 from headway.model.balance import RouteReport, RouteStats, merge_stats
 from headway.model.compute import Compute
@@ -20,6 +22,7 @@ from headway.model.context import Context
 from headway.model.costs import Cost, CostGroup, Term, Workload, casts, costs_of
 from headway.model.dispatch import ChunkTask, Finished, Steps, run_interleaved
 from headway.model.linear import FeedForward, Linear, RMSNorm
+from headway.model.packing import shape_only
 from headway.model.roles import Group, Role, SplitOver
 from headway.model.router import Route, Router, replayed
 
@@ -36,6 +39,7 @@ class Experts(nn.Module):
         H, E, F, L = config.n_heads, config.n_experts, config.d_expert, config.head_width(d_model)
         self.w_in_HEGFL = nn.Parameter(torch.empty(H, E, config.n_inputs, F, L))
         self.w_out_HEFL = nn.Parameter(torch.empty(H, E, F, L))
+        self.packed: PackedExperts | None = None
 
     def roles(self) -> dict[str, Role]:
         F, L = self.w_out_HEFL.shape[-2:]
@@ -49,15 +53,23 @@ class Experts(nn.Module):
         }
 
     def pack(self, dtype: torch.dtype) -> None:
-        for name in ("w_in_HEGFL", "w_out_HEFL"):
-            weight = self.get_parameter(name).detach().to(dtype)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        """Pack the experts where there is a kernel for that; else keep them in `dtype`."""
+        w_in, w_out = self.w_in_HEGFL, self.w_out_HEFL
+        if w_in.is_meta:
+            return
+        if batch_invariant(w_in.device, dtype) and batch_invariant(w_in.device, w_in.dtype):
+            self.packed = pack_experts(w_in, w_out, self.config.activation, dtype)
+            self.w_in_HEGFL, self.w_out_HEFL = shape_only(w_in), shape_only(w_out)
+        else:
+            self.requires_grad_(False).to(dtype)
 
     def forward(self, x_THL: Tensor, route: Route) -> Tensor:
         """Map `[T, H, L]` to `[T, H, L]` in x's dtype.
 
         Or `[T, 1, L]` where each sub-token has a head of its own (Expert Parallel): the indices
         then count all H·E experts, expert e of head h being h·E + e."""
+        if self.packed is not None:
+            return packed_experts(x_THL, route.gate_THK, route.index_THK, self.packed)
         H = x_THL.shape[1]
         w_in, w_out = (w.view(H, -1, *w.shape[2:]) for w in (self.w_in_HEGFL, self.w_out_HEFL))
         y_NL = experts(

@@ -66,10 +66,11 @@ void unpack(const Unit* w, const int64_t* index, long n, long K, long cols, T* o
 
 extern "C" {
 
-int headway_vector() { return VL; }
-
 // `narrow`: the weight is bfloat16, not float32. `wide`: the result is float32, not T.
 #define HEADWAY_PACKED(T, name)                                                                            \
+  long headway_packed_units_##name(long heads, long K, long cols) {                                        \
+    return heads * units_of_row<T>(K) * pad(cols, VL);                                                     \
+  }                                                                                                        \
   void headway_pack_##name(const void* w, long narrow, long heads, long K, long cols, Unit* out,           \
                            int threads) {                                                                  \
     if (narrow) return pack<T>((const bf16*)w, heads, K, cols, out, threads);                              \

@@ -1,0 +1,69 @@
+"""Experts with weights packed for inference, in C++: see `experts.py` for the equations and the
+reference, `packed.py` for what a packed product promises, `cpu/packed_experts.cpp` for the layout.
+
+T tokens · H heads · N = T·H sub-tokens · L width · E experts per head · F hidden width · G
+pre-activations per hidden unit · K slots."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headway.config import Activation
+from headway.kernels.activation import ACTIVATIONS
+from headway.kernels.cpp import cpp_kernels
+from headway.kernels.packed import batch_invariant
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """The weights of all experts of a layer without gradient, for products in `dtype`."""
+
+    data: Tensor
+    """int32 `[H·E, units of an expert]`."""
+    shape: tuple[int, int, int, int, int]
+    """H, E, G, F, L."""
+    dtype: torch.dtype
+    activation: Activation
+
+    @property
+    def expert_bytes(self) -> int:
+        """Return what a pass reads of an expert that has rows."""
+        return self.data[0].nbytes
+
+
+def pack_experts(
+    w_in_HEGFL: Tensor, w_out_HEFL: Tensor, activation: Activation, dtype: torch.dtype
+) -> PackedExperts:
+    """Pack the weights of a layer's experts, stored in float32 or bfloat16, rounded to `dtype`
+    once, where products are `batch_invariant`."""
+    w_in, w_out, kernels = w_in_HEGFL.detach(), w_out_HEFL.detach(), cpp_kernels()
+    assert batch_invariant(w_in.device, dtype) and w_in.dtype in kernels.dtypes
+    H, E, G, F, L = w_in.shape
+    units = kernels.compute("packed_expert_units", dtype, L, F, G)
+    data = torch.empty(H * E, units, dtype=torch.int32)
+    stored = (w_in.contiguous(), w_out.to(w_in.dtype).contiguous())
+    narrow = int(w_in.dtype == torch.bfloat16)
+    kernels.call("pack_experts", dtype, *stored, narrow, H * E, L, F, G, data)
+    return PackedExperts(data, (H, E, G, F, L), dtype, activation)
+
+
+def packed_experts(
+    x_THL: Tensor, gate_THK: Tensor, index_THK: Tensor, weights: PackedExperts
+) -> Tensor:
+    """Return Σ_k gate · expert(x) of every sub-token, slots in their order, without gradient.
+
+    Args:
+        x_THL: `[T, H, L]`, any float dtype; multiplied in that of the weights.
+        gate_THK: float32 `[T, H, K]`.
+        index_THK: integer `[T, H, K]` in 0 … E − 1; E and above takes no expert. With one head here
+        and several in the weights, each sub-token is a token: indices count all H·E experts.
+    Returns: `[T, H, L]` in x's dtype."""
+    H, E, G, F, L = weights.shape
+    T, heads, K = index_THK.shape
+    x = x_THL.to(weights.dtype).contiguous()
+    out, y = torch.empty_like(x), x.new_empty(T * heads * K, L, dtype=torch.float32)
+    tensors = (x, gate_THK.float().contiguous(), index_THK.long().contiguous(), weights.data)
+    sizes = (T, heads, K, H * E // heads, L, F, G, ACTIVATIONS.index(weights.activation))
+    cpp_kernels().call("packed_experts", weights.dtype, *tensors, *sizes, y, out)
+    return out.to(x_THL.dtype)

@@ -23,7 +23,8 @@ def generate(
 
     The model runs in evaluation mode and returns to the mode it was in. `on_text` gets each part of
     the text once it is final; `eos_ids` are as for `Engine`. Collective on a mesh: all ranks return
-    the same, for which `params` need a seed. Raises UsageError for parameters that cannot be, or a mixer without pages."""
+    the same, for which `params` need a seed. Raises UsageError for parameters that cannot be, or a
+    mixer without pages."""
     was_training = model.training
     model.eval()
     try:

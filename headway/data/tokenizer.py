@@ -1,12 +1,13 @@
 """Text ↔ token ids: bytes, or any `tokenizer.json`, which `train_bpe` makes."""
 
-import codecs
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headway.config import UsageError
+from headway.data.decode_stream import ByteStream, DecodeStream, WindowStream
 
 EOS_NAMES = """
 <|endoftext|> <|end_of_text|> </s> <eos> <|eos|> <｜end▁of▁sentence｜> <|im_end|> [EOS]
@@ -45,6 +47,8 @@ class Tokenizer(Protocol):
     """The bytes of text in UTF-8 that each id stands for; none for eos and other special ids."""
     token_bytes: np.ndarray
     """int64 [vocab_size]: how many bytes those are."""
+    special_tokens: Mapping[str, int]
+    """Ids that no text encodes to, by their names; eos is one of them."""
     fingerprint: str
     """Equal for equal tokenizers, wherever their files lie."""
 
@@ -56,31 +60,28 @@ class Tokenizer(Protocol):
         """Return `encode` of many texts, on several threads where the library has them."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text; special ids vanish, bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text. Special ids vanish or show their names, ids outside the vocabulary
+        vanish, bytes that are not UTF-8 become U+FFFD."""
         ...
 
-    def decode_stream(self) -> "DecodeStream":
-        """Return a decoder of ids that come one at a time."""
-        ...
-
-
-class DecodeStream(Protocol):
-    """A decoder of ids as they come; the time of a step does not grow with the text."""
-
-    def step(self, i: int) -> str:
-        """Return the text that id `i` completes; empty within a character of several tokens."""
+    def decode_stream(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> DecodeStream:
+        """Return a decoder of ids that come one at a time, and continue the text of `before`: a
+        space that is not shown at the start of a text is shown inside it."""
         ...
 
 
 class ByteTokenizer:
-    """257 ids: 0…255 are the bytes of the text in UTF-8, 256 ends a document."""
+    """257 ids: 0…255 are the bytes of the text in UTF-8, 256 (`<|endoftext|>`) ends a document."""
 
     vocab_size, eos, fingerprint = 257, 256, "bytes-257"
     eos_ids: tuple[int, ...] = (256,)
     bos: int | None = None
     token_texts: Sequence[bytes] = (*(bytes([i]) for i in range(256)), b"")
     token_bytes = np.array([1] * 256 + [0], dtype=np.int64)
+    special_tokens: Mapping[str, int] = MappingProxyType({"<|endoftext|>": 256})
 
     def encode(self, text: str) -> np.ndarray:
         """Return uint8 [bytes of the text]."""
@@ -90,13 +91,15 @@ class ByteTokenizer:
         """Return `encode` of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text; eos vanishes (as any id ≥ 256, which a padded vocabulary may sample)."""
-        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text; ids beyond eos, which a padded vocabulary may sample, vanish."""
+        return _joined(self.decode_stream(skip_special_tokens), ids)
 
-    def decode_stream(self) -> DecodeStream:
+    def decode_stream(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> DecodeStream:
         """Return a decoder of ids that come one at a time."""
-        return _ByteStream(self.token_texts)
+        return ByteStream(self.token_texts, _shown_names(self, skip_special_tokens))
 
 
 class JsonTokenizer:
@@ -145,12 +148,19 @@ class JsonTokenizer:
         self.bos: int | None = whole[0] if whole[:1] != plain[:1] else None
         added = self._inner.get_added_tokens_decoder()
         stages = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
-        self._byte_level = '"ByteLevel"' in stages
+        byte_level = '"ByteLevel"' in stages
+        # Where a token's text is the same in every neighbourhood but for spaces at the start of a
+        # text: how many of them are not shown. None leaves the text to the library.
+        self._spaces = 0 if byte_level else _spaces_dropped(spec.get("decoder"))
+        special = {i for i in added if added[i].special} | {self.eos}
+        self.special_tokens: Mapping[str, int] = {
+            token: i for token, i in vocabulary.items() if i in special
+        }
         texts = [b""] * self.vocab_size
         for token, i in vocabulary.items():
-            if i == self.eos or (i in added and added[i].special):
-                continue
-            texts[i] = token.encode() if i in added else _shown(token, self._byte_level)
+            if i not in special:
+                as_added = i in added and (byte_level or self._spaces is None)
+                texts[i] = token.encode() if as_added else _shown(token, byte_level)
         self.token_texts: Sequence[bytes] = texts
         self.token_bytes = np.array([len(text) for text in texts], dtype=np.int64)
 
@@ -167,45 +177,41 @@ class JsonTokenizer:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text; special ids and ids outside the vocabulary vanish."""
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text. Special ids vanish or show their names, ids outside the vocabulary
+        vanish."""
+        if self._spaces is not None:
+            return _joined(self.decode_stream(skip_special_tokens), ids)
+        return self._decode_by_library(ids, skip_special_tokens)
+
+    def decode_stream(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> DecodeStream:
+        """Return a decoder of ids that come one at a time, and continue the text of `before`."""
+        before = before[-8:]
+        if self._spaces is None:
+            return WindowStream(
+                lambda ids: self._decode_by_library(ids, skip_special_tokens), before
+            )
+        names = _shown_names(self, skip_special_tokens)
+        inside = any(i in names or (i < self.vocab_size and self.token_texts[i]) for i in before)
+        return ByteStream(self.token_texts, names, 0 if inside else self._spaces)
+
+    def _decode_by_library(self, ids: Iterable[int], skip_special_tokens: bool) -> str:
+        """Return the text of ids whose decoder is the library's alone."""
         known = [i for i in map(int, ids) if i < self.vocab_size]
-        if self._byte_level:
-            return b"".join(self.token_texts[i] for i in known).decode("utf-8", "replace")
-        return self._inner.decode(known, skip_special_tokens=True)
-
-    def decode_stream(self) -> DecodeStream:
-        """Return a decoder of ids that come one at a time."""
-        return _ByteStream(self.token_texts) if self._byte_level else _WindowStream(self.decode)
+        return self._inner.decode(known, skip_special_tokens=skip_special_tokens)
 
 
-class _ByteStream:
-    """A decoder of tokens that are bytes."""
-
-    def __init__(self, texts_V: Sequence[bytes]) -> None:
-        self._texts, self._decoder = texts_V, codecs.getincrementaldecoder("utf-8")("replace")
-
-    def step(self, i: int) -> str:
-        """Return the text that id `i` completes."""
-        return self._decoder.decode(self._texts[i] if i < len(self._texts) else b"")
+def _joined(stream: DecodeStream, ids: Iterable[int]) -> str:
+    """Return the text of all ids."""
+    return "".join([*(stream.step(int(i)) for i in ids), stream.finish()])
 
 
-class _WindowStream:
-    """A decoder of tokens whose text depends on their neighbours, as with a space that is only
-    shown between words: it decodes those shown last together with those not shown yet."""
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode, self._ids, self._shown = decode, [], 0
-
-    def step(self, i: int) -> str:
-        """Return the text that id `i` completes."""
-        self._ids.append(i)
-        before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
-        if len(now) <= len(before) or now.endswith("\ufffd"):
-            return ""
-        self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
-        return now[len(before) :]
+def _shown_names(tokenizer: Tokenizer, skip_special_tokens: bool) -> Mapping[int, bytes]:
+    """Return the names of the special ids that are to be shown."""
+    names = {} if skip_special_tokens else tokenizer.special_tokens
+    return {i: name.encode() for name, i in names.items()}
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -272,6 +278,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
         temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
     return JsonTokenizer(target)
+
+
+def _spaces_dropped(decoder: dict | None) -> int | None:
+    """Return how many spaces the first token of a text loses when it is shown by a SentencePiece
+    decoder of a tokenizer.json; None for a decoder of another kind."""
+    n, stages = 0, (decoder or {}).get("decoders", [decoder])
+    for stage in stages:
+        match stage:
+            case {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}:
+                pass
+            case {"type": "ByteFallback"} | {"type": "Fuse"}:
+                pass
+            case {"type": "Strip", "content": " ", "start": 0 | 1 as start, "stop": 0}:
+                n = max(n, start)
+            case {"type": "Metaspace", "replacement": "▁"}:
+                n = 0 if stage.get("prepend_scheme") == "never" else sys.maxsize
+            case _:
+                return None
+    return n
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -1,25 +1,96 @@
-"""Text from tokens as they are written."""
+"""Text of a reply as its tokens come: complete characters, ended by stop texts."""
+
+from collections.abc import Sequence
 
 from headway.data.tokenizer import Tokenizer
 from headway.serve.params import SamplingParams
 
 
 class Detokenizer:
-    """The text of one choice; stop strings are not searched yet."""
+    """The text of one choice. What `add` and `finish` return joins to the whole text, however the
+    tokens divide it; the time of a token does not grow with the text.
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
-        self._stream, self._tokenizer = tokenizer.decode_stream(), tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0
-        self.stopped = ""
+    Held back are an unfinished character, and the end of the text as long as it may become a stop
+    text. The stop text that ends first wins, the longest of those that end together."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
+    ) -> None:
+        """Args: prompt: the ids that the reply continues."""
+        self._stream = tokenizer.decode_stream(params.skip_special_tokens, prompt)
+        self._stops = [_Stop(text) for text in params.stop]
+        self._include_stop, self._n_unsearched = params.include_stop, params.min_tokens
+        self._held, self._texts = "", []
+        self.stop_text: str | None = None
+        """The stop text that ended the reply."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text ended the reply."""
+        return self.stop_text is not None
+
+    @property
+    def text(self) -> str:
+        """The text that was returned so far."""
+        return "".join(self._texts)
 
     def add(self, token: int) -> str:
-        """Return the text that a token completes."""
-        self._tokens.append(token)
+        """Return the text that a token adds, so far as it is final. Text of the first `min_tokens`
+        tokens is no part of a stop text."""
+        if self.stopped:
+            return ""
         text = self._stream.step(token)
-        self._shown += len(text)
-        return text
+        if self._n_unsearched > 0:
+            self._n_unsearched -= 1
+            self._texts.append(text)
+            return text
+        return self._search(text)
 
     def finish(self) -> str:
-        """Return the text of an unfinished character."""
-        return self._tokenizer.decode(self._tokens)[self._shown :]
+        """Return the text that was held back, at the end of the reply."""
+        if self.stopped:
+            return ""
+        text = self._search(self._stream.finish())
+        rest, self._held = ("" if self.stopped else self._held), ""
+        self._texts.append(rest)
+        return text + rest
+
+    def _search(self, text: str) -> str:
+        """Return the text before the first stop text, without what may become one."""
+        text, n_before = self._held + text, len(self._held)
+        end, n_held = len(text), 0
+        if self._stops:
+            for i in range(n_before, len(text)):
+                ended = [stop for stop in self._stops if stop.ends(text[i])]
+                if ended:
+                    stop = max(ended, key=lambda stop: len(stop.text))
+                    self.stop_text = stop.text
+                    end = i + 1 - (0 if self._include_stop else len(stop.text))
+                    break
+            else:
+                n_held = max(stop.n_matched for stop in self._stops)
+        self._held = text[end - n_held : end] if n_held else ""
+        self._texts.append(text[: end - n_held])
+        return self._texts[-1]
+
+
+class _Stop:
+    """A search for one text, a character at a time (Knuth, Morris, Pratt 1977)."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.n_matched = text, 0
+        # Of each beginning of the text, the longest shorter beginning that it ends with.
+        self._shorter = [0] * len(text)
+        for i in range(1, len(text)):
+            n = self._shorter[i - 1]
+            while n and text[i] != text[n]:
+                n = self._shorter[n - 1]
+            self._shorter[i] = n + (text[i] == text[n])
+
+    def ends(self, char: str) -> bool:
+        """Take the next character; say whether the text ends with it."""
+        n = self.n_matched
+        while n and self.text[n] != char:
+            n = self._shorter[n - 1]
+        self.n_matched = n + (self.text[n] == char)
+        return self.n_matched == len(self.text)

@@ -107,9 +107,7 @@ def words(path):
 def streamed(tokenizer, ids):
     """The text in pieces, and what was held back at the end."""
     stream = tokenizer.decode_stream()
-    pieces = [stream.step(i) for i in ids]
-    shown = sum(map(len, pieces))
-    return "".join(pieces) + tokenizer.decode(ids)[shown:]
+    return "".join([*map(stream.step, ids), stream.finish()])
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "words"])
@@ -122,10 +120,7 @@ def test_ids_decoded_one_at_a_time(bpe, tmp_path, kind):
         assert (
             stream.step(i) == tokenizer.decode(spoken[: n + 1])[len(tokenizer.decode(spoken[:n])) :]
         )
-    # the library shows a run of single bytes as U+FFFD throughout where one of them is wrong
     ids = st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=12)
-    if kind == "words":
-        ids = st.text("the cat ü日本\U0001f600s").map(lambda text: tokenizer.encode(text).tolist())
 
     @settings(deadline=None, max_examples=200)
     @given(ids)
@@ -133,6 +128,68 @@ def test_ids_decoded_one_at_a_time(bpe, tmp_path, kind):
         assert streamed(tokenizer, ids) == tokenizer.decode(ids)
 
     any_ids()
+
+
+LLAMA = [
+    decoders.Replace("▁", " "),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
+]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        LLAMA,
+        LLAMA[:3],
+        [decoders.ByteFallback(), decoders.Metaspace()],
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")],
+        [decoders.WordPiece()],
+    ],
+    ids=["llama", "gemma", "metaspace", "never", "wordpiece"],
+)
+def test_text_equals_the_library_s(tmp_path, stages):
+    """In steps and whole, with and without the names of special tokens."""
+    words(tmp_path / "t.json")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    inner.decoder = decoders.Sequence(stages)
+    inner.add_tokens(["▁▁▁"])
+    inner.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    # A space that is no ▁ is a byte; without ByteFallback bytes are no text.
+    characters = "the▁cats" + ("ü日\U0001f600" if len(stages) > 1 else "")
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.lists(st.text(characters, max_size=8) | st.none(), max_size=4), st.booleans())
+    def any_text(parts, skip):
+        ids = [i for part in parts for i in ([0] if part is None else inner.encode(part).ids)]
+        want = inner.decode(ids, skip_special_tokens=skip)
+        stream = tokenizer.decode_stream(skip)
+        assert "".join([*map(stream.step, ids), stream.finish()]) == want
+        assert tokenizer.decode(ids, skip) == want
+
+    any_text()
+
+
+def test_text_that_continues_keeps_its_space(tmp_path):
+    """A reply to a prompt is inside a text; after a special token alone it starts one."""
+    tokenizer = words(tmp_path / "t.json")
+    for before, want in (
+        ((), "cat"),
+        ((1,), " cat"),
+        ((0,), "cat"),
+        ((1, 0), " cat"),
+        ((999,), "cat"),
+    ):
+        assert tokenizer.decode_stream(before=before).step(2) == want, before
+
+
+def test_names_of_special_tokens_are_shown_on_request(bpe):
+    ids = [*bpe.encode("a").tolist(), bpe.eos]
+    assert bpe.decode(ids, skip_special_tokens=False) == "a<|endoftext|>"
+    assert bpe.special_tokens == {"<|endoftext|>": bpe.eos}
+    assert load_tokenizer("bytes").decode([97, 256], False) == "a<|endoftext|>"
 
 
 def test_a_space_is_shown_once_there_is_a_word_before_it(tmp_path):

@@ -302,7 +302,7 @@ class Engine:
         if reason is None or params.include_stop:
             text = sequence.detokenizer.add(token)
         if reason is None and sequence.detokenizer.stopped:
-            reason, stop_reason = "stop", sequence.detokenizer.stopped
+            reason, stop_reason = "stop", sequence.detokenizer.stop_text
         if reason is None and len(sequence.row.output) >= params.max_tokens:
             reason = "length"
         logprobs = (drawn,) if params.logprobs >= 0 else ()
@@ -317,7 +317,7 @@ class Engine:
         params, grammar = request.params, request.params.grammar
         matcher = None if grammar is None else grammar.matcher()
         row = Row(params, request.seed, choice, request.prompt, [], self.eos_ids, matcher)
-        sequence = Sequence(request, row, Detokenizer(self.tokenizer, params))
+        sequence = Sequence(request, row, Detokenizer(self.tokenizer, params, request.prompt))
         self.sequences.append(sequence)
         return sequence
 

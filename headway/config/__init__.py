@@ -15,13 +15,12 @@ from headway.config.moe import (
     BalanceConfig,
     MoEConfig,
     Precision,
-    RouterConfig,
-    RouterGate,
     latent_acc,
     latent_eff,
     n_inputs,
 )
 from headway.config.optim import OptimConfig
 from headway.config.rope import RopeConfig
+from headway.config.router import RouterConfig, RouterGate
 from headway.config.run import RunConfig
 from headway.config.tree import Config, from_dict, leaves

@@ -1,4 +1,4 @@
-"""Options of the sparse layer: router, balance, experts."""
+"""Options of the sparse layer: experts, balance; its router's are in router.py."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,62 +6,15 @@ from typing import Literal
 
 from headway.config.bounds import above_zero, at_least, nearest_divisors
 from headway.config.errors import UsageError
+from headway.config.router import RouterConfig
 
 Activation = Literal["swiglu", "relu2", "gelu"]
-RouterGate = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 Precision = Literal["bfloat16", "float8"]
 
 
 def n_inputs(activation: str) -> int:
     """Return G, the pre-activations per hidden unit: SwiGLU multiplies two, gate and up."""
     return 2 if activation == "swiglu" else 1
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """scores → selection → gates. One router per head; scores, gates and reductions are float32."""
-
-    gate: RouterGate = "topk_softmax"
-    """How a gate comes from a score. `topk_softmax`: softmax over the k selected scores (needs
-    top-k ≥ 2, else the gate is the constant 1). `softmax_topk`: softmax over all experts, then
-    select. `sigmoid`: of each score by itself."""
-    renormalize: bool = False
-    """Divide the k gates by their sum (for `softmax_topk` and `sigmoid`; `topk_softmax` sums to 1
-    already)."""
-    scale: float = 1.0
-    """Multiplies every gate; > 0. Nemotron-3 uses 5.0 with `sigmoid` and renormalised gates."""
-    reads: Literal["auto", "sub_token", "token"] = "auto"
-    """What the router of a latent layer reads: its own sub-token of width L or the whole token of
-    width D. `auto` is what was published: the sub-token for Multi-Head LatentMoE, the token for
-    LatentMoE. Flat MoE always reads the token."""
-    noisy: bool = False
-    """Noisy top-k (Shazeer et al. 2017, eq. 4): adds N(0,1)·softplus(x·W_noise) to the scores in
-    training."""
-    jitter: float = 0.0
-    """Multiplies the router's input by U(1−jitter, 1+jitter) in training (Switch Transformer,
-    §2.2); 0 ≤ jitter < 1."""
-
-    def check(self, n_experts: int, top_k: int) -> None:
-        """Raise UsageError where k, E and the gate do not fit."""
-        if not 1 <= top_k <= n_experts:
-            raise UsageError(
-                f"top_k={top_k} must lie between 1 and n_experts={n_experts}; "
-                "lower top_k or add experts"
-            )
-        if top_k == 1 and self.gate == "topk_softmax":
-            raise UsageError(
-                "top_k=1 with gate='topk_softmax' makes every gate 1, so the router gets no "
-                "gradient; use gate='softmax_topk' or 'sigmoid'"
-            )
-        if top_k == 1 and self.renormalize:
-            raise UsageError(
-                "top_k=1 with renormalize=True makes every gate 1; set renormalize=False"
-            )
-        if not 0 < self.scale < math.inf or not 0 <= self.jitter < 1:  # also false for NaN
-            raise UsageError(
-                f"router needs a finite scale > 0 and 0 <= jitter < 1; "
-                f"got scale={self.scale}, jitter={self.jitter}"
-            )
 
 
 @dataclass(frozen=True)
@@ -193,6 +146,15 @@ class MoEConfig:
             return "model.moe.balance.aux_scope=sequence"
         return ""
 
+    def check_router(self) -> None:
+        """Raise UsageError where k, the experts, gates, groups and the bias rule do not fit."""
+        self.router.check(self.n_experts + self.n_zero_experts, self.top_k)
+        if self.router.n_groups > 1 and self.balance.bias == "quantile":
+            raise UsageError(
+                "model.moe.balance.bias=quantile knows no groups, and "
+                f"router.n_groups={self.router.n_groups}; use bias=sign, or n_groups=1"
+            )
+
     def check(self, d_model: int, n_layers: int) -> dict[str, str]:
         """Return derived value → the sentence that says where it comes from. Raise UsageError where
         the sizes do not fit a model of `n_layers` blocks of width `d_model`."""
@@ -200,7 +162,7 @@ class MoEConfig:
         at_least(0, "model.moe", vars(self), "d_latent d_shared capacity_factor")
         at_least(0, "model.moe", vars(self), "n_dense_layers n_zero_experts")
         self.balance.check()
-        self.router.check(self.n_experts + self.n_zero_experts, self.top_k)
+        self.check_router()
         if self.n_dense_layers > n_layers:
             raise UsageError(
                 f"model.moe.n_dense_layers={self.n_dense_layers} exceeds "

@@ -29,3 +29,15 @@ def top_k(scores_THE: Tensor, k: int) -> Tensor:
         taken.append(best)
         left.scatter_(-1, best, -torch.inf)
     return torch.cat(taken, dim=-1)
+
+
+def top_k_in_groups(
+    scores_THE: Tensor, k: int, n_groups: int, top_k_groups: int, group_best: int
+) -> Tensor:
+    """Return int64 `[..., k]` as `top_k`, from the `top_k_groups` best of `n_groups` equal groups
+    of experts alone; ties of groups to the lowest index. A group is as good as the sum of its
+    `group_best` largest scores."""
+    scores_TGE = scores_THE.detach().unflatten(-1, (n_groups, -1))
+    group = top_k(scores_TGE.topk(group_best, -1).values.sum(-1), top_k_groups)
+    outside = torch.ones_like(scores_TGE[..., 0], dtype=torch.bool).scatter(-1, group, False)
+    return top_k(scores_TGE.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2), k)

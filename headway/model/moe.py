@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headway.config import MoEConfig, UsageError
 from headway.config.bounds import nearest_divisors
+from headway.kernels.activation import gate_heads
 from headway.kernels.experts import experts
 from headway.kernels.packed import batch_invariant
 from headway.kernels.packed_experts import PackedExperts, pack_experts, packed_experts
@@ -184,7 +185,9 @@ class SparseLayer(nn.Module):
         if self.shared is None:
             return None
         y_TD = self.shared(x_TD)[0]
-        return y_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * y_TD
+        if self.shared_gate is None:
+            return y_TD
+        return gate_heads(y_TD.unsqueeze(1), self.shared_gate(x_TD)).squeeze(1)
 
     def _steps(self, x_TD: Tensor, index_THK: Tensor | None, seq_len: int, ctx: Context) -> Steps:
         """Compute one chunk, from exchange to exchange."""

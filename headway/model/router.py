@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headway.config import MoEConfig
+from headway.kernels.activation import gate_heads
 from headway.kernels.differentiate import transformed
 from headway.kernels.packed import PackedWeight, pack, packed_linear
 from headway.kernels.permute import drop_over_capacity
 from headway.kernels.precision import widen
 from headway.kernels.route import Routed, keeps_no_logits, logits, route, route_logits
+from headway.kernels.topk import top_k_in_groups
 from headway.model.balance import RouteStats, aux_loss, margin_counts
 from headway.model.compute import Compute
 from headway.model.costs import Cost, CostGroup, Term, Workload
@@ -70,12 +72,14 @@ class Router(nn.Module):
         self.n_experts, self.n_zero = config.n_experts, config.n_zero_experts
         self.n_choices, self.top_k = self.n_experts + self.n_zero, config.top_k
         self.config, self.balance = config.router, config.balance
-        self.config.check(self.n_choices, self.top_k)
+        config.check_router()
         self.capacity_factor, self.recompute = config.capacity_factor, compute.recompute
         self.shard = SplitOver.NONE if config.reads_token else SplitOver.HEADS
         shape = (config.n_heads, self.n_choices, config.router_width(d_model))
         self.w_HEL = nn.Parameter(torch.empty(shape))
         self.w_noise_HEL = nn.Parameter(torch.empty(shape)) if self.config.noisy else None
+        bias = torch.empty(shape[:2])
+        self.logit_bias_HE = nn.Parameter(bias) if self.config.logit_bias else None
         self.wants_margins = self.balance.bias == "quantile"
         self.aux_by_sequence = self.balance.aux > 0 and self.balance.aux_scope == "sequence"
         # a buffer, saved with the model: added to the scores for selection only, moved by
@@ -89,7 +93,8 @@ class Router(nn.Module):
             return
         reads_token = self.shard is SplitOver.NONE
         weight = self.w_HEL.flatten(0, 1) if reads_token else self.w_HEL
-        self.packed = pack(widen(weight.detach()), widen(weight).dtype)
+        bias_HE = None if self.logit_bias_HE is None else self.logit_bias_HE.detach()
+        self.packed = pack(widen(weight.detach()), widen(weight).dtype, bias_HE)
         self.w_HEL = shape_only(self.w_HEL)
 
     def roles(self) -> dict[str, Role]:
@@ -97,6 +102,7 @@ class Router(nn.Module):
         return {
             "w_HEL": Role(Group.ROUTER, fan_in=fan_in, shard=shard),
             "w_noise_HEL": Role(Group.ROUTER, Init.ZEROS, shard=shard),
+            "logit_bias_HE": Role(Group.VECTOR, Init.ZEROS, shard=shard),
             "bias_HE": Role(Group.ROUTER, Init.ZEROS, shard=shard),
         }
 
@@ -145,6 +151,8 @@ class Router(nn.Module):
         if self.packed is not None:
             return packed_linear(x, self.packed, wide=True).view(len(x), *self.w_HEL.shape[:2])
         logits_THE = logits(x, self.w_HEL)
+        if self.logit_bias_HE is not None:
+            logits_THE = logits_THE + self.logit_bias_HE
         if self.training and self.w_noise_HEL is not None:
             std_THE = F.softplus(logits(x, self.w_noise_HEL))
             logits_THE = logits_THE + torch.randn_like(logits_THE) * std_THE
@@ -152,9 +160,18 @@ class Router(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether nobody needs the logits themselves, and the weights are not packed."""
-        changed = self.config.jitter or self.w_noise_HEL is not None
-        wanted = self.wants_margins or self.aux_by_sequence or self.packed is not None
-        return not wanted and not (self.training and changed)
+        c = self.config
+        changed = c.jitter or self.w_noise_HEL is not None
+        wanted = self.wants_margins or self.aux_by_sequence or c.logit_bias or c.n_groups > 1
+        return not (wanted or self.packed is not None or (self.training and changed))
+
+    def _select_in_groups(self, logits_THE: Tensor) -> Tensor:
+        """Return the selection `[T, H, K]` from the best groups of experts alone."""
+        c, score_THE = self.config, logits_THE.detach()
+        if c.gate == "sigmoid":
+            score_THE = gate_heads(torch.ones_like(score_THE).unsqueeze(-1), score_THE).squeeze(-1)
+        biased_THE = score_THE + self.bias_HE
+        return top_k_in_groups(biased_THE, self.top_k, c.n_groups, c.top_k_groups, c.group_best)
 
     def _route(
         self,
@@ -171,6 +188,8 @@ class Router(nn.Module):
             routed = route(x, self.w_HEL, bias_HE, index_THK, *options)
         else:
             logits_THE = self.logits(x)
+            if index_THK is None and c.n_groups > 1:
+                index_THK = self._select_in_groups(logits_THE)
             if self.aux_by_sequence:
                 routed, aux_H = self._by_sequence(logits_THE, index_THK, seq_len)
             else:
@@ -250,6 +269,8 @@ class Router(nn.Module):
         if self.recompute:
             saved_term = Term(4 * rows, "4·R")
         flops = Term(2 * weights, f"2·{formula}")
+        if self.logit_bias_HE is not None:
+            weights, formula = weights + H * E, f"({formula} + H·E)"
         return (Cost(CostGroup.ROUTERS, Term(weights, formula), flops, saved_term),)
 
 

@@ -85,6 +85,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     dtype, remarks = _dtype(run, device, derived)
     remarks += _kernels(device, derived)
     remarks += _attention(config, device, dtype)
+    remarks += _router(model, device)
     remarks += _experts(model, mesh, device, dtype, derived)
     if run.strict and (notes or remarks):
         raise UsageError(f"run.strict: {[*notes, *remarks][0]}")
@@ -153,6 +154,18 @@ def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     return (
         f"{option}: attention on this {device.type} takes a mask of {S} × {S}, which is slower",
     )
+
+
+def _router(model: ModelConfig, device: torch.device) -> tuple[str, ...]:
+    """Say where routers leave the kernels."""
+    router = model.moe.router
+    if model.n_sparse and router.n_groups > 1:
+        what = "groups are selected by PyTorch's operators, slower than the kernel"
+        return (f"model.moe.router.n_groups={router.n_groups}: {what}",)
+    if model.n_sparse and router.logit_bias and device.type == "cuda":
+        what = "scores of all tokens and experts are written, which the kernel avoids"
+        return (f"model.moe.router.logit_bias=True: {what}",)
+    return ()
 
 
 def _experts(

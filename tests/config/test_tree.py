@@ -76,6 +76,16 @@ MISTAKES = {
     "n_heads=8 needs kind=multi_head_latent, and kind=latent": moe(kind="latent"),
     "has no effect with kind=moe": moe(kind="moe", n_heads=1, d_latent=32),
     "n_dense_layers=3 exceeds model.n_layers=2": moe(n_dense_layers=3),
+    "n_groups=3 must divide the 8 choices of a router; use n_groups=2 or 4": moe(
+        router=RouterConfig(n_groups=3)
+    ),
+    "top_k_groups=3 exceeds 2: 2 groups of 4": moe(router=RouterConfig(n_groups=2, top_k_groups=3)),
+    "group_best=5 exceeds 4": moe(router=RouterConfig(n_groups=2, group_best=5)),
+    "group_best=2 has no effect with n_groups=1": moe(router=RouterConfig(group_best=2)),
+    "top_k=2 exceeds the 1 experts of top_k_groups=1": moe(router=RouterConfig(n_groups=8)),
+    "bias=quantile knows no groups": moe(
+        router=RouterConfig(n_groups=2), balance=BalanceConfig(bias="quantile")
+    ),
     "dense_layers names layer 2 and model.n_layers=2; use layers from 0 to 1": moe(
         dense_layers=(0, 2)
     ),
@@ -201,6 +211,10 @@ routers = st.builds(
     scale=st.sampled_from([0.5, 1.0, 5.0]),
     reads=st.sampled_from(["sub_token", "token"]),
     noisy=st.booleans(),
+    logit_bias=st.booleans(),
+    n_groups=st.sampled_from([1, 1, 2, 3]),
+    top_k_groups=st.integers(1, 2),
+    group_best=st.sampled_from([1, 1, 2]),
     jitter=st.sampled_from([0.0, 0.1]),
 )
 moes = st.builds(

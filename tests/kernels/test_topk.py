@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.kernels.topk import top_k, top_k_reference
+from headway.kernels.topk import top_k, top_k_in_groups, top_k_reference
 
 VALUES = [-3.0, -1.0, -0.0, 0.0, 0.5, 2.0, float("inf"), float("-inf"), float("nan")]
 
@@ -39,3 +39,19 @@ def test_does_not_change_the_scores():
     before = scores.clone()
     top_k(scores, 2)
     assert torch.equal(scores, before)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_in_groups(n_groups, size, data):
+    values = st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0])
+    scores = data.draw(st.lists(values, min_size=n_groups * size, max_size=n_groups * size))
+    chosen = data.draw(st.integers(1, n_groups))
+    best = data.draw(st.integers(1, size))
+    k = data.draw(st.integers(1, chosen * size))
+    goodness = [sum(sorted(scores[g * size : (g + 1) * size])[-best:]) for g in range(n_groups)]
+    groups = sorted(range(n_groups), key=lambda g: (-goodness[g], g))[:chosen]
+    inside = [e for e in range(n_groups * size) if e // size in groups]
+    want = sorted(inside, key=lambda e: (-scores[e], e))[:k]
+    got = top_k_in_groups(torch.tensor([[scores]]), k, n_groups, chosen, best)
+    assert got.tolist() == [[want]]

@@ -21,6 +21,14 @@ def choose(scores: list[float], k: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
 
 
+def in_best_groups(scores: list[float], c: RouterConfig) -> list[float]:
+    """The scores, −inf outside of the best groups."""
+    size = len(scores) // c.n_groups
+    groups = [scores[g * size : (g + 1) * size] for g in range(c.n_groups)]
+    best = choose([sum(sorted(g)[-c.group_best :]) for g in groups], c.top_k_groups)
+    return [s if e // size in best else float("-inf") for e, s in enumerate(scores)]
+
+
 def gates(logits_E: Tensor, chosen: list[int], c: RouterConfig) -> Tensor:
     if c.gate == "topk_softmax":
         g = torch.softmax(logits_E[chosen], 0)
@@ -51,8 +59,11 @@ def layer_reference(layer: SparseLayer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         merged, picked_H = [], []
         for h, z_L in enumerate(sub):
             logits_E = router.w_HEL[h] @ (x_D if layer.reads_token else z_L)
+            if router.logit_bias_HE is not None:
+                logits_E = logits_E + router.logit_bias_HE[h]
             score_E = torch.sigmoid(logits_E) if c.gate == "sigmoid" else logits_E
-            chosen = choose((score_E + router.bias_HE[h]).tolist(), router.top_k)
+            biased = (score_E + router.bias_HE[h]).tolist()
+            chosen = choose(in_best_groups(biased, c), router.top_k)
             g_K = gates(logits_E, chosen, c)
             y_L = torch.zeros_like(z_L)
             for slot, e in enumerate(chosen):

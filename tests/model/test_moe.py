@@ -32,15 +32,17 @@ GATES = [
 ]
 
 
-def build(kind, router=RouterConfig(), top_k=2, activation="swiglu", d_shared=0, **options):
+def build(
+    kind, router=RouterConfig(), top_k=2, activation="swiglu", d_shared=0, n_experts=5, **options
+):
     """A small float64 layer with a bias that matters."""
     shared = dict(activation=activation, d_shared=d_shared, router=router, **options)
     if kind == "moe":
-        layer = MoE(12, 5, top_k, 6, **shared)
+        layer = MoE(12, n_experts, top_k, 6, **shared)
     elif kind == "latent":
-        layer = LatentMoE(12, 4, 5, top_k, 6, **shared)
+        layer = LatentMoE(12, 4, n_experts, top_k, 6, **shared)
     else:
-        layer = MultiHeadLatentMoE(12, 3, 5, top_k, 6, **shared)
+        layer = MultiHeadLatentMoE(12, 3, n_experts, top_k, 6, **shared)
     layer.double()
     with torch.no_grad():
         layer.router.bias_HE.normal_(generator=torch.Generator().manual_seed(1))
@@ -60,7 +62,10 @@ def check(layer, x):
             assert got is None
         else:
             assert_close(got, want_grad, 1e-11)
-    counts = [torch.bincount(chosen[:, h].flatten(), minlength=5) for h in range(chosen.shape[1])]
+    counts = [
+        torch.bincount(chosen[:, h].flatten(), minlength=layer.config.n_experts)
+        for h in range(chosen.shape[1])
+    ]
     assert torch.equal(stats.counts_HE, torch.stack(counts).double())
 
 
@@ -91,6 +96,31 @@ def test_every_combination_equals_the_equations(
     options = {"recompute": recompute} | ({} if kind == "moe" else {"latent_norm": norm})
     layer = build(kind, replace(router, reads=reads), top_k, activation, d_shared, **options)
     check(layer, torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(logit_bias=True),
+        RouterConfig(gate="sigmoid", renormalize=True, logit_bias=True),
+        RouterConfig(gate="softmax_topk", n_groups=3, top_k_groups=2),
+        RouterConfig(gate="sigmoid", n_groups=3, top_k_groups=2, group_best=2, logit_bias=True),
+    ],
+    ids=str,
+)
+def test_options_of_published_routers(kind, router):
+    layer = build(kind, router, n_experts=6)
+    with torch.no_grad():
+        if layer.router.logit_bias_HE is not None:
+            layer.router.logit_bias_HE.normal_()
+    x = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
+    check(layer, x)
+    by_sequence = SparseLayer(
+        12, replace(layer.config, balance=BalanceConfig(aux=1.0, aux_scope="sequence"))
+    ).double()
+    by_sequence.load_state_dict(layer.state_dict())
+    assert torch.equal(by_sequence(x.view(4, 10, 12))[1].counts_HE, layer(x)[1].counts_HE)
 
 
 @pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
@@ -128,7 +158,8 @@ def test_replays_a_selection():
     given_index[..., 1] = (given_index[..., 0] + 1) % 5
     _, stats = layer(x, Context(replay=(given_index,)))
     assert torch.equal(
-        stats.counts_HE[1], torch.bincount(given_index[:, 1].flatten(), minlength=5).double()
+        stats.counts_HE[1],
+        torch.bincount(given_index[:, 1].flatten(), minlength=layer.config.n_experts).double(),
     )
 
 

@@ -27,6 +27,9 @@ BOUND = 1e-12
 STEPS = 5
 ROWS = 16
 TOKEN = RouterConfig(reads="token")
+GROUPS = RouterConfig(
+    gate="sigmoid", logit_bias=True, n_groups=4, top_k_groups=2, group_best=2, renormalize=True
+)
 AUX = BalanceConfig(aux=0.05, z=1e-3)
 
 
@@ -132,6 +135,12 @@ CASES: dict[str, Case] = {
     "a gate on the shared expert, every other layer, fsdp, dp=2 ep=2": Case(
         replace(flat(d_shared=16, shared_gate=True, sparse_step=2), n_layers=4),
         _mesh(2, 1, 2, shard="fsdp"),
+    ),
+    "biased scores, groups of experts, dp=2 hp=2 ep=2": Case(
+        heads(router=GROUPS, balance=BalanceConfig(aux=0, bias="sign")), _mesh(2, 2, 2)
+    ),
+    "biased scores, groups of experts, the token, fsdp, dp=2 hp=2": Case(
+        heads(router=replace(GROUPS, reads="token")), _mesh(2, 2, 1, shard="fsdp")
     ),
     "biases of attention, QK-norm over all heads, fsdp, dp=2 hp=2": Case(
         replace(heads(), qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0),

@@ -115,8 +115,8 @@ def test_the_loop_counts_what_the_built_model_multiplies(name):
     """6 per entry of the matrices that a token visits; the scores of the keys that it sees."""
     config = MODELS[name]
     model = Transformer(config, seed=0)
-    named = model.named_parameters()  # a latent norm has a row per head, and multiplies nothing
-    unused = sum(p.numel() for n, p in named if p.ndim < 2 or "norm" in n)
+    named = model.named_parameters()  # norms and biases of heads multiply nothing
+    unused = sum(p.numel() for n, p in named if p.ndim < 2 or "norm" in n or "bias" in n)
     unused += 0 if config.tied else model.embed.weight.numel()
     windows = [config.window_of(layer) for layer in range(config.n_layers)]
     keys = sum(

@@ -73,6 +73,10 @@ MODELS |= {
     "a gate on the shared expert, every other layer": replace(
         BASE, moe=replace(SPARSE, d_shared=24, shared_gate=True, sparse_step=2)
     ),
+    "biased scores": replace(BASE, moe=replace(SPARSE, router=RouterConfig(logit_bias=True))),
+    "groups of experts": replace(
+        BASE, moe=replace(SPARSE, router=RouterConfig(gate="sigmoid", n_groups=4, top_k_groups=2))
+    ),
     "some dims rotated, neighbours": replace(
         BASE, moe=MoEConfig(kind="dense"), rope=RopeConfig(rotary_dim=8, interleaved=True)
     ),

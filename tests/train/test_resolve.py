@@ -13,6 +13,7 @@ from headway.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    RouterConfig,
     RunConfig,
     UsageError,
 )
@@ -136,6 +137,19 @@ def test_windows_and_documents_that_take_a_dense_mask_are_told_and_refused(monke
 
 def _slow_masks(config: Config) -> list[str]:
     return [remark for remark in resolve(config, 257).remarks if "takes a mask" in remark]
+
+
+def test_routers_that_leave_the_kernels_are_told():
+    run = RunConfig(device="cpu", dtype="float32")
+
+    def slow(**options) -> list[str]:
+        moe = MoEConfig(router=RouterConfig(**options))
+        done = resolve(_changed(model=ModelConfig(moe=moe), run=run), 257)
+        return [remark for remark in done.remarks if "router" in remark]
+
+    assert slow() == slow(logit_bias=True) == []
+    (remark,) = slow(n_groups=8, top_k_groups=2)
+    assert "model.moe.router.n_groups=8: groups are selected by PyTorch's operators" in remark
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -60,11 +60,15 @@ class TensorFile:
     def write(self, folder: Path, shards: dict[str, LocalShard]) -> None:
         """Write the shards of this rank and sync them to disk."""
         with (folder / self.name).open("r+b", buffering=0) as file:
-            for name, begin in self.begins.items():
+            for name in self.begins:
                 if shards[name].writes:
-                    for offset, data in _runs(shards[name]):
-                        _write_at(file.fileno(), begin + offset, data)
+                    self.write_one(file.fileno(), name, shards[name])
             os.fsync(file.fileno())
+
+    def write_one(self, handle: int, name: str, shard: LocalShard) -> None:
+        """Write one shard to its place in the open file."""
+        for offset, data in _runs(shard):
+            _write_at(handle, self.begins[name] + offset, data)
 
 
 def plan_files(

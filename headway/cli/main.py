@@ -15,6 +15,7 @@ from headway import __version__
 from headway.cli.describe import describe
 from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
+from headway.cli.export import export
 from headway.cli.plan import plan
 from headway.cli.report import report
 from headway.cli.sample import sample
@@ -28,6 +29,7 @@ VERBS = {
     "train": "train a recipe: headway train demo --run runs/first --steps 200",
     "eval": "bits per byte of a trained model on validation text",
     "sample": "text from a trained model",
+    "export": "a trained model as a folder for Hugging Face Transformers",
     "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
@@ -99,6 +101,8 @@ def _verb(args: list[str]) -> int:
             return evaluate(rest)
         case "sample":
             return sample(rest)
+        case "export":
+            return export(rest)
         case "tokenize":
             return tokenize(rest)
         case "report":

@@ -72,6 +72,10 @@ class Tokenizer(Protocol):
         space that is not shown at the start of a text is shown inside it."""
         ...
 
+    def to_json(self) -> str:
+        """Return a tokenizer.json with the same ids."""
+        ...
+
 
 class ByteTokenizer:
     """257 ids: 0…255 are the bytes of the text in UTF-8, 256 (`<|endoftext|>`) ends a document."""
@@ -100,6 +104,15 @@ class ByteTokenizer:
     ) -> DecodeStream:
         """Return a decoder of ids that come one at a time."""
         return ByteStream(self.token_texts, _shown_names(self, skip_special_tokens))
+
+    def to_json(self) -> str:
+        """Return a byte-level BPE without merges; `<|endoftext|>` is 256."""
+        bpe = models.BPE(vocab=dict(_BYTE_OF_CHAR), merges=[])
+        inner = tokenizers.Tokenizer(bpe)
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([tokenizers.AddedToken("<|endoftext|>", special=True)])
+        return inner.to_str(pretty=True)
 
 
 class JsonTokenizer:
@@ -201,6 +214,10 @@ class JsonTokenizer:
         """Return the text of ids whose decoder is the library's alone."""
         known = [i for i in map(int, ids) if i < self.vocab_size]
         return self._inner.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        """Return the file as it was read."""
+        return self._made_from[1]
 
 
 def _joined(stream: DecodeStream, ids: Iterable[int]) -> str:

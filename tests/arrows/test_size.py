@@ -8,8 +8,13 @@ TOTAL = 28_000
 with a feature that needs more."""
 
 
+LONGER = {PACKAGE / "hub" / "remote" / "modeling_headway.py": 420}
+"""Transformers wants a whole model in one file."""
+
+
 def test_no_file_is_longer_than_a_sitting():
-    assert {str(p): n for p, n in LINES.items() if n > 400} == {}, "look for the second idea"
+    too_long = {str(p): n for p, n in LINES.items() if n > LONGER.get(p, 400)}
+    assert too_long == {}, "look for the second idea"
 
 
 def test_files_are_short_on_average():

@@ -1,0 +1,1 @@
+"""Families of models on the Hugging Face hub, one file each."""

@@ -1,0 +1,412 @@
+"""The `headway` model for Hugging Face Transformers (≥ 5.0): headway/model in one file.
+
+B sequences · S positions · T = B·S tokens · D model width · N query heads · M key/value heads · d
+width of one · H heads of a sparse layer · L width of one (D_L = H·L) · E experts per head · Z
+choices that do nothing · K chosen · F hidden width · G pre-activations per hidden unit (2 for
+SwiGLU: gate, then up) · V vocabulary. A flat mixture of experts has H = 1 and L = D."""
+
+import inspect
+from copy import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import can_return_tuple
+
+from .configuration_headway import HeadwayConfig
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def n_inputs(activation: str) -> int:
+    """Return G."""
+    return 2 if activation == "swiglu" else 1
+
+
+def activate(pre: Tensor, activation: str) -> Tensor:
+    """Return silu(gate)·up (SwiGLU), max(x, 0)² or exact (erf) GELU: `[..., G·F]` → `[..., F]`."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
+
+
+def rope_tables(position_BS: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple:
+    """Return (cos, sin), each `[B, S, 1, d/2]`: frequency i is theta^(−2i/d)."""
+    exact = torch.float32 if position_BS.device.type == "mps" else torch.float64
+    i = torch.arange(d_head // 2, dtype=exact, device=position_BS.device)
+    angle = (position_BS.to(exact).unsqueeze(-1) * theta ** (-2 * i / d_head)).unsqueeze(-2)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x [B, S, heads, d]`, half-split as in Llama."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for a row per head."""
+
+    def __init__(self, *shape: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE, optional biases, QK-norm, clamping, sliding window
+    and per-head sigmoid output gate."""
+
+    def __init__(self, config: HeadwayConfig, layer: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer, True
+        D, N, M = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.num_key_value_groups = config.head_dim, N // M
+        self.scaling = self.head_dim**-0.5
+        self.sliding_window = config.windows[layer] or None
+        self.q_proj = nn.Linear(D, N * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, M * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, M * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(N * self.head_dim, D, bias=config.o_bias)
+        self.q_norm, self.k_norm = _qk_norm(config, N), _qk_norm(config, M)
+        self.gate = nn.Linear(D, N, bias=False) if config.attn_gate else None
+
+    def forward(self, x_BSD: Tensor, tables: tuple, mask, cache, **kwargs) -> tuple[Tensor, Tensor]:
+        """Map `[B, S, D]` to `[B, S, D]`, with the weights that an eager attention gives."""
+        q, k, v = (
+            proj(x_BSD).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), self._clamped(v).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend, name = eager_attention_forward, self.config._attn_implementation
+        if name != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[name]
+        kwargs |= {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
+        y_BSNd, weights = attend(self, q, k, v, mask, **kwargs)
+        y_BSNd = y_BSNd.reshape(*x_BSD.shape[:2], -1, self.head_dim)
+        if self.gate is not None:
+            y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
+        return self.o_proj(y_BSNd.flatten(-2)), weights
+
+    def _rotated(self, x: Tensor, norm: RMSNorm | None, tables: tuple) -> Tensor:
+        """Norm, clamp and rotate `[B, S, heads, d]`."""
+        if norm is not None:
+            together = self.config.qk_norm == "all"
+            x = norm(x.flatten(-2)).view(x.shape) if together else norm(x)
+        return rope(self._clamped(x), *tables)
+
+    def _clamped(self, x: Tensor) -> Tensor:
+        clip = self.config.clip_qkv
+        return x.clamp(-clip, clip) if clip else x
+
+
+def _qk_norm(config: HeadwayConfig, n_heads: int) -> RMSNorm | None:
+    width = config.head_dim * (n_heads if config.qk_norm == "all" else 1)
+    return None if config.qk_norm == "none" else RMSNorm(width, eps=config.rms_norm_eps)
+
+
+class FeedForward(nn.Module):
+    """Dense feed-forward network, D → F → D, also the shared expert."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.gate_up_proj = nn.Linear(d_model, n_inputs(activation) * d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activate(self.gate_up_proj(x), self.activation))
+
+
+class Router(nn.Module):
+    """One linear router per head; scores, selection and gates in float32."""
+
+    def __init__(self, config: HeadwayConfig):
+        super().__init__()
+        H, D = config.moe_num_heads, config.hidden_size
+        width = D if config.router_reads == "token" else config.moe_latent_size // H
+        self.top_k, self.n_experts = config.num_experts_per_tok, config.num_experts
+        self.scoring_func, self.norm_topk_prob = config.scoring_func, config.norm_topk_prob
+        self.scale = config.routed_scaling_factor
+        choices = config.num_experts + config.num_zero_experts
+        self.weight = nn.Parameter(torch.empty(H, choices, width))
+        # added to the scores for selection only
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(H, choices, dtype=torch.float32)
+        )
+
+    def _apply(self, fn, recurse=True):
+        """As in `nn.Module`, and the bias stays float32: rounded, it would change the selection."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype in (torch.bfloat16, torch.float16):
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Route `[T, H, L]` sub-tokens, or `[T, D]` tokens that all heads read; return which of
+        the head's E experts, int64 `[T, H, K]`, best first, ties to the lowest index, and gates."""
+        heads = "thl,hel->the" if x.dim() == 3 else "tl,hel->the"
+        logits_THE = torch.einsum(heads, widen(x), widen(self.weight).to(widen(x).dtype))
+        sigmoid = self.scoring_func == "sigmoid"
+        score_THE = torch.sigmoid(logits_THE) if sigmoid else logits_THE
+        biased_THE = (score_THE + self.e_score_correction_bias).detach()
+        index_THK = torch.sort(biased_THE, dim=-1, descending=True, stable=True).indices[
+            ..., : self.top_k
+        ]
+        match self.scoring_func:
+            case "topk_softmax":
+                gate_THK = torch.softmax(logits_THE.gather(-1, index_THK), dim=-1)
+            case "softmax_topk":
+                gate_THK = torch.softmax(logits_THE, dim=-1).gather(-1, index_THK)
+            case _:
+                gate_THK = score_THE.gather(-1, index_THK)
+        if self.norm_topk_prob:
+            gate_THK = gate_THK / gate_THK.sum(-1, keepdim=True).clamp(min=1e-20)
+        nothing = index_THK >= self.n_experts
+        gate_THK = torch.where(nothing, 0, gate_THK * self.scale)
+        return index_THK.clamp(max=self.n_experts - 1), gate_THK
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """y = Σ_k gate_k · down[e_k] act(gate_up[e_k]·x): the experts of all heads, one stack; expert e
+    of head h is number h·E + e."""
+
+    def __init__(self, config: HeadwayConfig):
+        super().__init__()
+        H, F_ = config.moe_num_heads, config.moe_intermediate_size
+        L, self.activation = config.moe_latent_size // H, config.moe_activation
+        self.num_experts = H * config.num_experts
+        inputs = n_inputs(self.activation) * F_
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, inputs, L))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, L, F_))
+
+    def _apply_gate(self, pre: Tensor) -> Tensor:
+        """Return what every experts implementation of Transformers puts between the products."""
+        return activate(pre, self.activation)
+
+    def forward(self, x_NL: Tensor, index_NK: Tensor, gate_NK: Tensor) -> Tensor:
+        y_NL = torch.zeros_like(x_NL, dtype=gate_NK.dtype)
+        for expert in index_NK.unique().tolist():
+            row, slot = torch.where(index_NK == expert)
+            hidden = self._apply_gate(F.linear(x_NL[row], self.gate_up_proj[expert]))
+            out = F.linear(hidden, self.down_proj[expert]) * gate_NK[row, slot].unsqueeze(-1)
+            y_NL = y_NL.index_add(0, row, out)
+        return y_NL.to(x_NL.dtype)
+
+
+class SparseLayer(nn.Module):
+    """A sparse layer: split, router, experts, merge. The stack is not called `experts`, since vLLM
+    replaces what has that name by experts of width D."""
+
+    def __init__(self, config: HeadwayConfig):
+        super().__init__()
+        D, self.n_heads = config.hidden_size, config.moe_num_heads
+        d_latent, latent = config.moe_latent_size, config.moe_kind != "moe"
+        self.reads_token = config.router_reads == "token"
+        self.in_proj = nn.Linear(D, d_latent, bias=False) if latent else None
+        norm = RMSNorm(self.n_heads, d_latent // self.n_heads, eps=config.rms_norm_eps)
+        self.norm = norm if latent and config.moe_latent_norm else None
+        self.router = Router(config)
+        self.head_experts = Experts(config)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = FeedForward(D, shared, config.moe_activation) if shared else None
+        self.out_proj = nn.Linear(d_latent, D, bias=False) if latent else None
+
+    def split(self, x_TD: Tensor) -> Tensor:
+        """Map `[T, D]` to sub-tokens `[T, H, L]`; in a flat MoE the token itself, H = 1."""
+        if self.in_proj is None:
+            return x_TD.unsqueeze(1)
+        z_THL = self.in_proj(x_TD).unflatten(-1, (self.n_heads, -1))
+        return z_THL if self.norm is None else self.norm(z_THL)
+
+    def merge(self, y_THL: Tensor) -> Tensor:
+        """Map `[T, H, L]` to `[T, D]`."""
+        return y_THL.squeeze(1) if self.out_proj is None else self.out_proj(y_THL.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TD = x.flatten(0, -2)
+        z_THL = self.split(x_TD)
+        index_THK, gate_THK = self.router(x_TD if self.reads_token else z_THL)
+        first_H1 = torch.arange(self.n_heads, device=x.device).unsqueeze(1) * self.router.n_experts
+        routed = (index_THK + first_H1).flatten(0, 1), gate_THK.flatten(0, 1)
+        y_TD = self.merge(self.head_experts(z_THL.flatten(0, 1), *routed).view_as(z_THL))
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        return y_TD.view_as(x)
+
+
+class Block(GradientCheckpointingLayer):
+    """A branch with attention, then a branch with a feed-forward layer, each behind a norm."""
+
+    def __init__(self, config: HeadwayConfig, layer: int):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps=eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(D, eps=eps)
+        dense = config.moe_kind == "dense" or layer < config.first_k_dense_replace
+        ffn = FeedForward(D, config.intermediate_size, config.activation) if dense else None
+        self.mlp = SparseLayer(config) if ffn is None else ffn
+
+    def forward(self, x_BSD: Tensor, tables: tuple, mask, cache, **kwargs) -> tuple[Tensor, Tensor]:
+        y_BSD, weights = self.self_attn(self.input_layernorm(x_BSD), tables, mask, cache, **kwargs)
+        x_BSD = x_BSD + y_BSD
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)), weights
+
+
+class HeadwayPreTrainedModel(PreTrainedModel):
+    """What Transformers asks of a family."""
+
+    config_class = HeadwayConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["router", "norm"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Router | Experts):
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=self.config.initializer_range)
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """`grouped_mm` takes rows of whole 16 bytes; without them `eager` is the default."""
+        c = self.config
+        for width in (c.moe_latent_size // c.moe_num_heads, c.moe_intermediate_size):
+            if width % 8 and c.moe_kind != "dense":
+                raise ValueError(
+                    f"grouped_mm needs expert widths that 8 divides, and one is {width}; "
+                    "use experts_implementation='eager' or 'batched_mm'"
+                )
+        return super()._grouped_mm_can_dispatch()
+
+
+class HeadwayModel(HeadwayPreTrainedModel):
+    """Embedding, blocks, norm."""
+
+    def __init__(self, config: HeadwayConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Return the normed stream `[B, S, D]` of `input_ids` `[B, S]`, or of their embeddings."""
+        c = self.config
+        wants_states = kwargs.pop("output_hidden_states", c.output_hidden_states)
+        wants_weights = kwargs.pop("output_attentions", c.output_attentions)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and (c.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=c)
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        index = torch.arange(held, held + x_BSD.shape[1], device=x_BSD.device)
+        position_ids = index.unsqueeze(0) if position_ids is None else position_ids
+        masks = self._masks(x_BSD, attention_mask, past_key_values, position_ids, index)
+        tables = rope_tables(position_ids, c.head_dim, c.rope_theta, x_BSD.dtype)
+        states, weights = [], []
+        kwargs["position_ids"] = position_ids
+        for block, window in zip(self.layers, c.windows, strict=True):
+            states += [x_BSD] if wants_states else []
+            x_BSD, w = block(x_BSD, tables, masks[window], past_key_values, **kwargs)
+            weights += [w] if wants_weights else []
+        x_BSD = self.norm(x_BSD)
+        states = (*states, x_BSD) if wants_states else None
+        weights = tuple(weights) if wants_weights else None
+        return BaseModelOutputWithPast(x_BSD, past_key_values, states, weights)
+
+    def _masks(self, x_BSD, attention_mask, past_key_values, position_ids, index) -> dict:
+        """Return window → mask, in the form that the attention implementation reads."""
+        how = {"past_key_values": past_key_values, "position_ids": position_ids}
+        if "cache_position" in inspect.signature(create_causal_mask).parameters:  # before 5.3
+            how["cache_position"] = index
+        masks = {}
+        for window in set(self.config.windows):
+            config = copy(self.config)
+            config.sliding_window = window or None
+            make = create_sliding_window_causal_mask if window else create_causal_mask
+            masks[window] = make(config, x_BSD, attention_mask=attention_mask, **how)
+        return masks
+
+
+class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
+    """The model with its output head: logits of the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HeadwayConfig):
+        super().__init__(config)
+        self.model = HeadwayModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        labels=None,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Return float32 logits `[B, S, V]`, or of the last `logits_to_keep` positions; with
+        `labels` `[B, S]` (−100 is ignored) the mean cross-entropy of the next token too."""
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        out = self.model(*given, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = widen(self.lm_head(out.last_hidden_state[:, keep]))
+        cap = self.config.final_logit_softcapping
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        loss = None
+        if labels is not None:  # attention and loss take from kwargs what they know
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        rest = (out.past_key_values, out.hidden_states, out.attentions)
+        return CausalLMOutputWithPast(loss, logits, *rest)
+
+
+__all__ = ["HeadwayForCausalLM", "HeadwayModel", "HeadwayPreTrainedModel"]

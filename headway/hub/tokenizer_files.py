@@ -1,0 +1,62 @@
+"""The files of a tokenizer beside a model: tokenizer.json, tokenizer_config.json,
+chat_template.jinja, generation_config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from headway.checkpoint.checkpoint_dir import write_json
+from headway.data.tokenizer import ByteTokenizer, Tokenizer
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}: {{ message['content'] }}
+
+{% endfor -%}
+{%- if add_generation_prompt -%}
+Assistant:
+{%- endif -%}
+"""
+"""The chat template of a model that has none: `User: …`, a blank line, `Assistant:`."""
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, max_len: int, chat_template: str | None = None
+) -> None:
+    """Write the files of a tokenizer into `folder`.
+
+    Args: max_len: the longest context in tokens. chat_template: None writes the plain one."""
+    text = tokenizer.to_json()
+    (folder / "tokenizer.json").write_text(text, "utf-8")
+    eos = token_names(text)[tokenizer.eos]
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_len,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "eos_token": eos,
+        "pad_token": eos,
+    }
+    if isinstance(tokenizer, ByteTokenizer):
+        config["split_special_tokens"] = True  # every text is its bytes, and nothing else
+    write_json(folder / "tokenizer_config.json", config)
+    template = PLAIN_TEMPLATE if chat_template is None else chat_template
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    write_json(folder / "generation_config.json", special_ids(tokenizer))
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the ids that config.json and generation_config.json name."""
+    return {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+
+
+def token_names(tokenizer_json: str) -> dict[int, str]:
+    """Return id → token, special ones included, of a tokenizer.json."""
+    spec = json.loads(tokenizer_json)
+    vocabulary = spec["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+        names = {i: token for i, (token, _) in enumerate(vocabulary)}
+    else:
+        names = {i: token for token, i in vocabulary.items()}
+    return names | {added["id"]: added["content"] for added in spec.get("added_tokens", [])}

@@ -1,0 +1,107 @@
+"""Run folders with random weights, one of each kind of model, without training."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from headway.checkpoint.save import plan_save, write_checkpoint
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.model.compute import Compute
+from headway.model.transformer import Transformer
+from headway.optim.groups import build_optimizers
+
+SMALL = ModelConfig(vocab_size=320, n_layers=2, d_model=32, n_heads=4, d_ff=48)
+
+
+def _model(moe: MoEConfig, **changes) -> ModelConfig:
+    return replace(SMALL, moe=replace(moe, n_experts=6, d_expert=16), **changes)
+
+
+MULTI_HEAD = MoEConfig(n_heads=2, top_k=2)
+MODELS = {
+    "multi_head": _model(MULTI_HEAD),
+    "multi_head_token": _model(
+        replace(
+            MULTI_HEAD,
+            d_latent=64,
+            d_shared=24,
+            top_k=3,
+            router=RouterConfig(reads="token", scale=1.5),
+        ),
+        attn_gate=True,
+        n_kv_heads=2,
+        d_head=12,
+    ),
+    "latent": _model(
+        MoEConfig(
+            kind="latent",
+            d_latent=16,
+            top_k=2,
+            activation="relu2",
+            n_dense_layers=1,
+            router=RouterConfig(gate="sigmoid", renormalize=True, scale=2.5),
+        ),
+        window=(0, 4),
+        tied=True,
+        qk_norm="none",
+    ),
+    "latent_sub_token": _model(
+        MoEConfig(
+            kind="latent",
+            top_k=1,
+            latent_norm=False,
+            router=RouterConfig("sigmoid", reads="sub_token"),
+        ),
+        activation="relu2",
+        qk_norm="all",
+        clip_qkv=0.5,
+        qkv_bias=True,
+        o_bias=True,
+    ),
+    "flat": _model(
+        MoEConfig(
+            kind="moe",
+            n_zero_experts=3,
+            top_k=4,
+            activation="gelu",
+            d_shared=16,
+            router=RouterConfig(gate="softmax_topk"),
+        ),
+        logit_softcap=5.0,
+        window=(4, 6),
+    ),
+    "dense": _model(MoEConfig(kind="dense"), activation="gelu"),
+}
+"""Together they hold every value of every option that changes a number."""
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model none of whose tensors has a value that would hide a mistake, such as 0 or 1."""
+    model = Transformer(config, Compute(torch.float32), seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(tensor.shape, generator=generator)
+            narrow = tensor.dim() == 1 or "norm" in name or "bias" in name
+            tensor.add_(noise * (0.3 if narrow else tensor.shape[-1] ** -0.5))
+    return model
+
+
+def write_run(folder: Path, config: ModelConfig, tokenizer: str = "bytes") -> Transformer:
+    """Write a run folder with one checkpoint; return its model."""
+    model = random_model(config)
+    folder.mkdir(parents=True)
+    whole = Config(recipe="small", model=config, data=DataConfig(tokenizer=tokenizer, seq_len=64))
+    info = {
+        "config": whole.to_dict(),
+        "commit": "0123abc",
+        "parameters": {"total": 12345, "active": 678},
+    }
+    (folder / "run.json").write_text(json.dumps(info))
+    record = {"step": 3, "tokens": 4096, "val_bits_per_byte": 2.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    optimizers = build_optimizers(model, OptimConfig())
+    write_checkpoint(plan_save(folder, 3, model, optimizers, config, {}))
+    return model

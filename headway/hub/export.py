@@ -13,12 +13,13 @@ from torch import Tensor
 
 from headway.checkpoint import run_folder
 from headway.checkpoint.checkpoint_dir import write_json
-from headway.checkpoint.runtime import _find
-from headway.checkpoint.tensor_files import MAX_FILE_BYTES, TensorReader
+from headway.checkpoint.tensor_files import MAX_FILE_BYTES
+from headway.checkpoint.tensor_reader import TensorReader
 from headway.checkpoint.tensor_writer import write_tensors
 from headway.config import Config, UsageError
-from headway.data.tokenizer import Tokenizer, load_tokenizer
+from headway.data.tokenizer import Tokenizer
 from headway.hub.families import headway
+from headway.hub.load import find_trained, tokenizer_of
 from headway.hub.model_card import model_card
 from headway.hub.new_path import new_path
 from headway.hub.tokenizer_files import special_ids, write_tokenizer
@@ -52,14 +53,14 @@ class Source(NamedTuple):
     @property
     def max_len(self) -> int:
         """Longest context in tokens."""
-        return self.config.data.seq_len
+        return self.config.model.max_len or self.config.data.seq_len
 
 
 def open_source(path: Path) -> Source:
     """Return the run of a folder, or of one checkpoint in it. Raises UsageError without one."""
-    run_dir, checkpoint, problems = _find(path)
+    run_dir, checkpoint, problems = find_trained(path)
     config = run_folder.read_config(run_dir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(run_dir, config)
     model = replace(config.model, vocab_size=tokenizer.vocab_size)
     return Source(run_dir, checkpoint, replace(config, model=model), tokenizer, problems)
 

@@ -73,11 +73,10 @@ def load_model(
         blocks: as for `Transformer`.
     Raises: UsageError where there is no undamaged checkpoint, no run.json above it, no such device,
     or where `blocks` make another model."""
-    run_dir, checkpoint, problems = _find(Path(path))
+    run_dir, checkpoint, problems = find_trained(Path(path))
     config = run_folder.read_config(run_dir)
     runtime = resolve_runtime(config, device, dtype)
-    inside = (run_dir / "tokenizer.json").is_file()  # as in an imported run
-    tokenizer = load_tokenizer(str(run_dir) if inside else config.data.tokenizer)
+    tokenizer = tokenizer_of(run_dir, config)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UsageError(
             f"{run_dir} has model.vocab_size={config.model.vocab_size} and the tokenizer "
@@ -89,6 +88,12 @@ def load_model(
     read_weights(checkpoint, model, runtime.device, stored_dtypes(model, runtime.dtype))
     info = _info(run_dir, checkpoint, config, runtime, tokenizer, problems)
     return LoadedModel(config, model.eval(), tokenizer, info)
+
+
+def tokenizer_of(run_dir: Path, config: Config) -> Tokenizer:
+    """Return the tokenizer of a run; an imported run holds its own."""
+    inside = (run_dir / "tokenizer.json").is_file()
+    return load_tokenizer(str(run_dir) if inside else config.data.tokenizer)
 
 
 def _empty(config: Config, runtime: Runtime, blocks: BlockBuilder) -> Transformer:
@@ -140,7 +145,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no JSON: {error}; restore it") from None
 
 
-def _find(path: Path) -> tuple[Path, Path, list[str]]:
+def find_trained(path: Path) -> tuple[Path, Path, list[str]]:
     """Return the run folder, the checkpoint to read and one sentence per damaged newer one."""
     if (path / "run.json").is_file():
         checkpoint, problems = run_folder.find_checkpoint(path)

@@ -67,6 +67,7 @@ MODELS = {
             top_k=4,
             activation="gelu",
             d_shared=16,
+            shared_gate=True,
             router=RouterConfig(gate="softmax_topk"),
         ),
         logit_softcap=5.0,

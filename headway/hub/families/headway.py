@@ -33,7 +33,7 @@ KEYS = {
     "intermediate_size": "d_ff",
     "activation": "activation",
     "moe_kind": "moe.kind",
-    "first_k_dense_replace": "moe.n_dense_layers",
+    "mlp_only_layers": "moe.dense_layers",
     "moe_num_heads": "moe.n_heads",
     "moe_latent_size": "moe.d_latent",
     "moe_latent_norm": "moe.latent_norm",
@@ -43,6 +43,7 @@ KEYS = {
     "moe_intermediate_size": "moe.d_expert",
     "moe_activation": "moe.activation",
     "shared_expert_intermediate_size": "moe.d_shared",
+    "shared_expert_gate": "moe.shared_gate",
     "scoring_func": "moe.router.gate",
     "norm_topk_prob": "moe.router.renormalize",
     "routed_scaling_factor": "moe.router.scale",
@@ -106,6 +107,7 @@ SPARSE = (
     ),
     Row("mlp.shared_expert.gate_up_proj.weight", "ffn.shared.w_in.weight"),
     Row("mlp.shared_expert.down_proj.weight", "ffn.shared.w_out.weight"),
+    Row("mlp.shared_expert_gate.weight", "ffn.shared_gate.weight"),
     Row("mlp.out_proj.weight", "ffn.w_out.weight"),
 )
 
@@ -123,6 +125,7 @@ def to_config(model: ModelConfig) -> dict[str, Any]:
     """Return config.json of a model, without what names files and dtypes. Raises UsageError,
     naming the field, for a model that needs one that has no key."""
     moe = model.moe
+    dense_layers = tuple(i for i in range(model.n_layers) if not model.is_sparse(i))
     resolved = replace(
         model,
         n_kv_heads=model.kv_heads,
@@ -131,6 +134,9 @@ def to_config(model: ModelConfig) -> dict[str, Any]:
         moe=replace(
             moe,
             d_latent=moe.latent_width(model.d_model),
+            dense_layers=() if moe.kind == "dense" else dense_layers,
+            n_dense_layers=0,
+            sparse_step=1,
             router=replace(moe.router, reads="token" if moe.reads_token else "sub_token"),
         ),
     )

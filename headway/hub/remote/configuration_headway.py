@@ -19,12 +19,13 @@ class HeadwayConfig(PretrainedConfig):
         final_logit_softcapping: bounds the logits, cap·tanh(logits/cap); 0 is off.
         intermediate_size, activation: hidden width of dense layers; `swiglu`, `relu2` or `gelu`.
         moe_kind: `dense` (no sparse layers), `moe`, `latent` or `multi_head_latent`.
-        first_k_dense_replace: the first blocks have a dense layer.
+        mlp_only_layers: blocks with a dense layer, from 0.
         moe_num_heads, moe_latent_size: H, and D_L = H·L; a flat mixture has H = 1 and D_L = D.
         moe_latent_norm: RMSNorm per head after the projection to D_L.
         num_experts, num_zero_experts, num_experts_per_tok: E and Z per head, and K.
         moe_intermediate_size, moe_activation: F, and the activation of all experts.
         shared_expert_intermediate_size: hidden width of the shared expert; 0 is none.
+        shared_expert_gate: multiply its output by a sigmoid of the token.
         scoring_func: `topk_softmax`, `softmax_topk` or `sigmoid`.
         norm_topk_prob, routed_scaling_factor: divide the K gates by their sum; multiply them.
         router_reads: `token` (width D), or `sub_token` (width L)."""
@@ -55,7 +56,7 @@ class HeadwayConfig(PretrainedConfig):
         intermediate_size=128,
         activation="swiglu",
         moe_kind="multi_head_latent",
-        first_k_dense_replace=0,
+        mlp_only_layers=(),
         moe_num_heads=2,
         moe_latent_size=None,
         moe_latent_norm=True,
@@ -65,6 +66,7 @@ class HeadwayConfig(PretrainedConfig):
         moe_intermediate_size=32,
         moe_activation="swiglu",
         shared_expert_intermediate_size=0,
+        shared_expert_gate=False,
         scoring_func="topk_softmax",
         norm_topk_prob=False,
         routed_scaling_factor=1.0,
@@ -95,7 +97,7 @@ class HeadwayConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.activation = activation
         self.moe_kind = moe_kind
-        self.first_k_dense_replace = first_k_dense_replace
+        self.mlp_only_layers = list(mlp_only_layers)
         self.moe_num_heads = moe_num_heads
         self.moe_latent_size = moe_latent_size or hidden_size
         self.moe_latent_norm = moe_latent_norm
@@ -105,6 +107,7 @@ class HeadwayConfig(PretrainedConfig):
         self.moe_intermediate_size = moe_intermediate_size
         self.moe_activation = moe_activation
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
         self.scoring_func = scoring_func
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor

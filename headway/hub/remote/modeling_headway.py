@@ -232,6 +232,8 @@ class SparseLayer(nn.Module):
         self.head_experts = Experts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = FeedForward(D, shared, config.moe_activation) if shared else None
+        gated = config.shared_expert_gate
+        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if gated else None
         self.out_proj = nn.Linear(d_latent, D, bias=False) if latent else None
 
     def split(self, x_TD: Tensor) -> Tensor:
@@ -253,7 +255,10 @@ class SparseLayer(nn.Module):
         routed = (index_THK + first_H1).flatten(0, 1), gate_THK.flatten(0, 1)
         y_TD = self.merge(self.head_experts(z_THL.flatten(0, 1), *routed).view_as(z_THL))
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
+            y_TD = y_TD + shared_TD
         return y_TD.view_as(x)
 
 
@@ -266,7 +271,7 @@ class Block(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(D, eps=eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps=eps)
-        dense = config.moe_kind == "dense" or layer < config.first_k_dense_replace
+        dense = config.moe_kind == "dense" or layer in config.mlp_only_layers
         ffn = FeedForward(D, config.intermediate_size, config.activation) if dense else None
         self.mlp = SparseLayer(config) if ffn is None else ffn
 

@@ -33,6 +33,15 @@ class Segment(NamedTuple):
     """The pages of the sequence, with room for the new tokens."""
 
 
+def slots_of(segments: Sequence[Segment]) -> list[int]:
+    """Return where each new token of a pass is written, 16·page + offset."""
+    return [
+        PAGE * s.pages[i // PAGE] + i % PAGE
+        for s in segments
+        for i in range(s.start, s.start + s.n_new)
+    ]
+
+
 class PagedPositions(Positions):
     """Positions of the tokens of a pass, and the pages of their sequences."""
 
@@ -57,14 +66,6 @@ class PagedCache:
 
     def __init__(self, states: Sequence[Any], segments: Sequence[Segment]):
         self._states, self._segments = states, segments
-
-    def slots(self) -> list[int]:
-        """Return where each token of the pass is written, 16·page + offset."""
-        return [
-            PAGE * s.pages[i // PAGE] + i % PAGE
-            for s in self._segments
-            for i in range(s.start, s.start + s.n_new)
-        ]
 
     def positions(self, batch: int, n_new: int, device: torch.device) -> PagedPositions:
         positions = PagedPositions(self._segments, device)

@@ -16,23 +16,20 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from headway.checkpoint.runtime import Device, Dtype
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
 from headway.hub.load import load_model
-from headway.model.build import paged_mixers
-from headway.model.context import Context
-from headway.model.dispatch import LOCAL, TokenDispatcher
-from headway.model.paged import PAGE, PagedCache, Segment
+from headway.model.paged import PAGE, slots_of
 from headway.model.transformer import Transformer
 from headway.serve.blocks import BlockPool
 from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
 from headway.serve.request import Request, Sequence, Update
 from headway.serve.routes import RoutePages
+from headway.serve.runner import Runner, pass_of
 from headway.serve.sampling import Row, TokenLogprob, log_probabilities, sample
 from headway.serve.scheduler import Chunk, Scheduler
 
@@ -87,8 +84,7 @@ class Engine:
         max_batch_tokens: most tokens of a pass; above `max_requests`.
         cache_tokens: positions that the cache holds; 0: `max_requests · max_len`, at most 1 GiB.
         return_routes: keep the chosen experts of each token beside its keys and values.
-        dispatcher: exchanges tokens with other processes; every one of them then runs the same
-        engine with the same requests.
+        runner: runs the passes; None: in this process.
     Raises: UsageError where a size does not fit or a mixer has no pages."""
 
     def __init__(
@@ -102,22 +98,21 @@ class Engine:
         max_batch_tokens: int = 512,
         cache_tokens: int = 0,
         return_routes: bool = False,
-        dispatcher: TokenDispatcher = LOCAL,
+        runner: Runner | None = None,
     ):
         if max_batch_tokens <= max_requests:
             raise UsageError(
                 f"max_batch_tokens={max_batch_tokens} must be above max_requests={max_requests}, "
                 f"one token for each; use {max_requests + 256}"
             )
-        self.model, self.tokenizer, self.dispatcher = model, tokenizer, dispatcher
+        self.model, self.tokenizer = model, tokenizer
+        self.runner = Runner(model) if runner is None else runner
         self.eos_ids = tuple(eos_ids) or tokenizer.eos_ids
         self.max_len = max_len
         n_pages = -(-(cache_tokens or self._default_cache(max_requests)) // PAGE)
-        device = model.device
-        self._states = [
-            m.init_pages(n_pages, model.dtype, device) for m in paged_mixers(model.blocks())
-        ]
+        self.runner.allocate(n_pages)
         self._routes = RoutePages(n_pages, model.sparse_layers()) if return_routes else None
+        self._copies: list[tuple[int, int]] = []
         self.scheduler = Scheduler(BlockPool(n_pages), max_requests, max_batch_tokens)
         self.counters = Counters()
         self.sequences: list[Sequence] = []
@@ -198,7 +193,6 @@ class Engine:
 
     # ---- steps --------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self) -> list[Update]:
         """Run one pass; return what it adds to each choice."""
         begin = perf_counter()
@@ -223,23 +217,15 @@ class Engine:
 
     def _forward(self, wanted: "_Wanted") -> Tensor:
         """Return the wanted logits of a pass, over the tokenizer's vocabulary."""
-        chunks, device = wanted.chunks, self.model.device
-        cache = PagedCache(self._states, [Segment(s.n_computed, n, s.pages) for s, n in chunks])
-        ctx = Context(
-            cache=cache,
-            dispatcher=self.dispatcher,
-            rows_R=torch.tensor(
-                [*wanted.scored, *wanted.sampled], dtype=torch.int64, device=device
-            ),
-            report=frozenset() if self._routes is None else frozenset({"routes"}),
-        )
-        tokens = [t for s, n in chunks for t in s.tokens[s.n_computed : s.n_computed + n]]
-        output = self.model(torch.tensor([tokens], device=device), ctx=ctx)
+        rows = [*wanted.scored, *wanted.sampled]
+        work = pass_of(wanted.chunks, rows, self._copies, self._routes is not None)
+        self._copies = []
+        output = self.runner.run(work)
         if self._routes is not None:
-            self._routes.write(cache.slots(), output.routes)
+            self._routes.write(slots_of(work.segments), output.routes)
         self.counters.experts_touched = sum(int(s.counts_HE.count_nonzero()) for s in output.stats)
-        logits_RV = self.dispatcher.broadcast(output.logits_BSV[0])
-        return logits_RV[:, : self.tokenizer.vocab_size]
+        assert output.logits_BSV is not None
+        return output.logits_BSV[0, :, : self.tokenizer.vocab_size]
 
     def _advance(self, wanted: "_Wanted", logits_RV: Tensor) -> list[Update]:
         """Take the results of a pass: score prompts, draw tokens, end what is complete."""
@@ -281,8 +267,7 @@ class Engine:
             for choice in range(1, sequence.request.params.n):
                 twins.append(self._sequence(sequence.request, choice))
                 if copied := self.scheduler.fork(sequence, twins[-1]):
-                    for state in self._states:
-                        state.copy_page(*copied)
+                    self._copies.append(copied)
                     if self._routes is not None:
                         self._routes.copy_page(*copied)
         return twins
@@ -334,11 +319,7 @@ class Engine:
 
     def _default_cache(self, max_requests: int) -> int:
         """Return how many positions fit `DEFAULT_CACHE_BYTES`, at most what all requests need."""
-        states = [
-            m.init_pages(1, self.model.dtype, torch.device("meta"))
-            for m in paged_mixers(self.model.blocks())
-        ]
-        fit = DEFAULT_CACHE_BYTES * PAGE // max(sum(state.bytes for state in states), 1)
+        fit = int(DEFAULT_CACHE_BYTES / max(self.runner.bytes_per_token, 1))
         return min(max(fit, self.max_len), max_requests * self.max_len)
 
 

@@ -8,6 +8,7 @@ from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
 from headway.serve.engine import Completion, Engine, joined
 from headway.serve.params import SamplingParams
+from headway.serve.runner import Runner
 
 
 def generate(
@@ -35,7 +36,7 @@ def generate(
             eos_ids=eos_ids,
             max_len=max_len,
             max_requests=1,
-            dispatcher=dispatcher,
+            runner=Runner(model, dispatcher),
         )
         engine.add(engine.encode(prompt), params)
         updates = []

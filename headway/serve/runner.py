@@ -1,0 +1,124 @@
+"""Runs passes of a model over its pages, in one process or on a mesh.
+
+On a mesh every rank holds all running tokens. Rank 0 schedules and samples; it sends each pass to
+the others, who run the same model on the same tokens (`parallel/replicated.py`):
+
+    rank 0      schedule ─ broadcast pass ─ forward ─ sample        schedule ─ broadcast …
+    others                          receive ─ forward ─ wait …                    receive …"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from headway.model.build import paged_mixers
+from headway.model.context import Context
+from headway.model.dispatch import LOCAL, TokenDispatcher
+from headway.model.paged import PAGE, PagedCache, Segment
+from headway.model.transformer import Output, Transformer
+from headway.parallel.mesh import Mesh
+from headway.parallel.replicated import ReplicatedDispatcher
+
+
+class Pass(NamedTuple):
+    """The tokens of one pass, sequence by sequence."""
+
+    tokens: list[int]
+    segments: list[Segment]
+    rows: list[int]
+    """Of which tokens the logits are wanted."""
+    copies: list[tuple[int, int]]
+    """Pages (source, target) to copy before it."""
+    routes: bool
+    """Whether the chosen experts are wanted."""
+
+
+class Runner:
+    """A model and its pages, in one process; or on every rank of a mesh that runs the same passes
+    by itself, with the mesh's `dispatcher`."""
+
+    def __init__(self, model: Transformer, dispatcher: TokenDispatcher = LOCAL):
+        self.model, self.dispatcher = model, dispatcher
+        self.mixers = paged_mixers(model.blocks())
+        self.states: list[Any] = []
+
+    def allocate(self, n_pages: int) -> None:
+        """Make the pages."""
+        dtype, device = self.model.dtype, self.model.device
+        self.states = [mixer.init_pages(n_pages, dtype, device) for mixer in self.mixers]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Return how much of the cache one position takes."""
+        meta = torch.device("meta")
+        one = [mixer.init_pages(1, self.model.dtype, meta) for mixer in self.mixers]
+        return sum(state.bytes for state in one) / PAGE
+
+    @torch.no_grad()
+    def run(self, work: Pass) -> Output:
+        """Run a pass; the logits `[1, R, V]` are equal on all ranks."""
+        for source, target in work.copies:
+            for state in self.states:
+                state.copy_page(source, target)
+        device = self.model.device
+        ctx = Context(
+            cache=PagedCache(self.states, work.segments),
+            dispatcher=self.dispatcher,
+            rows_R=torch.tensor(work.rows, dtype=torch.int64, device=device),
+            report=frozenset({"routes"} if work.routes else ()),
+        )
+        output = self.model(torch.tensor([work.tokens], device=device), ctx=ctx)
+        assert output.logits_BSV is not None
+        return output._replace(logits_BSV=self.dispatcher.broadcast(output.logits_BSV))
+
+    def idle(self) -> None:
+        """Tell other processes that this one still is there."""
+
+    def close(self) -> None:
+        """End the loops of other processes."""
+
+
+class MeshRunner(Runner):
+    """Rank 0's side is `run`, that of the others `follow`. Every rank has loaded its part of the
+    model."""
+
+    def __init__(self, model: Transformer, mesh: Mesh):
+        super().__init__(model, ReplicatedDispatcher(mesh))
+        self.mesh = mesh
+
+    def allocate(self, n_pages: int) -> None:
+        super().allocate(self._send(n_pages))
+
+    def run(self, work: Pass) -> Output:
+        return super().run(self._send(work))
+
+    def idle(self) -> None:
+        self._send("idle")
+
+    def close(self) -> None:
+        self._send("close")
+
+    def follow(self) -> None:
+        """Do what rank 0 does until it closes."""
+        while (message := self._send(None)) != "close":
+            match message:
+                case int():
+                    super().allocate(message)
+                case Pass():
+                    super().run(message)
+
+    def _send(self, message: Any) -> Any:
+        """Return rank 0's message, on all ranks."""
+        box = [message]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def pass_of(
+    chunks: Sequence[tuple[Any, int]], rows: list[int], copies: list[tuple[int, int]], routes: bool
+) -> Pass:
+    """Return the pass over (sequence, number of tokens) chunks."""
+    segments = [Segment(s.n_computed, n, list(s.pages)) for s, n in chunks]
+    tokens = [t for s, n in chunks for t in s.tokens[s.n_computed : s.n_computed + n]]
+    return Pass(tokens, segments, rows, copies, routes)

@@ -1,0 +1,86 @@
+"""Decoding on a mesh whose ranks hold all tokens: the tokens of one process, and exchanges of a size
+that is known in advance."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headway.config import MeshConfig, MoEConfig, RouterConfig
+from headway.data.tokenizer import ByteTokenizer
+from headway.model.compute import Compute
+from headway.model.transformer import Transformer
+from headway.parallel.placement import partition
+from headway.serve.engine import Engine
+from headway.serve.params import SamplingParams
+from headway.serve.runner import MeshRunner, Runner
+from tests.serve.conftest import CONFIG
+
+PROMPTS = [[1, 2, 3], [7] * 21, [4, 5] * 20]
+PARAMS = SamplingParams(
+    max_tokens=10, seed=4, n=2, logprobs=0, temperature=1.5, ignore_eos=True, return_routes=True
+)
+LAYERS = {
+    "sub_token": MoEConfig(n_heads=4, n_experts=6, top_k=2, d_expert=16),
+    "token": MoEConfig(
+        n_heads=4,
+        n_experts=6,
+        top_k=3,
+        d_expert=16,
+        n_zero_experts=2,
+        router=RouterConfig(reads="token"),
+    ),
+}
+
+
+def sent_by(mesh):
+    """Bytes that this rank sent, by axis and purpose."""
+    return {name: counts["bytes"] for name, counts in mesh.traffic.take().items()}
+
+
+def write(mesh, moe, dtype):
+    """What an engine on rank 0 answers; and how many bytes this rank sent in sparse layers."""
+    model = Transformer(replace(CONFIG, moe=moe), Compute(dtype), seed=5).to(dtype).eval()
+    if mesh.size == 1:
+        runner = Runner(model)
+    else:
+        partition(model, mesh)
+        runner = MeshRunner(model, mesh)
+        if not mesh.is_main:
+            runner.follow()
+            return None, sent_by(mesh)
+    engine = Engine(
+        model,
+        ByteTokenizer(),
+        max_len=64,
+        max_batch_tokens=20,
+        max_requests=8,
+        runner=runner,
+        return_routes=True,
+    )
+    answers = [
+        [(c.tokens, [p.logprob for p in c.logprobs], c.routes.tolist()) for c in choices]
+        for choices in engine.generate(PROMPTS, PARAMS)
+    ]
+    runner.close()
+    return answers, sent_by(mesh)
+
+
+@pytest.mark.parametrize("reads", LAYERS)
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(hp=2), MeshConfig(hp=4), MeshConfig(ep=2), MeshConfig(hp=2, ep=2)], ids=str
+)
+def test_tokens_are_those_of_one_process(ranks, mesh, reads):
+    moe = LAYERS[reads]
+    ((alone, _),) = ranks.remember(MeshConfig(), write, moe, torch.float32)
+    answers = ranks.run(mesh, write, moe, torch.float32)
+    for choices, expected in zip(answers[0][0], alone, strict=True):
+        for (tokens, logprobs, routes), (wanted, scores, chosen) in zip(
+            choices, expected, strict=True
+        ):
+            assert tokens == wanted and routes == chosen
+            if mesh.ep == 1:  # heads are joined, not summed
+                assert logprobs == scores
+            assert logprobs == pytest.approx(scores, abs=1e-5)
+    assert all(n > 0 for n in answers[0][1].values())
+    assert all(sent == answers[0][1] for _, sent in answers), "every rank sends as much"

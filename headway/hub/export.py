@@ -18,11 +18,11 @@ from headway.checkpoint.tensor_reader import TensorReader
 from headway.checkpoint.tensor_writer import write_tensors
 from headway.config import Config, UsageError
 from headway.data.tokenizer import Tokenizer
+from headway.hub.export_tokenizer import special_ids, write_tokenizer
 from headway.hub.families import headway
 from headway.hub.load import find_trained, tokenizer_of
 from headway.hub.model_card import model_card
 from headway.hub.new_path import new_path
-from headway.hub.tokenizer_files import special_ids, write_tokenizer
 
 ExportDtype: TypeAlias = Literal["bfloat16", "float32", "float16"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}

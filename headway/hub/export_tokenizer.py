@@ -28,7 +28,8 @@ def write_tokenizer(
     Args: max_len: the longest context in tokens. chat_template: None writes the plain one."""
     text = tokenizer.to_json()
     (folder / "tokenizer.json").write_text(text, "utf-8")
-    eos = token_names(text)[tokenizer.eos]
+    names = token_names(text)
+    eos = names[tokenizer.eos]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_len,
@@ -38,6 +39,8 @@ def write_tokenizer(
         "eos_token": eos,
         "pad_token": eos,
     }
+    if tokenizer.bos is not None:
+        config["bos_token"] = names[tokenizer.bos]
     if isinstance(tokenizer, ByteTokenizer):
         config["split_special_tokens"] = True  # every text is its bytes, and nothing else
     write_json(folder / "tokenizer_config.json", config)
@@ -48,7 +51,9 @@ def write_tokenizer(
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the ids that config.json and generation_config.json name."""
-    return {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    ends = list(tokenizer.eos_ids)
+    eos = ends[0] if len(ends) == 1 else ends
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": eos, "pad_token_id": tokenizer.eos}
 
 
 def token_names(tokenizer_json: str) -> dict[int, str]:

@@ -17,7 +17,7 @@
 //           4 . . . ■ ■ . . .     them (keys 2 and 3: after query 4)
 //           5 . . . . ■ ■ . .
 //           6 . . . . . ■ ■ .     (a window of 2; a document begins at 3)
-#include "tile.h"
+#include "softmax.h"
 
 using namespace headway;
 
@@ -35,18 +35,6 @@ struct Shape {
   // fall into the same few sets of the first-level cache.
   long wide = pad(S, VL) | VL;
 };
-
-INLINE Int lanes() {
-  Int at;
-  for (int i = 0; i < VL; ++i) at[i] = i;
-  return at;
-}
-
-INLINE float max(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < VL; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
 
 // Asks for the lines of a row that is needed `SOON` rows later: those of one head lie so far apart
 // that the hardware does not see the pattern, and each would be waited for.
@@ -80,39 +68,6 @@ INLINE float inner(const T* a, const T* b, long n) {
   for (; l + VL <= n; l += VL) whole += Elem<T>::load(a + l) * Elem<T>::load(b + l);
   if (l < n) whole += get(a + l, n - l) * get(b + l, n - l);
   return sum(whole);
-}
-
-// Turns a row of scores into exp(scale · (s − max)) in T, in place (T is no wider than float): keys
-// begin … end − 1 are seen, the others of `cols` become zeros. Returns scale · max; `total` is the
-// sum before rounding.
-template <class T>
-INLINE float softmax(float* s, long begin, long end, long cols, float scale, float& total) {
-  const long from = begin / VL * VL, whole = end / VL * VL;
-  auto seen = [=](long f) { return (lanes() >= (int)(begin - f)) & (lanes() < (int)(end - f)); };
-  Vec top = splat(-INFINITY), mass = Vec{};
-  auto partly = [&](long f) {
-    Vec some = seen(f) ? load(s + f) : splat(-INFINITY);
-    top = some > top ? some : top;
-  };
-  long f = from;
-  if (from < begin) partly(f), f += VL;
-  for (; f < whole; f += VL) top = load(s + f) > top ? load(s + f) : top;
-  if (f < end) partly(f);
-  const float shift = scale * max(top);
-  T* p = (T*)s;
-  auto weigh = [&](long f, bool all) {
-    Vec e = exp(scale * load(s + f) - shift);
-    if (!all) e = seen(f) ? e : Vec{};
-    mass += e;
-    Elem<T>::store(p + f, e);
-  };
-  for (f = 0; f < from; f += VL) Elem<T>::store(p + f, Vec{});
-  if (from < begin) weigh(f, false), f += VL;
-  for (; f < whole; f += VL) weigh(f, true);
-  if (f < end) weigh(f, false), f += VL;
-  for (; f < cols; f += VL) Elem<T>::store(p + f, Vec{});
-  total = sum(mass);
-  return shift;
 }
 
 // One query head of one sequence. `first` is null where causality alone decides.

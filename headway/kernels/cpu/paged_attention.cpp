@@ -1,0 +1,279 @@
+// Attention over a cache in pages of 16 positions: the new tokens of many sequences in one call.
+//
+// The meaning of every argument is in ../paged_attention.py. N query heads · M key/value heads · d head
+// width. T is the dtype of the products; scores, softmax and sums are float32. Keys and values of one head in
+// one page lie together, each as the register tile reads them:
+//
+//     [ keys: units of d × 16 positions ][ values: units of 16 positions × d, padded to VL ]
+//
+// What a query gives does not depend on who shares the pass or on how its sequence was cut: scores are sums
+// over d in order; the softmax adds key j in lane j mod VL, in order; the values are added over keys in order
+// of position. Keys that a query does not see have the weight 0, and adding 0 changes no bit; values that no
+// token of the sequence has written yet (the end of its last page) are read as zeros.
+#include <vector>
+
+#include "softmax.h"
+
+using namespace headway;
+
+namespace {
+
+constexpr long PAGE = 16, ROWS = 24;  // positions of a page; rows of scores at a time
+constexpr long PER_PAGE = PAGE / VL;  // vectors of keys
+
+template <class T>
+struct Layout {
+  static constexpr int PER = Elem<T>::PER;
+  long d;
+  long units = pad(d, PER) / PER, dp = pad(d, VL);
+  long keys = units * PAGE, head = keys + PAGE / PER * dp;  // units
+};
+
+struct Segment {
+  int64_t row, n, start;  // first row of the pass, rows, position of the first
+};
+
+struct Strides {
+  long q, k, v;  // elements from a token to the next
+};
+
+// ---- writing ------------------------------------------------------------------------------------
+
+template <class T>
+void write(const T* k, const T* v, long slot, const Layout<T>& s, Unit* page) {
+  T *keys = (T*)page, *values = (T*)(page + s.keys);
+  constexpr int PER = Elem<T>::PER;
+  for (long i = 0; i < s.d; ++i) {
+    keys[(i / PER * PAGE + slot) * PER + i % PER] = k[i];
+    values[(slot / PER * s.dp + i) * PER + slot % PER] = v[i];
+  }
+}
+
+// ---- products with pages ------------------------------------------------------------------------
+
+// C [M, N·VL] = A [M, units] · N vectors of keys, each with its own address.
+template <class T, int M, int N>
+__attribute__((noinline)) void score_tile(long units, const Unit* a, long a_row, const Unit* const* b, float* c,
+                                          long c_row) {
+  Vec acc[M][N];
+  const Unit* at[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) at[j] = b[j];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) acc[i][j] = Vec{};
+  for (long u = 0; u < units; ++u, ++a)
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[i][j] = dot<T>(acc[i][j], a[i * a_row], at[j] + u * PAGE);
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) store(c + i * c_row + j * VL, acc[i][j]);
+}
+
+// C [M, N·VL] = Σ over pages in order of A [M, keys] · values
+template <class T, int M, int N>
+__attribute__((noinline)) void value_tile(long pages, const Unit* a, long a_row, const Unit* const* page,
+                                          long column, long dp, float* c, long c_row) {
+  Vec acc[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) acc[i][j] = Vec{};
+  for (long p = 0; p < pages; ++p) {
+    const Unit* b = page[p] + column;
+    for (long u = 0; u < PAGE / Elem<T>::PER; ++u, ++a, b += dp)
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) acc[i][j] = dot<T>(acc[i][j], a[i * a_row], b + j * VL);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) store(c + i * c_row + j * VL, acc[i][j]);
+}
+
+#ifdef __AVX512F__
+#define HEADWAY_WIDTHS(F, M) F(M, 1) F(M, 2) F(M, 3) F(M, 4)
+#else
+#define HEADWAY_WIDTHS(F, M) F(M, 1) F(M, 2)
+#endif
+#define HEADWAY_TILES(F) \
+  HEADWAY_WIDTHS(F, 1) HEADWAY_WIDTHS(F, 2) HEADWAY_WIDTHS(F, 3) HEADWAY_WIDTHS(F, 4) HEADWAY_WIDTHS(F, 5) HEADWAY_WIDTHS(F, 6)
+
+// All rows against all keys of the pages.
+template <class T>
+void scores(long rows, long units, const Unit* a, const std::vector<const Unit*>& page, float* c, long c_row) {
+  const long vectors = page.size() * PER_PAGE;
+  const Unit* b[NR];
+  for (long j = 0; j < vectors; j += NR) {
+    const long n = vectors - j < NR ? vectors - j : NR;
+    for (long i = 0; i < n; ++i) b[i] = page[(j + i) / PER_PAGE] + (j + i) % PER_PAGE * VL;
+    for (long r = 0; r < rows; r += MR) {
+      const long m = rows - r < MR ? rows - r : MR;
+      switch (m * 8 + n) {
+#define HEADWAY_CASE(M, N) \
+  case M * 8 + N: score_tile<T, M, N>(units, a + r * units, units, b, c + r * c_row + j * VL, c_row); break;
+        HEADWAY_TILES(HEADWAY_CASE)
+#undef HEADWAY_CASE
+      }
+    }
+  }
+}
+
+template <class T>
+void sum_values(long rows, const Unit* a, long a_row, const std::vector<const Unit*>& page, const Layout<T>& s,
+                float* c) {
+  for (long r = 0; r < rows; r += MR)
+    for (long j = 0; j < s.dp; j += NR * VL) {
+      const long m = rows - r < MR ? rows - r : MR, n = (s.dp - j) / VL < NR ? (s.dp - j) / VL : NR;
+      switch (m * 8 + n) {
+#define HEADWAY_CASE(M, N)                                                                                  \
+  case M * 8 + N:                                                                                           \
+    value_tile<T, M, N>(page.size(), a + r * a_row, a_row, page.data(), j, s.dp, c + r * s.dp + j, s.dp);   \
+    break;
+        HEADWAY_TILES(HEADWAY_CASE)
+#undef HEADWAY_CASE
+      }
+    }
+}
+
+// ---- one block of queries of one sequence and one key/value head ------------------------------------
+
+template <class T>
+struct Block {
+  const T* q;  // of the first query and the first of `group` query heads
+  T* out;
+  long n, group, position;  // queries, query heads, position of the first query
+  long q_row, out_row;      // elements from a query to the next
+  const int32_t* table;     // pages of the sequence
+  const Unit* cache;        // of the head, in page 0
+  long page_size;           // units from a page to the next
+  const float* sink;        // of the first query head, or null
+  long window;
+  float scale;
+};
+
+// The addresses of the keys and of the values of a block, kept for the next one.
+struct Pages {
+  std::vector<const Unit*> keys, values;
+};
+
+// Copies the first `n` positions of a page's values, zeros behind them.
+template <class T>
+void begin_of(const Unit* values, long n, const Layout<T>& s, Unit* out) {
+  constexpr int PER = Elem<T>::PER;
+  memset(out, 0, PAGE / PER * s.dp * sizeof(Unit));
+  memcpy(out, values, n / PER * s.dp * sizeof(Unit));
+  if (n % PER)  // the first of a pair
+    for (long i = 0; i < s.d; ++i) ((T*)out)[(n / PER * s.dp + i) * PER] = ((const T*)values)[(n / PER * s.dp + i) * PER];
+}
+
+template <class T>
+void attend(const Block<T>& b, const Layout<T>& s, Pages& page) {
+  constexpr int PER = Elem<T>::PER;
+  const long last = b.position + b.n - 1, rows = b.n * b.group;
+  const long first = b.window && b.position >= b.window ? b.position - b.window + 1 : 0;
+  const long base = first / PAGE * PAGE, keys = (last / PAGE + 1) * PAGE - base, wide = keys | VL;
+  page.keys.clear(), page.values.clear();
+  for (long p = base / PAGE; p <= last / PAGE; ++p) {
+    page.keys.push_back(b.cache + b.table[p] * b.page_size);
+    page.values.push_back(page.keys.back() + s.keys);
+  }
+  T* q;
+  Unit* end;
+  float *score, *y, total[ROWS];
+  Slices a;
+  for (int pass = 0; pass < 2; ++pass) {
+    q = a.take<T>(rows * s.units * PER), score = a.take<float>(rows * wide), y = a.take<float>(rows * s.dp);
+    end = a.take<Unit>(PAGE / PER * s.dp);
+    if (!pass) a = {scratch(a.used)};
+  }
+  for (long r = 0; r < rows; ++r) {
+    T* to = q + r * s.units * PER;
+    memset(to + s.units * PER - PER, 0, PER * sizeof(T));
+    memcpy(to, b.q + r / b.group * b.q_row + r % b.group * s.d, s.d * sizeof(T));
+  }
+  scores<T>(rows, s.units, (Unit*)q, page.keys, score, wide);
+  for (long r = 0; r < rows; ++r) {
+    const long at = b.position + r / b.group, from = b.window && at >= b.window ? at - b.window + 1 : 0;
+    const float sink = b.sink ? b.sink[r % b.group] : -INFINITY;
+    softmax<T>(score + r * wide, from - base, at + 1 - base, keys, b.scale, total[r], sink);
+  }
+  if ((last + 1) % PAGE) {
+    begin_of(page.values.back(), (last + 1) % PAGE, s, end);
+    page.values.back() = end;
+  }
+  sum_values<T>(rows, (Unit*)score, wide, page.values, s, y);
+  for (long r = 0; r < rows; ++r) {
+    T* to = b.out + r / b.group * b.out_row + r % b.group * s.d;
+    const float factor = 1.f / total[r];
+    for (long l = 0; l < s.d; l += VL)
+      put(to + l, factor * load(y + r * s.dp + l), s.d - l < VL ? s.d - l : VL);
+  }
+}
+
+// ---- a pass -------------------------------------------------------------------------------------
+
+template <class T>
+void run(const T* q, const T* k, const T* v, const Strides& strides, const Segment* segment, const int32_t* table,
+         long R, long P, long N, long M, const Layout<T>& s, long window, float scale, const float* sink,
+         Unit* cache, T* out, int threads) {
+  const long group = N / M, page_size = M * s.head, each = group < ROWS ? ROWS / group : 1;
+  struct Item {
+    long r, first;
+  };
+  std::vector<Item> items;
+  for (long r = 0; r < R; ++r)
+    for (long i = 0; i < segment[r].n; i += each) items.push_back({r, i});
+  const long n_items = items.size(), n_tokens = segment[R - 1].row + segment[R - 1].n;
+#pragma omp parallel num_threads(threads) if (n_tokens * N > 64)
+  {
+    Pages page;
+#pragma omp for schedule(static)
+    for (long i = 0; i < R * M; ++i) {  // one writer per head of a sequence: its pages in order
+      const long r = i / M, m = i % M;
+      for (long t = 0; t < segment[r].n; ++t) {
+        const long at = segment[r].start + t, row = segment[r].row + t;
+        Unit* to = cache + table[r * P + at / PAGE] * page_size + m * s.head;
+        write(k + row * strides.k + m * s.d, v + row * strides.v + m * s.d, at % PAGE, s, to);
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < n_items * M; ++i) {
+      const long m = i / n_items, r = items[i % n_items].r, first = items[i % n_items].first;
+      const long row = segment[r].row + first, left = segment[r].n - first;
+      Block<T> b;
+      b.q = q + row * strides.q + m * group * s.d, b.out = out + (row * N + m * group) * s.d;
+      b.n = left < each ? left : each, b.group = group, b.position = segment[r].start + first;
+      b.q_row = strides.q, b.out_row = N * s.d;
+      b.table = table + r * P, b.cache = cache + m * s.head, b.page_size = page_size;
+      b.sink = sink ? sink + m * group : nullptr, b.window = window, b.scale = scale;
+      attend(b, s, page);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+#define HEADWAY_PAGED(T, name)                                                                              \
+  long headway_paged_units_##name(long d) { return Layout<T>{d}.head; }                                     \
+  void headway_paged_attention_##name(const T* q, const T* k, const T* v, long q_row, long k_row, long v_row,\
+                                      const int64_t* segments, const int32_t* table, long R, long P, long N, \
+                                      long M, long d, long window, float scale, const float* sink,          \
+                                      Unit* cache, T* out, int threads) {                                   \
+    run<T>(q, k, v, {q_row, k_row, v_row}, (const Segment*)segments, table, R, P, N, M, Layout<T>{d},       \
+           window, scale, sink, cache, out, threads);                                                       \
+  }
+
+HEADWAY_PAGED(float, float32)
+#ifdef __AVX512BF16__
+HEADWAY_PAGED(bf16, bfloat16)
+#endif
+}

@@ -1,0 +1,145 @@
+"""Attention of the new tokens of many sequences over a cache in pages of 16 positions.
+
+T tokens of a pass · R sequences · P pages of the longest of them · N query heads · M key/value
+heads · d head width. In C++ (`cpu/paged_attention.cpp`, which has the layout of a page) a query's
+result is the same bits whether its sequence came whole or in parts, alone or beside others;
+elsewhere in PyTorch, whose sums depend on that."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels.attention import causal_mask
+from headway.kernels.cpp import cpp_kernels
+from headway.kernels.packed import batch_invariant
+
+PAGE = 16
+"""Positions of a page."""
+
+
+class Pass(NamedTuple):
+    """Which tokens a pass has, and the pages of their sequences."""
+
+    segments: Tensor
+    """int64 `[R, 3]`: the first token of a sequence in this pass, how many, the position of the
+    first."""
+    table_RP: Tensor
+    """int32: page i holds positions 16·i … 16·i + 15 of a sequence."""
+
+
+class Pages:
+    """Keys and values of one layer: `n_pages` pages for M heads of width d."""
+
+    def __init__(
+        self, n_pages: int, n_heads: int, d_head: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.n_heads, self.d_head, self.dtype = n_heads, d_head, dtype
+        self.batch_invariant = batch_invariant(device, dtype)
+        if self.batch_invariant:
+            units = cpp_kernels().compute("paged_units", dtype, d_head)
+            self.data = torch.zeros(n_pages, n_heads, units, dtype=torch.int32)
+        else:  # keys, then values
+            shape = (n_pages, 2, PAGE, n_heads, d_head)
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+
+
+def paged_attention(
+    q_TNd: Tensor,
+    k_TMd: Tensor,
+    v_TMd: Tensor,
+    pages: Pages,
+    where: Pass,
+    window: int = 0,
+    scale: float | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Write keys and values to their pages; return the attention of the queries, each to its own
+    sequence up to its own position, without gradient.
+
+    Args:
+        q_TNd, k_TMd, v_TMd: in the dtype of the pages; a token's heads lie together.
+        window: positions that a query sees, its own included; 0 is all.
+        scale: of the scores; None is 1/√d.
+        sinks_N: float32, one more score per head that takes weight and gives nothing.
+    Returns: `[T, N, d]`."""
+    scale = 1 / math.sqrt(q_TNd.shape[-1]) if scale is None else scale
+    if not pages.batch_invariant:
+        return _attend(q_TNd, k_TMd, v_TMd, pages, where, window, scale, sinks_N)
+    q, k, v = (_heads_together(t) for t in (q_TNd, k_TMd, v_TMd))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    pointers, strides = (t.data_ptr() for t in (q, k, v)), (t.stride(0) for t in (q, k, v))
+    sizes = (*where.table_RP.shape, q.shape[1], *k.shape[1:], window)
+    sinks = None if sinks_N is None else sinks_N.float().contiguous()
+    arguments = (*pointers, *strides, *where, *sizes, float(scale), sinks, pages.data, out)
+    cpp_kernels().call("paged_attention", q.dtype, *arguments)
+    return out
+
+
+def _heads_together(x_THd: Tensor) -> Tensor:
+    """Return a view of a product's outputs as it is, anything else contiguous."""
+    return x_THd if x_THd.stride()[1:] == (x_THd.shape[-1], 1) else x_THd.contiguous()
+
+
+def _attend(
+    q_TNd: Tensor,
+    k_TMd: Tensor,
+    v_TMd: Tensor,
+    pages: Pages,
+    where: Pass,
+    window: int,
+    scale: float,
+    sinks_N: Tensor | None,
+) -> Tensor:
+    """Attend in PyTorch, one sequence after another."""
+    out_TNd = torch.empty_like(q_TNd, memory_format=torch.contiguous_format)
+    keys, values = pages.data[:, 0], pages.data[:, 1]
+    for (first, n_new, start), page_P in zip(where.segments.tolist(), where.table_RP, strict=True):
+        here, end = slice(first, first + n_new), start + n_new
+        position = torch.arange(start, end, device=q_TNd.device)
+        at = page_P[position // PAGE].long(), position % PAGE
+        keys[at], values[at] = k_TMd[here], v_TMd[here]
+        held = page_P[: -(-end // PAGE)].long()
+        k, v = (t[held].flatten(0, 1)[:end] for t in (keys, values))
+        oldest = (position - window + 1).clamp(min=0) if window else None
+        mask = causal_mask(position, end, oldest)
+        out_TNd[here] = _attend_to(q_TNd[here], k, v, mask, scale, sinks_N)
+    return out_TNd
+
+
+def _attend_to(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """Return the attention of `[S, N, d]` to `[keys, M, d]`; a sink is a key of 0 and a bias."""
+    if sinks_N is not None:
+        bias = torch.zeros(len(sinks_N), *mask.shape, dtype=q.dtype, device=q.device)
+        bias = bias.masked_fill_(~mask, -torch.inf)
+        sink = sinks_N.to(q.dtype).view(-1, 1, 1).expand(-1, len(q), 1)
+        mask = torch.cat((bias, sink), -1)
+        k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return y[0].transpose(0, 1)
+
+
+def paged_attention_reference(
+    q_TNd: Tensor,
+    k_TMd: Tensor,
+    v_TMd: Tensor,
+    window: int = 0,
+    scale: float | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Return the attention of a whole sequence by the definition, in any dtype."""
+    T, N, d = q_TNd.shape
+    k, v = (t.repeat_interleave(N // t.shape[1], 1) for t in (k_TMd, v_TMd))
+    score = torch.einsum("qnd,knd->nqk", q_TNd, k) * (d**-0.5 if scale is None else scale)
+    key, query = torch.arange(T), torch.arange(T).unsqueeze(1)
+    seen = (key <= query) & (key > query - (window or T))
+    score = score.masked_fill(~seen, -torch.inf)
+    if sinks_N is not None:
+        score = torch.cat((score, sinks_N.to(score).view(-1, 1, 1).expand(-1, T, 1)), -1)
+    return torch.einsum("nqk,knd->qnd", torch.softmax(score, -1)[..., :T], v)

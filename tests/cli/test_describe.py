@@ -22,3 +22,24 @@ def test_describe_equals_the_trained_model(run, place):
     assert (
         more["active_parameters"] == counted["active"] + 4 * 16
     )  # only the router grew: 4 rows of width 8, two heads
+
+
+def test_decode_of_a_recipe_and_of_a_run(run, place):
+    words = ("--decode", "--batch", "1,3", "--json")
+    recipe = call("describe", f"{place}/tiny.py:tiny", *words).json
+    trained = call("describe", run, *words, "--bandwidth", 10).json
+    assert [row["batch"] for row in trained["batches"]] == [1, 3]
+    for a, b in zip(recipe["batches"], trained["batches"], strict=True):
+        assert a["experts_touched"] == a["experts_touched_uniform"] == b["experts_touched_uniform"]
+        assert 0 < b["experts_touched"] <= b["experts"]
+        # two sequences of a step may choose the same experts, one chooses k different ones
+        if b["batch"] == 1:
+            assert b["experts_touched"] == a["experts_touched"]
+        assert b["floor_seconds"] == pytest.approx(b["weight_bytes"] / 10e9)
+
+
+def test_decode_mistakes(run):
+    from tests.command import mistake
+
+    assert "use 1,16" in mistake("describe", run, "--decode", "--batch", "1;2")
+    assert "is a trained model" in mistake("describe", run, "--decode", "--optim.steps", "3")

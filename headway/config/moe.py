@@ -8,13 +8,13 @@ from headway.config.bounds import above_zero, at_least, nearest_divisors
 from headway.config.errors import UsageError
 from headway.config.router import RouterConfig
 
-Activation = Literal["swiglu", "relu2", "gelu"]
+Activation = Literal["swiglu", "relu2", "gelu", "swiglu_clamped"]
 Precision = Literal["bfloat16", "float8"]
 
 
 def n_inputs(activation: str) -> int:
     """Return G, the pre-activations per hidden unit: SwiGLU multiplies two, gate and up."""
-    return 2 if activation == "swiglu" else 1
+    return 2 if activation.startswith("swiglu") else 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class MoEConfig:
     d_latent: int = 0
     """D_L, total latent width (ℓ for `latent`, H·L for `multi_head_latent`); 0 means d_model."""
     activation: Activation = "swiglu"
-    """Activation of the experts and of the shared expert."""
+    """Activation of the experts and of the shared expert. `swiglu_clamped` is GPT-OSS's."""
+    expert_bias: bool = False
+    """Biases of the experts, on pre-activations and outputs (GPT-OSS)."""
     precision: Precision = "bfloat16"
     """Precision of the experts' products in the forward pass. `float8`: e4m3 with float32 scales,
     on GPUs of compute capability 9.0 and later, experts up to 256 wide; off by 5e-2 (SwiGLU 6.5e-2)
@@ -167,6 +169,11 @@ class MoEConfig:
             raise UsageError(
                 f"model.moe.n_dense_layers={self.n_dense_layers} exceeds "
                 f"model.n_layers={n_layers}; use {n_layers} or fewer, or kind=dense"
+            )
+        if self.precision == "float8" and (self.expert_bias or self.activation[-7:] == "clamped"):
+            raise UsageError(
+                f"model.moe.precision=float8 takes neither expert_bias={self.expert_bias} nor "
+                f"activation={self.activation}; use bfloat16"
             )
         for layer in self.dense_layers:
             if not 0 <= layer < n_layers:

@@ -1,6 +1,8 @@
 """Activations of experts and feed-forward networks, with the derivative written out.
 
 F hidden width · G = 2 for SwiGLU (gate, then up), else 1. Pre-activations come as `[..., G·F]`.
+
+`swiglu_clamped` (GPT-OSS): with g = min(gate, 7) and u = max(−7, min(up, 7)), (u + 1)·g·σ(1.702·g).
 `activate` is one pass over memory each way in `cpu/pointwise.cpp` and keeps only its input."""
 
 import torch
@@ -11,16 +13,28 @@ from headway.config import n_inputs
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 
-ACTIVATIONS = ("swiglu", "relu2", "gelu")
+LIMIT, ALPHA = 7.0, 1.702
+"""Constants of `swiglu_clamped`."""
+ACTIVATIONS = ("swiglu", "relu2", "gelu", "swiglu_clamped")
 """Activations by the numbers that `cpu/activation.h` knows them by."""
 
 
 def activate_reference(pre: Tensor, activation: str) -> Tensor:
-    """Return silu(gate)·up (SwiGLU), max(x, 0)² or exact (erf) GELU: `[..., G·F]` → `[..., F]`."""
+    """Return silu(gate)·up (SwiGLU), that of clamped ones, max(x, 0)² or exact (erf) GELU:
+    `[..., G·F]` → `[..., F]`."""
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate) * up
+    if activation == "swiglu_clamped":
+        gate, up = _clamped(pre)
+        return (up + 1) * gate * torch.sigmoid(ALPHA * gate)
     return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
+
+
+def _clamped(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gate and up of `swiglu_clamped`."""
+    gate, up = pre.chunk(2, dim=-1)
+    return gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
@@ -119,6 +133,9 @@ def activate_into(pre: Tensor, activation: str, hid: Tensor) -> Tensor:
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         return torch.ops.aten.silu.out(gate, out=hid).mul_(up)
+    if activation == "swiglu_clamped":
+        gate, up = _clamped(pre)
+        return torch.mul(gate, ALPHA, out=hid).sigmoid_().mul_(gate).mul_(up + 1)
     if activation == "relu2":
         return torch.clamp_min(pre, 0, out=hid).square_()
     return torch.ops.aten.gelu.out(pre, out=hid)
@@ -134,6 +151,15 @@ def activate_with_slope(pre: Tensor, activation: str, hid: Tensor, slope: Tensor
         torch.mul(d_up, up, out=hid)
         # silu'(gate) = s + silu·(1 − s)
         d_gate.addcmul_(d_up, d_gate, value=-1).add_(d_up).mul_(up)
+    elif activation == "swiglu_clamped":
+        gate, up = _clamped(pre)
+        within_gate, within_up = (pre == torch.cat((gate, up), -1)).chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(ALPHA * gate)
+        glu = gate * sigmoid
+        d_gate, d_up = slope.chunk(2, dim=-1)
+        torch.mul(glu, within_up, out=d_up)
+        torch.mul(glu, up + 1, out=hid)
+        d_gate.copy_((sigmoid + ALPHA * glu * (1 - sigmoid)) * (up + 1) * within_gate)
     elif activation == "relu2":
         torch.clamp_min(pre, 0, out=hid)
         torch.mul(hid, 2, out=slope)

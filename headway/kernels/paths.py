@@ -23,6 +23,9 @@ WIDEST = {torch.bfloat16: 256, torch.float32: 128}
 """L up to which the fused forward pass keeps hidden units on the chip, by the dtype of x. Above,
 the float32 sums of a tile leave no registers for anything else."""
 
+GPU_ACTIVATIONS = ("swiglu", "relu2", "gelu")
+"""Activations of the Triton kernels."""
+
 MOST_GROUPS = 1023
 """Groups of one `F.grouped_mm` on a CUDA device; PyTorch refuses more."""
 
@@ -52,17 +55,20 @@ def path_of(inputs: ExpertInputs) -> Path:
     if any(t.dtype not in SUPPORTED_DTYPES for t in (gate_NK, w_in_HEGFL, w_out_HEFL)):
         return "loop"
     H, E, _, F, L = w_in_HEGFL.shape
-    return choose_path(x_NL.device.type, x_NL.dtype, L, F, H * E)
+    return choose_path(x_NL.device.type, x_NL.dtype, L, F, H * E, inputs.activation)
 
 
-def choose_path(device: str, dtype: torch.dtype, L: int, F: int, n_groups: int = 1) -> Path:
+def choose_path(
+    device: str, dtype: torch.dtype, L: int, F: int, n_groups: int = 1, activation: str = "swiglu"
+) -> Path:
     """Return the path for experts of width L and hidden width F with gates and weights in float32
     or bfloat16. `explain` says why.
 
     Every pass of every layer asks, so this compares plain values and builds no text.
 
     Args: device: `cuda` or `cpu`; dtype: of x; n_groups: H·E of this process."""
-    if device == gpu_kernels().device and dtype in SUPPORTED_DTYPES:
+    in_triton = activation in GPU_ACTIVATIONS and dtype in SUPPORTED_DTYPES
+    if device == gpu_kernels().device and in_triton:
         return "fused"
     if device == "cpu":
         return "cpp" if dtype in cpp_kernels().dtypes else "loop"
@@ -72,21 +78,24 @@ def choose_path(device: str, dtype: torch.dtype, L: int, F: int, n_groups: int =
     return "loop"
 
 
-def explain(device: str, dtype: torch.dtype, L: int, F: int, n_groups: int = 1) -> str:
+def explain(
+    device: str, dtype: torch.dtype, L: int, F: int, n_groups: int = 1, activation: str = "swiglu"
+) -> str:
     """Return one line for people on what `choose_path` chose and why."""
-    match choose_path(device, dtype, L, F, n_groups):
+    match choose_path(device, dtype, L, F, n_groups, activation):
         case "fused":
             return f"Triton kernels: {gpu_kernels().why}"
         case "cpp":
             return f"C++ kernels: {cpp_kernels().why}"
         case "grouped":
-            return f"grouped matmuls, sizes stay on the device; {_no_triton(dtype)}"
+            return f"grouped matmuls, sizes stay on the device; {_no_triton(dtype, activation)}"
         case "loop" if device == "cpu" and cpp_kernels().library is None:
             return f"a loop of matmuls: {cpp_kernels().why}"
         case "loop" if device == "cpu":
             return f"a loop of matmuls: the C++ kernels do not take {dtype} here"
-    why = _no_triton(dtype)
-    if n_groups > MOST_GROUPS and choose_path(device, dtype, L, F) == "grouped":
+    why = _no_triton(dtype, activation)
+    fewer = choose_path(device, dtype, L, F, 1, activation)
+    if n_groups > MOST_GROUPS and fewer == "grouped":
         why = f"{n_groups} experts are more than the {MOST_GROUPS} of a grouped matmul; {why}"
     return f"a loop of matmuls, sizes are read on the host, slow; {why}"
 
@@ -124,7 +133,9 @@ def _has_grouped_matmuls() -> bool:
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-def _no_triton(dtype: torch.dtype) -> str:
+def _no_triton(dtype: torch.dtype, activation: str) -> str:
+    if activation not in GPU_ACTIVATIONS:
+        return f"the Triton kernels have no activation {activation}"
     if dtype not in SUPPORTED_DTYPES:
         return f"the Triton kernels take bfloat16 and float32, not {dtype}"
     return f"no Triton kernels: {gpu_kernels().why}"

@@ -22,6 +22,7 @@ class MoE(SparseLayer):
         d_model, n_experts, top_k, d_expert: D, E, K, F.
         n_zero_experts: further choices that do nothing.
         activation: of experts and shared expert.
+        expert_bias: biases of the experts, on pre-activations and outputs.
         d_shared: hidden width of a shared expert at full width D; 0 means none.
         shared_gate: whether a sigmoid of the token multiplies its output.
         router, balance: how scores become gates; which bias rule selects.
@@ -40,6 +41,7 @@ class MoE(SparseLayer):
         *,
         n_zero_experts: int = 0,
         activation: Activation = "swiglu",
+        expert_bias: bool = False,
         d_shared: int = 0,
         shared_gate: bool = False,
         router: RouterConfig = RouterConfig(),
@@ -55,6 +57,7 @@ class MoE(SparseLayer):
             d_expert=d_expert,
             n_zero_experts=n_zero_experts,
             activation=activation,
+            expert_bias=expert_bias,
             d_shared=d_shared,
             shared_gate=shared_gate,
             router=router,
@@ -90,6 +93,7 @@ class MultiHeadLatentMoE(SparseLayer):
         norm_eps: float = 1e-6,
         n_zero_experts: int = 0,
         activation: Activation = "swiglu",
+        expert_bias: bool = False,
         d_shared: int = 0,
         shared_gate: bool = False,
         router: RouterConfig = RouterConfig(),
@@ -108,6 +112,7 @@ class MultiHeadLatentMoE(SparseLayer):
             latent_norm=latent_norm,
             n_zero_experts=n_zero_experts,
             activation=activation,
+            expert_bias=expert_bias,
             d_shared=d_shared,
             shared_gate=shared_gate,
             router=router,
@@ -138,6 +143,7 @@ class LatentMoE(SparseLayer):
         norm_eps: float = 1e-6,
         n_zero_experts: int = 0,
         activation: Activation = "swiglu",
+        expert_bias: bool = False,
         d_shared: int = 0,
         shared_gate: bool = False,
         router: RouterConfig = RouterConfig(),
@@ -155,6 +161,7 @@ class LatentMoE(SparseLayer):
             latent_norm=latent_norm,
             n_zero_experts=n_zero_experts,
             activation=activation,
+            expert_bias=expert_bias,
             d_shared=d_shared,
             shared_gate=shared_gate,
             router=router,

@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
         """Saved are what the activation reads and what it gives."""
         D, F = self.w_out.weight.shape
         weights = (n_inputs(self.activation) + 1) * D * F
-        terms = 3 if self.activation == "swiglu" else 2
+        terms = n_inputs(self.activation) + 1
         letter = "F" if group is CostGroup.DENSE else "F_shared"
         saved = work.n_tokens * work.bytes_per_value * terms * F
         cost = Cost(

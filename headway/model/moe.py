@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from headway.config import MoEConfig, UsageError
 from headway.config.bounds import nearest_divisors
@@ -24,15 +25,16 @@ from headway.model.costs import Cost, CostGroup, Term, Workload, casts, costs_of
 from headway.model.dispatch import ChunkTask, Finished, Steps, run_interleaved
 from headway.model.linear import FeedForward, Linear, RMSNorm
 from headway.model.packing import shape_only
-from headway.model.roles import Group, Role, SplitOver
+from headway.model.roles import Group, Init, Role, SplitOver
 from headway.model.router import Route, Router, replayed
 
 
 class Experts(nn.Module):
-    """y = Σ_k gate_k · w_out[e_k]ᵀ act(w_in[e_k]·x), no biases.
+    """y = Σ_k gate_k · (w_out[e_k]ᵀ act(w_in[e_k]·x + b_in[e_k]) + b_out[e_k]).
 
-    The weights of all heads and experts of a layer are two parameters. Expert (h, e) is
-    `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global name, whatever the mesh."""
+    The weights of all heads and experts of a layer are two parameters, their biases, with
+    `expert_bias`, two more. Expert (h, e) is `w_in_HEGFL[h, e]` and `w_out_HEFL[h, e]`: its global
+    name, whatever the mesh."""
 
     def __init__(self, d_model: int, config: MoEConfig, compute: Compute = Compute()):
         super().__init__()
@@ -40,13 +42,19 @@ class Experts(nn.Module):
         H, E, F, L = config.n_heads, config.n_experts, config.d_expert, config.head_width(d_model)
         self.w_in_HEGFL = nn.Parameter(torch.empty(H, E, config.n_inputs, F, L))
         self.w_out_HEFL = nn.Parameter(torch.empty(H, E, F, L))
+        biased = config.expert_bias
+        self.b_in_HEGF = nn.Parameter(torch.empty(H, E, config.n_inputs, F)) if biased else None
+        self.b_out_HEL = nn.Parameter(torch.empty(H, E, L)) if biased else None
         self.packed: PackedExperts | None = None
 
     def roles(self) -> dict[str, Role]:
         F, L = self.w_out_HEFL.shape[-2:]
         # in a latent layer the output projection follows and ends the branch
         ends = not self.config.is_latent
+        bias = Role(Group.VECTOR, Init.ZEROS, shard=SplitOver.EXPERTS)
         return {
+            "b_in_HEGF": bias,
+            "b_out_HEL": bias,
             "w_in_HEGFL": Role(Group.EXPERT_IN, fan_in=L, shard=SplitOver.EXPERTS),
             "w_out_HEFL": Role(
                 Group.EXPERT_OUT, fan_in=F, ends_branch=ends, shard=SplitOver.EXPERTS
@@ -59,7 +67,8 @@ class Experts(nn.Module):
         if w_in.is_meta:
             return
         if batch_invariant(w_in.device, dtype) and batch_invariant(w_in.device, w_in.dtype):
-            self.packed = pack_experts(w_in, w_out, self.config.activation, dtype)
+            weights = self._with_bias(w_in.detach(), w_out.detach())
+            self.packed = pack_experts(*weights, self.config.activation, dtype)
             self.w_in_HEGFL, self.w_out_HEFL = shape_only(w_in), shape_only(w_out)
         else:
             self.requires_grad_(False).to(dtype)
@@ -69,10 +78,14 @@ class Experts(nn.Module):
 
         Or `[T, 1, L]` where each sub-token has a head of its own (Expert Parallel): the indices
         then count all H·E experts, expert e of head h being h·E + e."""
+        H, L = x_THL.shape[1:]
+        if self.b_in_HEGF is not None:  # what the columns of `_with_bias` multiply
+            x_THL = pad(x_THL, (0, self._more), value=1.0)
         if self.packed is not None:
-            return packed_experts(x_THL, route.gate_THK, route.index_THK, self.packed)
-        H = x_THL.shape[1]
-        w_in, w_out = (w.view(H, -1, *w.shape[2:]) for w in (self.w_in_HEGFL, self.w_out_HEFL))
+            y_THL = packed_experts(x_THL, route.gate_THK, route.index_THK, self.packed)[..., :L]
+            return y_THL if self.b_out_HEL is None else self._add_output_bias(y_THL, route)
+        weights = self._with_bias(self.w_in_HEGFL, self.w_out_HEFL)
+        w_in, w_out = (w.view(H, -1, *w.shape[2:]) for w in weights)
         y_NL = experts(
             x_THL.flatten(0, 1),
             route.gate_THK.flatten(0, 1),
@@ -83,7 +96,37 @@ class Experts(nn.Module):
             self.compute.recompute,
             self.config.precision,
         )
-        return y_NL.view(x_THL.shape)
+        y_THL = y_NL.view(x_THL.shape)[..., :L]
+        if self.b_out_HEL is None:
+            return y_THL
+        gate_THE = _dense_gates(route, w_in.shape[1])
+        bias_HEL = self.b_out_HEL.view(H, -1, L).to(gate_THE.dtype)
+        return y_THL + torch.einsum("the,hel->thl", gate_THE, bias_HEL).to(y_THL.dtype)
+
+    @property
+    def _more(self) -> int:
+        """Columns that biases add to the width of an expert, aligned for the kernels of GPUs."""
+        return 16 if self.w_in_HEGFL.is_cuda else 1
+
+    def _with_bias(self, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights with a column of biases, for inputs that end in ones: so every kernel
+        and every gradient serves. The columns of the result beyond L mean nothing."""
+        if self.b_in_HEGF is None:
+            return w_in, w_out
+        bias = pad(self.b_in_HEGF.unsqueeze(-1).to(w_in.dtype), (0, self._more - 1))
+        return torch.cat((w_in, bias), -1), pad(w_out, (0, self._more))
+
+    def _add_output_bias(self, y_THL: Tensor, route: Route) -> Tensor:
+        """Add Σ_k gate_k · b_out[e_k] slot by slot, so that rows do not depend on each other."""
+        assert self.b_out_HEL is not None
+        H, L = y_THL.shape[1:]
+        bias_HEL = pad(self.b_out_HEL.view(H, -1, L), (0, 0, 0, 1))  # no expert, no bias
+        head_H = torch.arange(H, device=y_THL.device)
+        wide = y_THL.to(bias_HEL.dtype)
+        for k in range(route.index_THK.shape[-1]):
+            bias_THL = bias_HEL[head_H, route.index_THK[..., k].long()]
+            wide = wide + route.gate_THK[..., k, None] * bias_THL
+        return wide.to(y_THL.dtype)
 
     def costs(self, work: Workload) -> Sequence[Cost]:
         """Saved are the tables of R = T·H·K permuted tokens and, without `recompute`, their
@@ -92,7 +135,19 @@ class Experts(nn.Module):
         K, rows = self.config.top_k, work.n_tokens * H * self.config.top_k
         each = H * (G + 1) * F * L
         saved = 0 if self.compute.recompute else rows * G * F * work.bytes_per_value
+        biases = Cost(CostGroup.EXPERTS)
+        if self.b_in_HEGF is not None:
+            T, n, ends = work.n_tokens, H * (G * F + L), H * (G + 1) * F
+            copies = 4 * E * ends * (L + 1) + T * (4 * H * E + H * (L + 1) * work.bytes_per_value)
+            biases = Cost(
+                CostGroup.EXPERTS,
+                Term(E * n, "E·(H·G·F + D_L)"),
+                Term(2 * K * ends + 2 * E * H * L, "2·K·H·(G+1)·F + 2·E·D_L"),
+                Term(copies, "4·E·(G+1)·F·(D_L + H) + 4·T·H·E + T·(D_L + H)·b"),
+                Term(K * n, "K·(H·G·F + D_L)"),
+            )
         return (
+            biases,
             Cost(
                 CostGroup.EXPERTS,
                 Term(E * each, "E·(G+1)·F·D_L"),
@@ -102,6 +157,13 @@ class Experts(nn.Module):
             ),
             Cost(CostGroup.PERMUTATION, saved=Term(16 * rows, "16·R, R = T·H·K")),
         )
+
+
+def _dense_gates(route: Route, n_experts: int) -> Tensor:
+    """Return the gate of every expert, `[T, H, E]`; 0 where it was not chosen."""
+    gate_THK = route.gate_THK
+    gate_THE = gate_THK.new_zeros(*gate_THK.shape[:2], n_experts + 1)
+    return gate_THE.scatter_add(-1, route.index_THK.long(), gate_THK)[..., :n_experts]
 
 
 class SparseLayer(nn.Module):

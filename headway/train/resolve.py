@@ -183,7 +183,7 @@ def _experts(
     if device.type != "cuda" or moe.kind == "dense":
         return ()
     n_groups = moe.n_heads * moe.n_experts // (mesh.hp * mesh.ep)
-    sizes = (width, moe.d_expert, n_groups)
+    sizes = (width, moe.d_expert, n_groups, moe.activation)
     derived["experts"] = why = explain("cuda", dtype, *sizes)
     slow = choose_path("cuda", dtype, *sizes) == "loop"
     return (f"experts of width {width}: {why}",) if slow else ()

@@ -86,6 +86,8 @@ MISTAKES = {
     "bias=quantile knows no groups": moe(
         router=RouterConfig(n_groups=2), balance=BalanceConfig(bias="quantile")
     ),
+    "float8 takes neither expert_bias=True nor": moe(expert_bias=True, precision="float8"),
+    "activation=swiglu_clamped; use bfloat16": moe(activation="swiglu_clamped", precision="float8"),
     "dense_layers names layer 2 and model.n_layers=2; use layers from 0 to 1": moe(
         dense_layers=(0, 2)
     ),
@@ -225,7 +227,8 @@ moes = st.builds(
     d_expert=small,
     n_heads=st.sampled_from([1, 1, 2, 3]),
     d_latent=st.sampled_from([0, 0, 6, 8]),
-    activation=st.sampled_from(["swiglu", "relu2", "gelu"]),
+    activation=st.sampled_from(["swiglu", "relu2", "gelu", "swiglu_clamped"]),
+    expert_bias=st.booleans(),
     d_shared=st.integers(0, 4),
     latent_norm=st.booleans(),
     capacity_factor=st.sampled_from([0.0, 1.0]),

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headway.config import n_inputs
 from headway.kernels import paths as module
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.experts import experts, experts_reference
@@ -13,7 +14,7 @@ from headway.kernels.permute import sort_rows
 from tests.compare import assert_close, relative_error
 from tests.kernels.cpp_paths import needs_native, switch_off, threads
 
-ACTIVATIONS = ["swiglu", "relu2", "gelu"]
+ACTIVATIONS = ["swiglu", "relu2", "gelu", "swiglu_clamped"]
 
 
 def make(T, H, E, K, L, F, activation, dtype=torch.float64, seed=0, scale=1.0):
@@ -26,7 +27,7 @@ def make(T, H, E, K, L, F, activation, dtype=torch.float64, seed=0, scale=1.0):
 
     x = draw(T * H, L)
     gate = torch.rand(T * H, K, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    w_in = draw(H, E, 2 if activation == "swiglu" else 1, F, L, std=scale / L**0.5)
+    w_in = draw(H, E, n_inputs(activation), F, L, std=scale / L**0.5)
     w_out = draw(H, E, F, L, std=F**-0.5)
     index = torch.rand(T, H, E, generator=g).argsort(-1)[..., :K]
     return (x, gate, w_in, w_out), index, torch.randn(T * H, L, generator=g, dtype=torch.float64)
@@ -198,7 +199,9 @@ def test_bfloat16_within_tolerance(activation, scale, path):
     assert out.dtype == torch.bfloat16 and grads[2].dtype == torch.float32
     assert relative_error(out, expected) < (3e-3 if path == "C++" else 5e-3)
     for got, want in zip(grads, expected_grads, strict=True):
-        assert relative_error(got, want) < 5e-3
+        # a pre-activation that is rounded to the other side of a limit has another slope
+        limited = activation == "swiglu_clamped" and scale == 3.0
+        assert relative_error(got, want) < (2e-2 if limited else 5e-3)
 
 
 def test_bfloat16_weight_gradient_with_many_rows_per_expert(path):

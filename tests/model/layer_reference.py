@@ -11,6 +11,13 @@ def act(pre: Tensor, activation: str) -> Tensor:
     if activation == "swiglu":
         gate, up = pre.chunk(2)
         return gate * torch.sigmoid(gate) * up
+    if activation == "swiglu_clamped":
+        gate, up = pre.chunk(2)
+        gate, up = (
+            torch.where(gate > 7, 7, gate),
+            torch.where(up > 7, 7, torch.where(up < -7, -7, up)),
+        )
+        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
     if activation == "relu2":
         return pre.clamp(min=0) ** 2
     return 0.5 * pre * (1 + torch.erf(pre / 2**0.5))
@@ -68,9 +75,12 @@ def layer_reference(layer: SparseLayer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
             y_L = torch.zeros_like(z_L)
             for slot, e in enumerate(chosen):
                 pre = experts.w_in_HEGFL[h, e].flatten(0, 1) @ z_L
-                y_L = y_L + g_K[slot] * (
-                    act(pre, experts.config.activation) @ experts.w_out_HEFL[h, e]
-                )
+                if experts.b_in_HEGF is not None:
+                    pre = pre + experts.b_in_HEGF[h, e].flatten()
+                one_L = act(pre, experts.config.activation) @ experts.w_out_HEFL[h, e]
+                if experts.b_out_HEL is not None:
+                    one_L = one_L + experts.b_out_HEL[h, e]
+                y_L = y_L + g_K[slot] * one_L
             merged.append(y_L)
             picked_H.append(chosen)
         y_D = torch.cat(merged)

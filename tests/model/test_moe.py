@@ -19,6 +19,7 @@ from headway.config import (
 from headway.model.context import Context
 from headway.model.layers import LatentMoE, MoE, MultiHeadLatentMoE
 from headway.model.moe import SparseLayer
+from headway.model.packing import pack_
 from headway.model.router import capacity
 from tests.compare import assert_close
 from tests.model.layer_reference import layer_reference
@@ -121,6 +122,44 @@ def test_options_of_published_routers(kind, router):
     ).double()
     by_sequence.load_state_dict(layer.state_dict())
     assert torch.equal(by_sequence(x.view(4, 10, 12))[1].counts_HE, layer(x)[1].counts_HE)
+
+
+def biased(kind, **options):
+    layer = build(kind, activation="swiglu_clamped", expert_bias=True, **options)
+    with torch.no_grad():
+        for name, p in layer.experts.named_parameters():
+            p.mul_(8) if name[0] == "w" else p.normal_()  # so that some units are clamped
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts_of_gpt_oss(kind, recompute):
+    layer = biased(kind, d_shared=7, recompute=recompute)
+    check(layer, torch.randn(30, 12, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["moe", "multi_head"])
+def test_biased_experts_in_float32(kind, packed):
+    layer, x = biased(kind), torch.randn(40, 12, dtype=torch.float64)
+    want, chosen = layer_reference(layer, x)
+    layer.float()
+    if packed:
+        pack_(layer, torch.float32)
+    with torch.no_grad():
+        out, _ = layer(x.float(), Context(replay=(chosen,)))
+        some, _ = layer(x[7:9].float(), Context(replay=(chosen[7:9],)))
+    assert_close(out, want, 1e-5)
+    if packed and layer.experts.packed is not None:
+        assert torch.equal(some, out[7:9])
+
+
+def test_a_dropped_slot_has_no_bias():
+    layer = biased("moe", capacity_factor=0.2)
+    x = torch.randn(1, 30, 12, dtype=torch.float64)
+    out, stats = layer(x)
+    assert stats.dropped > 0.5 and out.eq(0).all(-1).any() and out.ne(0).all(-1).any()
 
 
 @pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])

@@ -142,6 +142,15 @@ CASES: dict[str, Case] = {
     "biased scores, groups of experts, the token, fsdp, dp=2 hp=2": Case(
         heads(router=replace(GROUPS, reads="token")), _mesh(2, 2, 1, shard="fsdp")
     ),
+    "biased experts, hp=2 ep=2": Case(
+        heads(expert_bias=True, activation="swiglu_clamped"), _mesh(1, 2, 2), MUON
+    ),
+    "biased experts, flat, ep=2 per slot": Case(
+        flat(expert_bias=True), _mesh(2, 1, 2, ep_scheme="all_to_all", dedup=False)
+    ),
+    "biased experts, fsdp, dp=2 ep=2": Case(
+        heads(expert_bias=True), _mesh(2, 1, 2, shard="fsdp", ep_scheme="all_gather")
+    ),
     "biases of attention, QK-norm over all heads, fsdp, dp=2 hp=2": Case(
         replace(heads(), qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0),
         _mesh(2, 2, 1, shard="fsdp"),

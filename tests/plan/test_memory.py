@@ -73,6 +73,13 @@ MODELS |= {
     "a gate on the shared expert, every other layer": replace(
         BASE, moe=replace(SPARSE, d_shared=24, shared_gate=True, sparse_step=2)
     ),
+    "experts of GPT-OSS": replace(
+        BASE, moe=replace(SPARSE, activation="swiglu_clamped", expert_bias=True)
+    ),
+    "flat experts of GPT-OSS": replace(
+        BASE,
+        moe=replace(SPARSE, kind="moe", n_heads=1, activation="swiglu_clamped", expert_bias=True),
+    ),
     "biased scores": replace(BASE, moe=replace(SPARSE, router=RouterConfig(logit_bias=True))),
     "groups of experts": replace(
         BASE, moe=replace(SPARSE, router=RouterConfig(gate="sigmoid", n_groups=4, top_k_groups=2))

@@ -4,7 +4,10 @@
 
 namespace headway {
 
-enum Activation { SWIGLU, RELU2, GELU };
+enum Activation { SWIGLU, RELU2, GELU, SWIGLU_CLAMPED };
+
+// Whether a hidden unit has two pre-activations, gate and up.
+static constexpr bool is_gated(int activation) { return activation == SWIGLU || activation == SWIGLU_CLAMPED; }
 
 // erf to 1.5e-7 (Abramowitz and Stegun 7.1.26), e = exp(-x²)
 static INLINE Vec erf(Vec x, Vec e) {
@@ -25,6 +28,17 @@ static INLINE Vec activate(int activation, Vec gate, Vec up, Vec& d_gate, Vec& d
     Vec s = sigmoid(gate), silu = gate * s;
     if (SLOPE) d_up = silu, d_gate = up * (s + silu * (1.f - s));
     return silu * up;
+  }
+  if (activation == SWIGLU_CLAMPED) {  // NaN stays
+    const float limit = 7.f, alpha = 1.702f;
+    Vec g = gate > limit ? splat(limit) : gate;
+    Vec u = up > limit ? splat(limit) : up < -limit ? splat(-limit) : up;
+    Vec s = sigmoid(alpha * g), glu = g * s;
+    if (SLOPE) {
+      d_up = u == up ? glu : Vec{};
+      d_gate = g == gate ? (u + 1.f) * (s + alpha * glu * (1.f - s)) : Vec{};
+    }
+    return (u + 1.f) * glu;
   }
   if (activation == RELU2) {
     Vec kept = gate < 0.f ? Vec{} : gate;  // NaN stays

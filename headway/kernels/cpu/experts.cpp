@@ -84,7 +84,7 @@ struct Middle {
 template <int A, int ROWS, class T, class S>
 INLINE void slopes_of_rows(long r, const S* pre, long pre_row, long up, long width, const Middle<T>& m) {
   constexpr int PER = Elem<T>::PER;
-  constexpr bool TWO = A == SWIGLU;
+  constexpr bool TWO = is_gated(A);
   const long Fp = m.s.Fp, GFp = m.s.GFp;
   Vec dot[ROWS] = {};
   for (long f = 0; f < Fp; f += VL) {
@@ -124,6 +124,7 @@ void slopes(int activation, const S* pre, long pre_row, long up, long width, con
   switch (activation) {
     case SWIGLU: return slopes_of<SWIGLU, T>(pre, pre_row, up, width, m);
     case RELU2: return slopes_of<RELU2, T>(pre, pre_row, up, width, m);
+    case SWIGLU_CLAMPED: return slopes_of<SWIGLU_CLAMPED, T>(pre, pre_row, up, width, m);
     default: return slopes_of<GELU, T>(pre, pre_row, up, width, m);
   }
 }
@@ -152,6 +153,7 @@ void forward(const T* x, const W* w_in, const W* w_out, const int64_t* slot, lon
     switch (activation) {
       case SWIGLU: hidden<SWIGLU, T>(pre, n, s, hid, kept); break;
       case RELU2: hidden<RELU2, T>(pre, n, s, hid, kept); break;
+      case SWIGLU_CLAMPED: hidden<SWIGLU_CLAMPED, T>(pre, n, s, hid, kept); break;
       default: hidden<GELU, T>(pre, n, s, hid, kept);
     }
     product<T>(n, s.L, Fu, (Unit*)hid, s.Fp / PER, 1, out, s.Lp, y + row * s.L, s.L);

@@ -100,6 +100,7 @@ void expert(const T* x, const Unit* w, const int64_t* slot, long K, long rows, c
     switch (activation) {
       case SWIGLU: hidden<SWIGLU, T>(c, n, s, hid); break;
       case RELU2: hidden<RELU2, T>(c, n, s, hid); break;
+      case SWIGLU_CLAMPED: hidden<SWIGLU_CLAMPED, T>(c, n, s, hid); break;
       default: hidden<GELU, T>(c, n, s, hid);
     }
     for (long p = 0; p < panels_of(s.Lp); ++p) {

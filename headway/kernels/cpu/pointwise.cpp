@@ -108,7 +108,7 @@ void sum_over_rows(long rows, long heads, long row_size, long W, float* dw, int 
 
 template <class T>
 void activation_forward(const T* pre, long rows, long F, int activation, T* hid, int threads) {
-  const long row_size = activation == SWIGLU ? 2 * F : F;
+  const long row_size = is_gated(activation) ? 2 * F : F;
   over_rows(rows, row_size, threads, [&](long r) {
     const T *gate = pre + r * row_size, *up = gate + (row_size - F);
     sweep(F, EACH {
@@ -122,7 +122,7 @@ void activation_forward(const T* pre, long rows, long F, int activation, T* hid,
 template <class T>
 void activation_backward(const T* d_hid, const T* pre, long rows, long F, int activation, T* d_pre,
                          int threads) {
-  const long row_size = activation == SWIGLU ? 2 * F : F;
+  const long row_size = is_gated(activation) ? 2 * F : F;
   over_rows(rows, row_size, threads, [&](long r) {
     const T *gate = pre + r * row_size, *up = gate + (row_size - F), *back = d_hid + r * F;
     T* out = d_pre + r * row_size;
@@ -131,7 +131,7 @@ void activation_backward(const T* d_hid, const T* pre, long rows, long F, int ac
       const Vec d = get(back + i, n);
       activate<true>(activation, get(gate + i, n), get(up + i, n), d_gate, d_up);
       put(out + i, d * d_gate, n);
-      if (activation == SWIGLU) put(out + F + i, d * d_up, n);
+      if (is_gated(activation)) put(out + F + i, d * d_up, n);
     });
   });
 }

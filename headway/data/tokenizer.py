@@ -60,6 +60,11 @@ class Tokenizer(Protocol):
         """Return `encode` of many texts, on several threads where the library has them."""
         ...
 
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Return the ids of a text in which special tokens stand: parts are texts, encoded as by
+        `encode`, and ids. They are those of the library for the text with the tokens' names."""
+        ...
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text. Special ids vanish or show their names, ids outside the vocabulary
         vanish, bytes that are not UTF-8 become U+FFFD."""
@@ -94,6 +99,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return `encode` of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Return the bytes of the texts, and the ids among them."""
+        return [i for part in parts for i in ([part] if isinstance(part, int) else part.encode())]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text; ids beyond eos, which a padded vocabulary may sample, vanish."""
@@ -141,9 +150,7 @@ class JsonTokenizer:
                 f"{path} is no tokenizer.json: {reason}; make one with `headway tokenize`"
             ) from None
         self._made_from = (path, content, eos_token)
-        self._inner.encode_special_tokens = True
-        self._inner.no_truncation()
-        self._inner.no_padding()
+        _plain(self._inner)
         # A file written with other white space is the same tokenizer.
         self.fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
@@ -169,6 +176,9 @@ class JsonTokenizer:
         self.special_tokens: Mapping[str, int] = {
             token: i for token, i in vocabulary.items() if i in special
         }
+        self._strip_before = {i for i in special if i in added and added[i].lstrip}
+        self._strip_after = {i for i in special if i in added and added[i].rstrip}
+        self._inside = _without_first_space(self._inner, spec)
         texts = [b""] * self.vocab_size
         for token, i in vocabulary.items():
             if i not in special:
@@ -189,6 +199,24 @@ class JsonTokenizer:
         """Return `encode` of each text, on all cores unless TOKENIZERS_PARALLELISM=false."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Return the ids of texts between special tokens.
+
+        As in the library, a special token may take the white space beside it, and SentencePiece's
+        space before a word is only put at the start of the first text where the file says so."""
+        ids: list[int] = []
+        for k, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            if k > 0 and parts[k - 1] in self._strip_after:
+                part = part.lstrip()
+            if k + 1 < len(parts) and parts[k + 1] in self._strip_before:
+                part = part.rstrip()
+            inner = self._inside if k > 0 else self._inner
+            ids += inner.encode(part, add_special_tokens=False).ids if part else []
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text. Special ids vanish or show their names, ids outside the vocabulary
@@ -295,6 +323,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokeni
         temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
     return JsonTokenizer(target)
+
+
+def _plain(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Let a tokenizer of the library encode all of a text, and special names in it as text."""
+    inner.encode_special_tokens = True
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
+
+
+def _without_first_space(inner: tokenizers.Tokenizer, spec: dict) -> tokenizers.Tokenizer:
+    """Return the tokenizer for a text that does not start the whole: `inner` itself, unless its
+    file puts a space before the first word of the whole alone."""
+    stages = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")], ensure_ascii=False)
+    if '"prepend_scheme": "first"' not in stages:
+        return inner
+    normalizer, pre_tokenizer = json.loads(stages.replace('"first"', '"never"'))
+    changed = {**spec, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+    return _plain(tokenizers.Tokenizer.from_str(json.dumps(changed)))
 
 
 def _spaces_dropped(decoder: dict | None) -> int | None:

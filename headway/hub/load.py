@@ -29,6 +29,8 @@ class ModelInfo:
     """Name of the folder: what a server calls the model."""
     source: Path
     """The checkpoint, or the Hugging Face folder, that was read."""
+    folder: Path
+    """Where the files of the tokenizer are: the run folder, or the Hugging Face folder."""
     runtime: Runtime
     problems: tuple[str, ...]
     """One sentence for each newer checkpoint that is damaged."""
@@ -117,6 +119,7 @@ def _info(
     return ModelInfo(
         name=folder.absolute().name,
         source=source,
+        folder=folder,
         runtime=runtime,
         problems=tuple(problems),
         eos_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *ends])),

@@ -78,8 +78,8 @@ class ChatTemplate:
         names = _special_names({**_json(info.folder / "special_tokens_map.json"), **config})
         if file:
             return cls(_read(Path(file)), tokenizer, names)
-        own = info.folder / "chat_template.jinja"
-        source = _read(own) if own.is_file() else config.get("chat_template")
+        path = info.folder / "chat_template.jinja"
+        source = _read(path) if path.is_file() else config.get("chat_template")
         match source:
             case None:
                 return cls(PLAIN_TEMPLATE, tokenizer, names)

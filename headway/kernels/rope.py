@@ -34,6 +34,24 @@ def rope_tables(
     return cos.to(dtype), sin.to(dtype)
 
 
+def rope_rows(
+    positions_S: Tensor,
+    d_head: int,
+    theta: float,
+    dtype: torch.dtype,
+    config: RopeConfig = RopeConfig(),
+) -> tuple[Tensor, Tensor]:
+    """Return `rope_tables` whose rows depend on nothing but their position: those are computed in
+    vectors, and the last elements of a tensor by other code than the first."""
+    if dtype == torch.float64 or positions_S.device.type != "cpu" or not cpp_kernels().library:
+        return rope_tables(positions_S, d_head, theta, dtype, config)
+    frequency = rope_frequencies(d_head, theta, config)
+    cos, sin = (torch.empty(len(positions_S), 1, d_head // 2) for _ in range(2))
+    sizes = (len(positions_S), d_head // 2, config.table_factor)
+    cpp_kernels().call("rope_rows", torch.float32, positions_S, frequency, *sizes, cos, sin)
+    return cos, sin
+
+
 def rope_frequencies(
     d_head: int, theta: float, config: RopeConfig, device: torch.device | None = None
 ) -> Tensor:

@@ -56,6 +56,8 @@ class Positions:
     """Where the S new tokens of each sequence stand, with the tables and masks that mixers share:
     each is computed once per pass."""
 
+    make_tables = staticmethod(rope_tables)
+
     def __init__(
         self,
         batch: int,
@@ -86,7 +88,7 @@ class Positions:
         key = config.rotary_width, config.rope_theta, config.rope, dtype
         if key not in self._tables:
             width, theta, rope, _ = key
-            self._tables[key] = rope_tables(self.index.flatten(), width, theta, dtype, rope)
+            self._tables[key] = self.make_tables(self.index.flatten(), width, theta, dtype, rope)
         return self._tables[key]
 
     def visible(self, window: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headway.config import ModelConfig
 from headway.kernels.paged_attention import PAGE, Pages, Pass, paged_attention
+from headway.kernels.rope import rope_rows
 from headway.model.context import Positions
 
 
@@ -40,6 +41,8 @@ def slots_of(segments: Sequence[Segment]) -> list[int]:
 
 class PagedPositions(Positions):
     """Positions of the tokens of a pass, and the pages of their sequences."""
+
+    make_tables = staticmethod(rope_rows)
 
     def __init__(self, segments: Sequence[Segment], device: torch.device):
         self.device, self.ragged = device, False

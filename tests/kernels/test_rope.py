@@ -9,7 +9,7 @@ from headway.config import RopeConfig
 from headway.kernels import norm as norm_module
 from headway.kernels import rope as module
 from headway.kernels.norm import norm_rope, rms_norm_reference
-from headway.kernels.rope import rope, rope_frequencies, rope_reference, rope_tables
+from headway.kernels.rope import rope, rope_frequencies, rope_reference, rope_rows, rope_tables
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
@@ -217,3 +217,18 @@ def test_scaling_equals_transformers(parameters, d_head, theta):
     want, factor = ROPE_INIT_FUNCTIONS[config.scaling](theirs)
     assert_close(rope_frequencies(d_head, theta, config), want.double(), 2e-6)
     assert config.table_factor == pytest.approx(factor, rel=1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize("scaling", ["none", "yarn"])
+def test_rows_of_the_tables_depend_on_their_position_alone(scaling):
+    config = RopeConfig(scaling=scaling, factor=4.0, original_max_len=64)
+    position = torch.tensor([0, 1, 900_000, 77, 5, 123_456, 3])
+    arguments = (6, 10_000.0, torch.bfloat16, config)
+    rows = rope_rows(position, *arguments)
+    for got, want in zip(rows, rope_tables(position, *arguments), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype == torch.float32
+        assert_close(got, want, 1e-7)
+    for i in range(len(position)):
+        alone = rope_rows(position[i : i + 1], *arguments)
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, rows, strict=True))

@@ -1,16 +1,21 @@
 """A packed model: the same numbers as before, and the same bits for a token in any company."""
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headway.config import ModelConfig, MoEConfig, RouterConfig
 from headway.model.compute import Compute
 from headway.model.context import Context
 from headway.model.costs import Workload
 from headway.model.packing import pack_
+from headway.model.paged import PagedCache, Segment
 from headway.model.transformer import Transformer
 from tests.compare import assert_close
-from tests.kernels.cpp_paths import NATIVE_DTYPES
+from tests.kernels.cpp_paths import NATIVE_DTYPES, needs_native, threads
 
 SPARSE = {
     "moe": MoEConfig(kind="moe", n_experts=5, top_k=2, d_expert=12, d_shared=10),
@@ -81,3 +86,49 @@ def test_packing_twice_is_packing_once():
         want = model(tokens).logits_BSV
         pack_(model, torch.float32)
         assert torch.equal(model(tokens).logits_BSV, want)
+
+
+BATCHED = {
+    **{kind: config_of(kind) for kind in SPARSE},
+    "gated": config_of("multi_head", attn_gate=True, qkv_bias=True, window=(0, 9)),
+    "capped": config_of("moe", tied=True, logit_softcap=9.0, qk_norm="all", clip_qkv=2.0),
+}
+
+
+@needs_native
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(BATCHED)),
+    st.sampled_from(NATIVE_DTYPES),
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.integers(0, 10_000),
+)
+@torch.no_grad()
+def test_logits_are_the_same_bits_in_any_chunks_and_company(kind, dtype, lengths, seed):
+    """Whole texts alone, against texts in random parts beside others on 1 or 2 threads."""
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    model = model_of(BATCHED[kind], dtype)
+    pack_(model, dtype)
+    texts = [torch.randint(70, (n,), generator=g) for n in lengths]
+    pages = torch.randperm(3 * len(texts), generator=g).view(-1, 3).tolist()
+
+    def states():
+        cpu = torch.device("cpu")
+        return [block.mixer.init_pages(3 * len(texts), dtype, cpu) for block in model.blocks()]
+
+    def run(cache, *chunks):
+        segments = [Segment(a, b - a, pages[r]) for r, a, b in chunks]
+        tokens = torch.cat([texts[r][a:b] for r, a, b in chunks])
+        logits = model(tokens[None], ctx=Context(cache=PagedCache(cache, segments))).logits_BSV[0]
+        return logits.split([b - a for _, a, b in chunks])
+
+    whole = [run(states(), (r, 0, len(text)))[0] for r, text in enumerate(texts)]
+    cache, done = states(), [0] * len(texts)
+    while waiting := [r for r, text in enumerate(texts) if done[r] < len(text)]:
+        chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
+        chunks = [(r, done[r], draw.randint(done[r] + 1, len(texts[r]))) for r in chosen]
+        with threads(draw.choice([1, 2])):
+            parts = run(cache, *chunks)
+        for (r, a, b), part in zip(chunks, parts, strict=True):
+            assert torch.equal(part, whole[r][a:b])
+            done[r] = b

@@ -164,6 +164,17 @@ void softcap(const float* x, long size, float cap, float* out, int threads) {
 
 extern "C" {
 
+// cos, sin [S, half] of position · frequency [half], in double until they are rounded
+void headway_rope_rows_float32(const int64_t* position, const double* frequency, long S, long half,
+                               float factor, float* cos, float* sin, int threads) {
+  over_rows(S, 16 * half, threads, [&](long s) {
+    for (long i = 0; i < half; ++i) {
+      const double angle = position[s] * frequency[i];
+      cos[s * half + i] = (float)(factor * std::cos(angle)), sin[s * half + i] = (float)(factor * std::sin(angle));
+    }
+  });
+}
+
 void headway_softcap_float32(const float* x, long size, float cap, float* out, int threads) {
   softcap(x, size, cap, out, threads);
 }

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,22 @@ def load_checkpoint(
     return state
 
 
+class Weights(Protocol):
+    """Tensors on disk, under the names of our parameters and buffers."""
+
+    folder: Path
+
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(
+        self, name: str, slices: tuple[slice, ...] = (), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a tensor of the caller's own, or the part that `slices` select, in `dtype`."""
+        ...
+
+
 def load_weights(
     path: Path, model: nn.Module, sharding: Sharding = SINGLE_PROCESS.sharding
 ) -> None:
@@ -49,22 +65,21 @@ def load_weights(
     targets = model_tensors(model)
     with TensorReader(path, "model") as reader, torch.no_grad():
         shapes = {name: local_shard(name, x, sharding).shape for name, x in targets.items()}
-        _check_tensors(path, reader, shapes)
+        _check_tensors(reader, shapes)
         for name, target in targets.items():
             target.copy_(reader.read(name, local_slices(name, shapes[name], sharding)))
 
 
 def read_weights(
-    path: Path, model: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]
+    reader: Weights, model: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Give a model on the meta device the weights and buffers of a checkpoint on `device`, each in
-    its dtype: one tensor after the other goes from disk to where it stays. Raises UsageError where
-    names or shapes differ."""
+    """Give a model on the meta device its weights and buffers on `device`, each in its dtype: one
+    tensor after the other goes from disk to where it stays. Raises UsageError where names or shapes
+    differ."""
     targets = model.state_dict()
-    with TensorReader(path, "model") as reader:
-        _check_tensors(path, reader, {name: tuple(x.shape) for name, x in targets.items()})
-        for name in targets:
-            assign(model, name, reader.read(name, dtype=dtypes[name]).to(device))
+    _check_tensors(reader, {name: tuple(x.shape) for name, x in targets.items()})
+    for name in targets:
+        assign(model, name, reader.read(name, dtype=dtypes[name]).to(device))
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:
@@ -73,16 +88,16 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
     model.get_submodule(owner).load_state_dict({leaf: value}, strict=False, assign=True)
 
 
-def _check_tensors(path: Path, reader: TensorReader, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(reader: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise UsageError naming the first tensor that differs in name or shape."""
     if set(reader.names()) != set(shapes):
         differing = sorted(set(reader.names()) ^ set(shapes))[0]
         where = "only in the model or only in the file; modules of your own need blocks="
-        raise UsageError(f"{path.name}: {differing} is {where}")
+        raise UsageError(f"{reader.folder.name}: {differing} is {where}")
     for name, wanted in shapes.items():
         if (shape := reader.shape(name)) != wanted:
             differs = f"{name} is {shape} in the file and {wanted} in the model"
-            raise UsageError(f"{path.name}: {differs}")
+            raise UsageError(f"{reader.folder.name}: {differs}")
 
 
 def read_model_config(path: Path) -> ModelConfig:

@@ -14,12 +14,13 @@ leaves the previous checkpoint untouched."""
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from headway.checkpoint import checkpoint_dir
 from headway.checkpoint.checkpoint_dir import CheckpointError
@@ -44,7 +45,8 @@ class SavePlan:
     step: int
     mesh: Mesh
     files: list[TensorFile]
-    shards: dict[str, LocalShard]
+    shards: Mapping[str, Iterable[LocalShard]]
+    """The parts of each tensor, which may be read only as they are written."""
     json_files: dict[str, dict[str, Any]]
     """JSON files and their contents; rank 0 writes them."""
     keep: int
@@ -52,7 +54,8 @@ class SavePlan:
 
     def stage(self) -> "SavePlan":
         """Return a plan with copies of the tensors on the CPU, to be written beside training."""
-        return dataclasses.replace(self, shards={k: s.to_cpu() for k, s in self.shards.items()})
+        copies = {k: [s.to_cpu() for s in shards] for k, shards in self.shards.items()}
+        return dataclasses.replace(self, shards=copies)
 
 
 def plan_save(
@@ -80,7 +83,7 @@ def plan_save(
         for name, x in optimizers.tensors().items()
     }
     json_files = {
-        "config.json": {"model_type": "headway", **dataclasses.asdict(config)},
+        "config.json": _config_json(config),
         "state.json": {
             **state,
             "step": step,
@@ -89,22 +92,60 @@ def plan_save(
             "rng": [rng for rng, _ in ranks],
         },
     }
-    files = []
-    for stem, shards in (("model", weights), ("optimizer", moments)):
-        stem_files = plan_files(stem, shards, max_file_bytes)
-        files += stem_files
-        if len(stem_files) > 1:
-            json_files[f"{stem}.safetensors.index.json"] = index_of(stem_files)
+    files = _plan_stems({"model": weights, "optimizer": moments}, max_file_bytes, json_files)
     return SavePlan(
         checkpoint_dir.checkpoints(run_dir) / f"step-{step:06d}",
         step,
         mesh,
         files,
-        weights | moments,
+        {name: [shard] for name, shard in (weights | moments).items()},
         json_files,
         keep,
         keep_up_to,
     )
+
+
+class WeightsInParts(Protocol):
+    """Weights that come from elsewhere, each in parts that are read one at a time."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def parts(self, name: str) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """Yield where each part of a tensor lies, and its values."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The parts of one tensor as shards; iterating reads them."""
+
+    weights: WeightsInParts
+    name: str
+
+    def __iter__(self) -> Iterator[LocalShard]:
+        shape = self.weights.shape(self.name)
+        for place, part in self.weights.parts(self.name):
+            yield LocalShard(part, shape, tuple(s.start for s in place), writes=True)
+
+
+def plan_weights(run_dir: Path, config: ModelConfig, weights: WeightsInParts) -> SavePlan:
+    """Plan a checkpoint of step 0 for `write_checkpoint`: weights in their dtypes, optimisers that
+    have not begun. No more than one part of a tensor is in memory."""
+    empty = {}
+    for name in weights.names():
+        meta = torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta")
+        empty[name] = LocalShard(meta, weights.shape(name), (0,) * meta.dim(), writes=True)
+    mesh, stems = SINGLE_PROCESS.mesh, {"model": empty, "optimizer": {}}
+    state = {"step": 0, "updates": 0, "mesh": mesh.sizes, "rng": []}
+    json_files = {"config.json": _config_json(config), "state.json": state}
+    files = _plan_stems(stems, MAX_FILE_BYTES, json_files)
+    path = checkpoint_dir.checkpoints(run_dir) / "step-000000"
+    shards = {name: _Shards(weights, name) for name in empty}
+    return SavePlan(path, 0, mesh, files, shards, json_files, keep=1, keep_up_to=())
 
 
 def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects | None = None) -> Path:
@@ -157,3 +198,21 @@ def write_checkpoint(plan: SavePlan, gather_objects: GatherObjects | None = None
     if is_main:
         checkpoint_dir.remove_old(path.parent, plan.keep, plan.keep_up_to)
     return path
+
+
+def _config_json(config: ModelConfig) -> dict[str, Any]:
+    return {"model_type": "headway", **dataclasses.asdict(config)}
+
+
+def _plan_stems(
+    stems: dict[str, dict[str, LocalShard]], max_bytes: int, json_files: dict[str, dict[str, Any]]
+) -> list[TensorFile]:
+    """Return the files of several sets of tensors; add an index to `json_files` where one needs
+    it."""
+    files = []
+    for stem, shards in stems.items():
+        stem_files = plan_files(stem, shards, max_bytes)
+        files += stem_files
+        if len(stem_files) > 1:
+            json_files[f"{stem}.safetensors.index.json"] = index_of(stem_files)
+    return files

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,13 @@ class TensorFile:
             file.write(self.header)
             file.truncate(self.size)
 
-    def write(self, folder: Path, shards: dict[str, LocalShard]) -> None:
-        """Write the shards of this rank and sync them to disk."""
+    def write(self, folder: Path, shards: Mapping[str, Iterable[LocalShard]]) -> None:
+        """Write the shards of each tensor that this rank has and sync them to disk."""
         with (folder / self.name).open("r+b", buffering=0) as file:
             for name in self.begins:
-                if shards[name].writes:
-                    self.write_one(file.fileno(), name, shards[name])
+                for shard in shards[name]:
+                    if shard.writes:
+                        self.write_one(file.fileno(), name, shard)
             os.fsync(file.fileno())
 
     def write_one(self, handle: int, name: str, shard: LocalShard) -> None:

@@ -36,6 +36,7 @@ class TensorReader:
     index that is not that of its files."""
 
     def __init__(self, folder: Path, stem: str) -> None:
+        self.folder = folder
         self._entries: dict[str, _Entry] = {}
         index = folder / f"{stem}.safetensors.index.json"
         places = _weight_map(index) if index.exists() else {}

@@ -16,6 +16,7 @@ from headway.cli.describe import describe
 from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
 from headway.cli.export import export
+from headway.cli.import_ import import_
 from headway.cli.plan import plan
 from headway.cli.report import report
 from headway.cli.sample import sample
@@ -30,6 +31,7 @@ VERBS = {
     "eval": "bits per byte of a trained model on validation text",
     "sample": "text from a trained model",
     "export": "a trained model as a folder for Hugging Face Transformers",
+    "import": "a run folder from a Hugging Face folder",
     "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
@@ -99,6 +101,8 @@ def _verb(args: list[str]) -> int:
             return train(rest)
         case "eval":
             return evaluate(rest)
+        case "import":
+            return import_(rest)
         case "sample":
             return sample(rest)
         case "export":

@@ -11,7 +11,7 @@ from headway.config.errors import UsageError
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 _EVERY = {"rotary_dim", "interleaved", "scaling"}
-_OPTIONS: dict[str, set[str]] = {
+SCALING_FIELDS: dict[str, set[str]] = {
     "none": set(),
     "linear": {"factor"},
     "llama3": {"factor", "original_max_len", "low_freq_factor", "high_freq_factor"},
@@ -89,7 +89,7 @@ class RopeConfig:
                 f"model.rope.rotary_dim={self.rotary_dim} must be even and at most {width}, the "
                 "width of a head; use 0 for all of it"
             )
-        read = _OPTIONS[self.scaling]
+        read = SCALING_FIELDS[self.scaling]
         for field in fields(self):
             value = vars(self)[field.name]
             if field.name not in _EVERY | read and value != field.default:

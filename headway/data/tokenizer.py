@@ -265,10 +265,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
-    return JsonTokenizer(path, eos_token=_eos_token(path.with_name("tokenizer_config.json")))
+    return JsonTokenizer(path, eos_token=eos_token(path.with_name("tokenizer_config.json")))
 
 
-def _eos_token(path: Path) -> str:
+def eos_token(path: Path) -> str:
     """Return the name of the end of a text in a tokenizer_config.json; "" where there is none."""
     try:
         token = json.loads(path.read_text("utf-8")).get("eos_token") or ""

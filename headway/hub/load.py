@@ -2,21 +2,23 @@
 folder. No training option is read, and no weight is drawn: each tensor goes from disk to its final
 dtype once, one at a time."""
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from headway.checkpoint import checkpoint_dir, run_folder
-from headway.checkpoint.load import read_weights
+from headway.checkpoint.load import Weights, read_weights
 from headway.checkpoint.runtime import Device, Dtype, Runtime, resolve_runtime
+from headway.checkpoint.tensor_reader import TensorReader
 from headway.config import Config, UsageError
 from headway.data.tokenizer import Tokenizer, load_tokenizer
+from headway.hub.folder import HubFolder, is_hub_folder, read_json
+from headway.hub.tokenizer_files import load_hub_tokenizer
 from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
+from headway.model.packing import pack_
 from headway.model.roles import stored_dtypes
 from headway.model.transformer import Transformer
 
@@ -66,29 +68,55 @@ def load_model(
     threads: int = 0,
     blocks: BlockBuilder = build_block,
 ) -> LoadedModel:
-    """Return the model of a run folder (its latest undamaged checkpoint) or of one checkpoint
-    inside a run.
+    """Return the model of a run folder (its latest undamaged checkpoint), of one checkpoint inside
+    a run, or of a Hugging Face folder, packed for inference.
 
     Args:
         device, dtype: as for `resolve_runtime`.
         threads: CPU threads; 0 takes what the run was trained with.
         blocks: as for `Transformer`.
     Raises: UsageError where there is no undamaged checkpoint, no run.json above it, no such device,
-    or where `blocks` make another model."""
-    run_dir, checkpoint, problems = find_trained(Path(path))
+    or where `blocks` make another model; for a Hugging Face folder as `HubFolder`."""
+    folder = Path(path)
+    if is_hub_folder(folder):
+        with HubFolder(folder) as weights:
+            tokenizer = load_hub_tokenizer(folder)
+            config = weights.run_config(str(folder.absolute()))
+            return _load(folder, weights, config, tokenizer, device, dtype, threads, blocks)
+    run_dir, checkpoint, problems = find_trained(folder)
     config = run_folder.read_config(run_dir)
-    runtime = resolve_runtime(config, device, dtype)
     tokenizer = tokenizer_of(run_dir, config)
+    with TensorReader(checkpoint, "model") as weights:
+        loaded = _load(run_dir, weights, config, tokenizer, device, dtype, threads, blocks)
+    info = replace(loaded.info, source=checkpoint, problems=tuple(problems))
+    return loaded._replace(info=info)
+
+
+def _load(
+    folder: Path,
+    weights: Weights,
+    config: Config,
+    tokenizer: Tokenizer,
+    device: Device,
+    dtype: Dtype,
+    threads: int,
+    blocks: BlockBuilder,
+) -> LoadedModel:
+    """Build the model on the meta device, read its weights and pack them."""
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UsageError(
-            f"{run_dir} has model.vocab_size={config.model.vocab_size} and the tokenizer "
-            f"{config.data.tokenizer} has {tokenizer.vocab_size} ids; restore the run's tokenizer"
+            f"{folder} has a model of vocab_size={config.model.vocab_size} and a tokenizer of "
+            f"{tokenizer.vocab_size} ids; restore the model's tokenizer"
         )
+    runtime = resolve_runtime(config, device, dtype)
     if threads := threads or config.run.threads:
         torch.set_num_threads(threads)
-    model = _empty(config, runtime, blocks)
-    read_weights(checkpoint, model, runtime.device, stored_dtypes(model, runtime.dtype))
-    info = _info(run_dir, checkpoint, config, runtime, tokenizer, problems)
+    moe = replace(config.model.moe, precision=runtime.precision)
+    with torch.device("meta"):
+        model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype), blocks=blocks)
+    read_weights(weights, model, runtime.device, stored_dtypes(model, runtime.dtype))
+    pack_(model, runtime.dtype)
+    info = _info(folder, config, runtime, tokenizer)
     return LoadedModel(config, model.eval(), tokenizer, info)
 
 
@@ -98,30 +126,16 @@ def tokenizer_of(run_dir: Path, config: Config) -> Tokenizer:
     return load_tokenizer(str(run_dir) if inside else config.data.tokenizer)
 
 
-def _empty(config: Config, runtime: Runtime, blocks: BlockBuilder) -> Transformer:
-    """Return the model on the meta device."""
-    moe = replace(config.model.moe, precision=runtime.precision)
-    with torch.device("meta"):
-        return Transformer(replace(config.model, moe=moe), Compute(runtime.dtype), blocks=blocks)
-
-
-def _info(
-    folder: Path,
-    source: Path,
-    config: Config,
-    runtime: Runtime,
-    tokenizer: Tokenizer,
-    problems: Iterable[str] = (),
-) -> ModelInfo:
+def _info(folder: Path, config: Config, runtime: Runtime, tokenizer: Tokenizer) -> ModelInfo:
     """Return the facts of a model; `folder` may hold files of the tokenizer and of generation."""
-    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return ModelInfo(
         name=folder.absolute().name,
-        source=source,
+        source=folder,
         folder=folder,
         runtime=runtime,
-        problems=tuple(problems),
+        problems=(),
         eos_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *ends])),
         bos_id=tokenizer.bos,
         chat_template=_chat_template(folder),
@@ -134,18 +148,10 @@ def _chat_template(folder: Path) -> str | None:
     several the one called default."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text("utf-8")
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file; {} without the file."""
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}; restore it") from None
 
 
 def find_trained(path: Path) -> tuple[Path, Path, list[str]]:
@@ -162,5 +168,6 @@ def find_trained(path: Path) -> tuple[Path, Path, list[str]]:
             raise UsageError(f"checkpoint {path} is damaged: {problem}; {fix}")
         return path.absolute().parent.parent, path, []
     raise UsageError(
-        f"{path} is neither a run folder nor a checkpoint; give the --run of a `headway train`"
+        f"{path} is neither a run folder, nor a checkpoint, nor a Hugging Face folder; give the "
+        "--run of a `headway train`"
     )

@@ -12,6 +12,7 @@ from headway.checkpoint.save import plan_save, write_checkpoint
 from headway.config import Config, ModelConfig, MoEConfig, UsageError
 from headway.hub.load import load_model
 from headway.model.compute import Compute
+from headway.model.packing import pack_
 from headway.model.roles import Group, roles_of
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
@@ -45,8 +46,8 @@ def write_run(folder, model_config=SMALL):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_are_stored_in_the_dtype_of_the_matmuls(tmp_path, dtype):
-    """Router, norms and bias in float32, and the same bits as float32 weights that are cast in
-    every call."""
+    """Router, norms and bias in float32, and the same bits as weights that were float32 until they
+    were packed."""
     trained = write_run(tmp_path / "run")
     loaded = load_model(tmp_path / "run", "cpu", dtype)
     wanted = getattr(torch, dtype)
@@ -57,6 +58,7 @@ def test_weights_are_stored_in_the_dtype_of_the_matmuls(tmp_path, dtype):
     assert not loaded.model.training
     reference = Transformer(SMALL, Compute(wanted))
     reference.load_state_dict(trained.state_dict())
+    pack_(reference.eval(), wanted)
     x = torch.arange(24).view(2, 12)
     with torch.no_grad():
         want, got = (m(x).logits_BSV for m in (reference, loaded.model))
@@ -82,7 +84,7 @@ def test_a_folder_says_what_ends_a_text(tmp_path):
     (tmp_path / "run" / "chat_template.jinja").write_text("{{ messages }}")
     assert load_model(tmp_path / "run").info.chat_template == "{{ messages }}"
     (tmp_path / "run" / "generation_config.json").write_text("{")
-    with pytest.raises(UsageError, match="generation_config.json is no JSON"):
+    with pytest.raises(UsageError, match="generation_config.json cannot be read"):
         load_model(tmp_path / "run")
 
 
@@ -100,11 +102,11 @@ MEASURE = """
 import json, sys
 import torch
 from headway.hub.load import load_model
-from tests.hub.memory import peak
+from headway.hub.memory import peak_memory
 
 torch.set_num_threads(1)
 state = torch.get_rng_state()
-with peak() as memory:
+with peak_memory() as memory:
     model = load_model(sys.argv[1], "cpu", "bfloat16").model
 assert torch.equal(state, torch.get_rng_state()), "a weight was drawn"
 print(memory.bytes, sum(x.nbytes for x in model.state_dict().values()))

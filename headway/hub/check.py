@@ -1,0 +1,87 @@
+"""Compare an imported model with Transformers' reading of the same folder, in float32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headway.config import UsageError
+from headway.hub.load import load_model
+from headway.model.context import Context
+from headway.model.transformer import Transformer
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "1, 1, 2, 3, 5, 8,",
+    "Der Mond ist aufgegangen, die goldnen Sternlein prangen",
+    "人工知能とは、",
+    "In the beginning God created the heaven and the earth. And the earth was without form,",
+    '{"name": "Ada", "born": 1815, "languages": [',
+    "x",
+)
+TOLERANCE = 1e-5
+"""Of the difference of logits, relative to the largest where that is above 1."""
+N_GREEDY = 32
+"""Tokens of greedy decoding."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models are apart."""
+
+    max_logit_difference: float
+    """Largest absolute difference of two logits at any position of the prompts."""
+    greedy_equal: bool
+    """Whether greedy decoding of the first prompt chooses the same tokens."""
+    largest_logit: float
+    """Largest absolute logit, by which rounding grows."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether they are the same model up to the rounding of float32."""
+        bound = TOLERANCE * max(1.0, self.largest_logit)
+        return self.greedy_equal and self.max_logit_difference <= bound
+
+
+def compare(folder: Path, run: Path) -> Comparison:
+    """Compare what the run computes with what Transformers computes from the folder. No code of
+    the folder is run. Raises UsageError without Transformers."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UsageError("--check needs Transformers; pip install 'headway[hf]'") from None
+    ours = load_model(run, "cpu", "float32")
+    encoded = [ours.tokenizer.encode(text).tolist()[: ours.info.max_len] for text in PROMPTS]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+
+    def their_logits(ids: Sequence[int]) -> Tensor:
+        return theirs(torch.tensor([ids])).logits[0]
+
+    difference = largest = 0.0
+    with torch.no_grad():
+        for ids in encoded:
+            logits_SV, wanted_SV = ours.model(torch.tensor([ids])).logits_BSV[0], their_logits(ids)
+            difference = max(difference, float((logits_SV - wanted_SV).abs().max()))
+            largest = max(largest, float(wanted_SV.abs().max()))
+        n = min(N_GREEDY, ours.info.max_len - len(encoded[0]))
+        whole = list(encoded[0])
+        for _ in range(n):
+            whole.append(int(their_logits(whole)[-1].argmax()))
+        equal = _greedy(ours.model, encoded[0], n) == whole[len(encoded[0]) :]
+    return Comparison(difference, equal, largest)
+
+
+def _greedy(model: Transformer, ids: Sequence[int], n: int) -> list[int]:
+    """Return the n most likely tokens after `ids`, each fed back, with a cache."""
+    ctx = Context(cache=model.init_cache(1, len(ids) + n), last_only=True)
+    tokens, following = [], torch.tensor([ids])
+    for _ in range(n):
+        logits_V = model(following, ctx=ctx).logits_BSV[0, 0]
+        tokens.append(int(logits_V.argmax()))
+        following = torch.tensor([[tokens[-1]]])
+    return tokens

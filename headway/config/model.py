@@ -44,6 +44,8 @@ class ModelConfig:
     window: tuple[int, ...] = ()
     """Sliding attention window in tokens, one entry per layer, repeated over the layers; 0 is full
     attention; empty is full attention everywhere."""
+    sinks: bool = False
+    """One learned score per attention head that takes weight and gives nothing (GPT-OSS)."""
     max_len: int = 0
     """Longest context in tokens that the model is used with; 0 means data.seq_len. Bounds what is
     served and changes no number."""

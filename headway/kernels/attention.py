@@ -37,20 +37,46 @@ def reads_first(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in cpp_kernels().dtypes
 
 
+def with_sinks(mask: Tensor, sinks_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what SDPA adds to the scores, `[…, N, S, keys + 1]`, if a key of zeros follows the
+    others: the sink of each head where a query sees keys."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    if mask.dim() == 2 or mask.shape[-3] == 1:
+        bias = bias.expand(*mask.shape[:-3], len(sinks_N), *mask.shape[-2:])
+    sink = sinks_N.to(dtype).view(-1, 1, 1).expand(*bias.shape[:-1], 1)
+    return torch.cat((bias, sink), -1)
+
+
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, first_BS: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    first_BS: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The same by its definition, any dtype; arguments and result as in `attention`."""
     (S, N, d), n_keys = q.shape[1:], k.shape[1]
     q, k, v = (t.transpose(1, 2).repeat_interleave(N // t.shape[2], 1) for t in (q, k, v))
     if mask is None:
         mask = _dense_mask(S, n_keys, q.device, first_BS)
-    score = (q @ k.transpose(2, 3) / d**0.5).masked_fill(~mask, -torch.inf)
-    return (torch.softmax(score, -1) @ v).transpose(1, 2)
+    score = q @ k.transpose(2, 3) * (d**-0.5 if scale is None else scale)
+    score = score.masked_fill(~mask, -torch.inf)
+    if sinks_N is not None:
+        sink = sinks_N.to(score.dtype).view(-1, 1, 1).expand(*score.shape[:-1], 1)
+        score = torch.cat((score, sink), -1)
+    return (torch.softmax(score, -1)[..., :n_keys] @ v).transpose(1, 2)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, first_BS: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    first_BS: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of S queries to the keys that `mask` allows.
 
@@ -62,32 +88,47 @@ def attention(
         SDPA. None is causal: with as many keys as queries, or with one query after the last key.
         first_BS: int32 `[B, S]`, only without a mask and with as many keys as queries: the first
         key that a query sees, between 0 and the query, and never below that of the query before.
+        sinks_N: float32 (float64), one more score per head, which takes weight and gives nothing.
+        scale: of the scores; None is 1/√d.
     Returns: `[B, S, N, d]` in q's dtype."""
     if transformed():
-        return attention_reference(q, k, v, mask, first_BS)
+        return attention_reference(q, k, v, mask, first_BS, sinks_N, scale)
     square = mask is None and q.shape[1] == k.shape[1]
     # bfloat16 is multiplied in pairs
     if square and q.shape[-1] % 2 == 0 and cpp_kernels().supports(q, k, v):
-        return _forward(q, k, v, first_BS)[0]
-    if first_BS is not None:
+        sinks_N = None if sinks_N is None else sinks_N.float()
+        return _forward(q, k, v, first_BS, sinks_N, scale)[0]
+    if first_BS is not None or (mask is None and sinks_N is not None):
         mask = _dense_mask(q.shape[1], k.shape[1], q.device, first_BS)
+    if sinks_N is not None and mask is not None:
+        mask = with_sinks(mask, sinks_N, q.dtype)
+        k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
     q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[2] != k.shape[2]
     y = F.scaled_dot_product_attention(
-        q_, k_, v_, attn_mask=mask, is_causal=square and mask is None, enable_gqa=grouped
+        q_, k_, v_, mask, is_causal=square and mask is None, scale=scale, enable_gqa=grouped
     )
     return y.transpose(1, 2)
 
 
 @torch.library.custom_op("headway::attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, first_BS: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_BS: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, log-sum-exp of the scores `[B, N, S]` float32)."""
-    (q, k, v), sizes = _arguments(q, k, v)
+    """Return (out, log-sum-exp of the scores and the sink `[B, N, S]` float32)."""
+    (q, k, v), sizes = _arguments(q, k, v, scale)
     out, lse = torch.empty_like(q), _row_sums(q)
     cpp_kernels().call("attention_forward", q.dtype, q, k, v, first_BS, *sizes, out, lse)
-    return out, lse
+    if sinks_N is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks_N.unsqueeze(1))
+    share = torch.exp(lse - total).transpose(1, 2).unsqueeze(-1)
+    return (out * share).to(q.dtype), total
 
 
 @torch.library.custom_op("headway::attention_backward", mutates_args=())
@@ -97,44 +138,57 @@ def _backward(
     k: Tensor,
     v: Tensor,
     first_BS: Tensor | None,
+    sinks_N: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v."""
-    (q, k, v), sizes = _arguments(q, k, v)
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and the sinks. A sink is a key whose value is 0: the others'
+    equations hold as they are, with the log-sum-exp that it is part of."""
+    (q, k, v), sizes = _arguments(q, k, v, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     tensors = (q, k, v, first_BS, out, d_out.contiguous(), lse)
     cpp_kernels().call("attention_backward", q.dtype, *tensors, *sizes, dq, dk, dv)
-    return dq, dk, dv
+    if sinks_N is None:
+        return dq, dk, dv, lse.new_empty(0)
+    delta_BNS = torch.linalg.vecdot(out.float(), d_out.float()).transpose(1, 2)
+    return dq, dk, dv, -(torch.exp(sinks_N.unsqueeze(1) - lse) * delta_BNS).sum((0, 2))
 
 
 @_forward.register_fake
-def _(q, k, v, first_BS=None):
+def _(q, k, v, first_BS=None, sinks_N=None, scale=None):
     return q.new_empty(q.shape), _row_sums(q)
 
 
 @_backward.register_fake
-def _(d_out, q, k, v, first_BS, out, lse):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(d_out, q, k, v, first_BS, sinks_N, out, lse, scale):
+    d_sinks = lse.new_empty(0 if sinks_N is None else sinks_N.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that is only kept
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _autograd(ctx, d_out, _):
     if d_out is None:  # PyTorch may ask without a gradient
-        return None, None, None, None
-    q, k, v, first_BS, out, lse = ctx.saved_tensors
+        return (None,) * 6
+    q, k, v, first_BS, sinks_N, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
 
-        def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-            return (attention_reference(q, k, v, first_BS=first_BS),)
+        def reference(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> tuple[Tensor]:
+            sinks_N = sinks[0] if sinks else None
+            return (attention_reference(q, k, v, None, first_BS, sinks_N, ctx.scale),)
 
-        needed = ctx.needs_input_grad[:3]
-        return *reference_grads(reference, (q, k, v), needed, (d_out,)), None
-    return *_backward(d_out, q, k, v, first_BS, out, lse), None
+        inputs = (q, k, v) if sinks_N is None else (q, k, v, sinks_N)
+        needed = (*ctx.needs_input_grad[:3], True)[: len(inputs)]
+        dq, dk, dv, *d_sinks = reference_grads(reference, inputs, needed, (d_out,))
+        return dq, dk, dv, None, d_sinks[0] if d_sinks else None, None
+    tensors = (q, k, v, first_BS, sinks_N, out, lse)
+    dq, dk, dv, d_sinks_N = _backward(d_out, *tensors, ctx.scale)
+    return dq, dk, dv, None, None if sinks_N is None else d_sinks_N, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
@@ -151,8 +205,9 @@ def _row_sums(q: Tensor) -> Tensor:
     return q.new_empty(B, N, S, dtype=torch.float32)
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], tuple]:
-    """Contiguous tensors, and the numbers that the C++ functions take: B, S, N, M, d, 1/√d."""
+def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[list[Tensor], tuple]:
+    """Contiguous tensors, and the numbers that the C++ functions take: B, S, N, M, d, scale."""
     (B, S, N, d), M = q.shape, k.shape[2]
     assert q.dtype == k.dtype == v.dtype and k.shape == v.shape == (B, S, M, d) and N % M == 0
-    return [t.contiguous() for t in (q, k, v)], (B, S, N, M, d, d**-0.5)
+    scale = d**-0.5 if scale is None else scale
+    return [t.contiguous() for t in (q, k, v)], (B, S, N, M, d, scale)

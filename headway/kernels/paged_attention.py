@@ -9,10 +9,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from headway.kernels.attention import causal_mask
+from headway.kernels.attention import attention, causal_mask
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.packed import batch_invariant
 
@@ -102,27 +101,12 @@ def _attend(
         at = page_P[position // PAGE].long(), position % PAGE
         keys[at], values[at] = k_TMd[here], v_TMd[here]
         held = page_P[: -(-end // PAGE)].long()
-        k, v = (t[held].flatten(0, 1)[:end] for t in (keys, values))
+        k, v = (t[held].flatten(0, 1)[:end].unsqueeze(0) for t in (keys, values))
         oldest = (position - window + 1).clamp(min=0) if window else None
         mask = causal_mask(position, end, oldest)
-        out_TNd[here] = _attend_to(q_TNd[here], k, v, mask, scale, sinks_N)
+        q = q_TNd[here].unsqueeze(0)
+        out_TNd[here] = attention(q, k, v, mask, sinks_N=sinks_N, scale=scale)[0]
     return out_TNd
-
-
-def _attend_to(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks_N: Tensor | None
-) -> Tensor:
-    """Return the attention of `[S, N, d]` to `[keys, M, d]`; a sink is a key of 0 and a bias."""
-    if sinks_N is not None:
-        bias = torch.zeros(len(sinks_N), *mask.shape, dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill_(~mask, -torch.inf)
-        sink = sinks_N.to(q.dtype).view(-1, 1, 1).expand(-1, len(q), 1)
-        mask = torch.cat((bias, sink), -1)
-        k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
-    return y[0].transpose(0, 1)
 
 
 def paged_attention_reference(

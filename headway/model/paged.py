@@ -97,9 +97,16 @@ class PagedKV:
         self.pages.data[target] = self.pages.data[source]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: PagedPositions, window: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: PagedPositions,
+        window: int,
+        sinks_N: Tensor | None = None,
     ) -> Tensor:
         """Write keys and values `[1, T, M, d]` to their pages; return the attention of queries
         `[1, T, N, d]`, each to its own sequence up to its own position."""
-        out_TNd = paged_attention(q[0], k[0], v[0], self.pages, positions.where, window)
+        arguments = (q[0], k[0], v[0], self.pages, positions.where, window)
+        out_TNd = paged_attention(*arguments, sinks_N=sinks_N)
         return out_TNd.unsqueeze(0)

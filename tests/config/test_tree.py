@@ -253,6 +253,7 @@ models = st.builds(
     clip_qkv=st.sampled_from([0.0, 0.5]),
     qkv_bias=st.booleans(),
     o_bias=st.booleans(),
+    sinks=st.booleans(),
     attn_gate=st.booleans(),
     tied=st.booleans(),
     d_ff=small,

@@ -181,7 +181,7 @@ def test_are_well_formed_custom_operators():
     out, lse = torch.ops.headway.attention(*plain)
     assert lse.shape == (2, 4, 20) and lse.dtype == torch.float32
     torch.library.opcheck(
-        torch.ops.headway.attention_backward.default, (d_out, *plain, None, out, lse)
+        torch.ops.headway.attention_backward.default, (d_out, *plain, None, None, out, lse, None)
     )
 
 
@@ -302,7 +302,7 @@ def test_operators_with_first_keys_are_well_formed_and_compile():
     torch.library.opcheck(torch.ops.headway.attention.default, (*inputs, first_BS))
     plain = tuple(t.detach() for t in inputs)
     saved = torch.ops.headway.attention(*plain, first_BS)
-    arguments = (d_out, *plain, first_BS, *saved)
+    arguments = (d_out, *plain, first_BS, None, *saved, None)
     torch.library.opcheck(torch.ops.headway.attention_backward.default, arguments)
 
     def grads(function):

@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
         heads(expert_bias=True), _mesh(2, 1, 2, shard="fsdp", ep_scheme="all_gather")
     ),
     "biases of attention, QK-norm over all heads, fsdp, dp=2 hp=2": Case(
-        replace(heads(), qkv_bias=True, o_bias=True, qk_norm="all", clip_qkv=1.0),
+        replace(heads(), qkv_bias=True, o_bias=True, sinks=True, qk_norm="all", clip_qkv=1.0),
         _mesh(2, 2, 1, shard="fsdp"),
     ),
     "all to the same experts, hp=2 ep=2": Case(heads(), _mesh(hp=2, ep=2), skew=True),

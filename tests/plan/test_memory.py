@@ -80,6 +80,7 @@ MODELS |= {
         BASE,
         moe=replace(SPARSE, kind="moe", n_heads=1, activation="swiglu_clamped", expert_bias=True),
     ),
+    "sinks": replace(BASE, sinks=True, window=(5, 0)),
     "biased scores": replace(BASE, moe=replace(SPARSE, router=RouterConfig(logit_bias=True))),
     "groups of experts": replace(
         BASE, moe=replace(SPARSE, router=RouterConfig(gate="sigmoid", n_groups=4, top_k_groups=2))

@@ -18,6 +18,7 @@ from headway.model.context import Context, Positions
 from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, casts
 from headway.model.linear import Linear, RMSNorm, pack_together
 from headway.model.paged import PagedKV
+from headway.model.roles import Group, Init, Role
 
 
 @dataclass
@@ -27,11 +28,19 @@ class KVState:
     k: Tensor
     v: Tensor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, window: int) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Positions,
+        window: int,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
         """Append keys and values `[B, S, M, d]`; return the attention of queries `[B, S, N, d]` to
         all positions so far."""
         k, v = self._append(k, v, positions)
-        return attention(q, k, v, *positions.visible(window, q.dtype))
+        return attention(q, k, v, *positions.visible(window, q.dtype), sinks_N)
 
     def _append(
         self, k_BSMd: Tensor, v_BSMd: Tensor, positions: Positions
@@ -51,8 +60,8 @@ class KVState:
 
 
 class Attention(nn.Module):
-    """Causal attention with RoPE, optional biases, QK-norm, clamping, sliding window and per-head
-    sigmoid output gate.
+    """Causal attention with RoPE, optional biases, QK-norm, clamping, sliding window, sinks and
+    per-head sigmoid output gate.
 
     `window`: tokens a position sees, itself included; 0 is all. Norm and rotation are one kernel
     with `qk_norm` none or head, without `clip_qkv` and where halves of whole heads are rotated; a
@@ -70,8 +79,12 @@ class Attention(nn.Module):
         self.o = Linear(self.n_heads * d, D, bias=config.o_bias, ends_branch=True)
         self.q_norm, self.k_norm = _qk_norm(config, self.n_heads), _qk_norm(config, self.n_kv_heads)
         self.gate = Linear(D, self.n_heads) if config.attn_gate else None
+        self.sinks_N = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
         self.packed: PackedWeight | None = None
         """q, k, v and the gate as one product."""
+
+    def roles(self) -> dict[str, Role]:
+        return {"sinks_N": Role(Group.VECTOR, Init.ZEROS)}
 
     def pack(self, dtype: torch.dtype) -> None:
         if self.packed is None:
@@ -87,9 +100,11 @@ class Attention(nn.Module):
         q, k, v, *gate = self._project(x_BSD)
         q, k, v = self._qkv(q, k, v, positions)
         if ctx.cache is None:
-            y_BSNd = attention(q, k, v, *positions.visible(self.window, q.dtype))
+            seen = positions.visible(self.window, q.dtype)
+            y_BSNd = attention(q, k, v, *seen, self.sinks_N)
         else:
-            y_BSNd = ctx.cache.state(ctx.layer).attend(q, k, v, positions, self.window)
+            state = ctx.cache.state(ctx.layer)
+            y_BSNd = state.attend(q, k, v, positions, self.window, self.sinks_N)
         if gate:
             y_BSNd = gate_heads(y_BSNd, gate[0])
         return self.o(y_BSNd.flatten(-2))
@@ -166,6 +181,7 @@ class Attention(nn.Module):
         if self.config.clip_qkv:
             saved += T * b * d * (N + 2 * M)
         biases = sum(p.bias.numel() for p in (self.q, self.k, self.v, self.o) if p.bias is not None)
+        biases += 0 if self.sinks_N is None else N
         if work.doc_mask or 0 < self.window < S:
             masks = Term(4 * T, "4·B·S")
             if work.dense_masks:
@@ -175,12 +191,12 @@ class Attention(nn.Module):
         saved_term = Term(saved, "T·b·d·(3N + 3M), of it N + M for QK-norm")
         return (
             Cost(CostGroup.MIXER, Term(weights, formula), saved=saved_term),
-            Cost(CostGroup.MIXER, Term(biases, "biases")),
+            Cost(CostGroup.MIXER, Term(biases, "biases and sinks")),
             Cost(CostGroup.NORMS, norms),
             Cost(CostGroup.PROJECTIONS, flops=Term(2 * weights, f"2·{formula}")),
             Cost(CostGroup.SCORES, flops=scores),
             Cost(CostGroup.MASKS, saved=masks),
-            casts(weights + biases, work),
+            casts(weights, work),
         )
 
 

@@ -61,7 +61,10 @@ def attention_reference(
         key, value = k[:, :, n // repeat], v[:, :, n // repeat]
         score = q[:, :, n] @ key.transpose(1, 2) / key.shape[-1] ** 0.5
         weight = torch.exp(score - score.max()) * mask_SS
-        y = weight @ value / weight.sum(-1, keepdim=True)
+        total = weight.sum(-1, keepdim=True)
+        if layer.sinks_N is not None:
+            total = total + torch.exp(layer.sinks_N[n] - score.max())
+        y = weight @ value / total
         if layer.gate is not None:
             y = y * torch.sigmoid(x @ layer.gate.weight[n]).unsqueeze(-1)
         heads.append(y)

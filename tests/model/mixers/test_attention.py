@@ -33,6 +33,7 @@ OPTIONS = [
     {"clip_qkv": 0.5},
     {"qkv_bias": True, "o_bias": True, "n_kv_heads": 1},
     {"attn_gate": True},
+    {"sinks": True, "n_kv_heads": 2},
     {"d_head": 6},
     {"d_head": 6, "rope": RopeConfig(rotary_dim=4)},
     {"rope": RopeConfig(interleaved=True), "qk_norm": "none"},

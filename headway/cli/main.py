@@ -20,6 +20,7 @@ from headway.cli.import_ import import_
 from headway.cli.plan import plan
 from headway.cli.report import report
 from headway.cli.sample import sample
+from headway.cli.serve import serve
 from headway.cli.tokenize import tokenize
 from headway.cli.train import train
 from headway.config import PeerError, RankError, UsageError
@@ -32,6 +33,7 @@ VERBS = {
     "sample": "text from a trained model",
     "export": "a trained model as a folder for Hugging Face Transformers",
     "import": "a run folder from a Hugging Face folder",
+    "serve": "an OpenAI-compatible server of a trained model",
     "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
@@ -107,6 +109,8 @@ def _verb(args: list[str]) -> int:
             return sample(rest)
         case "export":
             return export(rest)
+        case "serve":
+            return serve(rest)
         case "tokenize":
             return tokenize(rest)
         case "report":

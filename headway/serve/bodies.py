@@ -222,6 +222,7 @@ MESSAGE = Record(
         ),
         "content": Field(Either((Text(MAX_TEXT), Many(_PART, 4096, 1))), "Text, or parts of text."),
         "name": Field(Text(256), "For the chat template."),
+        "reasoning_content": Field(Text(MAX_TEXT), "What the assistant thought before it spoke."),
         "tool_calls": Field(Many(_CALL, 128), "Calls of the assistant."),
         "tool_call_id": Field(Text(256), "Which call a tool answers."),
     },

@@ -194,7 +194,9 @@ class Table:
     def read(self, value: Json, param: str) -> dict[str, Any]:
         if type(value) is not dict or len(value) > self.most:
             raise _refused(value, param, self)
-        return {name: self.of.read(item, f"{param}.{_name(name)}") for name, item in value.items()}
+        return {
+            name: self.of.read(item, f"{param}.{shown_name(name)}") for name, item in value.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -304,11 +306,11 @@ def _refused(value: Json, param: str, kind: Kind, hint: str = "") -> BadRequest:
 def _unknown(name: str, known: Collection[str], dot: str) -> BadRequest:
     near = difflib.get_close_matches(name[:60], known, n=1)
     fix = f"did you mean {near[0]}?" if near else "docs/serving.md lists the fields"
-    where = dot + _name(name)
+    where = dot + shown_name(name)
     return BadRequest(f"unknown field {where}; {fix}", where, code="unknown_parameter")
 
 
-def _name(name: str) -> str:
+def shown_name(name: str) -> str:
     """Return the name of a field for a message: on one line, and short."""
     short = name if len(name) <= 60 else f"{name[:60]}…"
     return short if short.isprintable() else repr(short)

@@ -15,7 +15,7 @@ from headway.serve.errors import BadRequest, error_json
 Scope: TypeAlias = dict[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]
 Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+App: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
 
 OPEN_PATHS = ("/health", "/", "/page.js", "/page.css")
 """Need no key: they tell nothing, and the page asks for the key."""
@@ -65,9 +65,9 @@ class Guard:
             self._check_host(headers.get(b"host", b""))
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers.get(b"authorization", b""))
-            body = b""
-            if scope["method"] not in ("GET", "HEAD"):
-                body = await self._read(headers, receive)
+            if scope["method"] in ("GET", "HEAD"):
+                return await self.app(scope, receive, send_with_id)
+            body = await self._read(headers, receive)
         except BadRequest as error:
             return await _answer(error, send_with_id)
         except ConnectionError:
@@ -81,7 +81,7 @@ class Guard:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, receive_body if body else receive, send_with_id)
+        await self.app(scope, receive_body, send_with_id)
 
     def _check_host(self, host: bytes) -> None:
         name = host.decode("latin-1").lower()

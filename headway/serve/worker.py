@@ -1,7 +1,8 @@
 """The engine in a thread of its own, for an asyncio server.
 
     worker = EngineThread(engine)
-    async for update in worker.submit(prompt, params): …     # leaving the loop aborts the request
+    async with worker.submit([prompt], params) as stream:    # leaving the block aborts what runs
+        async for updates in stream: …                       # those of one step
     await worker.stop()
 
 The thread takes requests between two steps and sleeps, without using a core, where there are none.
@@ -10,6 +11,7 @@ Updates of one step reach the event loop together."""
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -24,63 +26,63 @@ class EngineStopped(RuntimeError):
 
 
 class Stream:
-    """The updates of one request, as they come; ends after the last choice has ended."""
+    """The updates of some requests, step by step; ends after the last choice has ended."""
 
-    def __init__(self, worker: "EngineThread", n_choices: int):
-        self._worker, self._unfinished = worker, n_choices
-        self.request: Request | None = None
-        """Set before the first update."""
-        self.updates: asyncio.Queue[Update | Exception] = asyncio.Queue()
+    def __init__(self, n_choices: int):
+        self._unfinished = n_choices
+        self.requests: list[Request] = []
+        """One per prompt, in their order."""
+        self.updates: asyncio.Queue[list[Update] | EngineStopped] = asyncio.Queue()
 
     def __aiter__(self) -> "Stream":
         return self
 
-    async def __anext__(self) -> Update:
+    async def __anext__(self) -> list[Update]:
         if not self._unfinished:
             raise StopAsyncIteration
-        update = await self.updates.get()
-        if isinstance(update, Exception):
+        updates = await self.updates.get()
+        if isinstance(updates, EngineStopped):
             self._unfinished = 0
-            raise update
-        self._unfinished -= update.finish_reason is not None
-        return update
-
-    def abort(self) -> None:
-        """Drop the request, if it still runs."""
-        if self._unfinished and self.request is not None:
-            self._worker.abort(self.request.id)
-        self._unfinished = 0
+            raise updates
+        self._unfinished -= sum(update.finish_reason is not None for update in updates)
+        return updates
 
 
 class EngineThread:
-    """Runs an engine. Methods are called from the event loop that is running when it is made."""
+    """Runs an engine. Methods are called from the event loop that is running when it is made.
 
-    def __init__(self, engine: Engine):
+    Args:
+        on_step: is called in the engine's thread after each step."""
+
+    def __init__(self, engine: Engine, on_step: Callable[[], None] = lambda: None):
         self.engine, self._loop = engine, asyncio.get_running_loop()
+        self._on_step = on_step
         self._commands: deque[Callable[[], None]] = deque()
         self._wake, self._stopping = threading.Event(), False
         self._streams: dict[Request, Stream] = {}
-        self._failed: Exception | None = None
+        self._ended: EngineStopped | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Return whether requests are taken."""
+        return self._ended is None and not self._stopping
+
     @contextlib.asynccontextmanager
     async def submit(
-        self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "", id: str = ""
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, salt: str = ""
     ) -> AsyncIterator[Stream]:
-        """Run a request; gives its updates, and aborts it where the block is left before its end.
+        """Run a request per prompt; gives their updates, and aborts those that still run where the
+        block is left.
 
-        Raises UsageError where it can never run, EngineStopped where the engine has."""
-        stream = Stream(self, params.n)
-        await self.call(lambda: self._add(stream, prompt, params, salt, id))
+        Raises UsageError where one can never run, EngineStopped where the engine has."""
+        stream = Stream(len(prompts) * params.n)
         try:
+            await self.call(lambda: self._add(stream, prompts, params, salt))
             yield stream
-        finally:
-            stream.abort()
-
-    def abort(self, id: str) -> None:
-        """Drop a request before the next step."""
-        self._put(lambda: self._abort(id))
+        finally:  # also where the caller is cancelled before the engine has taken the requests
+            self._put(lambda: self._abort(stream))
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the engine's thread between two steps; return its result."""
@@ -94,15 +96,9 @@ class EngineThread:
             else:
                 self._loop.call_soon_threadsafe(_resolve, future, result)
 
-        if self._failed is not None or self._stopping:
-            raise EngineStopped(str(self._failed or "the engine is stopping"))
+        self._check()
         self._put(run)
         return await future
-
-    async def drained(self) -> None:
-        """Return when no request runs or waits."""
-        while self._streams or self._commands:
-            await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         """Drop what runs and end the thread."""
@@ -110,11 +106,17 @@ class EngineThread:
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
 
+    def _check(self) -> None:
+        """Raise EngineStopped where no request is taken."""
+        if not self.running:
+            raise self._ended or EngineStopped("the engine is stopping")
+
     def _put(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
         self._wake.set()
 
     def _run(self) -> None:
+        error = EngineStopped("the engine has stopped")
         try:
             while not self._stopping:
                 if not self.engine.has_work:
@@ -123,37 +125,45 @@ class EngineThread:
                 while self._commands:
                     self._commands.popleft()()
                 if self.engine.has_work:
-                    self._deliver(self.engine.step())
-            error: Exception = EngineStopped("the engine has stopped")
+                    updates = self.engine.step()
+                    self._on_step()
+                    self._deliver(updates)
         except Exception as failure:
-            error = self._failed = failure
-        for stream in self._streams.values():
+            traceback.print_exception(failure)
+            error = EngineStopped(f"the engine failed: {type(failure).__name__}: {failure}")
+        self._ended = error
+        for stream in set(self._streams.values()):
+            self._abort(stream)
             self._post([(stream, error)])
         while self._commands:
             self._commands.popleft()()
-        self._streams.clear()
 
     def _add(
-        self, stream: Stream, prompt: Sequence[int], params: SamplingParams, salt: str, id: str
+        self, stream: Stream, prompts: Sequence[Sequence[int]], params: SamplingParams, salt: str
     ) -> None:
-        if self._stopping or self._failed is not None:
-            raise EngineStopped("the engine has stopped")
-        stream.request = self.engine.add(prompt, params, salt=salt, id=id)
-        self._streams[stream.request] = stream
+        self._check()
+        for prompt in prompts:
+            request = self.engine.add(prompt, params, salt=salt)
+            stream.requests.append(request)
+            self._streams[request] = stream
 
-    def _abort(self, id: str) -> None:
-        self.engine.abort(id)
-        for request in [r for r in self._streams if r.id == id]:
-            del self._streams[request]
+    def _abort(self, stream: Stream) -> None:
+        for request in stream.requests:
+            if self._streams.pop(request, None) is not None:
+                self.engine.abort(request.id)
 
     def _deliver(self, updates: list[Update]) -> None:
-        self._post([(self._streams[u.request], u) for u in updates if u.request in self._streams])
-        running = {s.request for s in self.engine.sequences}
+        """Give each stream what a step adds to it."""
+        parts: dict[Stream, list[Update]] = {}
+        for update in updates:
+            parts.setdefault(self._streams[update.request], []).append(update)
+        self._post(list(parts.items()))
+        running = {sequence.request for sequence in self.engine.sequences}
         for update in updates:
             if update.finish_reason and update.request not in running:
                 self._streams.pop(update.request, None)
 
-    def _post(self, items: list[tuple[Stream, Update | Exception]]) -> None:
+    def _post(self, items: Sequence[tuple[Stream, list[Update] | EngineStopped]]) -> None:
         def put() -> None:
             for stream, item in items:
                 stream.updates.put_nowait(item)

@@ -1,6 +1,7 @@
 """The engine's thread: streams, leaving, failures, and no work without requests."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -24,8 +25,8 @@ def run(engine, body):
 
 
 async def collect(worker, prompt, params=PARAMS):
-    async with worker.submit(prompt, params) as stream:
-        return [token async for update in stream for token in update.tokens]
+    async with worker.submit([prompt], params) as stream:
+        return [token async for updates in stream for u in updates for token in u.tokens]
 
 
 def test_streams_give_what_generate_gives(engine):
@@ -42,13 +43,47 @@ def test_who_leaves_frees_the_pages(engine):
     inference = engine()
 
     async def body(worker):
-        async with worker.submit([1] * 20, SamplingParams(max_tokens=200)) as stream:
+        async with worker.submit([[1] * 20], SamplingParams(max_tokens=200)) as stream:
             async for _ in stream:
                 break
         await worker.call(lambda: None)
         return inference.has_work, inference.scheduler.pool.n_free, inference.counters.aborted
 
     assert run(inference, body) == (False, inference.scheduler.pool.n_pages, 1)
+
+
+def test_who_leaves_before_the_engine_has_taken_the_request(engine):
+    inference = engine()
+
+    async def body(worker):
+        held, release = threading.Event(), threading.Event()
+        blocked = asyncio.ensure_future(worker.call(lambda: (held.set(), release.wait(10))))
+        await asyncio.to_thread(held.wait)
+        task = asyncio.ensure_future(collect(worker, [1], SamplingParams(max_tokens=200)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        release.set()
+        await blocked
+        await worker.call(lambda: None)
+        return inference.has_work
+
+    assert run(inference, body) is False
+
+
+def test_several_prompts_are_one_stream(engine):
+    inference, texts = engine(), [[5, 6, 7], [1] * 40]
+    expected = [c[0].tokens for c in inference.generate(texts, PARAMS)]
+
+    async def body(worker):
+        async with worker.submit(texts, PARAMS) as stream:
+            updates = [u async for step in stream for u in step]
+            return [
+                [t for u in updates if u.request is r for t in u.tokens] for r in stream.requests
+            ]
+
+    assert run(inference, body) == expected
 
 
 def test_a_request_that_can_never_run_leaves_others_alone(engine):
@@ -88,11 +123,13 @@ def test_idle_uses_no_core(engine):
 
 def test_stop_ends_what_runs(engine):
     async def body(worker):
-        async with worker.submit([1], SamplingParams(max_tokens=250)) as stream:
+        async with worker.submit([[1]], SamplingParams(max_tokens=250)) as stream:
             await anext(stream)
             await worker.stop()
             with pytest.raises(EngineStopped):
                 while True:
                     await anext(stream)
 
-    run(engine(), body)
+    inference = engine()
+    run(inference, body)
+    assert inference.scheduler.pool.n_free == inference.scheduler.pool.n_pages

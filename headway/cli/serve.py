@@ -1,0 +1,168 @@
+"""`headway serve`: an OpenAI-compatible server of a trained model."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headway.cli import trained
+from headway.cli.options import parse
+from headway.config import UsageError
+
+if TYPE_CHECKING:
+    from headway.serve.service import Served
+
+KEY_VARIABLE = "HEADWAY_API_KEY"
+
+
+@dataclass(frozen=True)
+class Serve(trained.TrainedOptions):
+    """Serve a trained model over HTTP, in OpenAI's form: /v1/completions, /v1/chat/completions."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, then use a key."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    name: str = ""
+    """Name of the model in requests; empty takes that of its folder."""
+    max_tokens: int = 0
+    """Most tokens of a reply; 0: what the context holds."""
+    max_requests: int = 64
+    """Most replies that are written at once; further ones wait."""
+    max_waiting: int = 256
+    """Most replies that wait; past it requests get 429."""
+    max_n: int = 64
+    """Most replies to one prompt, and prompts of one request."""
+    max_batch_tokens: int = 512
+    """Most tokens of one step: those of running replies, then chunks of prompts."""
+    cache_tokens: int = 0
+    """Tokens whose keys and values are kept; 0 follows from the context, at most 1 GiB."""
+    return_routes: bool = False
+    """Keep the chosen experts of each token, for requests with return_routed_experts."""
+    chat_template: str = ""
+    """File with a Jinja chat template; empty takes the model's."""
+    api_key_file: str = ""
+    """File with one API key per line; without it HEADWAY_API_KEY, or none is needed."""
+    max_body: int = 4 * 2**20
+    """Most bytes of a request."""
+    body_timeout: float = 10.0
+    """Seconds in which a request has to arrive."""
+    max_connections: int = 4096
+    """Most connections; further ones are closed."""
+    drain: float = 30.0
+    """Seconds that running replies have after SIGTERM."""
+
+
+def serve(args: Sequence[str]) -> int:
+    """Run `headway serve RUN|DIR` until a signal, and return its exit code."""
+    options = parse(Serve, args, "headway serve")
+    keys = _keys(options.api_key_file)
+    _check(options)
+    try:
+        import fastapi  # noqa: F401
+        import jinja2  # noqa: F401
+        import llguidance  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        why = f"headway serve needs {error.name}, which is not installed"
+        raise UsageError(f"{why}; pip install 'headway[serve]'") from None
+
+    from headway.kernels.packed import batch_invariant
+    from headway.model.paged import PAGE
+    from headway.serve.load import load_served
+    from headway.serve.server import ServerOptions
+    from headway.serve.server import serve as run
+
+    def load() -> "Served":
+        return load_served(
+            trained.load(options),
+            name=options.name,
+            max_tokens=options.max_tokens,
+            max_requests=options.max_requests,
+            max_waiting=options.max_waiting,
+            max_n=options.max_n,
+            max_batch_tokens=options.max_batch_tokens,
+            cache_tokens=options.cache_tokens,
+            return_routes=options.return_routes,
+            chat_template=options.chat_template,
+        )
+
+    def on_ready(url: str, served: "Served") -> None:
+        engine, model = served.engine, served.engine.model
+        answer = {
+            "event": "ready",
+            "url": url,
+            "model": served.protocol.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "cache_tokens": PAGE * engine.scheduler.pool.n_pages,
+            "batch_invariant": batch_invariant(model.device, model.dtype),
+        }
+        if not options.json:
+            print(
+                f"serving {answer['model']} at {url} in {answer['dtype']}, a cache of "
+                f"{answer['cache_tokens']} tokens; Ctrl-C ends",
+                flush=True,
+            )
+        _print(options.json, answer)
+
+    server = ServerOptions(
+        host=options.host,
+        port=options.port,
+        keys=keys,
+        max_body=options.max_body,
+        body_seconds=options.body_timeout,
+        max_connections=options.max_connections,
+        drain=options.drain,
+    )
+    counts = run(server, load, on_ready) or {"requests": 0, "generated_tokens": 0, "blocks_used": 0}
+    _print(options.json, {"event": "stopped", **counts})
+    return 0
+
+
+def _print(wanted: bool, event: dict[str, object]) -> None:
+    """Print an event as a line that a reader gets at once."""
+    if wanted:
+        print(json.dumps(event, ensure_ascii=False), flush=True)
+
+
+def _keys(file: str) -> tuple[str, ...]:
+    """Return the API keys of a file, or of the environment."""
+    if not file:
+        key = os.environ.get(KEY_VARIABLE, "")
+        return (key,) if key else ()
+    try:
+        lines = Path(file).read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise UsageError(f"--api-key-file {file} cannot be read: {why}; give a text file") from None
+    if not lines:
+        raise UsageError(f"--api-key-file {file} has no key; write one per line")
+    return tuple(lines)
+
+
+def _check(options: Serve) -> None:
+    """Raise UsageError for a number out of its range."""
+    lowest = {
+        "port": 0,
+        "max_tokens": 0,
+        "max_requests": 1,
+        "max_waiting": 0,
+        "max_n": 1,
+        "max_batch_tokens": 2,
+        "cache_tokens": 0,
+        "max_body": 1,
+        "max_connections": 1,
+        "drain": 0,
+    }
+    values = vars(options)
+    for name, least in lowest.items():
+        if not values[name] >= least:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {values[name]} is below {least}; use {least} or more")
+    if options.port > 65535:
+        raise UsageError(f"--port {options.port} is above 65535; use 0 for a free one")
+    if not 0 < options.body_timeout < float("inf"):
+        raise UsageError(f"--body-timeout {options.body_timeout} is not above 0; use 10")

@@ -1,0 +1,142 @@
+"""What the endpoints share: admission, running a call on the engine, ending, the log line."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from time import monotonic
+from typing import NamedTuple
+
+from headway.serve.engine import Engine
+from headway.serve.errors import BadRequest, error_json
+from headway.serve.fields import Json
+from headway.serve.logprobs import TokenTexts
+from headway.serve.metrics import Metrics, blocks_used
+from headway.serve.protocol import Call, Protocol
+from headway.serve.reply import DONE, Reply
+from headway.serve.worker import EngineStopped, EngineThread
+
+LOG_SECONDS = 10.0
+STOPPED = BadRequest("the server is stopping; ask again later", None, 503, "server_stopping")
+
+
+class Served(NamedTuple):
+    """A model that is ready, and what requests to it are read against."""
+
+    engine: Engine
+    protocol: Protocol
+    fingerprint: str
+    """Of weights, dtype and version."""
+    max_choices: int
+    """Replies that run or wait; past it requests are refused."""
+
+
+class Service:
+    """Runs calls on the engine, in the event loop that is running when it is made."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.metrics = Metrics(served.engine)
+        self.worker = EngineThread(served.engine, on_step=self.metrics.observe_step)
+        self.texts = TokenTexts(served.protocol.tokenizer)
+        self.draining = False
+        self.n_calls = 0
+        """Served since the start."""
+        self._choices = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._working = asyncio.Event()
+
+    async def whole(self, call: Call, id: str) -> Json:
+        """Run a call; return the reply."""
+        reply = self._reply(call, id)
+        async for _ in self._run(call, reply):
+            pass
+        return reply.whole()
+
+    async def events(self, call: Call, id: str) -> AsyncIterator[bytes]:
+        """Run a call; yield the events of its stream. The first is empty and comes when the engine
+        has taken the request; a request that is refused raises before it."""
+        reply = self._reply(call, id)
+        try:
+            async for events in self._run(call, reply):
+                yield b"".join(reply.event([event]) for event in events)
+        except EngineStopped:
+            yield f"data: {error_json(STOPPED)}\n\n".encode() + DONE
+            return
+        yield (reply.event([], usage=True) if call.include_usage else b"") + DONE
+
+    async def drained(self) -> None:
+        """Return when no call runs."""
+        await self._idle.wait()
+
+    async def log(self) -> None:
+        """Write one line for every 10 s in which there was work, for ever."""
+        engine, seconds = self.served.engine, LOG_SECONDS
+        while True:
+            await self._working.wait()
+            before = replace(engine.counters)
+            await asyncio.sleep(seconds)
+            now, scheduler = engine.counters, engine.scheduler
+            print(
+                f"headway: {len(scheduler.running)} replies run, {len(scheduler.waiting)} wait; "
+                f"{(now.generation_tokens - before.generation_tokens) / seconds:.1f} tokens/s "
+                f"written, {(now.prompt_tokens - before.prompt_tokens) / seconds:.1f} read, "
+                f"{(now.cached_tokens - before.cached_tokens) / seconds:.1f} of them cached; "
+                f"{blocks_used(engine)} of {scheduler.pool.n_pages} blocks held",
+                file=sys.stderr,
+                flush=True,
+            )
+            if self._idle.is_set():
+                self._working.clear()
+
+    def _reply(self, call: Call, id: str) -> Reply:
+        name, fingerprint = self.served.protocol.name, self.served.fingerprint
+        return Reply(call, name, fingerprint, self.texts, id)
+
+    async def _run(self, call: Call, reply: Reply) -> AsyncIterator[list[Json]]:
+        """Yield what each step adds to a reply; first nothing, when the engine has the call."""
+        size = len(call.prompts) * call.params.n
+        self._admit(size)
+        try:
+            begin = monotonic()
+            last: dict[int, float] = {}
+            async with self.worker.submit(call.prompts, call.params, salt=call.salt) as stream:
+                yield []
+                async for updates in stream:
+                    now, events = monotonic(), []
+                    for update in updates:
+                        index = (
+                            stream.requests.index(update.request) * call.params.n + update.choice
+                        )
+                        before = last.get(index)
+                        if before is None:
+                            self.metrics.first_token.observe(now - begin)
+                        else:
+                            self.metrics.between_tokens.observe(now - before)
+                        last[index] = now
+                        event = reply.add(index, update)
+                        if event is not None:
+                            events.append(event)
+                    if events:
+                        yield events
+        finally:
+            self._choices -= size
+            if not self._choices:
+                self._idle.set()
+
+    def _admit(self, size: int) -> None:
+        """Count the choices of a call, or refuse it."""
+        most = self.served.max_choices
+        if self.draining:
+            raise STOPPED
+        if size > most:
+            why = f"{size} replies at once; this server takes at most {most} (--max-waiting)"
+            raise BadRequest(why, "n")
+        if self._choices + size > most:
+            why = f"{self._choices} replies run or wait and the server takes at most {most}"
+            raise BadRequest(f"{why}; try again later", None, 429, "server_busy")
+        self._choices += size
+        self.n_calls += 1
+        self._idle.clear()
+        self._working.set()

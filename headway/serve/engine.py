@@ -279,7 +279,9 @@ class Engine:
         sequence.append(token)
         self.counters.generation_tokens += 1
         reason = stop_reason = None
-        if token in self.eos_ids and not params.ignore_eos:
+        if sequence.row.matcher is not None and sequence.row.matcher.failed:
+            reason = "length"
+        elif token in self.eos_ids and not params.ignore_eos:
             reason = "stop"
         elif token in params.stop_token_ids:
             reason, stop_reason = "stop", token

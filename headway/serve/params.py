@@ -14,9 +14,14 @@ MAX_STOPS, MAX_LOGPROBS = 16, 20
 class Matcher(Protocol):
     """The state of a grammar in one choice of a request: which tokens may come next."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether the text cannot be completed, because the grammar grew over its limits."""
+        ...
+
     def mask(self) -> np.ndarray:
         """Return bool `[V]`: the tokens that may follow, never none. Once the text is complete and
-        cannot go on they are the ends of text."""
+        cannot go on, or has failed, they are the ends of text."""
         ...
 
     def accept(self, token: int) -> None:

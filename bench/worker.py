@@ -22,13 +22,13 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
 
-    def step(self) -> dict:
-        """What one step returns, and its peak memory so far. RuntimeError with the worker's last
-        words.
+    def step(self, request: object = None) -> dict:
+        """What one step returns, for a request that is JSON or none, and its peak memory so far.
+        RuntimeError with the worker's last words.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write("\n")
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass
@@ -43,9 +43,9 @@ class Worker:
         self.errors.close()
 
 
-def work(make: Callable[[], Callable[[int], dict]]) -> None:
-    """The worker's end, after its imports: build the rival, then call it with 0, 1, … once per line
-    of the input.
+def work(make: Callable[[], Callable[..., dict]]) -> None:
+    """The worker's end, after its imports: build the rival, then call it once per line of the
+    input, with its request, or with 0, 1, … where there is none.
 
     Adds `peak_mib`, the peak resident size above that after the imports, and `absolute_peak_mib`,
     the whole of it.
@@ -53,8 +53,9 @@ def work(make: Callable[[], Callable[[int], dict]]) -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     before = resident("VmRSS")
     step = make()
-    for i, _ in enumerate(sys.stdin):
-        made = step(i)
+    for i, line in enumerate(sys.stdin):
+        request = json.loads(line)
+        made = step(i if request is None else request)
         peak = resident("VmHWM")
         print(
             json.dumps(made | {"peak_mib": peak - before, "absolute_peak_mib": peak}),

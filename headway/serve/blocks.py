@@ -84,6 +84,10 @@ class BlockPool:
         self._key_of[page] = key
         self._page_of.setdefault(key, page)
 
+    def forget(self) -> None:
+        """Make no page known any more, as in a new cache."""
+        self._page_of.clear()
+
     def release(self, pages: Sequence[int]) -> None:
         """Take a holder from each of the pages of a sequence, last page first."""
         for page in reversed(pages):

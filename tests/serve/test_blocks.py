@@ -64,6 +64,15 @@ def test_a_page_that_is_held_is_not_given_away():
     assert pool.n_free == 3
 
 
+def test_a_pool_can_forget():
+    pool = BlockPool(4)
+    pages = fill(pool, TEXT[: 3 * PAGE])
+    pool.forget()
+    assert pool.match(page_keys(TEXT)) == [] and pool.n_free == 1
+    pool.release(pages)
+    assert len(fill(pool, TEXT[: 4 * PAGE])) == 4
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), max_size=30))
 def test_every_page_is_free_or_held(steps):
     """Texts of four families come and go; at the end all pages are free, each once."""

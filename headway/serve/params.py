@@ -82,6 +82,9 @@ class SamplingParams:
     """Log-probabilities of the reply: −1 none, 0 of its tokens, up to 20 of the likeliest too."""
     prompt_logprobs: int = -1
     """The same of the prompt."""
+    prompt_logprobs_start: int = 0
+    """First position of the prompt whose log-probability is wanted; the tokens before the one in
+    front of it may come from the cache, while a prompt that is scored from 0 is computed."""
     grammar: Grammar | None = None
     """What the reply must match."""
     return_routes: bool = False
@@ -123,6 +126,7 @@ class SamplingParams:
             _within(f"logit_bias of token {token}", bias, -100, 100)
         _within("logprobs", self.logprobs, -1, MAX_LOGPROBS)
         _within("prompt_logprobs", self.prompt_logprobs, -1, MAX_LOGPROBS)
+        _within("prompt_logprobs_start", self.prompt_logprobs_start, 0, 2**31)
         if len(self.stop) > MAX_STOPS:
             raise UsageError(f"stop has {len(self.stop)} texts; give at most {MAX_STOPS}")
         if "" in self.stop:

@@ -44,7 +44,8 @@ class Request:
     n_cached: int = 0
     """Tokens of the prompt whose pages were in the cache when it was first admitted."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    """One per token of the prompt, None for the first, where `params.prompt_logprobs` asks."""
+    """One per token of the prompt where `params.prompt_logprobs` asks; None for the first, and
+    before `params.prompt_logprobs_start`."""
 
 
 @dataclass(eq=False)
@@ -88,6 +89,15 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Return whether log-probabilities of the prompt are wanted and not all there yet."""
         return self.request.params.prompt_logprobs >= 0 and not self.row.output
+
+    @property
+    def n_without_logits(self) -> int:
+        """Return how many of its first tokens may come from the cache: those whose logits nobody
+        asks for."""
+        n = len(self.tokens) - 1
+        if self.scores_prompt:
+            n = min(n, max(self.request.params.prompt_logprobs_start - 1, 0))
+        return n
 
     def new_keys(self, n_tokens: int) -> list[bytes]:
         """Return the keys of the full pages of the first `n_tokens` that have none in `keys`."""

@@ -90,15 +90,14 @@ class Scheduler:
         return [s for s in ready if s in self.running]
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence pages for all its tokens, known ones where there are some; at
-        least one token is computed, for its logits."""
+        """Give a waiting sequence pages for all its tokens, known ones where no logits are wanted
+        and there are some."""
         if len(self.running) >= self.max_requests:
             return False
-        if not sequence.scores_prompt:
-            keys = sequence.new_keys(len(sequence.tokens) - 1)
-            sequence.pages = self.pool.match(keys)
-            sequence.keys = keys[: len(sequence.pages)]
-            sequence.n_computed = PAGE * len(sequence.pages)
+        keys = sequence.new_keys(sequence.n_without_logits)
+        sequence.pages = self.pool.match(keys)
+        sequence.keys = keys[: len(sequence.pages)]
+        sequence.n_computed = PAGE * len(sequence.pages)
         if sequence.needs_pages > self.pool.n_free:
             self._release(sequence)
             return False

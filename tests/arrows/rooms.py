@@ -63,7 +63,6 @@ ROOMS = (
         "optimiser groups, AdamW, Muon, learning-rate schedules",
         "config kernels model parallel",
     ),
-    Room("eval", "bits per byte", "config kernels model parallel data"),
     Room(
         "checkpoint",
         "sharded safetensors, run folders, save and load; a trained model for who only reads it",
@@ -78,6 +77,11 @@ ROOMS = (
         "serve",
         "the inference engine: scheduler, paged cache, sampling; an OpenAI-compatible server",
         "config kernels model parallel data checkpoint hub",
+    ),
+    Room(
+        "eval",
+        "bits per byte; tasks of lm-evaluation-harness through the engine",
+        "config kernels model parallel data serve",
     ),
     Room(
         "train",

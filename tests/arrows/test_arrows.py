@@ -16,6 +16,12 @@ CORE = {"torch", "numpy", "safetensors", "tyro", "tokenizers", "headway"} | set(
     sys.stdlib_module_names
 )
 
+BESIDE_CORE = {
+    PACKAGE / "kernels" / "gpu": {"triton"},
+    PACKAGE / "eval" / "harness.py": {"lm_eval"},
+}
+"""Folder or file, itself imported in functions alone → extras that it imports at its top."""
+
 
 def room(path: Path) -> str:
     """The folder of a file in the package, or its own name at the top."""
@@ -64,9 +70,9 @@ def test_config_needs_the_standard_library_alone():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_extras_are_imported_where_they_are_used(path):
-    """At the top of a file only the core dependencies; files of GPU kernels, themselves imported in
-    functions, import Triton."""
-    known = CORE | {"gpu": {"triton"}}.get(path.parent.name, set())
+    """At the top of a file only the core dependencies; GPU kernels import Triton too, the harness's
+    model its base class."""
+    known = CORE | BESIDE_CORE.get(path.parent, set()) | BESIDE_CORE.get(path, set())
     for module, at_top in imports(path):
         assert not at_top or module.split(".")[0] in known, (
             f"{module} is an extra: import it in the function"

@@ -105,6 +105,24 @@ def test_log_probabilities_are_those_of_the_whole_text(model, engine):
             assert [t for t, _ in score.top] == best.indices.tolist()
 
 
+def test_the_end_of_a_prompt_is_scored_from_the_cache(engine):
+    text = prompts([60])[0]
+    whole, part = SamplingParams(max_tokens=0, prompt_logprobs=1), 49
+    params = SamplingParams(max_tokens=0, prompt_logprobs=1, prompt_logprobs_start=part)
+    inference = engine(max_batch_tokens=9)
+    expected: list = []
+    for asked, n_cached in ((whole, 0), (params, 48), (whole, 0)):
+        request = inference.add(text, asked)
+        while inference.has_work:
+            inference.step()
+        scores = [s and s.logprob for s in request.prompt_logprobs]
+        expected = expected or scores
+        assert request.n_cached == n_cached
+        start = asked.prompt_logprobs_start
+        assert scores[:start] == [None] * start
+        assert scores[max(start, 1) :] == pytest.approx(expected[max(start, 1) :], abs=1e-12)
+
+
 def test_a_prefix_is_computed_once(engine):
     first, second = prompts([5, 9], shared=50)
     inference = engine()

@@ -1,0 +1,214 @@
+"""lm-evaluation-harness through the engine: the scores of the definition, and those that it gets from
+Transformers."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="the extra [eval]")
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from headway.config import UsageError
+from headway.eval.harness import HeadwayLM, run_all
+from headway.hub.export import export_hf, open_source
+from headway.hub.load import load_model
+from headway.model.paged import PAGE
+from headway.serve.engine import Engine
+from headway.serve.params import SamplingParams
+from tests.hub.small_runs import MODELS, write_run
+
+CONTEXT = 64
+SHOTS = "Q: 1+1? A: two. Q: 2+2? A: four. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("harness")
+    write_run(root / "run", MODELS["multi_head_token"])
+    export_hf(open_source(root / "run"), root / "hf", "float32")
+    return root
+
+
+def make_engine(folder, **options) -> Engine:
+    """As `headway eval --tasks` makes it: one more token than the context."""
+    options = {"max_len": CONTEXT + 1, "max_requests": 4, "max_batch_tokens": 40, **options}
+    return Engine.load(folder / "run", dtype="float32", **options)
+
+
+@pytest.fixture
+def lm(folder):
+    return HeadwayLM(make_engine(folder))
+
+
+@pytest.fixture(scope="module")
+def score(folder):
+    """Σ log p of the tokens from `start`, and whether each is the likeliest: by the definition."""
+    model = load_model(folder / "run", dtype="float32").model.double()
+    model.dtype = torch.float64
+
+    @torch.no_grad()
+    def by_definition(tokens: list[int], start: int) -> tuple[float, bool]:
+        logits = model(torch.tensor([tokens])).logits_BSV[0, :, :257]
+        logp = torch.log_softmax(logits, -1)[:-1]
+        target = torch.tensor(tokens[1:])
+        chosen = logp.gather(1, target.unsqueeze(1))[start - 1 :, 0]
+        return float(chosen.sum()), bool((logp.argmax(-1) == target)[start - 1 :].all())
+
+    return by_definition
+
+
+def asks(*args):
+    """A request of the harness."""
+    return SimpleNamespace(args=args)
+
+
+def ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+PAIRS = [
+    ("The cat", " sat"),
+    ("The cat", " ran away"),
+    (SHOTS + "Q: 3+3? A:", " six"),
+    (SHOTS + "Q: 3+3? A:", " seven"),
+    (SHOTS + "Q: 5+3? A:", " eight"),
+    ("trailing  ", "space"),
+    ("", "from the start"),
+    ("x" * 80, " a context that loses its beginning"),
+    ("é" * 9, "ü"),
+]
+
+
+def test_scores_are_those_of_the_definition(lm, score):
+    for _ in range(2):  # the second time from a warm cache
+        scored = lm.loglikelihood([asks(*pair) for pair in PAIRS], disable_tqdm=True)
+        for (context, continuation), (total, likeliest) in zip(PAIRS, scored, strict=True):
+            whole = [256, *ids(continuation)] if not context else ids(context + continuation)
+            n = len(continuation.encode()) + len(context) - len(context.rstrip())
+            whole = whole[-CONTEXT - 1 :]
+            expected = score(whole, len(whole) - n)
+            assert total == pytest.approx(expected[0], rel=1e-5) and likeliest == expected[1]
+
+
+def test_the_likeliest_continuation_is_said_to_be(lm, score):
+    prompt = ids("The cat")
+    greedy = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    reply = lm.engine.generate([prompt], greedy)[0][0].tokens
+    pairs = [(("", ""), prompt, reply), (("", ""), prompt, [*reply[:-1], reply[-1] ^ 1])]
+    assert [likeliest for _, likeliest in lm._loglikelihood_tokens(pairs)] == [True, False]
+
+
+def test_long_texts_are_scored_in_windows(lm, score):
+    text = "".join(chr(97 + i * i % 23) for i in range(150))
+    whole = [256, *ids(text)]
+    # each token once: the first 64, then windows whose last tokens are new
+    expected = score(whole[:65], 1)[0] + score(whole[64 : 64 + 65], 1)[0]
+    expected += score(whole[-65:], 65 - 22)[0]
+    assert lm.loglikelihood_rolling([asks(text), asks("ab")]) == pytest.approx(
+        [expected, score([256, *ids("ab")], 1)[0]], rel=1e-5
+    )
+
+
+def test_a_shared_prefix_is_computed_once(folder):
+    engine = make_engine(folder, max_requests=16, max_batch_tokens=200)
+    prompts = [ids(SHOTS + f"Q: {i}+3? A: {j}") for i in range(4) for j in range(3)]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=1, prompt_logprobs_start=45)
+    requests = [request for request, _ in run_all(engine, prompts, [params] * len(prompts))]
+    assert len(SHOTS) // PAGE == 2  # pages that all share
+    assert sorted(request.n_cached for request in requests) == [0] + [2 * PAGE] * 11
+
+
+def test_generation_ends_where_the_task_says(lm):
+    context = ids("The cat")
+    free = SamplingParams(max_tokens=12, temperature=0)
+    reply = lm.engine.generate([context], free)[0][0].text
+    stop = next(c for c in reply[1:] if c.isascii())
+    asked = [{"until": [stop], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 3}]
+    texts = lm.generate_until([asks("The cat", a) for a in asked])
+    assert texts[0] == reply[: reply.index(stop)] and reply.startswith(texts[1]) and texts[1]
+    drawn = {"until": [], "do_sample": True, "temperature": 1.5, "max_gen_toks": 12}
+    again = [lm.generate_until([asks("The cat", drawn)] * 3) for _ in range(2)]
+    assert again[0] == again[1] and len(set(again[0])) == 3  # repeats differ, runs do not
+
+
+def test_what_cannot_be_had_is_one_line(lm):
+    with pytest.raises(UsageError, match="num_beams=4"):
+        lm.generate_until([asks("a", {"until": [], "num_beams": 4})])
+    with pytest.raises(UsageError, match="max_gen_toks=64 tokens, which leaves a context of 64"):
+        lm.generate_until([asks("a", {"until": [], "max_gen_toks": 64})])
+    with pytest.raises(UsageError, match="continuation of 70 tokens"):
+        lm.loglikelihood([asks("a", "b" * 70)], disable_tqdm=True)
+
+
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}} A:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(folder, tmp_path_factory):
+    """A task manager that knows one local task, of 20 questions."""
+    from lm_eval.tasks import TaskManager
+
+    place = tmp_path_factory.mktemp("tasks")
+    questions = [
+        {
+            "question": f"Which letter is number {i} of {'the long ' * (i % 4)}alphabet?",
+            "choices": [f" {chr(97 + (i * k) % 26)}{'b' * k}" for k in range(1, 5)],
+            "answer": i % 4,
+        }
+        for i in range(20)
+    ]
+    (place / "letters.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (place / "letters.yaml").write_text(TASK.format(file=place / "letters.jsonl"))
+    return TaskManager(include_path=str(place), include_defaults=False)
+
+
+def evaluate(lm, tasks) -> tuple[dict, list]:
+    """Accuracies, and the answers of the model."""
+    import lm_eval
+
+    results = lm_eval.simple_evaluate(
+        lm, tasks=["letters"], task_manager=tasks, bootstrap_iters=0, log_samples=True
+    )
+    samples = sorted(results["samples"]["letters"], key=lambda s: s["doc_id"])
+    accuracy = {k: v for k, v in results["results"]["letters"].items() if "acc" in k}
+    return accuracy, [answer for s in samples for answer in s["filtered_resps"]]
+
+
+def test_a_local_task_scores_as_in_transformers(folder, lm, tasks):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    from headway.hub.remote.modeling_headway import HeadwayForCausalLM
+
+    theirs = HFLM(
+        pretrained=HeadwayForCausalLM.from_pretrained(folder / "hf").eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "hf"),
+        batch_size=8,
+        device="cpu",
+        max_length=CONTEXT,
+    )
+    accuracy, answers = evaluate(theirs, tasks)
+    assert len(answers) == 80
+    for _ in range(2):  # the second time from a warm cache
+        our_accuracy, our_answers = evaluate(lm, tasks)
+        assert our_accuracy == accuracy
+        for (ours, greedy), (total, their_greedy) in zip(our_answers, answers, strict=True):
+            assert ours == pytest.approx(total, abs=1e-4) and greedy == their_greedy
+    assert lm.engine.counters.cached_tokens > 0

@@ -7,7 +7,7 @@ def test_doctor():
     done = call("doctor", "--json")
     facts = done.json
     assert done.code == 0 and facts["matmul_gflops"]["float32"] > 0
-    assert set(facts["extras"]) == {"gpu", "hf", "data", "dev"}
+    assert set(facts["extras"]) == {"gpu", "hf", "data", "eval", "dev"}
     assert (facts["dtype"] == "bfloat16") == facts["native_bfloat16"]
     for name, extra in facts["extras"].items():
         assert not extra["missing"] or f"pip install 'headway[{name}]'" in done.out

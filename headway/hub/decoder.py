@@ -98,7 +98,12 @@ def head_dim(values: Values) -> int:
 
 
 def decoder_keys(
-    *, eps: float = 1e-6, theta: float = 10_000.0, tied: bool = False, max_len: Any = REQUIRED
+    *,
+    eps: float = 1e-6,
+    theta: float = 10_000.0,
+    tied: bool = False,
+    max_len: Any = REQUIRED,
+    partial: float | None = None,
 ) -> tuple[Key | Keys, ...]:
     """Return the keys of every family. The arguments are its defaults in Transformers."""
     return (
@@ -110,8 +115,70 @@ def decoder_keys(
         Key("max_position_embeddings", "max_len", max_len),
         Key("rms_norm_eps", "norm_eps", eps),
         Key("tie_word_embeddings", "tied", tied),
-        rope_keys(theta),
+        rope_keys(theta, partial),
     )
+
+
+def placement() -> Keys:
+    """Return the keys that say which layers are sparse: every `decoder_sparse_step`-th, without
+    `mlp_only_layers`."""
+
+    def read(values: Values) -> Values:
+        step, dense = (
+            lookup(values, "decoder_sparse_step", 1),
+            lookup(values, "mlp_only_layers", []),
+        )
+        return {"moe.sparse_step": step, "moe.dense_layers": [*dense]}
+
+    def write(ours: Values) -> Values:
+        dense = [*range(ours["moe.n_dense_layers"]), *ours["moe.dense_layers"]]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+    return Keys("decoder_sparse_step mlp_only_layers", read, write)
+
+
+def first_dense(default: int) -> Key:
+    """Return the key that says how many layers, the first ones, are dense."""
+    return Key("first_k_dense_replace", "moe.n_dense_layers", default)
+
+
+def shared_experts(default: int) -> Keys:
+    """Return the key that says how many shared experts, as wide as the others, run together."""
+
+    def read(values: Values) -> Values:
+        n = lookup(values, "n_shared_experts", default)
+        return {"moe.d_shared": n * lookup(values, "moe_intermediate_size")}
+
+    def write(ours: Values) -> Values:  # a width that is no multiple comes back as another one
+        return {"n_shared_experts": max(1, ours["moe.d_shared"] // ours["moe.d_expert"])}
+
+    return Keys("n_shared_experts moe_intermediate_size", read, write)
+
+
+def layer_windows(is_windowed: Callable[[Values, int], bool]) -> Keys:
+    """Return the keys of windows by layer: `layer_types`, or without it `is_windowed(values,
+    layer)`, where `use_sliding_window` is set."""
+
+    def read(values: Values) -> Values:
+        if not lookup(values, "use_sliding_window", False):
+            return {"window": []}
+        width, n = lookup(values, "sliding_window", 4096), lookup(values, "num_hidden_layers")
+        kinds = lookup(values, "layer_types", [])
+        windowed = [kind == "sliding_attention" for kind in kinds]
+        windowed = windowed or [is_windowed(values, layer) for layer in range(n)]
+        return {"window": [width if wanted else 0 for wanted in windowed]}
+
+    def write(ours: Values) -> Values:
+        n, window = ours["n_layers"], ours["window"]
+        widths = [window[i % len(window)] if window else 0 for i in range(n)]
+        return {
+            "use_sliding_window": any(widths),
+            "sliding_window": max(widths) or None,
+            "max_window_layers": n,
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in widths],
+        }
+
+    return Keys("use_sliding_window sliding_window max_window_layers layer_types", read, write)
 
 
 def decoder_rows(
@@ -155,3 +222,9 @@ def sparse_rows(config: ModelConfig, theirs: str, layer: int, fused: bool) -> It
     else:
         n_experts = config.moe.n_experts
         yield from expert_rows(f"{theirs}.mlp.experts", f"{ours}.experts", n_experts)
+
+
+def selection_bias_row(theirs: str, layer: int) -> Row:
+    """Return the bias on the selection of a sigmoid router, a buffer in float32."""
+    name = f"{theirs}.mlp.gate.e_score_correction_bias"
+    return Row(name, f"layers.{layer}.ffn.router.bias_HE", "E = 0 E")

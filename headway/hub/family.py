@@ -89,7 +89,7 @@ _NEUTRAL = frozenset(
     aux_loss_alpha seq_aux router_jitter_noise attention_dropout pretraining_tp _name_or_path
     auto_map quantization_config return_dict output_attentions output_hidden_states
     chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
-    num_nextn_predict_layers
+    num_nextn_predict_layers num_mtp_layers
     """.split()
 )
 """Keys that change no number of inference; what reads quantised weights reads theirs."""
@@ -139,21 +139,25 @@ class Family:
             values |= key.write(fields)
         return values
 
-    def difference(self, config: ModelConfig) -> str:
-        """Return why no model of this family computes what `config` does: the first option that
-        does not survive being written and read; "" where all do."""
+    def differences(self, config: ModelConfig) -> list[str]:
+        """Return why no model of this family computes what `config` does: each option that does
+        not survive being written and read; [] where all do."""
         wanted = leaves(asdict(canonical(config)))
-        written = leaves(asdict(self.read(self.write(config))))
-        for name, value in wanted.items():
-            if written[name] != value:
-                return f"model.{name}={value}, and {self.name} has {written[name]}"
-        if (
-            config.moe.kind != "dense"
-            and config.moe.balance.bias != "none"
-            and not self.router_bias
-        ):
-            return f"model.moe.balance.bias={config.moe.balance.bias}, and {self.name} has no bias"
-        return ""
+        try:
+            written = leaves(asdict(self.read(self.write(config))))
+        except UsageError as error:
+            return [str(error)]
+        differing = [
+            f"model.{name}={value}, and {self.name} has {written[name]}"
+            for name, value in wanted.items()
+            if written[name] != value
+        ]
+        moe = config.moe
+        if moe.kind != "dense" and moe.balance.bias != "none" and not self.router_bias:
+            differing.append(
+                f"model.moe.balance.bias={moe.balance.bias}, and {self.name} has no bias"
+            )
+        return differing
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
@@ -166,6 +170,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
         moe = MoEConfig(kind="dense")
     else:
         router = replace(moe.router, noisy=False, jitter=0.0)
+        if router.n_groups == 1:
+            router = replace(router, top_k_groups=1, group_best=1)
         if router.gate == "topk_softmax":
             router = replace(router, gate="softmax_topk", renormalize=True)
         if moe.kind == "moe":

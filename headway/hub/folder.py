@@ -14,8 +14,8 @@ from torch import Tensor
 
 from headway.checkpoint.tensor_reader import TensorReader
 from headway.config import Config, DataConfig, ModelConfig, UsageError
-from headway.hub.families import FAMILIES
-from headway.hub.family import Family
+from headway.hub.families import find_family
+from headway.hub.family import lookup
 from headway.hub.layout import Region, Row, Shape
 from headway.model.transformer import Transformer
 
@@ -40,7 +40,7 @@ class HubFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.values = read_json(folder / "config.json")
-        self.family = _family(self.values)
+        self.family = find_family(self.values.get("model_type"))
         self.config = self.family.read(self.values)
         self.config.check()
         self._reader = _open(folder)
@@ -133,7 +133,7 @@ class HubFolder:
     def _predicts_ahead(self, name: str) -> bool:
         """Return whether a tensor is of a layer after the last, for multi-token prediction."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        ahead = self.values.get("num_nextn_predict_layers") or 0
+        ahead = lookup(self.values, "num_nextn_predict_layers num_mtp_layers", 0)
         first = self.config.n_layers
         return layer is not None and first <= int(layer[1]) < first + ahead
 
@@ -150,15 +150,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         problem = str(error)
     raise UsageError(f"{path} cannot be read ({problem}); restore it")
-
-
-def _family(values: dict[str, Any]) -> Family:
-    name = values.get("model_type")
-    for family in FAMILIES:
-        if family.name == name:
-            return family
-    known = ", ".join(sorted(family.name for family in FAMILIES))
-    raise UsageError(f"config.json has model_type={name}, which is not known; {known} are")
 
 
 def _open(folder: Path) -> TensorReader:

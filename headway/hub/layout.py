@@ -63,16 +63,15 @@ class Row:
         part = split.permute([letters.index(letter) for letter in self._letters])
         return part.reshape([s.stop - s.start for s in self.region(shape)])
 
-    def write(self, ours: Tensor) -> Tensor:
-        """Return their tensor, read from the whole of ours: the inverse of `read`."""
+    def write(self, part: Tensor, shape: Shape) -> Tensor:
+        """Return their tensor, made of the `region` of ours: the inverse of `read`."""
         if not self.dims:
-            return ours
-        shape = tuple(ours.shape)
+            return part
         sizes = self._sizes(shape)
-        part = ours[self.region(shape)].reshape([sizes[letter] for letter in self._letters])
         letters = [letter for group in self._theirs for letter in group]
-        split = part.permute([self._letters.index(letter) for letter in letters])
-        return split.reshape(self.shape(shape))
+        split = part.reshape([sizes[letter] for letter in self._letters])
+        turned = split.permute([self._letters.index(letter) for letter in letters])
+        return turned.reshape(self.shape(shape))
 
     @cached_property
     def _theirs(self) -> list[list[str]]:

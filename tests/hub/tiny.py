@@ -33,6 +33,25 @@ CONFIGS = {
         "mlp_only_layers": [0],
     },
     "mixtral": {"num_local_experts": 4, "rope_theta": 5e4},
+    "glm4_moe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "n_group": 4,
+        "topk_group": 2,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "qwen2_moe": {
+        **MOE,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+    },
 }
 """Family → what its config has beside BASE."""
 

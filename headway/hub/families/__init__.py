@@ -1,10 +1,38 @@
 """One file per family: the keys of its config.json and the names of its tensors."""
 
+from headway.config import ModelConfig, UsageError
+from headway.hub.families.glm4_moe import GLM4_MOE
 from headway.hub.families.llama import LLAMA
 from headway.hub.families.mixtral import MIXTRAL
 from headway.hub.families.olmoe import OLMOE
+from headway.hub.families.qwen2_moe import QWEN2_MOE
 from headway.hub.families.qwen3 import QWEN3
 from headway.hub.families.qwen3_moe import QWEN3_MOE
+from headway.hub.family import Family
 
-FAMILIES = (QWEN3_MOE, MIXTRAL, OLMOE, QWEN3, LLAMA)
+FAMILIES = (QWEN3_MOE, MIXTRAL, GLM4_MOE, QWEN3, LLAMA, OLMOE, QWEN2_MOE)
 """All families, in the order in which a model looks for one that it equals."""
+
+
+def find_family(name: object) -> Family:
+    """Return the family of a `model_type`. Raises UsageError, which lists ours, for another one."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = ", ".join(sorted(family.name for family in FAMILIES))
+    raise UsageError(f"model_type={name} is not known; {known} are")
+
+
+def choose_family(config: ModelConfig, imported: str = "") -> tuple[Family | None, str]:
+    """Return the family whose models compute what `config` does, or None and why there is none, by
+    an option of the family that comes nearest.
+
+    Windows count as of no family: few engines read them. A model that was imported goes back to its
+    own family, by name `imported`, with whatever that can express."""
+    if imported and not (family := find_family(imported)).differences(config):
+        return family, ""
+    if any(map(config.window_of, range(config.n_layers))):
+        return None, f"model.window={' '.join(map(str, config.window))}, which few engines read"
+    tried = [(family.differences(config), family) for family in FAMILIES]
+    differences, family = min(tried, key=lambda pair: len(pair[0]))
+    return (None, differences[0]) if differences else (family, "")

@@ -1,22 +1,8 @@
 """Qwen3-MoE (arXiv 2505.09388): QK-norm per head, some layers may be dense."""
 
-from headway.hub.decoder import SILU, decoder_keys
+from headway.hub.decoder import SILU, decoder_keys, placement
 from headway.hub.families.olmoe import OLMOE
 from headway.hub.family import Family, Key, Keys, Values, lookup
-
-
-def _read_placement(values: Values) -> Values:
-    """Read which layers are sparse: every `decoder_sparse_step`-th, without `mlp_only_layers`."""
-    step, dense = lookup(values, "decoder_sparse_step", 1), lookup(values, "mlp_only_layers", [])
-    return {"moe.sparse_step": step, "moe.dense_layers": [*dense]}
-
-
-def _write_placement(ours: Values) -> Values:
-    dense = [*range(ours["moe.n_dense_layers"]), *ours["moe.dense_layers"]]
-    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-
-
-PLACEMENT = Keys("decoder_sparse_step mlp_only_layers", _read_placement, _write_placement)
 
 
 def _read_window(values: Values) -> Values:
@@ -46,7 +32,7 @@ QWEN3_MOE = Family(
         Key("norm_topk_prob", "moe.router.renormalize", False),
         Key("attention_bias", "qkv_bias", False),
         Key("attention_bias", "o_bias", False),
-        PLACEMENT,
+        placement(),
         WINDOW,
     ),
     rows=OLMOE.rows,

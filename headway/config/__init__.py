@@ -9,6 +9,7 @@ it anywhere."""
 from headway.config.data import DataConfig, cache_root
 from headway.config.errors import PeerError, RankError, RunError, UsageError, cannot_write
 from headway.config.mesh import MeshConfig
+from headway.config.mla import MLAConfig
 from headway.config.model import ModelConfig
 from headway.config.moe import (
     Activation,

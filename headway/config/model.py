@@ -5,9 +5,11 @@ from typing import Literal, get_args
 
 from headway.config.bounds import above_zero, at_least, nearest_divisors
 from headway.config.errors import UsageError
+from headway.config.mla import MLAConfig
 from headway.config.moe import Activation, MoEConfig
 from headway.config.rope import RopeConfig
 
+MixerName = Literal["attention", "mla"]
 QKNorm = Literal["none", "head", "all"]
 
 
@@ -22,6 +24,11 @@ class ModelConfig:
     """Blocks."""
     d_model: int = 384
     """D, width of the residual stream."""
+    mixer: MixerName = "attention"
+    """How tokens see each other: grouped-query `attention`, or `mla`, multi-head latent attention,
+    with n_heads heads of the widths in `model.mla`."""
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    """Latent attention."""
     n_heads: int = 6
     """Query heads of attention; divides d_model unless d_head is given."""
     n_kv_heads: int = 0
@@ -35,7 +42,8 @@ class ModelConfig:
     """Clamps queries, keys and values to ±clip_qkv, after QK-norm and before RoPE (OLMoE); 0 is
     off."""
     qkv_bias: bool = False
-    """Biases on the projections to queries, keys and values (Qwen2)."""
+    """Biases on the projections to queries, keys and values (Qwen2); in latent attention, on those
+    to latent vectors."""
     o_bias: bool = False
     """A bias on the output projection of attention (GPT-OSS)."""
     attn_gate: bool = False
@@ -76,12 +84,16 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """Return d, the width of an attention head."""
+        """Return d, the width of an attention head's queries and keys."""
+        if self.mixer == "mla":
+            return self.mla.qk_width
         return self.d_head or self.d_model // self.n_heads
 
     @property
     def rotary_width(self) -> int:
         """Return r, how many dims of an attention head are rotated."""
+        if self.mixer == "mla":
+            return self.mla.qk_rope_head_dim
         return self.rope.rotary_dim or self.head_width
 
     def window_of(self, layer: int) -> int:
@@ -108,7 +120,10 @@ class ModelConfig:
         above_zero("model", vars(self), "rope_theta norm_eps init_std")
         if self.qk_norm not in get_args(QKNorm):
             raise UsageError(f"model.qk_norm={self.qk_norm} is not known; use none, head or all")
-        derived = self._check_attention()
+        if self.mixer not in get_args(MixerName):
+            raise UsageError(f"model.mixer={self.mixer} is not known; use attention or mla")
+        derived = self._check_mla() if self.mixer == "mla" else self._check_attention()
+        self.rope.check(self.head_width, self.rope_theta)
         if any(entry < 0 for entry in self.window):
             raise UsageError(
                 f"model.window={' '.join(map(str, self.window))} has an entry below 0; "
@@ -125,7 +140,27 @@ class ModelConfig:
             at_least(1, "model", vars(self), "d_ff")
         return derived
 
+    def _check_mla(self) -> dict[str, str]:
+        self.mla.check()
+        plain, usual = ModelConfig(), {"n_kv_heads": self.n_heads, "d_head": self.mla.qk_width}
+        for name in "n_kv_heads d_head qk_norm clip_qkv sinks attn_gate".split():
+            value, default = vars(self)[name], vars(plain)[name]
+            if value not in (default, usual.get(name, default)):
+                raise UsageError(
+                    f"model.{name}={value} has no effect with model.mixer=mla; use {default}"
+                )
+        if self.rope.rotary_dim:
+            raise UsageError(
+                f"model.rope.rotary_dim={self.rope.rotary_dim} has no effect with model.mixer=mla, "
+                "which rotates model.mla.qk_rope_head_dim; use 0"
+            )
+        return {}
+
     def _check_attention(self) -> dict[str, str]:
+        if self.mla != MLAConfig():
+            raise UsageError(
+                f"model.mla is set and model.mixer={self.mixer} does not read it; use mixer=mla"
+            )
         derived, d_head = {}, self.head_width
         if not self.d_head:
             if self.d_model % self.n_heads:
@@ -141,7 +176,6 @@ class ModelConfig:
                 f"n_heads={self.n_heads}, d_head={self.d_head}) is odd, and RoPE rotates pairs; "
                 f"set model.d_head to {d_head + 1}"
             )
-        self.rope.check(d_head, self.rope_theta)
         if not self.n_kv_heads:
             derived["model.n_kv_heads"] = f"{self.n_heads}: as many as n_heads"
         elif self.n_heads % self.n_kv_heads:

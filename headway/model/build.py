@@ -19,6 +19,7 @@ from headway.model.context import Context
 from headway.model.costs import Cost, CostGroup, Term, Workload, costs_of
 from headway.model.linear import FeedForward, RMSNorm
 from headway.model.mixers.attention import Attention
+from headway.model.mixers.mla import MLA
 from headway.model.moe import SparseLayer
 from headway.model.residual import Residual
 
@@ -110,10 +111,19 @@ def build_block(
 ) -> Block:
     """Return the block that a config describes, with given modules in place of the config's."""
     if mixer is None:
-        mixer = Attention(config, config.window_of(layer))
+        mixer = build_mixer(config, layer)
     if ffn is None:
         ffn = build_feed_forward(config, layer, compute)
     return Block(config, mixer, ffn, residual)
+
+
+def build_mixer(config: ModelConfig, layer: int) -> Mixer:
+    """Return the token mixer of block `layer`."""
+    match config.mixer:
+        case "attention":
+            return Attention(config, config.window_of(layer))
+        case "mla":
+            return MLA(config, config.window_of(layer))
 
 
 def build_feed_forward(

@@ -63,7 +63,10 @@ def summary(config: Config) -> str:
     """Return one line on the architecture."""
     m, moe = config.model, config.model.moe
     text = f"{m.n_layers} layers, D {m.d_model}, V {m.vocab_size}, "
-    text += f"{m.n_heads} attention heads ({m.kv_heads} key/value) of width {m.head_width}"
+    if m.mixer == "mla":
+        text += f"{m.n_heads} heads of latent attention, {m.mla.latent_width} values per token"
+    else:
+        text += f"{m.n_heads} attention heads ({m.kv_heads} key/value) of width {m.head_width}"
     if n_dense := m.n_layers - m.n_sparse:
         text += f"; {n_dense} dense networks, F {m.d_ff}"
     if m.n_sparse:

@@ -13,6 +13,7 @@ from headway.config import (
     Config,
     DataConfig,
     MeshConfig,
+    MLAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -57,6 +58,18 @@ MISTAKES = {
     "rope_theta=1.0 with scaling=yarn": model(
         rope=RopeConfig(scaling="yarn", original_max_len=64), rope_theta=1.0
     ),
+    "model.mixer=mamba is not known": model(mixer="mamba"),  # type: ignore
+    "model.mla is set and model.mixer=attention": model(mla=MLAConfig(q_lora_rank=3)),
+    "model.n_kv_heads=2 has no effect with model.mixer=mla; use 0": model(
+        mixer="mla", n_kv_heads=2
+    ),
+    "model.sinks=True has no effect with model.mixer=mla": model(mixer="mla", sinks=True),
+    "rope.rotary_dim=2 has no effect": model(mixer="mla", rope=RopeConfig(rotary_dim=2)),
+    "qk_rope_head_dim=3 must be even": model(mixer="mla", mla=MLAConfig(qk_rope_head_dim=3)),
+    "v_head_dim=9 exceeds the 8 dims": model(
+        mixer="mla", mla=MLAConfig(qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=9)
+    ),
+    "mla.kv_lora_rank=0 is below 1": model(mixer="mla", mla=MLAConfig(kv_lora_rank=0)),
     "clip_qkv=-1.0 is below 0": model(clip_qkv=-1.0),
     "n_layers=0 is below 1": model(n_layers=0),
     "model.window=4 -1 has an entry below 0": model(window=(4, -1)),
@@ -241,6 +254,7 @@ moes = st.builds(
 )
 models = st.builds(
     ModelConfig,
+    mixer=st.sampled_from(["attention", "attention", "mla"]),
     vocab_size=st.just(16),
     n_layers=st.integers(1, 2),
     d_model=st.sampled_from([6, 8, 12]),

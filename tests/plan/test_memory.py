@@ -10,6 +10,7 @@ from headway.config import (
     BalanceConfig,
     Config,
     DataConfig,
+    MLAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -81,6 +82,23 @@ MODELS |= {
         moe=replace(SPARSE, kind="moe", n_heads=1, activation="swiglu_clamped", expert_bias=True),
     ),
     "sinks": replace(BASE, sinks=True, window=(5, 0)),
+    "latent attention": replace(
+        BASE,
+        mixer="mla",
+        n_kv_heads=0,
+        d_head=0,
+        mla=MLAConfig(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=10),
+    ),
+    "latent attention, queries too": replace(
+        BASE,
+        mixer="mla",
+        n_kv_heads=0,
+        d_head=0,
+        window=(5, 0),
+        mla=MLAConfig(
+            q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=16
+        ),
+    ),
     "biased scores": replace(BASE, moe=replace(SPARSE, router=RouterConfig(logit_bias=True))),
     "groups of experts": replace(
         BASE, moe=replace(SPARSE, router=RouterConfig(gate="sigmoid", n_groups=4, top_k_groups=2))

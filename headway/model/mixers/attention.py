@@ -168,7 +168,7 @@ class Attention(nn.Module):
         D, N, M, d = self.q.weight.shape[1], self.n_heads, self.n_kv_heads, self.d_head
         weights, formula = D * d * (2 * N + 2 * M), "D·d·(2N + 2M)"
         saved = T * b * d * (2 * N + 2 * M) + 4 * T * N + 4 * S * self.config.rotary_width
-        norms = masks = NOTHING
+        norms = NOTHING
         if self.gate is not None:
             weights, formula = weights + D * N, "(D·d·(2N + 2M) + D·N)"
             saved += T * N * b + T * N * d * b
@@ -182,11 +182,6 @@ class Attention(nn.Module):
             saved += T * b * d * (N + 2 * M)
         biases = sum(p.bias.numel() for p in (self.q, self.k, self.v, self.o) if p.bias is not None)
         biases += 0 if self.sinks_N is None else N
-        if work.doc_mask or 0 < self.window < S:
-            masks = Term(4 * T, "4·B·S")
-            if work.dense_masks:
-                rows, formula = (T, "B·S·S·b") if work.doc_mask else (S, "S·S·b")
-                masks = Term(rows * S * b, formula)
         scores = Term(4 * N * d * mean_keys(S, self.window), "4·N·d·mean keys seen")
         saved_term = Term(saved, "T·b·d·(3N + 3M), of it N + M for QK-norm")
         return (
@@ -195,7 +190,7 @@ class Attention(nn.Module):
             Cost(CostGroup.NORMS, norms),
             Cost(CostGroup.PROJECTIONS, flops=Term(2 * weights, f"2·{formula}")),
             Cost(CostGroup.SCORES, flops=scores),
-            Cost(CostGroup.MASKS, saved=masks),
+            Cost(CostGroup.MASKS, saved=masks_of(work, self.window)),
             casts(weights, work),
         )
 
@@ -205,6 +200,17 @@ def mean_keys(seq_len: int, window: int) -> float:
     (S + 1)/2 with full attention."""
     w = min(window or seq_len, seq_len)
     return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+
+
+def masks_of(work: Workload, window: int) -> Term:
+    """Return the bytes of what keeps documents and windows apart."""
+    T, S, b = work.n_tokens, work.seq_len, work.bytes_per_value
+    if not work.doc_mask and not 0 < window < S:
+        return NOTHING
+    if not work.dense_masks:
+        return Term(4 * T, "4·B·S")
+    rows, formula = (T, "B·S·S·b") if work.doc_mask else (S, "S·S·b")
+    return Term(rows * S * b, formula)
 
 
 def _qk_norm(config: ModelConfig, n_heads: int) -> RMSNorm | None:

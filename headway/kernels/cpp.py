@@ -44,14 +44,25 @@ class CppKernels:
     def supports(self, *tensors: Tensor, float32: Sequence[Tensor] = ()) -> bool:
         """Return whether the kernels can work on these: all on the CPU, in one of `dtypes`; those
         of `float32` in that."""
-        narrow = any(t.dtype != torch.float32 for t in float32)
-        return not narrow and all(t.is_cpu and t.dtype in self.dtypes for t in (*tensors, *float32))
+        for t in tensors:  # in loops: every operator of every layer asks
+            if not t.is_cpu or t.dtype not in self.dtypes:
+                return False
+        for t in float32:
+            if not t.is_cpu or t.dtype is not torch.float32 or not self.dtypes:
+                return False
+        return True
 
     def call(self, name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
         """Run `headway_NAME_DTYPE(args…, threads)`. Tensors are contiguous and pass their address,
         integers are C longs, floats C floats."""
         function = self.functions.get((name, dtype)) or self._load(name, dtype, args)
-        function(*map(_plain, args), torch.get_num_threads())
+        plain = []
+        for value in args:
+            if isinstance(value, Tensor):
+                assert value.is_contiguous()
+                value = value.data_ptr()
+            plain.append(value)
+        function(*plain, torch.get_num_threads())
 
     def compute(self, name: str, dtype: torch.dtype, *sizes: int) -> int:
         """Return what `headway_NAME_DTYPE(sizes…)` computes, a C long."""
@@ -136,14 +147,6 @@ def _cpu() -> str:
 
 def _suffix(dtype: torch.dtype) -> str:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
-
-
-def _plain(value: Tensor | int | float | None) -> int | float | None:
-    """Return what ctypes converts: the address of a tensor, other values as they are."""
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return value.data_ptr()
-    return value
 
 
 def _c_type(value: Tensor | int | float | None) -> type:

@@ -2,6 +2,8 @@
 float32: one pass over memory each way in `cpu/pointwise.cpp`, four in PyTorch instead of autograd's
 nine."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
     if cpp_kernels().supports(x, float32=(weight,)):
-        return (_norm if undispatched(x) else _forward)(x, weight, eps, None, None)[0]
+        if undispatched(x):
+            return _norm_alone(x, weight, eps)
+        return _forward(x, weight, eps, None, None)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -33,6 +37,26 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
     if not transformed() and cpp_kernels().supports(x, float32=(weight, cos, sin)):
         return (_norm if undispatched(x) else _forward)(x, weight, eps, cos, sin)[0]
     return rope(rms_norm(x, weight, eps), cos, sin)
+
+
+class HeadRotation(NamedTuple):
+    """What happens to queries and keys before their scores: RMSNorm of each head, where there are
+    weights, then rotation by `rope_tables` of the whole head, in halves."""
+
+    tables: tuple[Tensor, Tensor]
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    """`[d]`."""
+    eps: float
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys `[..., S, heads, d]`, normed and rotated."""
+        return self._turn(q, self.q_weight), self._turn(k, self.k_weight)
+
+    def _turn(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return rope(x, *self.tables)
+        return norm_rope(x, weight, self.eps, *self.tables)
 
 
 def _norm(
@@ -45,6 +69,14 @@ def _norm(
     name, tables, sizes = _variant(x, weight, cos, sin)
     cpp_kernels().call(name, x.dtype, x, weight, *tables, *sizes, eps, out, scale)
     return out, scale
+
+
+def _norm_alone(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the first result of `_norm`, when there will be no backward."""
+    x, out, L = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), weight.shape[-1]
+    sizes = (x.numel() // L, weight.numel() // L, L)
+    cpp_kernels().call("norm", x.dtype, x, weight.contiguous(), *sizes, eps, out, None)
+    return out
 
 
 def _variant(

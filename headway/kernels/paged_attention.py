@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headway.kernels.attention import attention, causal_mask
 from headway.kernels.cpp import cpp_kernels
+from headway.kernels.norm import HeadRotation
 from headway.kernels.packed import batch_invariant
 
 PAGE = 16
@@ -54,6 +55,7 @@ def paged_attention(
     window: int = 0,
     scale: float | None = None,
     sinks_N: Tensor | None = None,
+    rotation: HeadRotation | None = None,
 ) -> Tensor:
     """Write keys and values to their pages; return the attention of the queries, each to its own
     sequence up to its own position, without gradient.
@@ -63,16 +65,22 @@ def paged_attention(
         window: positions that a query sees, its own included; 0 is all.
         scale: of the scores; None is 1/√d.
         sinks_N: float32, one more score per head that takes weight and gives nothing.
+        rotation: applied to queries and keys first; its tables have a row per token.
     Returns: `[T, N, d]`."""
     scale = 1 / math.sqrt(q_TNd.shape[-1]) if scale is None else scale
     if not pages.batch_invariant:
+        if rotation is not None:
+            q_TNd, k_TMd = rotation(q_TNd, k_TMd)
         return _attend(q_TNd, k_TMd, v_TMd, pages, where, window, scale, sinks_N)
     q, k, v = (_heads_together(t) for t in (q_TNd, k_TMd, v_TMd))
     out = torch.empty(q.shape, dtype=q.dtype)
     pointers, strides = (t.data_ptr() for t in (q, k, v)), (t.stride(0) for t in (q, k, v))
     sizes = (*where.table_RP.shape, q.shape[1], *k.shape[1:], window)
     sinks = None if sinks_N is None else sinks_N.float().contiguous()
-    arguments = (*pointers, *strides, *where, *sizes, float(scale), sinks, pages.data, out)
+    turn: tuple = (None, None, None, None, 0.0)
+    if rotation is not None:
+        turn = (rotation.q_weight, rotation.k_weight, *rotation.tables, rotation.eps)
+    arguments = (*pointers, *strides, *where, *sizes, float(scale), sinks, *turn, pages.data, out)
     cpp_kernels().call("paged_attention", q.dtype, *arguments)
     return out
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.config import ModelConfig
+from headway.kernels.norm import HeadRotation
 from headway.kernels.paged_attention import PAGE, Pages, Pass, paged_attention
 from headway.kernels.rope import rope_rows
 from headway.model.context import Positions
@@ -82,6 +83,9 @@ class PagedCache:
 class PagedKV:
     """Keys and values of one layer, in pages."""
 
+    rotates = True
+    """Whether `attend` takes queries and keys that are not rotated yet."""
+
     def __init__(
         self, n_pages: int, n_heads: int, d_head: int, dtype: torch.dtype, device: torch.device
     ):
@@ -104,9 +108,11 @@ class PagedKV:
         positions: PagedPositions,
         window: int,
         sinks_N: Tensor | None = None,
+        rotation: HeadRotation | None = None,
     ) -> Tensor:
         """Write keys and values `[1, T, M, d]` to their pages; return the attention of queries
-        `[1, T, N, d]`, each to its own sequence up to its own position."""
+        `[1, T, N, d]`, each to its own sequence up to its own position; queries and keys are
+        rotated first."""
         arguments = (q[0], k[0], v[0], self.pages, positions.where, window)
-        out_TNd = paged_attention(*arguments, sinks_N=sinks_N)
+        out_TNd = paged_attention(*arguments, sinks_N=sinks_N, rotation=rotation)
         return out_TNd.unsqueeze(0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.kernels import packed
+from headway.kernels.norm import HeadRotation
 from headway.kernels.paged_attention import (
     PAGE,
     Pages,
@@ -15,6 +16,7 @@ from headway.kernels.paged_attention import (
     paged_attention,
     paged_attention_reference,
 )
+from headway.kernels.rope import rope_tables
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
@@ -119,3 +121,23 @@ def test_views_of_one_product_are_read_where_they_lie():
         )
     ]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("native_path", [True, False])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+def test_rotation_inside_is_rotation_before(native_path, dtype, normed, monkeypatch):
+    if not native_path:
+        switch_off(monkeypatch, packed)
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(40, heads, 22, generator=g).to(dtype) for heads in (4, 2, 2))
+    tables = rope_tables(torch.arange(3, 43), 22, 100.0, dtype)
+    weights = [torch.rand(22, generator=g) if normed else None for _ in range(2)]
+    rotation = HeadRotation(tables, *weights, 1e-6)
+    where = Pass(torch.tensor([[0, 40, 0]]), torch.tensor([[1, 0, 2]], dtype=torch.int32))
+
+    def run(q, k, **options):
+        return paged_attention(q, k, v, Pages(3, 2, 22, dtype, CPU), where, **options)
+
+    with torch.no_grad():
+        assert torch.equal(run(q, k, rotation=rotation), run(*rotation(q, k)))

@@ -12,6 +12,7 @@
 // token of the sequence has written yet (the end of its last page) are read as zeros.
 #include <vector>
 
+#include "rotate.h"
 #include "softmax.h"
 
 using namespace headway;
@@ -35,6 +36,20 @@ struct Segment {
 
 struct Strides {
   long q, k, v;  // elements from a token to the next
+};
+
+// What happens to queries and keys first: RMSNorm of a head, where there is a weight, then the rotation of
+// pairs (i, i + half); nothing without tables.
+struct Rotation {
+  const float *q_weight, *k_weight, *cos, *sin;
+  float eps;
+  template <class T>
+  INLINE void turn(const T* x, const float* weight, long row, long d, T* out) const {
+    if (!cos) return (void)memcpy(out, x, d * sizeof(T));
+    const float *c = cos + row * (d / 2), *s = sin + row * (d / 2);
+    if (!weight) return turn_row<false>(x, weight, 1.f, c, s, 1.f, d / 2, out);
+    turn_row<true>(x, weight, scale_of(x, d, eps), c, s, 1.f, d / 2, out);
+  }
 };
 
 // ---- writing ------------------------------------------------------------------------------------
@@ -156,6 +171,8 @@ struct Block {
   const float* sink;        // of the first query head, or null
   long window;
   float scale;
+  const Rotation& rotation;
+  long row;  // of the first query, in the pass
 };
 
 // The addresses of the keys and of the values of a block, kept for the next one.
@@ -196,7 +213,8 @@ void attend(const Block<T>& b, const Layout<T>& s, Pages& page) {
   for (long r = 0; r < rows; ++r) {
     T* to = q + r * s.units * PER;
     memset(to + s.units * PER - PER, 0, PER * sizeof(T));
-    memcpy(to, b.q + r / b.group * b.q_row + r % b.group * s.d, s.d * sizeof(T));
+    const T* from = b.q + r / b.group * b.q_row + r % b.group * s.d;
+    b.rotation.turn(from, b.rotation.q_weight, b.row + r / b.group, s.d, to);
   }
   scores<T>(rows, s.units, (Unit*)q, page.keys, score, wide);
   for (long r = 0; r < rows; ++r) {
@@ -222,7 +240,7 @@ void attend(const Block<T>& b, const Layout<T>& s, Pages& page) {
 template <class T>
 void run(const T* q, const T* k, const T* v, const Strides& strides, const Segment* segment, const int32_t* table,
          long R, long P, long N, long M, const Layout<T>& s, long window, float scale, const float* sink,
-         Unit* cache, T* out, int threads) {
+         const Rotation& rotation, Unit* cache, T* out, int threads) {
   const long group = N / M, page_size = M * s.head, each = group < ROWS ? ROWS / group : 1;
   struct Item {
     long r, first;
@@ -240,19 +258,20 @@ void run(const T* q, const T* k, const T* v, const Strides& strides, const Segme
       for (long t = 0; t < segment[r].n; ++t) {
         const long at = segment[r].start + t, row = segment[r].row + t;
         Unit* to = cache + table[r * P + at / PAGE] * page_size + m * s.head;
-        write(k + row * strides.k + m * s.d, v + row * strides.v + m * s.d, at % PAGE, s, to);
+        T* key = (T*)scratch(s.d * sizeof(T));
+        rotation.turn(k + row * strides.k + m * s.d, rotation.k_weight, row, s.d, key);
+        write(key, v + row * strides.v + m * s.d, at % PAGE, s, to);
       }
     }
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < n_items * M; ++i) {
       const long m = i / n_items, r = items[i % n_items].r, first = items[i % n_items].first;
       const long row = segment[r].row + first, left = segment[r].n - first;
-      Block<T> b;
-      b.q = q + row * strides.q + m * group * s.d, b.out = out + (row * N + m * group) * s.d;
-      b.n = left < each ? left : each, b.group = group, b.position = segment[r].start + first;
-      b.q_row = strides.q, b.out_row = N * s.d;
-      b.table = table + r * P, b.cache = cache + m * s.head, b.page_size = page_size;
-      b.sink = sink ? sink + m * group : nullptr, b.window = window, b.scale = scale;
+      const Block<T> b = {
+          q + row * strides.q + m * group * s.d, out + (row * N + m * group) * s.d,
+          left < each ? left : each, group, segment[r].start + first, strides.q, N * s.d,
+          table + r * P, cache + m * s.head, page_size, sink ? sink + m * group : nullptr,
+          window, scale, rotation, row};
       attend(b, s, page);
     }
   }
@@ -264,12 +283,14 @@ extern "C" {
 
 #define HEADWAY_PAGED(T, name)                                                                              \
   long headway_paged_units_##name(long d) { return Layout<T>{d}.head; }                                     \
-  void headway_paged_attention_##name(const T* q, const T* k, const T* v, long q_row, long k_row, long v_row,\
-                                      const int64_t* segments, const int32_t* table, long R, long P, long N, \
-                                      long M, long d, long window, float scale, const float* sink,          \
-                                      Unit* cache, T* out, int threads) {                                   \
+  void headway_paged_attention_##name(                                                                      \
+      const T* q, const T* k, const T* v, long q_row, long k_row, long v_row, const int64_t* segments,      \
+      const int32_t* table, long R, long P, long N, long M, long d, long window, float scale,               \
+      const float* sink, const float* q_weight, const float* k_weight, const float* cos, const float* sin,  \
+      float eps, Unit* cache, T* out, int threads) {                                                        \
+    const Rotation rotation = {q_weight, k_weight, cos, sin, eps};                                          \
     run<T>(q, k, v, {q_row, k_row, v_row}, (const Segment*)segments, table, R, P, N, M, Layout<T>{d},       \
-           window, scale, sink, cache, out, threads);                                                       \
+           window, scale, sink, rotation, cache, out, threads);                                             \
   }
 
 HEADWAY_PAGED(float, float32)

@@ -6,24 +6,13 @@
 // thread that computed it, and weight gradients are summed over fixed chunks of rows, so results
 // are the same bits on any number of threads.
 #include "activation.h"
-#include "sweep.h"
+#include "rotate.h"
 
 using namespace headway;
 
 namespace {
 
 // ---- rows ---------------------------------------------------------------------------------------
-
-// 1 / sqrt(mean(x²) + eps)
-template <class T>
-INLINE float scale_of(const T* x, long L, float eps) {
-  Vec squares = {};
-  sweep(L, EACH {
-    const Vec v = get(x + i, n);
-    squares += v * v;
-  });
-  return 1.f / sqrtf(total(squares) / L + eps);
-}
 
 template <class T>
 INLINE void norm_row(const T* x, const float* w, float scale, long L, T* out) {
@@ -43,19 +32,6 @@ INLINE void norm_row_back(const T* dy, const T* x, const float* w, float scale, 
   const float mean = total(dots) / L;
   sweep(L, EACH {
     put(dx + i, scale * (get(dy + i, n) * get(w + i, n) - get(x + i, n) * scale * mean), n);
-  });
-}
-
-// x, with NORM x·scale·w, rotated; turn −1 rotates back.
-template <bool NORM, class T>
-INLINE void turn_row(const T* x, const float* w, float scale, const float* cos, const float* sin,
-                     float turn, long half, T* out) {
-  sweep(half, EACH {
-    Vec a = get(x + i, n), b = get(x + half + i, n);
-    const Vec c = get(cos + i, n), s = turn * get(sin + i, n);
-    if (NORM) a *= scale * get(w + i, n), b *= scale * get(w + half + i, n);
-    put(out + i, a * c - b * s, n);
-    put(out + half + i, b * c + a * s, n);
   });
 }
 
@@ -180,14 +156,15 @@ void headway_softcap_float32(const float* x, long size, float cap, float* out, i
 }
 
 
-// x [rows, L], w [heads, L] (row r reads r % heads); scale [rows] is written for backward.
+// x [rows, L], w [heads, L] (row r reads r % heads); scale [rows], written for backward, may be null.
 // cos, sin [S, half]; x [rows = … · S · heads, 2·half].
 #define HEADWAY_POINTWISE(T, name)                                                                   \
   void headway_norm_##name(const T* x, const float* w, long rows, long heads, long L, float eps,     \
                            T* out, float* scale, int threads) {                                      \
     over_rows(rows, L, threads, [&](long r) {                                                        \
-      scale[r] = scale_of(x + r * L, L, eps);                                                        \
-      norm_row(x + r * L, w + r % heads * L, scale[r], L, out + r * L);                              \
+      const float by = scale_of(x + r * L, L, eps);                                                  \
+      if (scale) scale[r] = by;                                                                      \
+      norm_row(x + r * L, w + r % heads * L, by, L, out + r * L);                                    \
     });                                                                                              \
   }                                                                                                  \
   void headway_norm_backward_##name(const T* dy, const T* x, const float* w, const float* scale,     \
@@ -209,8 +186,9 @@ void headway_softcap_float32(const float* x, long size, float cap, float* out, i
                                 float* scale, int threads) {                                         \
     over_rows(rows, 2 * half, threads, [&](long r) {                                                 \
       const long at = r * 2 * half, s = r / heads % S * half;                                        \
-      scale[r] = scale_of(x + at, 2 * half, eps);                                                    \
-      turn_row<true>(x + at, w, scale[r], cos + s, sin + s, 1.f, half, out + at);                    \
+      const float by = scale_of(x + at, 2 * half, eps);                                              \
+      if (scale) scale[r] = by;                                                                      \
+      turn_row<true>(x + at, w, by, cos + s, sin + s, 1.f, half, out + at);                          \
     });                                                                                              \
   }                                                                                                  \
   void headway_norm_rope_backward_##name(const T* dy, const T* x, const float* w, const float* scale,\

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headway.config import ModelConfig
 from headway.kernels.activation import gate_heads
 from headway.kernels.attention import attention
-from headway.kernels.norm import norm_rope
+from headway.kernels.norm import HeadRotation
 from headway.kernels.packed import PackedWeight, packed_linear
 from headway.kernels.rope import rope
 from headway.model.context import Context, Positions
@@ -27,6 +27,8 @@ class KVState:
 
     k: Tensor
     v: Tensor
+    rotates = False
+    """Whether `attend` takes queries and keys that are not rotated yet."""
 
     def attend(
         self,
@@ -36,6 +38,7 @@ class KVState:
         positions: Positions,
         window: int,
         sinks_N: Tensor | None = None,
+        rotation: None = None,
     ) -> Tensor:
         """Append keys and values `[B, S, M, d]`; return the attention of queries `[B, S, N, d]` to
         all positions so far."""
@@ -64,8 +67,8 @@ class Attention(nn.Module):
     per-head sigmoid output gate.
 
     `window`: tokens a position sees, itself included; 0 is all. Norm and rotation are one kernel
-    with `qk_norm` none or head, without `clip_qkv` and where halves of whole heads are rotated; a
-    kernel that fuses more does so there."""
+    with `qk_norm` none or head, without `clip_qkv` and where halves of whole heads are rotated, and
+    part of the attention over pages."""
 
     def __init__(self, config: ModelConfig, window: int = 0):
         super().__init__()
@@ -97,14 +100,18 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, ctx: Context = Context()) -> Tensor:
         """Map `[B, S, D]` to `[B, S, D]`; the S positions follow those in a cache."""
         positions = ctx.positions_of(x_BSD)
+        state = None if ctx.cache is None else ctx.cache.state(ctx.layer)
         q, k, v, *gate = self._project(x_BSD)
-        q, k, v = self._qkv(q, k, v, positions)
-        if ctx.cache is None:
+        rotation = self._rotation(positions.rope(self.config, q.dtype))
+        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in (q, k, v))
+        if rotation is None or state is None or not state.rotates:
+            q, k, v = self._turn(q, k, v, positions, rotation)
+            rotation = None
+        if state is None:
             seen = positions.visible(self.window, q.dtype)
             y_BSNd = attention(q, k, v, *seen, self.sinks_N)
         else:
-            state = ctx.cache.state(ctx.layer)
-            y_BSNd = state.attend(q, k, v, positions, self.window, self.sinks_N)
+            y_BSNd = state.attend(q, k, v, positions, self.window, self.sinks_N, rotation)
         if gate:
             y_BSNd = gate_heads(y_BSNd, gate[0])
         return self.o(y_BSNd.flatten(-2))
@@ -132,30 +139,34 @@ class Attention(nn.Module):
         widths = [len(layer.weight) for layer in layers]
         return packed_linear(x_BSD, self.packed).split(widths, -1)
 
-    def _qkv(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions
+    def _rotation(self, tables: tuple[Tensor, Tensor]) -> HeadRotation | None:
+        """Return norm and rotation as one kernel does them, if it can."""
+        c = self.config
+        if c.clip_qkv or c.rope.interleaved or c.rotary_width != self.d_head or c.qk_norm == "all":
+            return None
+        q_weight, k_weight = (
+            None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)
+        )
+        return HeadRotation(tables, q_weight, k_weight, c.norm_eps)
+
+    def _turn(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, rotation: HeadRotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return normed and rotated queries, keys, values: `[B, S, heads, d]`."""
-        B, S, _ = q.shape
-        # one row of the tables per position: as one sequence where the positions differ
-        rows = (1, B * S) if positions.ragged else (B, S)
-        q, k, v = (t.reshape(*rows, -1, self.d_head) for t in (q, k, v))
-        tables = positions.rope(self.config, q.dtype)
-        q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
-        v = self._clamped(v)
-        if positions.ragged:
-            q, k, v = (t.view(B, S, -1, self.d_head) for t in (q, k, v))
-        return q, k, v
+        """Norm, clamp and rotate `[B, S, heads, d]`."""
+        shape = q.shape[:2]
+        if positions.ragged:  # one row of the tables per position: as one sequence
+            q, k = (t.reshape(1, -1, *t.shape[2:]) for t in (q, k))
+        if rotation is not None:
+            q, k = rotation(q, k)
+        else:
+            tables = positions.rope(self.config, q.dtype)
+            q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
+        return q.view(*shape, *q.shape[2:]), k.view(*shape, *k.shape[2:]), self._clamped(v)
 
     def _rotated(self, x: Tensor, norm: RMSNorm | None, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Norm, clamp and rotate `[B, S, heads, d]`."""
-        c = self.config
-        whole = not c.clip_qkv and not c.rope.interleaved and c.rotary_width == self.d_head
-        if norm is not None and c.qk_norm == "head" and whole:
-            return norm_rope(x, norm.weight, norm.eps, *tables)
         if norm is not None:
-            x = norm(x.flatten(-2)).view(x.shape) if c.qk_norm == "all" else norm(x)
-        return rope(self._clamped(x), *tables, c.rope.interleaved)
+            x = norm(x.flatten(-2)).view(x.shape) if self.config.qk_norm == "all" else norm(x)
+        return rope(self._clamped(x), *tables, self.config.rope.interleaved)
 
     def _clamped(self, x: Tensor) -> Tensor:
         limit = self.config.clip_qkv

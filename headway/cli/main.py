@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from headway import __version__
+from headway.cli.chat import chat
 from headway.cli.describe import describe
 from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
@@ -31,6 +32,7 @@ VERBS = {
     "train": "train a recipe: headway train demo --run runs/first --steps 200",
     "eval": "bits per byte of a trained model on validation text",
     "sample": "text from a trained model",
+    "chat": "a conversation with a trained model in the terminal",
     "export": "a trained model as a folder for Hugging Face Transformers",
     "import": "a run folder from a Hugging Face folder",
     "serve": "an OpenAI-compatible server of a trained model",
@@ -107,6 +109,8 @@ def _verb(args: list[str]) -> int:
             return import_(rest)
         case "sample":
             return sample(rest)
+        case "chat":
+            return chat(rest)
         case "export":
             return export(rest)
         case "serve":

@@ -13,19 +13,9 @@ from typing import Any, Protocol
 
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
+from headway.hub.export_tokenizer import PLAIN_TEMPLATE
 from headway.serve.shield import Shield
 from headway.serve.template_sandbox import compile_template, render
-
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-{{ message['role'] | capitalize }}: {{ message['content'] }}
-
-{% endfor -%}
-{%- if add_generation_prompt -%}
-Assistant:
-{%- endif -%}
-"""
-"""The template of a model that has none: `User: …`, a blank line, `Assistant:`."""
 
 TAG = "\ufdd1 "
 """Ends the message that a reply continues; the space tells whether the template trims it."""
@@ -72,8 +62,8 @@ class ChatTemplate:
     def load(cls, info: ModelFolder, tokenizer: Tokenizer, file: str = "") -> "ChatTemplate":
         """Return the template of `file`, or of the model's folder: chat_template.jinja, else
         `chat_template` in tokenizer_config.json (a text, or a list of named ones: `default`, and
-        `tool_use` for requests with tools), else `PLAIN_TEMPLATE`. Raises UsageError for what
-        cannot be read."""
+        `tool_use` for requests with tools), else the plain `User: …`, a blank line, `Assistant:`.
+        Raises UsageError for what cannot be read."""
         config = _json(info.folder / "tokenizer_config.json")
         names = _special_names({**_json(info.folder / "special_tokens_map.json"), **config})
         if file:

@@ -4,8 +4,8 @@ import pytest
 
 from tests.arrows.rooms import ALLOWED, PACKAGE, PAGES, ROOMS, ROOT, rewrite
 
-OTHER_TESTS = {"arrows", "bench", "golden", "parity"}
-"""Folders of tests/ that belong to no room: habits, bench/, recorded losses, N ranks = 1."""
+OTHER_TESTS = {"arrows", "bench", "golden", "parity", "studies"}
+"""Folders of tests/ that belong to no room: habits, bench/, recorded losses, N ranks = 1, studies/."""
 
 
 def folders(root, pattern="**/"):

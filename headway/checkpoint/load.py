@@ -71,15 +71,21 @@ def load_weights(
 
 
 def read_weights(
-    reader: Weights, model: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]
+    reader: Weights,
+    model: nn.Module,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+    sharding: Sharding = SINGLE_PROCESS.sharding,
 ) -> None:
-    """Give a model on the meta device its weights and buffers on `device`, each in its dtype: one
-    tensor after the other goes from disk to where it stays. Raises UsageError where names or shapes
-    differ."""
+    """Give a model on the meta device its weights and buffers on `device`, each in its dtype, of
+    each the slice that this rank holds: one tensor after the other goes from disk to where it
+    stays. Raises UsageError where names or shapes differ."""
     targets = model.state_dict()
-    _check_tensors(reader, {name: tuple(x.shape) for name, x in targets.items()})
+    shapes = {name: local_shard(name, x, sharding).shape for name, x in targets.items()}
+    _check_tensors(reader, shapes)
     for name in targets:
-        assign(model, name, reader.read(name, dtype=dtypes[name]).to(device))
+        part = local_slices(name, shapes[name], sharding)
+        assign(model, name, reader.read(name, part, dtypes[name]).to(device))
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -180,13 +180,21 @@ def _long_names(args: Sequence[str]) -> Iterator[str]:
 
 def _mesh(text: str) -> Iterator[str]:
     """Expand `hp=2,ep=2` to `--mesh.hp 2 --mesh.ep 2`."""
+    for axis, size in mesh_axes(text).items():
+        yield from (f"--mesh.{axis}", str(size))
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """Return the axes and sizes of `hp=2,ep=2`. Raise UsageError for another text."""
+    sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in ("dp", "hp", "ep") or not size.isdecimal():
             raise UsageError(
                 f"--mesh {text!r} is no AXIS=N[,AXIS=N]; use dp, hp and ep, as in hp=2,ep=2"
             )
-        yield from (f"--mesh.{axis}", size)
+        sizes[axis] = int(size)
+    return sizes
 
 
 def _unboxed(text: str) -> str:

@@ -2,16 +2,18 @@
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headway.cli import trained
-from headway.cli.options import parse
-from headway.config import UsageError
+from headway.cli.options import mesh_axes, parse
+from headway.config import MeshConfig, UsageError
 
 if TYPE_CHECKING:
+    from headway.parallel.mesh import Mesh
     from headway.serve.service import Served
 
 KEY_VARIABLE = "HEADWAY_API_KEY"
@@ -53,6 +55,9 @@ class Serve(trained.TrainedOptions):
     """Most connections; further ones are closed."""
     drain: float = 30.0
     """Seconds that running replies have after SIGTERM."""
+    mesh: str = ""
+    """Ranks that share heads and experts, as in hp=2,ep=2, started by torchrun --nproc-per-node
+    P -m -- headway serve …; every rank holds all running tokens."""
 
 
 def serve(args: Sequence[str]) -> int:
@@ -70,15 +75,35 @@ def serve(args: Sequence[str]) -> int:
         why = f"headway serve needs {error.name}, which is not installed"
         raise UsageError(f"{why}; pip install 'headway[serve]'") from None
 
+    from headway.parallel.mesh import launch
+
+    with launch(_mesh(options.mesh)) as mesh:
+        return _serve(options, keys, mesh) if mesh.is_main else _follow(options, mesh)
+
+
+def _follow(options: Serve, mesh: "Mesh") -> int:
+    """Run the passes of rank 0 until it ends, whatever signals come."""
+    from headway.serve.runner import MeshRunner
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    MeshRunner(trained.load(options, mesh).model, mesh).follow()
+    return 0
+
+
+def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
+    """Serve in this process, with the other ranks of a mesh."""
     from headway.kernels.packed import batch_invariant
     from headway.model.paged import PAGE
     from headway.serve.load import load_served
+    from headway.serve.runner import runner_of
     from headway.serve.server import ServerOptions
     from headway.serve.server import serve as run
 
     def load() -> "Served":
+        loaded = trained.load(options, mesh)
         return load_served(
-            trained.load(options),
+            loaded,
             name=options.name,
             max_tokens=options.max_tokens,
             max_requests=options.max_requests,
@@ -88,6 +113,7 @@ def serve(args: Sequence[str]) -> int:
             cache_tokens=options.cache_tokens,
             return_routes=options.return_routes,
             chat_template=options.chat_template,
+            runner=runner_of(loaded.model, mesh),
         )
 
     def on_ready(url: str, served: "Served") -> None:
@@ -98,7 +124,8 @@ def serve(args: Sequence[str]) -> int:
             "model": served.protocol.name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "cache_tokens": PAGE * engine.scheduler.pool.n_pages,
-            "batch_invariant": batch_invariant(model.device, model.dtype),
+            # partial sums of experts are added across ranks in an order of their own
+            "batch_invariant": batch_invariant(model.device, model.dtype) and mesh.ep.size == 1,
         }
         if not options.json:
             print(
@@ -120,6 +147,17 @@ def serve(args: Sequence[str]) -> int:
     counts = run(server, load, on_ready) or {"requests": 0, "generated_tokens": 0, "blocks_used": 0}
     _print(options.json, {"event": "stopped", **counts})
     return 0
+
+
+def _mesh(text: str) -> MeshConfig:
+    """Return the mesh of `hp=2,ep=2`; "" is a single process."""
+    axes = mesh_axes(text) if text else {}
+    mesh = MeshConfig(dp=axes.get("dp", 1), hp=axes.get("hp", 1), ep=axes.get("ep", 1))
+    if mesh.dp > 1:
+        why = "replicas answer different requests"
+        raise UsageError(f"--mesh {text}: {why}; start {mesh.dp} servers instead of dp={mesh.dp}")
+    mesh.check()
+    return mesh
 
 
 def _print(wanted: bool, event: dict[str, object]) -> None:

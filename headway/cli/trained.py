@@ -10,6 +10,7 @@ from headway.config import UsageError
 
 if TYPE_CHECKING:
     from headway.hub.load import LoadedModel
+    from headway.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class TrainedOptions:
     """End with one JSON object."""
 
 
-def load(options: TrainedOptions) -> "LoadedModel":
-    """Return the model that the options name; damaged checkpoints and what differs from training
-    are reported on stderr."""
+def load(options: TrainedOptions, mesh: "Mesh | None" = None) -> "LoadedModel":
+    """Return the model that the options name, on a mesh this rank's part of it; damaged checkpoints
+    and what differs from training are reported on stderr."""
     if options.threads < 0:
         raise UsageError(f"--threads {options.threads} is below 0; 0 means as many as in training")
     from headway.hub.load import load_model
+    from headway.parallel.mesh import Mesh
 
-    loaded = load_model(options.run, options.device, options.dtype, options.threads)
-    for line in loaded.info.lines:
+    mesh = mesh or Mesh()
+    loaded = load_model(options.run, options.device, options.dtype, options.threads, mesh=mesh)
+    for line in loaded.info.lines if mesh.is_main else ():
         print(f"headway: {line}", file=sys.stderr)
     return loaded
 

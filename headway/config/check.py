@@ -5,6 +5,8 @@ are here. Nothing is dropped silently: an option that would have no effect is an
 
 from headway.config.bounds import alternatives, divisors
 from headway.config.errors import UsageError
+from headway.config.mesh import MeshConfig
+from headway.config.moe import MoEConfig
 from headway.config.tree import Config
 
 
@@ -17,7 +19,7 @@ def validate(config: Config) -> dict[str, str]:
     config.optim.check()
     config.run.check()
     config.mesh.check()
-    _check_axes(config)
+    check_axes(config.model.moe, config.mesh)
     _check_batch(config)
     if config.mesh.size > 1 and config.run.compile:
         raise UsageError(
@@ -38,9 +40,8 @@ def remarks(config: Config) -> tuple[str, ...]:
     return ()
 
 
-def _check_axes(config: Config) -> None:
+def check_axes(moe: MoEConfig, mesh: MeshConfig) -> None:
     """Check that heads and experts divide among the ranks of their axes."""
-    mesh, moe = config.mesh, config.model.moe
     if mesh.hp > 1 and moe.kind != "multi_head_latent":
         raise UsageError(
             f"mesh hp={mesh.hp} shares the heads of a Multi-Head LatentMoE, and kind={moe.kind}; "

@@ -13,6 +13,7 @@ from headway.checkpoint.load import Weights, read_weights
 from headway.checkpoint.runtime import Device, Dtype, Runtime, resolve_runtime
 from headway.checkpoint.tensor_reader import TensorReader
 from headway.config import Config, UsageError
+from headway.config.check import check_axes
 from headway.data.tokenizer import Tokenizer, load_tokenizer
 from headway.hub.folder import HubFolder, is_hub_folder, read_json
 from headway.hub.tokenizer_files import load_hub_tokenizer
@@ -21,6 +22,9 @@ from headway.model.compute import Compute
 from headway.model.packing import pack_
 from headway.model.roles import stored_dtypes
 from headway.model.transformer import Transformer
+from headway.parallel.mesh import Mesh
+from headway.parallel.parallelize import SINGLE_PROCESS
+from headway.parallel.placement import partition
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def load_model(
     dtype: Dtype = "auto",
     threads: int = 0,
     blocks: BlockBuilder = build_block,
+    mesh: Mesh = Mesh(),
 ) -> LoadedModel:
     """Return the model of a run folder (its latest undamaged checkpoint), of one checkpoint inside
     a run, or of a Hugging Face folder, packed for inference.
@@ -75,19 +80,21 @@ def load_model(
         device, dtype: as for `resolve_runtime`.
         threads: CPU threads; 0 takes what the run was trained with.
         blocks: as for `Transformer`.
+        mesh: of ranks that hold the same tokens; this one reads its heads and experts alone.
     Raises: UsageError where there is no undamaged checkpoint, no run.json above it, no such device,
-    or where `blocks` make another model; for a Hugging Face folder as `HubFolder`."""
+    where `blocks` make another model or the mesh does not divide it; for a Hugging Face folder as
+    `HubFolder`."""
     folder = Path(path)
     if is_hub_folder(folder):
         with HubFolder(folder) as weights:
             tokenizer = load_hub_tokenizer(folder)
             config = weights.run_config(str(folder.absolute()))
-            return _load(folder, weights, config, tokenizer, device, dtype, threads, blocks)
+            return _load(folder, weights, config, tokenizer, device, dtype, threads, blocks, mesh)
     run_dir, checkpoint, problems = find_trained(folder)
     config = run_folder.read_config(run_dir)
     tokenizer = tokenizer_of(run_dir, config)
     with TensorReader(checkpoint, "model") as weights:
-        loaded = _load(run_dir, weights, config, tokenizer, device, dtype, threads, blocks)
+        loaded = _load(run_dir, weights, config, tokenizer, device, dtype, threads, blocks, mesh)
     info = replace(loaded.info, source=checkpoint, problems=tuple(problems))
     return loaded._replace(info=info)
 
@@ -101,6 +108,7 @@ def _load(
     dtype: Dtype,
     threads: int,
     blocks: BlockBuilder,
+    mesh: Mesh,
 ) -> LoadedModel:
     """Build the model on the meta device, read its weights and pack them."""
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -114,7 +122,11 @@ def _load(
     moe = replace(config.model.moe, precision=runtime.precision)
     with torch.device("meta"):
         model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype), blocks=blocks)
-    read_weights(weights, model, runtime.device, stored_dtypes(model, runtime.dtype))
+    sharding, dtypes = SINGLE_PROCESS.sharding, stored_dtypes(model, runtime.dtype)
+    if mesh.size > 1:
+        check_axes(config.model.moe, mesh.config)
+        sharding = partition(model, mesh)
+    read_weights(weights, model, runtime.device, dtypes, sharding)
     pack_(model, runtime.dtype)
     info = _info(folder, config, runtime, tokenizer)
     return LoadedModel(config, model.eval(), tokenizer, info)

@@ -207,7 +207,7 @@ def _check_product(config: MeshConfig, world: int, rank: int) -> None:
         there, fix = f"are {world}", f"use --mesh with a product of {world}"
         if world == 1:
             there = "is 1"
-            fix = f"start it with: torchrun --nproc-per-node {config.size} -m -- headway train …"
+            fix = f"start it with: torchrun --nproc-per-node {config.size} -m -- headway …"
         raise (PeerError if rank else UsageError)(
             f"mesh dp={config.dp}, hp={config.hp}, ep={config.ep} needs {config.size} processes "
             f"and there {there}; {fix}"

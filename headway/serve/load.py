@@ -10,6 +10,7 @@ from headway.serve.chat_template import ChatTemplate
 from headway.serve.engine import Engine
 from headway.serve.grammar import GrammarCompiler
 from headway.serve.protocol import Protocol
+from headway.serve.runner import Runner
 from headway.serve.service import Served
 
 CHUNK = 4096
@@ -27,6 +28,7 @@ def load_served(
     cache_tokens: int = 0,
     return_routes: bool = False,
     chat_template: str = "",
+    runner: Runner | None = None,
 ) -> Served:
     """Return an engine for a model with the protocol of its server.
 
@@ -36,6 +38,7 @@ def load_served(
         max_waiting: most replies beyond `max_requests`, which wait.
         max_n: most replies to a prompt, and prompts of a request.
         chat_template: a file; "" takes `loaded.info.chat_template`.
+        runner: as for `Engine`.
     Raises: UsageError for a template that cannot be read, and as `Engine` does."""
     info, tokenizer = loaded.info, loaded.tokenizer
     engine = Engine(
@@ -47,6 +50,7 @@ def load_served(
         max_batch_tokens=max_batch_tokens,
         cache_tokens=cache_tokens,
         return_routes=return_routes,
+        runner=runner,
     )
     bounds = Bounds(
         vocab_size=tokenizer.vocab_size,

@@ -6,6 +6,7 @@ the others, who run the same model on the same tokens (`parallel/replicated.py`)
     rank 0      schedule ─ broadcast pass ─ forward ─ sample        schedule ─ broadcast …
     others                          receive ─ forward ─ wait …                    receive …"""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,9 @@ class Runner:
         assert output.logits_BSV is not None
         return output._replace(logits_BSV=self.dispatcher.broadcast(output.logits_BSV))
 
+    idle_after: float | None = None
+    """Seconds without a pass after which `idle` is due; None: never."""
+
     def idle(self) -> None:
         """Tell other processes that this one still is there."""
 
@@ -85,7 +89,8 @@ class MeshRunner(Runner):
 
     def __init__(self, model: Transformer, mesh: Mesh):
         super().__init__(model, ReplicatedDispatcher(mesh))
-        self.mesh = mesh
+        # a collective that waits for longer than the mesh's timeout fails
+        self.idle_after = mesh.config.timeout / 4
 
     def allocate(self, n_pages: int) -> None:
         super().allocate(self._send(n_pages))
@@ -97,7 +102,8 @@ class MeshRunner(Runner):
         self._send("idle")
 
     def close(self) -> None:
-        self._send("close")
+        with contextlib.suppress(RuntimeError):  # a rank that is gone has ended already
+            self._send("close")
 
     def follow(self) -> None:
         """Do what rank 0 does until it closes."""
@@ -113,6 +119,11 @@ class MeshRunner(Runner):
         box = [message]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+def runner_of(model: Transformer, mesh: Mesh) -> Runner:
+    """Return what runs the passes of a model whose part this rank has loaded."""
+    return Runner(model) if mesh.size == 1 else MeshRunner(model, mesh)
 
 
 def pass_of(

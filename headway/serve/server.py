@@ -129,7 +129,8 @@ async def _serve(
         guard.app = build_app(service)
         on_ready(url_of(listener), served)
         logging = asyncio.create_task(service.log())
-        await stop.wait()
+        ended = asyncio.create_task(service.worker.ended.wait())
+        await asyncio.wait((stopping, ended), return_when=asyncio.FIRST_COMPLETED)
         service.draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(service.drained(), options.drain)
@@ -137,6 +138,9 @@ async def _serve(
         with contextlib.suppress(TimeoutError):  # for the last events to be sent
             await asyncio.wait_for(service.drained(), 2)
         logging.cancel()
+        ended.cancel()
+        if service.worker.failure is not None:
+            raise service.worker.failure
         return {
             "requests": service.n_calls,
             "generated_tokens": served.engine.counters.generation_tokens,

@@ -11,7 +11,6 @@ Updates of one step reach the event loop together."""
 import asyncio
 import contextlib
 import threading
-import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -61,6 +60,10 @@ class EngineThread:
         self._wake, self._stopping = threading.Event(), False
         self._streams: dict[Request, Stream] = {}
         self._ended: EngineStopped | None = None
+        self.ended = asyncio.Event()
+        """Set when the thread has ended, by `stop` or by a failure."""
+        self.failure: Exception | None = None
+        """What a step or command raised; it ended the thread."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -119,8 +122,9 @@ class EngineThread:
         error = EngineStopped("the engine has stopped")
         try:
             while not self._stopping:
-                if not self.engine.has_work:
-                    self._wake.wait()
+                if not self.engine.has_work and not self._wake.wait(self.engine.runner.idle_after):
+                    self.engine.runner.idle()
+                    continue
                 self._wake.clear()
                 while self._commands:
                     self._commands.popleft()()
@@ -129,7 +133,7 @@ class EngineThread:
                     self._on_step()
                     self._deliver(updates)
         except Exception as failure:
-            traceback.print_exception(failure)
+            self.failure = failure
             error = EngineStopped(f"the engine failed: {type(failure).__name__}: {failure}")
         self._ended = error
         for stream in set(self._streams.values()):
@@ -137,6 +141,10 @@ class EngineThread:
             self._post([(stream, error)])
         while self._commands:
             self._commands.popleft()()
+        if self.failure is None:  # else other processes do not answer
+            self.engine.runner.close()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self.ended.set)
 
     def _add(
         self, stream: Stream, prompts: Sequence[Sequence[int]], params: SamplingParams, salt: str

@@ -71,7 +71,7 @@ ROOMS = (
     Room(
         "hub",
         "Hugging Face folders in and out, GGUF out: a file per family, read in both directions",
-        "config kernels model data checkpoint",
+        "config kernels model parallel data checkpoint",
     ),
     Room(
         "serve",

@@ -8,13 +8,15 @@ import torch
 
 from headway.config import MeshConfig, MoEConfig, RouterConfig
 from headway.data.tokenizer import ByteTokenizer
+from headway.hub.load import load_model
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.parallel.placement import partition
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
-from headway.serve.runner import MeshRunner, Runner
+from headway.serve.runner import MeshRunner, Runner, runner_of
 from tests.serve.conftest import CONFIG
+from tests.serve.served import train_tiny
 
 PROMPTS = [[1, 2, 3], [7] * 21, [4, 5] * 20]
 PARAMS = SamplingParams(
@@ -84,3 +86,29 @@ def test_tokens_are_those_of_one_process(ranks, mesh, reads):
             assert logprobs == pytest.approx(scores, abs=1e-5)
     assert all(n > 0 for n in answers[0][1].values())
     assert all(sent == answers[0][1] for _, sent in answers), "every rank sends as much"
+
+
+def read(mesh, run):
+    """What an engine of a run on disk answers, each rank having read its part of it."""
+    model = load_model(run, dtype="float32", mesh=mesh).model
+    runner = runner_of(model, mesh)
+    n_values = sum(layer.experts.w_in_HEGFL.numel() for layer in model.sparse_layers())
+    if not mesh.is_main:
+        runner.follow()
+        return None, n_values
+    engine = Engine(
+        model, ByteTokenizer(), max_len=64, max_batch_tokens=20, max_requests=8, runner=runner
+    )
+    params = replace(PARAMS, return_routes=False)
+    replies = engine.generate(PROMPTS, params)
+    runner.close()
+    return [[c.tokens for c in choices] for choices in replies], n_values
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(hp=2), MeshConfig(ep=2)], ids=str)
+def test_each_rank_reads_its_part_of_a_run(ranks, mesh, tmp_path_factory):
+    run = train_tiny(tmp_path_factory.mktemp("decode"))
+    ((alone, whole),) = ranks.run(MeshConfig(), read, run)
+    answers = ranks.run(mesh, read, run)
+    assert answers[0][0] == alone
+    assert [n for _, n in answers] == [whole / 2] * 2

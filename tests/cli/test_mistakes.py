@@ -36,6 +36,8 @@ from tests.command import mistake
         ("sample /nowhere --temperature -1", "temperature=-1"),
         ("sample /nowhere --top-p 2", "top_p=2"),
         ("sample /nowhere --tokens 0", "--tokens 0 is below 1"),
+        ("serve /nowhere --mesh dp=2", "start 2 servers instead of dp=2"),
+        ("serve /nowhere --mesh hp=2", "needs 2 processes and there is 1; start it with: torchrun"),
         ("tokenize --vocab-size 12", "vocab_size 12 is too small"),
         ("tokenize --data /nowhere", "/nowhere"),
         ("tokenize --vocab-size twelve", "--vocab-size"),

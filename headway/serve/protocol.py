@@ -244,8 +244,8 @@ class Protocol:
 
     def _render(self, values: dict[str, Any]) -> list[int]:
         """Return the ids of a conversation."""
-        go_on, opening = values["continue_final_message"], values["add_generation_prompt"]
-        if go_on and opening:
+        unfinished, opening = values["continue_final_message"], values["add_generation_prompt"]
+        if unfinished and opening:
             _contradiction(
                 "add_generation_prompt",
                 "continue_final_message goes on with the last message and add_generation_prompt "
@@ -256,15 +256,15 @@ class Protocol:
             messages = [
                 {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
             ]
-        if go_on and not messages[-1]["content"]:
+        if unfinished and not messages[-1]["content"]:
             _contradiction("continue_final_message", "the last message has no text to go on with")
         tools = values["tools"] if values.get("tool_choice") != "none" else None
         try:
             return self.template.render(
                 messages,
                 [template_tool(tool) for tool in tools] if tools else None,
-                add_generation_prompt=not go_on if opening is None else opening,
-                continue_final_message=go_on,
+                add_generation_prompt=not unfinished if opening is None else opening,
+                continue_final_message=unfinished,
                 kwargs=values["chat_template_kwargs"],
             )
         except UsageError as error:

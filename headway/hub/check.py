@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headway.config import UsageError
+from headway.hub.folder import read_json
 from headway.hub.load import load_model
 from headway.model.context import Context
 from headway.model.transformer import Transformer
@@ -49,15 +51,9 @@ class Comparison:
 def compare(folder: Path, run: Path) -> Comparison:
     """Compare what the run computes with what Transformers computes from the folder. No code of
     the folder is run. Raises UsageError without Transformers."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise UsageError("--check needs Transformers; pip install 'headway[hf]'") from None
     ours = load_model(run, "cpu", "float32")
     encoded = [ours.tokenizer.encode(text).tolist()[: ours.info.max_len] for text in PROMPTS]
-    theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    theirs = _transformers_model(folder)
 
     def their_logits(ids: Sequence[int]) -> Tensor:
         return theirs(torch.tensor([ids])).logits[0]
@@ -74,6 +70,28 @@ def compare(folder: Path, run: Path) -> Comparison:
             whole.append(int(their_logits(whole)[-1].argmax()))
         equal = _greedy(ours.model, encoded[0], n) == whole[len(encoded[0]) :]
     return Comparison(difference, equal, largest)
+
+
+def _transformers_model(folder: Path) -> Any:
+    """Return Transformers' model in float32; quantised weights become bfloat16 first, as ours."""
+    try:
+        import transformers
+        from transformers.utils import quantization_config
+    except ImportError:
+        raise UsageError("--check needs Transformers; pip install 'headway[hf]'") from None
+    options: dict[str, Any] = {"dtype": torch.float32}
+    match (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method"):
+        case "fp8":
+            narrow = quantization_config.FineGrainedFP8Config(dequantize=True)
+            options = {"dtype": torch.bfloat16, "quantization_config": narrow}
+        case "mxfp4":
+            narrow = quantization_config.Mxfp4Config(dequantize=True)
+            options = {"dtype": torch.bfloat16, "quantization_config": narrow}
+    loader = transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **options
+    )
+    return model.float().eval()
 
 
 def _greedy(model: Transformer, ids: Sequence[int], n: int) -> list[int]:

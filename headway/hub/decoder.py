@@ -39,17 +39,23 @@ _ROPE = {
 """Their entry of `rope_parameters` → our field of `RopeConfig`."""
 
 
-def rope_keys(theta: float = 10_000.0, partial: float | None = None) -> Keys:
+def rope_keys(
+    theta: float = 10_000.0, partial: float | None = None, absent: Values | None = None
+) -> Keys:
     """Return the keys of rotary embedding: `rope_theta` and `rope_scaling` of Transformers 4, and
     `rope_parameters` of 5.
 
     Args:
         theta: base where config.json has none.
-        partial: `partial_rotary_factor` where config.json has none; None: the family has none."""
+        partial: `partial_rotary_factor` where config.json has none; None: the family has none.
+        absent: `rope_parameters` where config.json has nothing of it."""
+    spellings = ("rope_theta", "rope_scaling", "rope_parameters")
     above = ["rope_theta"] if partial is None else ["rope_theta", "partial_rotary_factor"]
 
     def read(values: Values) -> Values:
         given: dict[str, Any] = {}
+        if absent and not any(values.get(name) for name in spellings):
+            given.update(absent)
         parts = ({name: values.get(name) for name in above}, values.get("rope_scaling"))
         for part in (*parts, values.get("rope_parameters")):
             for name, value in (part or {}).items():
@@ -104,6 +110,7 @@ def decoder_keys(
     tied: bool = False,
     max_len: Any = REQUIRED,
     partial: float | None = None,
+    rope: Values | None = None,
 ) -> tuple[Key | Keys, ...]:
     """Return the keys of every family. The arguments are its defaults in Transformers."""
     return (
@@ -115,7 +122,7 @@ def decoder_keys(
         Key("max_position_embeddings", "max_len", max_len),
         Key("rms_norm_eps", "norm_eps", eps),
         Key("tie_word_embeddings", "tied", tied),
-        rope_keys(theta, partial),
+        rope_keys(theta, partial, rope),
     )
 
 
@@ -155,30 +162,34 @@ def shared_experts(default: int) -> Keys:
     return Keys("n_shared_experts moe_intermediate_size", read, write)
 
 
-def layer_windows(is_windowed: Callable[[Values, int], bool]) -> Keys:
+def layer_windows(
+    is_windowed: Callable[[Values, int], bool], always: bool = False, width: int = 4096
+) -> Keys:
     """Return the keys of windows by layer: `layer_types`, or without it `is_windowed(values,
-    layer)`, where `use_sliding_window` is set."""
+    layer)`; unless `always`, where `use_sliding_window` is set. `width` is the default."""
+    switch = {} if always else {"use_sliding_window": True}
 
     def read(values: Values) -> Values:
-        if not lookup(values, "use_sliding_window", False):
+        if switch and not lookup(values, "use_sliding_window", False):
             return {"window": []}
-        width, n = lookup(values, "sliding_window", 4096), lookup(values, "num_hidden_layers")
+        tokens, n = lookup(values, "sliding_window", width), lookup(values, "num_hidden_layers")
         kinds = lookup(values, "layer_types", [])
         windowed = [kind == "sliding_attention" for kind in kinds]
         windowed = windowed or [is_windowed(values, layer) for layer in range(n)]
-        return {"window": [width if wanted else 0 for wanted in windowed]}
+        return {"window": [tokens if wanted else 0 for wanted in windowed]}
 
     def write(ours: Values) -> Values:
         n, window = ours["n_layers"], ours["window"]
         widths = [window[i % len(window)] if window else 0 for i in range(n)]
         return {
-            "use_sliding_window": any(widths),
+            **dict.fromkeys(switch, any(widths)),
+            **({} if always else {"max_window_layers": n}),
             "sliding_window": max(widths) or None,
-            "max_window_layers": n,
             "layer_types": ["sliding_attention" if w else "full_attention" for w in widths],
         }
 
-    return Keys("use_sliding_window sliding_window max_window_layers layer_types", read, write)
+    names = "sliding_window layer_types"
+    return Keys(names if always else f"use_sliding_window max_window_layers {names}", read, write)
 
 
 def decoder_rows(

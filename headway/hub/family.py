@@ -89,7 +89,7 @@ _NEUTRAL = frozenset(
     aux_loss_alpha seq_aux router_jitter_noise attention_dropout pretraining_tp _name_or_path
     auto_map quantization_config return_dict output_attentions output_hidden_states
     chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
-    num_nextn_predict_layers num_mtp_layers
+    num_nextn_predict_layers num_mtp_layers initial_context_length
     """.split()
 )
 """Keys that change no number of inference; what reads quantised weights reads theirs."""

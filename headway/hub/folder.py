@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headway.checkpoint.tensor_reader import TensorReader
 from headway.config import Config, DataConfig, ModelConfig, UsageError
+from headway.hub.dequantise import dequantised
 from headway.hub.families import find_family
 from headway.hub.family import lookup
 from headway.hub.layout import Region, Row, Shape
@@ -43,7 +44,7 @@ class HubFolder:
         self.family = find_family(self.values.get("model_type"))
         self.config = self.family.read(self.values)
         self.config.check()
-        self._reader = _open(folder)
+        self._reader = dequantised(_open(folder), self.values.get("quantization_config"))
         self._rows: dict[str, list[Row]] = {}
         self._shapes = _shapes(self.config)
         try:
@@ -88,7 +89,9 @@ class HubFolder:
         """Yield the parts of one of our tensors, one at a time: where each lies, and its values."""
         shape, dtype = self._shapes[name], dtype or self.dtype(name)
         for row in self._rows.get(name, []):
-            yield row.region(shape), row.read(self._reader.read(row.theirs, dtype=dtype), shape)
+            for theirs, region, reduced in row.pieces(shape):
+                part = self._reader.read(row.theirs, theirs, dtype)
+                yield region, row.read(part, reduced)
         if name not in self._rows:  # a buffer that the family has not
             yield tuple(slice(0, n) for n in shape), torch.zeros(shape, dtype=dtype)
 

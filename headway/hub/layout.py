@@ -46,6 +46,23 @@ class Row:
                     region.append(slice(0, n))
         return tuple(region)
 
+    def pieces(self, shape: Shape) -> Iterator[tuple[Region, Region, Shape]]:
+        """Cut their tensor by experts, where its first dim counts them, so that not all need be in
+        memory: yield the part of theirs, that of ours, and the shape of ours with that one expert
+        alone, for `read`."""
+        region, theirs = self.region(shape), self.shape(shape)
+        if not self.dims or self._theirs[0] != ["E"]:
+            yield tuple(slice(0, n) for n in theirs), region, shape
+            return
+        dim = self._ours.index("E")
+        for e in range(theirs[0]):
+            part = (slice(e, e + 1), *(slice(0, n) for n in theirs[1:]))
+            yield (
+                part,
+                (*region[:dim], slice(e, e + 1), *region[dim + 1 :]),
+                (*shape[:dim], 1, *shape[dim + 1 :]),
+            )
+
     def shape(self, shape: Shape) -> Shape:
         """Return the shape of their tensor where ours has `shape`."""
         if not self.dims:

@@ -74,7 +74,7 @@ def test_theirs_ours_theirs(tmp_path, family, fused):
     assert write_out(tmp_path / "run", NAMES[family], tmp_path / "back") == [
         name
         for name in sorted(load_model(tmp_path / "run").model.state_dict())
-        if name.endswith("bias_HE") and not NAMES[family].router_bias
+        if name.endswith("router.bias_HE") and not NAMES[family].router_bias
     ]
     assert differing(tensors(tmp_path / "v4"), tensors(tmp_path / "back")) == []
     with HubFolder(source) as a, HubFolder(tmp_path / "back") as b:

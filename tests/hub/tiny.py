@@ -52,6 +52,13 @@ CONFIGS = {
         "num_hidden_layers": 4,
         "decoder_sparse_step": 2,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "head_dim": 16,
+        "sliding_window": 6,
+    },
 }
 """Family → what its config has beside BASE."""
 

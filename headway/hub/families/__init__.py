@@ -2,6 +2,7 @@
 
 from headway.config import ModelConfig, UsageError
 from headway.hub.families.glm4_moe import GLM4_MOE
+from headway.hub.families.gpt_oss import GPT_OSS
 from headway.hub.families.llama import LLAMA
 from headway.hub.families.mixtral import MIXTRAL
 from headway.hub.families.olmoe import OLMOE
@@ -10,7 +11,7 @@ from headway.hub.families.qwen3 import QWEN3
 from headway.hub.families.qwen3_moe import QWEN3_MOE
 from headway.hub.family import Family
 
-FAMILIES = (QWEN3_MOE, MIXTRAL, GLM4_MOE, QWEN3, LLAMA, OLMOE, QWEN2_MOE)
+FAMILIES = (QWEN3_MOE, MIXTRAL, GLM4_MOE, QWEN3, LLAMA, OLMOE, QWEN2_MOE, GPT_OSS)
 """All families, in the order in which a model looks for one that it equals."""
 
 
@@ -27,12 +28,13 @@ def choose_family(config: ModelConfig, imported: str = "") -> tuple[Family | Non
     """Return the family whose models compute what `config` does, or None and why there is none, by
     an option of the family that comes nearest.
 
-    Windows count as of no family: few engines read them. A model that was imported goes back to its
-    own family, by name `imported`, with whatever that can express."""
+    A model that was imported goes back to its own family, `imported`. Others with windows are of no
+    family but GPT-OSS: few engines read them."""
     if imported and not (family := find_family(imported)).differences(config):
         return family, ""
-    if any(map(config.window_of, range(config.n_layers))):
-        return None, f"model.window={' '.join(map(str, config.window))}, which few engines read"
+    windows = any(map(config.window_of, range(config.n_layers)))
     tried = [(family.differences(config), family) for family in FAMILIES]
     differences, family = min(tried, key=lambda pair: len(pair[0]))
+    if windows and family is not GPT_OSS:
+        return None, f"model.window={' '.join(map(str, config.window))}, which few engines read"
     return (None, differences[0]) if differences else (family, "")

@@ -87,6 +87,7 @@ _NEUTRAL = frozenset(
     architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id
     eos_token_id pad_token_id initializer_range output_router_logits router_aux_loss_coef
     aux_loss_alpha seq_aux router_jitter_noise attention_dropout pretraining_tp _name_or_path
+    _model_name_or_path unk_token_id
     auto_map quantization_config return_dict output_attentions output_hidden_states
     chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
     num_nextn_predict_layers num_mtp_layers initial_context_length

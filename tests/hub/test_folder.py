@@ -146,3 +146,10 @@ def test_an_index_and_its_shards_contradict(whole, tmp_path):
     save_file(tensors, _shard(folder, 2))
     index.write_text(json.dumps({"weight_map": places}))
     assert "is in two files" in mistake("import", folder, "--to", tmp_path / "run")
+
+
+def test_keys_that_change_no_number_are_passed_over(whole, tmp_path):
+    """As those that Transformers writes for a model it has read from a GGUF file."""
+    shutil.copytree(whole, tmp_path / "theirs")
+    _changed(_model_name_or_path="SmolLM2", unk_token_id=3)(tmp_path / "theirs")
+    assert call("import", tmp_path / "theirs", "--to", tmp_path / "run").code == 0

@@ -94,7 +94,7 @@ class StateDict:
         return self.tensors[name].dtype
 
     def parts(self, name: str):
-        yield slice(0, None), self.tensors[name]
+        yield tuple(slice(0, n) for n in self.shape(name)), self.tensors[name]
 
 
 def prepare(name: str, folder: Path, gguf: bool, hf: bool) -> None:
@@ -117,8 +117,8 @@ def prepare(name: str, folder: Path, gguf: bool, hf: bool) -> None:
         (run / "run.json").write_text(json.dumps({"config": config.to_dict()}))
     for wanted, path, form in ((hf, folder / "hf", "hf"), (gguf, folder / "model.gguf", "gguf")):
         if wanted and not path.exists():
-            words = ["export", str(run), "--to", str(path), "--format", form, "--dtype", "bfloat16"]
-            if headway(words):
+            words = ["export", str(run), "--to", str(path), "--dtype", "bfloat16"]
+            if headway([*words, "--format", form] if form == "gguf" else words):
                 raise UsageError(f"cannot export {run} as {form}")
 
 

@@ -1,9 +1,9 @@
 """Which tokens the next pass computes: continuous batching with chunked prefill.
 
 A pass holds one token of every sequence that decodes, then chunks of prompts up to
-`max_batch_tokens`, so that a long prompt never stalls a stream. First come, first served. Where a
-decoding sequence needs a page and none is free, the youngest gives up its pages and is computed
-again later."""
+`max_batch_tokens` (64 beside sequences that decode), so that a long prompt never stalls a stream.
+First come, first served. Where a decoding sequence needs a page and none is free, the youngest
+gives up its pages and is computed again later."""
 
 from collections import deque
 from typing import NamedTuple
@@ -11,6 +11,11 @@ from typing import NamedTuple
 from headway.model.paged import PAGE
 from headway.serve.blocks import BlockPool
 from headway.serve.request import Sequence
+
+MAX_CHUNK_BESIDE = 64
+"""Most tokens of prompts in a pass in which sequences decode. A pass of 722M parameters with that
+many takes a CPU core about three times as long as one without; with fewer, experts would be read
+for few tokens each, and the prompt itself would wait."""
 
 
 class Chunk(NamedTuple):
@@ -34,6 +39,8 @@ class Scheduler:
         """Choose the chunks of the next pass, and allocate the pages that they write."""
         chunks = [Chunk(s, 1) for s in self._decoding()]
         budget = self.max_batch_tokens - len(chunks)
+        if chunks:
+            budget = min(budget, MAX_CHUNK_BESIDE)
         for sequence in self.running:
             if sequence.n_new > 1 and budget > 0:
                 chunks.append(Chunk(sequence, min(sequence.n_new, budget)))

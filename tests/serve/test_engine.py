@@ -11,6 +11,7 @@ from headway.data.tokenizer import ByteTokenizer
 from headway.model.context import Context
 from headway.model.paged import PAGE
 from headway.serve.params import SamplingParams
+from headway.serve.scheduler import MAX_CHUNK_BESIDE
 
 EOS = ByteTokenizer.eos
 
@@ -82,6 +83,20 @@ def test_arrival_chunks_and_cache_change_nothing(model, engine, arrivals, chunk,
         assert engine().generate([texts[i]], params)[0][0].tokens == sampled
     assert len(tokens) == len(order)
     assert inference.scheduler.pool.n_free == pages
+
+
+def test_a_long_prompt_never_stalls_a_stream(engine):
+    inference = engine(max_len=1024)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    stream = inference.add([1, 2, 3], params)
+    inference.step()
+    prompt = inference.add(prompts([600])[0], params)
+    for step in range(600 // MAX_CHUNK_BESIDE + 1):
+        updates = inference.step()
+        assert stream in {update.request for update in updates}
+        chunk = inference.sequences[1].n_computed - step * MAX_CHUNK_BESIDE
+        assert chunk == min(MAX_CHUNK_BESIDE, 600 - step * MAX_CHUNK_BESIDE)
+    assert prompt in {update.request for update in updates}
 
 
 def test_log_probabilities_are_those_of_the_whole_text(model, engine):

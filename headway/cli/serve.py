@@ -93,7 +93,7 @@ def _follow(options: Serve, mesh: "Mesh") -> int:
 
 def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
     """Serve in this process, with the other ranks of a mesh."""
-    from headway.kernels.packed import batch_invariant
+    from headway.kernels.packed import explain
     from headway.model.paged import PAGE
     from headway.serve.load import load_served
     from headway.serve.runner import runner_of
@@ -125,12 +125,13 @@ def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
             "dtype": str(model.dtype).removeprefix("torch."),
             "cache_tokens": PAGE * engine.scheduler.pool.n_pages,
             # partial sums of experts are added across ranks in an order of their own
-            "batch_invariant": batch_invariant(model.device, model.dtype) and mesh.ep.size == 1,
+            "batch_invariant": engine.runner.batch_invariant and mesh.ep.size == 1,
         }
         if not options.json:
             print(
                 f"serving {answer['model']} at {url} in {answer['dtype']}, a cache of "
-                f"{answer['cache_tokens']} tokens; Ctrl-C ends",
+                f"{answer['cache_tokens']} tokens; Ctrl-C ends\n"
+                f"products: {explain(model.device, model.dtype)}",
                 flush=True,
             )
         _print(options.json, answer)

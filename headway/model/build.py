@@ -41,7 +41,8 @@ class PagedMixer(Protocol):
     """What the inference engine asks of a mixer beside that."""
 
     def init_pages(self, n_pages: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """Return an empty decoding state in pages (`model.paged`), with `bytes` and `copy_page`."""
+        """Return an empty decoding state in pages (`model.paged`), with `bytes`, `batch_invariant`
+        and `copy_page`."""
         ...
 
 

@@ -92,6 +92,11 @@ class PagedKV:
         self.pages = Pages(n_pages, n_heads, d_head, dtype, device)
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a query's result depends on its own sequence alone."""
+        return self.pages.batch_invariant
+
+    @property
     def bytes(self) -> int:
         """Return the size of all pages."""
         return self.pages.data.nbytes

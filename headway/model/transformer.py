@@ -143,6 +143,11 @@ class Transformer(nn.Module):
         if self.head is None and self.embed.packed is None:
             self.embed.pack_as_head(dtype)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights were packed for inference."""
+        return self._packed_head() is not None
+
     def _packed_head(self) -> PackedWeight | None:
         return self.embed.packed if self.head is None else self.head.packed
 

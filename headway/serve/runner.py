@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from headway.kernels.packed import batch_invariant
 from headway.model.build import paged_mixers
 from headway.model.context import Context
 from headway.model.dispatch import LOCAL, TokenDispatcher
@@ -48,6 +49,14 @@ class Runner:
         """Make the pages."""
         dtype, device = self.model.dtype, self.model.device
         self.states = [mixer.init_pages(n_pages, dtype, device) for mixer in self.mixers]
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the logits of a token are the same bits whatever shares its pass and however its
+        sequence was cut: a packed model on kernels that promise it, and pages that do."""
+        model = self.model
+        promised = model.is_packed and batch_invariant(model.device, model.dtype)
+        return promised and all(state.batch_invariant for state in self.states)
 
     @property
     def bytes_per_token(self) -> float:

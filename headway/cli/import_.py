@@ -45,10 +45,7 @@ def import_(args: Sequence[str]) -> int:
     answer = {**asdict(done), "skipped": list(done.skipped)}
     result = compare(source, out) if options.check else None
     if result is not None:
-        print(
-            f"against Transformers: logits differ by {result.max_logit_difference:.1e} at most, "
-            f"greedy tokens are {'equal' if result.greedy_equal else 'not equal'}"
-        )
+        print(result.sentence)
         difference, equal = result.max_logit_difference, result.greedy_equal
         answer |= {"max_logit_difference": difference, "greedy_equal": equal}
     print_json(options.json, answer)

@@ -139,7 +139,7 @@ def _config_help(prog: str) -> str:
 def _flags(options: Any, prefix: str = "") -> Iterator[str]:
     """Yield every option that tyro makes of a dataclass: `--a.b-c`, switches `--a.no-b-c` too."""
     for field in dataclasses.fields(options):
-        name = field.name.replace("_", "-")
+        name = field.name.rstrip("_").replace("_", "-")  # `as_` is --as
         if dataclasses.is_dataclass(field.type):
             yield from _flags(field.type, f"{prefix}{name}.")
         elif tyro.conf.Positional not in get_args(field.type):

@@ -47,32 +47,44 @@ class Comparison:
         bound = TOLERANCE * max(1.0, self.largest_logit)
         return self.greedy_equal and self.max_logit_difference <= bound
 
+    @property
+    def sentence(self) -> str:
+        """The comparison in words."""
+        return (
+            f"against Transformers: logits differ by {self.max_logit_difference:.1e} at most, "
+            f"greedy tokens are {'equal' if self.greedy_equal else 'not equal'}"
+        )
 
-def compare(folder: Path, run: Path) -> Comparison:
-    """Compare what the run computes with what Transformers computes from the folder. No code of
-    the folder is run. Raises UsageError without Transformers."""
+
+def compare(folder: Path, run: Path, own_code: bool = False) -> Comparison:
+    """Compare what the run computes with what Transformers computes from the folder, over the
+    tokenizer's vocabulary. No code of the folder is run, unless `own_code` says that we wrote it.
+    Raises UsageError without Transformers."""
     ours = load_model(run, "cpu", "float32")
     encoded = [ours.tokenizer.encode(text).tolist()[: ours.info.max_len] for text in PROMPTS]
-    theirs = _transformers_model(folder)
+    theirs = _transformers_model(folder, own_code)
+
+    vocab_size = ours.tokenizer.vocab_size
 
     def their_logits(ids: Sequence[int]) -> Tensor:
-        return theirs(torch.tensor([ids])).logits[0]
+        return theirs(torch.tensor([ids])).logits[0, :, :vocab_size]
 
     difference = largest = 0.0
     with torch.no_grad():
         for ids in encoded:
-            logits_SV, wanted_SV = ours.model(torch.tensor([ids])).logits_BSV[0], their_logits(ids)
+            logits_SV = ours.model(torch.tensor([ids])).logits_BSV[0, :, :vocab_size]
+            wanted_SV = their_logits(ids)
             difference = max(difference, float((logits_SV - wanted_SV).abs().max()))
             largest = max(largest, float(wanted_SV.abs().max()))
         n = min(N_GREEDY, ours.info.max_len - len(encoded[0]))
         whole = list(encoded[0])
         for _ in range(n):
             whole.append(int(their_logits(whole)[-1].argmax()))
-        equal = _greedy(ours.model, encoded[0], n) == whole[len(encoded[0]) :]
+        equal = _greedy(ours.model, encoded[0], n, vocab_size) == whole[len(encoded[0]) :]
     return Comparison(difference, equal, largest)
 
 
-def _transformers_model(folder: Path) -> Any:
+def _transformers_model(folder: Path, own_code: bool) -> Any:
     """Return Transformers' model in float32; quantised weights become bfloat16 first, as ours."""
     try:
         import transformers
@@ -89,17 +101,17 @@ def _transformers_model(folder: Path) -> Any:
             options = {"dtype": torch.bfloat16, "quantization_config": narrow}
     loader = transformers.AutoModelForCausalLM
     model = loader.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, **options
+        folder, local_files_only=True, trust_remote_code=own_code, **options
     )
     return model.float().eval()
 
 
-def _greedy(model: Transformer, ids: Sequence[int], n: int) -> list[int]:
+def _greedy(model: Transformer, ids: Sequence[int], n: int, vocab_size: int) -> list[int]:
     """Return the n most likely tokens after `ids`, each fed back, with a cache."""
     ctx = Context(cache=model.init_cache(1, len(ids) + n), last_only=True)
     tokens, following = [], torch.tensor([ids])
     for _ in range(n):
-        logits_V = model(following, ctx=ctx).logits_BSV[0, 0]
+        logits_V = model(following, ctx=ctx).logits_BSV[0, 0, :vocab_size]
         tokens.append(int(logits_V.argmax()))
         following = torch.tensor([[tokens[-1]]])
     return tokens

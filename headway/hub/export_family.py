@@ -1,5 +1,6 @@
 """Write a model as one of a known family: the tables of import, read backwards."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def export_family(
         config: of the model, with `max_len` set; `vocab_size` may be smaller than that of the
             weights, of which further rows are cut.
         weights: in our names.
-        dtype: of the weights; biases on the selection of experts stay float32.
+        dtype: of the weights that the family does not keep in float32.
     Raises: UsageError where no model of the family computes the same."""
     tensors = FamilyWeights(config, weights, family, dtype)
     write_tensors(folder, "model", tensors.planned(), tensors.read, max_file_bytes)
@@ -58,6 +59,7 @@ class FamilyWeights:
         self, config: ModelConfig, weights: Weights, family: Family, dtype: torch.dtype
     ) -> None:
         self._weights, self._dtype, self._vocab_size = weights, dtype, config.vocab_size
+        self._float32 = re.compile(family.float32)
         self._rows = {row.theirs: row for row in family.rows(config, False)}
         self.left_out = sorted(set(weights.names()) - {row.ours for row in self._rows.values()})
         """Our tensors that have no place."""
@@ -86,4 +88,4 @@ class FamilyWeights:
         return (self._vocab_size if row.ours in _PADDED else rows, *rest)
 
     def _stored(self, row: Row) -> torch.dtype:
-        return torch.float32 if row.ours.endswith("router.bias_HE") else self._dtype
+        return torch.float32 if self._float32.search(row.ours) else self._dtype

@@ -2,12 +2,16 @@
 chat_template.jinja, generation_config.json."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from headway.checkpoint.checkpoint_dir import write_json
 from headway.data.tokenizer import ByteTokenizer, Tokenizer
+from headway.hub.folder import read_json
+from headway.hub.tokenizer_files import FILES
 
+CONFIG = "tokenizer_config.json"
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
 {{ message['role'] | capitalize }}: {{ message['content'] }}
@@ -20,12 +24,22 @@ Assistant:
 """The chat template of a model that has none: `User: …`, a blank line, `Assistant:`."""
 
 
-def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, max_len: int, chat_template: str | None = None
-) -> None:
-    """Write the files of a tokenizer into `folder`.
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_len: int, run_dir: Path) -> None:
+    """Write the files of a tokenizer into `folder`, those that lie in `run_dir` as they are; the
+    plain chat template where the run has none.
 
-    Args: max_len: the longest context in tokens. chat_template: None writes the plain one."""
+    Args: max_len: the longest context in tokens."""
+    _write_own(folder, tokenizer, max_len)
+    for name in FILES:
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, folder / name)
+    template = folder / "chat_template.jinja"
+    if not template.is_file() and "chat_template" not in read_json(folder / CONFIG):
+        template.write_text(PLAIN_TEMPLATE, "utf-8")
+
+
+def _write_own(folder: Path, tokenizer: Tokenizer, max_len: int) -> None:
+    """Write what follows from the tokenizer alone."""
     text = tokenizer.to_json()
     (folder / "tokenizer.json").write_text(text, "utf-8")
     names = token_names(text)
@@ -43,9 +57,7 @@ def write_tokenizer(
         config["bos_token"] = names[tokenizer.bos]
     if isinstance(tokenizer, ByteTokenizer):
         config["split_special_tokens"] = True  # every text is its bytes, and nothing else
-    write_json(folder / "tokenizer_config.json", config)
-    template = PLAIN_TEMPLATE if chat_template is None else chat_template
-    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    write_json(folder / CONFIG, config)
     write_json(folder / "generation_config.json", special_ids(tokenizer))
 
 

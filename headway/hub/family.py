@@ -111,6 +111,8 @@ class Family:
     """Our fields that all its models share, for which config.json has no key."""
     router_bias: bool = False
     """Whether its router has a bias on the selection."""
+    float32: str = r"router\.bias_HE$"
+    """Pattern of our tensors that are float32 in folders of any dtype."""
 
     def read(self, values: Values) -> ModelConfig:
         """Return the model of a config.json. Raises UsageError for a key that is missing, unknown
@@ -175,8 +177,10 @@ def canonical(config: ModelConfig) -> ModelConfig:
             router = replace(router, top_k_groups=1, group_best=1)
         if router.gate == "topk_softmax":
             router = replace(router, gate="softmax_topk", renormalize=True)
+        reads = "token" if moe.reads_token else "sub_token"
+        router = replace(router, reads=reads if moe.is_latent else "auto")
         if moe.kind == "moe":
-            router, moe = replace(router, reads="auto"), replace(moe, latent_norm=True)
+            moe = replace(moe, latent_norm=True)
         moe = replace(
             moe,
             router=router,

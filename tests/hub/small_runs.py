@@ -8,6 +8,7 @@ import torch
 
 from headway.checkpoint.save import plan_save, write_checkpoint
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.hub.export import Exported, Source, export_hf
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
@@ -78,21 +79,29 @@ MODELS = {
 """Together they hold every value of every option that changes a number."""
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model none of whose tensors has a value that would hide a mistake, such as 0 or 1."""
+def random_model(config: ModelConfig, seed: int = 0, bias: bool = True) -> Transformer:
+    """A model none of whose tensors has a value that would hide a mistake, such as 0 or 1; without
+    `bias` the selection bias is 0, as training without such a rule leaves it."""
     model = Transformer(config, Compute(torch.float32), seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("router.bias_HE") and not bias:
+                continue
             noise = torch.randn(tensor.shape, generator=generator)
             narrow = tensor.dim() == 1 or "norm" in name or "bias" in name
             tensor.add_(noise * (0.3 if narrow else tensor.shape[-1] ** -0.5))
     return model
 
 
-def write_run(folder: Path, config: ModelConfig, tokenizer: str = "bytes") -> Transformer:
-    """Write a run folder with one checkpoint; return its model."""
-    model = random_model(config)
+def write_run(
+    folder: Path, config: ModelConfig, tokenizer: str = "bytes", bias: bool | None = None
+) -> Transformer:
+    """Write a run folder with one checkpoint; return its model. `bias`: as for `random_model`; None:
+    where no published family could say it anyway."""
+    flat = config.moe.kind == "moe" and config.moe.balance.bias == "none"
+    plain = flat and not config.moe.n_zero_experts
+    model = random_model(config, bias=not plain if bias is None else bias)
     folder.mkdir(parents=True)
     whole = Config(recipe="small", model=config, data=DataConfig(tokenizer=tokenizer, seq_len=64))
     info = {
@@ -106,3 +115,9 @@ def write_run(folder: Path, config: ModelConfig, tokenizer: str = "bytes") -> Tr
     optimizers = build_optimizers(model, OptimConfig())
     write_checkpoint(plan_save(folder, 3, model, optimizers, config, {}))
     return model
+
+
+def export(run: Path, to: Path, dtype="float32", family="headway", **how) -> Exported:
+    """Export a run, by default to a folder that says everything, exactly."""
+    with Source(run) as source:
+        return export_hf(source, to, dtype, family, **how)

@@ -12,10 +12,9 @@ import torch
 
 from headway.config import UsageError
 from headway.data.tokenizer import ByteTokenizer
-from headway.hub.export import export_hf, open_source
 from tests.command import call, mistake
 from tests.compare import relative_error as error
-from tests.hub.small_runs import MODELS, write_run
+from tests.hub.small_runs import MODELS, export, write_run
 
 pytest.importorskip("transformers", reason="the extra [hf] reads what was written")
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -26,7 +25,7 @@ def pair(request, tmp_path_factory):
     """A model and the folder it was exported to."""
     root = tmp_path_factory.mktemp(request.param)
     model = write_run(root / "run", MODELS[request.param])
-    export_hf(open_source(root / "run"), root / "hf", "float32")
+    export(root / "run", root / "hf", "float32")
     return model, root / "hf"
 
 
@@ -119,7 +118,7 @@ def test_save_pretrained_and_back(pair, tmp_path):
 def test_each_router_bias_counts_and_stays_float32(name, tmp_path):
     """In bfloat16 it would be rounded, and most tokens would take other experts."""
     write_run(tmp_path / "run", MODELS[name])
-    export_hf(open_source(tmp_path / "run"), tmp_path / "hf", "bfloat16")
+    export(tmp_path / "run", tmp_path / "hf", "bfloat16")
     theirs = read(tmp_path / "hf", dtype=torch.bfloat16)
     for module in (theirs, theirs.bfloat16(), theirs.half().bfloat16()):
         buffers = dict(module.named_buffers())
@@ -141,7 +140,7 @@ def test_widths_that_grouped_mm_cannot_read(tmp_path):
     config = MODELS["multi_head"]
     config = replace(config, moe=replace(config.moe, d_expert=10))
     model = write_run(tmp_path / "run", config)
-    export_hf(open_source(tmp_path / "run"), tmp_path / "hf", "float32")
+    export(tmp_path / "run", tmp_path / "hf", "float32")
     theirs = read(tmp_path / "hf")
     with torch.no_grad():
         assert error(theirs(tokens()).logits, model(tokens()).logits_BSV[..., :257]) < 1e-5
@@ -169,7 +168,8 @@ print(json.dumps(texts))
 def test_transformers_alone_writes_the_same_text(tmp_path):
     """In a process where Headway cannot be imported."""
     write_run(tmp_path / "run", MODELS["multi_head_token"])
-    done = call("export", tmp_path / "run", "--to", tmp_path / "hf", "--dtype", "float32", "--json")
+    args = ("--as", "headway", "--dtype", "float32", "--json")
+    done = call("export", tmp_path / "run", "--to", tmp_path / "hf", *args)
     assert done.code == 0, done
     files = {path.name: path.stat().st_size for path in (tmp_path / "hf").iterdir()}
     assert done.json == {
@@ -216,9 +216,8 @@ def test_several_files_with_an_index(tmp_path):
     from safetensors.torch import load_file
 
     write_run(tmp_path / "run", MODELS["multi_head"])
-    source = open_source(tmp_path / "run")
-    export_hf(source, tmp_path / "whole", "bfloat16")
-    export_hf(source, tmp_path / "parts", "bfloat16", max_file_bytes=40_000)
+    export(tmp_path / "run", tmp_path / "whole", "bfloat16")
+    export(tmp_path / "run", tmp_path / "parts", "bfloat16", max_file_bytes=40_000)
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
     whole, files = (
         load_file(tmp_path / "whole" / "model.safetensors"),
@@ -247,6 +246,9 @@ def test_what_only_training_reads_is_named(tmp_path):
 def test_mistakes_cost_a_line(tmp_path):
     write_run(tmp_path / "run", MODELS["dense"])
     run, to = tmp_path / "run", tmp_path / "hf"
+    assert "model_type=gpt9 is not known; glm4_moe, headway" in mistake(
+        "export", run, "--to", to, "--as", "gpt9"
+    )
     assert "exists; choose another --to" in mistake("export", run, "--to", tmp_path)
     assert f"no folder {tmp_path / 'no'}" in mistake("export", run, "--to", tmp_path / "no" / "hf")
     assert "neither a run folder" in mistake("export", tmp_path / "nothing", "--to", to)
@@ -282,6 +284,8 @@ def test_modules_of_your_own_have_no_place(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = digest(path / "model.safetensors")
     write_json(path / "manifest.json", manifest)
-    with pytest.raises(UsageError, match=r"layers\.0\.mixer\.extra has no place"):
-        export_hf(open_source(tmp_path / "run"), tmp_path / "hf", "float32")
+    with pytest.raises(
+        UsageError, match=r"layers\.0\.mixer\.extra is not 0, and headway has no tensor"
+    ):
+        export(tmp_path / "run", tmp_path / "hf", "float32")
     assert not (tmp_path / "hf").exists()

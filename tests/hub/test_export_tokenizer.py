@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the extra [hf] reads 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes")
-    write_tokenizer(folder, ByteTokenizer(), max_len=64)
+    write_tokenizer(folder, ByteTokenizer(), 64, run_dir=folder / "none")
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -51,9 +51,13 @@ def test_the_same_tokenizer_json_comes_back(byte_level, tmp_path):
 def test_a_trained_tokenizer_is_written_as_it_is(tmp_path):
     train_bpe(["the cat sat on the mat. " * 50], 300, tmp_path / "trained.json")
     ours = JsonTokenizer(tmp_path / "trained.json")
-    write_tokenizer(tmp_path, ours, max_len=99, chat_template="{{ messages[0].content }}")
-    assert (tmp_path / "tokenizer.json").read_text() == (tmp_path / "trained.json").read_text()
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ours, 99, run_dir=tmp_path / "run")
+    written = (tmp_path / "out" / "tokenizer.json").read_text()
+    assert written == (tmp_path / "trained.json").read_text()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the mat on the cat, naïve"
     assert theirs(text)["input_ids"] == ours.encode(text).tolist()
     assert theirs.decode(theirs(text)["input_ids"]) == text
@@ -63,7 +67,7 @@ def test_a_trained_tokenizer_is_written_as_it_is(tmp_path):
         99,
     )
     assert theirs.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
-    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -71,6 +75,14 @@ def test_the_plain_template(byte_level):
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
     text = byte_level.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "User: Hi.\n\nAssistant: Yes?\n\nAssistant:"
+
+
+def test_a_template_inside_the_config_is_not_covered_by_the_plain_one(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ 1 }}"}')
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ByteTokenizer(), 64, run_dir=tmp_path)
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert "{{ 1 }}" in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
 def test_names_of_all_kinds_of_vocabulary():

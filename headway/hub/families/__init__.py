@@ -3,6 +3,7 @@
 from headway.config import ModelConfig, UsageError
 from headway.hub.families.glm4_moe import GLM4_MOE
 from headway.hub.families.gpt_oss import GPT_OSS
+from headway.hub.families.headway import HEADWAY
 from headway.hub.families.llama import LLAMA
 from headway.hub.families.mixtral import MIXTRAL
 from headway.hub.families.olmoe import OLMOE
@@ -12,21 +13,21 @@ from headway.hub.families.qwen3_moe import QWEN3_MOE
 from headway.hub.family import Family
 
 FAMILIES = (QWEN3_MOE, MIXTRAL, GLM4_MOE, QWEN3, LLAMA, OLMOE, QWEN2_MOE, GPT_OSS)
-"""All families, in the order in which a model looks for one that it equals."""
+"""Published families, in the order in which a model looks for one that it equals."""
 
 
 def find_family(name: object) -> Family:
     """Return the family of a `model_type`. Raises UsageError, which lists ours, for another one."""
-    for family in FAMILIES:
+    for family in (*FAMILIES, HEADWAY):
         if family.name == name:
             return family
-    known = ", ".join(sorted(family.name for family in FAMILIES))
+    known = ", ".join(sorted(family.name for family in (*FAMILIES, HEADWAY)))
     raise UsageError(f"model_type={name} is not known; {known} are")
 
 
 def choose_family(config: ModelConfig, imported: str = "") -> tuple[Family | None, str]:
-    """Return the family whose models compute what `config` does, or None and why there is none, by
-    an option of the family that comes nearest.
+    """Return the published family whose models compute what `config` does, or None and why there is
+    none, by an option of the family that comes nearest.
 
     A model that was imported goes back to its own family, `imported`. Others with windows are of no
     family but GPT-OSS: few engines read them."""

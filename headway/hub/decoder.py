@@ -85,7 +85,8 @@ def rope_keys(
         names = {a: b for a, b in _ROPE.items() if b in SCALING_FIELDS[scaling]}
         given: dict[str, Any] = {"rope_type": "default" if scaling == "none" else scaling}
         for theirs, name in names.items():
-            if (value := ours[f"rope.{name}"]) or name == "truncate":  # 0: not given
+            value = ours[f"rope.{name}"]
+            if bool(value) != (name == "truncate"):  # 0, and to truncate: not given
                 given[theirs] = value
         base: dict[str, Any] = {"rope_theta": ours["rope_theta"]}
         if partial is not None:
@@ -192,23 +193,6 @@ def layer_windows(
     return Keys(names if always else f"use_sliding_window max_window_layers {names}", read, write)
 
 
-def decoder_rows(
-    config: ModelConfig, feed_forward: Callable[[str, int], Iterator[Row]]
-) -> Iterator[Row]:
-    """Yield the tensors of a decoder with attention; `feed_forward(prefix, layer)` those of its
-    feed-forward layers, `prefix` being `model.layers.N`."""
-    yield Row("model.embed_tokens.weight", "embed.weight")
-    for layer in range(config.n_layers):
-        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        yield Row(f"{theirs}.input_layernorm.weight", f"{ours}.norm1.weight")
-        yield from attention_rows(config, f"{theirs}.self_attn", f"{ours}.mixer")
-        yield Row(f"{theirs}.post_attention_layernorm.weight", f"{ours}.norm2.weight")
-        yield from feed_forward(theirs, layer)
-    yield Row("model.norm.weight", "norm.weight")
-    if not config.tied:
-        yield Row("lm_head.weight", "head.weight")
-
-
 def attention_rows(config: ModelConfig, theirs: str, ours: str) -> Iterator[Row]:
     """Yield the tensors of grouped-query attention that `config` has."""
     for name in "qkvo":
@@ -218,6 +202,25 @@ def attention_rows(config: ModelConfig, theirs: str, ours: str) -> Iterator[Row]
     if config.qk_norm != "none":
         for name in "qk":
             yield Row(f"{theirs}.{name}_norm.weight", f"{ours}.{name}_norm.weight")
+
+
+def decoder_rows(
+    config: ModelConfig,
+    feed_forward: Callable[[str, int], Iterator[Row]],
+    attention: Callable[[ModelConfig, str, str], Iterator[Row]] = attention_rows,
+) -> Iterator[Row]:
+    """Yield the tensors of a decoder: `attention(config, theirs, ours)` those of a mixer,
+    `feed_forward(prefix, layer)` those of a feed-forward layer, `prefix` being `model.layers.N`."""
+    yield Row("model.embed_tokens.weight", "embed.weight")
+    for layer in range(config.n_layers):
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        yield Row(f"{theirs}.input_layernorm.weight", f"{ours}.norm1.weight")
+        yield from attention(config, f"{theirs}.self_attn", f"{ours}.mixer")
+        yield Row(f"{theirs}.post_attention_layernorm.weight", f"{ours}.norm2.weight")
+        yield from feed_forward(theirs, layer)
+    yield Row("model.norm.weight", "norm.weight")
+    if not config.tied:
+        yield Row("lm_head.weight", "head.weight")
 
 
 def sparse_rows(config: ModelConfig, theirs: str, layer: int, fused: bool) -> Iterator[Row]:

@@ -90,7 +90,7 @@ _NEUTRAL = frozenset(
     _model_name_or_path unk_token_id
     auto_map quantization_config return_dict output_attentions output_hidden_states
     chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
-    num_nextn_predict_layers num_mtp_layers initial_context_length
+    num_nextn_predict_layers num_mtp_layers initial_context_length ep_size
     """.split()
 )
 """Keys that change no number of inference; what reads quantised weights reads theirs."""

@@ -47,6 +47,8 @@ def test_every_family_is_here():
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e3}}),
         ("llama", {"num_key_value_heads": None, "attention_bias": False}),
         ("mixtral", {"sliding_window": 5}),
+        ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True}),
+        ("deepseek_v3", {"rope_interleave": False, "rope_parameters": None, "topk_group": 4}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],
     ids=str,

@@ -21,6 +21,32 @@ BASE = {
     "pad_token_id": None,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": YARN,
+}
 CONFIGS = {
     "llama": {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True},
     "qwen3": {"head_dim": 16},
@@ -59,6 +85,8 @@ CONFIGS = {
         "head_dim": 16,
         "sliding_window": 6,
     },
+    "deepseek_v2": {**DEEPSEEK, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
+    "deepseek_v3": {**DEEPSEEK, "n_shared_experts": 1},
 }
 """Family → what its config has beside BASE."""
 

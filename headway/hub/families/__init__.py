@@ -1,6 +1,8 @@
 """One file per family: the keys of its config.json and the names of its tensors."""
 
 from headway.config import ModelConfig, UsageError
+from headway.hub.families.deepseek_v2 import DEEPSEEK_V2
+from headway.hub.families.deepseek_v3 import DEEPSEEK_V3
 from headway.hub.families.glm4_moe import GLM4_MOE
 from headway.hub.families.gpt_oss import GPT_OSS
 from headway.hub.families.headway import HEADWAY
@@ -12,7 +14,10 @@ from headway.hub.families.qwen3 import QWEN3
 from headway.hub.families.qwen3_moe import QWEN3_MOE
 from headway.hub.family import Family
 
-FAMILIES = (QWEN3_MOE, MIXTRAL, GLM4_MOE, QWEN3, LLAMA, OLMOE, QWEN2_MOE, GPT_OSS)
+FAMILIES = (
+    *(QWEN3_MOE, MIXTRAL, GLM4_MOE, QWEN3, LLAMA, OLMOE, QWEN2_MOE),
+    *(GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3),
+)
 """Published families, in the order in which a model looks for one that it equals."""
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PAGE = Path(__file__).parent / "page"
+PAGE_POLICY = "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+"""The page loads nothing from another host and sends nothing there."""
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ class _Gone(Exception):
 def build_app(service: Service) -> "FastAPI":
     """Return the application of a server that is ready."""
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import StreamingResponse
+    from fastapi.responses import FileResponse, StreamingResponse
     from starlette.exceptions import HTTPException
 
     protocol = service.served.protocol
@@ -110,6 +112,7 @@ def build_app(service: Service) -> "FastAPI":
         "created": int(time.time()),
         "owned_by": "headway",
         "max_model_len": protocol.bounds.max_len,
+        "routes": _routes(service),
     }
 
     @app.get("/v1/models", **_described(None, "List the one model."))
@@ -136,6 +139,13 @@ def build_app(service: Service) -> "FastAPI":
     @app.get("/metrics", **_described(None, "Metrics for Prometheus.", "text/plain"))
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(request: Request) -> Response:
+        name = request.url.path.strip("/") or "index.html"
+        return FileResponse(PAGE / name, headers={"content-security-policy": PAGE_POLICY})
+
+    for path in ("/", "/page.js", "/page.css"):
+        app.add_api_route(path, page, include_in_schema=False)
 
     @app.exception_handler(UsageError)
     async def usage_error(_: Request, error: UsageError) -> Response:
@@ -166,6 +176,15 @@ def build_app(service: Service) -> "FastAPI":
         return refusal(BadRequest("the server made a mistake", None, 500, "internal_error"))
 
     return app
+
+
+def _routes(service: Service) -> dict[str, int] | None:
+    """Return the shape of `routed_experts`, None where the engine keeps none."""
+    layers = service.served.engine.model.sparse_layers()
+    if not (service.served.protocol.routes and layers):
+        return None
+    config = layers[0].config
+    return {"layers": len(layers), "heads": config.n_heads, "top_k": config.top_k}
 
 
 async def _disconnected(request: Any) -> None:

@@ -166,7 +166,7 @@ def test_a_chat_remembers(page, server):
     turns = js(page, "return [...document.querySelectorAll('.turn')].map(t => t.dataset.role)")
     assert turns == ["user", "assistant"] * 2
     said = js(page, "return [...document.querySelectorAll('.turn')].map(t => t.textContent)")
-    before = [dict(zip(("role", "content"), turn)) for turn in zip(turns, said)][:3]
+    before = [{"role": r, "content": c} for r, c in zip(turns, said, strict=True)][:3]
     messages = [{"role": "system", "content": "def"}, *before]
     count = server.post("/tokenize", {"messages": messages}).json()["count"]
     assert f"of {count} prompt tokens cached" in js(page, "return $('.facts').textContent")

@@ -33,7 +33,7 @@ VERBS = {
     "eval": "bits per byte of a trained model on validation text",
     "sample": "text from a trained model",
     "chat": "a conversation with a trained model in the terminal",
-    "export": "a trained model as a folder for Hugging Face Transformers",
+    "export": "a trained model as a Hugging Face folder, or as GGUF for llama.cpp",
     "import": "a run folder from a Hugging Face folder",
     "serve": "an OpenAI-compatible server of a trained model",
     "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",

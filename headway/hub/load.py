@@ -150,12 +150,12 @@ def _info(folder: Path, config: Config, runtime: Runtime, tokenizer: Tokenizer) 
         problems=(),
         eos_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *ends])),
         bos_id=tokenizer.bos,
-        chat_template=_chat_template(folder),
+        chat_template=chat_template_of(folder),
         max_len=config.model.max_len or config.data.seq_len,
     )
 
 
-def _chat_template(folder: Path) -> str | None:
+def chat_template_of(folder: Path) -> str | None:
     """Return the chat template of a folder: its own file, or an entry of tokenizer_config.json, of
     several the one called default."""
     if (path := folder / "chat_template.jinja").is_file():

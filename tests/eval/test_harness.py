@@ -13,12 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from headway.config import UsageError
 from headway.eval.harness import HeadwayLM, run_all
-from headway.hub.export import export_hf, open_source
+from headway.eval.over_http import server
 from headway.hub.load import load_model
 from headway.model.paged import PAGE
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
-from tests.hub.small_runs import MODELS, write_run
+from tests.hub.small_runs import MODELS, export, write_run
 
 CONTEXT = 64
 SHOTS = "Q: 1+1? A: two. Q: 2+2? A: four. "
@@ -28,7 +28,7 @@ SHOTS = "Q: 1+1? A: two. Q: 2+2? A: four. "
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("harness")
     write_run(root / "run", MODELS["multi_head_token"])
-    export_hf(open_source(root / "run"), root / "hf", "float32")
+    export(root / "run", root / "hf", family="headway")
     return root
 
 
@@ -168,7 +168,7 @@ def tasks(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("tasks")
     questions = [
         {
-            "question": f"Which letter is number {i} of {'the long ' * (i % 4)}alphabet?",
+            "question": f"Letter {i} of {'the long ' * (i % 4)}alphabet?",
             "choices": [f" {chr(97 + (i * k) % 26)}{'b' * k}" for k in range(1, 5)],
             "answer": i % 4,
         }
@@ -191,24 +191,51 @@ def evaluate(lm, tasks) -> tuple[dict, list]:
     return accuracy, [answer for s in samples for answer in s["filtered_resps"]]
 
 
-def test_a_local_task_scores_as_in_transformers(folder, lm, tasks):
+@pytest.fixture(scope="module")
+def expected(folder, tasks):
+    """What the task gives in Transformers."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
     from headway.hub.remote.modeling_headway import HeadwayForCausalLM
 
-    theirs = HFLM(
+    model = HFLM(
         pretrained=HeadwayForCausalLM.from_pretrained(folder / "hf").eval(),
         tokenizer=AutoTokenizer.from_pretrained(folder / "hf"),
         batch_size=8,
         device="cpu",
         max_length=CONTEXT,
     )
-    accuracy, answers = evaluate(theirs, tasks)
+    accuracy, answers = evaluate(model, tasks)
     assert len(answers) == 80
+    return accuracy, answers
+
+
+def assert_same(scored, expected):
+    """The same accuracies, log-likelihoods to 1e-4, and greedy continuations."""
+    assert scored[0] == expected[0]
+    for (ours, greedy), (theirs, their_greedy) in zip(scored[1], expected[1], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4) and greedy == their_greedy
+
+
+def test_a_local_task_scores_as_in_transformers(lm, tasks, expected):
     for _ in range(2):  # the second time from a warm cache
-        our_accuracy, our_answers = evaluate(lm, tasks)
-        assert our_accuracy == accuracy
-        for (ours, greedy), (total, their_greedy) in zip(our_answers, answers, strict=True):
-            assert ours == pytest.approx(total, abs=1e-4) and greedy == their_greedy
+        assert_same(evaluate(lm, tasks), expected)
     assert lm.engine.counters.cached_tokens > 0
+
+
+def test_a_local_task_scores_the_same_over_http(folder, tasks, expected):
+    pytest.importorskip("fastapi", reason="the extra [serve]")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    with server([str(folder / "run"), "--dtype", "float32", "--threads", "1"]) as url:
+        client = LocalCompletionsAPI(
+            base_url=f"{url}/v1/completions",
+            model="run",
+            tokenizer=str(folder / "hf"),
+            tokenizer_backend="huggingface",
+            batch_size=8,
+            max_length=CONTEXT,
+        )
+        for _ in range(2):
+            assert_same(evaluate(client, tasks), expected)

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from headway.model.paged import PAGE
-from studies import append_system, reverse_release
+from studies import append_system, batch_one_balance, experts_touched, reverse_release
 from studies.study import PAGE as DOCUMENT
 from studies.study import RESULTS, page
 
-STUDIES = [append_system.STUDY, reverse_release.STUDY]
+MODULES = append_system, reverse_release, experts_touched, batch_one_balance
+STUDIES = [module.STUDY for module in MODULES]
 
 
 def test_the_page_states_the_results():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import cpu_kernels, cpu_step, plan_step, quality, shakespeare
+from bench import cpu_kernels, cpu_step, plan_step, quality, serve_text, shakespeare
 from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
 from headway.kernels.cpp import cpp_kernels
@@ -148,3 +148,15 @@ def test_plan_step(path, capsys, monkeypatch):
     (row,) = found["rows"]
     assert row["recipe"] == "dense" and row["ratio"] == row["predicted"][0] / row["measured"][0]
     assert sum(row["parts"][0].values()) == pytest.approx(row["predicted"][0])
+
+
+def test_serve_text(capsys, monkeypatch):
+    pytest.importorskip("llguidance")
+    found = last_line(
+        serve_text.main,
+        capsys,
+        monkeypatch,
+        *"--vocab 300 --rows 2 --tokens 64 --repetitions 1".split(),
+    )
+    assert [row["what"] for row in found["rows"]] == ["draw"] * 6 + ["mask"] * 3 + ["text"] * 2
+    assert len(found["targets"]) == 10

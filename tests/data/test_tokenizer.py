@@ -269,3 +269,42 @@ def test_mistakes(tmp_path):
     assert "no text" in mistake(train_bpe, [""], 300, tmp_path / "t.json")
     assert "does not exist" in mistake(train_bpe, ["x"], 300, tmp_path / "no" / "t.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdef")
+
+
+def test_parts_with_special_tokens_have_the_ids_of_the_library(tmp_path):
+    """A special token may take white space beside it, and a space before the first word is put at
+    the start of the whole alone; names of special tokens in a text stay text."""
+    words(tmp_path / "t.json")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.add_special_tokens(
+        [tokenizers.AddedToken("<a>", lstrip=True), tokenizers.AddedToken("<b>", rstrip=True)]
+    )
+    inner.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    names = tokenizer.special_tokens
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.lists(
+            st.text("the cats ü", min_size=1, max_size=6) | st.sampled_from(["<a>", "<b>", "</s>"]),
+            max_size=6,
+        )
+    )
+    def any_parts(parts):
+        merged = []
+        for part in parts:
+            if merged and part not in names and merged[-1] not in names:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        want = inner.encode("".join(parts), add_special_tokens=False).ids
+        assert tokenizer.encode_parts([names.get(part, part) for part in merged]) == want
+
+    any_parts()
+    assert tokenizer.encode_parts(["the<a>"]) == tokenizer.encode("the<a>").tolist()
+    assert load_tokenizer("bytes").encode_parts(["é<|endoftext|>", 256, "a"]) == [
+        *"é<|endoftext|>".encode(),
+        256,
+        97,
+    ]

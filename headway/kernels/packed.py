@@ -96,19 +96,21 @@ def packed_linear(x: Tensor, weight: PackedWeight, wide: bool = False) -> Tensor
     Args:
         x: any float dtype; multiplied in the dtype of the weight.
         wide: return float32 (float64 for float64), not rounded, instead of x's dtype."""
-    out_dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-    x = x.to(weight.dtype)
+    dtype, out_dtype = weight.dtype, x.dtype
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if wide:
+        out_dtype = torch.promote_types(out_dtype, torch.float32)
     if not weight.batch_invariant:
         return _multiply(x, weight, wide).to(out_dtype)
     H, N, K = weight.n_heads, weight.n_out, weight.n_in
     rows = x.numel() // (H * K)
-    if K * x.dtype.itemsize % 4:
-        x = F.pad(x, (0, 1))  # bfloat16 is read in pairs
-    x, dtype = x.contiguous(), torch.float32 if wide else weight.dtype
-    out = x.new_empty(*x.shape[:-1], N, dtype=dtype)
-    arguments = (x, weight.data, weight.bias, rows, H, K, N, int(wide), out)
-    cpp_kernels().call("packed_linear", weight.dtype, *arguments)
-    return out.to(out_dtype)
+    if dtype is torch.bfloat16 and K % 2:
+        x = F.pad(x, (0, 1))  # read in pairs
+    out = torch.empty(*x.shape[:-1], N, dtype=torch.float32 if wide else dtype)
+    arguments = (x.contiguous(), weight.data, weight.bias, rows, H, K, N, int(wide), out)
+    cpp_kernels().call("packed_linear", dtype, *arguments)
+    return out if out.dtype is out_dtype else out.to(out_dtype)
 
 
 def packed_rows(weight: PackedWeight, index: Tensor) -> Tensor:

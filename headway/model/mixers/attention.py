@@ -85,6 +85,10 @@ class Attention(nn.Module):
         self.sinks_N = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
         self.packed: PackedWeight | None = None
         """q, k, v and the gate as one product."""
+        self.widths = [len(layer.weight) for layer in self._inputs()]
+        rotates_halves = not config.rope.interleaved and config.rotary_width == d
+        self.is_plain = rotates_halves and not config.clip_qkv and config.qk_norm != "all"
+        """Whether one kernel norms and rotates a head."""
 
     def roles(self) -> dict[str, Role]:
         return {"sinks_N": Role(Group.VECTOR, Init.ZEROS)}
@@ -133,21 +137,18 @@ class Attention(nn.Module):
     def _project(self, x_BSD: Tensor) -> Sequence[Tensor]:
         """Return queries, keys, values, each `[B, S, heads·d]`, and the gate `[B, S, N]` if there
         is one."""
-        layers = self._inputs()
         if self.packed is None:
-            return [layer(x_BSD) for layer in layers]
-        widths = [len(layer.weight) for layer in layers]
-        return packed_linear(x_BSD, self.packed).split(widths, -1)
+            return [layer(x_BSD) for layer in self._inputs()]
+        return packed_linear(x_BSD, self.packed).split(self.widths, -1)
 
     def _rotation(self, tables: tuple[Tensor, Tensor]) -> HeadRotation | None:
         """Return norm and rotation as one kernel does them, if it can."""
-        c = self.config
-        if c.clip_qkv or c.rope.interleaved or c.rotary_width != self.d_head or c.qk_norm == "all":
+        if not self.is_plain:
             return None
-        q_weight, k_weight = (
-            None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)
-        )
-        return HeadRotation(tables, q_weight, k_weight, c.norm_eps)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is None or k_norm is None:
+            return HeadRotation(tables, None, None, 0.0)
+        return HeadRotation(tables, q_norm.weight, k_norm.weight, q_norm.eps)
 
     def _turn(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, rotation: HeadRotation | None

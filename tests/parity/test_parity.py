@@ -9,6 +9,7 @@ import torch
 from headway.config import (
     BalanceConfig,
     MeshConfig,
+    MLAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -150,6 +151,20 @@ CASES: dict[str, Case] = {
     ),
     "biased experts, fsdp, dp=2 ep=2": Case(
         heads(expert_bias=True), _mesh(2, 1, 2, shard="fsdp", ep_scheme="all_gather")
+    ),
+    "latent attention, fsdp, dp=2 hp=2": Case(
+        replace(
+            heads(),
+            mixer="mla",
+            mla=MLAConfig(
+                q_lora_rank=12,
+                kv_lora_rank=16,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=4,
+                v_head_dim=8,
+            ),
+        ),
+        _mesh(2, 2, 1, shard="fsdp"),
     ),
     "biases of attention, QK-norm over all heads, fsdp, dp=2 hp=2": Case(
         replace(heads(), qkv_bias=True, o_bias=True, sinks=True, qk_norm="all", clip_qkv=1.0),

@@ -218,15 +218,14 @@ class MLA(nn.Module):
         narrowed = N * c.v_head_dim if c.v_head_dim < d else 0  # else `o` reads the output itself
         saved = T * b * (4 * N * d + narrowed + 2 * C + c.qk_rope_head_dim + 2 * low)
         saved += 4 * T * (N + 1 + (low > 0)) + 4 * S * c.qk_rope_head_dim
-        formula = "D·(q + C + r) + q·N·d + C·N·(n + v) + N·v·D"
-        if not low:
-            formula = "D·(N·d + C + r) + C·N·(n + v) + N·v·D"
+        queries = "D·q + q·N·d" if low else "D·N·d"
+        formula = f"({queries} + D·(C + r) + C·N·(n + v) + N·v·D)"
         scores = Term(4 * N * d * mean_keys(S, self.window), "4·N·d·mean keys seen")
         return (
             Cost(CostGroup.MIXER, Term(weights, formula), saved=Term(saved, "T·b·(4·N·d + N·v)")),
             Cost(CostGroup.MIXER, Term(biases, "biases") if biases else NOTHING),
-            Cost(CostGroup.NORMS, Term(norms, "q + C")),
-            Cost(CostGroup.PROJECTIONS, flops=Term(2 * weights, f"2·({formula})")),
+            Cost(CostGroup.NORMS, Term(norms, "(q + C)")),
+            Cost(CostGroup.PROJECTIONS, flops=Term(2 * weights, f"2·{formula}")),
             Cost(CostGroup.SCORES, flops=scores),
             Cost(CostGroup.MASKS, saved=masks_of(work, self.window)),
             casts(weights, work),

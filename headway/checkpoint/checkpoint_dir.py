@@ -51,6 +51,14 @@ def verify(path: Path) -> str:
     return ""
 
 
+def holds_weights_alone(path: Path) -> bool:
+    """Return whether a checkpoint is that of an imported model, without progress of a run."""
+    try:
+        return "progress" not in json.loads((path / "state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 def latest_up_to(run_dir: Path, step: int) -> Path | None:
     """Return the newest checkpoint of at most `step` steps, not verified; None without one."""
     paths = [path for number, path in _listed(checkpoints(run_dir)) if number <= step]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from headway.checkpoint.checkpoint_dir import holds_weights_alone
 from headway.checkpoint.run_folder import RunStart, is_restart, read_config, split_path
 from headway.cli.options import (
     RecipeOptions,
@@ -127,9 +128,11 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
             "give the run, or another run's folder with --run"
         )
     before, after = leaves(saved.to_dict()), leaves(config.to_dict())
+    new = start is not None and holds_weights_alone(start)  # nothing was trained on anything yet
     for name, value in after.items():
         free = (
-            name.startswith("mesh.")
+            (new and not name.startswith(("model.", "data.tokenizer")))
+            or name.startswith("mesh.")
             or name in _MAY_CHANGE
             or (name.startswith("run.") and name not in _OF_THE_RUN)
             or (name == "run.dir" and start is not None)

@@ -57,6 +57,11 @@ class Checkpoints:
             return
         sharding, config = self.parallelism.sharding, self.config.model
         state = load.load_checkpoint(path, self.model, self.optimizers, config, sharding)
+        if "progress" not in state:  # weights alone, as of an imported run: a first step follows
+            self.path, self.step = path, 0
+            sink.resume_at(-1)
+            self.log(f"starts from the weights of {path}")
+            return
         for name, value in self.identity.items():
             if state[name] != value:
                 raise UsageError(

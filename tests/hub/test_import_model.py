@@ -123,6 +123,30 @@ def test_verbs_read_an_imported_run_and_the_folder_itself(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_an_imported_model_is_trained_on_other_data(tmp_path):
+    """From its weights at step 0, with options of its own but for the model's; interrupted before
+    the first checkpoint it begins again there."""
+    write_model(tmp_path / "theirs", "qwen3_moe", dtype=torch.bfloat16)
+    call("import", tmp_path / "theirs", "--to", tmp_path / "run")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    start, tuned = tmp_path / "run" / "checkpoints" / "step-000000", tmp_path / "tuned"
+    options = ("--data", tmp_path / "text.txt", "--data.seq-len", 32, "--steps", 6, "--json")
+    done = call("train", "--resume", start, "--run", tuned, *options)
+    assert done.code == 0 and f"starts from the weights of {tuned}" in done.out, done
+    first = call("eval", tmp_path / "run", "--data", tmp_path / "text.txt", "--json").json
+    assert done.json["first_val_bits_per_byte"] == pytest.approx(
+        first["val_bits_per_byte"], rel=0.1
+    )
+    assert done.json["val_bits_per_byte"] < done.json["first_val_bits_per_byte"]
+    assert call("train", "--resume", tuned, "--json").json["steps"] == 6
+    shutil.rmtree(tuned / "checkpoints")
+    checkpoint_dir.copy(start, tuned)
+    again = call("train", "--resume", tuned, "--json")
+    assert again.json["val_bits_per_byte"] == done.json["val_bits_per_byte"]
+    line = mistake("train", "--resume", start, "--run", tmp_path / "x", "--model.n-layers", 3)
+    assert "model.n_layers is 2 in" in line
+
+
 def test_what_is_missing_left_over_wrongly_shaped_or_typed_is_named(tmp_path):
     folder, out = tmp_path / "theirs", tmp_path / "run"
     write_model(folder, "olmoe")

@@ -40,6 +40,9 @@ class Mixer(Protocol):
 class PagedMixer(Protocol):
     """What the inference engine asks of a mixer beside that."""
 
+    window: int
+    """Positions that a token sees, its own included; 0: all."""
+
     def init_pages(self, n_pages: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Return an empty decoding state in pages (`model.paged`), with `bytes`, `batch_invariant`
         and `copy_page`."""

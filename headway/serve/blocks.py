@@ -63,6 +63,16 @@ class BlockPool:
             pages.append(page)
         return pages
 
+    def n_reusable(self, keys: Sequence[bytes], reach: int) -> int:
+        """Return the length of the longest prefix of `keys` whose last `reach` pages are known:
+        those that the tokens after it see."""
+        longest = run = 0
+        for i, key in enumerate(keys, start=1):
+            run = run + 1 if key in self._page_of else 0
+            if run >= min(i, reach):
+                longest = i
+        return longest
+
     def hold(self, page: int) -> None:
         """Add a holder to a page."""
         if not self._holders[page]:

@@ -113,7 +113,9 @@ class Engine:
         self.runner.allocate(n_pages)
         self._routes = RoutePages(n_pages, model.sparse_layers()) if return_routes else None
         self._copies: list[tuple[int, int]] = []
-        self.scheduler = Scheduler(BlockPool(n_pages), max_requests, max_batch_tokens)
+        # the routes of a whole text are read when it ends
+        window = 0 if return_routes else self.runner.window
+        self.scheduler = Scheduler(BlockPool(n_pages), max_requests, max_batch_tokens, window)
         self.counters = Counters()
         self.sequences: list[Sequence] = []
         self._numbers = itertools.count()

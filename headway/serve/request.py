@@ -57,6 +57,10 @@ class Sequence:
     """What sampling reads: choice, seed, the reply so far."""
     detokenizer: Detokenizer
     pages: list[int] = field(default_factory=list)
+    """One for every 16 tokens; those behind the window of all layers are given back, and stand here
+    as 0."""
+    n_behind: int = 0
+    """How many pages, the first ones, are given back."""
     n_computed: int = 0
     """Tokens whose keys and values are in the pages."""
     keys: list[bytes] = field(default_factory=list)

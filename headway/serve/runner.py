@@ -59,6 +59,12 @@ class Runner:
         return promised and all(state.batch_invariant for state in self.states)
 
     @property
+    def window(self) -> int:
+        """Return how many positions the layers see at most, a token's own included; 0: all."""
+        windows = [mixer.window for mixer in self.mixers]
+        return max(windows) if all(windows) else 0
+
+    @property
     def bytes_per_token(self) -> float:
         """Return how much of the cache one position takes."""
         meta = torch.device("meta")

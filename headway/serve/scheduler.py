@@ -3,8 +3,12 @@
 A pass holds one token of every sequence that decodes, then chunks of prompts up to
 `max_batch_tokens` (64 beside sequences that decode), so that a long prompt never stalls a stream.
 First come, first served. Where a decoding sequence needs a page and none is free, the youngest
-gives up its pages and is computed again later."""
+gives up its pages and is computed again later.
 
+Where all layers have windows, pages behind the widest are given back while a sequence runs, and a
+prefix is found again by the pages that the next token sees."""
+
+import sys
 from collections import deque
 from typing import NamedTuple
 
@@ -28,9 +32,12 @@ class Chunk(NamedTuple):
 class Scheduler:
     """The sequences that wait and those that run, each in order of arrival."""
 
-    def __init__(self, pool: BlockPool, max_requests: int, max_batch_tokens: int):
+    def __init__(self, pool: BlockPool, max_requests: int, max_batch_tokens: int, window: int = 0):
+        """Args: window: positions that a token sees in any layer, its own included; 0: all."""
         self.pool, self.max_requests = pool, max_requests
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens, self.window = max_batch_tokens, window
+        self.reach = -(-(window - 1) // PAGE) if window else sys.maxsize
+        """Pages before its own that the first token of a page sees."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.n_preemptions = 0
@@ -59,6 +66,11 @@ class Scheduler:
         for key in sequence.new_keys(sequence.n_computed):
             self.pool.seal(sequence.pages[len(sequence.keys)], key)
             sequence.keys.append(key)
+        if self.window:
+            behind = max(sequence.n_computed - self.window + 1, 0) // PAGE
+            self.pool.release(sequence.pages[sequence.n_behind : behind])
+            sequence.pages[:behind] = [0] * behind
+            sequence.n_behind = behind
 
     def fork(self, sequence: Sequence, twin: Sequence) -> tuple[int, int] | None:
         """Start a further choice that has the tokens of a running sequence. Full pages are shared;
@@ -67,10 +79,10 @@ class Scheduler:
         if len(self.running) >= self.max_requests or self.pool.n_free < (rest > 0):
             self.waiting.appendleft(twin)  # it matches the full pages when it is admitted
             return None
-        for page in sequence.pages[:full]:
+        for page in sequence.pages[sequence.n_behind : full]:
             self.pool.hold(page)
         twin.pages, twin.keys = sequence.pages[:full], list(sequence.keys)
-        twin.n_computed = sequence.n_computed
+        twin.n_computed, twin.n_behind = sequence.n_computed, sequence.n_behind
         self.running.append(twin)
         if not rest:
             return None
@@ -102,8 +114,10 @@ class Scheduler:
         if len(self.running) >= self.max_requests:
             return False
         keys = sequence.new_keys(sequence.n_without_logits)
-        sequence.pages = self.pool.match(keys)
-        sequence.keys = keys[: len(sequence.pages)]
+        sequence.keys = keys[: self.pool.n_reusable(keys, self.reach)]
+        sequence.n_behind = max(len(sequence.keys) - self.reach, 0)
+        behind, seen = [0] * sequence.n_behind, sequence.keys[sequence.n_behind :]
+        sequence.pages = behind + self.pool.match(seen)
         sequence.n_computed = PAGE * len(sequence.pages)
         if sequence.needs_pages > self.pool.n_free:
             self._release(sequence)
@@ -124,5 +138,6 @@ class Scheduler:
         sequence.pages += [self.pool.allocate() for _ in range(sequence.needs_pages)]
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.keys, sequence.n_computed = [], [], 0
+        self.pool.release(sequence.pages[sequence.n_behind :])
+        sequence.pages, sequence.keys = [], []
+        sequence.n_computed = sequence.n_behind = 0

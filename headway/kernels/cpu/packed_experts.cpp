@@ -55,7 +55,7 @@ void pack(const S* w_in, const S* w_out, long experts, const Sizes<T>& s, Unit* 
 // ---- the product --------------------------------------------------------------------------------
 
 constexpr long BLOCK = 192;  // rows of an expert whose intermediates fit the second-level cache
-constexpr long SOON = 32768;  // bytes of the next expert that are asked for while one is multiplied
+constexpr long NARROW = 1 << 17;  // units of an expert up to which the next one is asked for meanwhile
 
 // Column j of row r in a result of panels, each [rows][PANEL].
 INLINE float* at(float* c, long rows, long r, long j) { return c + (j / PANEL * rows + r) * PANEL + j % PANEL; }
@@ -70,10 +70,11 @@ void hidden(float* pre, long rows, const Sizes<T>& s, T* hid) {
     }
 }
 
-// y [rows, L] of the sub-tokens of an expert, whose slots are `slot`.
+// y [rows, L] of the sub-tokens of an expert, whose slots are `slot`. `next` are the weights of the next expert,
+// or null.
 template <class T>
-void expert(const T* x, const Unit* w, const int64_t* slot, long K, long rows, const Sizes<T>& s,
-            long activation, float* y) {
+void expert(const T* x, const Unit* w, const Unit* next, const int64_t* slot, long K, long rows,
+            const Sizes<T>& s, long activation, float* y) {
   constexpr int PER = Elem<T>::PER;
   const long most = rows < BLOCK ? rows : BLOCK, wide = s.GFp > s.Lp ? s.GFp : s.Lp;
   T *xs, *hid;
@@ -94,7 +95,7 @@ void expert(const T* x, const Unit* w, const int64_t* slot, long K, long rows, c
     const Unit* b = w;
     for (long p = 0; p < panels_of(s.GFp); ++p) {
       const long width = panel_width(s.GFp, p);
-      panel_product<T>(n, s.Lu, (Unit*)xs, s.Lu, b, width, c + p * n * PANEL);
+      panel_product<T>(n, s.Lu, (Unit*)xs, s.Lu, b, width, c + p * n * PANEL, next ? next + (b - w) : next);
       b += s.Lu * width;
     }
     switch (activation) {
@@ -105,7 +106,7 @@ void expert(const T* x, const Unit* w, const int64_t* slot, long K, long rows, c
     }
     for (long p = 0; p < panels_of(s.Lp); ++p) {
       const long width = panel_width(s.Lp, p);
-      panel_product<T>(n, s.Fu, (Unit*)hid, s.Fp / PER, b, width, c);
+      panel_product<T>(n, s.Fu, (Unit*)hid, s.Fp / PER, b, width, c, next ? next + (b - w) : next);
       b += s.Fu * width;
       for (long r = 0; r < n; ++r)
         for (long j = 0; j < width; j += VL) {
@@ -149,12 +150,8 @@ void forward(const T* x, const float* gate, const int64_t* index, const Unit* w,
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (n_busy * s.all > 65536)
   for (long i = 0; i < n_busy; ++i) {
     const long e = busy[i];
-    if (i + 1 < n_busy) {
-      const char* next = (const char*)(w + busy[i + 1] * s.all);
-      const long bytes = s.all * (long)sizeof(Unit);
-      for (long b = 0; b < (bytes < SOON ? bytes : SOON); b += 64) __builtin_prefetch(next + b, 0, 2);
-    }
-    expert(x, w + e * s.all, slot + start[e], K, counts[e], s, activation, y + start[e] * s.L);
+    const Unit* next = i + 1 < n_busy && s.all <= NARROW ? w + busy[i + 1] * s.all : nullptr;
+    expert(x, w + e * s.all, next, slot + start[e], K, counts[e], s, activation, y + start[e] * s.L);
   }
   combine(y, row, gate, start[groups], N, K, s.L, out, threads);
   free(slot);

@@ -22,38 +22,48 @@ constexpr long panel_width(long cols, long p) {
 }
 constexpr long panels_of(long cols) { return (cols + PANEL - 1) / PANEL; }
 
-// C [M, PANEL] = A·B over some units; goes on with the sums in C where `more`. Asks on its way for the
-// memory from `next` on, `step` bytes per unit, which the processor would not yet read ahead by itself.
+// C [M, PANEL] = A·B over some units; goes on with the sums in C where `more`. Asks on its way for the memory
+// from `next` on, `step` bytes per unit, which the processor would not yet read ahead by itself; null is none.
 template <class T, int M, int N>
 static __attribute__((noinline)) void strip(long units, const Unit* a, long a_row, const Unit* b, float* c,
                                             bool more, const char* next, long step) {
+  constexpr int LINES = M < MR ? N : 2;
   Vec acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) acc[i][j] = more ? load(c + i * PANEL + j * VL) : Vec{};
-  for (long u = 0; u < units; ++u, ++a, b += N * VL, next += step) {
-#pragma GCC unroll 4
-    for (int l = 0; l < (M == 1 ? 0 : 2); ++l) __builtin_prefetch(next + l * 64);
+  const auto unit = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) acc[i][j] = dot<T>(acc[i][j], a[i * a_row], b + j * VL);
-  }
+  };
+  if (next)
+    for (long u = 0; u < units; ++u, ++a, b += N * VL, next += step) {
+#pragma GCC unroll 4
+      for (int l = 0; l < LINES; ++l) __builtin_prefetch(next + l * 64);
+      unit();
+    }
+  else
+    for (long u = 0; u < units; ++u, ++a, b += N * VL) unit();
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) store(c + i * PANEL + j * VL, acc[i][j]);
 }
 
+// All rows against some units of a panel; asks meanwhile for as much memory from `next` on, in parts if there
+// is more than one strip.
 template <class T, int N>
-static void strips(long rows, long units, const Unit* a, long a_row, const Unit* b, float* c, bool more) {
-  const char* next = (const char*)(b + units * N * VL);
-  long step = N * 32;
+static void strips(long rows, long units, const Unit* a, long a_row, const Unit* b, float* c, bool more,
+                   const char* next) {
+  const long bytes = units * N * VL * sizeof(Unit);
+  const char* end = next + bytes;
+  long step = next ? (rows < MR ? N * VL * 4 : N * VL * 2) : 0;
   for (; rows >= MR; rows -= MR, a += MR * a_row, c += MR * PANEL) {
     strip<T, MR, N>(units, a, a_row, b, c, more, next, step);
-    next += units * step;
-    if (next >= (const char*)(b + 2 * units * N * VL)) next -= units * step, step = 0;
+    if (next && (next += units * step) >= end) next = nullptr;
   }
 #define HEADWAY_ROWS(n) \
   case n: strip<T, n, N>(units, a, a_row, b, c, more, next, step); break;
@@ -61,20 +71,22 @@ static void strips(long rows, long units, const Unit* a, long a_row, const Unit*
 #undef HEADWAY_ROWS
 }
 
-// C [rows, PANEL] = A [rows, units] · one panel of `width` columns.
+// C [rows, PANEL] = A [rows, units] · one panel of `width` columns. `next`: what will be read after it; null is
+// what lies behind it, which one row need not ask for.
 template <class T>
 static void panel_product(long rows, long units, const Unit* a, long a_row, const Unit* b, long width,
-                          float* c) {
+                          float* c, const Unit* next = nullptr) {
   const long block = rows > MR ? UNITS : units;
   for (long u = 0; u < units; u += block) {
     const long n = units - u < block ? units - u : block;
     const Unit *a_at = a + u, *b_at = b + u * width;
+    const char* then = (const char*)(next ? next + u * width : rows > 1 ? b_at + n * width : nullptr);
     switch (width / VL) {
-      case 1: strips<T, 1>(rows, n, a_at, a_row, b_at, c, u > 0); break;
-      case 2: strips<T, 2>(rows, n, a_at, a_row, b_at, c, u > 0); break;
+      case 1: strips<T, 1>(rows, n, a_at, a_row, b_at, c, u > 0, then); break;
+      case 2: strips<T, 2>(rows, n, a_at, a_row, b_at, c, u > 0, then); break;
 #ifdef __AVX512F__
-      case 3: strips<T, 3>(rows, n, a_at, a_row, b_at, c, u > 0); break;
-      default: strips<T, NR>(rows, n, a_at, a_row, b_at, c, u > 0);
+      case 3: strips<T, 3>(rows, n, a_at, a_row, b_at, c, u > 0, then); break;
+      default: strips<T, NR>(rows, n, a_at, a_row, b_at, c, u > 0, then);
 #endif
     }
   }

@@ -181,7 +181,8 @@ def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
     shape, folder = SHAPES[name], work / name
     known = shape.moe.kind == "moe"
     prepare(name, folder, gguf=known and bool(args.llama), hf=known)
-    sides = {"headway": side_of("headway", folder / "run")}
+    # routers are bfloat16 in what rivals read, float32 in the run
+    sides = {"headway": side_of("headway", folder / ("hf" if known else "run"))}
     rows: list[dict] = []
     try:
         if known:

@@ -40,7 +40,8 @@ class Serve(trained.TrainedOptions):
     max_batch_tokens: int = 512
     """Most tokens of one step: those of running replies, then chunks of prompts."""
     cache_tokens: int = 0
-    """Tokens whose keys and values are kept; 0 follows from the context, at most 1 GiB."""
+    """Tokens whose keys and values are kept, and most of one request; 0: for all requests, in at
+    most 1 GiB."""
     return_routes: bool = False
     """Keep the chosen experts of each token, for requests with return_routed_experts."""
     chat_template: str = ""

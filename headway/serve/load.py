@@ -5,6 +5,7 @@ from pathlib import Path
 
 from headway import __version__
 from headway.hub.load import LoadedModel
+from headway.model.paged import PAGE
 from headway.serve.bodies import Bounds
 from headway.serve.chat_template import ChatTemplate
 from headway.serve.engine import Engine
@@ -38,7 +39,7 @@ def load_served(
         max_waiting: most replies beyond `max_requests`, which wait.
         max_n: most replies to a prompt, and prompts of a request.
         chat_template: a file; "" takes `loaded.info.chat_template`.
-        runner: as for `Engine`.
+        cache_tokens, runner: as for `Engine`; a cache below the context bounds a request.
     Raises: UsageError for a template that cannot be read, and as `Engine` does."""
     info, tokenizer = loaded.info, loaded.tokenizer
     engine = Engine(
@@ -52,10 +53,11 @@ def load_served(
         return_routes=return_routes,
         runner=runner,
     )
+    max_len = min(info.max_len, PAGE * engine.scheduler.pool.n_pages)
     bounds = Bounds(
         vocab_size=tokenizer.vocab_size,
-        max_len=info.max_len,
-        max_tokens=min(max_tokens or info.max_len, info.max_len),
+        max_len=max_len,
+        max_tokens=min(max_tokens or max_len, max_len),
         max_n=max_n,
     )
     protocol = Protocol(

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import threading
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -235,6 +237,28 @@ def test_a_second_time_the_prefix_is_cached_unless_the_salt_differs(server):
     assert cached(cache_salt="a") == {"cached_tokens": 0}
     assert cached(cache_salt="a") == {"cached_tokens": 112}
     assert cached(cache_salt="b") == {"cached_tokens": 0}
+
+
+def test_company_and_cache_do_not_change_a_bit(server):
+    ask = {"prompt": PROMPT * 3, "max_tokens": 20, "seed": 9, "logprobs": 2, "ignore_eos": True}
+    alone = server.complete(**ask, cache_salt="alone")["choices"][0]
+
+    def other(i):
+        httpx.post(
+            f"{server.url}/v1/completions",
+            json={**ask, "prompt": "y " * (5 * i), "seed": i},
+            timeout=60,
+        )
+
+    threads = [threading.Thread(target=other, args=(i,)) for i in range(18)]
+    for thread in threads:
+        thread.start()
+    beside = [server.complete(**ask, cache_salt="beside") for _ in range(2)]
+    for thread in threads:
+        thread.join()
+    assert [b["choices"][0] for b in beside] == [alone, alone]
+    cached = [b["usage"]["prompt_tokens_details"]["cached_tokens"] for b in beside]
+    assert cached == [0, 48]
 
 
 def test_labels_come_back_and_nothing_is_stored(server):

@@ -12,6 +12,7 @@ import torch
 
 from headway.config import UsageError
 from headway.data.tokenizer import ByteTokenizer
+from headway.hub.memory import peak_memory
 from tests.command import call, mistake
 from tests.compare import relative_error as error
 from tests.hub.small_runs import MODELS, export, write_run
@@ -232,6 +233,17 @@ def test_several_files_with_an_index(tmp_path):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     total = sum(t.numel() * t.element_size() for t in whole.values())
     assert index["metadata"]["total_size"] == total
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    config = MODELS["multi_head"]
+    moe = replace(config.moe, n_experts=64, d_expert=96, n_heads=1)
+    write_run(tmp_path / "run", replace(config, d_model=128, n_layers=12, moe=moe))
+    export(tmp_path / "run", tmp_path / "warm")  # what is imported and allocated once
+    with peak_memory() as peak:
+        export(tmp_path / "run", tmp_path / "hf")
+    largest, whole = 64 * 2 * 96 * 128 * 4, (tmp_path / "hf" / "model.safetensors").stat().st_size
+    assert whole > 100e6 and peak.bytes < 3 * largest + 20e6
 
 
 def test_what_only_training_reads_is_named(tmp_path):

@@ -21,6 +21,8 @@ class Eval(trained.TrainedOptions):
     """Other text, as for `train --data`; its validation split is read."""
     tokens: int = 0
     """Validation tokens, in whole windows, as `run.eval_tokens`; 0 means the whole split."""
+    tasks: tuple[str, ...] = ()
+    """YAML files of lm-evaluation-harness: run these local tasks instead."""
     via_http: bool = False
     """Also start `headway serve` on a free port, score the same text there and show the
     difference."""
@@ -31,6 +33,9 @@ def evaluate(args: Sequence[str]) -> int:
     options = parse(Eval, args, "headway eval")
     if options.tokens < 0:
         raise UsageError(f"--tokens {options.tokens} is below 0; 0 means the whole split")
+
+    if options.tasks:
+        return _tasks(options)
 
     from headway.data.shards import prepare
     from headway.data.stream import Stream
@@ -82,3 +87,25 @@ def _via_http(
         f"{result.via_http_largest:.2e} nats, of {result.via_http_tokens:,} tokens"
     )
     return result._asdict()
+
+
+def _tasks(options: Eval) -> int:
+    """Run tasks of lm-evaluation-harness and print their metrics."""
+    if options.data or options.tokens or options.via_http:
+        raise UsageError("--tasks reads its own data; leave out --data, --tokens and --via-http")
+    try:
+        from headway.eval.harness import run_tasks
+    except ImportError as error:
+        why = f"--tasks needs {error.name}, which is not installed"
+        raise UsageError(f"{why}; pip install 'headway[eval]'") from None
+    from headway.serve.engine import Engine
+
+    loaded = trained.load(options)
+    # one token more than the context: the last one is read too, and only its score is needed
+    max_len = loaded.info.max_len + 1
+    engine = Engine(loaded.model, loaded.tokenizer, eos_ids=loaded.info.eos_ids, max_len=max_len)
+    results = run_tasks(engine, options.tasks)
+    for name, metrics in results.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    print_json(options.json, {"tasks": results, **trained.facts(loaded)})
+    return 0

@@ -8,10 +8,14 @@ computed by one of them."""
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headway.config import UsageError
@@ -141,6 +145,31 @@ class HeadwayLM(TemplateLM):
             seed=seed,
             stop=tuple(text for text in values["until"] if text),
         )
+
+
+def run_tasks(engine: Engine, files: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the metrics of local tasks, each a YAML file of the harness, by the task's name.
+    Raises UsageError for a file that is none."""
+    names, folders = [], []
+    for path in map(Path, files):
+        try:
+            config = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            why = " ".join(str(error).split())
+            raise UsageError(f"cannot read the task {path}: {why}; give a YAML file") from None
+        if not isinstance(config, dict) or not isinstance(config.get("task"), str):
+            raise UsageError(f"{path} has no `task: NAME`; give a task of lm-evaluation-harness")
+        names.append(config["task"])
+        folders.append(str(path.absolute().parent))
+    manager = TaskManager(include_path=list(dict.fromkeys(folders)), include_defaults=False)
+    results = simple_evaluate(
+        HeadwayLM(engine), tasks=names, task_manager=manager, bootstrap_iters=0
+    )
+    assert results is not None
+    return {
+        name: {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+        for name, metrics in results["results"].items()
+    }
 
 
 def run_all(

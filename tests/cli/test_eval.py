@@ -26,3 +26,8 @@ def test_a_server_gives_the_same_log_probabilities(run):
     facts = call("eval", run, "--tokens", 256, "--dtype", "float32", "--via-http", "--json").json
     assert abs(facts["via_http_difference"]) < 1e-6 and facts["via_http_largest"] < 1e-5
     assert facts["via_http_tokens"] == 16 * 15  # all but the last of each window
+
+
+def test_tasks_read_their_own_data(run):
+    words = ("--tasks", "x.yaml", "--tokens", 64)
+    assert "leave out --data, --tokens and --via-http" in mistake("eval", run, *words)

@@ -18,6 +18,7 @@ from headway.hub.load import load_model
 from headway.model.paged import PAGE
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
+from tests.command import call, mistake
 from tests.hub.small_runs import MODELS, export, write_run
 
 CONTEXT = 64
@@ -161,10 +162,8 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def tasks(folder, tmp_path_factory):
-    """A task manager that knows one local task, of 20 questions."""
-    from lm_eval.tasks import TaskManager
-
+def tasks_folder(tmp_path_factory):
+    """A folder with one local task, of 20 questions."""
     place = tmp_path_factory.mktemp("tasks")
     questions = [
         {
@@ -176,7 +175,15 @@ def tasks(folder, tmp_path_factory):
     ]
     (place / "letters.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (place / "letters.yaml").write_text(TASK.format(file=place / "letters.jsonl"))
-    return TaskManager(include_path=str(place), include_defaults=False)
+    return place
+
+
+@pytest.fixture(scope="module")
+def tasks(tasks_folder):
+    """A task manager that knows it."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(tasks_folder), include_defaults=False)
 
 
 def evaluate(lm, tasks) -> tuple[dict, list]:
@@ -239,3 +246,13 @@ def test_a_local_task_scores_the_same_over_http(folder, tasks, expected):
         )
         for _ in range(2):
             assert_same(evaluate(client, tasks), expected)
+
+
+def test_eval_runs_tasks(folder, tasks_folder, expected):
+    words = ["eval", folder / "run", "--dtype", "float32", "--threads", 1]
+    done = call(*words, "--tasks", tasks_folder / "letters.yaml", "--json")
+    assert done.code == 0, done
+    metrics = done.json["tasks"]["letters"]
+    assert metrics["acc,none"] == expected[0]["acc,none"]
+    assert "has no `task: NAME`" in mistake(*words, "--tasks", folder / "run" / "run.json")
+    assert "cannot read the task" in mistake(*words, "--tasks", folder / "none.yaml")

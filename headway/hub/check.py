@@ -61,7 +61,8 @@ def compare(folder: Path, run: Path, own_code: bool = False) -> Comparison:
     tokenizer's vocabulary. No code of the folder is run, unless `own_code` says that we wrote it.
     Raises UsageError without Transformers."""
     ours = load_model(run, "cpu", "float32")
-    encoded = [ours.tokenizer.encode(text).tolist()[: ours.info.max_len] for text in PROMPTS]
+    tokenizer, room = ours.tokenizer, ours.info.max_len
+    encoded = [tokenizer.encode(text).tolist()[:room] or [tokenizer.eos] for text in PROMPTS]
     theirs = _transformers_model(folder, own_code)
 
     vocab_size = ours.tokenizer.vocab_size

@@ -22,6 +22,7 @@ from headway.model.transformer import Transformer
 
 _SEQ_LEN = 1024
 """Most tokens of a window in which `headway eval` reads a model that was trained elsewhere."""
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -110,6 +111,9 @@ class HubFolder:
         present = set(self._reader.names())
         fused = any(name.endswith("experts.gate_up_proj") for name in present)
         rows = list(self.family.rows(self.config, fused))
+        if self.config.tied and {_HEAD, _EMBEDDING} <= present:
+            self._check_tied()
+            present.remove(_HEAD)
         expected = {row.theirs for row in rows}
         skipped = {name for name in present - expected if self._predicts_ahead(name)}
         problems = [
@@ -132,6 +136,15 @@ class HubFolder:
         rows.sort(key=lambda row: row.ours)
         self._rows = {name: list(group) for name, group in groupby(rows, lambda row: row.ours)}
         return tuple(sorted(skipped))
+
+    def _check_tied(self) -> None:
+        """Raise UsageError where a folder holds a head beside the embedding to which it is tied,
+        and they differ."""
+        if not torch.equal(self._reader.read(_HEAD), self._reader.read(_EMBEDDING)):
+            raise UsageError(
+                f"{self.folder} has tie_word_embeddings=True in config.json, and {_HEAD} differs "
+                f"from {_EMBEDDING}; set it to false"
+            )
 
     def _predicts_ahead(self, name: str) -> bool:
         """Return whether a tensor is of a layer after the last, for multi-token prediction."""

@@ -171,6 +171,20 @@ def test_what_is_missing_left_over_wrongly_shaped_or_typed_is_named(tmp_path):
     assert line.endswith(" and 18 more")
 
 
+def test_a_head_beside_the_embedding_that_it_is_tied_to(tmp_path):
+    """Some folders hold it twice; one that differs is refused."""
+    folder = tmp_path / "theirs"
+    write_model(folder, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    done = call("import", folder, "--to", tmp_path / "run", "--json")
+    assert done.code == 0 and done.json["tensors_read"] == len(tensors)
+    save_file({**tensors, "lm_head.weight": head + 1}, folder / "model.safetensors")
+    line = mistake("import", folder, "--to", tmp_path / "other")
+    assert "lm_head.weight differs from model.embed_tokens.weight" in line
+
+
 def test_layers_for_multi_token_prediction_are_left_out_and_listed(tmp_path):
     folder = tmp_path / "theirs"
     write_model(folder, "qwen3_moe")

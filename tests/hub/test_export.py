@@ -238,12 +238,12 @@ def test_several_files_with_an_index(tmp_path):
 def test_memory_is_that_of_one_tensor(tmp_path):
     config = MODELS["multi_head"]
     moe = replace(config.moe, n_experts=64, d_expert=96, n_heads=1)
-    write_run(tmp_path / "run", replace(config, d_model=128, n_layers=12, moe=moe))
+    write_run(tmp_path / "run", replace(config, d_model=128, n_layers=8, moe=moe))
     export(tmp_path / "run", tmp_path / "warm")  # what is imported and allocated once
     with peak_memory() as peak:
         export(tmp_path / "run", tmp_path / "hf")
     largest, whole = 64 * 2 * 96 * 128 * 4, (tmp_path / "hf" / "model.safetensors").stat().st_size
-    assert whole > 100e6 and peak.bytes < 3 * largest + 20e6
+    assert whole > 70e6 and peak.bytes < 3 * largest + 20e6
 
 
 def test_what_only_training_reads_is_named(tmp_path):
@@ -258,7 +258,7 @@ def test_what_only_training_reads_is_named(tmp_path):
 def test_mistakes_cost_a_line(tmp_path):
     write_run(tmp_path / "run", MODELS["dense"])
     run, to = tmp_path / "run", tmp_path / "hf"
-    assert "model_type=gpt9 is not known; glm4_moe, headway" in mistake(
+    assert "model_type=gpt9 is not known; deepseek_v2" in mistake(
         "export", run, "--to", to, "--as", "gpt9"
     )
     assert "exists; choose another --to" in mistake("export", run, "--to", tmp_path)

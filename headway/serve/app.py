@@ -211,7 +211,7 @@ def _described(
             "content": {"application/json": {"schema": body.schema}},
         }
         if "stream" in body.fields:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": _EVENT}
     return {
         "summary": summary,
         "response_model": None,
@@ -223,6 +223,8 @@ def _described(
     }
 
 
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+"""An event of a stream: its data is a JSON object, or [DONE]."""
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _ERROR = {
     "type": "object",

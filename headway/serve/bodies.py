@@ -138,7 +138,7 @@ def _shared(bounds: Bounds) -> dict[str, Field]:
         "presence_penalty": Field(penalty, "Taken from logits of tokens that were written.", 0.0),
         "frequency_penalty": Field(penalty, "The same, times how often they were.", 0.0),
         "repetition_penalty": Field(
-            Number(0, 100, above=True), "Divides positive logits of tokens seen (CTRL).", 1.0
+            Number(0.01, 100), "Divides positive logits of tokens seen (CTRL).", 1.0
         ),
         "logit_bias": Field(
             Table("^[0-9]+$", Number(-100, 100), 1024), "Token id → what is added to its logit.", {}

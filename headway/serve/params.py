@@ -116,10 +116,7 @@ class SamplingParams:
         _within("n", self.n, 1, 2**16)
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**63 - 1)
-        if not 0 < self.repetition_penalty <= 1e6:
-            raise UsageError(
-                f"repetition_penalty={self.repetition_penalty} is not above 0; 1 changes nothing"
-            )
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         for token, bias in self.logit_bias:

@@ -60,6 +60,7 @@ def up(server):
         ({"prompt": "x", "temperature": -0.1}, "temperature is -0.1; use a number from 0 to 100"),
         ({"prompt": "x", "temperature": 1e300}, "temperature is 1e+300"),
         ({"prompt": "x", "top_p": 0}, "top_p is 0; use a number above 0 to 1"),
+        ({"prompt": "x", "repetition_penalty": 5e-324}, "repetition_penalty is 5e-324; use a number from 0.01 to 100"),
         ({"prompt": "x", "n": 65}, "n is 65; use a whole number from 1 to 64"),
         ({"prompt": "x", "n": 3, "best_of": 2}, "best_of=2 is below n=3; raise it to 3"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of=2 with stream"),

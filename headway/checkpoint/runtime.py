@@ -60,7 +60,7 @@ def resolve_runtime(config: Config, device: Device = "auto", dtype: Dtype = "aut
     if moe.kind != "dense" and moe.precision == "float8":
         try:
             width = moe.head_width(config.model.d_model)
-            check_float8(chosen.type, matmuls, width, moe.d_expert)
+            check_float8(chosen.type, matmuls, width, moe.d_expert, moe.activation)
             precision = "float8"
         except UsageError as error:
             why = str(error).replace("=float8 ", "=float8, which ").removesuffix("; use bfloat16")

@@ -133,7 +133,7 @@ def _run_forward(
     weights = (w_in_HEGFL, w_out_HEFL)
     inputs = ExpertInputs(x_NL, gate_NK, *weights, slot_R, row_NK, counts_HE, activation)
     if precision == "float8":
-        check_float8(x_NL.device.type, x_NL.dtype, x_NL.shape[1], w_in_HEGFL.shape[3])
+        check_float8(x_NL.device.type, x_NL.dtype, x_NL.shape[1], w_in_HEGFL.shape[3], activation)
         from headway.kernels.gpu import experts as fused
 
         return fused.forward(inputs, keep, precision)

@@ -106,8 +106,13 @@ def fits_on_chip(dtype: torch.dtype, L: int, F: int) -> bool:
     return L % 16 == 0 and F % 16 == 0 and WIDEST[dtype] >= L
 
 
-def check_float8(device: str, dtype: torch.dtype, L: int, F: int) -> None:
+def check_float8(
+    device: str, dtype: torch.dtype, L: int, F: int, activation: str = "swiglu"
+) -> None:
     """Raise UsageError where experts cannot multiply in float8."""
+    if activation not in GPU_ACTIVATIONS:
+        why = f"the Triton kernels have no activation {activation}"
+        raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")
     if choose_path(device, dtype, L, F) != "fused":
         why = explain(device, dtype, L, F) if device == "cuda" else gpu_kernels().why
         raise UsageError(f"precision=float8 needs the fused kernels: {why}; use bfloat16")

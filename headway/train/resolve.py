@@ -178,7 +178,7 @@ def _experts(
     """Explain which path the experts take on a GPU; on a CPU `_kernels` has said it for all."""
     moe, width = model.moe, model.moe.head_width(model.d_model)
     if moe.kind != "dense" and moe.precision == "float8":
-        check_float8(device.type, dtype, width, moe.d_expert)
+        check_float8(device.type, dtype, width, moe.d_expert, moe.activation)
         derived["model.moe.precision"] = "float8: e4m3 in forward, bfloat16 in backward"
     if device.type != "cuda" or moe.kind == "dense":
         return ()

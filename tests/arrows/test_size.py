@@ -8,7 +8,7 @@ TOTAL = 34_000
 with a feature that needs more."""
 
 
-LONGER = {PACKAGE / "hub" / "remote" / "modeling_headway.py": 420}
+LONGER = {PACKAGE / "hub" / "remote" / "modeling_headway.py": 430}
 """Transformers wants a whole model in one file."""
 
 

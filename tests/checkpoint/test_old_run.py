@@ -41,7 +41,7 @@ def test_eval(old_run):
 
 def test_resume(old_run):
     result = call("train", "--resume", old_run, "--json").json
-    assert result["steps"] == 4 and result["sample"].startswith("sw")
+    assert result["steps"] == 4 and result["sample"].startswith("u")
     lines = [json.loads(line) for line in Path(old_run, "metrics.jsonl").read_text().splitlines()]
     values = {
         (r["step"], key): r[key]

@@ -336,7 +336,7 @@ def test_config_search(browser, runs, tmp_path):
         browser,
         "return [...document.querySelectorAll('#config-table tbody tr:not([hidden])')].map(r => r.dataset.key)",
     )
-    assert shown == ["model.moe.top_k"]
+    assert sorted(shown) == ["model.moe.router.top_k_groups", "model.moe.top_k"]
     quiet(browser)
 
 

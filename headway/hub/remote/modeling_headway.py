@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = _qk_norm(config, N), _qk_norm(config, M)
         self.gate = nn.Linear(D, N, bias=False) if config.attn_gate else None
 
-    def forward(self, x_BSD: Tensor, tables: tuple, mask, cache, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BSD: Tensor, tables: tuple, mask, held, **kwargs) -> tuple[Tensor, Tensor]:
         """Map `[B, S, D]` to `[B, S, D]`, with the weights that an eager attention gives."""
         q, k, v = (
             proj(x_BSD).unflatten(-1, (-1, self.head_dim))
@@ -96,8 +96,8 @@ class Attention(nn.Module):
         )
         q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), self._clamped(v).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+        if held is not None:
+            k, v = held.update(k, v, self.layer_idx)
         attend, name = eager_attention_forward, self.config._attn_implementation
         if name != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[name]
@@ -275,8 +275,8 @@ class Block(GradientCheckpointingLayer):
         ffn = FeedForward(D, config.intermediate_size, config.activation) if dense else None
         self.mlp = SparseLayer(config) if ffn is None else ffn
 
-    def forward(self, x_BSD: Tensor, tables: tuple, mask, cache, **kwargs) -> tuple[Tensor, Tensor]:
-        y_BSD, weights = self.self_attn(self.input_layernorm(x_BSD), tables, mask, cache, **kwargs)
+    def forward(self, x_BSD: Tensor, tables: tuple, mask, held, **kwargs) -> tuple[Tensor, Tensor]:
+        y_BSD, weights = self.self_attn(self.input_layernorm(x_BSD), tables, mask, held, **kwargs)
         x_BSD = x_BSD + y_BSD
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)), weights
 
@@ -334,37 +334,40 @@ class HeadwayModel(HeadwayPreTrainedModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        cache=None,  # what `past_key_values` is called from Transformers 5.24 on
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Return the normed stream `[B, S, D]` of `input_ids` `[B, S]`, or of their embeddings."""
-        c = self.config
+        c, cache = self.config, past_key_values if cache is None else cache
         wants_states = kwargs.pop("output_hidden_states", c.output_hidden_states)
         wants_weights = kwargs.pop("output_attentions", c.output_attentions)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (c.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=c)
-        held = 0 if past_key_values is None else past_key_values.get_seq_length()
-        index = torch.arange(held, held + x_BSD.shape[1], device=x_BSD.device)
+        if cache is None and (c.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=c)
+        start = 0 if cache is None else cache.get_seq_length()
+        index = torch.arange(start, start + x_BSD.shape[1], device=x_BSD.device)
         position_ids = index.unsqueeze(0) if position_ids is None else position_ids
-        masks = self._masks(x_BSD, attention_mask, past_key_values, position_ids, index)
+        masks = self._masks(x_BSD, attention_mask, cache, position_ids, index)
         tables = rope_tables(position_ids, c.head_dim, c.rope_theta, x_BSD.dtype)
         states, weights = [], []
         kwargs["position_ids"] = position_ids
         for block, window in zip(self.layers, c.windows, strict=True):
             states += [x_BSD] if wants_states else []
-            x_BSD, w = block(x_BSD, tables, masks[window], past_key_values, **kwargs)
+            x_BSD, w = block(x_BSD, tables, masks[window], cache, **kwargs)
             weights += [w] if wants_weights else []
         x_BSD = self.norm(x_BSD)
         states = (*states, x_BSD) if wants_states else None
         weights = tuple(weights) if wants_weights else None
-        return BaseModelOutputWithPast(x_BSD, past_key_values, states, weights)
+        return BaseModelOutputWithPast(x_BSD, cache, states, weights)
 
-    def _masks(self, x_BSD, attention_mask, past_key_values, position_ids, index) -> dict:
+    def _masks(self, x_BSD, attention_mask, cache, position_ids, index) -> dict:
         """Return window → mask, in the form that the attention implementation reads."""
-        how = {"past_key_values": past_key_values, "position_ids": position_ids}
-        if "cache_position" in inspect.signature(create_causal_mask).parameters:  # before 5.3
+        known = inspect.signature(create_causal_mask).parameters
+        how = {"cache" if "cache" in known else "past_key_values": cache}
+        how["position_ids"] = position_ids
+        if "cache_position" in known:  # before 5.3
             how["cache_position"] = index
         masks = {}
         for window in set(self.config.windows):
@@ -397,11 +400,13 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         use_cache=None,
         labels=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Return float32 logits `[B, S, V]`, or of the last `logits_to_keep` positions; with
         `labels` `[B, S]` (−100 is ignored) the mean cross-entropy of the next token too."""
-        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        cache = past_key_values if cache is None else cache
+        given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         out = self.model(*given, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = widen(self.lm_head(out.last_hidden_state[:, keep]))
@@ -410,8 +415,8 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:  # attention and loss take from kwargs what they know
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        rest = (out.past_key_values, out.hidden_states, out.attentions)
-        return CausalLMOutputWithPast(loss, logits, *rest)
+        cache = out["cache"] if "cache" in out else out.get("past_key_values")
+        return CausalLMOutputWithPast(loss, logits, cache, out.hidden_states, out.attentions)
 
 
 __all__ = ["HeadwayForCausalLM", "HeadwayModel", "HeadwayPreTrainedModel"]

@@ -6,10 +6,10 @@ import torch
 from headway.config import UsageError
 from headway.kernels.experts import experts
 from headway.kernels.gpu import GpuKernels
-from headway.kernels.paths import WIDEST, check_float8
+from headway.kernels.paths import GPU_ACTIVATIONS, WIDEST, check_float8
 from tests.compare import relative_error
 from tests.kernels.gpu.test_experts_gpu import BF16, F32, draw, run, tables
-from tests.kernels.test_experts import ACTIVATIONS, reference
+from tests.kernels.test_experts import reference
 
 
 def float8(inputs, index, activation):
@@ -18,7 +18,7 @@ def float8(inputs, index, activation):
     return experts(x, gate, rows, w_in, w_out, activation, precision="float8")
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GPU_ACTIVATIONS)
 @pytest.mark.parametrize(("L", "F", "scale"), [(32, 32, 0.3), (48, 80, 1.0), (128, 32, 3.0)])
 def test_float8_within_its_bound(device, activation, L, F, scale):
     """Operands rounded to 4 significant bits, 2.5e-2 rms each: tokens, W_in (twice in SwiGLU), hidden, W_out."""
@@ -71,6 +71,8 @@ def test_float8_says_where_it_cannot_run(device):
     inputs, index, _ = draw(device, 4, 1, 3, 2, 32, 16, "swiglu", F32)
     with pytest.raises(UsageError, match="tokens are torch.float32"):
         float8(inputs, index, "swiglu")
+    with pytest.raises(UsageError, match="no activation swiglu_clamped"):
+        check_float8("cpu", torch.bfloat16, 32, 32, "swiglu_clamped")
     with pytest.raises(UsageError, match="needs the fused kernels"):
         check_float8(device.type, torch.float16, 64, 64)
     for L, F in ((WIDEST[BF16] + 16, 64), (64, 24)):

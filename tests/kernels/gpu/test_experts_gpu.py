@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from headway.kernels.experts import experts
-from headway.kernels.paths import ExpertInputs, choose_path, path_of
+from headway.kernels.paths import GPU_ACTIVATIONS, ExpertInputs, choose_path, path_of
 from headway.kernels.permute import Rows, sort_rows_reference
 from headway.model.layers import MultiHeadLatentMoE
 from tests.compare import assert_close, relative_error
-from tests.kernels.test_experts import ACTIVATIONS, make, reference
+from tests.kernels.test_experts import make, reference
 
 BF16, F32 = torch.bfloat16, torch.float32
 BOUNDS = {F32: (1e-5, 1e-5), BF16: (3e-3, 5e-3)}
@@ -53,7 +53,7 @@ def compare(inputs, index, activation, d_out, found=None):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GPU_ACTIVATIONS)
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 3.0])
 def test_within_tolerance_at_any_scale(device, dtype, activation, scale):
     compare(*_case(device, 40, 1, 4, 2, 32, 16, activation, dtype, scale=scale))
@@ -127,7 +127,7 @@ def test_zero_tokens(device):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GPU_ACTIVATIONS)
 def test_nan_and_inf_reach_their_token_and_no_other(device, dtype, activation):
     """Widths with padding, where inf · 0 would be NaN."""
     inputs, index, _ = draw(device, 8, 1, 3, 2, 48, 48, activation, dtype)
@@ -244,7 +244,7 @@ def test_saves_tokens_gates_and_tables_alone(device, L):
     L=st.sampled_from([16, 32, 48, 64]),
     F=st.sampled_from([16, 32, 48]),
     data=st.data(),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from(GPU_ACTIVATIONS),
     dtype=st.sampled_from([F32, BF16]),
     drop=st.booleans(),
 )

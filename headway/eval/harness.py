@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -162,10 +162,9 @@ def run_tasks(engine: Engine, files: Sequence[str]) -> dict[str, dict[str, float
         names.append(config["task"])
         folders.append(str(path.absolute().parent))
     manager = TaskManager(include_path=list(dict.fromkeys(folders)), include_defaults=False)
-    results = simple_evaluate(
+    results: Any = simple_evaluate(
         HeadwayLM(engine), tasks=names, task_manager=manager, bootstrap_iters=0
     )
-    assert results is not None
     return {
         name: {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         for name, metrics in results["results"].items()

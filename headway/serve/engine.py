@@ -240,7 +240,8 @@ class Engine:
             if not sequence.row.output:
                 self.counters.cached_tokens += sequence.request.n_cached
             if sequence.request.params.max_tokens == 0:
-                updates.append(self._end(sequence, "length"))
+                last = self._end(sequence, "length")
+                updates += [last._replace(choice=n) for n in range(last.request.params.n)]
                 continue
             choices = [sequence, *self._fork(sequence)]
             sequences += choices

@@ -203,6 +203,8 @@ def test_stops(model, engine):
     assert by_id.tokens == reply.tokens[: where + 1]
     assert by_id.text == ByteTokenizer().decode(reply.tokens[:where])
     assert run(max_tokens=0).tokens == [] and run(max_tokens=0).finish_reason == "length"
+    empty = engine().generate([text], SamplingParams(max_tokens=0, n=3))[0]
+    assert [(c.tokens, c.finish_reason) for c in empty] == [([], "length")] * 3
 
 
 def test_routes_are_those_of_the_whole_text(model, engine):

@@ -74,8 +74,8 @@ class Service:
         """Write one line for every 10 s in which there was work, for ever."""
         engine, seconds = self.served.engine, LOG_SECONDS
         while True:
+            before = replace(engine.counters)  # nothing changes until there is work
             await self._working.wait()
-            before = replace(engine.counters)
             await asyncio.sleep(seconds)
             now, scheduler = engine.counters, engine.scheduler
             print(

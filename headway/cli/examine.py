@@ -18,7 +18,12 @@ from headway.report.provenance import provenance
 
 EXTRAS = {
     "gpu": (("triton",), "the kernels of GPUs (torch for CUDA brings it)"),
-    "hf": (("transformers",), "comparison with Hugging Face models in bench/"),
+    "hf": (("transformers",), "`import --check` and `export --check`"),
+    "serve": (
+        ("fastapi", "uvicorn", "prometheus_client", "jinja2", "llguidance"),
+        "`headway serve` and chat templates",
+    ),
+    "gguf": (("gguf",), "`export --format gguf`"),
     "data": (("datasets", "pyarrow"), "--data hf:NAME[:SPLIT] and parquet files"),
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness through the engine"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),

@@ -60,7 +60,8 @@ class Counters:
     aborted: int = 0
     steps: int = 0
     experts_touched: int = 0
-    """Experts with at least one row in the last step, summed over sparse layers."""
+    """Experts with at least one row in the last step, summed over sparse layers; with hp on a mesh
+    those of rank 0's heads."""
     step_seconds: float = 0.0
     """Of the last step."""
     forward_seconds: float = 0.0

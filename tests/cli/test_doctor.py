@@ -1,13 +1,19 @@
 """`headway doctor`; `--measure` is in test_plan.py."""
 
+import tomllib
+from pathlib import Path
+
 from tests.command import call
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_doctor():
     done = call("doctor", "--json")
     facts = done.json
     assert done.code == 0 and facts["matmul_gflops"]["float32"] > 0
-    assert set(facts["extras"]) == {"gpu", "hf", "data", "eval", "dev"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(facts["extras"]) == set(project["optional-dependencies"])
     assert (facts["dtype"] == "bfloat16") == facts["native_bfloat16"]
     for name, extra in facts["extras"].items():
         assert not extra["missing"] or f"pip install 'headway[{name}]'" in done.out

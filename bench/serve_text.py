@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
 from headway.data.tokenizer import Tokenizer, train_bpe
 from headway.serve.detokenizer import Detokenizer
-from headway.serve.grammar import GrammarCompiler
 from headway.serve.params import SamplingParams
 from headway.serve.sampling import Row, sample
+from headway.server.grammar import GrammarCompiler
 
 STEP_MS = 80.0
 WAYS = {

@@ -12,9 +12,9 @@ from typing import Any
 from headway.config import ModelConfig, MoEConfig
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.transformer import Transformer
-from headway.serve.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
+from headway.server.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from studies.study import Row, Study, Verdict, run
 
 SYSTEM = "You are a careful assistant. " + "Answer from the text, say so where it is silent. " * 8

@@ -15,9 +15,9 @@ from headway.cli.options import parse, print_json
 from headway.config import UsageError
 
 if TYPE_CHECKING:
-    from headway.serve.chat_template import ChatTemplate
     from headway.serve.engine import Engine
     from headway.serve.params import SamplingParams
+    from headway.server.chat_template import ChatTemplate
 
 COMMANDS = """\
 /system TEXT   add a system message where the conversation stands
@@ -53,9 +53,9 @@ def chat(args: Sequence[str]) -> int:
     options = parse(Chat, args, "headway chat")
 
     from headway.hub.export_tokenizer import PLAIN_TEMPLATE
-    from headway.serve.chat_template import ChatTemplate
     from headway.serve.engine import Engine
     from headway.serve.params import SamplingParams
+    from headway.server.chat_template import ChatTemplate
 
     if options.tokens < 1:
         raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")

@@ -14,7 +14,7 @@ from headway.config import MeshConfig, UsageError
 
 if TYPE_CHECKING:
     from headway.parallel.mesh import Mesh
-    from headway.serve.service import Served
+    from headway.server.service import Served
 
 KEY_VARIABLE = "HEADWAY_API_KEY"
 
@@ -96,10 +96,10 @@ def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
     """Serve in this process, with the other ranks of a mesh."""
     from headway.kernels.packed import explain
     from headway.model.paged import PAGE
-    from headway.serve.load import load_served
     from headway.serve.runner import runner_of
-    from headway.serve.server import ServerOptions
-    from headway.serve.server import serve as run
+    from headway.server.load import load_served
+    from headway.server.run import ServerOptions
+    from headway.server.run import serve as run
 
     def load() -> "Served":
         loaded = trained.load(options, mesh)

@@ -1,1 +1,1 @@
-"""Inference for many requests at once: engine, paged cache, sampling, server."""
+"""The inference engine: many requests at once, a cache in pages, sampling."""

@@ -75,8 +75,13 @@ ROOMS = (
     ),
     Room(
         "serve",
-        "the inference engine: scheduler, paged cache, sampling; an OpenAI-compatible server",
+        "the inference engine: scheduler, paged cache, sampling",
         "config kernels model parallel data checkpoint hub",
+    ),
+    Room(
+        "server",
+        "an OpenAI-compatible server of the engine: protocol, chat, grammars, limits, its page",
+        "config model data hub serve",
     ),
     Room(
         "eval",

@@ -10,7 +10,7 @@ import pytest
 EXTRAS = "transformers fastapi uvicorn jinja2 llguidance gguf prometheus_client openai".split()
 
 
-@pytest.mark.parametrize("room", ["hub", "serve"])
+@pytest.mark.parametrize("room", ["hub", "serve", "server"])
 def test_importing_every_module_needs_no_extra(room):
     package = importlib.import_module(f"headway.{room}")
     modules = [m.name for m in pkgutil.walk_packages(package.__path__, f"headway.{room}.")]

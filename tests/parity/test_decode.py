@@ -16,7 +16,7 @@ from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
 from headway.serve.runner import MeshRunner, Runner, runner_of
 from tests.serve.conftest import CONFIG
-from tests.serve.served import train_tiny
+from tests.server.served import train_tiny
 
 PROMPTS = [[1, 2, 3], [7] * 21, [4, 5] * 20]
 PARAMS = SamplingParams(

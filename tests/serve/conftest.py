@@ -1,5 +1,4 @@
-"""A small model with random weights, in float64 so that no tie is near; a trained run, and a server
-of it."""
+"""A small model with random weights, in float64 so that no tie is near, and engines of it."""
 
 from collections.abc import Callable
 
@@ -31,25 +30,3 @@ def engine(model) -> Callable[..., Engine]:
         return Engine(model, ByteTokenizer(), **{"max_len": 256, "max_requests": 8, **options})
 
     return make
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """The folder of a tiny trained run."""
-    from tests.serve.served import train_tiny
-
-    return train_tiny(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(run, tmp_path_factory):
-    """A server that keeps routes; at the end of the module no block is held, nothing went wrong."""
-    from tests.serve.served import Server
-
-    server = Server(run, "--return-routes", log=tmp_path_factory.mktemp("server") / "log.txt")
-    try:
-        yield server
-        code, stopped = server.stop()
-        assert (code, stopped["event"], stopped["blocks_used"]) == (0, "stopped", 0)
-    finally:
-        server.kill()

@@ -4,7 +4,7 @@ import json
 import secrets
 from typing import NamedTuple
 
-from headway.serve.fields import Json
+from headway.server.fields import Json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from headway.serve.fields import Json
-from headway.serve.logprobs import TextOffsets, TokenTexts, chat_logprobs, completion_logprobs
-from headway.serve.protocol import Call
 from headway.serve.request import Request, Update
 from headway.serve.sampling import TokenLogprob
-from headway.serve.tool_calls import ToolCall, ToolCallParser
+from headway.server.fields import Json
+from headway.server.logprobs import TextOffsets, TokenTexts, chat_logprobs, completion_logprobs
+from headway.server.protocol import Call
+from headway.server.tool_calls import ToolCall, ToolCallParser
 
 
 @dataclass

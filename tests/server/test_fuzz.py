@@ -5,10 +5,10 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headway.serve.bodies import Bounds, bodies
-from headway.serve.fields import Either, Flag, Integer, Kind, Many, Number, Record
-from tests.serve.served import CONTEXT
-from tests.serve.test_fields import JSON
+from headway.server.bodies import Bounds, bodies
+from headway.server.fields import Either, Flag, Integer, Kind, Many, Number, Record
+from tests.server.served import CONTEXT
+from tests.server.test_fields import JSON
 
 BODIES = bodies(Bounds(vocab_size=257, max_len=CONTEXT, max_tokens=CONTEXT, max_n=64))
 SMALL = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2, "best_of": 3}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from headway.serve.guard import Guard, hosts_of
+from headway.server.guard import Guard, hosts_of
 
 
 async def echo(scope, receive, send):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.report.test_browser import FLAGS
-from tests.serve.served import Server, until
+from tests.server.served import Server, until
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
 from selenium.webdriver.chrome.service import Service  # noqa: E402

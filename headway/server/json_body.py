@@ -4,8 +4,8 @@ import json
 import math
 from typing import NoReturn
 
-from headway.serve.errors import BadRequest
-from headway.serve.fields import Json, shown_name
+from headway.server.errors import BadRequest
+from headway.server.fields import Json, shown_name
 
 MAX_DEPTH = 64
 """Objects and lists inside each other."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.serve.tool_calls import ToolCallParser, parse_call
+from headway.server.tool_calls import ToolCallParser, parse_call
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü<"}}\n</tool_call>'
 TEXTS = {

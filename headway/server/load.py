@@ -6,13 +6,13 @@ from pathlib import Path
 from headway import __version__
 from headway.hub.load import LoadedModel
 from headway.model.paged import PAGE
-from headway.serve.bodies import Bounds
-from headway.serve.chat_template import ChatTemplate
 from headway.serve.engine import Engine
-from headway.serve.grammar import GrammarCompiler
-from headway.serve.protocol import Protocol
 from headway.serve.runner import Runner
-from headway.serve.service import Served
+from headway.server.bodies import Bounds
+from headway.server.chat_template import ChatTemplate
+from headway.server.grammar import GrammarCompiler
+from headway.server.protocol import Protocol
+from headway.server.service import Served
 
 CHUNK = 4096
 

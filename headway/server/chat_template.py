@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
 from headway.hub.export_tokenizer import PLAIN_TEMPLATE
-from headway.serve.shield import Shield
-from headway.serve.template_sandbox import compile_template, render
+from headway.server.shield import Shield
+from headway.server.template_sandbox import compile_template, render
 
 TAG = "\ufdd1 "
 """Ends the message that a reply continues; the space tells whether the template trims it."""

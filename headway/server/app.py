@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from headway import __version__
 from headway.config import UsageError
-from headway.serve.errors import BadRequest, error_json
-from headway.serve.fields import Json, Record
-from headway.serve.service import STOPPED, Service
-from headway.serve.worker import EngineStopped
+from headway.server.errors import BadRequest, error_json
+from headway.server.fields import Json, Record
+from headway.server.service import STOPPED, Service
+from headway.server.worker import EngineStopped
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.command import mistake
-from tests.serve.served import Server, until
+from tests.server.served import Server, until
 
 LONG = {"prompt": "def", "max_tokens": 250, "ignore_eos": True}
 

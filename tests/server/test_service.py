@@ -6,10 +6,10 @@ import re
 import pytest
 
 from headway.hub.load import load_model
-from headway.serve import service as module
-from headway.serve.errors import BadRequest
-from headway.serve.load import load_served
-from headway.serve.service import Service
+from headway.server import service as module
+from headway.server.errors import BadRequest
+from headway.server.load import load_served
+from headway.server.service import Service
 
 
 @pytest.fixture(scope="module")

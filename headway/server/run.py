@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from headway.config import UsageError
-from headway.serve.app import build_app
-from headway.serve.connections import connection_class, most_connections
-from headway.serve.errors import BadRequest, error_json
-from headway.serve.guard import Guard, Receive, Scope, Send, hosts_of
-from headway.serve.metrics import blocks_used
-from headway.serve.service import Served, Service
+from headway.server.app import build_app
+from headway.server.connections import connection_class, most_connections
+from headway.server.errors import BadRequest, error_json
+from headway.server.guard import Guard, Receive, Scope, Send, hosts_of
+from headway.server.metrics import blocks_used
+from headway.server.service import Served, Service
 
 T = TypeVar("T")
 LOADING = BadRequest("the model is being loaded; ask again later", None, 503, "model_loading")

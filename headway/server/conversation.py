@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from headway.serve.errors import BadRequest
-from headway.serve.fields import Json
-from headway.serve.json_body import read_json
+from headway.server.errors import BadRequest
+from headway.server.fields import Json
+from headway.server.json_body import read_json
 
 
 def template_message(message: dict[str, Any], param: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from headway.config import UsageError
 from headway.data.tokenizer import load_tokenizer, train_bpe
 from headway.hub.export_tokenizer import PLAIN_TEMPLATE
-from headway.serve import template_sandbox
-from headway.serve.chat_template import ChatTemplate
-from headway.serve.shield import Shield
+from headway.server import template_sandbox
+from headway.server.chat_template import ChatTemplate
+from headway.server.shield import Shield
 from tests.published import published
 
 pytest.importorskip("jinja2")

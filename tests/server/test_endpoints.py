@@ -12,7 +12,7 @@ import torch
 
 from headway import __version__
 from headway.hub.load import load_model
-from tests.serve.served import CONTEXT
+from tests.server.served import CONTEXT
 
 PROMPT = "def x ( y ) return "
 

@@ -8,7 +8,7 @@ import pytest
 
 from headway.config import UsageError
 from headway.serve.params import SamplingParams
-from headway.serve.worker import EngineStopped, EngineThread
+from headway.server.worker import EngineStopped, EngineThread
 
 PARAMS = SamplingParams(max_tokens=15, temperature=0, ignore_eos=True)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.serve.served import CONTEXT
+from tests.server.served import CONTEXT
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "x"}]

@@ -1,13 +1,13 @@
 """The tables of docs/serving.md: fields from the bodies that are read, flags from the verb's options.
 
-`python -m tests.serve.tables` writes them.
+`python -m tests.server.tables` writes them.
 """
 
 import ast
 import re
 from pathlib import Path
 
-from headway.serve.bodies import Bounds, bodies
+from headway.server.bodies import Bounds, bodies
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "serving.md"
@@ -65,7 +65,7 @@ def flags() -> str:
 def rewrite(page: str) -> str:
     """Put each table between its marks."""
     for name, table in (("fields", fields()), ("unsupported", unsupported()), ("flags", flags())):
-        mark, end = f"<!-- {name}: python -m tests.serve.tables -->", f"<!-- end of {name} -->"
+        mark, end = f"<!-- {name}: python -m tests.server.tables -->", f"<!-- end of {name} -->"
         page, n = re.subn(f"{mark}.*?{end}", lambda _, b=f"{mark}\n{table}\n{end}": b, page, flags=re.S)  # fmt: skip
         assert n == 1, f"the marks of {name} are missing"
     return page

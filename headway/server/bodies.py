@@ -3,7 +3,7 @@ is read, what /openapi.json describes and what docs/serving.md lists."""
 
 from typing import NamedTuple
 
-from headway.serve.fields import (
+from headway.server.fields import (
     MAX_INT,
     Choice,
     Either,

@@ -7,14 +7,14 @@ from typing import Any, NoReturn
 
 from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
-from headway.serve.bodies import Bodies, Bounds, bodies
-from headway.serve.chat_template import ChatTemplate
-from headway.serve.conversation import call_schema, template_message, template_tool
-from headway.serve.errors import BadRequest
-from headway.serve.fields import Json
-from headway.serve.grammar import GrammarCompiler
-from headway.serve.json_body import read_json
 from headway.serve.params import SamplingParams
+from headway.server.bodies import Bodies, Bounds, bodies
+from headway.server.chat_template import ChatTemplate
+from headway.server.conversation import call_schema, template_message, template_tool
+from headway.server.errors import BadRequest
+from headway.server.fields import Json
+from headway.server.grammar import GrammarCompiler
+from headway.server.json_body import read_json
 
 
 @dataclass(frozen=True)

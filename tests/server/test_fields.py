@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.serve.bodies import Bounds, bodies
-from headway.serve.errors import BadRequest
-from headway.serve.fields import (
+from headway.server.bodies import Bounds, bodies
+from headway.server.errors import BadRequest
+from headway.server.fields import (
     Choice,
     Either,
     Field,

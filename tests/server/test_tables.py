@@ -1,8 +1,8 @@
 """docs/serving.md lists what is read."""
 
-from tests.serve.tables import PAGE, rewrite
+from tests.server.tables import PAGE, rewrite
 
 
 def test_the_tables_are_those_of_the_code():
     text = PAGE.read_text("utf-8")
-    assert rewrite(text) == text, "run `python -m tests.serve.tables`"
+    assert rewrite(text) == text, "run `python -m tests.server.tables`"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from headway.serve.errors import BadRequest
+from headway.server.errors import BadRequest
 
 Json: TypeAlias = Any
 """What `json.loads` returns."""

@@ -8,13 +8,13 @@ from time import monotonic
 from typing import NamedTuple
 
 from headway.serve.engine import Engine
-from headway.serve.errors import BadRequest, error_json
-from headway.serve.fields import Json
-from headway.serve.logprobs import TokenTexts
-from headway.serve.metrics import Metrics, blocks_used
-from headway.serve.protocol import Call, Protocol
-from headway.serve.reply import DONE, Reply
-from headway.serve.worker import EngineStopped, EngineThread
+from headway.server.errors import BadRequest, error_json
+from headway.server.fields import Json
+from headway.server.logprobs import TokenTexts
+from headway.server.metrics import Metrics, blocks_used
+from headway.server.protocol import Call, Protocol
+from headway.server.reply import DONE, Reply
+from headway.server.worker import EngineStopped, EngineThread
 
 LOG_SECONDS = 10.0
 STOPPED = BadRequest("the server is stopping; ask again later", None, 503, "server_stopping")

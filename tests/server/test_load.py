@@ -6,8 +6,8 @@ import pytest
 
 from headway.config import UsageError
 from headway.hub.load import load_model
-from headway.serve.load import load_served, weights_digest
-from tests.serve.served import CONTEXT
+from headway.server.load import load_served, weights_digest
+from tests.server.served import CONTEXT
 
 
 @pytest.fixture(scope="module")

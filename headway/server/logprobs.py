@@ -5,8 +5,8 @@ engine took from one log-softmax, so that `==` finds the greedy token."""
 from collections.abc import Sequence
 
 from headway.data.tokenizer import Tokenizer
-from headway.serve.fields import Json
 from headway.serve.sampling import TokenLogprob
+from headway.server.fields import Json
 
 LOWEST = -9999.0
 """What JSON gets for −∞, as vLLM writes it."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import cpu_kernels, cpu_step, plan_step, quality, serve_text, shakespeare
+from bench import cpu_kernels, cpu_step, plan_step, quality, serve_layer, serve_text, shakespeare
 from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
 from headway.kernels.cpp import cpp_kernels
@@ -64,6 +64,17 @@ def test_cpu_kernels(capsys, monkeypatch):
         )
         assert row["speedup"] == pytest.approx(theirs / ours)
     assert cpu_kernels.MODULES[0].cpp_kernels is cpp_kernels
+
+
+def test_serve_layer(capsys, monkeypatch):
+    """Another reading of the weights would differ from the layer in float64, which it asserts."""
+    pytest.importorskip("transformers")
+    words = ("--small", "--repetitions", "1")
+    found = last_line(serve_layer.main, capsys, monkeypatch, *words)
+    sides = [(row["task"], row["side"]) for row in found["rows"]]
+    assert sides == [(f, s) for f in ("1 token", "16 tokens") for s in ("headway", "grouped_mm")]
+    error = {row["side"]: row["error"] for row in found["rows"]}
+    assert 0 < error["headway"] < 4e-3 and 0 < error["grouped_mm"] < 1e-2
 
 
 def test_interval_is_students():

@@ -11,15 +11,15 @@ KINDS = ["moe", "latent", "multi_head"]
 D = 16
 
 
-def build(kind: str, dtype: torch.dtype = torch.float32, **options) -> MoE:
+def build(kind: str, dtype: torch.dtype = torch.float32, n_experts: int = 5, **options) -> MoE:
     """A small layer, the same for all dtypes, with a selection bias that matters."""
     torch.manual_seed(0)
     if kind == "moe":
-        layer = MoE(D, 5, 2, 6, d_shared=7, **options)
+        layer = MoE(D, n_experts, 2, 6, d_shared=7, **options)
     elif kind == "latent":
-        layer = LatentMoE(D, 8, 5, 2, 6, d_shared=7, **options)
+        layer = LatentMoE(D, 8, n_experts, 2, 6, d_shared=7, **options)
     else:
-        layer = MultiHeadLatentMoE(D, 2, 5, 2, 6, d_shared=7, **options)
+        layer = MultiHeadLatentMoE(D, 2, n_experts, 2, 6, d_shared=7, **options)
     with torch.no_grad():
         layer.router.bias_HE.normal_(generator=torch.Generator().manual_seed(1))
     return layer.to(dtype)

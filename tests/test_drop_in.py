@@ -24,6 +24,7 @@ from headway.config import MoEConfig, UsageError
 from headway.kernels.cpp import cpp_kernels
 from headway.model.balance import new_bias
 from headway.model.context import Context
+from headway.model.roles import stored_dtypes
 from tests.compare import assert_close
 from tests.drop_in import D, build, each_kind, equal, gradients, loss_of, tokens
 from tests.model.layer_reference import layer_reference
@@ -36,7 +37,9 @@ from tests.model.layer_reference import layer_reference
 def test_narrow_modules_equal_the_equations(kind, dtype, bound):
     """`layer.bfloat16()` and `.half()`: output and every gradient, by float64 of the same weights."""
     layer = build(kind, dtype)
-    assert {p.dtype for p in layer.parameters()} == {dtype}
+    wanted = stored_dtypes(layer, dtype)
+    assert {name: p.dtype for name, p in layer.state_dict().items()} == wanted
+    assert wanted["experts.w_in_HEGFL"] == dtype and wanted["router.w_HEL"] == torch.float32
     x = tokens(40, dtype=dtype)
     _, chosen = layer_reference(build(kind, dtype).double(), x.double())
     out, stats = layer(x, Context(replay=(chosen,)))
@@ -53,9 +56,52 @@ def test_narrow_modules_equal_the_equations(kind, dtype, bound):
     want = torch.autograd.grad(
         wide(own, Context(replay=(chosen,)))[0], [own, *wide.parameters()], d_out.to(dtype).double()
     )
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == dtype
+    for a, b, p in zip(got, want, [x, *layer.parameters()], strict=True):
+        assert a.dtype == p.dtype
         assert_close(a, b, bound)
+
+
+CASTS = {
+    "bfloat16": lambda layer: layer.bfloat16(),
+    "half": lambda layer: layer.half(),
+    "to": lambda layer: layer.to("cpu", torch.bfloat16),
+    "type": lambda layer: layer.type(torch.bfloat16),
+    "twice": lambda layer: layer.half().bfloat16(),
+}
+
+
+@each_kind
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_sends_no_token_to_other_experts(kind, cast):
+    """The same tokens to the same experts with the same gates, bit for bit; a router that is rounded
+    to bfloat16 sends some of these elsewhere."""
+    layer = build(kind, n_experts=64)
+    x = tokens(400).bfloat16()
+    read = x if layer.reads_token else layer.split(x)
+    want = layer.router(read)
+    narrow = CASTS[cast](copy.deepcopy(layer))
+    got = narrow.router(read)
+    equal((got.index_THK, got.gate_THK), (want.index_THK, want.gate_THK))
+    assert narrow.experts.w_in_HEGFL.dtype in (torch.bfloat16, torch.float16)
+    assert torch.equal(narrow.router.w_HEL, layer.router.w_HEL)
+    with torch.no_grad():
+        layer.router.w_HEL.copy_(layer.router.w_HEL.bfloat16())
+    assert not torch.equal(layer.router(read).index_THK, want.index_THK)
+
+
+@each_kind
+def test_a_cast_takes_gradients_along(kind):
+    """Those of float32 parameters stay float32; the next step of an optimiser is possible."""
+    layer, x = build(kind), tokens(40)
+    loss_of(layer(x)).backward()
+    want = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    layer.bfloat16()
+    for name, p in layer.named_parameters():
+        if p.grad is not None:
+            assert p.grad.dtype == p.dtype and torch.equal(p.grad, want[name].to(p.dtype))
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    layer.float()
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
 
 
 @each_kind
@@ -79,7 +125,7 @@ def test_scores_stay_float32_and_the_bias_is_not_rounded_away(kind):
         layer.router.bias_HE.fill_(1.0)
     layer.bfloat16()
     bias_HE = layer.router.bias_HE
-    assert bias_HE.dtype == torch.float32 and layer.router.w_HEL.dtype == torch.bfloat16
+    assert bias_HE.dtype == layer.router.w_HEL.dtype == torch.float32
     moved = new_bias(bias_HE, layer(tokens(40).bfloat16())[1], BalanceConfig(bias="sign"))
     bias_HE.copy_(moved)
     assert (layer.router.bias_HE - 1).abs().max() > 5e-4

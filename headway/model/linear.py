@@ -15,10 +15,10 @@ from headway.kernels.precision import widen
 from headway.model.context import Context
 from headway.model.costs import Cost, CostGroup, Term, Workload, casts
 from headway.model.packing import shape_only
-from headway.model.roles import Group, Init, Role
+from headway.model.roles import Group, Init, Role, StoresByRole
 
 
-class Linear(nn.Module):
+class Linear(StoresByRole):
     """y = x·Wᵀ (+ b), cast to the dtype of x. `ends_branch` and `head` are the weight's role."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Embedding(nn.Embedding):
         self.weight = shape_only(self.weight)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(StoresByRole):
     """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for one weight row per
     head."""
 

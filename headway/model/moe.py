@@ -25,11 +25,11 @@ from headway.model.costs import Cost, CostGroup, Term, Workload, casts, costs_of
 from headway.model.dispatch import ChunkTask, Finished, Steps, run_interleaved
 from headway.model.linear import FeedForward, Linear, RMSNorm
 from headway.model.packing import shape_only
-from headway.model.roles import Group, Init, Role, SplitOver
+from headway.model.roles import Group, Init, Role, SplitOver, StoresByRole
 from headway.model.router import Route, Router, replayed
 
 
-class Experts(nn.Module):
+class Experts(StoresByRole):
     """y = Σ_k gate_k · (w_out[e_k]ᵀ act(w_in[e_k]·x + b_in[e_k]) + b_out[e_k]).
 
     The weights of all heads and experts of a layer are two parameters, their biases, with
@@ -177,8 +177,8 @@ class SparseLayer(nn.Module):
         experts: a module of your own, `(z [T, H, L], Route) → [T, H, L]`; None: `Experts`.
     Raises: UsageError where the sizes do not fit; in `forward`, where float8 cannot run.
 
-    Weights may be stored in float32, bfloat16 or float16 (`layer.bfloat16()`); scores, gates and
-    the selection bias stay float32. Matmuls run in the dtype of x."""
+    Matrices may be stored in float32, bfloat16 or float16 (`layer.bfloat16()`); routers, norms,
+    biases, scores and gates stay float32. Matmuls run in the dtype of x."""
 
     def __init__(
         self,

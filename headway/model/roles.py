@@ -3,16 +3,17 @@ from the role that its module declares, never from its name.
 
 A module with parameters or buffers of its own has a method `roles` that maps their local names to
 `Role`s. `Linear`, `RMSNorm` and `Embedding` of `model.linear` have one, so that a module made of
-these declares nothing."""
+these declares nothing. With `StoresByRole` as its base, `.bfloat16()` and `.half()` leave its
+routers, norms and biases in float32."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headway.config import UsageError
 
@@ -79,6 +80,14 @@ class Role:
                 scale = 1 / math.sqrt(2 * n_layers) if self.ends_branch and n_layers else 1.0
                 return scale / math.sqrt(self.fan_in)
 
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """Return in which dtype a model that multiplies in `dtype`, and is not trained, keeps the
+        values: routers, norms and biases in float32. Rounded to bfloat16 a router chooses other
+        experts for many tokens."""
+        if self.group in (Group.VECTOR, Group.ROUTER):
+            return torch.promote_types(dtype, torch.float32)
+        return dtype
+
 
 @runtime_checkable
 class DeclaresRoles(Protocol):
@@ -87,6 +96,36 @@ class DeclaresRoles(Protocol):
     def roles(self) -> Mapping[str, Role]:
         """Return local name → role for the parameters and buffers that this module holds."""
         ...
+
+
+class StoresByRole(nn.Module):
+    """A module whose own parameters and buffers follow their roles when it is cast: `.bfloat16()`,
+    `.half()` and `.to(dtype)` narrow its matrices, and leave the rest in float32."""
+
+    def roles(self) -> Mapping[str, Role]:
+        """Return local name → role for the parameters and buffers that this module holds."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        roles = self.roles()
+        # by identity, since `fn` is told no names; gradients have the dtype of their parameter
+        role_of = {
+            id(x): (x, roles[name])
+            for name, tensor in {**self._parameters, **self._buffers}.items()
+            if name in roles and tensor is not None
+            for x in (tensor, tensor.grad)
+            if x is not None
+        }
+
+        def stored(x: Tensor) -> Tensor:
+            y, (_, role) = fn(x), role_of.get(id(x), (x, Role()))
+            dtype = role.stored(y.dtype)
+            return y if y.dtype == dtype else x.to(y.device, dtype)
+
+        return super()._apply(stored, recurse=False)
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:
@@ -109,10 +148,5 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
 
 
 def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return name → dtype of every parameter and buffer of a model that multiplies in `dtype` and
-    is not trained: routers, norms and biases stay float32."""
-    wide = (Group.VECTOR, Group.ROUTER)
-    return {
-        name: torch.promote_types(dtype, torch.float32) if role.group in wide else dtype
-        for name, role in roles_of(model).items()
-    }
+    """Return name → `Role.stored` of every parameter and buffer."""
+    return {name: role.stored(dtype) for name, role in roles_of(model).items()}

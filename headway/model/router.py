@@ -23,7 +23,7 @@ from headway.model.balance import RouteStats, aux_loss, margin_counts
 from headway.model.compute import Compute
 from headway.model.costs import Cost, CostGroup, Term, Workload
 from headway.model.packing import shape_only
-from headway.model.roles import Group, Init, Role, SplitOver
+from headway.model.roles import Group, Init, Role, SplitOver, StoresByRole
 
 
 class Route(NamedTuple):
@@ -55,7 +55,7 @@ def capacity(factor: float, seq_len: int, top_k: int, n_experts: int) -> int:
     return -int(-factor * seq_len * top_k // n_experts)
 
 
-class Router(nn.Module):
+class Router(StoresByRole):
     """One linear router per head.
 
     Args:
@@ -132,15 +132,6 @@ class Router(nn.Module):
         if self.recompute and torch.is_grad_enabled() and not fused and not transformed():
             return checkpoint(self._route, *arguments, use_reentrant=False)
         return self._route(*arguments)
-
-    def _apply(self, fn, recurse=True):
-        """As in `nn.Module`, and the bias stays float32 where the layer becomes bfloat16 or
-        float16: steps of `bias_rate` would be lost in rounding."""
-        bias_HE = self.bias_HE
-        super()._apply(fn, recurse)
-        if self.bias_HE.dtype in (torch.bfloat16, torch.float16):
-            self.bias_HE = bias_HE.to(self.bias_HE.device, torch.float32)
-        return self
 
     def logits(self, x: Tensor) -> Tensor:
         """Return raw scores before any gate function, `[T, H, E]` float32 (float64), with noise and

@@ -133,7 +133,9 @@ def test_each_router_bias_counts_and_stays_float32(name, tmp_path):
             bias.zero_()
             assert not torch.equal(theirs(tokens()).logits, before)
             bias.copy_(values)
-    assert theirs.model.layers[1].mlp.router.weight.dtype in (torch.bfloat16, torch.float32)
+    router, norm = theirs.model.layers[1].mlp.router, theirs.model.norm
+    assert router.weight.dtype == norm.weight.dtype == torch.float32
+    assert theirs.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_widths_that_grouped_mm_cannot_read(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from headway.config import ModelConfig, MoEConfig
 from headway.model.compute import Compute
 from headway.model.context import Context
+from headway.model.roles import stored_dtypes
 from headway.model.transformer import Transformer
 from tests.compare import assert_close
 
@@ -64,14 +65,18 @@ def test_torch_func_takes_a_whole_model(dtype, bound):
 
 
 def test_a_model_in_bfloat16():
-    """Weights and all: the loss is that of the same weights in float64."""
+    """Weights and all: the loss is that of the same weights in float64. What a run keeps in float32
+    stays so."""
     model = Transformer(SMALL, Compute(dtype=torch.bfloat16), seed=0).bfloat16()
+    stored = {name: p.dtype for name, p in model.state_dict().items()}
+    assert stored == stored_dtypes(model, torch.bfloat16)
+    assert stored["norm.weight"] == torch.float32 and stored["embed.weight"] == torch.bfloat16
     wide = Transformer(SMALL, Compute(dtype=torch.float64)).double()
     wide.load_state_dict(model.state_dict())
     x, y = tokens(4, 20)
     assert_close(model(x, y).nats, wide(x, y).nats, 2e-3)
     model(x, y).nats.backward()
-    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(p.grad.dtype == p.dtype for p in model.parameters())
 
 
 def test_first_loss_is_log_v_and_seed_decides_the_weights():

@@ -1,5 +1,7 @@
 """The layers in a training loop that is not ours: DistributedDataParallel and FSDP2 of two ranks."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,3 +94,28 @@ def test_fsdp2_with_weights_and_tokens_in_bfloat16(ranks, alone, kind):
         assert value.dtype == torch.float32 and torch.equal(value, second[name])
         moved, want = value.double() - start[name], alone[kind][name] - start[name]
         assert_close(moved, want, 3e-2)
+
+
+def rerouted(mesh, kind: str, apart: bool) -> float:
+    """The share of sub-tokens that choose other experts than by the float32 weights, under FSDP2's
+    mixed precision; `apart`: with the router in a group of its own, in float32."""
+    torch.manual_seed(0)
+    layer = MultiHeadLatentMoE(16, 2, 64, 4, 6) if kind == "multi_head" else MoE(16, 64, 4, 6)
+    router, seen = copy.deepcopy(layer.router), []
+    halves = init_device_mesh("cpu", (2,))
+    if apart:
+        fully_shard(
+            layer.router, mesh=halves, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
+        )
+    fully_shard(layer, mesh=halves, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    layer.router.register_forward_hook(lambda _, given, route: seen.append((given[0], route)))
+    layer(torch.randn(500, 16))
+    ((read, route),) = seen
+    return float((router(read.detach()).index_THK != route.index_THK).any(-1).float().mean())
+
+
+@pytest.mark.parametrize("kind", ["moe", "multi_head"])
+def test_fsdp2_with_a_router_in_float32(ranks, kind):
+    """As docs/start.md says; a router of bfloat16 sends some elsewhere."""
+    assert ranks.run(MeshConfig(dp=2), rerouted, kind, True) == [0.0, 0.0]
+    assert min(ranks.run(MeshConfig(dp=2), rerouted, kind, False)) > 0

@@ -56,7 +56,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class StaysFloat32(nn.Module):
+    """A module whose weights stay float32 where the model is cast to bfloat16 or float16: routers,
+    since rounded ones choose other experts, and norms."""
+
+    def _apply(self, fn, recurse=True):
+        def wide(x: Tensor) -> Tensor:
+            y = fn(x)
+            narrow = y.dtype in (torch.bfloat16, torch.float16)
+            return x.to(y.device, torch.float32) if narrow else y
+
+        return super()._apply(wide, recurse)
+
+
+class RMSNorm(StaysFloat32):
     """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for a row per head."""
 
     def __init__(self, *shape: int, eps: float):
@@ -138,8 +151,10 @@ class FeedForward(nn.Module):
         return self.down_proj(activate(self.gate_up_proj(x), self.activation))
 
 
-class Router(nn.Module):
+class Router(StaysFloat32):
     """One linear router per head; scores, selection and gates in float32."""
+
+    e_score_correction_bias: Tensor
 
     def __init__(self, config: HeadwayConfig):
         super().__init__()
@@ -154,14 +169,6 @@ class Router(nn.Module):
         self.register_buffer(
             "e_score_correction_bias", torch.zeros(H, choices, dtype=torch.float32)
         )
-
-    def _apply(self, fn, recurse=True):
-        """As in `nn.Module`, and the bias stays float32: rounded, it would change the selection."""
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if self.e_score_correction_bias.dtype in (torch.bfloat16, torch.float16):
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
-        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Route `[T, H, L]` sub-tokens, or `[T, D]` tokens that all heads read; return which of

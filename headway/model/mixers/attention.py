@@ -18,7 +18,7 @@ from headway.model.context import Context, Positions
 from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, casts
 from headway.model.linear import Linear, RMSNorm, pack_together
 from headway.model.paged import PagedKV
-from headway.model.roles import Group, Init, Role
+from headway.model.roles import Group, Init, Role, StoresByRole
 
 
 @dataclass
@@ -62,7 +62,7 @@ class KVState:
         return views[0], views[1]
 
 
-class Attention(nn.Module):
+class Attention(StoresByRole):
     """Causal attention with RoPE, optional biases, QK-norm, clamping, sliding window, sinks and
     per-head sigmoid output gate.
 

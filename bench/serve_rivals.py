@@ -24,7 +24,7 @@ def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
     engine = Engine.load(folder, "cpu", dtype, threads, max_len=4096, cache_tokens=16 * 1024)
 
     def step(request: dict) -> dict:
-        engine.scheduler.pool.forget()
+        engine.scheduler.pool.forget(range(engine.scheduler.pool.n_pages))
         params = SamplingParams(request["tokens"], temperature=0, ignore_eos=True)
         before, begin = engine.counters.steps, time.perf_counter()
         replies = engine.generate(request["prompts"], params)

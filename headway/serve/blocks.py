@@ -10,7 +10,7 @@ A sequence releases its pages last one first, so that the tail of a text goes be
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -82,10 +82,8 @@ class BlockPool:
     def allocate(self) -> int:
         """Return and hold a page whose content is forgotten; there must be a free one."""
         page, _ = self._free.popitem(last=False)
-        key = self._key_of[page]
-        if key is not None and self._page_of.get(key) == page:
-            del self._page_of[key]
-        self._key_of[page], self._holders[page] = None, 1
+        self.forget((page,))
+        self._holders[page] = 1
         return page
 
     def seal(self, page: int, key: bytes) -> None:
@@ -94,9 +92,12 @@ class BlockPool:
         self._key_of[page] = key
         self._page_of.setdefault(key, page)
 
-    def forget(self) -> None:
-        """Make no page known any more, as in a new cache."""
-        self._page_of.clear()
+    def forget(self, pages: Iterable[int]) -> None:
+        """Make pages known no more: those that are written anew, or that a failed pass wrote."""
+        for page in pages:
+            key, self._key_of[page] = self._key_of[page], None
+            if key is not None and self._page_of.get(key) == page:
+                del self._page_of[key]
 
     def release(self, pages: Sequence[int]) -> None:
         """Take a holder from each of the pages of a sequence, last page first."""

@@ -58,7 +58,10 @@ class Counters:
     """Tokens of prompts whose pages were in the cache."""
     generation_tokens: int = 0
     aborted: int = 0
+    failed: int = 0
+    """Requests that ended because a step raised."""
     steps: int = 0
+    failed_steps: int = 0
     experts_touched: int = 0
     """Experts with at least one row in the last step, summed over sparse layers; with hp on a mesh
     those of rank 0's heads."""
@@ -197,12 +200,17 @@ class Engine:
     # ---- steps --------------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
-        """Run one pass; return what it adds to each choice."""
+        """Run one pass; return what it adds to each choice. What the pass raises ends the requests
+        that were in it; those that were not can go on, in this process but not on a mesh."""
         begin = perf_counter()
         wanted = _Wanted(self.scheduler.schedule())
-        logits_RV = self._forward(wanted)
-        computed = perf_counter()
-        updates = self._advance(wanted, logits_RV)
+        try:
+            logits_RV = self._forward(wanted)
+            computed = perf_counter()
+            updates = self._advance(wanted, logits_RV)
+        except Exception:
+            self._drop(wanted)
+            raise
         self.counters.count_step(computed - begin, perf_counter() - begin)
         return updates
 
@@ -211,11 +219,17 @@ class Engine:
     ) -> list[list[Completion]]:
         """Return the choices of each prompt, a text or token ids, in their order."""
         ids = [self.encode(p) if isinstance(p, str) else p for p in prompts]
-        requests = [self.add(prompt, params) for prompt in ids]
+        requests: list[Request] = []
         parts: dict[tuple[Request, int], list[Update]] = {}
-        while self.has_work:
-            for update in self.step():
-                parts.setdefault((update.request, update.choice), []).append(update)
+        try:
+            for prompt in ids:
+                requests.append(self.add(prompt, params))
+            while self.has_work:
+                for update in self.step():
+                    parts.setdefault((update.request, update.choice), []).append(update)
+        finally:  # where one is refused or fails, the others go too
+            for request in requests:
+                self.abort(request.id)
         return [[joined(parts[r, i]) for i in range(params.n)] for r in requests]
 
     def _forward(self, wanted: "_Wanted") -> Tensor:
@@ -252,6 +266,16 @@ class Engine:
             drawn = zip(sequences, map(TokenLogprob, *sampled), strict=True)
             updates += [self._take(sequence, token) for sequence, token in drawn]
         return updates
+
+    def _drop(self, wanted: "_Wanted") -> None:
+        """End the requests of a pass that failed; nothing that it wrote stays known."""
+        requests = {chunk.sequence.request for chunk in wanted.chunks}
+        for sequence in [s for s in self.sequences if s.request in requests]:
+            self._remove(sequence)
+        self.scheduler.pool.forget(wanted.written)
+        self._copies = []
+        self.counters.failed += len(requests)
+        self.counters.failed_steps += 1
 
     def _score(self, prompts: ListOf[tuple[Sequence, int, int]], logits_RV: Tensor) -> None:
         """Set log-probabilities of prompt tokens from the logits before each."""
@@ -317,11 +341,14 @@ class Engine:
         routes = None
         if sequence.request.params.return_routes and self._routes is not None:
             routes = self._routes.read(sequence.pages, sequence.n_computed)
-        self.scheduler.remove(sequence)
-        self.sequences.remove(sequence)
+        self._remove(sequence)
         text = sequence.detokenizer.finish()
         choice = sequence.row.choice
         return Update(sequence.request, choice, (), text, (), reason, routes=routes)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.sequences.remove(sequence)
 
     def _default_cache(self, max_requests: int) -> int:
         """Return how many positions fit `DEFAULT_CACHE_BYTES`, at most what all requests need."""
@@ -341,8 +368,11 @@ class _Wanted:
         self.sampled: list[int] = []
         self.sequences: list[Sequence] = []
         """One per row in `sampled`."""
+        self.written: list[int] = []
+        """The pages that the pass writes."""
         for sequence, n_new in chunks:
             start = sequence.n_computed
+            self.written += sequence.pages[start // PAGE :]
             if sequence.scores_prompt:
                 request = sequence.request
                 begin = max(start, request.params.prompt_logprobs_start - 1)

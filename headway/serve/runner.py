@@ -88,6 +88,8 @@ class Runner:
         assert output.logits_BSV is not None
         return output._replace(logits_BSV=self.dispatcher.broadcast(output.logits_BSV))
 
+    recovers = True
+    """Whether further passes can follow one that failed; on a mesh the ranks may differ."""
     idle_after: float | None = None
     """Seconds without a pass after which `idle` is due; None: never."""
 
@@ -101,6 +103,8 @@ class Runner:
 class MeshRunner(Runner):
     """Rank 0's side is `run`, that of the others `follow`. Every rank has loaded its part of the
     model."""
+
+    recovers = False
 
     def __init__(self, model: Transformer, mesh: Mesh):
         super().__init__(model, ReplicatedDispatcher(mesh))

@@ -100,9 +100,10 @@ def log_probabilities(
     logits_RV: Tensor, token_R: Sequence[int], n_top: int = 0
 ) -> list[TokenLogprob]:
     """Return log-probabilities of tokens that are not drawn but given, as those of a prompt, and of
-    the `n_top` likeliest in each row. The bits are those that `sample` returns."""
+    the `n_top` likeliest in each row. Bits and errors are those of `sample`."""
     raw_RV = np.ascontiguousarray(logits_RV.detach().cpu().numpy())
     tokens = np.asarray(token_R, np.int64)
+    _check_finite(raw_RV)
     result = []
     for chunk in _chunks(raw_RV):
         part = tokens[chunk]
@@ -124,11 +125,16 @@ def _chunks(raw_RV: np.ndarray) -> Iterator[slice]:
     return (slice(r, r + step) for r in range(0, len(raw_RV), step))
 
 
-def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> Sampled:
-    """Draw the next token of rows that fit the processor's cache together."""
+def _check_finite(raw_RV: np.ndarray) -> None:
+    """Raise RunError for a row whose largest logit is NaN or infinite."""
     peak_R = raw_RV.max(axis=1)
     if not np.isfinite(peak_R).all():
         raise RunError(f"the model's largest logit is {peak_R.max()}; nothing can be drawn from it")
+
+
+def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> Sampled:
+    """Draw the next token of rows that fit the processor's cache together."""
+    _check_finite(raw_RV)
     x_RV = raw_RV.copy() if any(map(_changes, rows)) else raw_RV
     for x_V, row in zip(x_RV, rows, strict=True):
         if _changes(row):

@@ -12,8 +12,8 @@ from headway import __version__
 from headway.config import UsageError
 from headway.server.errors import BadRequest, error_json
 from headway.server.fields import Json, Record
-from headway.server.service import STOPPED, Service
-from headway.server.worker import EngineStopped
+from headway.server.service import STOPPED, Service, answer_to
+from headway.server.worker import EngineError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -151,9 +151,9 @@ def build_app(service: Service) -> "FastAPI":
     async def usage_error(_: Request, error: UsageError) -> Response:
         return refusal(error)
 
-    @app.exception_handler(EngineStopped)
-    async def engine_stopped(_: Request, __: EngineStopped) -> Response:
-        return refusal(STOPPED)
+    @app.exception_handler(EngineError)
+    async def engine_error(_: Request, error: EngineError) -> Response:
+        return refusal(answer_to(error))
 
     @app.exception_handler(_Gone)
     async def gone(_: Request, __: _Gone) -> Response:
@@ -199,7 +199,9 @@ def _described(
     """Return what FastAPI says of an endpoint in the OpenAPI description."""
     error = {"application/json": {"schema": _ERROR}}
     statuses = (
-        (400, 401, 403, 404, 405, 408, 413, 415, 429, 503) if body else (401, 403, 404, 405, 503)
+        (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
+        if body
+        else (401, 403, 404, 405, 503)
     )
     content: dict[str, Json] = {
         media: {"schema": {"type": "string" if "text" in media else "object"}}

@@ -19,6 +19,8 @@ TOTALS = {
     "generation_tokens": "Tokens written.",
     "preemptions": "Replies that gave up their blocks and were computed again.",
     "aborted": "Requests whose client left.",
+    "failed": "Requests that ended because a step of the engine failed.",
+    "failed_steps": "Steps of the engine that failed.",
 }
 
 

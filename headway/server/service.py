@@ -14,9 +14,10 @@ from headway.server.logprobs import TokenTexts
 from headway.server.metrics import Metrics, blocks_used
 from headway.server.protocol import Call, Protocol
 from headway.server.reply import DONE, Reply
-from headway.server.worker import EngineStopped, EngineThread
+from headway.server.worker import EngineError, EngineStopped, EngineThread
 
 LOG_SECONDS = 10.0
+FAILED = BadRequest("the engine failed in a step of this request", None, 500, "engine_failed")
 STOPPED = BadRequest("the server is stopping; ask again later", None, 503, "server_stopping")
 
 
@@ -37,7 +38,7 @@ class Service:
     def __init__(self, served: Served) -> None:
         self.served = served
         self.metrics = Metrics(served.engine)
-        self.worker = EngineThread(served.engine, on_step=self.metrics.observe_step)
+        self.worker = EngineThread(served.engine, self.metrics.observe_step, log_failure)
         self.texts = TokenTexts(served.protocol.tokenizer)
         self.draining = False
         self.n_calls = 0
@@ -61,8 +62,8 @@ class Service:
         try:
             async for events in self._run(call, reply):
                 yield b"".join(reply.event([event]) for event in events)
-        except EngineStopped:
-            yield f"data: {error_json(STOPPED)}\n\n".encode() + DONE
+        except EngineError as error:
+            yield f"data: {error_json(answer_to(error))}\n\n".encode() + DONE
             return
         yield (reply.event([], usage=True) if call.include_usage else b"") + DONE
 
@@ -140,3 +141,14 @@ class Service:
         self.n_calls += 1
         self._idle.clear()
         self._working.set()
+
+
+def answer_to(error: EngineError) -> BadRequest:
+    """Return what a client is told of a request that the engine ended."""
+    return STOPPED if isinstance(error, EngineStopped) else FAILED
+
+
+def log_failure(error: Exception, n_requests: int) -> None:
+    """Write one line on a step that failed."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"headway: a step failed and ended {n_requests} requests: {what}", file=sys.stderr)

@@ -19,9 +19,20 @@ from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
 from headway.serve.request import Request, Update
 
+MAX_FAILED_STEPS = 3
+"""Steps that may fail, one after another, before the engine stops."""
 
-class EngineStopped(RuntimeError):
+
+class EngineError(RuntimeError):
+    """What ends a stream before its last choice has ended."""
+
+
+class EngineStopped(EngineError):
     """The engine has stopped; its message says why."""
+
+
+class StepFailed(EngineError):
+    """A step that a request was in has failed, and with it the request; the engine goes on."""
 
 
 class Stream:
@@ -31,7 +42,7 @@ class Stream:
         self._unfinished = n_choices
         self.requests: list[Request] = []
         """One per prompt, in their order."""
-        self.updates: asyncio.Queue[list[Update] | EngineStopped] = asyncio.Queue()
+        self.updates: asyncio.Queue[list[Update] | EngineError] = asyncio.Queue()
 
     def __aiter__(self) -> "Stream":
         return self
@@ -40,7 +51,7 @@ class Stream:
         if not self._unfinished:
             raise StopAsyncIteration
         updates = await self.updates.get()
-        if isinstance(updates, EngineStopped):
+        if isinstance(updates, EngineError):
             self._unfinished = 0
             raise updates
         self._unfinished -= sum(update.finish_reason is not None for update in updates)
@@ -51,11 +62,20 @@ class EngineThread:
     """Runs an engine. Methods are called from the event loop that is running when it is made.
 
     Args:
-        on_step: is called in the engine's thread after each step."""
+        on_step: is called in the engine's thread after each step.
+        on_failure: is called there with what a step raised and the number of requests it ended. A
+            step that fails ends those that were in it; several one after another, or one on a
+            mesh, end the engine."""
 
-    def __init__(self, engine: Engine, on_step: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        engine: Engine,
+        on_step: Callable[[], None] = lambda: None,
+        on_failure: Callable[[Exception, int], None] = lambda error, n_requests: None,
+    ):
         self.engine, self._loop = engine, asyncio.get_running_loop()
-        self._on_step = on_step
+        self._on_step, self._on_failure = on_step, on_failure
+        self._n_failed_steps = 0
         self._commands: deque[Callable[[], None]] = deque()
         self._wake, self._stopping = threading.Event(), False
         self._streams: dict[Request, Stream] = {}
@@ -79,7 +99,8 @@ class EngineThread:
         """Run a request per prompt; gives their updates, and aborts those that still run where the
         block is left.
 
-        Raises UsageError where one can never run, EngineStopped where the engine has."""
+        Raises UsageError where one can never run, EngineStopped where the engine has; the stream
+        raises StepFailed where a step with one of its requests fails."""
         stream = Stream(len(prompts) * params.n)
         try:
             await self.call(lambda: self._add(stream, prompts, params, salt))
@@ -129,9 +150,7 @@ class EngineThread:
                 while self._commands:
                     self._commands.popleft()()
                 if self.engine.has_work:
-                    updates = self.engine.step()
-                    self._on_step()
-                    self._deliver(updates)
+                    self._step()
         except Exception as failure:
             self.failure = failure
             error = EngineStopped(f"the engine failed: {type(failure).__name__}: {failure}")
@@ -145,6 +164,28 @@ class EngineThread:
             self.engine.runner.close()
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.ended.set)
+
+    def _step(self) -> None:
+        """Run a step. What it raises ends the streams of the requests that it ended; raise it again
+        where the engine cannot go on."""
+        try:
+            updates = self.engine.step()
+        except Exception as error:
+            self._n_failed_steps += 1
+            there = {sequence.request for sequence in self.engine.sequences}
+            failed = [request for request in self._streams if request not in there]
+            self._on_failure(error, len(failed))
+            if not (failed and self.engine.runner.recovers):
+                raise
+            for stream in {self._streams[request] for request in failed}:
+                self._abort(stream)
+                self._post([(stream, StepFailed("a step of the engine failed"))])
+            if self._n_failed_steps == MAX_FAILED_STEPS:
+                raise
+        else:
+            self._n_failed_steps = 0
+            self._on_step()
+            self._deliver(updates)
 
     def _add(
         self, stream: Stream, prompts: Sequence[Sequence[int]], params: SamplingParams, salt: str
@@ -171,7 +212,7 @@ class EngineThread:
             if update.finish_reason and update.request not in running:
                 self._streams.pop(update.request, None)
 
-    def _post(self, items: Sequence[tuple[Stream, list[Update] | EngineStopped]]) -> None:
+    def _post(self, items: Sequence[tuple[Stream, list[Update] | EngineError]]) -> None:
         def put() -> None:
             for stream, item in items:
                 stream.updates.put_nowait(item)

@@ -67,7 +67,7 @@ def test_a_page_that_is_held_is_not_given_away():
 def test_a_pool_can_forget():
     pool = BlockPool(4)
     pages = fill(pool, TEXT[: 3 * PAGE])
-    pool.forget()
+    pool.forget(pages)
     assert pool.match(page_keys(TEXT)) == [] and pool.n_free == 1
     pool.release(pages)
     assert len(fill(pool, TEXT[: 4 * PAGE])) == 4

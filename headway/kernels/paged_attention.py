@@ -1,9 +1,9 @@
 """Attention of the new tokens of many sequences over a cache in pages of 16 positions.
 
 T tokens of a pass · R sequences · P pages of the longest of them · N query heads · M key/value
-heads · d head width. In C++ (`cpu/paged_attention.cpp`, which has the layout of a page) a query's
-result is the same bits whether its sequence came whole or in parts, alone or beside others;
-elsewhere in PyTorch, whose sums depend on that."""
+heads · d, v widths of a key and of a value. In C++ (`cpu/paged_attention.cpp`, which has the layout
+of a page) a query's result is the same bits whether its sequence came whole or in parts, alone or
+beside others; elsewhere in PyTorch, whose sums depend on that."""
 
 import math
 from typing import NamedTuple
@@ -31,25 +31,46 @@ class Pass(NamedTuple):
 
 
 class Pages:
-    """Keys and values of one layer: `n_pages` pages for M heads of width d."""
+    """Keys and values of one layer: `n_pages` pages for M heads.
+
+    Args:
+        d_key: width of a key, and of a value of its own.
+        d_value: where given, values are the first so many dims of their keys, and not stored."""
 
     def __init__(
-        self, n_pages: int, n_heads: int, d_head: int, dtype: torch.dtype, device: torch.device
+        self,
+        n_pages: int,
+        n_heads: int,
+        d_key: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        d_value: int | None = None,
     ):
-        self.n_heads, self.d_head, self.dtype = n_heads, d_head, dtype
+        self.shared = d_value is not None
+        self.d_value = d_key if d_value is None else d_value
         self.batch_invariant = batch_invariant(device, dtype)
         if self.batch_invariant:
-            units = cpp_kernels().compute("paged_units", dtype, d_head)
+            sizes = d_key, self.d_value, int(self.shared)
+            units = cpp_kernels().compute("paged_units", dtype, *sizes)
             self.data = torch.zeros(n_pages, n_heads, units, dtype=torch.int32)
         else:  # keys, then values
-            shape = (n_pages, 2, PAGE, n_heads, d_head)
+            shape = (n_pages, 1 if self.shared else 2, PAGE, n_heads, d_key)
             self.data = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all pages."""
+        return self.data.nbytes
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page, for sequences that share all before it and now write it differently."""
+        self.data[target] = self.data[source]
 
 
 def paged_attention(
     q_TNd: Tensor,
     k_TMd: Tensor,
-    v_TMd: Tensor,
+    v_TMv: Tensor | None,
     pages: Pages,
     where: Pass,
     window: int = 0,
@@ -61,21 +82,25 @@ def paged_attention(
     sequence up to its own position, without gradient.
 
     Args:
-        q_TNd, k_TMd, v_TMd: in the dtype of the pages; a token's heads lie together.
+        q_TNd, k_TMd, v_TMv: in the dtype of the pages; a token's heads lie together. No values for
+        pages that have them in their keys.
         window: positions that a query sees, its own included; 0 is all.
         scale: of the scores; None is 1/√d.
         sinks_N: float32, one more score per head that takes weight and gives nothing.
         rotation: applied to queries and keys first; its tables have a row per token.
-    Returns: `[T, N, d]`."""
+    Returns: `[T, N, v]`."""
+    assert pages.shared == (v_TMv is None)
     scale = 1 / math.sqrt(q_TNd.shape[-1]) if scale is None else scale
     if not pages.batch_invariant:
         if rotation is not None:
             q_TNd, k_TMd = rotation(q_TNd, k_TMd)
-        return _attend(q_TNd, k_TMd, v_TMd, pages, where, window, scale, sinks_N)
-    q, k, v = (_heads_together(t) for t in (q_TNd, k_TMd, v_TMd))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    pointers, strides = (t.data_ptr() for t in (q, k, v)), (t.stride(0) for t in (q, k, v))
-    sizes = (*where.table_RP.shape, q.shape[1], *k.shape[1:], window)
+        return _attend(q_TNd, k_TMd, v_TMv, pages, where, window, scale, sinks_N)
+    q, k = _heads_together(q_TNd), _heads_together(k_TMd)
+    v = None if v_TMv is None else _heads_together(v_TMv)
+    out = torch.empty(*q.shape[:2], pages.d_value, dtype=q.dtype)
+    pointers = q.data_ptr(), k.data_ptr(), 0 if v is None else v.data_ptr()
+    strides = q.stride(0), k.stride(0), 0 if v is None else v.stride(0)
+    sizes = (*where.table_RP.shape, q.shape[1], *k.shape[1:], pages.d_value, window)
     sinks = None if sinks_N is None else sinks_N.float().contiguous()
     turn: tuple = (None, None, None, None, 0.0)
     if rotation is not None:
@@ -93,7 +118,7 @@ def _heads_together(x_THd: Tensor) -> Tensor:
 def _attend(
     q_TNd: Tensor,
     k_TMd: Tensor,
-    v_TMd: Tensor,
+    v_TMv: Tensor | None,
     pages: Pages,
     where: Pass,
     window: int,
@@ -101,20 +126,24 @@ def _attend(
     sinks_N: Tensor | None,
 ) -> Tensor:
     """Attend in PyTorch, one sequence after another."""
-    out_TNd = torch.empty_like(q_TNd, memory_format=torch.contiguous_format)
-    keys, values = pages.data[:, 0], pages.data[:, 1]
+    out_TNv = q_TNd.new_empty(*q_TNd.shape[:2], pages.d_value)
+    keys, values = pages.data[:, 0], pages.data[:, -1]
     for (first, n_new, start), page_P in zip(where.segments.tolist(), where.table_RP, strict=True):
         here, end = slice(first, first + n_new), start + n_new
         position = torch.arange(start, end, device=q_TNd.device)
         at = page_P[position // PAGE].long(), position % PAGE
-        keys[at], values[at] = k_TMd[here], v_TMd[here]
+        keys[at] = k_TMd[here]
+        if v_TMv is not None:
+            values[at] = v_TMv[here]
         held = page_P[: -(-end // PAGE)].long()
         k, v = (t[held].flatten(0, 1)[:end].unsqueeze(0) for t in (keys, values))
         oldest = (position - window + 1).clamp(min=0) if window else None
         mask = causal_mask(position, end, oldest)
         q = q_TNd[here].unsqueeze(0)
-        out_TNd[here] = attention(q, k, v, mask, sinks_N=sinks_N, scale=scale)[0]
-    return out_TNd
+        # values are as wide as keys there
+        y = attention(q, k, v, mask, sinks_N=sinks_N, scale=scale)[0]
+        out_TNv[here] = y[..., : pages.d_value]
+    return out_TNv
 
 
 def paged_attention_reference(

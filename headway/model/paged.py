@@ -80,30 +80,11 @@ class PagedCache:
         """Do nothing: the next pass names its own segments."""
 
 
-class PagedKV:
+class PagedKV(Pages):
     """Keys and values of one layer, in pages."""
 
     rotates = True
     """Whether `attend` takes queries and keys that are not rotated yet."""
-
-    def __init__(
-        self, n_pages: int, n_heads: int, d_head: int, dtype: torch.dtype, device: torch.device
-    ):
-        self.pages = Pages(n_pages, n_heads, d_head, dtype, device)
-
-    @property
-    def batch_invariant(self) -> bool:
-        """Whether a query's result depends on its own sequence alone."""
-        return self.pages.batch_invariant
-
-    @property
-    def bytes(self) -> int:
-        """Return the size of all pages."""
-        return self.pages.data.nbytes
-
-    def copy_page(self, source: int, target: int) -> None:
-        """Copy a page, for sequences that share all before it and now write it differently."""
-        self.pages.data[target] = self.pages.data[source]
 
     def attend(
         self,
@@ -118,6 +99,26 @@ class PagedKV:
         """Write keys and values `[1, T, M, d]` to their pages; return the attention of queries
         `[1, T, N, d]`, each to its own sequence up to its own position; queries and keys are
         rotated first."""
-        arguments = (q[0], k[0], v[0], self.pages, positions.where, window)
+        arguments = (q[0], k[0], v[0], self, positions.where, window)
         out_TNd = paged_attention(*arguments, sinks_N=sinks_N, rotation=rotation)
         return out_TNd.unsqueeze(0)
+
+
+class PagedLatent(Pages):
+    """Latent vectors and rotated keys of one layer, in pages: one key head of width C + r, whose
+    first C dims are the values."""
+
+    def attend(
+        self,
+        q_1TNw: Tensor,
+        latent_1Tw: Tensor,
+        positions: PagedPositions,
+        window: int,
+        scale: float,
+    ) -> Tensor:
+        """Write `[1, T, C + r]` to their pages; return the attention of queries `[1, T, N, C + r]`,
+        each to its own sequence up to its own position, `[1, T, N, C]`."""
+        k_T1w = latent_1Tw[0].unsqueeze(1)
+        return paged_attention(
+            q_1TNw[0], k_T1w, None, self, positions.where, window, scale
+        ).unsqueeze(0)

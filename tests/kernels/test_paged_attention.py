@@ -26,15 +26,18 @@ CPU = torch.device("cpu")
 class Sequences:
     """Sequences with scattered pages, and a pool whose pages were used before."""
 
-    def __init__(self, lengths, N, M, d, dtype, seed=0, **options):
+    def __init__(self, lengths, N, M, d, dtype, seed=0, d_value=None, **options):
         g = torch.Generator().manual_seed(seed)
         self.qkv = [
             [torch.randn(n, h, d, generator=g).to(dtype) for h in (N, M, M)] for n in lengths
         ]
+        if d_value is not None:
+            for qkv in self.qkv:
+                qkv[2] = qkv[1][..., :d_value]
         self.width = -(-max(lengths) // PAGE)
         n_pages = len(lengths) * self.width
         self.table = torch.randperm(n_pages, generator=g).int().view(len(lengths), -1)
-        self.pages = Pages(n_pages, M, d, dtype, CPU)
+        self.pages = Pages(n_pages, M, d, dtype, CPU, d_value)
         stale = 0x7FC07FC0 if self.pages.batch_invariant else 3  # NaN, in both dtypes
         self.pages.data.fill_(stale)
         self.options = options
@@ -47,6 +50,7 @@ class Sequences:
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         rows = [(f, n, a) for f, n, (_, a, _) in zip(firsts, sizes, chunks, strict=True)]
         where = Pass(torch.tensor(rows), self.table[[r for r, _, _ in chunks]])
+        v = None if self.pages.shared else v
         return paged_attention(q, k, v, self.pages, where, **self.options).split(sizes)
 
     def whole(self):
@@ -64,11 +68,13 @@ OPTIONS = [
 @pytest.mark.parametrize("native_path", [True, False])
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("M, d", [(4, 16), (2, 6), (1, 70)])
-def test_the_definition(native_path, dtype, options, M, d, monkeypatch):
+@pytest.mark.parametrize(
+    "M, d, d_value", [(4, 16, None), (2, 6, None), (1, 70, None), (1, 151, 130), (2, 12, 8)]
+)
+def test_the_definition(native_path, dtype, options, M, d, d_value, monkeypatch):
     if not native_path:
         switch_off(monkeypatch, packed)
-    s = Sequences([37, 1, 64, 16], 4, M, d, dtype, **options)
+    s = Sequences([37, 1, 64, 16], 4, M, d, dtype, d_value=d_value, **options)
     assert s.pages.batch_invariant == (native_path and packed.cpp_kernels().library is not None)
     for out, qkv in zip(s.whole(), s.qkv, strict=True):
         want = paged_attention_reference(*(t.double() for t in qkv), **options)
@@ -82,13 +88,14 @@ def test_the_definition(native_path, dtype, options, M, d, monkeypatch):
     st.lists(st.integers(1, 60), min_size=1, max_size=3),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([2, 16, 24, 80]),
+    st.booleans(),
     st.sampled_from(OPTIONS),
     st.integers(0, 10_000),
 )
-def test_no_cut_and_no_company_changes_a_bit(dtype, lengths, M, d, options, seed):
-    draw = random.Random(seed)
-    want = Sequences(lengths, 4, M, d, dtype, seed, **options).whole()
-    s = Sequences(lengths, 4, M, d, dtype, seed, **options)
+def test_no_cut_and_no_company_changes_a_bit(dtype, lengths, M, d, shared, options, seed):
+    draw, d_value = random.Random(seed), d - 1 if shared else None
+    want = Sequences(lengths, 4, M, d, dtype, seed, d_value, **options).whole()
+    s = Sequences(lengths, 4, M, d, dtype, seed, d_value, **options)
     done, outputs = [0] * len(lengths), [[] for _ in lengths]
     while any(a < n for a, n in zip(done, lengths, strict=True)):
         chunks = []
@@ -105,6 +112,21 @@ def test_no_cut_and_no_company_changes_a_bit(dtype, lengths, M, d, options, seed
     for parts, whole in zip(outputs, want, strict=True):
         assert torch.equal(torch.cat(parts), whole)
         assert whole.isfinite().all()
+
+
+def test_many_queries_share_a_head():
+    """More query heads than a block has rows."""
+    s = Sequences([20, 3], 130, 1, 6, torch.float32, sinks_N=torch.linspace(-1, 2, 130))
+    for out, qkv in zip(s.whole(), s.qkv, strict=True):
+        want = paged_attention_reference(*(t.double() for t in qkv), **s.options)
+        assert_close(out, want, BOUND[torch.float32])
+
+
+def test_shared_values_take_no_memory():
+    for native_width in (12, 18):  # even: bfloat16 lies in pairs
+        for dtype in NATIVE_DTYPES:
+            pages = Pages(5, 1, native_width, dtype, CPU, d_value=8)
+            assert pages.bytes == 5 * PAGE * native_width * dtype.itemsize
 
 
 @needs_native

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.config import ModelConfig, MoEConfig, RouterConfig
+from headway.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
 from headway.model.compute import Compute
 from headway.model.context import Context
 from headway.model.costs import Workload
@@ -108,6 +108,16 @@ def test_packing_twice_is_packing_once():
 BATCHED = {
     **{kind: config_of(kind) for kind in SPARSE},
     "gated": config_of("multi_head", attn_gate=True, qkv_bias=True, window=(0, 9)),
+    "latent_attention": config_of(
+        "grouped",
+        n_kv_heads=0,
+        mixer="mla",
+        window=(0, 9),
+        mla=MLAConfig(
+            q_lora_rank=20, kv_lora_rank=15, qk_nope_head_dim=7, qk_rope_head_dim=4, v_head_dim=9
+        ),
+        rope=RopeConfig(interleaved=True),
+    ),
     "capped": config_of("moe", tied=True, logit_softcap=9.0, qk_norm="all", clip_qkv=2.0),
 }
 

@@ -1,5 +1,6 @@
 """A runner says whether its passes are batch-invariant."""
 
+import pytest
 import torch
 
 from headway.config import ModelConfig, MoEConfig
@@ -9,8 +10,9 @@ from headway.model.transformer import Transformer
 from headway.serve.runner import Runner
 
 
-def test_what_is_batch_invariant():
-    sizes = {"vocab_size": 20, "n_layers": 1, "d_model": 16, "n_heads": 2}
+@pytest.mark.parametrize("mixer", ["attention", "mla"])
+def test_what_is_batch_invariant(mixer):
+    sizes = {"vocab_size": 20, "n_layers": 1, "d_model": 16, "n_heads": 2, "mixer": mixer}
     config = ModelConfig(**sizes, moe=MoEConfig(kind="moe", n_experts=4, top_k=2, d_expert=8))
     model = Transformer(config, seed=0).eval()
     runner = Runner(model)

@@ -1,10 +1,13 @@
 // Attention over a cache in pages of 16 positions: the new tokens of many sequences in one call.
 //
-// The meaning of every argument is in ../paged_attention.py. N query heads · M key/value heads · d head
-// width. T is the dtype of the products; scores, softmax and sums are float32. Keys and values of one head in
-// one page lie together, each as the register tile reads them:
+// The meaning of every argument is in ../paged_attention.py. N query heads · M key/value heads · d, v widths of
+// a key and of a value. T is the dtype of the products; scores, softmax and sums are float32. Keys and values
+// of one head in one page lie together, each as the register tile reads them:
 //
-//     [ keys: units of d × 16 positions ][ values: units of 16 positions × d, padded to VL ]
+//     [ keys: units of d × 16 positions ][ values: units of 16 positions × v, padded to VL ]
+//
+// Values that are the first v dims of their keys (latent attention) are not stored: NR·VL columns of them at a
+// time are turned round for all rows of a block, which share them.
 //
 // What a query gives does not depend on who shares the pass or on how its sequence was cut: scores are sums
 // over d in order; the softmax adds key j in lane j mod VL, in order; the values are added over keys in order
@@ -19,15 +22,19 @@ using namespace headway;
 
 namespace {
 
-constexpr long PAGE = 16, ROWS = 24;  // positions of a page; rows of scores at a time
+constexpr long PAGE = 16;  // positions
+// Rows of scores at a time; more where keys are turned round for them. Those of one query stay together.
+constexpr long ROWS = 24, SHARED_ROWS = 96;
 constexpr long PER_PAGE = PAGE / VL;  // vectors of keys
+constexpr long COLUMNS = NR * VL;     // of values at a time
 
 template <class T>
 struct Layout {
   static constexpr int PER = Elem<T>::PER;
-  long d;
-  long units = pad(d, PER) / PER, dp = pad(d, VL);
-  long keys = units * PAGE, head = keys + PAGE / PER * dp;  // units
+  long d, v;
+  bool shared;  // values are the first dims of keys
+  long units = pad(d, PER) / PER, vp = pad(v, VL);
+  long keys = units * PAGE, head = keys + (shared ? 0 : PAGE / PER * vp);  // units
 };
 
 struct Segment {
@@ -58,10 +65,10 @@ template <class T>
 void write(const T* k, const T* v, long slot, const Layout<T>& s, Unit* page) {
   T *keys = (T*)page, *values = (T*)(page + s.keys);
   constexpr int PER = Elem<T>::PER;
-  for (long i = 0; i < s.d; ++i) {
-    keys[(i / PER * PAGE + slot) * PER + i % PER] = k[i];
-    values[(slot / PER * s.dp + i) * PER + slot % PER] = v[i];
-  }
+  for (long i = 0; i < s.d; ++i) keys[(i / PER * PAGE + slot) * PER + i % PER] = k[i];
+  if (s.d % PER) keys[(s.d / PER * PAGE + slot) * PER + 1] = {};  // the half of a pair
+  if (!s.shared)
+    for (long i = 0; i < s.v; ++i) values[(slot / PER * s.vp + i) * PER + slot % PER] = v[i];
 }
 
 // ---- products with pages ------------------------------------------------------------------------
@@ -92,7 +99,7 @@ __attribute__((noinline)) void score_tile(long units, const Unit* a, long a_row,
 // C [M, N·VL] = Σ over pages in order of A [M, keys] · values
 template <class T, int M, int N>
 __attribute__((noinline)) void value_tile(long pages, const Unit* a, long a_row, const Unit* const* page,
-                                          long column, long dp, float* c, long c_row) {
+                                          long column, long b_row, float* c, long c_row) {
   Vec acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -100,7 +107,7 @@ __attribute__((noinline)) void value_tile(long pages, const Unit* a, long a_row,
     for (int j = 0; j < N; ++j) acc[i][j] = Vec{};
   for (long p = 0; p < pages; ++p) {
     const Unit* b = page[p] + column;
-    for (long u = 0; u < PAGE / Elem<T>::PER; ++u, ++a, b += dp)
+    for (long u = 0; u < PAGE / Elem<T>::PER; ++u, ++a, b += b_row)
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -140,21 +147,21 @@ void scores(long rows, long units, const Unit* a, const std::vector<const Unit*>
   }
 }
 
+// C [rows, n·VL] = A [rows, keys] · n vectors of values from `column` on, whose rows are `b_row` apart.
 template <class T>
-void sum_values(long rows, const Unit* a, long a_row, const std::vector<const Unit*>& page, const Layout<T>& s,
-                float* c) {
-  for (long r = 0; r < rows; r += MR)
-    for (long j = 0; j < s.dp; j += NR * VL) {
-      const long m = rows - r < MR ? rows - r : MR, n = (s.dp - j) / VL < NR ? (s.dp - j) / VL : NR;
-      switch (m * 8 + n) {
-#define HEADWAY_CASE(M, N)                                                                                  \
-  case M * 8 + N:                                                                                           \
-    value_tile<T, M, N>(page.size(), a + r * a_row, a_row, page.data(), j, s.dp, c + r * s.dp + j, s.dp);   \
+void sum_columns(long rows, const Unit* a, long a_row, const std::vector<const Unit*>& page, long column, long n,
+                 long b_row, float* c, long c_row) {
+  for (long r = 0; r < rows; r += MR) {
+    const long m = rows - r < MR ? rows - r : MR;
+    switch (m * 8 + n) {
+#define HEADWAY_CASE(M, N)                                                                                   \
+  case M * 8 + N:                                                                                            \
+    value_tile<T, M, N>(page.size(), a + r * a_row, a_row, page.data(), column, b_row, c + r * c_row, c_row); \
     break;
-        HEADWAY_TILES(HEADWAY_CASE)
+      HEADWAY_TILES(HEADWAY_CASE)
 #undef HEADWAY_CASE
-      }
     }
+  }
 }
 
 // ---- one block of queries of one sequence and one key/value head ------------------------------------
@@ -184,10 +191,45 @@ struct Pages {
 template <class T>
 void begin_of(const Unit* values, long n, const Layout<T>& s, Unit* out) {
   constexpr int PER = Elem<T>::PER;
-  memset(out, 0, PAGE / PER * s.dp * sizeof(Unit));
-  memcpy(out, values, n / PER * s.dp * sizeof(Unit));
+  memset(out, 0, PAGE / PER * s.vp * sizeof(Unit));
+  memcpy(out, values, n / PER * s.vp * sizeof(Unit));
   if (n % PER)  // the first of a pair
-    for (long i = 0; i < s.d; ++i) ((T*)out)[(n / PER * s.dp + i) * PER] = ((const T*)values)[(n / PER * s.dp + i) * PER];
+    for (long i = 0; i < s.v; ++i) ((T*)out)[(n / PER * s.vp + i) * PER] = ((const T*)values)[(n / PER * s.vp + i) * PER];
+}
+
+// Columns j … j + COLUMNS − 1 of the first `n` keys of a page as values, [PAGE / PER][COLUMNS], zeros behind them.
+template <class T>
+void turn_keys(const Unit* keys, long j, long n, const Layout<T>& s, Unit* out) {
+  constexpr int PER = Elem<T>::PER;
+#ifdef __AVX512F__
+  const Int seen = lanes() < (int)n;
+  for (long c = 0; c < COLUMNS; c += VL * PER) {
+    const long first = (j + c) / PER;
+    Int unit[VL];
+    for (long i = 0; i < VL; ++i) unit[i] = first + i < s.units ? *(const Int*)(keys + (first + i) * PAGE) & seen : Int{};
+    if constexpr (PER == 1) transpose16(unit, out + c, COLUMNS);
+#ifdef __AVX512BF16__
+    if constexpr (PER == 2) {  // pairs of dims of a position become pairs of positions
+      Int row[PAGE];
+      transpose16(unit, (Unit*)row, VL);
+      // dim i of the even and of the odd position: 16-bit elements i and 32 + i of the two
+      const __m512i low = (__m512i)(lanes() | (lanes() + 32) << 16), high = low + (__m512i)(Int{} + 0x00100010);
+      for (int u = 0; u < PAGE / 2; ++u) {
+        const __m512i even = (__m512i)row[2 * u], odd = (__m512i)row[2 * u + 1];
+        _mm512_storeu_si512(out + u * COLUMNS + c, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_storeu_si512(out + u * COLUMNS + c + VL, _mm512_permutex2var_epi16(even, high, odd));
+      }
+    }
+#endif
+  }
+#else
+  for (long at = 0; at < PAGE; ++at)
+    for (long c = 0; c < COLUMNS; ++c) {
+      const bool seen = at < n && j + c < s.d;
+      ((T*)out)[(at / PER * COLUMNS + c) * PER + at % PER] =
+          seen ? ((const T*)keys)[((j + c) / PER * PAGE + at) * PER + (j + c) % PER] : T{};
+    }
+#endif
 }
 
 template <class T>
@@ -202,12 +244,13 @@ void attend(const Block<T>& b, const Layout<T>& s, Pages& page) {
     page.values.push_back(page.keys.back() + s.keys);
   }
   T* q;
-  Unit* end;
-  float *score, *y, total[ROWS];
+  Unit* some;  // values that do not lie in the pages as they are read
+  float *score, *y, *total;
   Slices a;
   for (int pass = 0; pass < 2; ++pass) {
-    q = a.take<T>(rows * s.units * PER), score = a.take<float>(rows * wide), y = a.take<float>(rows * s.dp);
-    end = a.take<Unit>(PAGE / PER * s.dp);
+    q = a.take<T>(rows * s.units * PER), score = a.take<float>(rows * wide), y = a.take<float>(rows * s.vp);
+    total = a.take<float>(rows);
+    some = a.take<Unit>(s.shared ? keys / PER * COLUMNS : PAGE / PER * s.vp);
     if (!pass) a = {scratch(a.used)};
   }
   for (long r = 0; r < rows; ++r) {
@@ -222,16 +265,24 @@ void attend(const Block<T>& b, const Layout<T>& s, Pages& page) {
     const float sink = b.sink ? b.sink[r % b.group] : -INFINITY;
     softmax<T>(score + r * wide, from - base, at + 1 - base, keys, b.scale, total[r], sink);
   }
-  if ((last + 1) % PAGE) {
-    begin_of(page.values.back(), (last + 1) % PAGE, s, end);
-    page.values.back() = end;
+  const long n_pages = page.keys.size(), written = last % PAGE + 1;  // of the last page
+  if (!s.shared && written < PAGE) {
+    begin_of(page.values.back(), written, s, some);
+    page.values.back() = some;
   }
-  sum_values<T>(rows, (Unit*)score, wide, page.values, s, y);
+  for (long j = 0; j < s.vp; j += COLUMNS) {
+    const long n = (s.vp - j) / VL < NR ? (s.vp - j) / VL : NR;
+    for (long p = 0; s.shared && p < n_pages; ++p) {
+      page.values[p] = some + p * (PAGE / PER * COLUMNS);
+      turn_keys(page.keys[p], j, p + 1 < n_pages ? PAGE : written, s, (Unit*)page.values[p]);
+    }
+    sum_columns<T>(rows, (Unit*)score, wide, page.values, s.shared ? 0 : j, n, s.shared ? COLUMNS : s.vp, y + j, s.vp);
+  }
   for (long r = 0; r < rows; ++r) {
-    T* to = b.out + r / b.group * b.out_row + r % b.group * s.d;
+    T* to = b.out + r / b.group * b.out_row + r % b.group * s.v;
     const float factor = 1.f / total[r];
-    for (long l = 0; l < s.d; l += VL)
-      put(to + l, factor * load(y + r * s.dp + l), s.d - l < VL ? s.d - l : VL);
+    for (long l = 0; l < s.v; l += VL)
+      put(to + l, factor * load(y + r * s.vp + l), s.v - l < VL ? s.v - l : VL);
   }
 }
 
@@ -241,7 +292,8 @@ template <class T>
 void run(const T* q, const T* k, const T* v, const Strides& strides, const Segment* segment, const int32_t* table,
          long R, long P, long N, long M, const Layout<T>& s, long window, float scale, const float* sink,
          const Rotation& rotation, Unit* cache, T* out, int threads) {
-  const long group = N / M, page_size = M * s.head, each = group < ROWS ? ROWS / group : 1;
+  const long group = N / M, page_size = M * s.head, most = s.shared ? SHARED_ROWS : ROWS;
+  const long each = group < most ? most / group : 1;  // queries
   struct Item {
     long r, first;
   };
@@ -260,7 +312,7 @@ void run(const T* q, const T* k, const T* v, const Strides& strides, const Segme
         Unit* to = cache + table[r * P + at / PAGE] * page_size + m * s.head;
         T* key = (T*)scratch(s.d * sizeof(T));
         rotation.turn(k + row * strides.k + m * s.d, rotation.k_weight, row, s.d, key);
-        write(key, v + row * strides.v + m * s.d, at % PAGE, s, to);
+        write(key, v + row * strides.v + m * s.v, at % PAGE, s, to);
       }
     }
 #pragma omp for schedule(dynamic)
@@ -268,8 +320,8 @@ void run(const T* q, const T* k, const T* v, const Strides& strides, const Segme
       const long m = i / n_items, r = items[i % n_items].r, first = items[i % n_items].first;
       const long row = segment[r].row + first, left = segment[r].n - first;
       const Block<T> b = {
-          q + row * strides.q + m * group * s.d, out + (row * N + m * group) * s.d,
-          left < each ? left : each, group, segment[r].start + first, strides.q, N * s.d,
+          q + row * strides.q + m * group * s.d, out + (row * N + m * group) * s.v,
+          left < each ? left : each, group, segment[r].start + first, strides.q, N * s.v,
           table + r * P, cache + m * s.head, page_size, sink ? sink + m * group : nullptr,
           window, scale, rotation, row};
       attend(b, s, page);
@@ -282,14 +334,14 @@ void run(const T* q, const T* k, const T* v, const Strides& strides, const Segme
 extern "C" {
 
 #define HEADWAY_PAGED(T, name)                                                                              \
-  long headway_paged_units_##name(long d) { return Layout<T>{d}.head; }                                     \
+  long headway_paged_units_##name(long d, long v, long shared) { return Layout<T>{d, v, !!shared}.head; }   \
   void headway_paged_attention_##name(                                                                      \
       const T* q, const T* k, const T* v, long q_row, long k_row, long v_row, const int64_t* segments,      \
-      const int32_t* table, long R, long P, long N, long M, long d, long window, float scale,               \
+      const int32_t* table, long R, long P, long N, long M, long d, long n_v, long window, float scale,     \
       const float* sink, const float* q_weight, const float* k_weight, const float* cos, const float* sin,  \
       float eps, Unit* cache, T* out, int threads) {                                                        \
     const Rotation rotation = {q_weight, k_weight, cos, sin, eps};                                          \
-    run<T>(q, k, v, {q_row, k_row, v_row}, (const Segment*)segments, table, R, P, N, M, Layout<T>{d},       \
+    run<T>(q, k, v, {q_row, k_row, v_row}, (const Segment*)segments, table, R, P, N, M, Layout<T>{d, n_v, !v}, \
            window, scale, sink, rotation, cache, out, threads);                                             \
   }
 

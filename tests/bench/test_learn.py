@@ -5,9 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.learn import Budget, trainer
-from bench.texts import Characters
-from headway.config import Config, ModelConfig, MoEConfig, OptimConfig, UsageError
+from bench.learn import Budget, Sparse, trainer
+from bench.texts import Characters, StreamText
+from headway.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    UsageError,
+)
+from headway.data.batch import micro_batches
+from headway.data.tokenizer import load_tokenizer
+from headway.optim.schedule import lr_factor
+from headway.train.objective import NextToken
+from headway.train.open_session import open_session
+from headway.train.resolve import resolve
+from headway.train.step import gradient, update
+from headway.train.text_data import load_text
 
 MODEL = ModelConfig(
     n_layers=1,
@@ -73,3 +89,43 @@ def test_validation_covers_the_same_characters_at_every_context(tmp_path):
 def test_a_missing_text_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="is no file"):
         Characters(tmp_path / "none.txt", 2, 8)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "multi_head_latent"])
+def test_a_session_takes_the_same_steps_to_the_bit(tmp_path, kind):
+    """With the same rates, and an even load before the first step, which is where the two differ."""
+    config = session_config(tmp_path, kind)
+    resolved = resolve(config, 257)
+    optim, balance = resolved.config.optim, resolved.config.model.moe.balance
+    rates = [lr_factor(step, optim) for step in range(optim.steps)]
+    texts = StreamText(resolved.config.data, seed=config.run.seed)
+    bench = trainer(resolved.config, texts, seed=config.run.seed)
+    if kind != "dense":
+        assert isinstance(bench.loss, Sparse)
+        bench.loss.load = [torch.ones_like(m.router.bias_HE) for m in bench.model.sparse_layers()]
+    for rate in rates:
+        bench._step(rate)
+    tokenizer = load_tokenizer("bytes")
+    with open_session(resolved, tokenizer, load_text, log=lambda _: None) as session:
+        objective = NextToken(balance)
+        while session.begin_step():
+            batch = session.data.stream.batch(session.progress.step)
+            parts = micro_batches(batch, config.data.batch_size, torch.device("cpu"))
+            result = gradient(session.model, parts, objective, load=session.progress.load)
+            update(session.model, session.optimizers, result, session.lr_factor, optim, balance)
+            session.end_step(result)
+    for a, b in zip(session.model.parameters(), bench.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def session_config(root, kind):
+    path = root / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 1000)
+    heads = 2 if kind == "multi_head_latent" else 1
+    model = replace(MODEL, moe=replace(MODEL.moe, kind=kind, n_heads=heads), vocab_size=320)
+    return Config(
+        model=model,
+        data=DataConfig((str(path),), seq_len=16, batch_size=2, cache_dir=str(root / "cache")),
+        optim=OptimConfig(name="muon", steps=12, lr=1e-2, warmup=0.1, decay=0.5),
+        run=RunConfig(dir=str(root / "run"), seed=3, device="cpu", eval_tokens=0, sample_tokens=0),
+    )

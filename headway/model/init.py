@@ -12,8 +12,12 @@ RMS 1 behind an RMSNorm at any width. Exceptions, each with its reason:
 | biases | 0 | a layer starts without them |
 | router noise | 0 | softplus(0) = 0.69 for every expert: noise starts uniform |
 | buffers (selection bias) | 0 | no expert is preferred |
+
+Each parameter is drawn from a generator of its own, keyed by the seed and its name: what two models
+have in common (embedding, attention, head) starts equal with equal seeds, whatever else they hold.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -48,16 +52,22 @@ def initial_weights(
     Args:
         n_layers: residual depth; 0 (a layer on its own) leaves the last matrices of branches
         unscaled.
-        seed: draw from a generator of its own, so that the same seed gives the same weights
-        whatever ran before."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+        seed: draw from generators keyed by it and the name, so that the same seed gives the same
+        weights whatever ran before; None: from torch's own generator."""
     shapes = {name: x.shape for name, x in module.named_parameters()}
     shapes |= {name: x.shape for name, x in module.named_buffers()}
     rules = [
         (name, shapes[name], role.std(n_layers, embed_std))
         for name, role in roles_of(module).items()
     ]
-    return ((name, _draw(shape, std, generator)) for name, shape, std in rules)
+    return ((name, _draw(shape, std, _generator(seed, name))) for name, shape, std in rules)
+
+
+def _generator(seed: int | None, name: str) -> torch.Generator | None:
+    if seed is None:
+        return None
+    key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 
 def _draw(shape: torch.Size, std: float | None, generator: torch.Generator | None) -> Tensor:

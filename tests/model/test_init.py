@@ -1,3 +1,4 @@
+import hashlib
 import math
 from dataclasses import replace
 
@@ -67,3 +68,25 @@ def test_residual_stream_keeps_its_scale_over_depth():
         for block in model.layers:
             x, _ = block(x, Context())
     assert 0.2 < float(x.std()) < 2.0
+
+
+def test_what_two_models_share_starts_equal():
+    """Embedding, attention and head of a pair; no two parameters of a model are alike."""
+    arms = [Transformer(replace(SMALL, moe=moe), seed=3) for moe in (MoEConfig("dense"), SMALL.moe)]
+    weights, others = ({n: p.detach() for n, p in arm.named_parameters()} for arm in arms)
+    shared = {name for name in weights.keys() & others.keys() if ".ffn." not in name}
+    assert {"embed.weight", "head.weight", "layers.3.mixer.q.weight"} <= shared
+    for name in shared:
+        assert torch.equal(weights[name], others[name]), name
+    q, k = weights["layers.0.mixer.q.weight"], weights["layers.1.mixer.q.weight"]
+    assert abs(float((q * k).mean() / (q.std() * k.std()))) < 0.05
+    again = Transformer(replace(SMALL, moe=MoEConfig("dense")), seed=4)
+    assert not torch.equal(again.embed.weight, weights["embed.weight"])
+
+
+def test_values_are_those_of_a_generator_keyed_by_seed_and_name():
+    """Written out: a checkpoint of step 0 can be made again by other code."""
+    key = hashlib.blake2b(b"3 embed.weight", digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    drawn = torch.randn(512, 128, generator=generator) * 0.02
+    assert torch.equal(Transformer(SMALL, seed=3).embed.weight.detach(), drawn)

@@ -106,7 +106,8 @@ def create_run(
     try:
         for old in old_files:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-        (path / "report.html").unlink(missing_ok=True)
+        for name in ("report.html", "documents.npz"):
+            (path / name).unlink(missing_ok=True)
         if fork_from is not None:
             copy = checkpoint_dir.copy(fork_from, path)
             shutil.copyfile(fork_from.parent.parent / "metrics.jsonl", path / "metrics.jsonl")

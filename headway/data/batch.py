@@ -26,6 +26,16 @@ class Batch:
     """float64, bytes of text that the targets of a row stand for; None where not counted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationBatch(Batch):
+    """B windows of validation text, whose targets know their documents."""
+
+    document_BS: Tensor
+    """int64, the number of the target's document among those of all sources; 0 without a target."""
+    bytes_BS: Tensor
+    """float64, bytes of text that a target stands for."""
+
+
 B = TypeVar("B", bound=Batch)
 
 
@@ -38,12 +48,6 @@ def micro_batches(batch: B, size: int, device: torch.device) -> list[B]:
     }
     parts = zip(*fields.values(), strict=True)
     return [replace(batch, **dict(zip(fields, p, strict=True))) for p in parts]
-
-
-def count_targets(batch: Batch) -> tuple[int, float]:
-    """Return (valid targets, bytes of their text) of a batch whose bytes are counted."""
-    assert batch.bytes_B is not None
-    return int((batch.targets_BS >= 0).sum()), float(batch.bytes_B.sum())
 
 
 def rank_rows(batch: B, rank: int, world: int) -> B:

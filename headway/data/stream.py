@@ -11,12 +11,13 @@ Sample g = step · batch_size + row. Three steps lead from g to a window of text
 3. Place. An epoch cuts the tokens, seen as a ring, from a random offset on: window borders move."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from headway.config import DataConfig, UsageError
-from headway.data.batch import Batch
+from headway.data.batch import Batch, ValidationBatch
 from headway.data.document import GOLDEN, scramble
 from headway.data.overlap import Kept
 from headway.data.shard_file import Tokens
@@ -64,7 +65,13 @@ class Stream:
         source_B, start_B = self.locate(_U64(step * size) + row_B)
         return self._read([self.dataset.sources[s].train for s in source_B], start_B)
 
-    def val_windows(self, begin: int, end: int) -> Batch:
+    @cached_property
+    def val_documents(self) -> np.ndarray:
+        """The hashes (uint64) of the validation documents of all sources, in order."""
+        indices = [source.index for source in self.dataset.sources]
+        return np.concatenate([index.documents(index.val)["hash"] for index in indices])
+
+    def val_windows(self, begin: int, end: int) -> ValidationBatch:
         """Return windows begin … end − 1 of validation, the same ones for every batch size, mesh,
         seed and weight. Those of all sources are in one fixed shuffled order, so that the first few
         are a fair sample. Together they have each token of the split as a target exactly once: the
@@ -79,7 +86,28 @@ class Stream:
         first_B = (window_B - (ends - self._val_windows)[source_B]) * size
         tokens_B = [self.dataset.sources[s].val for s in source_B]
         length_B = np.array([len(tokens) for tokens in tokens_B])
-        return self._read(tokens_B, (first_B - 1) % length_B, length_B - first_B)
+        batch = self._read(tokens_B, (first_B - 1) % length_B, length_B - first_B)
+        document_BS = self._documents(source_B, first_B) * (batch.targets_BS.numpy() >= 0)
+        bytes_BS = np.stack(
+            [t.bytes_V[row] for t, row in zip(tokens_B, batch.targets_BS.numpy(), strict=True)]
+        ) * (batch.targets_BS.numpy() >= 0)
+        return ValidationBatch(
+            **vars(batch),
+            document_BS=torch.from_numpy(document_BS),
+            bytes_BS=torch.from_numpy(bytes_BS),
+        )
+
+    def _documents(self, source_B: np.ndarray, first_B: np.ndarray) -> np.ndarray:
+        """Return the number of the document of each of S validation tokens from `first_B` on,
+        int64 [B, S]."""
+        place_BS = first_B[:, None] + np.arange(self.config.seq_len)
+        before, document_BS = 0, np.empty_like(place_BS)
+        for s, source in enumerate(self.dataset.sources):
+            end_N = source.index.documents(source.index.val)["end"].astype(np.int64)
+            mine = source_B == s
+            document_BS[mine] = before + np.searchsorted(end_N, place_BS[mine], side="right")
+            before += len(end_N)
+        return document_BS
 
     def locate(self, sample_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return source and first token (int64 [B] each) of samples by number (uint64 [B])."""

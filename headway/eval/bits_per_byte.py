@@ -1,17 +1,53 @@
-"""Validation loss in nats per token and in bits per byte."""
+"""Validation loss in nats per token and in bits per byte, and of each document."""
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from headway.data.batch import count_targets, micro_batches, rank_rows
+from headway.data.batch import micro_batches, rank_rows
 from headway.data.stream import Stream
 from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
 from headway.parallel.parallelize import SINGLE_PROCESS, Parallelism
 from headway.parallel.reduce import sum_over
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """The loss of each document over the windows of an evaluation; documents that the windows do
+    not touch are left out."""
+
+    hash_N: np.ndarray
+    """uint64, the hash of its ids (`data.document_index`)."""
+    nats_N: np.ndarray
+    """float64, Σ −log p."""
+    targets_N: np.ndarray
+    """int64, the number of its targets."""
+    bytes_N: np.ndarray
+    """float64, bytes of text that its targets stand for."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Return the bits per byte of all documents together."""
+        return bits_per_byte(float(self.nats_N.sum()), float(self.bytes_N.sum()))
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file, complete or not at all. Raises OSError."""
+        temporary = path.with_name(f".{path.name}")
+        with temporary.open("wb") as file:
+            np.savez(file, **vars(self))
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "DocumentLosses":
+        """Read what `save` wrote. Raises OSError, ValueError or TypeError for another file."""
+        with np.load(path) as arrays:
+            return cls(**arrays)
 
 
 @dataclass(frozen=True)
@@ -22,6 +58,12 @@ class Evaluation:
     """Nats per valid target."""
     val_bits_per_byte: float
     """Σ −log p / (ln 2 · bytes of the target text)."""
+    documents: DocumentLosses | None = field(default=None, repr=False, compare=False)
+    """Its parts; None where the text has no documents."""
+
+    def numbers(self) -> dict[str, float]:
+        """Return what a record and a checkpoint keep; `Evaluation(**…)` takes it."""
+        return {"val_loss": self.val_loss, "val_bits_per_byte": self.val_bits_per_byte}
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -39,21 +81,28 @@ def evaluate(
 ) -> Evaluation:
     """Return the loss on the first `n_windows` validation windows, always the same ones.
 
-    Each rank takes `micro_batch_size` of them at a time. Sums are float64 and divided once, so the
-    result depends neither on the micro-batch nor on the number of ranks beyond float32 rounding.
-    Collective."""
-    device, mesh = model.device, parallelism.mesh
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    Each rank takes `micro_batch_size` of them at a time. Sums are float64, so the result depends
+    neither on the micro-batch nor on the number of ranks beyond float32 rounding. Collective."""
+    device, mesh, hash_N = model.device, parallelism.mesh, stream.val_documents
+    sums = np.zeros((3, len(hash_N)))
     was_training = model.training
     model.eval()
     for begin in range(0, n_windows, micro_batch_size * mesh.size):
         end = min(begin + micro_batch_size * mesh.size, n_windows)
         batch = rank_rows(stream.val_windows(begin, end), mesh.rank, mesh.size)
         for micro in micro_batches(batch, micro_batch_size, device):
-            ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher)
-            sums[0] += model(micro.tokens_BS, micro.targets_BS, ctx).nats
-        sums[1:] += torch.tensor(count_targets(batch), dtype=torch.float64, device=device)
+            ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher, log_probs=True)
+            log_probs_BS = model(micro.tokens_BS, micro.targets_BS, ctx).log_probs_BS
+            values = (-log_probs_BS, micro.targets_BS >= 0, micro.bytes_BS)
+            document_T = micro.document_BS.flatten().cpu().numpy()
+            for i, value_BS in enumerate(values):
+                value_T = value_BS.flatten().double().cpu().numpy()
+                sums[i] += np.bincount(document_T, value_T, len(hash_N))
     reshard(model)
     model.train(was_training)
-    nats, targets, n_bytes = sum_over(mesh.world, sums, mesh, "evaluation").tolist()
-    return Evaluation(nats / targets, bits_per_byte(nats, n_bytes))
+    total = sum_over(mesh.world, torch.from_numpy(sums).to(device), mesh, "evaluation")
+    nats_N, targets_N, bytes_N = total.cpu().numpy()
+    seen = targets_N > 0
+    parts = hash_N[seen], nats_N[seen], targets_N[seen].astype(np.int64), bytes_N[seen]
+    documents = DocumentLosses(*parts)
+    return Evaluation(nats_N.sum() / targets_N.sum(), documents.bits_per_byte, documents)

@@ -1,6 +1,6 @@
 """The progress of a run: all that a resumed run needs beside weights and optimiser state."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Progress:
         """Return JSON-ready values; `restore` takes them."""
         plain = {k: v for k, v in vars(self).items() if k not in ("spikes", "interval", "load")}
         for name in ("first", "last"):
-            plain[name] = None if plain[name] is None else asdict(plain[name])
+            plain[name] = None if plain[name] is None else plain[name].numbers()
         return {
             **plain,
             "load": None if self.load is None else [x.tolist() for x in self.load],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from headway.config import Config, UsageError
+from headway.eval.bits_per_byte import DocumentLosses
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import MeshDispatcher
 from headway.parallel.parallelize import Parallelism
@@ -65,6 +66,16 @@ class Records:
             self.sink.write({**counters, "seconds": self.progress.seconds, **record})
         except OSError as error:
             self.log(f"metrics of step {self.progress.step} were not written: {error.strerror}")
+
+    def write_documents(self, documents: DocumentLosses) -> None:
+        """Write documents.npz, the loss of each validation document at the end of the run, with
+        which it can be compared to others later. A write error is logged and otherwise ignored."""
+        if not self.parallelism.mesh.is_main:
+            return
+        try:
+            documents.save(self.run_dir / "documents.npz")
+        except OSError as error:
+            self.log(f"documents.npz was not written: {error.strerror}")
 
     def event(self, name: str, detail: str) -> None:
         """Record something that the reader of the report should know."""

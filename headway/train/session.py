@@ -11,7 +11,6 @@ A trainer brings its data and its loop:
             session.end_step(result, reason)
         return session.finish()"""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -173,7 +172,9 @@ class Session(Generic[D]):
         with self.parallelism.mesh.traffic.paused():
             evaluation = self.data.evaluate(self.model, self.parallelism)
         self.progress.add_evaluation(evaluation)
-        self.records.write(dataclasses.asdict(evaluation))
+        self.records.write(evaluation.numbers())
+        if evaluation.documents is not None and self.progress.step == self.config.optim.steps:
+            self.records.write_documents(evaluation.documents)
         self.log(
             f"step {self.progress.step}/{self.config.optim.steps}  "
             f"val loss {evaluation.val_loss:.4f}  "

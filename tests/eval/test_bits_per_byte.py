@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.validation import validation_text
-from headway.eval.bits_per_byte import bits_per_byte, evaluate
+from headway.eval.bits_per_byte import DocumentLosses, bits_per_byte, evaluate
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 
@@ -66,9 +67,54 @@ def test_the_batch_size_does_not_choose_the_text(stream):
         )
     ]
     for other in results[1:]:
-        assert dataclasses.astuple(other) == pytest.approx(
-            dataclasses.astuple(results[0]), rel=1e-12
-        )
+        assert other.numbers() == pytest.approx(results[0].numbers(), rel=1e-12)
+
+
+def test_documents_add_up_to_the_whole_and_are_those_of_the_files(tmp_path):
+    """Each document alone, against logits of the windows it is read in."""
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(" ".join(str((i + 2) ** j) for j in range(4 + i)))
+    config = DataConfig(
+        (str(tmp_path / "*.txt"),), val_fraction=0.4, seq_len=16, cache_dir=str(tmp_path / "cache")
+    )
+    stream = Stream(prepare(config, load_tokenizer("bytes"), lambda _: None), config, seed=0)
+    subject = model(torch.float64)
+    result = evaluate(subject, stream, stream.n_val_windows, 7)
+    documents = result.documents
+    assert (
+        documents is not None
+        and 1 < len(documents.hash_N) == stream.dataset.sources[0].val.documents
+    )
+    whole = [documents.nats_N.sum(), documents.targets_N.sum(), documents.bytes_N.sum()]
+    assert (
+        whole[1] == stream.dataset.val_tokens
+        and whole[2] == stream.dataset.sources[0].val.text_bytes
+    )
+    assert result.val_loss == pytest.approx(whole[0] / whole[1], rel=1e-12)
+    assert result.val_bits_per_byte == documents.bits_per_byte
+    ids = np.concatenate(stream.dataset.sources[0].val.parts).astype(np.int64)
+    ends = stream.dataset.sources[0].index.documents(stream.dataset.sources[0].index.val)["end"]
+    ring = torch.from_numpy(np.concatenate([ids[-1:], ids]))
+    nats = torch.cat(
+        [
+            -subject(ring[None, at : at + 16])
+            .logits_BSV.log_softmax(-1)[0]
+            .gather(-1, ring[at + 1 : at + 17, None])
+            .flatten()
+            for at in range(0, len(ids), 16)
+            if len(ring[at + 1 : at + 17]) == len(ring[at : at + 16])
+        ]
+    ).detach()
+    starts = [0, *ends[:-1]]
+    for i, (begin, end) in enumerate(zip(starts, ends, strict=True)):
+        assert documents.targets_N[i] == end - begin
+        assert documents.bytes_N[i] == end - begin - 1  # an eos stands for no text
+        if end <= len(nats):
+            assert documents.nats_N[i] == pytest.approx(float(nats[begin:end].sum()), rel=1e-10)
+    path = tmp_path / "documents.npz"
+    documents.save(path)
+    again = DocumentLosses.load(path)
+    assert all(np.array_equal(vars(again)[name], value) for name, value in vars(documents).items())
 
 
 def test_a_text_without_bytes_has_no_bits_per_byte():

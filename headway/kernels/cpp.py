@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from headway.config import cache_root
+from headway.kernels.capture import capturing
 
 SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
@@ -62,7 +63,10 @@ class CppKernels:
                 assert value.is_contiguous()
                 value = value.data_ptr()
             plain.append(value)
-        function(*plain, torch.get_num_threads())
+        plain.append(torch.get_num_threads())
+        function(*plain)
+        if capture := capturing():
+            capture.record(function, tuple(plain))
 
     def compute(self, name: str, dtype: torch.dtype, *sizes: int) -> int:
         """Return what `headway_NAME_DTYPE(sizes…)` computes, a C long."""
@@ -83,11 +87,13 @@ def undispatched(x: Tensor) -> bool:
     """Return whether the function behind a custom operator may be called with `x` itself.
 
     PyTorch's dispatch of an operator written in Python costs more than the kernel does for one
-    token. It is needed where something looks at operators: autograd, a compiler or tracer, a mode,
-    or a tensor that is not a plain one (fake, distributed)."""
+    token. It is needed where something looks at operators: autograd, a compiler or tracer, a mode
+    (but a capture, which sees the function itself), or a tensor that is not a plain one (fake,
+    distributed)."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
+    plain = not torch._C._len_torch_dispatch_stack() or capturing() is not None
+    return type(x) is Tensor and plain
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.capture import capturing
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.precision import without_autocast
 
@@ -117,10 +118,11 @@ def packed_rows(weight: PackedWeight, index: Tensor) -> Tensor:
     """Return rows of a weight without heads (of a table of embeddings): int64 `[...]` →
     `[..., K]`.
 
-    Raises: IndexError for one outside 0 … N − 1."""
+    Raises: IndexError for one outside 0 … N − 1; in replays of a capture its row is NaN."""
     if not weight.batch_invariant:
         return F.embedding(index, weight.data[0])
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < weight.n_out:
+    looks = index.numel() and not capturing()
+    if looks and not 0 <= int(index.min()) <= int(index.max()) < weight.n_out:
         raise IndexError(f"an index lies outside 0 … {weight.n_out - 1}")
     out = torch.empty(*index.shape, weight.n_in, dtype=weight.dtype)
     sizes = (index.numel(), weight.n_in, weight.n_out)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway.config import RouterGate
+from headway.kernels.capture import capturing
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
 from headway.kernels.gpu import gpu_kernels
@@ -143,7 +144,8 @@ def route_logits(
         score + bias, ties to the lowest index.
         gate, renormalize, scale: see `RouterConfig`. The score is σ(logit) with `sigmoid`, else the
         logit.
-    Raises: IndexError where a replayed index is no expert (RuntimeError on PyTorch's path)."""
+    Raises: IndexError where a replayed index is no expert (RuntimeError on PyTorch's path); under a
+    capture nobody looks."""
     bias_HE = bias_HE.to(logits_THE.dtype)
     arguments = (logits_THE, bias_HE, index_THK, k, gate, renormalize, float(scale))
     takes = cpp_kernels().supports(logits_THE, bias_HE) and logits_THE.dtype == torch.float32
@@ -167,7 +169,8 @@ def _route(
     K = k
     if index_THK is not None:
         K, index_THK = index_THK.shape[-1], index_THK.long().contiguous()
-        if index_THK.numel() and not 0 <= int(index_THK.min()) <= int(index_THK.max()) < E:
+        looks = index_THK.numel() and not capturing()
+        if looks and not 0 <= int(index_THK.min()) <= int(index_THK.max()) < E:
             raise IndexError(f"a replayed index lies outside 0 … {E - 1}")
     logits, token, head = _laid(logits_THE)
     out, inputs = _empty(logits_THE, K), (logits, bias_HE.contiguous(), index_THK)

@@ -41,13 +41,15 @@ def slots_of(segments: Sequence[Segment]) -> list[int]:
 
 
 class PagedPositions(Positions):
-    """Positions of the tokens of a pass, and the pages of their sequences."""
+    """Positions of the tokens of a pass, and the pages of their sequences.
+
+    `n_pages`: room in the table for the pages of a sequence; 0: what these have."""
 
     make_tables = staticmethod(rope_rows)
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device):
+    def __init__(self, segments: Sequence[Segment], device: torch.device, n_pages: int = 0):
         self.device, self.ragged = device, False
-        width = max(len(segment.pages) for segment in segments)
+        width = n_pages or max(len(segment.pages) for segment in segments)
         table = [[*s.pages, *[0] * (width - len(s.pages))] for s in segments]
         index = [i for s in segments for i in range(s.start, s.start + s.n_new)]
         firsts = [0, *accumulate(s.n_new for s in segments)]
@@ -57,6 +59,14 @@ class PagedPositions(Positions):
             torch.tensor(rows, device=device), torch.tensor(table, dtype=torch.int32, device=device)
         )
         self._tables = {}
+
+    def rewrite(self, segments: Sequence[Segment]) -> None:
+        """Describe another pass of as many sequences, one token of each, in the same memory (on the
+        CPU), for a capture that reads it."""
+        index, rows, table = (t.numpy() for t in (self.index, *self.where))
+        for i, segment in enumerate(segments):
+            index[i] = rows[i, 2] = segment.start
+            table[i, : len(segment.pages)] = segment.pages
 
     def prepare(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.rope(config, dtype)

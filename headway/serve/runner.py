@@ -8,19 +8,22 @@ the others, who run the same model on the same tokens (`parallel/replicated.py`)
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from headway.kernels.capture import CannotCapture
 from headway.kernels.packed import batch_invariant
 from headway.model.build import paged_mixers
 from headway.model.context import Context
 from headway.model.dispatch import LOCAL, TokenDispatcher
-from headway.model.paged import PAGE, PagedCache, Segment
+from headway.model.paged import PAGE, PagedCache, PagedPositions, Segment
 from headway.model.transformer import Output, Transformer
 from headway.parallel.mesh import Mesh
 from headway.parallel.replicated import ReplicatedDispatcher
+from headway.serve.graphs import MAX_ROWS, DecodeGraph
 
 
 class Pass(NamedTuple):
@@ -35,6 +38,12 @@ class Pass(NamedTuple):
     routes: bool
     """Whether the chosen experts are wanted."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one token, whose logits are wanted in that order."""
+        n = len(self.tokens)
+        return len(self.segments) == n and self.rows == list(range(n))
+
 
 class Runner:
     """A model and its pages, in one process; or on every rank of a mesh that runs the same passes
@@ -44,11 +53,15 @@ class Runner:
         self.model, self.dispatcher = model, dispatcher
         self.mixers = paged_mixers(model.blocks())
         self.states: list[Any] = []
+        self._n_pages, self._captures = 0, False
+        self._graphs: dict[tuple[int, int, bool], DecodeGraph] = {}
 
     def allocate(self, n_pages: int) -> None:
         """Make the pages."""
         dtype, device = self.model.dtype, self.model.device
         self.states = [mixer.init_pages(n_pages, dtype, device) for mixer in self.mixers]
+        self._n_pages, self._graphs = n_pages, {}
+        self._captures = self.batch_invariant and self.dispatcher is LOCAL
 
     @property
     def batch_invariant(self) -> bool:
@@ -77,19 +90,35 @@ class Runner:
         for source, target in work.copies:
             for state in self.states:
                 state.copy_page(source, target)
-        device = self.model.device
         ctx = Context(
             cache=PagedCache(self.states, work.segments),
             dispatcher=self.dispatcher,
-            rows_R=torch.tensor(work.rows, dtype=torch.int64, device=device),
             report=frozenset({"routes"} if work.routes else ()),
         )
+        if self._captures and work.decodes and len(work.tokens) <= MAX_ROWS:
+            try:
+                return self._replayed(work, ctx)
+            except CannotCapture:
+                self._captures = False
+        device = self.model.device
+        ctx = replace(ctx, rows_R=torch.tensor(work.rows, dtype=torch.int64, device=device))
         output = self.model(torch.tensor([work.tokens], device=device), ctx=ctx)
         assert output.logits_BSV is not None
         return output._replace(logits_BSV=self.dispatcher.broadcast(output.logits_BSV))
 
+    def _replayed(self, work: Pass, ctx: Context) -> Output:
+        """Run a pass of decoding from its graph, which the first of its shape captures."""
+        key = len(work.tokens), torch.get_num_threads(), work.routes
+        if graph := self._graphs.get(key):
+            return graph.run(work.tokens, work.segments)
+        positions = PagedPositions(work.segments, self.model.device, self._n_pages)
+        ctx = replace(ctx, positions=positions)
+        graph = self._graphs[key] = DecodeGraph(self.model, work.tokens, positions, ctx)
+        return graph.output
+
     recovers = True
     """Whether further passes can follow one that failed; on a mesh the ranks may differ."""
+
     idle_after: float | None = None
     """Seconds without a pass after which `idle` is due; None: never."""
 

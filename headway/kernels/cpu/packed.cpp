@@ -47,16 +47,20 @@ void pack(const S* w, long heads, long K, long cols, Unit* out, int threads) {
   }
 }
 
-// out [n, K]: the given columns of a packed matrix, which are rows of the weight.
+// out [n, K]: the given columns of a packed matrix, which are rows of the weight; NaN for one that it has not.
 template <class T>
 void unpack(const Unit* w, const int64_t* index, long n, long K, long cols, T* out, int threads) {
   constexpr int PER = Elem<T>::PER;
   const long units = units_of_row<T>(K);
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * K > FEW)
   for (long i = 0; i < n; ++i) {
+    T* to = out + i * K;
+    if (index[i] < 0 || index[i] >= cols) {
+      memset(to, 0xff, K * sizeof(T));
+      continue;
+    }
     const long p = index[i] / PANEL, width = panel_width(cols, p);
     const Unit* from = w + p * PANEL * units + index[i] % PANEL;
-    T* to = out + i * K;
     for (long u = 0; u < units; ++u, from += width)
       memcpy(to + u * PER, from, (K - u * PER < PER ? K - u * PER : PER) * sizeof(T));
   }

@@ -22,8 +22,9 @@ class DataConfig:
     source: tuple[str, ...] = ("stdlib",)
     """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, JSON
     lines with a `text` field, .csv, .tsv or .parquet with a `text` column; .gz, .bz2, .xz and .zst
-    are unpacked), or `hf:NAME[:SPLIT]` for a Hugging Face data set. Parquet, .zst and hf need the
-    extra `[data]`."""
+    are unpacked), `hf:NAME[:SPLIT]` for a Hugging Face data set (parquet, .zst and hf need the
+    extra `[data]`), or `set:NAME[:LABEL]` for text out of packages: python, kernel-docs, languages,
+    help, wiki."""
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
     tokenizer: str = "bytes"
@@ -57,7 +58,7 @@ class DataConfig:
         """Raise UsageError for values that no data could satisfy."""
         sources, weights = self.source, self.weights
         if not sources:
-            fix = "give stdlib, a file, a folder, a glob or hf:NAME"
+            fix = "give stdlib, a file, a folder, a glob, hf:NAME or set:NAME"
             raise UsageError(f"data.source is empty; {fix}")
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"val_fraction {self.val_fraction} must lie between 0 and 1; try 0.05")

@@ -6,6 +6,7 @@ FILE, FOLDER or GLOB   .jsonl, .ndjson, and .json with an object per line (field
                        each may be packed (.gz, .bz2, .xz, .zst); .parquet and .zst need `[data]`
 hf:NAME[@CONFIG][:SPLIT[:N]]
                        a Hugging Face data set, streamed, or its first N rows (extra `[data]`)
+set:NAME[:LABEL]       text out of packages: see text_sets.py
 """
 
 import glob
@@ -20,6 +21,7 @@ from pathlib import Path
 from headway.config import UsageError
 from headway.data.files import Found, counted, once, ordinary, sampled_hashes, walk
 from headway.data.records import HfName
+from headway.data.text_sets import text_set
 
 _NOT_LIBRARY = "site-packages dist-packages __pycache__ test tests idle_test lib-dynload".split()
 # These say how and where this machine's Python was built.
@@ -32,6 +34,8 @@ def files(spec: str) -> Found:
     are none."""
     if spec == "stdlib":
         return Found(ordinary(_stdlib_files(), Counter()))
+    if spec.startswith("set:"):
+        return text_set(spec)
     if spec.startswith("hf:"):
         folder = Path(HfName.parse(spec).name).expanduser()
         return walk(folder) if folder.is_dir() else Found()
@@ -62,7 +66,7 @@ def files(spec: str) -> Found:
     source = Found(once(matches, left_out), left_out)
     if not source.files:
         what = "matches no file" if glob.has_magic(spec) else "does not exist"
-        fix = "give stdlib, a file, a folder, a glob or hf:NAME[:SPLIT]"
+        fix = "give stdlib, a file, a folder, a glob, hf:NAME[:SPLIT] or set:NAME"
         raise UsageError(f"data source {spec!r} {what}; {fix}")
     return source
 

@@ -174,7 +174,7 @@ def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:
 def _check_apart(spec: str, root: Path) -> None:
     """Raise UsageError if the cache would be read as data."""
     folder = Path(spec).expanduser()
-    if spec == "stdlib" or spec.startswith("hf:") or not folder.is_dir():
+    if spec == "stdlib" or spec.startswith(("hf:", "set:")) or not folder.is_dir():
         return
     data, inside = folder.resolve(), root.resolve()
     if not inside.is_relative_to(data):

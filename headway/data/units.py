@@ -191,7 +191,7 @@ def _kind(path: Path, spec: str) -> Kind:
             return "table"
         case ".parquet":
             return "parquet"
-        case ".py" if spec == "stdlib":
+        case ".py" if spec == "stdlib" or spec.startswith("set:python"):
             return "library"
         case _:
             return "text"

@@ -118,12 +118,11 @@ def text_set(spec: str) -> Found:
         raise UsageError(f"text set {name!r} has no label {label!r}; it has {there}")
     if name == "python":
         return _python([label] if label else PYTHON)
-    found = Found()
+    source = Found()
     for package in packages(name, label):
         folder = _folder(package) / "text"
-        part = walk(folder / label if (folder / label).is_dir() else folder)
-        found.files += part.files
-    return found
+        source.files += walk(folder / label if (folder / label).is_dir() else folder).files
+    return source
 
 
 def manifests(spec: str) -> dict[str, dict]:
@@ -137,10 +136,10 @@ def _python(names: list[str] | tuple[str, ...]) -> Found:
     """Return the .py files of installed packages."""
     paths: list[Path] = []
     for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or not found.submodule_search_locations:
+        module = importlib.util.find_spec(name)
+        if module is None or not module.submodule_search_locations:
             raise UsageError(f"text set 'python' needs {name}: pip install {name}")
-        root = Path(next(iter(found.submodule_search_locations)))
+        root = Path(next(iter(module.submodule_search_locations)))
         paths += sorted(p for p in root.rglob("*.py") if "__pycache__" not in p.parts)
     return Found(ordinary(paths, Counter()))
 

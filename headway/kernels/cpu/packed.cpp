@@ -39,6 +39,7 @@ void linear(const T* x, const Unit* w, const float* bias, long rows, long heads,
 template <class T, class S>
 void pack(const S* w, long heads, long K, long cols, Unit* out, int threads) {
   const long units = units_of_row<T>(K), panels = panels_of(cols);
+  large_pages(out, heads * units * pad(cols, VL) * sizeof(Unit));
 #pragma omp parallel for num_threads(threads) schedule(static) if (heads * K * cols > FEW)
   for (long i = 0; i < heads * panels; ++i) {
     const long h = i / panels, p = i % panels, n = cols - p * PANEL < PANEL ? cols - p * PANEL : PANEL;

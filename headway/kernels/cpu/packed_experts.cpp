@@ -40,6 +40,7 @@ void panels(const Unit* from, long units, long cols, Unit* out) {
 
 template <class T, class S>
 void pack(const S* w_in, const S* w_out, long experts, const Sizes<T>& s, Unit* out, int threads) {
+  large_pages(out, experts * s.all * sizeof(Unit));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long e = 0; e < experts; ++e) {
     Unit *rows = (Unit*)malloc(s.all * sizeof(Unit)), *to = out + e * s.all;

@@ -10,6 +10,9 @@
 // that the result of a row depends on nothing but the row (and equals `product` of tile.h bit for bit).
 #pragma once
 #include "tile.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace headway {
 
@@ -21,6 +24,16 @@ constexpr long panel_width(long cols, long p) {
   return cols - p * PANEL < PANEL ? pad(cols - p * PANEL, VL) : PANEL;
 }
 constexpr long panels_of(long cols) { return (cols + PANEL - 1) / PANEL; }
+
+// Asks for pages of 2 MiB under weights that will be written for the first time: a stream through them then
+// waits less for addresses (7% of the time of 50 experts).
+static void large_pages(void* weights, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 1 << 21, from = ((uintptr_t)weights + page - 1) / page * page;
+  const uintptr_t to = ((uintptr_t)weights + bytes) / page * page;
+  if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
+}
 
 // C [M, PANEL] = A·B over some units; goes on with the sums in C where `more`. Asks on its way for the memory
 // from `next` on, `step` bytes per unit, which the processor would not yet read ahead by itself; null is none.

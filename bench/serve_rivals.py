@@ -5,6 +5,8 @@ replies took together, N tokens each, the most likely ones.
 `vllm` runs in an environment without Headway: nothing of it is imported before it is needed.
 """
 
+import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,24 +19,31 @@ Side = Callable[[dict], dict]
 
 
 def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
-    """The engine in this process."""
+    """The engine in this process. Adds what its decoding steps were: experts that they touched on
+    average, and the median share of a step outside forward pass and sampling."""
     from headway.serve.engine import Engine
     from headway.serve.params import SamplingParams
 
     engine = Engine.load(folder, "cpu", dtype, threads, max_len=4096, cache_tokens=16 * 1024)
+    counters = engine.counters
 
     def step(request: dict) -> dict:
         engine.scheduler.pool.forget(range(engine.scheduler.pool.n_pages))
         params = SamplingParams(request["tokens"], temperature=0, ignore_eos=True)
-        before, begin = engine.counters.steps, time.perf_counter()
-        replies = engine.generate(request["prompts"], params)
+        touched, outside, begin = [], [], time.perf_counter()
+        text = {engine.add(ids, params).id: [] for ids in request["prompts"]}
+        while engine.has_work:
+            for update in engine.step():
+                text[update.request.id] += update.tokens
+            computed = counters.forward_seconds + counters.sampling_seconds
+            touched.append(counters.experts_touched)
+            outside.append(1 - computed / counters.step_seconds)
         seconds = time.perf_counter() - begin
         return {
             "seconds": seconds,
-            "steps": engine.counters.steps - before,
-            "outside": engine.counters.step_seconds - engine.counters.forward_seconds,
-            "touched": engine.counters.experts_touched,
-            "text": [reply[0].tokens for reply in replies],
+            "touched": statistics.mean(touched[1:] or touched),  # the first reads the prompts
+            "outside": statistics.median(outside[1:] or outside),
+            "text": list(text.values()),
         }
 
     return step
@@ -65,16 +74,19 @@ def transformers(folder: str, threads: int, variant: str) -> Side:
     return step
 
 
-def vllm(folder: str, threads: int) -> Side:
-    """vLLM's offline engine on CPUs."""
+def vllm(folder: str, threads: int, mode: str) -> Side:
+    """vLLM's offline engine on CPUs, `eager` or `compiled`. It gives one of two cores to the model,
+    the other one to its own process."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; else most of the memory there is
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         folder,
         dtype="bfloat16",
         max_model_len=4096,
-        enforce_eager=True,
+        enforce_eager=mode == "eager",
         enable_prefix_caching=False,
+        gpu_memory_utilization=0.3,  # the share of memory that has to be free
         disable_log_stats=True,
     )
 

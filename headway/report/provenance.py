@@ -89,18 +89,19 @@ def _git(folder: Path, *arguments: str) -> str | None:
         return None
 
 
-def commit(folder: str | Path = PACKAGE) -> tuple[str, bool]:
+def commit(folder: str | Path = PACKAGE, besides: str = "") -> tuple[str, bool]:
     """Return (commit hash, dirty) of the source tree that holds `folder`; ("unknown", False)
     outside git.
 
-    Dirty: a tracked file anywhere in the tree differs from the commit, or `folder` holds a new
-    file. A package installed below somebody else's repository is not tracked there, hence
-    `unknown`."""
+    Dirty: a tracked file anywhere in the tree, `besides` those of one folder of its root, differs
+    from the commit, or `folder` holds a new file. A package installed below somebody else's
+    repository is not tracked there, hence `unknown`."""
     folder = Path(folder)
     head = _git(folder, "rev-parse", "--verify", "HEAD")
     if head is None or not _git(folder, "ls-files", "--", "."):
         return "unknown", False
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    paths = [":/", f":(top,exclude){besides}"] if besides else [":/"]
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *paths)
     new = _git(folder, "status", "--porcelain", "--", ".")
     return head, bool(changed or new)
 

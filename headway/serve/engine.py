@@ -69,11 +69,8 @@ class Counters:
     """Of the last step."""
     forward_seconds: float = 0.0
     """Of its pass."""
-
-    def count_step(self, forward_seconds: float, seconds: float) -> None:
-        """Count a step that has ended."""
-        self.steps += 1
-        self.forward_seconds, self.step_seconds = forward_seconds, seconds
+    sampling_seconds: float = 0.0
+    """Of drawing its tokens."""
 
 
 class Engine:
@@ -205,13 +202,12 @@ class Engine:
         begin = perf_counter()
         wanted = _Wanted(self.scheduler.schedule())
         try:
-            logits_RV = self._forward(wanted)
-            computed = perf_counter()
-            updates = self._advance(wanted, logits_RV)
+            updates = self._advance(wanted, self._forward(wanted))
         except Exception:
             self._drop(wanted)
             raise
-        self.counters.count_step(computed - begin, perf_counter() - begin)
+        self.counters.steps += 1
+        self.counters.step_seconds = perf_counter() - begin
         return updates
 
     def generate(
@@ -237,7 +233,9 @@ class Engine:
         rows = [*wanted.scored, *wanted.sampled]
         work = pass_of(wanted.chunks, rows, self._copies, self._routes is not None)
         self._copies = []
+        begin = perf_counter()
         output = self.runner.run(work)
+        self.counters.forward_seconds = perf_counter() - begin
         if self._routes is not None:
             self._routes.write(slots_of(work.segments), output.routes)
         self.counters.experts_touched = sum(int(s.counts_HE.count_nonzero()) for s in output.stats)
@@ -261,7 +259,9 @@ class Engine:
             choices = [sequence, *self._fork(sequence)]
             sequences += choices
             rows += [i] * len(choices)
+        begin = perf_counter()
         sampled = sample(logits_RV[rows], [s.row for s in sequences]) if rows else None
+        self.counters.sampling_seconds = perf_counter() - begin
         if sampled is not None:
             drawn = zip(sequences, map(TokenLogprob, *sampled), strict=True)
             updates += [self._take(sequence, token) for sequence, token in drawn]

@@ -47,6 +47,17 @@ def test_dirty(tree, file, dirty):
     assert commit(tree / "pkg")[1] is dirty
 
 
+def test_a_folder_that_does_not_count(tree):
+    (tree / "docs").mkdir()
+    (tree / "docs" / "numbers.json").write_text("1")
+    git(tree, "add", ".")
+    git(tree, "commit", "-q", "-m", "second")
+    (tree / "docs" / "numbers.json").write_text("2")
+    assert commit(tree / "pkg")[1] and not commit(tree / "pkg", besides="docs")[1]
+    (tree / "bench.py").write_text("changed\n")
+    assert commit(tree / "pkg", besides="docs")[1]
+
+
 def test_outside_git_and_without_git(tmp_path, monkeypatch):
     assert commit(tmp_path) == ("unknown", False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -138,6 +138,15 @@ def test_the_end_of_a_prompt_is_scored_from_the_cache(engine):
         assert scores[max(start, 1) :] == pytest.approx(expected[max(start, 1) :], abs=1e-12)
 
 
+def test_the_time_of_a_step_holds_that_of_its_pass_and_of_its_draws(engine):
+    inference = engine()
+    inference.add(prompts([5])[0], GREEDY)
+    inference.step()
+    c = inference.counters
+    assert c.steps == 1 and min(c.forward_seconds, c.sampling_seconds) > 0
+    assert c.forward_seconds + c.sampling_seconds < c.step_seconds
+
+
 def test_a_prefix_is_computed_once(engine):
     first, second = prompts([5, 9], shared=50)
     inference = engine()

@@ -1,7 +1,7 @@
 """`headway eval`: bits per byte of a trained model."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from headway.cli import trained
@@ -60,7 +60,7 @@ def evaluate(args: Sequence[str]) -> int:
     if options.via_http:
         difference = _via_http(options, model, stream, text.windows)
     answer = {
-        **asdict(result),
+        **result.numbers(),
         **difference,
         "windows": text.windows,
         "validation": text.fingerprint,

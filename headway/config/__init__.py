@@ -24,4 +24,4 @@ from headway.config.optim import OptimConfig
 from headway.config.rope import RopeConfig
 from headway.config.router import RouterConfig, RouterGate
 from headway.config.run import RunConfig
-from headway.config.tree import Config, from_dict, leaves
+from headway.config.tree import Config, from_dict, leaves, with_leaf

@@ -65,6 +65,16 @@ def from_dict(cls: type, values: dict):
     return cls(**arguments)
 
 
+def with_leaf(config: Any, path: str, value: Any) -> Any:
+    """Return `config` with the leaf at `path`, as `model.moe.top_k`, replaced. Raises UsageError
+    for a path that it has not."""
+    name, _, rest = path.partition(".")
+    if name not in {f.name for f in dataclasses.fields(config)}:
+        raise UsageError(f"{type(config).__name__} has no field {name!r}")
+    inner = with_leaf(vars(config)[name], rest, value) if rest else value
+    return dataclasses.replace(config, **{name: inner})
+
+
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts: `{"model": {"d_model": 1}}` → `{"model.d_model": 1}`."""
     flat: dict[str, Any] = {}

@@ -5,7 +5,7 @@ updated and sharded follows from its role (`model.roles`)."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -96,14 +96,18 @@ def model_costs(
     bytes_per_value: int = 4,
     blocks: BlockBuilder = build_block,
     dense_masks: bool = False,
+    edit: Callable[[Transformer], None] | None = None,
 ) -> ModelCosts:
     """Return the costs of a config whose vocabulary is resolved, with `batch` sequences in a
     forward pass. `blocks` builds blocks with modules of your own, as in `Transformer`;
-    `dense_masks` is that of `Workload`."""
+    `dense_masks` is that of `Workload`; `edit` changes the model, as in `train.loop.train`."""
     data = config.data
     work = Workload(data.seq_len, batch, bytes_per_value, data.doc_mask, dense_masks)
     with torch.device("meta"):
         model = Transformer(config.model, Compute(recompute=config.run.recompute), blocks=blocks)
+        if edit is not None:
+            with torch.no_grad():
+                edit(model)
     return ModelCosts.of(model, work)
 
 

@@ -93,6 +93,11 @@ ROOMS = (
         "a session (mesh, model, optimisers, records, saves, stops), the step, the pre-training loop",
         "config kernels model parallel data eval report plan optim checkpoint serve",
     ),
+    Room(
+        "lab",
+        "fair comparisons of designs: experiments, matched budgets, statistics",
+        "config model data eval report plan optim train",
+    ),
     Room("cli", "a file per verb; `main.py` has the exit codes; nothing imports it", "*"),
 )
 

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-EXTRAS = "transformers fastapi uvicorn jinja2 llguidance gguf prometheus_client openai".split()
+EXTRAS = (
+    "transformers fastapi uvicorn jinja2 llguidance gguf prometheus_client openai scipy".split()
+)
 
 
-@pytest.mark.parametrize("room", ["hub", "serve", "server"])
+@pytest.mark.parametrize("room", ["hub", "serve", "server", "lab"])
 def test_importing_every_module_needs_no_extra(room):
     package = importlib.import_module(f"headway.{room}")
     modules = [m.name for m in pkgutil.walk_packages(package.__path__, f"headway.{room}.")]

@@ -15,7 +15,8 @@ def test_eval_reads_run_and_checkpoint(run, place):
     again = call("eval", run, "--tokens", 128, "--json").json["val_bits_per_byte"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
-    assert again == pytest.approx(last, rel=1e-6)  # the same eight windows as in the loop
+    # the same eight windows as in the loop, whose logits are bfloat16 on some CPUs
+    assert again == pytest.approx(last, rel=1e-5)
     other = call("eval", run, "--data", place / "tiny.py", place / "text.txt", "--json")
     assert other.code == 2 or other.json["data"][0].endswith("tiny.py")
     assert "below 0" in mistake("eval", run, "--tokens", -1)

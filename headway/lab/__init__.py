@@ -1,0 +1,1 @@
+"""Fair comparisons of designs: equal budgets, paired seeds, statistics."""

@@ -72,6 +72,13 @@ def _check_batch(config: Config) -> None:
             f"a mesh of {mesh.size} ranks{micro} must divide batch_size={data.batch_size}, so that "
             f"every rank has as many rows; use batch_size {fit}"
         )
+    last = data.last_batch_size
+    if last % mesh.size or (last > at_once and last % at_once):
+        fit = -(-last // at_once) * at_once
+        raise UsageError(
+            f"a mesh of {mesh.size} ranks with micro_batch_size={data.micro_batch_size} does not "
+            f"divide data.last_batch_size={last}; use {fit}"
+        )
     rows = data.micro_batch_size or data.batch_size // mesh.size
     if mesh.chunks > rows and moe.counts_by_sequence:
         raise UsageError(

@@ -36,6 +36,9 @@ class DataConfig:
     """S, positions per sample, in tokens."""
     batch_size: int = 8
     """Sequences per optimiser step, over all ranks."""
+    last_batch_size: int = 0
+    """Sequences of the last optimiser step; 0 means batch_size. A budget of tokens or FLOPs is met
+    with it to less than a step."""
     micro_batch_size: int = 0
     """Sequences per forward pass; divides batch_size; 0 means batch_size. Lower it to save memory:
     same step, but for the random numbers of `router.noisy` and `router.jitter`."""
@@ -63,6 +66,11 @@ class DataConfig:
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"val_fraction {self.val_fraction} must lie between 0 and 1; try 0.05")
         at_least(1, "data", vars(self), "seq_len batch_size")
+        if not 0 <= self.last_batch_size <= self.batch_size:
+            raise UsageError(
+                f"data.last_batch_size={self.last_batch_size} is outside 0…"
+                f"data.batch_size={self.batch_size}; use 0 for a whole batch"
+            )
         if self.workers < 0:
             raise UsageError(f"data.workers is {self.workers}; give 1 or more, or 0 for all cores")
         if weights and len(weights) != len(sources):

@@ -38,6 +38,9 @@ class OptimConfig:
     half a cosine. `trapezoid`: constant, then linearly to min_lr_ratio."""
     warmup: float = 0.02
     """Share of the steps over which the rate rises linearly from 0; 0 ≤ warmup < 1."""
+    warmup_steps: int = 0
+    """Steps over which it does, in place of that share; 0 is off. Runs of different lengths that
+    have it in common begin alike, so that they can branch off one another."""
     decay: float = 0.3
     """Share of the steps in which `wsd` and `trapezoid` fall; 0 < decay ≤ 1 − warmup."""
     min_lr_ratio: float = 0.0
@@ -67,6 +70,7 @@ class OptimConfig:
     def check(self) -> None:
         """Raise UsageError for a value out of range, or where warm-up and decay do not fit."""
         at_least(1, "optim", vars(self), "steps max_skipped")
+        at_least(0, "optim", vars(self), "warmup_steps")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"optim.warmup={self.warmup} is outside 0 ≤ warmup < 1; try 0.02")
         if self.schedule != "cosine" and not 0 < self.decay <= 1 - self.warmup:

@@ -50,19 +50,23 @@ class Stream:
         """Return the number of windows of the full validation split."""
         return sum(self._val_windows)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1, micro: int = 0) -> Batch:
+    def batch(
+        self, step: int, rank: int = 0, world: int = 1, micro: int = 0, rows: int = 0
+    ) -> Batch:
         """Return the rows of the global batch of `step` that `rank` takes: with micro-batches of
         `micro` rows (0: one), the i-th of all ranks together are rows i·world·micro … of the batch,
         in rank order, so that `world` ranks see what one process with micro-batches of world·micro
-        rows sees. Raise UsageError if the sizes do not divide."""
-        size = self.config.batch_size
+        rows sees. With `rows` only so many of the batch count, its first ones. Raise UsageError if
+        the sizes do not divide."""
+        size = rows or self.config.batch_size
         if size % world:
             fit = -(-size // world) * world
             raise UsageError(f"{world} ranks do not divide batch_size={size}; use batch_size {fit}")
         micro = micro or size // world
         assert 0 <= rank < world and step >= 0 and size % (world * micro) == 0
+        assert size <= self.config.batch_size
         row_B = np.arange(size, dtype=_U64).reshape(-1, world, micro)[:, rank].flatten()
-        source_B, start_B = self.locate(_U64(step * size) + row_B)
+        source_B, start_B = self.locate(_U64(step * self.config.batch_size) + row_B)
         return self._read([self.dataset.sources[s].train for s in source_B], start_B)
 
     @cached_property

@@ -8,10 +8,10 @@ from headway.config import OptimConfig
 def lr_factor(step: int, config: OptimConfig) -> float:
     """Return the learning rate of optimiser step `step` (from 0) over the peak rate, in [0, 1].
 
-    Warm-up takes W = ⌊warmup·steps⌋ steps, (step+1)/W each, so the first step already moves and
-    step W−1 is at the peak. The last step is at `min_lr_ratio`. A run too short to have a falling
-    part stays at the peak. `wsd` falls by 1−√x (arXiv 2405.18392, §3), `trapezoid` linearly,
-    `cosine` by half a cosine from the peak on."""
+    Warm-up takes W = ⌊warmup·steps⌋ (or `warmup_steps`) steps, (step+1)/W each, so the first step
+    already moves and step W−1 is at the peak. The last step is at `min_lr_ratio`. A run too short
+    to have a falling part stays at the peak. `wsd` falls by 1−√x (arXiv 2405.18392, §3),
+    `trapezoid` linearly, `cosine` by half a cosine from the peak on."""
     last = config.steps - 1
     assert 0 <= step <= last, f"step {step} of {config.steps}"
     warm, peak_end = _warm_up(config), steps_before_fall(config) - 1
@@ -56,11 +56,18 @@ def change(step: int, old: OptimConfig, new: OptimConfig) -> str:
     )
 
 
+def begin_alike(a: OptimConfig, b: OptimConfig, step: int) -> bool:
+    """Return whether the first `step` steps of two runs have the same rates."""
+    if step > min(a.steps, b.steps):
+        return False
+    return all(lr_factor(i, a) == lr_factor(i, b) for i in range(step))
+
+
 def _shape(config: OptimConfig) -> tuple:
     c = config
-    return c.schedule, c.steps, c.warmup, c.decay, c.min_lr_ratio, c.lr
+    return c.schedule, c.steps, c.warmup, c.warmup_steps, c.decay, c.min_lr_ratio, c.lr
 
 
 def _warm_up(config: OptimConfig) -> int:
     """Return the number of steps of the warm-up."""
-    return min(int(config.warmup * config.steps), config.steps - 1)
+    return min(config.warmup_steps or int(config.warmup * config.steps), config.steps - 1)

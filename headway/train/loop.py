@@ -1,5 +1,6 @@
 """Pre-training: the loop over the batches of a text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from headway.data.tokenizer import load_tokenizer
 from headway.model.build import BlockBuilder, build_block
 from headway.train.interrupt import Interrupt
 from headway.train.objective import NextToken
-from headway.train.open_session import open_session
+from headway.train.open_session import Edit, open_session
 from headway.train.records import Log
 from headway.train.resolve import resolve
 from headway.train.session import Session
@@ -26,6 +27,8 @@ def train(
     log: Log = print,
     interrupt: Interrupt | None = None,
     blocks: BlockBuilder = build_block,
+    edit: Edit | None = None,
+    forks: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Train the model of `config` and return the result.
 
@@ -38,11 +41,13 @@ def train(
         log: gets every line for people.
         interrupt: of a caller that is in its context; without one, signals are caught here.
         blocks: builds the blocks of the model, for modules of your own (`model.build`).
+        edit: changes the model once it has its initial values, for what is no option.
+        forks: steps after which the run is kept, for runs of other lengths (`Session.fork`).
     Returns: `val_bits_per_byte`, `val_loss`, `first_val_bits_per_byte`, `best_val_bits_per_byte`,
-        `loss` (training, nats/token), `tokens_per_second`, `steps`, `tokens`, `seconds`, `skipped`,
-        `parameters_total`, `parameters_active`, `sample`, `checkpoint` and `report` (paths or
-        None), `stopped` (why it ended early), `interrupted` (then exit 130), `error` (what could
-        not be saved; then exit 1).
+        `loss` (training, nats/token), `tokens_per_second`, `steps`, `tokens`, `seconds`,
+        `cpu_seconds`, `skipped`, `parameters_total`, `parameters_active`, `sample`, `checkpoint`
+        and `report` (paths or None), `stopped` (why it ended early), `interrupted` (then exit 130),
+        `error` (what could not be saved; then exit 1).
     Raises: `UsageError` before step 0; `RunError` after `optim.max_skipped` skipped steps in a row.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -57,19 +62,22 @@ def train(
         log=log,
         interrupt=interrupt,
         blocks=blocks,
+        edit=edit,
     ) as session:
-        return _loop(session)
+        return _loop(session, forks)
 
 
-def _loop(session: Session[TextData]) -> dict[str, Any]:
+def _loop(session: Session[TextData], forks: Sequence[int]) -> dict[str, Any]:
     config, progress, parallelism = session.config, session.progress, session.parallelism
     model, optimizers, mesh = session.model, session.optimizers, parallelism.mesh
-    balance, size = config.model.moe.balance, config.data.micro_batch_size
+    balance = config.model.moe.balance
     objective = NextToken(balance)
     if progress.step == 0:
         session.evaluate()
     while session.begin_step():
-        batch = session.data.stream.batch(progress.step, mesh.rank, mesh.size, size)
+        rows = session.rows
+        size = min(config.data.micro_batch_size, rows // mesh.size)
+        batch = session.data.stream.batch(progress.step, mesh.rank, mesh.size, size, rows)
         result = gradient(
             model,
             micro_batches(batch, size, mesh.device),
@@ -83,4 +91,6 @@ def _loop(session: Session[TextData]) -> dict[str, Any]:
             lr = session.lr_factor
             update(model, optimizers, result, lr, config.optim, balance, parallelism)
         session.end_step(result, reason)
+        if progress.step in forks:
+            session.fork()
     return session.finish()

@@ -1,6 +1,6 @@
 """Opening a session: the order in which a run takes mesh, folder, data, model and checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from headway.train.records import Log, Records
 from headway.train.resolve import Resolved, Sizes
 from headway.train.session import D, LoadData, Session
 
+Edit = Callable[[Transformer], None]
+"""Changes a built model in place: its values, or its modules, to which it then gives values."""
+
 
 @contextmanager
 def open_session(
@@ -44,13 +47,14 @@ def open_session(
     log: Log = print,
     interrupt: Interrupt | None = None,
     blocks: BlockBuilder = build_block,
+    edit: Edit | None = None,
 ) -> Iterator[Session[D]]:
     """Return a context with a session on this rank: a new run at step 0, or a resumed one at its
     checkpoint.
 
     Args:
         load_data: loads the trainer's data on the mesh.
-        resume, overwrite, recipe_source, log, interrupt, blocks: as for `loop.train`.
+        resume, overwrite, recipe_source, log, interrupt, blocks, edit: as for `loop.train`.
     Raises: `UsageError` before step 0; on a mesh it names the rank that met it."""
 
     def facts() -> dict[str, Any]:
@@ -80,6 +84,12 @@ def open_session(
             model = Transformer(config.model, compute, blocks=blocks)
         sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
         parallelism = materialize(model, mesh, run.seed)
+        if edit is not None:
+            if mesh.size > 1:
+                raise UsageError(f"a model on a mesh of {mesh.size} ranks is not edited; use one")
+            with torch.no_grad():
+                edit(model)
+            sizes = Sizes.of(model, config.data.seq_len)
         if not start.resume:
             info = run_info(resolved, sizes, data.info, recipe_source)
             checkpoint = mesh.on_main(lambda: run_folder.create_run(start, info, lock, log))

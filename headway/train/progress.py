@@ -21,6 +21,8 @@ class Progress:
     """Number of steps done, skipped ones included; also the position in the data."""
     seconds: float = 0.0
     """Seconds of training, without evaluation, samples and checkpoints."""
+    cpu_seconds: float = 0.0
+    """CPU seconds of this process in them."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     loss: float | None = None

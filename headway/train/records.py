@@ -57,7 +57,14 @@ class Records:
     @property
     def tokens(self) -> int:
         """Tokens of all steps so far: a pure function of the step."""
-        return self.progress.step * self.tokens_per_step
+        return self.tokens_of(self.progress.step)
+
+    def tokens_of(self, steps: int) -> int:
+        """Return the tokens of the first `steps` steps, of which the last one may be smaller."""
+        data = self.config.data
+        last = data.last_batch_size or data.batch_size
+        short = data.batch_size - last if steps == self.config.optim.steps else 0
+        return steps * self.tokens_per_step - short * data.seq_len
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. A write error, as on a full disk, is logged and otherwise ignored."""

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from headway.checkpoint.lock import Lock
@@ -80,10 +81,16 @@ class Session(Generic[D]):
         self.config, self.log = self.records.config, self.records.log
         self.model, self.parallelism = self.records.model, self.records.parallelism
         self.optimizers, self.progress = self.checkpoints.optimizers, self.records.progress
-        self._started = 0.0
+        self._started = self._cpu_started = 0.0
         self._no_samples = without_pages(self.model.blocks())
         if self._no_samples and self.config.run.sample_tokens:
             self.log(f"note: no samples: {self._no_samples}")
+
+    @property
+    def rows(self) -> int:
+        """The sequences of this step; the last one may have fewer than the others."""
+        data, last = self.config.data, self.progress.step == self.config.optim.steps - 1
+        return (last and data.last_batch_size) or data.batch_size
 
     @property
     def lr_factor(self) -> float:
@@ -97,7 +104,7 @@ class Session(Generic[D]):
             return False
         self.parallelism.mesh.begin_step(progress.step)
         self.lock.check()
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         return True
 
     def reason_to_skip(self, result: Gradient) -> str:
@@ -129,7 +136,9 @@ class Session(Generic[D]):
         if run.max_seconds:  # all ranks must stop at the same step
             elapsed = mesh.broadcast(elapsed)
         progress.seconds += elapsed
-        progress.interval.add_time(self.records.tokens_per_step, elapsed)
+        progress.cpu_seconds += time.process_time() - self._cpu_started
+        tokens_of = self.records.tokens_of
+        progress.interval.add_time(tokens_of(progress.step) - tokens_of(progress.step - 1), elapsed)
 
         self.checkpoints.poll()
         self._count_skip(skipped)
@@ -194,6 +203,16 @@ class Session(Generic[D]):
         self.progress.sample = text
         self.records.write({"prompt": prompt, "sample": text})
 
+    def fork(self) -> Path | None:
+        """Save this step for good and return its checkpoint, from which runs of other lengths
+        continue (`open_session(resume=…)`), bit for bit as if each had been alone from step 0:
+        until the rate of the shortest falls, all of them take the same steps. Return None, with
+        the reason in the log, where it could not be saved. Collective."""
+        self.checkpoints.offered.append(self.progress.step)
+        self.checkpoints.save()
+        self.checkpoints.poll(wait=True)
+        return self.checkpoints.path if self.checkpoints.step == self.progress.step else None
+
     def finish(self) -> dict[str, Any]:
         """Log how the run ended, write the report and return the result (`loop.train`)."""
         self.checkpoints.poll(wait=True)
@@ -222,6 +241,7 @@ class Session(Generic[D]):
             "steps": progress.step,
             "tokens": self.records.tokens,
             "seconds": progress.seconds,
+            "cpu_seconds": progress.cpu_seconds,
             "skipped": progress.skipped,
             "parameters_total": self.records.sizes.total,
             "parameters_active": self.records.sizes.active,

@@ -24,7 +24,10 @@ EXTRAS = {
         "`headway serve` and chat templates",
     ),
     "gguf": (("gguf",), "`export --format gguf`"),
-    "data": (("datasets", "pyarrow"), "--data hf:NAME[:SPLIT] and parquet files"),
+    "data": (
+        ("datasets", "datasketch", "pyarrow"),
+        "--data hf:NAME[:SPLIT], parquet files, near-duplicates",
+    ),
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness through the engine"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),
 }

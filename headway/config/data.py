@@ -53,6 +53,9 @@ class DataConfig:
     dedup: Literal["none", "exact"] = "none"
     """`exact`: leave out training documents that are also in validation, or that training has
     already; validation is not changed. `none`: only count those that are in both."""
+    near_duplicates: Literal["keep", "cluster"] = "keep"
+    """`cluster`: documents of a source that are nearly the same (five-word runs, Jaccard similarity
+    0.8) are all in training or all in validation (extra `[data]`). `keep`: nobody looks."""
     cache_dir: str = ""
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
     data folder."""

@@ -1,6 +1,7 @@
 """Documents that are there more than once: validation text that is trained on, and repeats.
 
-Documents are compared by hash, over all sources together: near-duplicates are not found."""
+Documents are compared by hash, over all sources together; near-duplicates within a source:
+`near_duplicates.py`."""
 
 import hashlib
 from bisect import bisect_right

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headway.data import cache
+from headway.data import cache, near_duplicates
 from headway.data.document import Bad, TextPiece
 from headway.data.tokenizer import Tokenizer
 from headway.data.units import Unit, read
@@ -46,6 +46,8 @@ class Job:
     units: list[Unit]
     tokenizer: Tokenizer
     skip_bad: bool
+    clusters: bool
+    """Whether near-duplicates are looked for."""
     folder: Path
     """Of the parts."""
     target: Path
@@ -75,6 +77,8 @@ class Part:
     """Files of rows that could not be read to their end; every unit of a file names it."""
     unread: int
     """How many rows could not be read; texts are in the index."""
+    minima_PM: np.ndarray
+    """`near_duplicates.minima` of each piece; without rows unless they are looked for."""
 
 
 def work(job: Job, tell: Tell) -> None:
@@ -99,7 +103,8 @@ def load(job: Job, unit: int) -> Part:
     path = job.folder / f"{unit:05d}.npz"
     with np.load(path) as arrays:
         lines = arrays["bad"].tolist(), arrays["files"].tolist()
-        return Part(path.with_suffix(".bin"), arrays["index"], *lines, int(arrays["unread"]))
+        unread, minima_PM = int(arrays["unread"]), arrays["minima"]
+        return Part(path.with_suffix(".bin"), arrays["index"], *lines, unread, minima_PM)
 
 
 def _try(job: Job, unit: int, tell: Tell) -> bool:
@@ -120,7 +125,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
     unit, tokenizer = job.units[number], job.tokenizer
     path = job.folder / f"{number:05d}.bin"
     mark = f".{socket.gethostname()}-{os.getpid()}"  # another process may write the same unit
-    rows, bad, unread, files = [], [], 0, set()
+    rows, bad, unread, files, minima_P = [], [], 0, set(), []
     with cache.synced(path.with_suffix(mark)) as file:
         for batch in _batches(read(unit, job.skip_bad)):
             told = 0
@@ -131,6 +136,7 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
                     bad.append(one.why)
                     if one.numbered:
                         rows.append((0, 0, one.begins, True))
+                        minima_P.append(near_duplicates.NONE)
                     elif one.file:
                         files.add(one.why)
                     else:
@@ -141,13 +147,16 @@ def _tokenise(job: Job, number: int, tell: Tell) -> None:
                 size = len(text) if text.isascii() else len(text.encode())
                 file.write(ids.astype(job.dtype).tobytes())
                 rows.append((len(ids), size, one.begins, False))
+                if job.clusters:
+                    minima_P.append(near_duplicates.minima(text))
                 told += size
             tell(told)
     index = np.array(rows, dtype=INDEX)
     named = np.array(list(dict.fromkeys(bad))[:NAMED], dtype=str)
     whole = np.array(sorted(files), dtype=str)
     with cache.synced(path.with_suffix(mark + ".npz")) as file:
-        np.savez(file, index=index, unread=unread, bad=named, files=whole)
+        minima = np.array(minima_P if job.clusters else [], dtype=np.uint64)
+        np.savez(file, index=index, unread=unread, bad=named, files=whole, minima=minima)
     path.with_suffix(mark).rename(path)
     path.with_suffix(mark + ".npz").rename(path.with_suffix(".npz"))
 

@@ -8,7 +8,7 @@ Each source has its own folder, so that another mixture of the same sources cost
     CACHE/NAME-KEY/documents.json     what the documents are, see document_index.py
 
 KEY hashes the state of the source (path, size, modification time and a hash of each file), the
-tokenizer, val_fraction, skip_bad and the format."""
+tokenizer, val_fraction, skip_bad, near_duplicates and the format."""
 
 import hashlib
 import json
@@ -119,6 +119,7 @@ def _source(
     _check_apart(spec, root)
     state = [FORMAT, corpus.identity(spec), tokenizer.fingerprint, config.val_fraction]
     state += ["skip_bad"] if config.skip_bad else []
+    state += ["cluster"] if config.near_duplicates == "cluster" else []
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec).name).strip("-")[:32] or "data"
     folder = root / f"{name}-{_hash(state)[:20]}"
     if not folder.is_dir():
@@ -167,6 +168,8 @@ def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:
         f"{manifest['made_of']}; {megabytes:,.1f} MB of text; documents: {train.documents:,} for "
         f"training, {val.documents:,} for validation; tokens: {len(train):,} and {len(val):,}"
     )
+    if manifest.get("near_duplicates"):  # absent in older folders
+        said += f"; {manifest['near_duplicates']}"
     skipped = manifest["skipped"]
     return f"{said}; skipped, as they cannot be read: {skipped:,}" if skipped else said
 

@@ -6,11 +6,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from headway.config import DataConfig
-from headway.data import cache, parts, workers
+from headway.data import cache, near_duplicates, parts, workers
 from headway.data.document import validation_numbers
 from headway.data.document_index import write_index
 from headway.data.files import BadData
@@ -33,12 +34,16 @@ def tokenise(
     ones have done. Raise UsageError for unreadable data and for a cache that cannot be written."""
     units, made_of = plan(spec, config.val_fraction)
     parts_folder = folder.parent / f".{folder.name}.parts"
-    job = Job(units, tokenizer, config.skip_bad, parts_folder, folder)
+    clusters = config.near_duplicates == "cluster"
+    if clusters:
+        near_duplicates.check_installed()
+    job = Job(units, tokenizer, config.skip_bad, clusters, parts_folder, folder)
     n = workers.count(config.workers, job)
     progress = _Progress(spec, job, n, log)
 
     def join(into: Path) -> None:
-        splits, skipped, bad = _join(job, config.val_fraction, into, progress.joining)
+        near = _clusters(job, config.val_fraction) if clusters else None
+        splits, skipped, bad = _join(job, config.val_fraction, near, into, progress.joining)
         if not sum(split["documents"] for split in splits.values()):
             unread = f", and {skipped:,} that cannot be read ({bad[0]})" if bad else ""
             fix = "give a file, folder or glob with some"
@@ -54,6 +59,7 @@ def tokenise(
             "val_fraction": config.val_fraction,
             "dtype": job.dtype.name,
             "splits": splits,
+            "near_duplicates": near and near.said,
         }
         with cache.writing(folder.parent):
             with cache.synced(into / "manifest.json") as file:
@@ -130,8 +136,38 @@ class _Progress:
         return sum(unit.bytes for number, unit in units if self.job.is_done(number))
 
 
+class _Near(NamedTuple):
+    leader_N: np.ndarray
+    """Of each document, in whose split it is: the first of its cluster."""
+    said: str
+    """One line for people."""
+
+
+def _clusters(job: Job, val_fraction: float) -> _Near:
+    """Return the clusters of near-duplicates of a source."""
+    minima: list[np.ndarray] = []
+    sizes: list[int] = []
+    for part, doc_P in _numbered(job):
+        for document, minima_M, row in zip(doc_P, part.minima_PM, part.index, strict=True):
+            if document == len(minima):
+                minima.append(minima_M)
+                sizes.append(0)
+            minima[document] = np.minimum(minima[document], minima_M)
+            sizes[document] += int(row["bytes"])
+    near = near_duplicates.clusters(np.array(minima).reshape(-1, near_duplicates.MINIMA))
+    numbers = itertools.takewhile(lambda n: n < len(minima), validation_numbers(val_fraction))
+    bytes_N, is_val_N = np.array(sizes), np.zeros(len(minima), dtype=bool)
+    is_val_N[list(numbers)] = True
+    share = near.copied_bytes(bytes_N, is_val_N) / max(int(bytes_N[is_val_N].sum()), 1)
+    said = (
+        f"near-duplicates: {near.documents:,} documents in {near.clusters:,} clusters, each in one "
+        f"split (apart, {share:.1%} of the bytes of validation would have a near-copy in training)"
+    )
+    return _Near(near.leader_N, said)
+
+
 def _join(
-    job: Job, val_fraction: float, into: Path, tell: Callable[[int], None]
+    job: Job, val_fraction: float, near: _Near | None, into: Path, tell: Callable[[int], None]
 ) -> tuple[dict[str, dict], int, list[str]]:
     """Write the shards, from the parts. Their entries of the manifest by split, the number of
     documents that could not be read and lines about the first of them. Documents are numbered in
@@ -151,9 +187,10 @@ def _join(
         n_skipped += part.unread
         while len(doc_P) and chosen[-1] <= doc_P[-1]:
             chosen.append(next(numbers))
-        split_P = np.isin(doc_P, chosen).astype(np.int64)
+        split_P = np.isin(doc_P if near is None else near.leader_N[doc_P], chosen).astype(np.int64)
         split_P[np.isin(doc_P, skipped)] = -1
-        chosen = chosen[-2:]  # the last document may go on in the next part
+        if near is None:
+            chosen = chosen[-2:]  # the last document may go on in the next part
         end_P = np.cumsum(part.index["tokens"])
         changes_P = np.diff(split_P, prepend=-2) != 0
         changes_P |= np.diff(end_P // RUN_TOKENS, prepend=-1) != 0

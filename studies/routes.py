@@ -76,7 +76,7 @@ def record(engine: Engine, prompts: Sequence[list[int]]) -> np.ndarray:
     moe = engine.model.sparse_layers()[0].config
     params = SamplingParams(max_tokens=1, return_routes=True)
     choices = [completions[0].routes for completions in engine.generate(prompts, params)]
-    whole = np.stack([c[SKIP:] for c in choices if c is not None])
+    whole = np.stack([c.experts[SKIP:] for c in choices if c is not None])
     return whole.reshape(*whole.shape[:3], moe.n_heads, moe.top_k)
 
 

@@ -62,10 +62,10 @@ def _decode_run(options: Describe, words: Sequence[str]) -> int:
     if words:
         raise UsageError(f"{words[0]} changes a recipe, and {options.recipe} is a trained model")
 
+    from headway.eval.touched import experts_touched
     from headway.hub.load import load_model
     from headway.plan.decode import decode_costs
     from headway.serve.engine import Engine
-    from headway.serve.touched import experts_touched
 
     batches, bandwidth = _batches(options), _bandwidth(options)
     loaded = load_model(options.recipe)

@@ -43,7 +43,7 @@ class Serve(trained.TrainedOptions):
     """Tokens whose keys and values are kept, and most of one request; 0: for all requests, in at
     most 1 GiB."""
     return_routes: bool = False
-    """Keep the chosen experts of each token, for requests with return_routed_experts."""
+    """Keep the chosen experts of each token and their gates, for requests that ask for them."""
     chat_template: str = ""
     """File with a Jinja chat template; empty takes the model's."""
     api_key_file: str = ""

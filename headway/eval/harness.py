@@ -20,9 +20,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headway.config import UsageError
 from headway.serve.blocks import page_keys
-from headway.serve.engine import Completion, Engine, joined
+from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
-from headway.serve.request import Request, Update
+from headway.serve.request import Completion, Request, Update, joined
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation as texts, then the tokens of each."""

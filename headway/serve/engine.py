@@ -13,9 +13,7 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from headway.checkpoint.runtime import Device, Dtype
@@ -27,25 +25,13 @@ from headway.model.transformer import Transformer
 from headway.serve.blocks import BlockPool
 from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
-from headway.serve.request import Request, Sequence, Update
-from headway.serve.routes import RoutePages
+from headway.serve.request import Completion, Request, Sequence, Update, joined
+from headway.serve.routes import RoutePages, Routes
 from headway.serve.runner import Runner, pass_of
 from headway.serve.sampling import Row, TokenLogprob, log_probabilities, sample
 from headway.serve.scheduler import Chunk, Scheduler
 
 DEFAULT_CACHE_BYTES = 1 << 30
-
-
-class Completion(NamedTuple):
-    """One choice of a request, complete."""
-
-    text: str
-    tokens: list[int]
-    """The end of text included, where the model wrote it."""
-    logprobs: list[TokenLogprob]
-    finish_reason: str
-    stop_reason: int | str | None
-    routes: np.ndarray | None
 
 
 @dataclass
@@ -321,9 +307,9 @@ class Engine:
         if reason is None and len(sequence.row.output) >= params.max_tokens:
             reason = "length"
         logprobs = (drawn,) if params.logprobs >= 0 else ()
-        update = Update(request, sequence.row.choice, (token,), text, logprobs)
         if reason is None:
-            return update
+            routes = self._new_routes(sequence)
+            return Update(request, sequence.row.choice, (token,), text, logprobs, routes=routes)
         last = self._end(sequence, reason)
         text += last.text
         return last._replace(tokens=(token,), text=text, logprobs=logprobs, stop_reason=stop_reason)
@@ -338,13 +324,18 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: str = "abort") -> Update:
         """Remove a choice; return its last update, with the text that was held back."""
-        routes = None
-        if sequence.request.params.return_routes and self._routes is not None:
-            routes = self._routes.read(sequence.pages, sequence.n_computed)
+        routes = self._new_routes(sequence)
         self._remove(sequence)
         text = sequence.detokenizer.finish()
         choice = sequence.row.choice
         return Update(sequence.request, choice, (), text, (), reason, routes=routes)
+
+    def _new_routes(self, sequence: Sequence) -> Routes | None:
+        """Return the routes of the tokens that were read since the last update."""
+        if self._routes is None or not sequence.request.params.return_routes:
+            return None
+        start, sequence.n_told = sequence.n_told, sequence.n_computed
+        return self._routes.read(sequence.pages, start, sequence.n_computed)
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
@@ -384,13 +375,3 @@ class _Wanted:
                 self.sampled.append(first + n_new - 1)
                 self.sequences.append(sequence)
             first += n_new
-
-
-def joined(parts: ListOf[Update]) -> Completion:
-    """Join the updates of a choice that has ended."""
-    last = parts[-1]
-    assert last.finish_reason is not None
-    tokens = [token for part in parts for token in part.tokens]
-    logprobs = [logprob for part in parts for logprob in part.logprobs]
-    text = "".join(part.text for part in parts)
-    return Completion(text, tokens, logprobs, last.finish_reason, last.stop_reason, last.routes)

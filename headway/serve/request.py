@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from headway.model.paged import PAGE
 from headway.serve.blocks import first_key, next_key
 from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
+from headway.serve.routes import Routes, joined_routes
 from headway.serve.sampling import Row, TokenLogprob
 
 
@@ -26,9 +25,40 @@ class Update(NamedTuple):
     """`stop`, `length` or `abort` with the last update of a choice."""
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it; None at an end of text."""
-    routes: np.ndarray | None = None
-    """With the last update, where the request asks for them: the experts of every token but the
-    last, int16 `[tokens, sparse layers, H·K]`."""
+    routes: Routes | None = None
+    """Where the request asks for them: those of the tokens that were read since the update before,
+    with the first those of the prompt. The last token of a reply is never read."""
+
+
+class Completion(NamedTuple):
+    """One choice of a request, complete."""
+
+    text: str
+    tokens: list[int]
+    """The end of text included, where the model wrote it."""
+    logprobs: list[TokenLogprob]
+    finish_reason: str
+    stop_reason: int | str | None
+    routes: Routes | None
+    """Of every token of prompt and reply but the last, where they were asked for."""
+
+
+def joined(parts: list[Update]) -> Completion:
+    """Join the updates of a choice that has ended."""
+    last = parts[-1]
+    assert last.finish_reason is not None
+    tokens = [token for part in parts for token in part.tokens]
+    logprobs = [logprob for part in parts for logprob in part.logprobs]
+    text = "".join(part.text for part in parts)
+    routes = [part.routes for part in parts if part.routes is not None]
+    return Completion(
+        text,
+        tokens,
+        logprobs,
+        last.finish_reason,
+        last.stop_reason,
+        joined_routes(routes) if routes else None,
+    )
 
 
 @dataclass(eq=False)
@@ -65,6 +95,8 @@ class Sequence:
     """Tokens whose keys and values are in the pages."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the full pages of the first `n_computed` tokens."""
+    n_told: int = 0
+    """Tokens whose routes were returned."""
     admitted: bool = False
     """Whether it has run before, even if it had to give up its pages since."""
 

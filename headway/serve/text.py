@@ -6,8 +6,9 @@ from headway.data.tokenizer import Tokenizer
 from headway.model.dispatch import LOCAL, TokenDispatcher
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
-from headway.serve.engine import Completion, Engine, joined
+from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
+from headway.serve.request import Completion, joined
 from headway.serve.runner import Runner
 
 

@@ -178,13 +178,17 @@ def build_app(service: Service) -> "FastAPI":
     return app
 
 
-def _routes(service: Service) -> dict[str, int] | None:
-    """Return the shape of `routed_experts`, None where the engine keeps none."""
-    layers = service.served.engine.model.sparse_layers()
-    if not (service.served.protocol.routes and layers):
+def _routes(service: Service) -> Json:
+    """Return the shape of `routed_experts`: the indices of the sparse layers, H, K and E; None
+    where the engine keeps none."""
+    blocks = service.served.engine.model.blocks()
+    layers = [i for i, block in enumerate(blocks) if block.sparse is not None]
+    sparse = service.served.engine.model.sparse_layers()
+    if not (service.served.protocol.routes and sparse):
         return None
-    config = layers[0].config
-    return {"layers": len(layers), "heads": config.n_heads, "top_k": config.top_k}
+    moe = sparse[0].config
+    sizes = {"heads": moe.n_heads, "top_k": moe.top_k, "experts": moe.n_experts}
+    return {"layers": layers, **sizes}
 
 
 async def _disconnected(request: Any) -> None:

@@ -160,6 +160,9 @@ def _shared(bounds: Bounds) -> dict[str, Field]:
             "Return the chosen experts, base64 of int16 [tokens, sparse layers, H·K].",
             False,
         ),
+        "return_expert_gates": Field(
+            Flag(), "Return their gates, base64 of float32 of the same shape (not in vLLM).", False
+        ),
         "user": Field(Text(512), "Sent back with the reply."),
         "metadata": Field(Table("", Text(512), 16), "Sent back with the reply."),
         "store": Field(Flag(), "Sent back as false: this server stores nothing."),

@@ -36,6 +36,8 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     return_token_ids: bool = False
+    return_experts: bool = False
+    return_gates: bool = False
     salt: str = ""
     tools: str = ""
     """How the text becomes tool calls: "" (not), `auto`, `required` or `named`."""
@@ -172,9 +174,11 @@ class Protocol:
         without it the reply takes at most `default` tokens, or what the context still holds."""
         if values["stream_options"] is not None and not values["stream"]:
             _contradiction("stream_options", "stream_options without stream; set stream=true")
-        if values["return_routed_experts"] and not self.routes:
+        experts, gates = values["return_routed_experts"], values["return_expert_gates"]
+        if (experts or gates) and not self.routes:
             why = "this server keeps no routes; start it with --return-routes"
-            raise BadRequest(why, "return_routed_experts", code="unsupported_parameter")
+            name = "return_routed_experts" if experts else "return_expert_gates"
+            raise BadRequest(why, name, code="unsupported_parameter")
         max_len, needed = self.bounds.max_len, 1 if asked is None else asked
         if (keep := values["truncate_prompt_tokens"]) is not None:
             keep = max_len - needed if keep == -1 else keep
@@ -213,7 +217,7 @@ class Protocol:
             include_stop=values["include_stop_str_in_output"],
             ignore_eos=values["ignore_eos"],
             skip_special_tokens=values["skip_special_tokens"],
-            return_routes=values["return_routed_experts"],
+            return_routes=experts or gates,
             **more,
         )
         params.check(self.bounds.vocab_size, max_len, longest)
@@ -229,6 +233,8 @@ class Protocol:
             stream=values["stream"],
             include_usage=(values["stream_options"] or {}).get("include_usage", False),
             return_token_ids=values["return_token_ids"],
+            return_experts=experts,
+            return_gates=gates,
             salt=values["cache_salt"],
             labels=labels,
         )

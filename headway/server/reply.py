@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from headway.serve.request import Request, Update
+from headway.serve.routes import Routes, joined_routes
 from headway.serve.sampling import TokenLogprob
 from headway.server.fields import Json
 from headway.server.logprobs import TextOffsets, TokenTexts, chat_logprobs, completion_logprobs
@@ -29,7 +28,7 @@ class _Choice:
     calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    routes: np.ndarray | None = None
+    routes: list[Routes] = field(default_factory=list)
     begun: bool = False
 
     @property
@@ -79,15 +78,16 @@ class Reply:
         choice.logprobs += update.logprobs
         choice.calls += calls
         choice.finish_reason, choice.stop_reason = update.finish_reason, update.stop_reason
-        choice.routes = update.routes
+        routes = [] if update.routes is None else [update.routes]
+        choice.routes += routes
         if choice.calls and choice.finish_reason == "stop" and self.call.tools != "named":
             choice.finish_reason = "tool_calls"
         if not self.call.stream:
             return None
         said = text or calls or first or update.finish_reason or self.call.return_token_ids
-        if not said and not (update.logprobs and self.call.logprobs):
+        if not (said or routes) and not (update.logprobs and self.call.logprobs):
             return None
-        event = self._said(index, first, text, update.tokens, update.logprobs)
+        event = self._said(index, first, text, update.tokens, update.logprobs, routes)
         if not self.call.chat:
             return event
         delta: dict[str, Json] = {"role": "assistant", "content": ""} if first else {}
@@ -116,7 +116,7 @@ class Reply:
             for index in indices:
                 choice = self._choices[index]
                 text = "".join(choice.text)
-                said = self._said(index, True, text, choice.tokens, choice.logprobs)
+                said = self._said(index, True, text, choice.tokens, choice.logprobs, choice.routes)
                 if self.call.chat:
                     said["message"] = _message(text, choice.calls)
                 choices.append({**said, "index": len(choices)})
@@ -141,6 +141,7 @@ class Reply:
         text: str,
         tokens: Sequence[int],
         logprobs: Sequence[TokenLogprob],
+        routes: Sequence[Routes],
     ) -> dict[str, Any]:
         """Return what a reply says of a choice: of all its tokens, or of the next. `first`: the
         prompt has not been echoed."""
@@ -164,8 +165,12 @@ class Reply:
             said["token_ids"] = list(tokens)
             if first:
                 said["prompt_token_ids"] = call.prompts[prompt]
-        if choice.routes is not None:
-            said["routed_experts"] = base64.b64encode(choice.routes.tobytes()).decode()
+        if routes:
+            experts, gates = joined_routes(routes)
+            if call.return_experts:
+                said["routed_experts"] = base64.b64encode(experts.tobytes()).decode()
+            if call.return_gates:
+                said["expert_gates"] = base64.b64encode(gates.tobytes()).decode()
         return said
 
 

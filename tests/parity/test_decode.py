@@ -61,7 +61,10 @@ def write(mesh, moe, dtype):
         return_routes=True,
     )
     answers = [
-        [(c.tokens, [p.logprob for p in c.logprobs], c.routes.tolist()) for c in choices]
+        [
+            (c.tokens, [p.logprob for p in c.logprobs], [part.tolist() for part in c.routes])
+            for c in choices
+        ]
         for choices in engine.generate(PROMPTS, PARAMS)
     ]
     runner.close()

@@ -1,6 +1,9 @@
 """Requests beside each other give what each gives by itself, whatever is cached, chunked or taken
 back."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +14,7 @@ from headway.data.tokenizer import ByteTokenizer
 from headway.model.context import Context
 from headway.model.paged import PAGE
 from headway.serve.params import SamplingParams
+from headway.serve.routes import joined_routes
 from headway.serve.scheduler import MAX_CHUNK_BESIDE
 
 EOS = ByteTokenizer.eos
@@ -226,11 +230,38 @@ def test_routes_are_those_of_the_whole_text(model, engine):
         with torch.no_grad():
             output = model(tokens, ctx=Context(report=frozenset({"routes"})))
         expected = torch.stack([r.index_THK.flatten(1) for r in output.routes], 1)
-        assert choice.routes.shape == (57, 2, 4)
-        assert (choice.routes == expected.numpy()).all()
+        gates = torch.stack([r.gate_THK.flatten(1) for r in output.routes], 1)
+        experts_TLC, gates_TLC = choice.routes
+        assert experts_TLC.shape == gates_TLC.shape == (57, 2, 4)
+        assert (experts_TLC == expected.numpy()).all()
+        assert np.abs(gates_TLC - gates.numpy()).max() < 1e-6 and gates_TLC.dtype == np.float32
     assert inference.counters.cached_tokens == 48
     with pytest.raises(UsageError, match="keeps no routes"):
         engine().add(text, params)
+
+
+@pytest.mark.parametrize("pages", [0, 9])
+def test_routes_come_with_the_tokens(engine, pages):
+    """The rows of a token come when it is read; also where pages are taken back in between."""
+    params = SamplingParams(max_tokens=30, n=2, seed=1, return_routes=True, ignore_eos=True)
+    plain = replace(params, return_routes=False)
+    inference = engine(return_routes=True, cache_tokens=pages * PAGE, max_batch_tokens=20)
+    texts = prompts([33, 20])
+    whole = engine(return_routes=True).generate(texts, params)
+    requests = [inference.add(text, params) for text in texts]
+    other = inference.add([1, 2, 3], plain)
+    parts: dict = {}
+    while inference.has_work:
+        for update in inference.step():
+            parts.setdefault((update.request, update.choice), []).append(update.routes)
+    assert parts[other, 0] == [None] * 30
+    for request, choices in zip(requests, whole, strict=True):
+        for i, choice in enumerate(choices):
+            pieces = parts[request, i]
+            assert [len(r.experts) for r in pieces] == [len(request.prompt)] + [1] * 29
+            for joined, expected in zip(joined_routes(pieces), choice.routes, strict=True):
+                assert (joined == expected).all()
+    assert (inference.scheduler.n_preemptions > 0) == (pages > 0)
 
 
 def test_what_can_never_run_is_refused(engine):

@@ -92,7 +92,7 @@ def test_layers_without_a_window_keep_all_pages():
     assert held(engine) == 10
     routes = Engine(MODELS[33,], ByteTokenizer(), max_len=256, return_routes=True)
     params = SamplingParams(max_tokens=20, return_routes=True, ignore_eos=True)
-    assert routes.generate([text(150)], params)[0][0].routes.shape[0] == 169
+    assert routes.generate([text(150)], params)[0][0].routes.experts.shape[0] == 169
 
 
 def test_a_prefix_is_found_by_what_its_next_token_sees():

@@ -1,6 +1,5 @@
 """Every endpoint, by the `openai` client and by hand, on a real server."""
 
-import base64
 import json
 import threading
 
@@ -264,22 +263,6 @@ def test_company_and_cache_do_not_change_a_bit(server):
 def test_labels_come_back_and_nothing_is_stored(server):
     reply = server.complete(prompt="x", max_tokens=1, user="me", metadata={"a": "b"}, store=True)
     assert (reply["user"], reply["metadata"], reply["store"]) == ("me", {"a": "b"}, False)
-
-
-def test_routes_are_those_that_a_replay_takes(server, run):
-    reply = server.complete(
-        prompt=PROMPT, max_tokens=3, return_routed_experts=True, return_token_ids=True
-    )
-    raw = base64.b64decode(reply["choices"][0]["routed_experts"])
-    routes = np.frombuffer(raw, np.int16).reshape(len(PROMPT) + 3 - 1, 2, 4)
-    loaded = load_model(run, "cpu", "float32")
-    from headway.model.context import Context
-
-    ids = list(PROMPT.encode()) + reply["choices"][0]["token_ids"][:-1]
-    with torch.no_grad():
-        output = loaded.model(torch.tensor([ids]), ctx=Context(report=frozenset({"routes"})))
-    expected = np.stack([r.index_THK.flatten(1).numpy() for r in output.routes], 1)
-    assert (routes == expected).all()
 
 
 def test_tokens_and_back(server):

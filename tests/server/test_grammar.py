@@ -16,8 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from headway.config import UsageError
 from headway.data.tokenizer import load_tokenizer, train_bpe
-from headway.serve.engine import joined
 from headway.serve.params import SamplingParams
+from headway.serve.request import joined
 from headway.serve.sampling import Row, sample
 from headway.server.grammar import MAX_SIZE, GrammarCompiler
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None,
     reason="chromium or chromedriver is not installed: apt-get install chromium chromium-driver",
 )
-LAYERS, HEADS, TOP_K = 2, 2, 2
+HEADS, SHAPE = 2, (-1, 2, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +112,18 @@ def test_a_token_shows_its_alternatives_and_its_experts(page, server):
     cells = "return [...document.querySelectorAll('.experts tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     shown = js(page, cells)
     assert [row[0] for row in shown] == ["layer 0", "layer 1"] and len(shown[0]) == 1 + HEADS
-    raw = server.complete(**ask, return_routed_experts=True)["choices"][0]["routed_experts"]
-    routes = np.frombuffer(base64.b64decode(raw), np.int16).reshape(-1, LAYERS, HEADS, TOP_K)
-    assert [[" ".join(map(str, head)) for head in layer] for layer in routes[6 + 2]] == [
-        row[1:] for row in shown
+    asked = server.complete(**ask, return_routed_experts=True, return_expert_gates=True)
+    read = 6 + 2
+    experts, gates = (
+        np.frombuffer(base64.b64decode(asked["choices"][0][name]), kind).reshape(SHAPE)[read]
+        for name, kind in (("routed_experts", np.int16), ("expert_gates", np.float32))
+    )
+    chips = "return [...document.querySelectorAll('.expert')].map(e => [e.textContent, +e.style.getPropertyValue('--gate')])"
+    texts, shades = zip(*js(page, chips), strict=True)
+    assert list(texts) == [
+        f"{e} {g:.2f}" for e, g in zip(experts.flat, gates.flat.copy(), strict=True)
     ]
+    assert list(shades) == pytest.approx((gates / gates.max()).flatten(), abs=1e-3)
     js(page, "$('.output').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}))")
     assert (
         js(
@@ -125,6 +132,23 @@ def test_a_token_shows_its_alternatives_and_its_experts(page, server):
         )
         == 3
     )
+
+
+def test_experts_come_while_the_reply_is_written(page):
+    fill(page, "input[name=max_tokens]", 240)
+    write(page, "x")
+    shown = "return document.querySelectorAll('.token').length"
+    until(lambda: js(page, shown) > 3)
+    js(page, "document.querySelectorAll('.token')[1].click()")
+    assert js(page, "return document.querySelectorAll('.experts .expert').length") == 8
+    assert js(page, "return $('#send').disabled"), "it still writes"
+    js(page, "[...document.querySelectorAll('.token')].at(-1).click()")
+    # the newest has none until it is read
+    until(lambda: js(page, "return document.querySelectorAll('.experts .expert').length") == 8)
+    js(page, "$('#stop').click()")
+    done(page)
+    js(page, "[...document.querySelectorAll('.token')].at(-1).click()")
+    assert "never read" in js(page, "return $('.experts').textContent")
 
 
 def test_two_requests_side_by_side(page):
@@ -143,6 +167,15 @@ def test_two_requests_side_by_side(page):
         "return [...document.querySelectorAll('.column')].map(c => [c.getBoundingClientRect().left, c.getBoundingClientRect().top])",
     )
     assert boxes[0][1] == boxes[1][1] and boxes[0][0] < boxes[1][0]
+
+
+def test_a_long_run_of_spaces_stays_in_its_column(page):
+    fill(page, "input[name=max_tokens]", 1)
+    write(page, " " * 240)
+    done(page)
+    ends = "return ['.given', '.column'].map(s => $(s).getBoundingClientRect().right)"
+    text, column = js(page, ends)
+    assert text < column
 
 
 def test_stop_frees_the_blocks(page, server):

@@ -1,5 +1,5 @@
 // Asks this server alone, with the API that every client has. A token is an object
-// {text, logprob, top: [[text, logprob], …], experts: [[expert, …] of each layer] or null}.
+// {text, logprob, top: [[text, logprob], …], routes: {experts, gates} or null}, both of layers × heads × top_k.
 
 const $ = (selector, from = document) => from.querySelector(selector);
 const make = (tag, name, text = "") => {
@@ -64,20 +64,18 @@ const tokensOf = (logprobs) => {
   }));
 };
 
-// The chosen experts of the last n of all tokens that were read: [token][layer] → experts.
-function expertsOf(text, n) {
-  const raw = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const all = new Int16Array(raw.buffer);
+// The routes of the tokens that were read since the event before.
+function routesOf(choice) {
+  if (!choice.routed_experts) return [];
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
+  const experts = new Int16Array(bytes(choice.routed_experts));
+  const gates = new Float32Array(bytes(choice.expert_gates));
   const { layers, heads, top_k } = model.routes;
-  const each = layers * heads * top_k;
-  const tokens = [];
-  for (let start = all.length - n * each; start < all.length; start += each) {
-    tokens.push(
-      Array.from({ length: layers }, (_, i) =>
-        all.slice(start + i * heads * top_k, start + (i + 1) * heads * top_k)),
-    );
-  }
-  return tokens;
+  const each = layers.length * heads * top_k;
+  return Array.from({ length: experts.length / each }, (_, i) => {
+    const row = [i * each, (i + 1) * each];
+    return { experts: experts.slice(...row), gates: gates.slice(...row) };
+  });
 }
 
 // ---- a column: controls, what was said, the token that is looked at ---------------------------
@@ -121,7 +119,7 @@ class Column {
   async run(text, system, signal) {
     const chat = mode() === "chat";
     const body = { ...this.settings(), stream: true, stream_options: { include_usage: true } };
-    if (model.routes) body.return_routed_experts = true;
+    if (model.routes) body.return_routed_experts = body.return_expert_gates = true;
     let place = this.output;
     if (chat) {
       if (!this.messages.length && system) this.messages.push({ role: "system", content: system });
@@ -135,7 +133,7 @@ class Column {
       Object.assign(body, { prompt: text, logprobs: 5 });
     }
     const first = this.tokens.length, begin = performance.now();
-    const state = { place, said: "", decoder: new TextDecoder(), firstToken: 0, reason: "", usage: null };
+    const state = { place, said: "", decoder: new TextDecoder(), firstToken: 0, reason: "", usage: null, read: 0 };
     try {
       const path = chat ? "v1/chat/completions" : "v1/completions";
       for await (const event of events(await ask(path, body, signal))) {
@@ -157,12 +155,15 @@ class Column {
       state.firstToken ||= performance.now() - begin;
       this.show(token, state);
     }
-    if (choice.routed_experts) {
-      // the last token was never read: it has none
-      const n = this.tokens.length - first;
-      expertsOf(choice.routed_experts, n - 1).forEach((e, i) => { this.tokens[first + i].experts = e; });
-      if (this.chosen >= first) this.look(this.chosen);
-    }
+    const routes = routesOf(choice);
+    // a token is read with the one after it; the rows before those of the reply are the prompt's
+    const read = this.tokens.length - first - 1;
+    routes.slice(Math.max(0, routes.length - (read - state.read))).forEach((row, i, rows) => {
+      const index = first + read - rows.length + i;
+      this.tokens[index].routes = row;
+      if (index === this.chosen) this.look(index);
+    });
+    if (routes.length) state.read = read;
     state.reason = choice.finish_reason ?? state.reason;
   }
 
@@ -174,7 +175,7 @@ class Column {
     const special = /^<\|.*\|>$/.test(token.text);
     const span = make("span", special ? "token special" : "token", special ? token.text : state.decoder.decode(bytes, { stream: true }));
     span.style.setProperty("--rarity", Math.min(1, Math.max(0, -token.logprob / Math.log(1000))).toFixed(3));
-    const index = this.tokens.push({ experts: null, ...token, span }) - 1;
+    const index = this.tokens.push({ routes: null, ...token, span }) - 1;
     span.addEventListener("pointerenter", () => this.look(index));
     span.addEventListener("click", () => this.look(index));
     state.place.append(span);
@@ -227,22 +228,40 @@ function alternatives(token) {
   return table;
 }
 
-function experts(token) {
+// A table of layers by heads; each expert with its gate, which also is the colour behind it.
+function experts({ routes }) {
   const box = make("div", "experts");
-  if (!model.routes) box.textContent = "Experts: start the server with --return-routes.";
-  else if (!token.experts) box.textContent = "Experts come with the end of the reply; the last token has none.";
-  else {
-    const { heads, top_k } = model.routes;
-    const table = box.appendChild(make("table"));
-    const head = table.createTHead().insertRow();
-    head.append(make("th", "", "experts"), ...Array.from({ length: heads }, (_, h) => make("th", "", `head ${h}`)));
-    const body = table.createTBody();
-    token.experts.forEach((chosen, layer) => {
-      const row = body.insertRow();
-      row.append(make("th", "", `layer ${layer}`));
-      for (let h = 0; h < heads; h++) row.insertCell().textContent = [...chosen.slice(h * top_k, (h + 1) * top_k)].join(" ");
-    });
+  if (!model.routes) {
+    box.textContent = "Experts: start the server with --return-routes.";
+    return box;
   }
+  if (!routes) {
+    box.textContent = "Experts come when a token is read, with the one after it. The last token of a reply is never read.";
+    return box;
+  }
+  const { layers, heads, top_k, experts } = model.routes;
+  const table = box.appendChild(make("table"));
+  const names = Array.from({ length: heads }, (_, h) => make("th", "", heads > 1 ? `head ${h}` : "expert and gate"));
+  table.createTHead().insertRow().append(make("th", "", "experts"), ...names);
+  const body = table.createTBody();
+  const largest = Math.max(...routes.gates) || 1;
+  layers.forEach((layer, i) => {
+    const row = body.insertRow();
+    row.append(make("th", "", `layer ${layer}`));
+    for (let h = 0; h < heads; h++) {
+      const chips = row.insertCell().appendChild(make("div", "chips"));
+      chips.style.gridTemplateColumns = `repeat(${Math.min(top_k, 4)}, max-content)`;
+      for (let k = 0; k < top_k; k++) {
+        const at = (i * heads + h) * top_k + k, expert = routes.experts[at], gate = routes.gates[at];
+        const name = expert < experts ? `${expert}` : "none";
+        const chip = make("span", "expert", name);
+        chip.append(" ", make("small", "", gate.toFixed(2)));
+        chip.style.setProperty("--gate", (gate / largest).toFixed(3));
+        chip.title = `layer ${layer}, head ${h}: expert ${name}, gate ${gate.toPrecision(4)}`;
+        chips.append(chip);
+      }
+    }
+  });
   return box;
 }
 
@@ -285,7 +304,7 @@ async function load() {
   try {
     model = (await (await ask("v1/models")).json()).data[0];
     $("#model").textContent = document.title = model.id;
-    const routes = model.routes ? `, ${model.routes.layers} sparse layers of ${model.routes.heads} heads, routes kept` : "";
+    const routes = model.routes ? `, ${model.routes.layers.length} sparse layers of ${model.routes.heads} heads, top ${model.routes.top_k} of ${model.routes.experts} experts` : "";
     $("#about").textContent = `context ${model.max_model_len} tokens${routes}`;
   } catch (error) {
     $("#about").textContent = error.message;

@@ -21,10 +21,12 @@ Side = Callable[[dict], dict]
 def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
     """The engine in this process. Adds what its decoding steps were: experts that they touched on
     average, and the median share of a step outside forward pass and sampling."""
+    from headway.config import EngineConfig
     from headway.serve.engine import Engine
     from headway.serve.params import SamplingParams
 
-    engine = Engine.load(folder, "cpu", dtype, threads, max_len=4096, cache_tokens=16 * 1024)
+    sizes = EngineConfig(max_len=4096, cache_tokens=16 * 1024)
+    engine = Engine.load(folder, sizes, "cpu", dtype, threads)
     counters = engine.counters
 
     def step(request: dict) -> dict:

@@ -9,7 +9,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from headway.config import ModelConfig, MoEConfig
+from headway.config import EngineConfig, ModelConfig, MoEConfig
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.transformer import Transformer
 from headway.serve.engine import Engine
@@ -44,7 +44,8 @@ def served(arm: str, n_turns: int) -> tuple[int, int]:
     """Tokens of the prompt of the turn after `n_turns`, and how many of them the cache served."""
     tokenizer = ByteTokenizer()
     template = ChatTemplate(PLAIN_TEMPLATE, tokenizer)
-    engine = Engine(Transformer(MODEL).eval(), tokenizer, max_len=8192, cache_tokens=16384)
+    sizes = EngineConfig(max_len=8192, cache_tokens=16384)
+    engine = Engine(Transformer(MODEL).eval(), tokenizer, sizes)
     params = SamplingParams(max_tokens=64, seed=0, allowed_token_ids=LETTERS)
     messages: Messages = [{"role": "system", "content": SYSTEM}]
     for turn in range(n_turns + 1):

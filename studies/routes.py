@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from headway.config import EngineConfig
 from headway.model.moe import SparseLayer
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
@@ -63,7 +64,7 @@ def trained(arm: str) -> Path:
 @cache
 def routes(arm: str) -> Routes:
     """The recorded routes of an arm."""
-    engine = Engine.load(trained(arm), max_len=WINDOW + 1, return_routes=True)
+    engine = Engine.load(trained(arm), EngineConfig(max_len=WINDOW + 1, return_routes=True))
     layers = engine.model.sparse_layers()
     topics = [record(engine, windows(_source(name), 64)) for name in TOPICS]
     texts = [text for name in MIXED if (text := _source(name)) is not None and len(text) > 2000]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 
 if TYPE_CHECKING:
     from headway.serve.engine import Engine
@@ -28,22 +28,13 @@ COMMANDS = """\
 
 
 @dataclass(frozen=True)
-class Chat(trained.TrainedOptions):
+class Chat(trained.SamplingOptions):
     """A conversation: each line is a message, the reply is streamed. A line that starts with / is a
     command; /help lists them."""
 
     system: str = ""
     """A system message that the conversation starts with."""
     tokens: int = 512
-    """Most tokens of a reply."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the most likely token each time."""
-    top_k: int = 50
-    """Draw from the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Then from the smallest set whose probability reaches p; 1 keeps all."""
-    seed: int = 0
-    """The same seed and messages give the same replies."""
     chat_template: str = ""
     """File of a Jinja template; empty: the model's own, or `User: … Assistant: …`."""
 
@@ -54,32 +45,15 @@ def chat(args: Sequence[str]) -> int:
 
     from headway.hub.export_tokenizer import PLAIN_TEMPLATE
     from headway.serve.engine import Engine
-    from headway.serve.params import SamplingParams
     from headway.server.chat_template import ChatTemplate
 
-    if options.tokens < 1:
-        raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
-    params = SamplingParams(
-        max_tokens=options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    params.check_values()
+    params = options.params()
     loaded = trained.load(options)
     info = loaded.info
     template = ChatTemplate.load(info, loaded.tokenizer, options.chat_template)
     if template.source == PLAIN_TEMPLATE:  # a base model writes the other side too
         params = replace(params, stop=("\n\nUser:",))
-    engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
-        eos_ids=info.eos_ids,
-        max_len=info.max_len,
-        max_requests=1,
-        cache_tokens=2 * info.max_len,
-    )
+    engine = Engine.of(loaded, EngineConfig(max_requests=1, cache_tokens=2 * info.max_len))
     conversation = Conversation(engine, template, params)
     if options.system:
         conversation.add("system", options.system)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headway.cli.options import RecipeOptions, load_recipe, parse_with_config, print_json
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,8 @@ def _decode_run(options: Describe, words: Sequence[str]) -> int:
     model = loaded.model
     most, measured = max(batches), None
     if model.sparse_layers():
-        engine = Engine(
-            model, loaded.tokenizer, max_len=64, max_requests=most, max_batch_tokens=most + 64
-        )
+        sizes = EngineConfig(max_len=64, max_requests=most, max_batch_tokens=most + 64)
+        engine = Engine.of(loaded, sizes)
         measured = {batch: experts_touched(engine, batch) for batch in batches}
     config, dtype = loaded.config, model.dtype
     rows = decode_costs(config, batches, dtype, bandwidth, options.context, measured)

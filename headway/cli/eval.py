@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 
 if TYPE_CHECKING:
     from headway.data.stream import Stream
@@ -102,8 +102,7 @@ def _tasks(options: Eval) -> int:
 
     loaded = trained.load(options)
     # one token more than the context: the last one is read too, and only its score is needed
-    max_len = loaded.info.max_len + 1
-    engine = Engine(loaded.model, loaded.tokenizer, eos_ids=loaded.info.eos_ids, max_len=max_len)
+    engine = Engine.of(loaded, EngineConfig(max_len=loaded.info.max_len + 1))
     results = run_tasks(engine, options.tasks)
     for name, metrics in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))

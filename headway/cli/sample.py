@@ -8,44 +8,23 @@ from time import perf_counter
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
-from headway.config import UsageError
 
 
 @dataclass(frozen=True)
-class Sample(trained.TrainedOptions):
+class Sample(trained.SamplingOptions):
     """Text from a trained model, streamed as it is written."""
 
     prompt: str = ""
     """Where the text starts; empty starts a document."""
-    tokens: int = 200
-    """Most tokens to write; fewer when the document ends."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the most likely token each time."""
-    top_k: int = 50
-    """Draw from the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Then from the smallest set whose probability reaches p; 1 keeps all."""
-    seed: int = 0
-    """The same seed gives the same text."""
 
 
 def sample(args: Sequence[str]) -> int:
     """Run `headway sample RUN` and return its exit code."""
     options = parse(Sample, args, "headway sample")
 
-    from headway.serve.params import SamplingParams
     from headway.serve.text import generate
 
-    if options.tokens < 1:
-        raise UsageError(f"--tokens {options.tokens} is below 1; use 1 or more")
-    params = SamplingParams(
-        max_tokens=options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    params.check_values()
+    params = options.params()
     model = trained.load(options)
     if factor := model.config.model.moe.capacity_factor:
         note = f"trained with model.moe.capacity_factor={factor}; sampling drops no token"

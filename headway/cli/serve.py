@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from headway.cli import trained
 from headway.cli.options import mesh_axes, parse
-from headway.config import MeshConfig, UsageError
+from headway.config import MeshConfig, ServerConfig, UsageError
 
 if TYPE_CHECKING:
     from headway.parallel.mesh import Mesh
@@ -20,42 +20,11 @@ KEY_VARIABLE = "HEADWAY_API_KEY"
 
 
 @dataclass(frozen=True)
-class Serve(trained.TrainedOptions):
+class Serve(ServerConfig, trained.TrainedOptions):
     """Serve a trained model over HTTP, in OpenAI's form: /v1/completions, /v1/chat/completions."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, then use a key."""
-    port: int = 8000
-    """Port; 0 takes a free one."""
-    name: str = ""
-    """Name of the model in requests; empty takes that of its folder."""
-    max_tokens: int = 0
-    """Most tokens of a reply; 0: what the context holds."""
-    max_requests: int = 64
-    """Most replies that are written at once; further ones wait."""
-    max_waiting: int = 256
-    """Most replies that wait; past it requests get 429."""
-    max_n: int = 64
-    """Most replies to one prompt, and prompts of one request."""
-    max_batch_tokens: int = 512
-    """Most tokens of one step: those of running replies, then chunks of prompts."""
-    cache_tokens: int = 0
-    """Tokens whose keys and values are kept, and most of one request; 0: for all requests, in at
-    most 1 GiB."""
-    return_routes: bool = False
-    """Keep the chosen experts of each token and their gates, for requests that ask for them."""
-    chat_template: str = ""
-    """File with a Jinja chat template; empty takes the model's."""
     api_key_file: str = ""
     """File with one API key per line; without it HEADWAY_API_KEY, or none is needed."""
-    max_body: int = 4 * 2**20
-    """Most bytes of a request."""
-    body_timeout: float = 10.0
-    """Seconds in which a request has to arrive."""
-    max_connections: int = 4096
-    """Most connections; further ones are closed."""
-    drain: float = 30.0
-    """Seconds that running replies have after SIGTERM."""
     mesh: str = ""
     """Ranks that share heads and experts, as in hp=2,ep=2, started by torchrun --nproc-per-node
     P -m -- headway serve …; every rank holds all running tokens."""
@@ -65,7 +34,7 @@ def serve(args: Sequence[str]) -> int:
     """Run `headway serve RUN|DIR` until a signal, and return its exit code."""
     options = parse(Serve, args, "headway serve")
     keys = _keys(options.api_key_file)
-    _check(options)
+    options.check()
     try:
         import fastapi  # noqa: F401
         import jinja2  # noqa: F401
@@ -98,24 +67,11 @@ def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
     from headway.model.paged import PAGE
     from headway.serve.runner import runner_of
     from headway.server.load import load_served
-    from headway.server.run import ServerOptions
     from headway.server.run import serve as run
 
     def load() -> "Served":
         loaded = trained.load(options, mesh)
-        return load_served(
-            loaded,
-            name=options.name,
-            max_tokens=options.max_tokens,
-            max_requests=options.max_requests,
-            max_waiting=options.max_waiting,
-            max_n=options.max_n,
-            max_batch_tokens=options.max_batch_tokens,
-            cache_tokens=options.cache_tokens,
-            return_routes=options.return_routes,
-            chat_template=options.chat_template,
-            runner=runner_of(loaded.model, mesh),
-        )
+        return load_served(loaded, options, runner_of(loaded.model, mesh))
 
     def on_ready(url: str, served: "Served") -> None:
         engine, model = served.engine, served.engine.model
@@ -137,16 +93,8 @@ def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
             )
         _print(options.json, answer)
 
-    server = ServerOptions(
-        host=options.host,
-        port=options.port,
-        keys=keys,
-        max_body=options.max_body,
-        body_seconds=options.body_timeout,
-        max_connections=options.max_connections,
-        drain=options.drain,
-    )
-    counts = run(server, load, on_ready) or {"requests": 0, "generated_tokens": 0, "blocks_used": 0}
+    nothing = {"requests": 0, "generated_tokens": 0, "blocks_used": 0}
+    counts = run(options, keys, load, on_ready) or nothing
     _print(options.json, {"event": "stopped", **counts})
     return 0
 
@@ -181,28 +129,3 @@ def _keys(file: str) -> tuple[str, ...]:
     if not lines:
         raise UsageError(f"--api-key-file {file} has no key; write one per line")
     return tuple(lines)
-
-
-def _check(options: Serve) -> None:
-    """Raise UsageError for a number out of its range."""
-    lowest = {
-        "port": 0,
-        "max_tokens": 0,
-        "max_requests": 1,
-        "max_waiting": 0,
-        "max_n": 1,
-        "max_batch_tokens": 2,
-        "cache_tokens": 0,
-        "max_body": 1,
-        "max_connections": 1,
-        "drain": 0,
-    }
-    values = vars(options)
-    for name, least in lowest.items():
-        if not values[name] >= least:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} {values[name]} is below {least}; use {least} or more")
-    if options.port > 65535:
-        raise UsageError(f"--port {options.port} is above 65535; use 0 for a free one")
-    if not 0 < options.body_timeout < float("inf"):
-        raise UsageError(f"--body-timeout {options.body_timeout} is not above 0; use 10")

@@ -11,6 +11,7 @@ from headway.config import UsageError
 if TYPE_CHECKING:
     from headway.hub.load import LoadedModel
     from headway.parallel.mesh import Mesh
+    from headway.serve.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class TrainedOptions:
     """Options of the verbs that read a trained model."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder, or one checkpoint folder inside it."""
+    """A run folder, one of its checkpoints, or a Hugging Face folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: that of training, where this machine has it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -27,6 +28,38 @@ class TrainedOptions:
     """CPU threads; 0: as many as in training."""
     json: bool = False
     """End with one JSON object."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions(TrainedOptions):
+    """Options of the verbs that write text with one."""
+
+    tokens: int = 200
+    """Most tokens of a text; fewer where it ends."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token each time."""
+    top_k: int = 50
+    """Draw from the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Then from the smallest set whose probability reaches p; 1 keeps all."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+    def params(self) -> "SamplingParams":
+        """Return them as the engine takes them. Raises UsageError for a value out of its range."""
+        from headway.serve.params import SamplingParams
+
+        if self.tokens < 1:
+            raise UsageError(f"--tokens {self.tokens} is below 1; use 1 or more")
+        params = SamplingParams(
+            max_tokens=self.tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        params.check_values()
+        return params
 
 
 def load(options: TrainedOptions, mesh: "Mesh | None" = None) -> "LoadedModel":

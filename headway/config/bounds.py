@@ -9,12 +9,11 @@ from headway.config.errors import UsageError
 
 def at_least(least: float, section: str, values: dict[str, Any], fields: str) -> None:
     """Raise UsageError for the first of `fields`, separated by spaces, whose value is below `least`
-    or not finite."""
+    or not finite. A `section` of "" has no name."""
     for name in fields.split():
         if not least <= (value := values[name]) < math.inf:  # also false for NaN
-            raise UsageError(
-                f"{section}.{name}={value} is below {least}; use a finite number ≥ {least}"
-            )
+            name = f"{section}.{name}".lstrip(".")
+            raise UsageError(f"{name}={value} is below {least}; use a finite number ≥ {least}")
 
 
 def above_zero(section: str, values: dict[str, Any], fields: str) -> None:
@@ -22,7 +21,8 @@ def above_zero(section: str, values: dict[str, Any], fields: str) -> None:
     or not finite."""
     for name in fields.split():
         if not 0 < (value := values[name]) < math.inf:
-            raise UsageError(f"{section}.{name}={value} is not above 0; use a finite number > 0")
+            name = f"{section}.{name}".lstrip(".")
+            raise UsageError(f"{name}={value} is not above 0; use a finite number > 0")
 
 
 def divisors(n: int) -> list[int]:

@@ -10,16 +10,16 @@ import itertools
 import secrets
 from collections.abc import Iterable
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 from torch import Tensor
 
 from headway.checkpoint.runtime import Device, Dtype
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 from headway.data.tokenizer import Tokenizer
-from headway.hub.load import load_model
+from headway.hub.load import LoadedModel, load_model
 from headway.model.paged import PAGE, slots_of
 from headway.model.transformer import Transformer
 from headway.serve.blocks import BlockPool
@@ -65,12 +65,8 @@ class Engine:
     Args:
         model: in evaluation mode, its mixers with pages.
         tokenizer: of its vocabulary.
+        config: its `max_len` may be 0 where that of the model is not.
         eos_ids: tokens that end a text; () takes the tokenizer's.
-        max_len: most tokens of a request, prompt and output.
-        max_requests: most sequences that run at once.
-        max_batch_tokens: most tokens of a pass; above `max_requests`.
-        cache_tokens: positions that the cache holds; 0: `max_requests · max_len`, at most 1 GiB.
-        return_routes: keep the chosen experts of each token beside its keys and values.
         runner: runs the passes; None: in this process.
     Raises: UsageError where a size does not fit or a mixer has no pages."""
 
@@ -78,31 +74,26 @@ class Engine:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
+        config: EngineConfig = EngineConfig(),
         *,
         eos_ids: ListOf[int] = (),
-        max_len: int = 2048,
-        max_requests: int = 64,
-        max_batch_tokens: int = 512,
-        cache_tokens: int = 0,
-        return_routes: bool = False,
         runner: Runner | None = None,
     ):
-        if max_batch_tokens <= max_requests:
-            raise UsageError(
-                f"max_batch_tokens={max_batch_tokens} must be above max_requests={max_requests}, "
-                f"one token for each; use {max_requests + 256}"
-            )
+        config.check()
         self.model, self.tokenizer = model, tokenizer
         self.runner = Runner(model) if runner is None else runner
         self.eos_ids = tuple(eos_ids) or tokenizer.eos_ids
-        self.max_len = max_len
-        n_pages = -(-(cache_tokens or self._default_cache(max_requests)) // PAGE)
+        self.max_len = config.max_len or model.config.max_len
+        if not self.max_len:
+            raise UsageError("max_len=0 and the model's config has none; give the engine one")
+        n_pages = -(-(config.cache_tokens or self._default_cache(config.max_requests)) // PAGE)
         self.runner.allocate(n_pages)
-        self._routes = RoutePages(n_pages, model.sparse_layers()) if return_routes else None
+        self._routes = RoutePages(n_pages, model.sparse_layers()) if config.return_routes else None
         self._copies: list[tuple[int, int]] = []
         # the routes of a whole text are read when it ends
-        window = 0 if return_routes else self.runner.window
-        self.scheduler = Scheduler(BlockPool(n_pages), max_requests, max_batch_tokens, window)
+        window = 0 if config.return_routes else self.runner.window
+        sizes = config.max_requests, config.max_batch_tokens
+        self.scheduler = Scheduler(BlockPool(n_pages), *sizes, window)
         self.counters = Counters()
         self.sequences: list[Sequence] = []
         self._numbers = itertools.count()
@@ -111,29 +102,25 @@ class Engine:
     def load(
         cls,
         path: str | Path,
+        config: EngineConfig = EngineConfig(),
         device: Device = "auto",
         dtype: Dtype = "auto",
         threads: int = 0,
-        *,
-        max_len: int = 0,
-        max_requests: int = 64,
-        max_batch_tokens: int = 512,
-        cache_tokens: int = 0,
-        return_routes: bool = False,
     ) -> "Engine":
-        """Return an engine for the model of a run, a checkpoint or a Hugging Face folder; arguments
-        as above and for `load_model`. `max_len` 0 is the model's context."""
-        loaded = load_model(path, device, dtype, threads)
-        return cls(
-            loaded.model,
-            loaded.tokenizer,
-            eos_ids=loaded.info.eos_ids,
-            max_len=max_len or loaded.info.max_len,
-            max_requests=max_requests,
-            max_batch_tokens=max_batch_tokens,
-            cache_tokens=cache_tokens,
-            return_routes=return_routes,
-        )
+        """Return an engine for the model of a run, a checkpoint or a Hugging Face folder."""
+        return cls.of(load_model(path, device, dtype, threads), config)
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        config: EngineConfig = EngineConfig(),
+        runner: Runner | None = None,
+    ) -> "Engine":
+        """Return an engine for a model that `load_model` read; `max_len` 0 is its context."""
+        config = replace(config, max_len=config.max_len or loaded.info.max_len)
+        ends = loaded.info.eos_ids
+        return cls(loaded.model, loaded.tokenizer, config, eos_ids=ends, runner=runner)
 
     # ---- requests -----------------------------------------------------------------------------
 

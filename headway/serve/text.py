@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from headway.config import EngineConfig
 from headway.data.tokenizer import Tokenizer
 from headway.model.dispatch import LOCAL, TokenDispatcher
 from headway.model.transformer import Transformer
@@ -31,14 +32,9 @@ def generate(
     model.eval()
     try:
         max_len = len(tokenizer.encode(prompt)) + 1 + params.max_tokens
-        engine = Engine(
-            model,
-            tokenizer,
-            eos_ids=eos_ids,
-            max_len=max_len,
-            max_requests=1,
-            runner=Runner(model, dispatcher),
-        )
+        config = EngineConfig(max_len=max_len, max_requests=1)
+        runner = Runner(model, dispatcher)
+        engine = Engine(model, tokenizer, config, eos_ids=eos_ids, runner=runner)
         engine.add(engine.encode(prompt), params)
         updates = []
         while engine.has_work:

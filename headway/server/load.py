@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from headway import __version__
+from headway.config import ServerConfig, UsageError
 from headway.hub.load import LoadedModel
 from headway.model.paged import PAGE
 from headway.serve.engine import Engine
@@ -18,59 +19,39 @@ CHUNK = 4096
 
 
 def load_served(
-    loaded: LoadedModel,
-    *,
-    name: str = "",
-    max_tokens: int = 0,
-    max_requests: int = 64,
-    max_waiting: int = 256,
-    max_n: int = 64,
-    max_batch_tokens: int = 512,
-    cache_tokens: int = 0,
-    return_routes: bool = False,
-    chat_template: str = "",
-    runner: Runner | None = None,
+    loaded: LoadedModel, config: ServerConfig = ServerConfig(), runner: Runner | None = None
 ) -> Served:
-    """Return an engine for a model with the protocol of its server.
+    """Return an engine for a model with the protocol of its server. A cache below the context
+    bounds a request.
 
-    Args:
-        name: of the model in requests; "" takes `loaded.info.name`.
-        max_tokens: most of a reply; 0: what the context holds.
-        max_waiting: most replies beyond `max_requests`, which wait.
-        max_n: most replies to a prompt, and prompts of a request.
-        chat_template: a file; "" takes `loaded.info.chat_template`.
-        cache_tokens, runner: as for `Engine`; a cache below the context bounds a request.
-    Raises: UsageError for a template that cannot be read, and as `Engine` does."""
+    Args: runner: as for `Engine`.
+    Raises: UsageError for a template that cannot be read, for a `max_len` above the model's
+    context, and as `Engine` does."""
     info, tokenizer = loaded.info, loaded.tokenizer
-    engine = Engine(
-        loaded.model,
-        tokenizer,
-        eos_ids=info.eos_ids,
-        max_len=info.max_len,
-        max_requests=max_requests,
-        max_batch_tokens=max_batch_tokens,
-        cache_tokens=cache_tokens,
-        return_routes=return_routes,
-        runner=runner,
-    )
-    max_len = min(info.max_len, PAGE * engine.scheduler.pool.n_pages)
+    config.check()
+    if config.max_len > info.max_len:
+        why = f"max_len={config.max_len} is above the context of {info.name}, {info.max_len} tokens"
+        raise UsageError(f"{why}; use at most {info.max_len}, or 0 for all of it")
+    engine = Engine.of(loaded, config, runner)
+    max_len = min(engine.max_len, PAGE * engine.scheduler.pool.n_pages)
     bounds = Bounds(
         vocab_size=tokenizer.vocab_size,
         max_len=max_len,
-        max_tokens=min(max_tokens or max_len, max_len),
-        max_n=max_n,
+        max_tokens=min(config.max_tokens or max_len, max_len),
+        max_n=config.max_n,
     )
     protocol = Protocol(
-        name=name or info.name,
+        name=config.name or info.name,
         tokenizer=tokenizer,
-        template=ChatTemplate.load(info, tokenizer, chat_template),
+        template=ChatTemplate.load(info, tokenizer, config.chat_template),
         compiler=GrammarCompiler(tokenizer, engine.eos_ids),
         bounds=bounds,
-        routes=return_routes,
+        routes=config.return_routes,
     )
     dtype = str(loaded.model.dtype)
     digest = hashlib.sha256(f"{weights_digest(info.source)} {dtype} {__version__}".encode())
-    return Served(engine, protocol, f"fp_{digest.hexdigest()[:16]}", max_requests + max_waiting)
+    fingerprint = f"fp_{digest.hexdigest()[:16]}"
+    return Served(engine, protocol, fingerprint, config.max_requests + config.max_waiting)
 
 
 def weights_digest(folder: Path) -> str:

@@ -13,10 +13,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from headway.config import UsageError
+from headway.config import ServerConfig, UsageError
 from headway.server.app import build_app
 from headway.server.connections import connection_class, most_connections
 from headway.server.errors import BadRequest, error_json
@@ -28,34 +27,21 @@ T = TypeVar("T")
 LOADING = BadRequest("the model is being loaded; ask again later", None, 503, "model_loading")
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What the server is told, beside its model."""
-
-    host: str
-    port: int
-    """0 takes a free one."""
-    keys: Sequence[str]
-    """API keys; () needs none."""
-    max_body: int
-    """Bytes."""
-    body_seconds: float
-    """For the header, and for the body of a request."""
-    max_connections: int
-    drain: float
-    """Seconds."""
-
-
 def serve(
-    options: ServerOptions, load: Callable[[], Served], on_ready: Callable[[str, Served], None]
+    config: ServerConfig,
+    keys: Sequence[str],
+    load: Callable[[], Served],
+    on_ready: Callable[[str, Served], None],
 ) -> dict[str, int] | None:
-    """Serve the model that `load` returns until a signal; it runs in a thread of its own.
-    `on_ready` gets the URL when the server answers. Return `requests`, `generated_tokens` and
-    `blocks_used`; None where it ended while loading.
+    """Serve the model that `load` returns until a signal; it runs in a thread of its own. Return
+    `requests`, `generated_tokens` and `blocks_used`; None where it ended while loading.
 
-    Raises UsageError for an address that cannot be had, and what `load` raises."""
-    listener = listen(options.host, options.port)
-    return asyncio.run(_serve(options, listener, load, on_ready))
+    Args:
+        keys: API keys, one of which is needed; () needs none.
+        on_ready: gets the URL when the server answers.
+    Raises: UsageError for an address that cannot be had, and what `load` raises."""
+    listener = listen(config.host, config.port)
+    return asyncio.run(_serve(config, keys, listener, load, on_ready))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -89,7 +75,8 @@ def url_of(listener: socket.socket) -> str:
 
 
 async def _serve(
-    options: ServerOptions,
+    config: ServerConfig,
+    keys: Sequence[str],
     listener: socket.socket,
     load: Callable[[], Served],
     on_ready: Callable[[str, Served], None],
@@ -101,9 +88,8 @@ async def _serve(
         def capture_signals(self) -> Iterator[None]:
             yield  # the signals are ours
 
-    hosts = hosts_of(options.host)
-    guard = Guard(_loading, hosts, options.keys, options.max_body, options.body_seconds)
-    connection = connection_class(most_connections(options.max_connections), options.body_seconds)
+    guard = Guard(_loading, hosts_of(config.host), keys, config.max_body, config.body_timeout)
+    connection = connection_class(most_connections(config.max_connections), config.body_timeout)
     server = Server(
         uvicorn.Config(
             guard,  # type: ignore[arg-type]  # an ASGI application with our own type names
@@ -133,7 +119,7 @@ async def _serve(
         await asyncio.wait((stopping, ended), return_when=asyncio.FIRST_COMPLETED)
         service.draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(service.drained(), options.drain)
+            await asyncio.wait_for(service.drained(), config.drain)
         await service.worker.stop()
         with contextlib.suppress(TimeoutError):  # for the last events to be sent
             await asyncio.wait_for(service.drained(), 2)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra [eval]")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 from headway.eval.harness import HeadwayLM, run_all
 from headway.eval.over_http import server
 from headway.hub.load import load_model
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def make_engine(folder, **options) -> Engine:
     """As `headway eval --tasks` makes it: one more token than the context."""
     options = {"max_len": CONTEXT + 1, "max_requests": 4, "max_batch_tokens": 40, **options}
-    return Engine.load(folder / "run", dtype="float32", **options)
+    return Engine.load(folder / "run", EngineConfig(**options), dtype="float32")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 from headway.data.batch import Batch
 from headway.data.tokenizer import ByteTokenizer
 from headway.eval import over_http
@@ -32,7 +32,7 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 19, [0] * S, [0] * 8 + [1] + [2] * 15]
 
 @pytest.mark.parametrize("doc_BS", [None, DOCUMENTS], ids=["whole", "documents"])
 def test_pieces_score_as_windows_do(model, doc_BS, monkeypatch):
-    engine = Engine(model, ByteTokenizer(), max_len=S)
+    engine = Engine(model, ByteTokenizer(), EngineConfig(max_len=S))
 
     def score(connection, prompts):
         requests = [engine.add(p, SamplingParams(max_tokens=0, prompt_logprobs=0)) for p in prompts]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headway.config import MeshConfig, MoEConfig, RouterConfig
+from headway.config import EngineConfig, MeshConfig, MoEConfig, RouterConfig
 from headway.data.tokenizer import ByteTokenizer
 from headway.hub.load import load_model
 from headway.model.compute import Compute
@@ -22,6 +22,7 @@ PROMPTS = [[1, 2, 3], [7] * 21, [4, 5] * 20]
 PARAMS = SamplingParams(
     max_tokens=10, seed=4, n=2, logprobs=0, temperature=1.5, ignore_eos=True, return_routes=True
 )
+SIZES = EngineConfig(max_len=64, max_batch_tokens=20, max_requests=8)
 LAYERS = {
     "sub_token": MoEConfig(n_heads=4, n_experts=6, top_k=2, d_expert=16),
     "token": MoEConfig(
@@ -51,15 +52,7 @@ def write(mesh, moe, dtype):
         if not mesh.is_main:
             runner.follow()
             return None, sent_by(mesh)
-    engine = Engine(
-        model,
-        ByteTokenizer(),
-        max_len=64,
-        max_batch_tokens=20,
-        max_requests=8,
-        runner=runner,
-        return_routes=True,
-    )
+    engine = Engine(model, ByteTokenizer(), replace(SIZES, return_routes=True), runner=runner)
     answers = [
         [
             (c.tokens, [p.logprob for p in c.logprobs], [part.tolist() for part in c.routes])
@@ -99,9 +92,7 @@ def read(mesh, run):
     if not mesh.is_main:
         runner.follow()
         return None, n_values
-    engine = Engine(
-        model, ByteTokenizer(), max_len=64, max_batch_tokens=20, max_requests=8, runner=runner
-    )
+    engine = Engine(model, ByteTokenizer(), SIZES, runner=runner)
     params = replace(PARAMS, return_routes=False)
     replies = engine.generate(PROMPTS, params)
     runner.close()

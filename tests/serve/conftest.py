@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from headway.config import ModelConfig, MoEConfig
+from headway.config import EngineConfig, ModelConfig, MoEConfig
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
@@ -27,6 +27,7 @@ def engine(model) -> Callable[..., Engine]:
     """Makes an engine: `engine(cache_tokens=…)`."""
 
     def make(**options) -> Engine:
-        return Engine(model, ByteTokenizer(), **{"max_len": 256, "max_requests": 8, **options})
+        sizes = EngineConfig(**{"max_len": 256, "max_requests": 8, **options})
+        return Engine(model, ByteTokenizer(), sizes)
 
     return make

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.context import Context
 from headway.model.paged import PAGE
@@ -286,4 +286,4 @@ def test_a_mixer_without_pages_is_named(engine):
         return build_block(config, layer, compute, mixer=RunningMean(config))
 
     with pytest.raises(UsageError, match="RunningMean, has no init_pages"):
-        Engine(Transformer(CONFIG, blocks=blocks), ByteTokenizer())
+        Engine(Transformer(CONFIG, blocks=blocks), ByteTokenizer(), EngineConfig(max_len=64))

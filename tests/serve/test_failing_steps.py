@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from headway.config import RunError
+from headway.config import EngineConfig, RunError
 from headway.data.tokenizer import ByteTokenizer
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
@@ -25,7 +25,8 @@ def broken(model):
 
 
 def engine_of(model, **options):
-    return Engine(model, ByteTokenizer(), **{"max_len": 256, "max_requests": 8, **options})
+    sizes = EngineConfig(**{"max_len": 256, "max_requests": 8, **options})
+    return Engine(model, ByteTokenizer(), sizes)
 
 
 def finish(engine):

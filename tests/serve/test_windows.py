@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headway.config import EngineConfig
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.compute import Compute
 from headway.model.paged import PAGE
@@ -47,14 +48,10 @@ def held(engine: Engine) -> int:
 def test_log_probabilities_are_those_of_the_whole_text(window, sizes, shared, chunk, pages):
     """Whatever was given back, found again or taken away, twice on one engine."""
     model = MODELS[window]
-    engine = Engine(
-        model,
-        ByteTokenizer(),
-        max_len=256,
-        max_requests=3,
-        max_batch_tokens=chunk,
-        cache_tokens=pages * PAGE,
+    sizes = EngineConfig(
+        max_len=256, max_requests=3, max_batch_tokens=chunk, cache_tokens=pages * PAGE
     )
+    engine = Engine(model, ByteTokenizer(), sizes)
     prefix = text(shared, seed=7)
     prompts = [[*prefix, *text(n, seed=i)] for i, n in enumerate(sizes)]
     params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, logprobs=0)
@@ -73,7 +70,7 @@ def test_log_probabilities_are_those_of_the_whole_text(window, sizes, shared, ch
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_long_text_holds_few_pages(window):
-    engine = Engine(MODELS[window], ByteTokenizer(), max_len=512, max_requests=2)
+    engine = Engine(MODELS[window], ByteTokenizer(), EngineConfig(max_len=512, max_requests=2))
     engine.add(text(150), SamplingParams(max_tokens=200, n=2, ignore_eos=True))
     engine.step()
     most, widest = 0, WINDOWS[window]
@@ -86,11 +83,11 @@ def test_a_long_text_holds_few_pages(window):
 
 
 def test_layers_without_a_window_keep_all_pages():
-    engine = Engine(windowed(16, 0), ByteTokenizer(), max_len=256)
+    engine = Engine(windowed(16, 0), ByteTokenizer(), EngineConfig(max_len=256))
     engine.add(text(150), SamplingParams(max_tokens=20, ignore_eos=True))
     engine.step()
     assert held(engine) == 10
-    routes = Engine(MODELS[33,], ByteTokenizer(), max_len=256, return_routes=True)
+    routes = Engine(MODELS[33,], ByteTokenizer(), EngineConfig(max_len=256, return_routes=True))
     params = SamplingParams(max_tokens=20, return_routes=True, ignore_eos=True)
     assert routes.generate([text(150)], params)[0][0].routes.experts.shape[0] == 169
 
@@ -110,7 +107,8 @@ def test_a_prefix_is_found_by_what_its_next_token_sees():
 
 
 def test_a_conversation_goes_on_though_its_head_is_forgotten():
-    engine = Engine(MODELS[16, 17], ByteTokenizer(), max_len=256, cache_tokens=12 * PAGE)
+    sizes = EngineConfig(max_len=256, cache_tokens=12 * PAGE)
+    engine = Engine(MODELS[16, 17], ByteTokenizer(), sizes)
     first = text(100)
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     reply = engine.generate([first], params)[0][0].tokens

@@ -46,8 +46,8 @@ def unsupported() -> str:
 def flags() -> str:
     """One row per flag of `headway serve`, from the docstrings of its options."""
     rows = ["| flag | default | what it does |", "|---|---|---|"]
-    for path in ("headway/cli/trained.py", "headway/cli/serve.py"):
-        tree = ast.parse((ROOT / path).read_text("utf-8"))
+    for path in ("cli/trained", "config/engine", "config/server", "cli/serve"):
+        tree = ast.parse((ROOT / "headway" / f"{path}.py").read_text("utf-8"))
         options = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef))
         for field, text in zip(options.body, options.body[1:], strict=False):
             match field, text:

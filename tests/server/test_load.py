@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from headway.config import UsageError
+from headway.config import ServerConfig, UsageError
 from headway.hub.load import load_model
 from headway.server.load import load_served, weights_digest
 from tests.server.served import CONTEXT
@@ -16,23 +16,35 @@ def loaded(run):
 
 
 def test_the_name_and_the_bounds(loaded):
-    served = load_served(loaded, max_tokens=100, max_requests=2, max_waiting=3)
+    served = load_served(loaded, ServerConfig(max_tokens=100, max_requests=2, max_waiting=3))
     bounds = served.protocol.bounds
     assert (served.protocol.name, bounds.max_len, bounds.max_tokens) == ("run", CONTEXT, 100)
-    assert served.max_choices == 5 and load_served(loaded, name="other").protocol.name == "other"
+    assert (
+        served.max_choices == 5
+        and load_served(loaded, ServerConfig(name="other")).protocol.name == "other"
+    )
 
 
 def test_a_cache_below_the_context_bounds_a_request(loaded):
-    served = load_served(loaded, cache_tokens=64)
+    served = load_served(loaded, ServerConfig(cache_tokens=64))
     assert served.protocol.bounds.max_len == served.protocol.bounds.max_tokens == 64
     call = served.protocol.chat(b'{"messages": [{"role": "user", "content": "x"}]}')
     assert len(call.prompts[0]) + call.params.max_tokens == 64
 
 
+def test_less_than_the_context_and_never_more(loaded):
+    served = load_served(loaded, ServerConfig(max_len=64, max_requests=3))
+    assert served.protocol.bounds.max_len == served.engine.max_len == 64
+    assert served.engine.scheduler.pool.n_pages == 3 * 64 // 16
+    words = f"max_len={CONTEXT + 1} is above the context of run, {CONTEXT} tokens; use at most"
+    with pytest.raises(UsageError, match=words):
+        load_served(loaded, ServerConfig(max_len=CONTEXT + 1))
+
+
 def test_a_template_that_is_none(loaded, tmp_path):
     (tmp_path / "t.jinja").write_text("{% if %}")
     with pytest.raises(UsageError, match="template"):
-        load_served(loaded, chat_template=str(tmp_path / "t.jinja"))
+        load_served(loaded, ServerConfig(chat_template=str(tmp_path / "t.jinja")))
 
 
 def test_the_fingerprint_follows_weights_and_dtype(loaded, run):

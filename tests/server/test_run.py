@@ -238,10 +238,13 @@ def test_mistakes_of_the_command_line(run, tmp_path):
     (tmp_path / "empty").write_text("\n")
     assert "has no key" in mistake("serve", run, "--api-key-file", tmp_path / "empty")
     assert "cannot be read" in mistake("serve", run, "--api-key-file", tmp_path / "none")
-    assert "--port 65536 is above 65535" in mistake("serve", run, "--port", 65536)
-    assert "--max-requests 0 is below 1" in mistake("serve", run, "--max-requests", 0)
-    assert "--drain -1.0 is below 0" in mistake("serve", run, "--drain", -1)
+    assert "port=65536 is above 65535" in mistake("serve", run, "--port", 65536)
+    assert "max_requests=0 is below 1" in mistake("serve", run, "--max-requests", 0)
+    assert "drain=-1.0 is below 0" in mistake("serve", run, "--drain", -1)
     assert "did you mean --max-tokens?" in mistake("serve", run, "--max-token", 3)
     assert "neither a run folder" in mistake("serve", tmp_path, "--port", 0)
     assert "--host no.such.host" in mistake("serve", run, "--host", "no.such.host.invalid")
+    assert "max_len=9999 is above the context of run" in mistake(
+        "serve", run, "--port", 0, "--max-len", 9999
+    )
     assert "max_batch_tokens" in mistake("serve", run, "--port", 0, "--max-batch-tokens", 8)

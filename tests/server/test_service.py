@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from headway.config import ServerConfig
 from headway.hub.load import load_model
 from headway.server import service as module
 from headway.server.errors import BadRequest
@@ -19,7 +20,7 @@ def loaded(run):
 
 def run_with(loaded, body, **options):
     async def main():
-        service = Service(load_served(loaded, **options))
+        service = Service(load_served(loaded, ServerConfig(**options)))
         try:
             return await body(service)
         finally:

@@ -24,7 +24,7 @@ from headway.cli.sample import sample
 from headway.cli.serve import serve
 from headway.cli.tokenize import tokenize
 from headway.cli.train import train
-from headway.config import PeerError, RankError, UsageError
+from headway.config import PeerError, RankError, RunError, UsageError
 from headway.train import interrupt
 
 VERBS = {
@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             who = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
             print(f"headway: {who}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RunError as error:
+        if str(error):  # else another rank says it
+            print(f"headway: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"headway: {str(error) or 'interrupted'}", file=sys.stderr)

@@ -19,7 +19,7 @@ from headway.cli.options import (
     print_json,
     recipe_names,
 )
-from headway.config import Config, RunError, UsageError, leaves
+from headway.config import Config, UsageError, leaves
 from headway.train.interrupt import Interrupt
 
 
@@ -63,19 +63,14 @@ def _train(args: Sequence[str], interrupt: Interrupt) -> int:
     from headway.cli.summary import train_summary
     from headway.train.loop import train as run_training
 
-    try:
-        result = run_training(
-            config,
-            resume=resume,
-            overwrite=overwrite,
-            recipe_source=recipes.source(options.recipe) if options.recipe else "",
-            log=log,
-            interrupt=interrupt,
-        )
-    except RunError as error:
-        if str(error):
-            print(f"headway: {error}", file=sys.stderr)
-        return 1
+    result = run_training(
+        config,
+        resume=resume,
+        overwrite=overwrite,
+        recipe_source=recipes.source(options.recipe) if options.recipe else "",
+        log=log,
+        interrupt=interrupt,
+    )
     print(train_summary(config, result, str(RunStart.of(config, resume, overwrite).run_dir)))
     print_json(options.json, result)
     if result["error"]:

@@ -7,13 +7,16 @@ experts, and one collective of a size known in advance joins the outputs.
 Nothing is sent before the experts and no metadata: the ranks route the same tokens. Training sends
 tokens instead (`dispatcher.py`), since its ranks hold different ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from headway.model.balance import RouteStats
 from headway.model.dispatch import Completed, Future, TokenDispatcher
+from headway.model.moe import SparseLayer
 from headway.model.router import Route
 from headway.parallel.collectives import CommContext
 from headway.parallel.mesh import Axis, Mesh
@@ -79,3 +82,31 @@ class ReplicatedDispatcher(TokenDispatcher):
 
     def _comm(self, axis: Axis, purpose: str) -> CommContext:
         return CommContext(axis, self.mesh.traffic, purpose, self.layer)
+
+
+def experts_read(
+    mesh: Mesh, layers: Sequence[SparseLayer], stats: Sequence[RouteStats]
+) -> list[int]:
+    """Return how many experts each rank read in a pass over the same tokens on all ranks: those
+    with at least one row, summed over the sparse layers. Collective."""
+    n_read = torch.zeros((), dtype=torch.int64, device=mesh.device)
+    if layers:
+        counts = [_own(mesh, *pair).flatten() for pair in zip(layers, stats, strict=True)]
+        n_read = torch.cat(counts).count_nonzero()
+    if mesh.size == 1:
+        return [int(n_read)]
+    comm = CommContext(mesh.world, mesh.traffic, "experts read")
+    comm.add(n_read.nbytes * (mesh.size - 1))
+    each = [torch.empty_like(n_read) for _ in range(mesh.size)]
+    with comm.waiting():
+        dist.all_gather(each, n_read, group=mesh.world.group)
+    return [int(n) for n in each]
+
+
+def _own(mesh: Mesh, layer: SparseLayer, stats: RouteStats) -> Tensor:
+    """Return the counts of the experts that this rank holds, without those that do nothing."""
+    counts_HE, ep = stats.counts_HE, mesh.ep
+    if layer.reads_token:  # each rank has chosen for all heads
+        counts_HE = counts_HE.chunk(mesh.hp.size)[mesh.hp.index]
+    n = layer.config.n_experts // ep.size
+    return counts_HE[:, ep.index * n : (ep.index + 1) * n]

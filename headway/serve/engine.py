@@ -49,14 +49,24 @@ class Counters:
     steps: int = 0
     failed_steps: int = 0
     experts_touched: int = 0
-    """Experts with at least one row in the last step, summed over sparse layers; with hp on a mesh
-    those of rank 0's heads."""
+    """Experts with at least one row in the last step, summed over sparse layers."""
+    busiest_touched: int = 0
+    """Those of the rank that had most."""
+    total_touched: int = 0
+    """Experts touched, over all steps; and those of the busiest rank."""
+    total_busiest: int = 0
     step_seconds: float = 0.0
     """Of the last step."""
     forward_seconds: float = 0.0
     """Of its pass."""
     sampling_seconds: float = 0.0
     """Of drawing its tokens."""
+
+    def count_experts(self, read: ListOf[int]) -> None:
+        """Count the experts that each rank read in a step."""
+        self.experts_touched, self.busiest_touched = sum(read), max(read)
+        self.total_touched += self.experts_touched
+        self.total_busiest += self.busiest_touched
 
 
 class Engine:
@@ -180,6 +190,7 @@ class Engine:
             self._drop(wanted)
             raise
         self.counters.steps += 1
+        self.counters.count_experts(self.runner.experts_read)
         self.counters.step_seconds = perf_counter() - begin
         return updates
 
@@ -211,7 +222,6 @@ class Engine:
         self.counters.forward_seconds = perf_counter() - begin
         if self._routes is not None:
             self._routes.write(slots_of(work.segments), output.routes)
-        self.counters.experts_touched = sum(int(s.counts_HE.count_nonzero()) for s in output.stats)
         assert output.logits_BSV is not None
         return output.logits_BSV[0, :, : self.tokenizer.vocab_size]
 

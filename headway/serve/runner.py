@@ -6,7 +6,6 @@ the others, who run the same model on the same tokens (`parallel/replicated.py`)
     rank 0      schedule ─ broadcast pass ─ forward ─ sample        schedule ─ broadcast …
     others                          receive ─ forward ─ wait …                    receive …"""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from headway.model.dispatch import LOCAL, TokenDispatcher
 from headway.model.paged import PAGE, PagedCache, PagedPositions, Segment
 from headway.model.transformer import Output, Transformer
 from headway.parallel.mesh import Mesh
-from headway.parallel.replicated import ReplicatedDispatcher
+from headway.parallel.replicated import ReplicatedDispatcher, experts_read
 from headway.serve.graphs import MAX_ROWS, DecodeGraph
 
 
@@ -49,8 +48,12 @@ class Runner:
     """A model and its pages, in one process; or on every rank of a mesh that runs the same passes
     by itself, with the mesh's `dispatcher`."""
 
-    def __init__(self, model: Transformer, dispatcher: TokenDispatcher = LOCAL):
-        self.model, self.dispatcher = model, dispatcher
+    def __init__(
+        self, model: Transformer, dispatcher: TokenDispatcher = LOCAL, mesh: Mesh = Mesh()
+    ):
+        self.model, self.dispatcher, self.mesh = model, dispatcher, mesh
+        self.experts_read: list[int] = [0]
+        """How many experts each rank read in the last pass, summed over the sparse layers."""
         self.mixers = paged_mixers(model.blocks())
         self.states: list[Any] = []
         self._n_pages, self._captures = 0, False
@@ -87,6 +90,11 @@ class Runner:
     @torch.no_grad()
     def run(self, work: Pass) -> Output:
         """Run a pass; the logits `[1, R, V]` are equal on all ranks."""
+        output = self._run(work)
+        self.experts_read = experts_read(self.mesh, self.model.sparse_layers(), output.stats)
+        return output
+
+    def _run(self, work: Pass) -> Output:
         for source, target in work.copies:
             for state in self.states:
                 state.copy_page(source, target)
@@ -126,7 +134,7 @@ class Runner:
         """Tell other processes that this one still is there."""
 
     def close(self) -> None:
-        """End the loops of other processes."""
+        """End the loops of other processes. Raises RuntimeError where one is gone."""
 
 
 class MeshRunner(Runner):
@@ -136,7 +144,7 @@ class MeshRunner(Runner):
     recovers = False
 
     def __init__(self, model: Transformer, mesh: Mesh):
-        super().__init__(model, ReplicatedDispatcher(mesh))
+        super().__init__(model, ReplicatedDispatcher(mesh), mesh)
         # a collective that waits for longer than the mesh's timeout fails
         self.idle_after = mesh.config.timeout / 4
 
@@ -150,8 +158,7 @@ class MeshRunner(Runner):
         self._send("idle")
 
     def close(self) -> None:
-        with contextlib.suppress(RuntimeError):  # a rank that is gone has ended already
-            self._send("close")
+        self._send("close")
 
     def follow(self) -> None:
         """Do what rank 0 does until it closes."""

@@ -55,10 +55,15 @@ class Metrics:
             "experts_touched", "Experts with a token in a step, over the sparse layers.", EXPERTS
         )
 
+        self.busiest_touched = histogram(
+            "experts_touched_busiest_rank", "Those of the rank of a mesh that has most.", EXPERTS
+        )
+
     def observe_step(self) -> None:
         """Record the last step; called in the engine's thread."""
         self.step.observe(self._engine.counters.step_seconds)
         self.experts_touched.observe(self._engine.counters.experts_touched)
+        self.busiest_touched.observe(self._engine.counters.busiest_touched)
 
     def text(self) -> bytes:
         """Return all in Prometheus' text format."""

@@ -79,12 +79,17 @@ class Service:
             await self._working.wait()
             await asyncio.sleep(seconds)
             now, scheduler = engine.counters, engine.scheduler
+            steps = max(now.steps - before.steps, 1)
+            touched = (now.total_touched - before.total_touched) / steps
+            busiest = (now.total_busiest - before.total_busiest) / steps
+            share = f", {busiest:.1f} on the busiest rank" if engine.runner.mesh.size > 1 else ""
             print(
                 f"headway: {len(scheduler.running)} replies run, {len(scheduler.waiting)} wait; "
                 f"{(now.generation_tokens - before.generation_tokens) / seconds:.1f} tokens/s "
                 f"written, {(now.prompt_tokens - before.prompt_tokens) / seconds:.1f} read, "
                 f"{(now.cached_tokens - before.cached_tokens) / seconds:.1f} of them cached; "
-                f"{blocks_used(engine)} of {scheduler.pool.n_pages} blocks held",
+                f"{blocks_used(engine)} of {scheduler.pool.n_pages} blocks held; "
+                f"{touched:.1f} experts touched per step{share}",
                 file=sys.stderr,
                 flush=True,
             )

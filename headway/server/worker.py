@@ -63,9 +63,9 @@ class EngineThread:
 
     Args:
         on_step: is called in the engine's thread after each step.
-        on_failure: is called there with what a step raised and the number of requests it ended. A
-            step that fails ends those that were in it; several one after another, or one on a
-            mesh, end the engine."""
+        on_failure: is called there with what a step raised and the number of requests it ended,
+            where the engine goes on. Several such steps one after another end it, and one on a
+            mesh."""
 
     def __init__(
         self,
@@ -161,7 +161,10 @@ class EngineThread:
         while self._commands:
             self._commands.popleft()()
         if self.failure is None:  # else other processes do not answer
-            self.engine.runner.close()
+            try:
+                self.engine.runner.close()
+            except RuntimeError as failure:  # one of them is gone
+                self.failure = failure
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.ended.set)
 
@@ -174,9 +177,9 @@ class EngineThread:
             self._n_failed_steps += 1
             there = {sequence.request for sequence in self.engine.sequences}
             failed = [request for request in self._streams if request not in there]
-            self._on_failure(error, len(failed))
             if not (failed and self.engine.runner.recovers):
                 raise
+            self._on_failure(error, len(failed))
             for stream in {self._streams[request] for request in failed}:
                 self._abort(stream)
                 self._post([(stream, StepFailed("a step of the engine failed"))])

@@ -3,6 +3,7 @@ that is known in advance."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +62,8 @@ def write(mesh, moe, dtype):
         for choices in engine.generate(PROMPTS, PARAMS)
     ]
     runner.close()
-    return answers, sent_by(mesh)
+    touched = engine.counters.total_touched, engine.counters.total_busiest
+    return (answers, touched), sent_by(mesh)
 
 
 @pytest.mark.parametrize("reads", LAYERS)
@@ -70,15 +72,18 @@ def write(mesh, moe, dtype):
 )
 def test_tokens_are_those_of_one_process(ranks, mesh, reads):
     moe = LAYERS[reads]
-    ((alone, _),) = ranks.remember(MeshConfig(), write, moe, torch.float32)
+    (((alone, touched), _),) = ranks.remember(MeshConfig(), write, moe, torch.float32)
     answers = ranks.run(mesh, write, moe, torch.float32)
-    for choices, expected in zip(answers[0][0], alone, strict=True):
+    (written, (total, busiest)), _ = answers[0]
+    assert touched == (total, touched[0]) and total / mesh.size <= busiest < total
+    for choices, expected in zip(written, alone, strict=True):
         for (tokens, logprobs, routes), (wanted, scores, chosen) in zip(
             choices, expected, strict=True
         ):
-            assert tokens == wanted and routes == chosen
+            assert tokens == wanted and routes[0] == chosen[0]
             if mesh.ep == 1:  # heads are joined, not summed
-                assert logprobs == scores
+                assert logprobs == scores and routes == chosen
+            assert np.allclose(routes[1], chosen[1], atol=1e-5)
             assert logprobs == pytest.approx(scores, abs=1e-5)
     assert all(n > 0 for n in answers[0][1].values())
     assert all(sent == answers[0][1] for _, sent in answers), "every rank sends as much"

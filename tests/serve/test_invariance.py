@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.config import MLAConfig, MoEConfig, RopeConfig, RouterConfig
+from headway.config import EngineConfig, MLAConfig, MoEConfig, RopeConfig, RouterConfig
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.compute import Compute
 from headway.model.packing import pack_
@@ -58,7 +58,7 @@ def packed(name: str, dtype: torch.dtype) -> Transformer:
 
 def engine(name: str, dtype: torch.dtype, **options) -> Engine:
     sizes = {"max_len": 160, "max_requests": 4, **options}
-    return Engine(packed(name, dtype), ByteTokenizer(), **sizes)
+    return Engine(packed(name, dtype), ByteTokenizer(), EngineConfig(**sizes))
 
 
 def prompts(sizes: list[int], shared: int) -> list[list[int]]:

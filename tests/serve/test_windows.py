@@ -48,10 +48,10 @@ def held(engine: Engine) -> int:
 def test_log_probabilities_are_those_of_the_whole_text(window, sizes, shared, chunk, pages):
     """Whatever was given back, found again or taken away, twice on one engine."""
     model = MODELS[window]
-    sizes = EngineConfig(
+    config = EngineConfig(
         max_len=256, max_requests=3, max_batch_tokens=chunk, cache_tokens=pages * PAGE
     )
-    engine = Engine(model, ByteTokenizer(), sizes)
+    engine = Engine(model, ByteTokenizer(), config)
     prefix = text(shared, seed=7)
     prompts = [[*prefix, *text(n, seed=i)] for i, n in enumerate(sizes)]
     params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, logprobs=0)

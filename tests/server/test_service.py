@@ -49,7 +49,7 @@ def test_one_line_for_a_time_in_which_there_was_work(loaded, monkeypatch, capsys
 
     before, after = run_with(loaded, body)
     assert before == "" and len(after.splitlines()) == 1
-    pattern = r"headway: 0 replies run, 0 wait; 100\.0 tokens/s written, 3\.3 read, 0\.0 of them cached; 0 of \d+ blocks held\n"
+    pattern = r"headway: 0 replies run, 0 wait; 100\.0 tokens/s written, 3\.3 read, 0\.0 of them cached; 0 of \d+ blocks held; \d+\.\d experts touched per step\n"
     assert re.fullmatch(pattern, after), after
 
 

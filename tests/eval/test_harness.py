@@ -3,6 +3,8 @@ Transformers."""
 
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -256,3 +258,62 @@ def test_eval_runs_tasks(folder, tasks_folder, expected):
     assert metrics["acc,none"] == expected[0]["acc,none"]
     assert "has no `task: NAME`" in mistake(*words, "--tasks", folder / "run" / "run.json")
     assert "cannot read the task" in mistake(*words, "--tasks", folder / "none.yaml")
+
+
+WRITE = """
+task: write
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}} A:"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["\\n\\n"]
+  max_gen_toks: 10
+metric_list:
+  - metric: exact_match
+"""
+
+
+def lm_eval_command(tasks_folder, out, *words: str) -> tuple[dict, dict]:
+    """Results and answers, by task and document, of `lm_eval` as a process of its own."""
+    command = [sys.executable, "-m", "lm_eval", "--tasks", "letters,write", "--log_samples"]
+    place = ["--include_path", str(tasks_folder), "--output_path", str(out)]
+    done = subprocess.run([*command, *place, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next(out.glob("*/results_*.json")).read_text())["results"]
+    answers = {}
+    for path in out.glob("*/samples_*.jsonl"):
+        for sample in map(json.loads, path.read_text().splitlines()):
+            answers[path.name.split("_")[1], sample["doc_id"]] = sample["filtered_resps"]
+    return results, answers
+
+
+@pytest.mark.slow
+def test_the_command_scores_a_server_as_it_scores_transformers(folder, tasks_folder, tmp_path):
+    """Concurrent requests in batches, scores and texts."""
+    pytest.importorskip("fastapi", reason="the extra [serve]")
+    (tasks_folder / "write.yaml").write_text(WRITE.format(file=tasks_folder / "letters.jsonl"))
+    hf = f"pretrained={folder / 'hf'},trust_remote_code=True,dtype=float32,max_length={CONTEXT}"
+    words = ["--model", "hf", "--model_args", hf, "--device", "cpu"]
+    expected, answers = lm_eval_command(tasks_folder, tmp_path / "hf", *words)
+    assert len(answers) == 40
+    with server([str(folder / "run"), "--dtype", "float32", "--threads", "1"]) as url:
+        http = f"base_url={url}/v1/completions,model=run,tokenizer={folder / 'hf'}"
+        args = f"{http},max_length={CONTEXT},num_concurrent=4"
+        words = ["--model", "local-completions", "--model_args", args, "--batch_size", "4"]
+        scored, ours = lm_eval_command(tasks_folder, tmp_path / "http", *words)
+    assert scored.keys() == expected.keys() == {"letters", "write"}
+    for task, metrics in expected.items():
+        assert scored[task] == metrics
+    assert ours.keys() == answers.keys()
+    for key, theirs in answers.items():
+        for a, b in zip(ours[key], theirs, strict=True):
+            if isinstance(b, str):
+                assert a == b
+            else:
+                assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-4)
+                assert str(a[1]) == str(b[1])

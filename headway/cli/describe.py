@@ -10,9 +10,9 @@ from headway.config import EngineConfig, UsageError
 
 @dataclass(frozen=True)
 class Describe(RecipeOptions):
-    """Parameters, FLOPs, memory and traffic of a recipe, each with its formula; with --decode what
-    a decoding step reads, also of a trained model (RUN in place of RECIPE), whose routes are then
-    counted.
+    """Parameters, FLOPs, memory and traffic of a recipe or of a trained model (RUN in place of
+    RECIPE), each with its formula; with --decode what a decoding step reads, of a trained model
+    with the routes that its own texts take.
 
     Every leaf of the config is an option too; `--json` then ends with one object that has every
     formula."""
@@ -30,12 +30,23 @@ class Describe(RecipeOptions):
 
 
 def describe(args: Sequence[str]) -> int:
-    """Run `headway describe RECIPE [--P 8]` or `headway describe RUN --decode`; return its exit
-    code."""
+    """Run `headway describe RECIPE|RUN [--P 8] [--decode]`; return its exit code."""
+    from headway.recipes import RECIPES
+
     options, words = parse_with_config(Describe, args, "headway describe")
-    if options.decode and Path(options.recipe).is_dir():
-        return _decode_run(options, words)
-    config = load_recipe("describe", options.recipe, words)
+    # a folder may have the name of a recipe
+    is_trained = options.recipe not in ("", *RECIPES) and Path(options.recipe).is_dir()
+    if is_trained and words:
+        raise UsageError(f"{words[0]} changes a recipe, and {options.recipe} is a trained model")
+    if is_trained and options.decode:
+        return _decode_run(options)
+    if is_trained:
+        from headway.hub.trained import open_trained
+
+        with open_trained(Path(options.recipe)) as model:
+            config = model.config
+    else:
+        config = load_recipe("describe", options.recipe, words)
 
     import torch
 
@@ -57,11 +68,8 @@ def describe(args: Sequence[str]) -> int:
     return 0
 
 
-def _decode_run(options: Describe, words: Sequence[str]) -> int:
+def _decode_run(options: Describe) -> int:
     """Describe decoding of a trained model, with the experts that its own texts touch."""
-    if words:
-        raise UsageError(f"{words[0]} changes a recipe, and {options.recipe} is a trained model")
-
     from headway.eval.touched import experts_touched
     from headway.hub.load import load_model
     from headway.plan.decode import decode_costs

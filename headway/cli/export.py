@@ -21,7 +21,7 @@ class Export:
     others), or one file for llama.cpp."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder, or one checkpoint folder inside it."""
+    """A run folder, one of its checkpoints, or a Hugging Face folder."""
     to: str
     """The folder or file to write; it must not exist."""
     format: Literal["hf", "gguf"] = "hf"
@@ -45,10 +45,11 @@ def export(args: Sequence[str]) -> int:
     if options.check and options.format == "gguf":
         raise UsageError("--check reads Hugging Face folders; use --format hf, or leave it out")
 
-    from headway.hub.export import Source, export_hf
+    from headway.hub.export import export_hf
+    from headway.hub.trained import open_trained
 
     to, remarks = Path(options.to), []
-    with Source(Path(options.run)) as source:
+    with open_trained(Path(options.run)) as source:
         remarks += [f"{problem}; using the one before" for problem in source.problems]
         if options.format == "hf":
             done = export_hf(source, to, options.dtype, options.as_)

@@ -112,6 +112,11 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
     """Return the config of a run, with overrides of what may change within a run (`run.*`, the
     mesh, the micro-batch and the length). `path` may be a checkpoint in it, from which another run
     starts in a folder of its own."""
+    from headway.hub.folder import is_hub_folder
+
+    if is_hub_folder(path):
+        first = f"headway import {path} --to RUN"
+        raise UsageError(f"resume: {path} is a Hugging Face folder; import it first: {first}")
     run_dir, start = split_path(path)
     saved = read_config(run_dir)
     if recipe:

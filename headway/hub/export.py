@@ -1,7 +1,6 @@
 """Write a trained model as a Hugging Face folder: weights, tokenizer, model card, and for a model
 that no known family can express the code that computes it."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +8,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
-from headway.checkpoint import run_folder
 from headway.checkpoint.checkpoint_dir import write_json
 from headway.checkpoint.tensor_files import MAX_FILE_BYTES
-from headway.checkpoint.tensor_reader import TensorReader
-from headway.config import Config, UsageError
-from headway.data.tokenizer import Tokenizer
+from headway.config import ModelConfig, UsageError
 from headway.hub.export_family import export_family
 from headway.hub.export_tokenizer import special_ids, write_tokenizer
 from headway.hub.families import HEADWAY, choose_family, find_family
 from headway.hub.family import Family
 from headway.hub.folder import read_json
-from headway.hub.load import find_trained, tokenizer_of
 from headway.hub.model_card import model_card
 from headway.hub.new_path import new_path
+from headway.hub.trained import Trained
 
 ExportDtype: TypeAlias = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -44,52 +40,37 @@ class Exported(NamedTuple):
     """Tensors of the checkpoint that only training reads."""
 
 
-class Source:
-    """Context with an open run: what is exported.
+def exported_config(trained: Trained) -> ModelConfig:
+    """Return the config of a model with the vocabulary of its tokenizer: rows that only pad it are
+    left out."""
+    size = trained.tokenizer.vocab_size
+    return replace(trained.config.model, vocab_size=size, max_len=trained.max_len)
 
-    Raises: UsageError where `path` is no run and no checkpoint of one."""
 
-    def __init__(self, path: Path) -> None:
-        self.run_dir, self.checkpoint, self.problems = find_trained(path)
-        config = run_folder.read_config(self.run_dir)
-        self.tokenizer: Tokenizer = tokenizer_of(self.run_dir, config)
-        size, max_len = self.tokenizer.vocab_size, config.model.max_len or config.data.seq_len
-        model = replace(config.model, vocab_size=size, max_len=max_len)
-        self.config: Config = replace(config, model=model)
-        """With the vocabulary of the tokenizer: rows that only pad it are left out."""
-        info = json.loads((self.run_dir / "run.json").read_text("utf-8"))
-        self._imported: str = info.get("imported", {}).get("family", "")
-        self.weights = TensorReader(self.checkpoint, "model")
+def exported_family(trained: Trained, name: str) -> Family:
+    """Return the family called `name`; for `auto` the one that the model came from, or a known one
+    that computes the same, or `headway`. Raises UsageError for one that does not, naming the
+    option."""
+    config = exported_config(trained)
+    if name == "auto":
+        known, _ = choose_family(config, trained.family)
+        family = HEADWAY if known is None or _biased_beside(trained, known) else known
+    else:
+        family = find_family(name)
+    if differences := family.differences(config):
+        hint = "" if family is HEADWAY else "; use --as auto"
+        raise UsageError(f"no {family.name} model has {differences[0]}{hint}")
+    return family
 
-    def __enter__(self) -> "Source":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.weights.__exit__()
-
-    def choose(self, name: str) -> Family:
-        """Return the family called `name`; for `auto` the one that the model was imported from, or
-        a known one that computes the same, or `headway`. Raises UsageError for one that does not,
-        naming the option."""
-        config = self.config.model
-        if name == "auto":
-            known, _ = choose_family(config, self._imported)
-            family = HEADWAY if known is None or self._biased_beside(known) else known
-        else:
-            family = find_family(name)
-        if differences := family.differences(config):
-            hint = "" if family is HEADWAY else "; use --as auto"
-            raise UsageError(f"no {family.name} model has {differences[0]}{hint}")
-        return family
-
-    def _biased_beside(self, family: Family) -> bool:
-        """Return whether a family without a bias on the selection would lose one."""
-        biases = [name for name in self.weights.names() if name.endswith("router.bias_HE")]
-        return not family.router_bias and any(self.weights.read(name).any() for name in biases)
+def _biased_beside(trained: Trained, family: Family) -> bool:
+    """Return whether a family without a bias on the selection would lose one."""
+    biases = [name for name in trained.weights.names() if name.endswith("router.bias_HE")]
+    return not family.router_bias and any(trained.weights.read(name).any() for name in biases)
 
 
 def export_hf(
-    source: Source,
+    trained: Trained,
     to: Path,
     dtype: ExportDtype,
     family: str = "auto",
@@ -98,20 +79,20 @@ def export_hf(
     """Write the folder `to`, complete or not at all, its weights in files of about `max_file_bytes`
     at most.
 
-    Args: family: a `model_type`, or `auto`: see `Source.choose`.
+    Args: family: a `model_type`, or `auto`: see `exported_family`.
     Raises: UsageError where `to` exists or cannot be written, and for a model that the family
     cannot express."""
-    chosen, model = source.choose(family), source.config.model
+    chosen, model = exported_family(trained, family), exported_config(trained)
     with new_path(to) as folder:
         folder.mkdir()
         how = (chosen, DTYPES[dtype], folder, max_file_bytes)
-        left_out = export_family(model, source.weights, *how)
-        _complete_config(folder / "config.json", chosen, special_ids(source.tokenizer))
-        write_tokenizer(folder, source.tokenizer, model.max_len, source.run_dir)
+        left_out = export_family(model, trained.weights, *how)
+        _complete_config(folder / "config.json", chosen, special_ids(trained.tokenizer))
+        write_tokenizer(folder, trained.tokenizer, model.max_len, trained.folder)
         if chosen is HEADWAY:
             for path in _REMOTE.glob("*.py"):
                 shutil.copyfile(path, folder / path.name)
-        card = model_card(source.run_dir, source.config, chosen.name, dtype)
+        card = model_card(trained, chosen.name, dtype)
         (folder / "README.md").write_text(card, "utf-8")
     files = sorted(to.iterdir())
     total = sum(path.stat().st_size for path in files)

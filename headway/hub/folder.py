@@ -60,9 +60,10 @@ class HubFolder:
     def __exit__(self, *_: object) -> None:
         self._reader.__exit__()
 
-    def run_config(self, tokenizer: str) -> Config:
-        """Return the config of a run with this model: what verbs start from."""
-        seq_len = min(self.config.max_len, _SEQ_LEN)
+    def run_config(self, run_dir: Path) -> Config:
+        """Return the config of a run with this model, what verbs start from; `run_dir` will hold
+        the tokenizer."""
+        seq_len, tokenizer = min(self.config.max_len, _SEQ_LEN), str(run_dir.absolute())
         data = DataConfig(tokenizer=tokenizer, seq_len=seq_len, micro_batch_size=1)
         return Config(recipe=self.family.name, model=self.config, data=data)
 
@@ -86,13 +87,17 @@ class HubFolder:
             return dtypes.pop()
         return torch.float32
 
-    def parts(self, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[Region, Tensor]]:
-        """Yield the parts of one of our tensors, one at a time: where each lies, and its values."""
+    def parts(
+        self, name: str, dtype: torch.dtype | None = None, slices: Region = ()
+    ) -> Iterator[tuple[Region, Tensor]]:
+        """Yield the parts of one of our tensors, one at a time: where each lies, and its values;
+        only those that share values with `slices` of the tensor."""
         shape, dtype = self._shapes[name], dtype or self.dtype(name)
         for row in self._rows.get(name, []):
             for theirs, region, reduced in row.pieces(shape):
-                part = self._reader.read(row.theirs, theirs, dtype)
-                yield region, row.read(part, reduced)
+                if _overlap(region, slices, shape):
+                    part = self._reader.read(row.theirs, theirs, dtype)
+                    yield region, row.read(part, reduced)
         if name not in self._rows:  # a buffer that the family has not
             yield tuple(slice(0, n) for n in shape), torch.zeros(shape, dtype=dtype)
 
@@ -101,7 +106,7 @@ class HubFolder:
     ) -> Tensor:
         """Return one of our tensors, or the part of it that `slices` select."""
         whole = torch.empty(self._shapes[name], dtype=dtype or self.dtype(name))
-        for region, part in self.parts(name, dtype):
+        for region, part in self.parts(name, dtype, slices):
             whole[region] = part
         return whole[slices] if slices else whole
 
@@ -178,6 +183,13 @@ def _open(folder: Path) -> TensorReader:
             "save the model as safetensors"
         )
     raise UsageError(f"{folder} holds no model.safetensors and no index of several")
+
+
+def _overlap(region: Region, slices: Region, shape: Shape) -> bool:
+    """Return whether two parts of a tensor share values; no `slices` are all of it."""
+    ranges = zip(region, slices, shape, strict=False)
+    ends = ((a.indices(n), b.indices(n)) for a, b, n in ranges)
+    return all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in ends)
 
 
 def _shapes(config: ModelConfig) -> dict[str, Shape]:

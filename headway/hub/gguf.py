@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from headway.config import ModelConfig, UsageError
-from headway.hub.export import DTYPES, ExportDtype, Exported, Source
+from headway.hub.export import DTYPES, ExportDtype, Exported, exported_config, exported_family
 from headway.hub.export_family import FamilyWeights
 from headway.hub.export_tokenizer import PLAIN_TEMPLATE
 from headway.hub.family import Family
@@ -16,6 +16,7 @@ from headway.hub.gguf_graph import FLOAT32, Graph, graph_of
 from headway.hub.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from headway.hub.load import chat_template_of
 from headway.hub.new_path import new_path
+from headway.hub.trained import Trained
 from headway.kernels.rope import rope_frequencies
 
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
@@ -23,7 +24,7 @@ _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 
 
 def export_gguf(
-    source: Source, to: Path, dtype: ExportDtype, family: str = "auto"
+    trained: Trained, to: Path, dtype: ExportDtype, family: str = "auto"
 ) -> tuple[Exported, GgufTokenizer]:
     """Write the file `to`, complete or not at all; return what was written, and the tokenizer that
     llama.cpp will use.
@@ -31,18 +32,18 @@ def export_gguf(
     Raises: UsageError where llama.cpp has no graph that computes the model, which it names; where
     `to` exists or cannot be written; without the extra [gguf]."""
     gguf = _library()
-    chosen, model = source.choose(family), source.config.model
-    graph, vocabulary = graph_of(chosen, model), gguf_tokenizer(source.tokenizer)
+    chosen, model = exported_family(trained, family), exported_config(trained)
+    graph, vocabulary = graph_of(chosen, model), gguf_tokenizer(trained.tokenizer)
     # one more family, whose tensors are read and laid out as those of the others
     layout = Family(f"llama.cpp's {graph.name}", "", (), graph.rows, float32=FLOAT32)
-    weights = FamilyWeights(model, source.weights, layout, DTYPES[dtype])
+    weights = FamilyWeights(model, trained.weights, layout, DTYPES[dtype])
     with new_path(to) as path:
         writer = gguf.GGUFWriter(path, graph.name)
         try:
             _add_model(writer, graph, model)
-            writer.add_name(source.run_dir.absolute().name)
+            writer.add_name(trained.folder.absolute().name)
             writer.add_file_type(_FILE_TYPES[dtype])
-            _add_tokenizer(writer, source, vocabulary)
+            _add_tokenizer(writer, trained, vocabulary)
             _write_tensors(gguf, writer, graph, model, weights)
         finally:
             writer.close()
@@ -86,8 +87,8 @@ def _add_model(writer: Any, graph: Graph, c: ModelConfig) -> None:
         writer.add_expert_shared_feed_forward_length(moe.d_shared)
 
 
-def _add_tokenizer(writer: Any, source: Source, vocabulary: GgufTokenizer) -> None:
-    tokenizer = source.tokenizer
+def _add_tokenizer(writer: Any, trained: Trained, vocabulary: GgufTokenizer) -> None:
+    tokenizer = trained.tokenizer
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -100,7 +101,7 @@ def _add_tokenizer(writer: Any, source: Source, vocabulary: GgufTokenizer) -> No
     writer.add_add_bos_token(tokenizer.bos is not None)
     if tokenizer.bos is not None:
         writer.add_bos_token_id(tokenizer.bos)
-    writer.add_chat_template(chat_template_of(source.run_dir) or PLAIN_TEMPLATE)
+    writer.add_chat_template(chat_template_of(trained.folder) or PLAIN_TEMPLATE)
 
 
 def _write_tensors(

@@ -76,7 +76,7 @@ def _config(folder: HubFolder, out: Path) -> Config:
             f"{folder.folder} has vocab_size={model.vocab_size} in config.json and a tokenizer of "
             f"{tokenizer.vocab_size} ids; give the model its own tokenizer"
         )
-    return folder.run_config(str(out.absolute() / "tokenizer.json"))
+    return folder.run_config(out)
 
 
 def _copy_files(source: Path, run_dir: Path) -> None:

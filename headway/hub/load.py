@@ -8,15 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from headway.checkpoint import checkpoint_dir, run_folder
-from headway.checkpoint.load import Weights, read_weights
+from headway.checkpoint.load import read_weights
 from headway.checkpoint.runtime import Device, Dtype, Runtime, resolve_runtime
-from headway.checkpoint.tensor_reader import TensorReader
-from headway.config import Config, UsageError
+from headway.config import Config
 from headway.config.check import check_axes
-from headway.data.tokenizer import Tokenizer, load_tokenizer
-from headway.hub.folder import HubFolder, is_hub_folder, read_json
-from headway.hub.tokenizer_files import load_hub_tokenizer
+from headway.data.tokenizer import Tokenizer
+from headway.hub.folder import read_json
+from headway.hub.trained import Trained, open_trained
 from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.packing import pack_
@@ -81,77 +79,47 @@ def load_model(
         threads: CPU threads; 0 takes what the run was trained with.
         blocks: as for `Transformer`.
         mesh: of ranks that hold the same tokens; this one reads its heads and experts alone.
-    Raises: UsageError where there is no undamaged checkpoint, no run.json above it, no such device,
-    where `blocks` make another model or the mesh does not divide it; for a Hugging Face folder as
-    `HubFolder`."""
-    folder = Path(path)
-    if is_hub_folder(folder):
-        with HubFolder(folder) as weights:
-            tokenizer = load_hub_tokenizer(folder)
-            config = weights.run_config(str(folder.absolute()))
-            return _load(folder, weights, config, tokenizer, device, dtype, threads, blocks, mesh)
-    run_dir, checkpoint, problems = find_trained(folder)
-    config = run_folder.read_config(run_dir)
-    tokenizer = tokenizer_of(run_dir, config)
-    with TensorReader(checkpoint, "model") as weights:
-        loaded = _load(run_dir, weights, config, tokenizer, device, dtype, threads, blocks, mesh)
-    info = replace(loaded.info, source=checkpoint, problems=tuple(problems))
-    return loaded._replace(info=info)
+    Raises: UsageError as `open_trained`; where there is no such device, `blocks` make another model
+    or the mesh does not divide it."""
+    with open_trained(Path(path)) as trained:
+        config = trained.config
+        runtime = resolve_runtime(config, device, dtype)
+        if threads := threads or config.run.threads:
+            torch.set_num_threads(threads)
+        model = _read(trained, runtime, blocks, mesh)
+        pack_(model, runtime.dtype)
+        return LoadedModel(config, model.eval(), trained.tokenizer, _info(trained, runtime))
 
 
-def _load(
-    folder: Path,
-    weights: Weights,
-    config: Config,
-    tokenizer: Tokenizer,
-    device: Device,
-    dtype: Dtype,
-    threads: int,
-    blocks: BlockBuilder,
-    mesh: Mesh,
-) -> LoadedModel:
-    """Build the model on the meta device, read its weights and pack them."""
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UsageError(
-            f"{folder} has a model of vocab_size={config.model.vocab_size} and a tokenizer of "
-            f"{tokenizer.vocab_size} ids; restore the model's tokenizer"
-        )
-    runtime = resolve_runtime(config, device, dtype)
-    if threads := threads or config.run.threads:
-        torch.set_num_threads(threads)
-    moe = replace(config.model.moe, precision=runtime.precision)
+def _read(trained: Trained, runtime: Runtime, blocks: BlockBuilder, mesh: Mesh) -> Transformer:
+    """Build the model on the meta device and read its weights, or this rank's part of them."""
+    config = trained.config.model
+    moe = replace(config.moe, precision=runtime.precision)
     with torch.device("meta"):
-        model = Transformer(replace(config.model, moe=moe), Compute(runtime.dtype), blocks=blocks)
+        model = Transformer(replace(config, moe=moe), Compute(runtime.dtype), blocks=blocks)
     sharding, dtypes = SINGLE_PROCESS.sharding, stored_dtypes(model, runtime.dtype)
     if mesh.size > 1:
-        check_axes(config.model.moe, mesh.config)
+        check_axes(config.moe, mesh.config)
         sharding = partition(model, mesh)
-    read_weights(weights, model, runtime.device, dtypes, sharding)
-    pack_(model, runtime.dtype)
-    info = _info(folder, config, runtime, tokenizer)
-    return LoadedModel(config, model.eval(), tokenizer, info)
+    read_weights(trained.weights, model, runtime.device, dtypes, sharding)
+    return model
 
 
-def tokenizer_of(run_dir: Path, config: Config) -> Tokenizer:
-    """Return the tokenizer of a run; an imported run holds its own."""
-    inside = (run_dir / "tokenizer.json").is_file()
-    return load_tokenizer(str(run_dir) if inside else config.data.tokenizer)
-
-
-def _info(folder: Path, config: Config, runtime: Runtime, tokenizer: Tokenizer) -> ModelInfo:
-    """Return the facts of a model; `folder` may hold files of the tokenizer and of generation."""
+def _info(trained: Trained, runtime: Runtime) -> ModelInfo:
+    """Return the facts of a model; its folder may hold files of the tokenizer and of generation."""
+    folder, tokenizer = trained.folder, trained.tokenizer
     ends = read_json(folder / "generation_config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return ModelInfo(
         name=folder.absolute().name,
-        source=folder,
+        source=trained.source,
         folder=folder,
         runtime=runtime,
-        problems=(),
+        problems=trained.problems,
         eos_ids=tuple(dict.fromkeys([*tokenizer.eos_ids, *ends])),
         bos_id=tokenizer.bos,
         chat_template=chat_template_of(folder),
-        max_len=config.model.max_len or config.data.seq_len,
+        max_len=trained.max_len,
     )
 
 
@@ -164,22 +132,3 @@ def chat_template_of(folder: Path) -> str | None:
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def find_trained(path: Path) -> tuple[Path, Path, list[str]]:
-    """Return the run folder, the checkpoint to read and one sentence per damaged newer one."""
-    if (path / "run.json").is_file():
-        checkpoint, problems = run_folder.find_checkpoint(path)
-        if checkpoint is None:
-            fix = f"train it first: headway train --resume {path}"
-            raise UsageError(f"{path} holds no checkpoint yet; {fix}")
-        return path, checkpoint, problems
-    if (path / "manifest.json").is_file() or path.name.startswith("step-"):
-        if problem := checkpoint_dir.verify(path):
-            fix = "give the run folder for the one before"
-            raise UsageError(f"checkpoint {path} is damaged: {problem}; {fix}")
-        return path.absolute().parent.parent, path, []
-    raise UsageError(
-        f"{path} is neither a run folder, nor a checkpoint, nor a Hugging Face folder; give the "
-        "--run of a `headway train`"
-    )

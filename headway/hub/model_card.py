@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from headway.config import Config
+from headway.hub.folder import read_json
+from headway.hub.trained import Trained
 
 
-def model_card(run_dir: Path, config: Config, model_type: str, dtype: str) -> str:
-    """Return README.md of an exported run: parameters, tokens, bits per byte, commit, and code that
-    writes text."""
-    info = json.loads((run_dir / "run.json").read_text("utf-8"))
+def model_card(trained: Trained, model_type: str, dtype: str) -> str:
+    """Return README.md of an exported model: parameters, tokens, bits per byte, commit, as far as
+    its run recorded them, and code that writes text."""
+    run_dir, config = trained.folder, trained.config
+    info = read_json(run_dir / "run.json")
+    origin = f"Trained with Headway, recipe `{config.recipe or '(none)'}`."
+    if trained.family:
+        origin = f"Converted by Headway; it came as a `{trained.family}` model."
     rows = [("architecture", _architecture(config)), ("dtype of the weights", dtype)]
     if sizes := info.get("parameters"):
         rows.append(("parameters", f"{sizes['total']:,}"))
@@ -22,17 +28,18 @@ def model_card(run_dir: Path, config: Config, model_type: str, dtype: str) -> st
         changed = ", with local changes" if info.get("dirty") else ""
         rows.append(("trained at commit", f"`{commit}`{changed}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    tags = "headway" if config.model.moe.kind == "dense" else "headway, mixture-of-experts"
     remote = ", trust_remote_code=True" if model_type == "headway" else ""
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [headway, mixture-of-experts]
+tags: [{tags}]
 ---
 
 # {run_dir.absolute().name}
 
-Trained with Headway, recipe `{config.recipe or "(none)"}`.
+{origin}
 
 | | |
 |---|---|

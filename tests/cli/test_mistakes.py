@@ -31,7 +31,7 @@ from tests.command import mistake
         ("train --resume /nowhere --overwrite", "use one"),
         ("train /nowhere/file.py:f", "there is no file /nowhere/file.py"),
         ("train demo --data /nowhere/text", "/nowhere/text"),
-        ("eval /nowhere", "neither a run folder, nor a checkpoint"),
+        ("eval /nowhere", "/nowhere does not exist; give a run folder, a checkpoint or"),
         ("eval", "missing from headway eval: RUN"),
         ("sample /nowhere --temperature -1", "temperature=-1"),
         ("sample /nowhere --top-p 2", "top_p=2"),

@@ -1,12 +1,17 @@
-"""What `eval` and `sample` share: devices and dtypes, runs of other machines."""
+"""What the verbs that read a trained model share: what holds it, devices, dtypes, runs of other
+machines."""
 
+import io
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.command import call, mistake
+from tests.hub.small_runs import MODELS, export, write_run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -61,3 +66,56 @@ def test_emulated_bfloat16_is_not_asked_for(run, tmp_path, monkeypatch):
     monkeypatch.setattr("headway.checkpoint.runtime.native_bfloat16", lambda _: False)
     done = call("eval", tmp_path / "run", "--json")
     assert done.json["dtype"] == "float32" and "emulates: in float32" in done.err
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """One model as a run folder, a checkpoint and a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("forms")
+    write_run(folder / "run", replace(MODELS["multi_head_token"], vocab_size=257))
+    export(folder / "run", folder / "hf")
+    (folder / "text.txt").write_text("a text of many words\n" * 400)
+    return folder / "run", folder / "run" / "checkpoints" / "step-000003", folder / "hf"
+
+
+@pytest.mark.parametrize(
+    "verb, options, names",
+    [
+        ("sample", "--prompt the --tokens 12", "text tokens"),
+        ("eval", "--data {text} --tokens 256", "val_loss val_bits_per_byte"),
+        ("describe", "", "parameters active_parameters flops_per_token_forward"),
+        ("describe", "--decode --batch 1,2 --bandwidth 10 --context 8", "batches"),
+        ("chat", "--tokens 5", "messages"),
+        ("export", "--to {out}", "model_type"),
+        ("export", "--to {out} --as headway --dtype float32", "model_type"),
+    ],
+)
+def test_a_verb_reads_runs_checkpoints_and_hugging_face_folders(
+    forms, tmp_path, monkeypatch, verb, options, names
+):
+    """And answers the same. (`serve` too: tests/server.)"""
+    answers = []
+    for i, path in enumerate(forms):
+        if verb == "chat":
+            pytest.importorskip("jinja2")
+            monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+        words = options.format(text=forms[0].parent / "text.txt", out=tmp_path / str(i)).split()
+        done = call(verb, path, *words, "--json")
+        assert done.code == 0, done
+        answers.append([done.json[name] for name in names.split()])
+    assert answers[0] == answers[1] == answers[2]
+    if verb == "export":
+        files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3)]
+        assert files[0] == files[1] == files[2]
+
+
+def test_what_is_no_trained_model_is_said(forms, tmp_path):
+    (tmp_path / "file").touch()
+    for name, reason in (("file", "is a file"), ("step-000009", "does not exist")):
+        for verb in ("sample", "eval", "export --to x", "serve", "chat"):
+            verb, *rest = verb.split()
+            assert f"{name} {reason}; give a run" in mistake(verb, tmp_path / name, *rest)
+    assert "holds neither run.json nor config.json" in mistake("sample", tmp_path)
+    fix = f"import it first: headway import {forms[2]} --to RUN"
+    assert fix in mistake("train", "--resume", forms[2])
+    assert "changes a recipe" in mistake("describe", forms[2], "--optim.steps", 3)

@@ -8,7 +8,8 @@ import torch
 
 from headway.checkpoint.save import plan_save, write_checkpoint
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RouterConfig
-from headway.hub.export import Exported, Source, export_hf
+from headway.hub.export import Exported, export_hf
+from headway.hub.trained import open_trained
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
@@ -103,7 +104,11 @@ def write_run(
     plain = flat and not config.moe.n_zero_experts
     model = random_model(config, bias=not plain if bias is None else bias)
     folder.mkdir(parents=True)
-    whole = Config(recipe="small", model=config, data=DataConfig(tokenizer=tokenizer, seq_len=64))
+    whole = Config(
+        recipe="small",
+        model=config,
+        data=DataConfig(tokenizer=tokenizer, seq_len=64, micro_batch_size=1),
+    )
     info = {
         "config": whole.to_dict(),
         "commit": "0123abc",
@@ -119,5 +124,5 @@ def write_run(
 
 def export(run: Path, to: Path, dtype="float32", family="headway", **how) -> Exported:
     """Export a run, by default to a folder that says everything, exactly."""
-    with Source(run) as source:
+    with open_trained(run) as source:
         return export_hf(source, to, dtype, family, **how)

@@ -265,7 +265,9 @@ def test_mistakes_cost_a_line(tmp_path):
     )
     assert "exists; choose another --to" in mistake("export", run, "--to", tmp_path)
     assert f"no folder {tmp_path / 'no'}" in mistake("export", run, "--to", tmp_path / "no" / "hf")
-    assert "neither a run folder" in mistake("export", tmp_path / "nothing", "--to", to)
+    assert "nothing does not exist; give a run" in mistake(
+        "export", tmp_path / "nothing", "--to", to
+    )
     assert "invalid choice" in mistake("export", run, "--to", to, "--dtype", "int8")
     os.truncate(next((run / "checkpoints").glob("*/model.safetensors")), 1000)
     assert "no whole checkpoint" in mistake("export", run, "--to", to)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from headway.data.tokenizer import ByteTokenizer
-from headway.hub.export import Source
 from headway.hub.gguf import export_gguf
+from headway.hub.trained import open_trained
 from tests.hub.small_runs import SMALL, write_run
 from tests.hub.test_export_families import KNOWN
 from tests.hub.test_gguf import LLAMA, OLMOE, QWEN2_MOE
@@ -76,7 +76,7 @@ def ask(folder: Path, file: Path, ggml_type: int) -> dict:
 def test_the_same_probabilities_and_text(name, tmp_path):
     """With a float32 cache to 1e-4; with its own, which is float16, to 2e-2 for such wild weights."""
     model = write_run(tmp_path / "run", MODELS[name])
-    with Source(tmp_path / "run") as source:
+    with open_trained(tmp_path / "run") as source:
         export_gguf(source, tmp_path / "m.gguf", "float32")
     for ggml_type, bound in ((0, 1e-4), (1, 2e-2)):  # float32, float16
         there = ask(tmp_path, tmp_path / "m.gguf", ggml_type)

@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 
 from headway.checkpoint.save import plan_save, write_checkpoint
-from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RouterConfig
+from headway.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RopeConfig,
+    RouterConfig,
+)
 from headway.hub.export import Exported, export_hf
 from headway.hub.trained import open_trained
 from headway.model.compute import Compute
@@ -76,6 +84,31 @@ MODELS = {
         window=(4, 6),
     ),
     "dense": _model(MoEConfig(kind="dense"), activation="gelu"),
+    "gpt_oss_heads": _model(
+        replace(
+            MULTI_HEAD,
+            activation="swiglu_clamped",
+            expert_bias=True,
+            router=RouterConfig(logit_bias=True, n_groups=3, top_k_groups=2, group_best=2),
+        ),
+        sinks=True,
+        qkv_bias=True,
+        n_kv_heads=2,
+        window=(0, 5),
+        rope=RopeConfig(
+            scaling="yarn", factor=4.0, original_max_len=8, beta_fast=4.0, rotary_dim=4
+        ),
+    ),
+    "deepseek_latent": _model(
+        MoEConfig(
+            kind="latent",
+            d_latent=16,
+            top_k=2,
+            n_dense_layers=1,
+            router=RouterConfig("sigmoid", n_groups=2, top_k_groups=1, group_best=2),
+        ),
+        rope=RopeConfig(interleaved=True, scaling="llama3", factor=8.0, original_max_len=16),
+    ),
 }
 """Together they hold every value of every option that changes a number."""
 

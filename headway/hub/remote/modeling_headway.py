@@ -1,4 +1,5 @@
-"""The `headway` model for Hugging Face Transformers (≥ 5.0): headway/model in one file.
+"""The `headway` model for Hugging Face Transformers (≥ 5.0): headway/model in three files. (The
+experts are in this one, since Transformers looks for their decorator here.)
 
 B sequences · S positions · T = B·S tokens · D model width · N query heads · M key/value heads · d
 width of one · H heads of a sparse layer · L width of one (D_L = H·L) · E experts per head · Z
@@ -16,139 +17,11 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
 
+from .attention_headway import Attention, rope_tables
 from .configuration_headway import HeadwayConfig
-
-
-def widen(x: Tensor) -> Tensor:
-    """Return x in float32, or in float64 where it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def n_inputs(activation: str) -> int:
-    """Return G."""
-    return 2 if activation == "swiglu" else 1
-
-
-def activate(pre: Tensor, activation: str) -> Tensor:
-    """Return silu(gate)·up (SwiGLU), max(x, 0)² or exact (erf) GELU: `[..., G·F]` → `[..., F]`."""
-    if activation == "swiglu":
-        gate, up = pre.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
-
-
-def rope_tables(position_BS: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple:
-    """Return (cos, sin), each `[B, S, 1, d/2]`: frequency i is theta^(−2i/d)."""
-    exact = torch.float32 if position_BS.device.type == "mps" else torch.float64
-    i = torch.arange(d_head // 2, dtype=exact, device=position_BS.device)
-    angle = (position_BS.to(exact).unsqueeze(-1) * theta ** (-2 * i / d_head)).unsqueeze(-2)
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x [B, S, heads, d]`, half-split as in Llama."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class StaysFloat32(nn.Module):
-    """A module whose weights stay float32 where the model is cast to bfloat16 or float16: routers,
-    since rounded ones choose other experts, and norms."""
-
-    def _apply(self, fn, recurse=True):
-        def wide(x: Tensor) -> Tensor:
-            y = fn(x)
-            narrow = y.dtype in (torch.bfloat16, torch.float16)
-            return x.to(y.device, torch.float32) if narrow else y
-
-        return super()._apply(wide, recurse)
-
-
-class RMSNorm(StaysFloat32):
-    """Learnable RMSNorm over the last dim; `shape` is `(D,)`, or `(H, L)` for a row per head."""
-
-    def __init__(self, *shape: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE, optional biases, QK-norm, clamping, sliding window
-    and per-head sigmoid output gate."""
-
-    def __init__(self, config: HeadwayConfig, layer: int):
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer, True
-        D, N, M = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.num_key_value_groups = config.head_dim, N // M
-        self.scaling = self.head_dim**-0.5
-        self.sliding_window = config.windows[layer] or None
-        self.q_proj = nn.Linear(D, N * self.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, M * self.head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, M * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(N * self.head_dim, D, bias=config.o_bias)
-        self.q_norm, self.k_norm = _qk_norm(config, N), _qk_norm(config, M)
-        self.gate = nn.Linear(D, N, bias=False) if config.attn_gate else None
-
-    def forward(self, x_BSD: Tensor, tables: tuple, mask, held, **kwargs) -> tuple[Tensor, Tensor]:
-        """Map `[B, S, D]` to `[B, S, D]`, with the weights that an eager attention gives."""
-        q, k, v = (
-            proj(x_BSD).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self._rotated(q, self.q_norm, tables), self._rotated(k, self.k_norm, tables)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), self._clamped(v).transpose(1, 2)
-        if held is not None:
-            k, v = held.update(k, v, self.layer_idx)
-        attend, name = eager_attention_forward, self.config._attn_implementation
-        if name != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[name]
-        kwargs |= {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
-        y_BSNd, weights = attend(self, q, k, v, mask, **kwargs)
-        y_BSNd = y_BSNd.reshape(*x_BSD.shape[:2], -1, self.head_dim)
-        if self.gate is not None:
-            y_BSNd = y_BSNd * torch.sigmoid(self.gate(x_BSD)).unsqueeze(-1)
-        return self.o_proj(y_BSNd.flatten(-2)), weights
-
-    def _rotated(self, x: Tensor, norm: RMSNorm | None, tables: tuple) -> Tensor:
-        """Norm, clamp and rotate `[B, S, heads, d]`."""
-        if norm is not None:
-            together = self.config.qk_norm == "all"
-            x = norm(x.flatten(-2)).view(x.shape) if together else norm(x)
-        return rope(self._clamped(x), *tables)
-
-    def _clamped(self, x: Tensor) -> Tensor:
-        clip = self.config.clip_qkv
-        return x.clamp(-clip, clip) if clip else x
-
-
-def _qk_norm(config: HeadwayConfig, n_heads: int) -> RMSNorm | None:
-    width = config.head_dim * (n_heads if config.qk_norm == "all" else 1)
-    return None if config.qk_norm == "none" else RMSNorm(width, eps=config.rms_norm_eps)
-
-
-class FeedForward(nn.Module):
-    """Dense feed-forward network, D → F → D, also the shared expert."""
-
-    def __init__(self, d_model: int, d_ff: int, activation: str):
-        super().__init__()
-        self.activation = activation
-        self.gate_up_proj = nn.Linear(d_model, n_inputs(activation) * d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(activate(self.gate_up_proj(x), self.activation))
+from .layers_headway import FeedForward, RMSNorm, StaysFloat32, activate, n_inputs, widen
 
 
 class Router(StaysFloat32):
@@ -162,9 +35,10 @@ class Router(StaysFloat32):
         width = D if config.router_reads == "token" else config.moe_latent_size // H
         self.top_k, self.n_experts = config.num_experts_per_tok, config.num_experts
         self.scoring_func, self.norm_topk_prob = config.scoring_func, config.norm_topk_prob
-        self.scale = config.routed_scaling_factor
+        self.scale, self.groups = config.routed_scaling_factor, config.router_groups
         choices = config.num_experts + config.num_zero_experts
         self.weight = nn.Parameter(torch.empty(H, choices, width))
+        self.bias = nn.Parameter(torch.zeros(H, choices)) if config.router_bias else None
         # added to the scores for selection only
         self.register_buffer(
             "e_score_correction_bias", torch.zeros(H, choices, dtype=torch.float32)
@@ -175,9 +49,13 @@ class Router(StaysFloat32):
         the head's E experts, int64 `[T, H, K]`, best first, ties to the lowest index, and gates."""
         heads = "thl,hel->the" if x.dim() == 3 else "tl,hel->the"
         logits_THE = torch.einsum(heads, widen(x), widen(self.weight).to(widen(x).dtype))
+        if self.bias is not None:
+            logits_THE = logits_THE + self.bias
         sigmoid = self.scoring_func == "sigmoid"
         score_THE = torch.sigmoid(logits_THE) if sigmoid else logits_THE
         biased_THE = (score_THE + self.e_score_correction_bias).detach()
+        if self.groups[0] > 1:
+            biased_THE = in_best_groups(biased_THE, *self.groups)
         index_THK = torch.sort(biased_THE, dim=-1, descending=True, stable=True).indices[
             ..., : self.top_k
         ]
@@ -195,10 +73,21 @@ class Router(StaysFloat32):
         return index_THK.clamp(max=self.n_experts - 1), gate_THK
 
 
+def in_best_groups(score_THE: Tensor, n: int, n_best: int, n_scores: int) -> Tensor:
+    """Return the scores of the experts in the `n_best` best of n equal groups, −∞ for the others; a
+    group is as good as the sum of its `n_scores` largest scores, ties to the lowest index."""
+    score_THGE = score_THE.unflatten(-1, (n, -1))
+    quality_THG = score_THGE.topk(n_scores, dim=-1).values.sum(-1)
+    order_THG = torch.sort(quality_THG, dim=-1, descending=True, stable=True).indices
+    outside_THG = torch.ones_like(quality_THG, dtype=torch.bool)
+    outside_THG = outside_THG.scatter(-1, order_THG[..., :n_best], False)
+    return score_THGE.masked_fill(outside_THG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
 @use_experts_implementation
 class Experts(nn.Module):
     """y = Σ_k gate_k · down[e_k] act(gate_up[e_k]·x): the experts of all heads, one stack; expert e
-    of head h is number h·E + e."""
+    of head h is number h·E + e. With `moe_expert_bias` both products have a bias."""
 
     def __init__(self, config: HeadwayConfig):
         super().__init__()
@@ -208,6 +97,10 @@ class Experts(nn.Module):
         inputs = n_inputs(self.activation) * F_
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, inputs, L))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, L, F_))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if config.moe_expert_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(self.num_experts, inputs))
+            self.down_proj_bias = nn.Parameter(torch.zeros(self.num_experts, L))
 
     def _apply_gate(self, pre: Tensor) -> Tensor:
         """Return what every experts implementation of Transformers puts between the products."""
@@ -217,8 +110,10 @@ class Experts(nn.Module):
         y_NL = torch.zeros_like(x_NL, dtype=gate_NK.dtype)
         for expert in index_NK.unique().tolist():
             row, slot = torch.where(index_NK == expert)
-            hidden = self._apply_gate(F.linear(x_NL[row], self.gate_up_proj[expert]))
-            out = F.linear(hidden, self.down_proj[expert]) * gate_NK[row, slot].unsqueeze(-1)
+            b_in = None if self.gate_up_proj_bias is None else self.gate_up_proj_bias[expert]
+            b_out = None if self.down_proj_bias is None else self.down_proj_bias[expert]
+            hidden = self._apply_gate(F.linear(x_NL[row], self.gate_up_proj[expert], b_in))
+            out = F.linear(hidden, self.down_proj[expert], b_out) * gate_NK[row, slot].unsqueeze(-1)
             y_NL = y_NL.index_add(0, row, out)
         return y_NL.to(x_NL.dtype)
 
@@ -237,6 +132,7 @@ class SparseLayer(nn.Module):
         self.norm = norm if latent and config.moe_latent_norm else None
         self.router = Router(config)
         self.head_experts = Experts(config)
+        self.head_experts.has_bias = config.moe_expert_bias  # for what stands in for `forward`
         shared = config.shared_expert_intermediate_size
         self.shared_expert = FeedForward(D, shared, config.moe_activation) if shared else None
         gated = config.shared_expert_gate
@@ -306,8 +202,8 @@ class HeadwayPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Router | Experts):
-            for weight in module.parameters(recurse=False):
-                nn.init.normal_(weight, std=self.config.initializer_range)
+            for weight in module.parameters(recurse=False):  # biases are matrices
+                nn.init.normal_(weight, std=self.config.initializer_range * (weight.dim() > 2))
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """`grouped_mm` takes rows of whole 16 bytes; without them `eager` is the default."""
@@ -357,7 +253,7 @@ class HeadwayModel(HeadwayPreTrainedModel):
         index = torch.arange(start, start + x_BSD.shape[1], device=x_BSD.device)
         position_ids = index.unsqueeze(0) if position_ids is None else position_ids
         masks = self._masks(x_BSD, attention_mask, cache, position_ids, index)
-        tables = rope_tables(position_ids, c.head_dim, c.rope_theta, x_BSD.dtype)
+        tables = rope_tables(position_ids, c, x_BSD.dtype)
         states, weights = [], []
         kwargs["position_ids"] = position_ids
         for block, window in zip(self.layers, c.windows, strict=True):
@@ -380,6 +276,8 @@ class HeadwayModel(HeadwayPreTrainedModel):
         for window in set(self.config.windows):
             config = copy(self.config)
             config.sliding_window = window or None
+            if config.attention_sinks:
+                config._attn_implementation = "eager"  # whose masks are added to the scores
             make = create_sliding_window_causal_mask if window else create_causal_mask
             masks[window] = make(config, x_BSD, attention_mask=attention_mask, **how)
         return masks

@@ -4,19 +4,14 @@ import json
 from typing import Any, NamedTuple
 
 from headway.config import UsageError
-from headway.data.tokenizer import ByteTokenizer, Tokenizer
+from headway.data.tokenizer import WORDS, ByteTokenizer, Tokenizer
 from headway.hub.export_tokenizer import token_names
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _NEVER = "À À"
 """Two bytes (C0 C0) that no UTF-8 holds: llama.cpp wants one merge at least."""
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_PATTERNS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
+_PATTERNS = {WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe", WORDS: "qwen2"}
 """Regular expression that cuts text into words → llama.cpp's name of it."""
 
 

@@ -8,15 +8,17 @@ HEADWAY_LLAMA_CPP=$PWD python -m pytest -m slow tests/hub/test_llama_cpp.py
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from headway.data.tokenizer import ByteTokenizer
+from headway.data.tokenizer import ByteTokenizer, train_bpe
 from headway.hub.gguf import export_gguf
 from headway.hub.trained import open_trained
 from tests.hub.small_runs import SMALL, write_run
@@ -89,3 +91,58 @@ def test_the_same_probabilities_and_text(name, tmp_path):
             likely = {t: math.log(p) for t, p in probabilities if p > 1e-9}
             assert max(abs(value - float(ours[t])) for t, value in likely.items()) < bound
             ids.append(token)
+
+
+TOKENIZE = """
+import fs from "fs";
+import {getLlama} from "node-llama-cpp";
+const [file, texts, answer] = process.argv.slice(2);
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const model = await llama.loadModel({modelPath: file, vocabOnly: true});
+const ids = JSON.parse(fs.readFileSync(texts)).map((text) => model.tokenize(text));
+fs.writeFileSync(answer, JSON.stringify(ids));
+process.exit(0);
+"""
+PHRASES = (
+    "it's IT'S we'LL I'd you'Re 'tis",
+    "1234567 ١٢٣ ½ Ⅷ 十二 3.14e-10",
+    "tabs\t\tand\r\nnewlines\n\n\n  x   \n",
+    "non-breaking\u00a0and\u3000wide\u2003spaces",
+    "naïve café, 👩\u200d👩\u200d👧 🏳️\u200d🌈 人工知能とは、 Привет мир! مرحبا नमस्ते สวัสดี 한국어",
+)
+
+
+def some_text(draw: random.Random) -> str:
+    """Pieces of phrases, single characters of all scripts, and what words are cut at."""
+    edges, parts = " \n\r\t'.,!()stdm0123456789abXY_-=", []
+    for _ in range(draw.randint(1, 30)):
+        point = draw.randrange(0x20, 0x30000)
+        seen = unicodedata.category(chr(point)) not in ("Cn", "Cs")
+        parts.append(chr(point) if seen and draw.random() < 0.3 else draw.choice(edges))
+    begin = draw.randrange(10)
+    return "".join(parts) + draw.choice(PHRASES)[begin : begin + 20]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (NODE and shutil.which("node")), reason="needs HEADWAY_LLAMA_CPP and node")
+def test_the_same_tokens(tmp_path):
+    """A tokenizer of `train_bpe`, on any text."""
+    code = [path.read_text("utf-8") for path in Path(__file__).parent.glob("*.py")]
+    tokenizer = train_bpe([*code, *PHRASES * 20], 2000, tmp_path / "tokenizer.json")
+    model = replace(LLAMA, vocab_size=tokenizer.vocab_size)
+    write_run(tmp_path / "run", model, tokenizer=str(tmp_path / "tokenizer.json"))
+    with open_trained(tmp_path / "run") as source:
+        assert export_gguf(source, tmp_path / "m.gguf", "float32")[1].exact
+    draw = random.Random(0)
+    texts = [*PHRASES, *code[0].splitlines(True), *(some_text(draw) for _ in range(2000))]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    script = Path(NODE) / f"tokenize-{os.getpid()}.mjs"
+    script.write_text(TOKENIZE)
+    words = ["node", script, tmp_path / "m.gguf", tmp_path / "texts.json", tmp_path / "ids.json"]
+    try:
+        subprocess.run(words, cwd=NODE, check=True, capture_output=True, timeout=120)
+    finally:
+        script.unlink()
+    theirs = json.loads((tmp_path / "ids.json").read_text())
+    for text, ids in zip(texts, theirs, strict=True):
+        assert tokenizer.encode(text).tolist() == ids, text

@@ -11,7 +11,7 @@ from .configuration_headway import HeadwayConfig
 from .layers_headway import RMSNorm, widen
 
 
-def rope_tables(position_BS: Tensor, config: HeadwayConfig, dtype: torch.dtype) -> tuple:
+def rope_tables(position_BS: Tensor, config, dtype: torch.dtype) -> tuple:
     """Return (cos, sin), each `[B, S, 1, r/2]`, of the r dims of a head that are rotated."""
     exact = torch.float32 if position_BS.device.type == "mps" else torch.float64
     width = config.rotary["rotary_dim"] or config.head_dim
@@ -63,9 +63,10 @@ def yarn_factor(rotary: dict) -> float:
     return magnitude(1.0)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rope(x: Tensor, tables: tuple, interleaved: bool) -> Tensor:
     """Rotate the first r dims of `x [B, S, heads, d]`: pairs (i, i + r/2) as in Llama, or with
     `interleaved` (2i, 2i + 1), whose first members then come before all second ones."""
+    cos, sin = tables
     x, passed = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
     wide = x.to(cos.dtype)
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
@@ -131,7 +132,7 @@ class Attention(nn.Module):
         if norm is not None:
             together = self.config.qk_norm == "all"
             x = norm(x.flatten(-2)).view(x.shape) if together else norm(x)
-        return rope(self._clamped(x), *tables, self.config.rotary["interleaved"])
+        return rope(self._clamped(x), tables, self.config.rotary["interleaved"])
 
     def _clamped(self, x: Tensor) -> Tensor:
         clip = self.config.clip_qkv

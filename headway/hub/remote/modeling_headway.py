@@ -87,7 +87,7 @@ def in_best_groups(score_THE: Tensor, n: int, n_best: int, n_scores: int) -> Ten
 @use_experts_implementation
 class Experts(nn.Module):
     """y = Σ_k gate_k · down[e_k] act(gate_up[e_k]·x): the experts of all heads, one stack; expert e
-    of head h is number h·E + e. With `moe_expert_bias` both products have a bias."""
+    of head h is number h·E + e."""
 
     def __init__(self, config: HeadwayConfig):
         super().__init__()
@@ -118,6 +118,11 @@ class Experts(nn.Module):
         return y_NL.to(x_NL.dtype)
 
 
+@use_experts_implementation(has_bias=True)
+class BiasedExperts(Experts):
+    """Experts with `moe_expert_bias`: a bias on each of the two products."""
+
+
 class SparseLayer(nn.Module):
     """A sparse layer: split, router, experts, merge. The stack is not called `experts`, since vLLM
     replaces what has that name by experts of width D."""
@@ -131,8 +136,7 @@ class SparseLayer(nn.Module):
         norm = RMSNorm(self.n_heads, d_latent // self.n_heads, eps=config.rms_norm_eps)
         self.norm = norm if latent and config.moe_latent_norm else None
         self.router = Router(config)
-        self.head_experts = Experts(config)
-        self.head_experts.has_bias = config.moe_expert_bias  # for what stands in for `forward`
+        self.head_experts = (BiasedExperts if config.moe_expert_bias else Experts)(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = FeedForward(D, shared, config.moe_activation) if shared else None
         gated = config.shared_expert_gate

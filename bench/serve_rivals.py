@@ -30,7 +30,8 @@ def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
     counters = engine.counters
 
     def step(request: dict) -> dict:
-        engine.scheduler.pool.forget(range(engine.scheduler.pool.n_pages))
+        for pool in engine.scheduler.pools.values():
+            pool.forget(range(pool.n_pages))
         params = SamplingParams(request["tokens"], temperature=0, ignore_eos=True)
         touched, outside, begin = [], [], time.perf_counter()
         text = {engine.add(ids, params).id: [] for ids in request["prompts"]}

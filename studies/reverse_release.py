@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headway.model.paged import PAGE
-from headway.serve.blocks import BlockPool, page_keys
+from headway.serve.blocks import BlockPool, n_reusable, page_keys
 from studies.study import Row, Study, Verdict, mean_error, run
 
 N_REQUESTS, N_FAMILIES, AT_ONCE = 1500, 40, 8
@@ -39,7 +39,7 @@ def hit_rate(texts: Sequence[list[int]], n_pages: int, tails_first: bool) -> flo
             # release() goes from the last page to the first
             pool.release(pages if tails_first else pages[::-1])
         keys = page_keys(text)
-        pages = pool.match(keys)
+        pages = pool.match(keys[: n_reusable([pool], keys)]).pages
         hits, total = hits + len(pages), total + len(keys)
         for key in keys[len(pages) :]:
             pages.append(pool.allocate())

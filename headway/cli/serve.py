@@ -64,7 +64,6 @@ def _follow(options: Serve, mesh: "Mesh") -> int:
 def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
     """Serve in this process, with the other ranks of a mesh."""
     from headway.kernels.packed import explain
-    from headway.model.paged import PAGE
     from headway.serve.runner import runner_of
     from headway.server.load import load_served
     from headway.server.run import serve as run
@@ -80,7 +79,7 @@ def _serve(options: Serve, keys: tuple[str, ...], mesh: "Mesh") -> int:
             "url": url,
             "model": served.protocol.name,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "cache_tokens": PAGE * engine.scheduler.pool.n_pages,
+            "cache_tokens": engine.cache_tokens,
             # partial sums of experts are added across ranks in an order of their own
             "batch_invariant": engine.runner.batch_invariant and mesh.ep.size == 1,
         }

@@ -135,10 +135,11 @@ def _attend(
         keys[at] = k_TMd[here]
         if v_TMv is not None:
             values[at] = v_TMv[here]
-        held = page_P[: -(-end // PAGE)].long()
-        k, v = (t[held].flatten(0, 1)[:end].unsqueeze(0) for t in (keys, values))
+        base = max(start - window + 1, 0) // PAGE if window else 0  # the first page that is seen
+        held = page_P[base : -(-end // PAGE)].long()
+        k, v = (t[held].flatten(0, 1)[: end - PAGE * base].unsqueeze(0) for t in (keys, values))
         oldest = (position - window + 1).clamp(min=0) if window else None
-        mask = causal_mask(position, end, oldest)
+        mask = causal_mask(position, end, oldest)[:, PAGE * base :]
         q = q_TNd[here].unsqueeze(0)
         # values are as wide as keys there
         y = attention(q, k, v, mask, sinks_N=sinks_N, scale=scale)[0]

@@ -5,9 +5,11 @@ A pass holds the T new tokens of all its sequences one after another, as one seq
     tokens     a5 a6 a7 | b40 | c0 c1 …        index    5 6 7 40 0 1 …
     segments   a: 0–2     b: 3  c: 4–5 …
 
+Layers that see equally far share a table of pages; others may have given theirs back.
+
 T tokens · M key/value heads · d head width."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,14 +29,15 @@ class Segment(NamedTuple):
     start: int
     """Position of the first of them."""
     n_new: int
-    pages: Sequence[int]
-    """The pages of the sequence, with room for the new tokens."""
+    pages: Mapping[int, Sequence[int]]
+    """By the window of the layers (0: they see all): the pages of the sequence, with room for the
+    new tokens."""
 
 
 def slots_of(segments: Sequence[Segment]) -> list[int]:
-    """Return where each new token of a pass is written, 16·page + offset."""
+    """Return where layers that see all write each new token of a pass, 16·page + offset."""
     return [
-        PAGE * s.pages[i // PAGE] + i % PAGE
+        PAGE * s.pages[0][i // PAGE] + i % PAGE
         for s in segments
         for i in range(s.start, s.start + s.n_new)
     ]
@@ -49,27 +52,37 @@ class PagedPositions(Positions):
 
     def __init__(self, segments: Sequence[Segment], device: torch.device, n_pages: int = 0):
         self.device, self.ragged = device, False
-        width = n_pages or max(len(segment.pages) for segment in segments)
-        table = [[*s.pages, *[0] * (width - len(s.pages))] for s in segments]
         index = [i for s in segments for i in range(s.start, s.start + s.n_new)]
         firsts = [0, *accumulate(s.n_new for s in segments)]
         rows = [(first, s.n_new, s.start) for first, s in zip(firsts, segments, strict=False)]
         self.index = torch.tensor(index, device=device)
-        self.where = Pass(
-            torch.tensor(rows, device=device), torch.tensor(table, dtype=torch.int32, device=device)
-        )
+        rows_R3 = torch.tensor(rows, device=device)
+        self.where = {
+            window: Pass(rows_R3, _table([s.pages[window] for s in segments], device, n_pages))
+            for window in segments[0].pages
+        }
+        """By the window of the layers."""
         self._tables = {}
 
     def rewrite(self, segments: Sequence[Segment]) -> None:
         """Describe another pass of as many sequences, one token of each, in the same memory (on the
         CPU), for a capture that reads it."""
-        index, rows, table = (t.numpy() for t in (self.index, *self.where))
-        for i, segment in enumerate(segments):
-            index[i] = rows[i, 2] = segment.start
-            table[i, : len(segment.pages)] = segment.pages
+        for window, (rows_R3, table_RP) in self.where.items():
+            rows, table = rows_R3.numpy(), table_RP.numpy()
+            for i, segment in enumerate(segments):
+                pages = segment.pages[window]
+                table[i, : len(pages)] = pages
+        self.index.numpy()[:] = rows[:, 2] = [segment.start for segment in segments]
 
     def prepare(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.rope(config, dtype)
+
+
+def _table(pages: Sequence[Sequence[int]], device: torch.device, n_pages: int) -> Tensor:
+    """Return int32 `[R, P]`, zeros behind shorter rows."""
+    width = n_pages or max(map(len, pages))
+    rows = [[*row, *[0] * (width - len(row))] for row in pages]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 class PagedCache:
@@ -109,7 +122,7 @@ class PagedKV(Pages):
         """Write keys and values `[1, T, M, d]` to their pages; return the attention of queries
         `[1, T, N, d]`, each to its own sequence up to its own position; queries and keys are
         rotated first."""
-        arguments = (q[0], k[0], v[0], self, positions.where, window)
+        arguments = (q[0], k[0], v[0], self, positions.where[window], window)
         out_TNd = paged_attention(*arguments, sinks_N=sinks_N, rotation=rotation)
         return out_TNd.unsqueeze(0)
 
@@ -130,5 +143,5 @@ class PagedLatent(Pages):
         each to its own sequence up to its own position, `[1, T, N, C]`."""
         k_T1w = latent_1Tw[0].unsqueeze(1)
         return paged_attention(
-            q_1TNw[0], k_T1w, None, self, positions.where, window, scale
+            q_1TNw[0], k_T1w, None, self, positions.where[window], window, scale
         ).unsqueeze(0)

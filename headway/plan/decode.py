@@ -57,8 +57,11 @@ def decode_costs(
     dense = sum(term.value * (4 if g in FLOAT32_GROUPS else b) for g, term in groups.items())
     if not config.model.tied:
         dense -= V * D * b  # of the embedding, only rows are read
-    pages = [m.init_pages(1, dtype, torch.device("meta")) for m in paged_mixers(model.blocks())]
-    kv_bytes = sum(state.bytes for state in pages) / PAGE
+    kv_bytes = held_bytes = 0.0  # of a position in all layers; of the context, as far as it is seen
+    for mixer in paged_mixers(model.blocks()):
+        layer_bytes = mixer.init_pages(1, dtype, torch.device("meta")).bytes / PAGE
+        kv_bytes += layer_bytes
+        held_bytes += layer_bytes * min(context, mixer.window or context)
     layers = model.sparse_layers()
     n_experts = sum(layer.config.n_heads * layer.config.n_experts for layer in layers)
     rows = []
@@ -66,7 +69,7 @@ def decode_costs(
         uniform = sum(touched(layer, batch) for layer in layers)
         count = uniform if measured is None else measured[batch]
         weight_bytes = dense + batch * D * b + (experts * b * count / n_experts if layers else 0)
-        step_bytes = weight_bytes + batch * context * kv_bytes
+        step_bytes = weight_bytes + batch * held_bytes
         rows.append(
             {
                 "batch": batch,

@@ -22,16 +22,14 @@ from headway.data.tokenizer import Tokenizer
 from headway.hub.load import LoadedModel, load_model
 from headway.model.paged import PAGE, slots_of
 from headway.model.transformer import Transformer
-from headway.serve.blocks import BlockPool
+from headway.serve.blocks import BlockPool, default_pages, pool_sizes
 from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
 from headway.serve.request import Completion, Request, Sequence, Update, joined
 from headway.serve.routes import RoutePages, Routes
 from headway.serve.runner import Runner, pass_of
-from headway.serve.sampling import Row, TokenLogprob, log_probabilities, sample
-from headway.serve.scheduler import Chunk, Scheduler
-
-DEFAULT_CACHE_BYTES = 1 << 30
+from headway.serve.sampling import Row, Sampled, TokenLogprob, log_probabilities, sample
+from headway.serve.scheduler import Chunk, Copy, Scheduler
 
 
 @dataclass
@@ -96,14 +94,17 @@ class Engine:
         self.max_len = config.max_len or model.config.max_len
         if not self.max_len:
             raise UsageError("max_len=0 and the model's config has none; give the engine one")
-        n_pages = -(-(config.cache_tokens or self._default_cache(config.max_requests)) // PAGE)
-        self.runner.allocate(n_pages)
+        page_bytes = self.runner.page_bytes
+        if config.return_routes:  # those of a whole text are read when it ends
+            page_bytes = {0: 0, **page_bytes}
+        n_pages = -(-config.cache_tokens // PAGE)
+        n_pages = n_pages or default_pages(page_bytes, self.max_len, config)
+        self.cache_tokens, sizes = PAGE * n_pages, pool_sizes(page_bytes, n_pages, config)
+        self.runner.allocate(sizes, longest=min(n_pages, -(-self.max_len // PAGE)))
         self._routes = RoutePages(n_pages, model.sparse_layers()) if config.return_routes else None
-        self._copies: list[tuple[int, int]] = []
-        # the routes of a whole text are read when it ends
-        window = 0 if config.return_routes else self.runner.window
-        sizes = config.max_requests, config.max_batch_tokens
-        self.scheduler = Scheduler(BlockPool(n_pages), *sizes, window)
+        self._copies: list[Copy] = []
+        pools = {window: BlockPool(n, window) for window, n in sizes.items()}
+        self.scheduler = Scheduler(pools, config.max_requests, config.max_batch_tokens)
         self.counters = Counters()
         self.sequences: list[Sequence] = []
         self._numbers = itertools.count()
@@ -149,11 +150,11 @@ class Engine:
         can never run."""
         prompt = list(prompt) or [self.tokenizer.eos]
         params.check(self.tokenizer.vocab_size, self.max_len, len(prompt))
-        most, capacity = len(prompt) + params.max_tokens, PAGE * self.scheduler.pool.n_pages
-        if most > capacity:
+        most = len(prompt) + params.max_tokens
+        if most > self.cache_tokens:
             raise UsageError(
-                f"a request of {most} tokens exceeds the cache of {capacity}; raise cache_tokens "
-                "or lower max_tokens"
+                f"a request of {most} tokens exceeds the cache of {self.cache_tokens}; raise "
+                "cache_tokens or lower max_tokens"
             )
         if params.return_routes and self._routes is None:
             raise UsageError("this engine keeps no routes; start it with return_routes")
@@ -161,7 +162,8 @@ class Engine:
         request = Request(id or str(next(self._numbers)), prompt, params, seed, salt)
         if params.prompt_logprobs >= 0:
             request.prompt_logprobs = [None] * len(prompt)
-        self.scheduler.waiting.append(self._sequence(request, choice=0))
+        self.sequences.append(self._sequence(request, choice=0))
+        self.scheduler.waiting.append(self.sequences[-1])
         self.counters.requests += 1
         self.counters.prompt_tokens += len(prompt)
         return request
@@ -227,35 +229,54 @@ class Engine:
 
     def _advance(self, wanted: "_Wanted", logits_RV: Tensor) -> list[Update]:
         """Take the results of a pass: score prompts, draw tokens, end what is complete."""
+        drawn = self._draw(wanted, logits_RV)  # raises before anything is known of the pass
         for chunk in wanted.chunks:
             self.scheduler.advance(chunk)
-        n_scored = len(wanted.scored)
-        self._score(wanted.prompts, logits_RV[:n_scored])
-        updates, rows, sequences = [], [], []
-        for i, sequence in enumerate(wanted.sequences, start=n_scored):
+        updates: list[Update] = []
+        for sequence in wanted.sequences:
             if not sequence.row.output:
                 self.counters.cached_tokens += sequence.request.n_cached
             if sequence.request.params.max_tokens == 0:
                 last = self._end(sequence, "length")
                 updates += [last._replace(choice=n) for n in range(last.request.params.n)]
-                continue
-            choices = [sequence, *self._fork(sequence)]
-            sequences += choices
+        for sequence, choice, _ in drawn:
+            if choice is not sequence:
+                self._fork(sequence, choice)
+        return updates + [self._take(choice, token) for _, choice, token in drawn]
+
+    def _draw(
+        self, wanted: "_Wanted", logits_RV: Tensor
+    ) -> list[tuple[Sequence, Sequence, TokenLogprob]]:
+        """Score prompts, and draw a token of every choice: (sequence that was computed, choice that
+        has the same tokens, its next)."""
+        n_scored = len(wanted.scored)
+        self._score(wanted.prompts, logits_RV[:n_scored])
+        rows, pairs = [], []
+        for i, sequence in enumerate(wanted.sequences, start=n_scored):
+            choices = self._choices(sequence)
+            pairs += [(sequence, choice) for choice in choices]
             rows += [i] * len(choices)
         begin = perf_counter()
-        sampled = sample(logits_RV[rows], [s.row for s in sequences]) if rows else None
+        none = Sampled([], [], [])
+        sampled = sample(logits_RV[rows], [choice.row for _, choice in pairs]) if rows else none
         self.counters.sampling_seconds = perf_counter() - begin
-        if sampled is not None:
-            drawn = zip(sequences, map(TokenLogprob, *sampled), strict=True)
-            updates += [self._take(sequence, token) for sequence, token in drawn]
-        return updates
+        tokens = map(TokenLogprob, *sampled)
+        return [(*pair, token) for pair, token in zip(pairs, tokens, strict=True)]
+
+    def _choices(self, sequence: Sequence) -> list[Sequence]:
+        """Return the choices that draw from the logits of a sequence: where its prompt is complete,
+        further ones that the request asks for."""
+        request, row = sequence.request, sequence.row
+        if request.params.max_tokens == 0:
+            return []
+        n = request.params.n if row.choice == 0 and not row.output else 1
+        return [sequence, *(self._sequence(request, choice) for choice in range(1, n))]
 
     def _drop(self, wanted: "_Wanted") -> None:
         """End the requests of a pass that failed; nothing that it wrote stays known."""
         requests = {chunk.sequence.request for chunk in wanted.chunks}
         for sequence in [s for s in self.sequences if s.request in requests]:
             self._remove(sequence)
-        self.scheduler.pool.forget(wanted.written)
         self._copies = []
         self.counters.failed += len(requests)
         self.counters.failed_steps += 1
@@ -271,17 +292,14 @@ class Engine:
             request.prompt_logprobs[start + 1 : start + 1 + n] = scores
             done += n
 
-    def _fork(self, sequence: Sequence) -> list[Sequence]:
-        """Start the further choices of a request whose prompt is computed."""
-        twins = []
-        if not sequence.row.output and sequence.row.choice == 0:
-            for choice in range(1, sequence.request.params.n):
-                twins.append(self._sequence(sequence.request, choice))
-                if copied := self.scheduler.fork(sequence, twins[-1]):
-                    self._copies.append(copied)
-                    if self._routes is not None:
-                        self._routes.copy_page(*copied)
-        return twins
+    def _fork(self, sequence: Sequence, twin: Sequence) -> None:
+        """Start a further choice of a request whose prompt is computed."""
+        self.sequences.append(twin)
+        copies = self.scheduler.fork(sequence, twin)
+        self._copies += copies
+        for window, source, target in copies:
+            if self._routes is not None and not window:
+                self._routes.copy_page(source, target)
 
     def _take(self, sequence: Sequence, drawn: TokenLogprob) -> Update:
         """Add a token to a choice."""
@@ -315,9 +333,7 @@ class Engine:
         params, grammar = request.params, request.params.grammar
         matcher = None if grammar is None else grammar.matcher()
         row = Row(params, request.seed, choice, request.prompt, [], self.eos_ids, matcher)
-        sequence = Sequence(request, row, Detokenizer(self.tokenizer, params, request.prompt))
-        self.sequences.append(sequence)
-        return sequence
+        return Sequence(request, row, Detokenizer(self.tokenizer, params, request.prompt))
 
     def _end(self, sequence: Sequence, reason: str = "abort") -> Update:
         """Remove a choice; return its last update, with the text that was held back."""
@@ -332,16 +348,12 @@ class Engine:
         if self._routes is None or not sequence.request.params.return_routes:
             return None
         start, sequence.n_told = sequence.n_told, sequence.n_computed
-        return self._routes.read(sequence.pages, start, sequence.n_computed)
+        pages = sequence.tables[0].pages if sequence.tables else []
+        return self._routes.read(pages, start, sequence.n_computed)
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
         self.sequences.remove(sequence)
-
-    def _default_cache(self, max_requests: int) -> int:
-        """Return how many positions fit `DEFAULT_CACHE_BYTES`, at most what all requests need."""
-        fit = int(DEFAULT_CACHE_BYTES / max(self.runner.bytes_per_token, 1))
-        return min(max(fit, self.max_len), max_requests * self.max_len)
 
 
 class _Wanted:
@@ -356,11 +368,8 @@ class _Wanted:
         self.sampled: list[int] = []
         self.sequences: list[Sequence] = []
         """One per row in `sampled`."""
-        self.written: list[int] = []
-        """The pages that the pass writes."""
         for sequence, n_new in chunks:
             start = sequence.n_computed
-            self.written += sequence.pages[start // PAGE :]
             if sequence.scores_prompt:
                 request = sequence.request
                 begin = max(start, request.params.prompt_logprobs_start - 1)

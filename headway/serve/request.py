@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from headway.model.paged import PAGE
-from headway.serve.blocks import first_key, next_key
+from headway.serve.blocks import Table, page_keys
 from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
 from headway.serve.routes import Routes, joined_routes
@@ -86,15 +86,10 @@ class Sequence:
     row: Row
     """What sampling reads: choice, seed, the reply so far."""
     detokenizer: Detokenizer
-    pages: list[int] = field(default_factory=list)
-    """One for every 16 tokens; those behind the window of all layers are given back, and stand here
-    as 0."""
-    n_behind: int = 0
-    """How many pages, the first ones, are given back."""
+    tables: dict[int, Table] = field(default_factory=dict)
+    """Its pages by the window of the layers, while it runs."""
     n_computed: int = 0
     """Tokens whose keys and values are in the pages."""
-    keys: list[bytes] = field(default_factory=list)
-    """Keys of the full pages of the first `n_computed` tokens."""
     n_told: int = 0
     """Tokens whose routes were returned."""
     admitted: bool = False
@@ -103,6 +98,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.row.output]
         """Prompt and reply."""
+        self._keys: list[bytes] = []
 
     def append(self, token: int) -> None:
         """Add a token to the reply."""
@@ -115,11 +111,6 @@ class Sequence:
     def n_new(self) -> int:
         """Return how many tokens are yet to be computed; 1 in decoding."""
         return len(self.tokens) - self.n_computed
-
-    @property
-    def needs_pages(self) -> int:
-        """Return how many pages are missing for all tokens."""
-        return -(-len(self.tokens) // PAGE) - len(self.pages)
 
     @property
     def scores_prompt(self) -> bool:
@@ -135,11 +126,8 @@ class Sequence:
             n = min(n, max(self.request.params.prompt_logprobs_start - 1, 0))
         return n
 
-    def new_keys(self, n_tokens: int) -> list[bytes]:
-        """Return the keys of the full pages of the first `n_tokens` that have none in `keys`."""
-        key = self.keys[-1] if self.keys else first_key(self.request.salt)
-        keys = []
-        for i in range(len(self.keys), n_tokens // PAGE):
-            key = next_key(key, self.tokens[i * PAGE : (i + 1) * PAGE])
-            keys.append(key)
-        return keys
+    def keys(self, n_tokens: int) -> list[bytes]:
+        """Return the keys of the full pages of the first `n_tokens`; each is computed once."""
+        if len(self._keys) < n_tokens // PAGE:
+            self._keys = page_keys(self.tokens, self.request.salt, self._keys)
+        return self._keys[: n_tokens // PAGE]

@@ -6,7 +6,7 @@ the others, who run the same model on the same tokens (`parallel/replicated.py`)
     rank 0      schedule ─ broadcast pass ─ forward ─ sample        schedule ─ broadcast …
     others                          receive ─ forward ─ wait …                    receive …"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,11 +18,12 @@ from headway.kernels.packed import batch_invariant
 from headway.model.build import paged_mixers
 from headway.model.context import Context
 from headway.model.dispatch import LOCAL, TokenDispatcher
-from headway.model.paged import PAGE, PagedCache, PagedPositions, Segment
+from headway.model.graphs import MAX_ROWS, DecodeGraph
+from headway.model.paged import PagedCache, PagedPositions, Segment
 from headway.model.transformer import Output, Transformer
 from headway.parallel.mesh import Mesh
 from headway.parallel.replicated import ReplicatedDispatcher, experts_read
-from headway.serve.graphs import MAX_ROWS, DecodeGraph
+from headway.serve.scheduler import Chunk, Copy
 
 
 class Pass(NamedTuple):
@@ -32,8 +33,8 @@ class Pass(NamedTuple):
     segments: list[Segment]
     rows: list[int]
     """Of which tokens the logits are wanted."""
-    copies: list[tuple[int, int]]
-    """Pages (source, target) to copy before it."""
+    copies: list[Copy]
+    """Pages to copy before it."""
     routes: bool
     """Whether the chosen experts are wanted."""
 
@@ -56,14 +57,14 @@ class Runner:
         """How many experts each rank read in the last pass, summed over the sparse layers."""
         self.mixers = paged_mixers(model.blocks())
         self.states: list[Any] = []
-        self._n_pages, self._captures = 0, False
+        self._longest, self._captures = 0, False
         self._graphs: dict[tuple[int, int, bool], DecodeGraph] = {}
 
-    def allocate(self, n_pages: int) -> None:
-        """Make the pages."""
+    def allocate(self, n_pages: Mapping[int, int], longest: int) -> None:
+        """Make the pages: their number by the window of the layers, and most of a sequence."""
         dtype, device = self.model.dtype, self.model.device
-        self.states = [mixer.init_pages(n_pages, dtype, device) for mixer in self.mixers]
-        self._n_pages, self._graphs = n_pages, {}
+        self.states = [m.init_pages(n_pages[m.window], dtype, device) for m in self.mixers]
+        self._longest, self._graphs = longest, {}
         self._captures = self.batch_invariant and self.dispatcher is LOCAL
 
     @property
@@ -75,17 +76,12 @@ class Runner:
         return promised and all(state.batch_invariant for state in self.states)
 
     @property
-    def window(self) -> int:
-        """Return how many positions the layers see at most, a token's own included; 0: all."""
-        windows = [mixer.window for mixer in self.mixers]
-        return max(windows) if all(windows) else 0
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Return how much of the cache one position takes."""
-        meta = torch.device("meta")
-        one = [mixer.init_pages(1, self.model.dtype, meta) for mixer in self.mixers]
-        return sum(state.bytes for state in one) / PAGE
+    def page_bytes(self) -> dict[int, int]:
+        """Return the size of a page in all layers with the same window, by window."""
+        meta, sizes = torch.device("meta"), dict.fromkeys((m.window for m in self.mixers), 0)
+        for mixer in self.mixers:
+            sizes[mixer.window] += mixer.init_pages(1, self.model.dtype, meta).bytes
+        return sizes
 
     @torch.no_grad()
     def run(self, work: Pass) -> Output:
@@ -95,9 +91,10 @@ class Runner:
         return output
 
     def _run(self, work: Pass) -> Output:
-        for source, target in work.copies:
-            for state in self.states:
-                state.copy_page(source, target)
+        for window, source, target in work.copies:
+            for mixer, state in zip(self.mixers, self.states, strict=True):
+                if mixer.window == window:
+                    state.copy_page(source, target)
         ctx = Context(
             cache=PagedCache(self.states, work.segments),
             dispatcher=self.dispatcher,
@@ -119,7 +116,7 @@ class Runner:
         key = len(work.tokens), torch.get_num_threads(), work.routes
         if graph := self._graphs.get(key):
             return graph.run(work.tokens, work.segments)
-        positions = PagedPositions(work.segments, self.model.device, self._n_pages)
+        positions = PagedPositions(work.segments, self.model.device, self._longest)
         ctx = replace(ctx, positions=positions)
         graph = self._graphs[key] = DecodeGraph(self.model, work.tokens, positions, ctx)
         return graph.output
@@ -148,8 +145,8 @@ class MeshRunner(Runner):
         # a collective that waits for longer than the mesh's timeout fails
         self.idle_after = mesh.config.timeout / 4
 
-    def allocate(self, n_pages: int) -> None:
-        super().allocate(self._send(n_pages))
+    def allocate(self, n_pages: Mapping[int, int], longest: int) -> None:
+        super().allocate(*self._send((n_pages, longest)))
 
     def run(self, work: Pass) -> Output:
         return super().run(self._send(work))
@@ -164,10 +161,10 @@ class MeshRunner(Runner):
         """Do what rank 0 does until it closes."""
         while (message := self._send(None)) != "close":
             match message:
-                case int():
-                    super().allocate(message)
                 case Pass():
                     super().run(message)
+                case n_pages, longest:
+                    super().allocate(n_pages, longest)
 
     def _send(self, message: Any) -> Any:
         """Return rank 0's message, on all ranks."""
@@ -181,10 +178,11 @@ def runner_of(model: Transformer, mesh: Mesh) -> Runner:
     return Runner(model) if mesh.size == 1 else MeshRunner(model, mesh)
 
 
-def pass_of(
-    chunks: Sequence[tuple[Any, int]], rows: list[int], copies: list[tuple[int, int]], routes: bool
-) -> Pass:
-    """Return the pass over (sequence, number of tokens) chunks."""
-    segments = [Segment(s.n_computed, n, list(s.pages)) for s, n in chunks]
+def pass_of(chunks: Sequence[Chunk], rows: list[int], copies: list[Copy], routes: bool) -> Pass:
+    """Return the pass over some chunks."""
+    segments = [
+        Segment(s.n_computed, n, {window: t.pages for window, t in s.tables.items()})
+        for s, n in chunks
+    ]
     tokens = [t for s, n in chunks for t in s.tokens[s.n_computed : s.n_computed + n]]
     return Pass(tokens, segments, rows, copies, routes)

@@ -5,15 +5,15 @@ A pass holds one token of every sequence that decodes, then chunks of prompts up
 First come, first served. Where a decoding sequence needs a page and none is free, the youngest
 gives up its pages and is computed again later.
 
-Where all layers have windows, pages behind the widest are given back while a sequence runs, and a
-prefix is found again by the pages that the next token sees."""
+A sequence has a table of pages for every window that layers have. Where layers see all, it is
+admitted with pages for all its tokens; behind a window it takes and gives back pages as it goes."""
 
-import sys
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from headway.model.paged import PAGE
-from headway.serve.blocks import BlockPool
+from headway.serve.blocks import BlockPool, n_reusable
 from headway.serve.request import Sequence
 
 MAX_CHUNK_BESIDE = 64
@@ -29,22 +29,40 @@ class Chunk(NamedTuple):
     n_new: int
 
 
-class Scheduler:
-    """The sequences that wait and those that run, each in order of arrival."""
+class Copy(NamedTuple):
+    """A page that is copied before the next pass."""
 
-    def __init__(self, pool: BlockPool, max_requests: int, max_batch_tokens: int, window: int = 0):
-        """Args: window: positions that a token sees in any layer, its own included; 0: all."""
-        self.pool, self.max_requests = pool, max_requests
-        self.max_batch_tokens, self.window = max_batch_tokens, window
-        self.reach = -(-(window - 1) // PAGE) if window else sys.maxsize
-        """Pages before its own that the first token of a page sees."""
+    window: int
+    """Of the layers that have it."""
+    source: int
+    target: int
+
+
+class Scheduler:
+    """The sequences that wait and those that run, each in order of arrival.
+
+    Args: pools: of pages, by the window of the layers."""
+
+    def __init__(self, pools: Mapping[int, BlockPool], max_requests: int, max_batch_tokens: int):
+        self.pools, self.max_requests = pools, max_requests
+        self.max_batch_tokens = max_batch_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.n_preemptions = 0
 
+    @property
+    def n_pages(self) -> int:
+        """Return how many pages there are."""
+        return sum(pool.n_pages for pool in self.pools.values())
+
+    @property
+    def n_held(self) -> int:
+        """Return how many pages sequences hold."""
+        return self.n_pages - sum(pool.n_free for pool in self.pools.values())
+
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next pass, and allocate the pages that they write."""
-        chunks = [Chunk(s, 1) for s in self._decoding()]
+        chunks = [Chunk(s, 1) for s in self.running if s.n_new == 1]
         budget = self.max_batch_tokens - len(chunks)
         if chunks:
             budget = min(budget, MAX_CHUNK_BESIDE)
@@ -52,7 +70,11 @@ class Scheduler:
             if sequence.n_new > 1 and budget > 0:
                 chunks.append(Chunk(sequence, min(sequence.n_new, budget)))
                 budget -= chunks[-1].n_new
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+        for sequence, n_new in chunks:
+            while sequence.tables and not self._allocate(sequence, n_new):
+                self._preempt(self.running[-1])
+        chunks = [chunk for chunk in chunks if chunk.sequence.tables]
+        while budget > 0 and self.waiting and self._admit(self.waiting[0], budget):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             chunks.append(Chunk(sequence, min(sequence.n_new, budget)))
@@ -60,72 +82,74 @@ class Scheduler:
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
-        """Count the tokens of a chunk as computed, and make the pages that they filled known."""
+        """Count the tokens of a chunk as computed; make the pages that they filled known, and give
+        back those that no further token sees."""
         sequence, n_new = chunk
+        known = sequence.n_computed // PAGE
         sequence.n_computed += n_new
-        for key in sequence.new_keys(sequence.n_computed):
-            self.pool.seal(sequence.pages[len(sequence.keys)], key)
-            sequence.keys.append(key)
-        if self.window:
-            behind = max(sequence.n_computed - self.window + 1, 0) // PAGE
-            self.pool.release(sequence.pages[sequence.n_behind : behind])
-            sequence.pages[:behind] = [0] * behind
-            sequence.n_behind = behind
+        keys = sequence.keys(sequence.n_computed)
+        for window, table in sequence.tables.items():
+            pool = self.pools[window]
+            for page, key in zip(table.pages[known:], keys[known:], strict=False):
+                pool.seal(page, key)
+            pool.give_back(table, sequence.n_computed)
 
-    def fork(self, sequence: Sequence, twin: Sequence) -> tuple[int, int] | None:
+    def fork(self, sequence: Sequence, twin: Sequence) -> list[Copy]:
         """Start a further choice that has the tokens of a running sequence. Full pages are shared;
-        return which page (source, target) must be copied, if any."""
+        return the partial ones, which must be copied."""
         full, rest = divmod(sequence.n_computed, PAGE)
-        if len(self.running) >= self.max_requests or self.pool.n_free < (rest > 0):
+        no_page = rest and not all(pool.n_free for pool in self.pools.values())
+        if len(self.running) >= self.max_requests or no_page:
             self.waiting.appendleft(twin)  # it matches the full pages when it is admitted
-            return None
-        for page in sequence.pages[sequence.n_behind : full]:
-            self.pool.hold(page)
-        twin.pages, twin.keys = sequence.pages[:full], list(sequence.keys)
-        twin.n_computed, twin.n_behind = sequence.n_computed, sequence.n_behind
+            return []
+        copies = []
+        for window, table in sequence.tables.items():
+            pool = self.pools[window]
+            twin.tables[window] = pool.share(table, full)
+            if rest:
+                twin.tables[window].pages.append(pool.allocate())
+                copies.append(Copy(window, table.pages[full], twin.tables[window].pages[full]))
+        twin.n_computed = sequence.n_computed
         self.running.append(twin)
-        if not rest:
-            return None
-        twin.pages.append(self.pool.allocate())
-        return sequence.pages[full], twin.pages[full]
+        return copies
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; its full pages stay known."""
-        if sequence in self.running:
+        if sequence.tables:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         self._release(sequence)
 
-    def _decoding(self) -> list[Sequence]:
-        """Return the sequences that decode, oldest first, each with a page for its next token."""
-        ready: list[Sequence] = []
-        for sequence in [s for s in self.running if s.n_new == 1]:
-            while sequence.needs_pages and not self.pool.n_free and sequence in self.running:
-                self._preempt(self.running[-1])
-            if sequence in self.running:
-                self._allocate(sequence)
-                ready.append(sequence)
-        return [s for s in ready if s in self.running]
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence pages for all its tokens, known ones where no logits are wanted
-        and there are some."""
+    def _admit(self, sequence: Sequence, budget: int) -> bool:
+        """Give a waiting sequence pages, known ones where no logits are wanted and there are
+        some."""
         if len(self.running) >= self.max_requests:
             return False
-        keys = sequence.new_keys(sequence.n_without_logits)
-        sequence.keys = keys[: self.pool.n_reusable(keys, self.reach)]
-        sequence.n_behind = max(len(sequence.keys) - self.reach, 0)
-        behind, seen = [0] * sequence.n_behind, sequence.keys[sequence.n_behind :]
-        sequence.pages = behind + self.pool.match(seen)
-        sequence.n_computed = PAGE * len(sequence.pages)
-        if sequence.needs_pages > self.pool.n_free:
+        keys = sequence.keys(sequence.n_without_logits)
+        keys = keys[: n_reusable(self.pools.values(), keys)]
+        sequence.tables = {window: pool.match(keys) for window, pool in self.pools.items()}
+        sequence.n_computed = PAGE * len(keys)
+        if not self._allocate(sequence, min(sequence.n_new, budget)):
             self._release(sequence)
             return False
         if not (sequence.admitted or sequence.row.output):
             sequence.request.n_cached = sequence.n_computed
         sequence.admitted = True
-        self._allocate(sequence)
+        return True
+
+    def _allocate(self, sequence: Sequence, n_new: int) -> bool:
+        """Allocate the pages that the next `n_new` tokens write, and those of all tokens where
+        layers see all; return False, and allocate none, where there are too few."""
+        wanted = []
+        for window, table in sequence.tables.items():
+            n_tokens = sequence.n_computed + n_new if window else len(sequence.tokens)
+            missing, pool = -(-n_tokens // PAGE) - len(table.pages), self.pools[window]
+            if missing > pool.n_free:
+                return False
+            wanted.append((pool, table, missing))
+        for pool, table, missing in wanted:
+            table.pages += [pool.allocate() for _ in range(missing)]
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -134,10 +158,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.n_preemptions += 1
 
-    def _allocate(self, sequence: Sequence) -> None:
-        sequence.pages += [self.pool.allocate() for _ in range(sequence.needs_pages)]
-
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages[sequence.n_behind :])
-        sequence.pages, sequence.keys = [], []
-        sequence.n_computed = sequence.n_behind = 0
+        for window, table in sequence.tables.items():
+            self.pools[window].release(table.pages[table.n_behind :])
+        sequence.tables, sequence.n_computed = {}, 0

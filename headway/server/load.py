@@ -6,7 +6,6 @@ from pathlib import Path
 from headway import __version__
 from headway.config import ServerConfig, UsageError
 from headway.hub.load import LoadedModel
-from headway.model.paged import PAGE
 from headway.serve.engine import Engine
 from headway.serve.runner import Runner
 from headway.server.bodies import Bounds
@@ -33,7 +32,7 @@ def load_served(
         why = f"max_len={config.max_len} is above the context of {info.name}, {info.max_len} tokens"
         raise UsageError(f"{why}; use at most {info.max_len}, or 0 for all of it")
     engine = Engine.of(loaded, config, runner)
-    max_len = min(engine.max_len, PAGE * engine.scheduler.pool.n_pages)
+    max_len = min(engine.max_len, engine.cache_tokens)
     bounds = Bounds(
         vocab_size=tokenizer.vocab_size,
         max_len=max_len,

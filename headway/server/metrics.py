@@ -72,15 +72,10 @@ class Metrics:
         scheduler, counters = self._engine.scheduler, self._engine.counters
         self._gauges["requests_running"].set(len(scheduler.running))
         self._gauges["requests_waiting"].set(len(scheduler.waiting))
-        self._gauges["cache_blocks_used"].set(blocks_used(self._engine))
-        self._gauges["cache_blocks_total"].set(scheduler.pool.n_pages)
+        self._gauges["cache_blocks_used"].set(scheduler.n_held)
+        self._gauges["cache_blocks_total"].set(scheduler.n_pages)
         totals = {**vars(counters), "preemptions": scheduler.n_preemptions}
         for name, counter in self._totals.items():
             counter.inc(totals[name] - self._counted[name])
             self._counted[name] = totals[name]
         return generate_latest(self.registry)
-
-
-def blocks_used(engine: Engine) -> int:
-    """Return how many blocks of the cache requests hold."""
-    return engine.scheduler.pool.n_pages - engine.scheduler.pool.n_free

@@ -20,7 +20,6 @@ from headway.server.app import build_app
 from headway.server.connections import connection_class, most_connections
 from headway.server.errors import BadRequest, error_json
 from headway.server.guard import Guard, Receive, Scope, Send, hosts_of
-from headway.server.metrics import blocks_used
 from headway.server.service import Served, Service
 
 T = TypeVar("T")
@@ -130,7 +129,7 @@ async def _serve(
         return {
             "requests": service.n_calls,
             "generated_tokens": served.engine.counters.generation_tokens,
-            "blocks_used": blocks_used(served.engine),
+            "blocks_used": served.engine.scheduler.n_held,
         }
     finally:
         server.should_exit = True

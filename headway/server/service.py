@@ -11,7 +11,7 @@ from headway.serve.engine import Engine
 from headway.server.errors import BadRequest, error_json
 from headway.server.fields import Json
 from headway.server.logprobs import TokenTexts
-from headway.server.metrics import Metrics, blocks_used
+from headway.server.metrics import Metrics
 from headway.server.protocol import Call, Protocol
 from headway.server.reply import DONE, Reply
 from headway.server.worker import EngineError, EngineStopped, EngineThread
@@ -88,7 +88,7 @@ class Service:
                 f"{(now.generation_tokens - before.generation_tokens) / seconds:.1f} tokens/s "
                 f"written, {(now.prompt_tokens - before.prompt_tokens) / seconds:.1f} read, "
                 f"{(now.cached_tokens - before.cached_tokens) / seconds:.1f} of them cached; "
-                f"{blocks_used(engine)} of {scheduler.pool.n_pages} blocks held; "
+                f"{scheduler.n_held} of {scheduler.n_pages} blocks held; "
                 f"{touched:.1f} experts touched per step{share}",
                 file=sys.stderr,
                 flush=True,

@@ -144,7 +144,7 @@ def test_logits_are_the_same_bits_in_any_chunks_and_company(kind, dtype, lengths
         return [block.mixer.init_pages(3 * len(texts), dtype, cpu) for block in model.blocks()]
 
     def run(cache, *chunks):
-        segments = [Segment(a, b - a, pages[r]) for r, a, b in chunks]
+        segments = [Segment(a, b - a, dict.fromkeys((0, 9), pages[r])) for r, a, b in chunks]
         tokens = torch.cat([texts[r][a:b] for r, a, b in chunks])
         logits = model(tokens[None], ctx=Context(cache=PagedCache(cache, segments))).logits_BSV[0]
         return logits.split([b - a for _, a, b in chunks])

@@ -39,7 +39,9 @@ def test_passes_of_many_sequences_equal_whole_texts():
         [("a", 39, 1)],
     ]
     for parts in passes:
-        segments = [Segment(start, n, pages[name]) for name, start, n in parts]
+        segments = [
+            Segment(start, n, dict.fromkeys((0, 11), pages[name])) for name, start, n in parts
+        ]
         tokens = torch.cat([texts[name][start : start + n] for name, start, n in parts])
         ctx = Context(cache=PagedCache(paged, segments))
         logits = model(tokens[None], ctx=ctx).logits_BSV[0]
@@ -60,16 +62,18 @@ def test_rows_select_logits():
 def test_a_copied_page_continues_on_its_own():
     model, tokens = build(), torch.randint(61, (20,))
     paged = states(model, 5)
-    model(tokens[None, :18], ctx=Context(cache=PagedCache(paged, [Segment(0, 18, [0, 1])])))
+
+    def run(tokens, start: int, pages: list[int]):
+        where = Segment(start, len(tokens), dict.fromkeys((0, 11), pages))
+        return model(tokens[None], ctx=Context(cache=PagedCache(paged, [where]))).logits_BSV
+
+    run(tokens[:18], 0, [0, 1])
     for state in paged:
         state.copy_page(1, 4)
-    others = torch.randint(61, (2,))
-    model(others[None], ctx=Context(cache=PagedCache(paged, [Segment(18, 2, [0, 4])])))
-    logits = model(
-        tokens[None, 18:], ctx=Context(cache=PagedCache(paged, [Segment(18, 2, [0, 1])]))
-    )
+    run(torch.randint(61, (2,)), 18, [0, 4])
+    logits = run(tokens[18:], 18, [0, 1])
     whole = model(tokens[None]).logits_BSV[:, 18:]
-    torch.testing.assert_close(logits.logits_BSV, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-12)
 
 
 def test_bytes_of_the_pages():

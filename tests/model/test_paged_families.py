@@ -80,7 +80,7 @@ def test_packed_over_pages(name):
 
     def run(*parts: tuple[int, int, int]) -> list[torch.Tensor]:
         """Logits of (sequence, first position, tokens)."""
-        segments = [Segment(start, n, pages[i]) for i, start, n in parts]
+        segments = [Segment(start, n, dict.fromkeys((0, 5), pages[i])) for i, start, n in parts]
         tokens = torch.cat([texts[i, start : start + n] for i, start, n in parts])
         out = model(tokens[None], ctx=Context(cache=PagedCache(states, segments)))
         return list(out.logits_BSV[0].split([n for _, _, n in parts]))

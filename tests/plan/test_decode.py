@@ -33,6 +33,16 @@ def test_bytes_are_those_of_the_tensors():
     assert row["floor_seconds"] == pytest.approx((n_bytes + 100 * kv) / 1e9)
 
 
+def test_layers_with_windows_read_what_they_see():
+    model = ModelConfig(vocab_size=320, n_layers=4, d_model=64, n_heads=4, window=(0, 24))
+    (row,) = decode_costs(Config(model=model), [3], torch.float32, 1.0, context=100)
+    (none,) = decode_costs(Config(model=model), [3], torch.float32, 1.0)
+    layer = 2 * 64 * 4
+    assert row["kv_bytes_per_token"] == 4 * layer
+    read = row["floor_seconds"] - none["floor_seconds"]
+    assert read == 3 * layer * (2 * 100 + 2 * 24)
+
+
 def test_touched_is_the_mean_of_uniform_choices():
     layer = Transformer(MODEL, seed=0).sparse_layers()[0]
     generator = torch.Generator().manual_seed(0)

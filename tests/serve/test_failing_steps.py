@@ -56,7 +56,7 @@ def test_only_what_was_in_the_pass_ends(model, broken, pages):
     assert finish(engine)[last] == alone[1]
     again = engine.add(prompts[0], PARAMS)
     assert finish(engine)[again] == alone[0]
-    assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_pages
+    assert engine.scheduler.n_held == 0
 
 
 def test_nothing_that_it_wrote_is_found_again(model, broken):
@@ -88,7 +88,7 @@ def test_choices_and_windows_leave_nothing_either(broken):
         with pytest.raises(RunError):
             engine.generate([prompt, [5] * 17], SamplingParams(max_tokens=9, n=4, ignore_eos=True))
         assert engine.sequences == [] and not engine.scheduler.waiting
-        assert engine.scheduler.pool.n_free == 12
+        assert engine.scheduler.n_held == 0
 
 
 def test_a_prompt_that_is_only_scored_fails_too(broken):
@@ -107,7 +107,7 @@ def test_a_pass_that_raises_midway(model, monkeypatch):
     with pytest.raises(RuntimeError, match="mat1 and mat2|size mismatch|must match"):
         engine.generate([prompt, [1] * 40], PARAMS)
     head.weight = weight
-    assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_pages
+    assert engine.scheduler.n_held == 0
     assert engine.generate([[1] * 40], PARAMS) == expected
     request = engine.add(prompt, PARAMS)
     engine.step()

@@ -16,7 +16,7 @@ def test_what_is_batch_invariant(mixer):
     config = ModelConfig(**sizes, moe=MoEConfig(kind="moe", n_experts=4, top_k=2, d_expert=8))
     model = Transformer(config, seed=0).eval()
     runner = Runner(model)
-    runner.allocate(1)
+    runner.allocate({0: 1}, 1)
     assert not runner.batch_invariant, "F.linear's sums depend on the number of rows"
     pack_(model, torch.float32)
     assert runner.batch_invariant == batch_invariant(model.device, model.dtype)

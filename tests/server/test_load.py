@@ -35,7 +35,7 @@ def test_a_cache_below_the_context_bounds_a_request(loaded):
 def test_less_than_the_context_and_never_more(loaded):
     served = load_served(loaded, ServerConfig(max_len=64, max_requests=3))
     assert served.protocol.bounds.max_len == served.engine.max_len == 64
-    assert served.engine.scheduler.pool.n_pages == 3 * 64 // 16
+    assert served.engine.scheduler.n_pages == 3 * 64 // 16
     words = f"max_len={CONTEXT + 1} is above the context of run, {CONTEXT} tokens; use at most"
     with pytest.raises(UsageError, match=words):
         load_served(loaded, ServerConfig(max_len=CONTEXT + 1))

@@ -47,9 +47,9 @@ def test_who_leaves_frees_the_pages(engine):
             async for _ in stream:
                 break
         await worker.call(lambda: None)
-        return inference.has_work, inference.scheduler.pool.n_free, inference.counters.aborted
+        return inference.has_work, inference.scheduler.n_held, inference.counters.aborted
 
-    assert run(inference, body) == (False, inference.scheduler.pool.n_pages, 1)
+    assert run(inference, body) == (False, 0, 1)
 
 
 def test_who_leaves_before_the_engine_has_taken_the_request(engine):
@@ -132,4 +132,4 @@ def test_stop_ends_what_runs(engine):
 
     inference = engine()
     run(inference, body)
-    assert inference.scheduler.pool.n_free == inference.scheduler.pool.n_pages
+    assert inference.scheduler.n_held == 0

@@ -125,7 +125,7 @@ def test_sequences_of_different_lengths_and_pages():
     where = ([6, 1, 3], [2, 5, 0])
     done = [0, 0]
     for lengths in ((17, 1), (1, 20), (20, 1), (2, 18)):
-        segments = [Segment(done[i], n, where[i]) for i, n in enumerate(lengths)]
+        segments = [Segment(done[i], n, {5: where[i]}) for i, n in enumerate(lengths)]
         new = [x[i, done[i] : done[i] + n] for i, n in enumerate(lengths)]
         expected = [want[i, done[i] : done[i] + n] for i, n in enumerate(lengths)]
         out = layer(torch.cat(new)[None], Context(cache=PagedCache([pages], segments)))

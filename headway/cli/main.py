@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from headway import __version__
 from headway.cli.chat import chat
+from headway.cli.compare import compare
 from headway.cli.describe import describe
 from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
@@ -39,6 +40,7 @@ VERBS = {
     "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
+    "compare": "designs at equal cost, with the same seeds, and their differences with intervals",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
@@ -123,6 +125,8 @@ def _verb(args: list[str]) -> int:
             return tokenize(rest)
         case "report":
             return report(rest)
+        case "compare":
+            return compare(rest)
         case "describe":
             return describe(rest)
         case "plan":

@@ -70,16 +70,7 @@ def parse_with_config(options: type[R], args: Sequence[str], prog: str) -> tuple
     """Return the options of a verb and the other words, which name leaves of the config. A word
     belongs to the option before it. `--help` prints the verb's options; with a recipe it stays
     among the other words, so that `override` lists the leaves too."""
-    flags = list(_flags(options))
-    _check_names(args, [*flags, *_config_flags()])
-    verb_words: list[str] = []
-    config_words: list[str] = []
-    words = verb_words
-    for word in args:
-        if word.startswith("--"):
-            words = verb_words if _flag(word) in flags else config_words
-        if word not in HELP:
-            words.append(word)
+    verb_words, config_words = split_words(options, [word for word in args if word not in HELP])
     parsed = parse(options, verb_words, prog)
     if HELP & set(args):
         with contextlib.suppress(SystemExit):
@@ -89,6 +80,21 @@ def parse_with_config(options: type[R], args: Sequence[str], prog: str) -> tuple
             raise SystemExit(0)
         config_words.append("--help")
     return parsed, config_words
+
+
+def split_words(options: type, args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of the options of a verb, and those that name leaves of the config. A word
+    belongs to the option before it; `--help` is the verb's."""
+    flags = list(_flags(options))
+    _check_names(args, [*flags, *_config_flags()])
+    verb_words: list[str] = []
+    config_words: list[str] = []
+    words = verb_words
+    for word in args:
+        if word.startswith("--"):
+            words = verb_words if _flag(word) in flags or word in HELP else config_words
+        words.append(word)
+    return verb_words, config_words
 
 
 def load_recipe(verb: str, recipe: str, words: Sequence[str]) -> Config:

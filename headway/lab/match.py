@@ -208,6 +208,8 @@ def _nearest(config: Config, field: str, excess: Callable[[Config], float]) -> C
     def at(n: int) -> float:
         return excess(with_leaf(config, field, n))
 
+    if excess(config) == 0:  # as it is, also where the field changes nothing
+        return config
     low = _least(config, field)
     step = config.model.moe.n_heads if field.endswith("d_latent") else 1
     if at(low) >= 0:

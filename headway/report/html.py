@@ -97,7 +97,27 @@ def write_page(runs: list[dict], out: str | Path) -> Path:
     """Write the page of these runs to the file `out` and return its path. It is written under
     another name and renamed, so that a reader never sees half a page. Raise UsageError where it
     cannot be written."""
-    page = render(runs)
+    return write_html(render(runs), out)
+
+
+def static_page(title: str, body: str, style: str = "") -> str:
+    """Return a page without scripts in the style of the report: `body` is HTML, `style` further
+    rules. Its policy forbids requests."""
+    style = _asset("style.css") + style
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n"
+        f'<body>\n<main id="main">\n{body}\n</main>\n</body>\n</html>\n'
+    )
+
+
+def write_html(page: str, out: str | Path) -> Path:
+    """Write a page to the file `out`, complete or not at all, and return its path. Raise UsageError
+    where it cannot be written."""
     out = Path(out)
     temporary = out.with_name(out.name + ".tmp")
     try:

@@ -115,6 +115,11 @@ def test_what_cannot_be_matched_is_one_line(name, targets, free, words):
         match(ARMS[name], targets, free)
 
 
+def test_what_is_equal_already_stays():
+    narrow = with_leaf(FLAT, "model.moe.d_expert", 32)
+    assert match(narrow, {"traffic": measure(FLAT, "traffic")}).config == narrow
+
+
 def test_names_of_quantities():
     assert quantities("active-flops,total-parameters") == ("active-flops", "total-parameters")
     for text in ("", "flops", "active-flops,active-flops", "active-flops,memory,traffic"):

@@ -1,0 +1,168 @@
+"""Runs of experiments: a folder each, named by the hash of its config.
+
+    DIR/runs/HASH/run.json, metrics.jsonl     as of `headway train`
+    DIR/runs/HASH/documents.npz               the loss of each validation document at its end
+    DIR/runs/HASH/attempts                    a line each time that it was started
+    DIR/runs/HASH/result.json                 what it gave; renamed into place at the very end
+
+A folder with a result.json is finished and is never touched again. One without is continued from
+its newest checkpoint, or started over. Checkpoints are deleted at the end."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headway.config import Config, RunError, UsageError, cannot_write, leaves
+from headway.data.shards import prepare
+from headway.data.stream import Stream
+from headway.data.tokenizer import load_tokenizer
+from headway.eval.bits_per_byte import DocumentLosses
+from headway.lab.match import measure
+from headway.train import loop
+from headway.train.interrupt import Interrupt
+from headway.train.open_session import Edit
+from headway.train.records import Log
+
+ELSEWHERE = ("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints")
+"""Leaves that change no number of a run."""
+BATCHES = 8
+"""Batches that are hashed, to show that two runs read the same tokens."""
+
+
+def config_hash(config: Config, edit: Edit | None = None) -> str:
+    """Return the hash of a resolved config and of the source of its edit, 16 hexadecimal digits."""
+    values = {k: v for k, v in leaves(config.to_dict()).items() if k not in ELSEWHERE}
+    if edit is not None:
+        values["edit"] = inspect.getsource(edit)
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of an experiment."""
+
+    config: Config
+    """Resolved; `run.dir` is not read."""
+    edit: Edit | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its folder."""
+        return config_hash(self.config, self.edit)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result.json of a run's folder; None where the run is not finished, or the file is
+    damaged, in which case the run is done again."""
+    try:
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "bits_per_byte" in result else None
+
+
+def execute(
+    run: Run, root: Path, log: Log = lambda _: None, interrupt: Interrupt | None = None
+) -> dict[str, Any]:
+    """Return the result of a run, from its folder in `root`/runs where it is finished there.
+
+    Returns: `config`, `config_hash`, `bits_per_byte` and `val_loss` (None where the run diverged),
+        `error`, `attempts`, `steps`, `tokens`, `train_flops`, `cpu_seconds`, `seconds`,
+        `tokens_per_second`, `batches_sha256`, `validation` (the fingerprint of its text).
+    Raises: KeyboardInterrupt where it was interrupted; it is saved. UsageError for a folder that
+        cannot be written."""
+    folder = root / "runs" / run.key
+    if (result := read_result(folder)) is not None:
+        return result
+    config = dataclasses.replace(
+        run.config, run=dataclasses.replace(run.config.run, dir=str(folder), keep_checkpoints=1)
+    )
+    attempts = _count_attempt(folder)
+    resume = folder if (folder / "run.json").is_file() else None
+    trained, error = dict[str, Any](), ""
+    try:
+        trained = loop.train(
+            config,
+            resume=resume,
+            overwrite=resume is None,
+            log=log,
+            interrupt=interrupt,
+            edit=run.edit,
+        )
+    except RunError as failed:
+        error = str(failed)
+    if trained.get("interrupted"):
+        raise KeyboardInterrupt(
+            f"interrupted; run {run.key} is saved and goes on when called again"
+        )
+    bits = trained.get("val_bits_per_byte")
+    finite = bits is not None and math.isfinite(bits)
+    result = {
+        "config": run.config.to_dict(),
+        "config_hash": run.key,
+        "bits_per_byte": bits if finite else None,
+        "val_loss": trained["val_loss"] if finite else None,
+        "error": error if finite or error else "the validation loss is not finite",
+        "attempts": attempts,
+        "steps": trained.get("steps", 0),
+        "tokens": trained.get("tokens", 0),
+        "train_flops": trained.get("tokens", 0) * measure(run.config, "active-flops", run.edit),
+        "cpu_seconds": trained.get("cpu_seconds", 0.0),
+        "seconds": trained.get("seconds", 0.0),
+        "tokens_per_second": trained.get("tokens_per_second", 0.0),
+        "batches_sha256": batches_sha256(config),
+        "validation": json.loads((folder / "run.json").read_text("utf-8"))["validation"],
+    }
+    _write(folder / "result.json", result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def batches_sha256(config: Config, n: int = BATCHES) -> str:
+    """Return a hash of the tokens of the first batches of a run."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    dataset = prepare(config.data, tokenizer, lambda _: None)
+    stream, digest = Stream(dataset, config.data, config.run.seed), hashlib.sha256()
+    for step in range(n):
+        digest.update(stream.batch(step).tokens_BS.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def documents(root: Path, key: str) -> DocumentLosses:
+    """Return the losses of the validation documents of a finished run. Raises UsageError where the
+    file is missing or damaged."""
+    path = root / "runs" / key / "documents.npz"
+    try:
+        return DocumentLosses.load(path)
+    except (OSError, ValueError, TypeError) as error:
+        fix = f"delete {path.parent} and run again"
+        raise UsageError(f"{path} cannot be read ({error}); {fix}") from None
+
+
+def _count_attempt(folder: Path) -> int:
+    """Note that the run is started, and return how often it has been."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "attempts").open("a", encoding="utf-8") as file:
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        return len((folder / "attempts").read_text("utf-8").splitlines())
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None

@@ -1,0 +1,144 @@
+"""Small charts as SVG text: points and lines over two axes, and intervals of a list of names."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 620, 320
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
+COLOURS = 8
+"""Classes c0 … c7 of the style."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A line through points, or single points."""
+
+    points: Sequence[tuple[float, float]]
+    colour: int
+    name: str
+    """What a pointer over it shows."""
+    thin: bool = False
+    dots: bool = False
+    label: str = ""
+    """Written beside the last point."""
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round numbers from `low` to `high`."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """Format a number for an axis, as 3M or 1.25."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.5g}{unit}"
+    return f"{value:.5g}"
+
+
+def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str) -> str:
+    """Return a chart of marks with finite points; "" where there are none."""
+    marks = [m for m in marks if m.points]
+    points = [point for mark in marks for point in mark.points]
+    if not points:
+        return ""
+    (x0, x1), (y0, y1) = (_range(values) for values in zip(*points, strict=True))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_open(HEIGHT, f"{y_label} over {x_label}")]
+    for value in ticks(y0, y1):
+        _, y = at(x0, value)
+        parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "grid"))
+        parts.append(_text(LEFT - 6, y + 4, short(value), "end"))
+    for value in ticks(x0, x1):
+        x, _ = at(value, y0)
+        parts.append(_line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 4, "grid"))
+        parts.append(_text(x, HEIGHT - BOTTOM + 17, short(value), "middle"))
+    for mark in marks:
+        places = [at(*point) for point in mark.points]
+        title, colour = f"<title>{escape(mark.name)}</title>", f"c{mark.colour % COLOURS}"
+        if mark.dots or len(places) == 1:
+            parts += [
+                f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>'
+                for x, y in places
+            ]
+        else:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            kind = "thin" if mark.thin else "thick"
+            parts.append(f'<polyline class="{kind} {colour}" points="{path}">{title}</polyline>')
+        if mark.label:
+            x, y = places[-1]
+            end = "end" if x > WIDTH * 0.7 else "start"
+            parts.append(_text(x + (-8 if end == "end" else 8), y - 8, mark.label, end))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle"))
+    parts.append(_text(6, 11, y_label, "start"))
+    return "".join([*parts, "</svg>"])
+
+
+def forest(
+    rows: Sequence[tuple[str, float, Sequence[tuple[float, float]], Sequence[float]]],
+) -> str:
+    """Return intervals around means, a row each: name, mean, intervals (the first is drawn thick),
+    and the single values."""
+    numbers = [x for _, m, spans, dots in rows for x in (m, *sum(spans, ()), *dots, 0.0)]
+    if not rows:
+        return ""
+    (x0, x1), left = _range(numbers), 170
+    height = 40 + 44 * len(rows)
+
+    def at(x: float) -> float:
+        return left + (x - x0) / (x1 - x0) * (WIDTH - left - RIGHT)
+
+    parts = [_open(height, "paired differences with intervals")]
+    for value in ticks(x0, x1):
+        parts.append(_line(at(value), 8, at(value), height - 30, "grid"))
+        parts.append(_text(at(value), height - 14, f"{value:+.3g}", "middle"))
+    parts.append(_line(at(0), 8, at(0), height - 30, "zero"))
+    for i, (name, mean, spans, dots) in enumerate(rows):
+        y, colour = 30 + 44 * i, f"c{(i + 1) % COLOURS}"
+        parts.append(_text(8, y + 4, name[:24], "start"))
+        for low_high, kind, down in zip(spans, ("thick", "thin"), (0, 9), strict=False):
+            low, high = (at(x) for x in low_high)
+            parts.append(_line(low, y + down, high, y + down, f"{kind} {colour}"))
+        parts += [
+            f'<circle class="seed" cx="{at(x):.1f}" cy="{y - 9}" r="2.5">'
+            f"<title>{x:+.4f}</title></circle>"
+            for x in dots
+        ]
+        parts.append(
+            f'<circle class="dot {colour}" cx="{at(mean):.1f}" cy="{y}" r="5">'
+            f"<title>{escape(name)} {mean:+.4f}</title></circle>"
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    """Return the range of values with a margin, never empty."""
+    values = list(values)
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _open(height: int, label: str) -> str:
+    box = f"0 0 {WIDTH} {height}"
+    return f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="{box}">'
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

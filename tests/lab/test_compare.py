@@ -1,0 +1,189 @@
+"""headway compare on tiny models: equal tokens and FLOPs, runs that are never done twice, pairs, and the page."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from headway.lab.runs import documents
+from headway.lab.statistics import paired
+from tests.command import call, mistake, write_recipe
+
+FLAT = "flat=tiny.py:tiny:kind=moe,moe.n_heads=1"
+DENSE = "dense=tiny.py:tiny:kind=dense,moe.n_heads=1"
+OPTIONS = "--match active-flops --budget 60steps --seeds 11,12 --dir cmp".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compare")
+    write_recipe(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("HEADWAY_CACHE", str(root / "cache"))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    done = call("compare", FLAT, "heads=tiny.py:tiny", DENSE, *OPTIONS, "--json")
+    assert done.code == 0, done.err
+    return done
+
+
+def test_one_object_with_what_was_asked(done):
+    value = done.json
+    assert set(value) == {"match", "arms", "rows", "differences", "report"}
+    assert [arm["name"] for arm in value["arms"]] == ["flat", "heads", "dense"]
+    assert [(r["arm"], r["seed"]) for r in value["rows"]] == [
+        (arm, seed) for seed in (11, 12) for arm in ("flat", "heads", "dense")
+    ]
+    assert [d["arm"] for d in value["differences"]] == ["heads", "dense"]
+    assert {d["baseline"] for d in value["differences"]} == {"flat"}
+
+
+def test_budgets_are_equal(done):
+    value = done.json
+    base = value["arms"][0]
+    assert base["tokens"] == 60 * 4 * 16 and base["solved"] == {}
+    for arm in value["arms"]:
+        assert abs(arm["mismatch"].get("active-flops", 0)) <= 0.01
+        assert abs(arm["train_flops"] / base["train_flops"] - 1) <= 0.003
+        assert arm["flops_per_token"] / base["flops_per_token"] == pytest.approx(1, abs=0.01)
+        for row in (r for r in value["rows"] if r["arm"] == arm["name"]):
+            assert row["tokens"] == arm["tokens"] and row["train_flops"] == arm["train_flops"]
+            assert row["cpu_seconds"] > 0 and row["tokens_per_second"] > 0
+    assert value["arms"][2]["solved"].keys() == {"model.d_ff"}
+
+
+def test_a_seed_reads_the_same_tokens_in_all_arms(done):
+    by_seed = {}
+    for row in done.json["rows"]:
+        by_seed.setdefault(row["seed"], set()).add(row["batches_sha256"])
+    assert {len(hashes) for hashes in by_seed.values()} == {1}
+    assert len(set.union(*by_seed.values())) == 2
+
+
+def test_differences_are_those_of_the_rows(done):
+    value = done.json
+    bits = {(r["arm"], r["seed"]): r["bits_per_byte"] for r in value["rows"]}
+    for d in value["differences"]:
+        pairs = [bits[d["arm"], seed] - bits["flat", seed] for seed in (11, 12)]
+        want = paired(pairs)
+        assert (d["n_seeds"], d["mean"], d["sd"], d["p"]) == (2, want.mean, want.sd, want.p)
+        assert d["ci95"] == list(want.ci95) and d["mde80"] == want.mde80
+        assert d["ci95_documents"][0] < d["mean"] < d["ci95_documents"][1]
+    p = sorted(d["p"] for d in value["differences"])
+    adjusted = sorted(d["p_holm"] for d in value["differences"])
+    assert adjusted[0] == pytest.approx(min(1, 2 * p[0]))
+
+
+def test_run_folders_hold_the_truth(place, done):
+    for row in done.json["rows"]:
+        folder = place / "cmp" / "runs" / row["config_hash"]
+        result = json.loads((folder / "result.json").read_text())
+        assert result["bits_per_byte"] == row["bits_per_byte"] and result["attempts"] == 1
+        assert result["config"]["run"]["seed"] == row["seed"]
+        assert result["config_hash"] == folder.name
+        losses = documents(place / "cmp", row["config_hash"])
+        assert losses.bits_per_byte == pytest.approx(row["bits_per_byte"], rel=1e-12)
+        assert losses.targets_N.sum() > 0 and np.isfinite(losses.nats_N).all()
+        assert not (folder / "checkpoints").exists()
+
+
+def test_runs_are_done_once_and_damaged_ones_again(place, done):
+    folders = sorted((place / "cmp" / "runs").iterdir())
+    times = {f: (f / "result.json").stat().st_mtime_ns for f in folders}
+    (folders[0] / "result.json").write_text("{half")
+    again = call("compare", FLAT, "heads=tiny.py:tiny", DENSE, *OPTIONS, "--json")
+    assert "5 of 6 runs are in cmp/runs already" in again.out
+    first = {r["config_hash"]: r["bits_per_byte"] for r in done.json["rows"]}
+    assert {r["config_hash"]: r["bits_per_byte"] for r in again.json["rows"]} == first
+    assert [r["attempts"] for r in again.json["rows"] if r["config_hash"] == folders[0].name] == [2]
+    changed = [f for f in folders if (f / "result.json").stat().st_mtime_ns != times[f]]
+    assert changed == [folders[0]]
+
+
+def test_one_seed_has_no_interval(done):
+    one = call("compare", FLAT, "heads=tiny.py:tiny", *OPTIONS[:4], "--seeds", "11,", "--json")
+    assert one.code == 2  # `11,` is no list
+    one = call(
+        "compare",
+        FLAT,
+        "heads=tiny.py:tiny",
+        *OPTIONS[:4],
+        "--seeds",
+        "1",
+        "--dir",
+        "one",
+        "--json",
+    )
+    assert "one seed: no interval" in one.out
+    row = one.json["differences"][0]
+    assert [row[k] for k in ("sd", "ci95", "ci95_documents", "p", "p_holm", "mde80")] == [None] * 6
+
+
+def test_the_page_draws_every_arm(place, done):
+    page = (place / "cmp" / "report.html").read_text()
+    assert "script" not in page.lower().replace("script-src", "") and "http://" not in page
+    charts = re.findall(r"<svg.*?</svg>", page)
+    assert len(charts) == 6  # forest, curves, four Pareto plots
+    forest, curves, *pareto = charts
+    assert forest.count('class="seed"') == 4 and forest.count('class="dot') == 2
+    assert curves.count('class="thin') == 6 and curves.count('class="thick') == 3
+    assert [p.count('class="dot') for p in pareto] == [3] * 4
+    for name in ("flat", "heads", "dense"):
+        assert all(f">{name}" in chart or name in chart for chart in charts[1:])
+    numbers = [float(x) for x in re.findall(r'c[xy]="([-0-9.]+)"', page)]
+    assert all(map(math.isfinite, numbers)) and min(numbers) >= 0
+
+
+def test_cpu_seconds_are_calibrated_steps(place):
+    done = call(
+        "compare",
+        FLAT,
+        "heads=tiny.py:tiny",
+        "--match",
+        "cpu-time",
+        "--budget",
+        "40steps",
+        "--seeds",
+        "1",
+        "--dir",
+        "time",
+        "--json",
+    )
+    assert done.code == 0, done.err
+    flat, heads = done.json["arms"]
+    assert flat["steps"] == 40 and heads["solved"] == {}
+    spent = [arm["steps"] * arm["step_seconds"] for arm in (flat, heads)]
+    assert spent[1] == pytest.approx(spent[0], abs=heads["step_seconds"])
+    assert done.json["match"]["equal"] == "cpu_seconds"
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (["tiny.py:tiny"], "two arms or more"),
+        (["tiny.py:tiny", "other=tiny.py:tiny:top_k=2"], "resolve to the same config"),
+        (["a=tiny.py:tiny", "a=tiny.py:tiny:d_expert=4"], "two arms are called a"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:n_heads=2"], "n_heads may be"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:top_l=2"], "no field top_l; did you mean"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:top_k"], "is no FIELD=VALUE"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:seq_len=8"], "data.seq_len is 16 in arm a and 8 in b"),
+        (
+            ["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--baseline", "c"],
+            "--baseline c is no arm",
+        ),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--seeds", "x"], "--seeds x"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--seeds", "1,1"], "not different ones"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--budget", "3"], "no number with a unit"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--run.seed", "3"], "use --seeds"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--steps", "3"], "use --budget"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:kind=dense,moe.n_heads=1"], "2 budgets"),
+    ],
+)
+def test_mistakes_cost_one_line(place, arms, words):
+    assert words in mistake("compare", *arms)

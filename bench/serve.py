@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
 from bench.worker import Worker
 from headway.checkpoint.save import plan_weights, write_checkpoint
+from headway.cli.main import SPINS
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, RouterConfig, UsageError
 from headway.model.compute import Compute
 from headway.model.roles import stored_dtypes
@@ -186,8 +187,9 @@ def fastest_variants(folder: Path, vocab_size: int, tasks: Sequence[Task]) -> di
 
 
 def side_of(side: str, folder: Path, *rest: str, threads: int = 1, python: str = "") -> Worker:
-    script = str(HERE / "serve_rivals.py")
-    return Worker([python or sys.executable, script, side, str(folder), str(threads), *rest])
+    """A side of serve_rivals.py, whose OpenMP threads wait for each other as those of `headway`."""
+    command = ["env", f"GOMP_SPINCOUNT={SPINS}", python or sys.executable]
+    return Worker([*command, str(HERE / "serve_rivals.py"), side, str(folder), str(threads), *rest])
 
 
 def start(name: str, args: argparse.Namespace, folder: Path, tasks: Sequence[Task]):

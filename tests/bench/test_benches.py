@@ -6,7 +6,16 @@ import sys
 import pytest
 import torch
 
-from bench import cpu_kernels, cpu_step, plan_step, quality, serve_layer, serve_text, shakespeare
+from bench import (
+    cpu_kernels,
+    cpu_step,
+    plan_step,
+    quality,
+    serve_engine,
+    serve_layer,
+    serve_text,
+    shakespeare,
+)
 from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
 from headway.kernels.cpp import cpp_kernels
@@ -75,6 +84,23 @@ def test_serve_layer(capsys, monkeypatch):
     assert sides == [(f, s) for f in ("1 token", "16 tokens") for s in ("headway", "grouped_mm")]
     error = {row["side"]: row["error"] for row in found["rows"]}
     assert 0 < error["headway"] < 4e-3 and 0 < error["grouped_mm"] < 1e-2
+
+
+def test_serve_engine_compares_a_thread_with_two_and_busy_cores_with_quiet_ones():
+    seconds = {(1, False): 4.0, (2, False): 2.0, (1, True): 8.0, (2, True): 10.0}
+    rows: list[dict] = [
+        {"shape": "S", "task": "decode", "threads": n, "busy": busy, "median": median}
+        for (n, busy), median in seconds.items()
+    ]
+    rows.append({"side": "headway", "requests": 9, "changed": 1})
+    rows.append({"side": "transformers", "requests": 9, "changed": 5})
+    values = {t["name"]: (t["value"], t["pass"]) for t in serve_engine.targets(rows)}
+    assert values == {
+        "S decode: time with one thread / with two": (2.0, True),
+        "S decode, 1 thread: speed on busy cores / quiet": (0.5, True),
+        "S decode, 2 threads: speed on busy cores / quiet": (0.2, False),
+        "texts of 9 requests that change in company": (1, False),
+    }
 
 
 def test_interval_is_students():

@@ -18,6 +18,7 @@ from headway.config.moe import (
     BalanceConfig,
     MoEConfig,
     Precision,
+    Projection,
     latent_acc,
     latent_eff,
     n_inputs,

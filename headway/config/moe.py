@@ -10,6 +10,7 @@ from headway.config.router import RouterConfig
 
 Activation = Literal["swiglu", "relu2", "gelu", "swiglu_clamped"]
 Precision = Literal["bfloat16", "float8"]
+Projection = Literal["learned", "none"]
 
 
 def n_inputs(activation: str) -> int:
@@ -76,6 +77,9 @@ class MoEConfig:
     """H, heads of the layer; only `multi_head_latent` takes more than 1; divides d_latent."""
     d_latent: int = 0
     """D_L, total latent width (ℓ for `latent`, H·L for `multi_head_latent`); 0 means d_model."""
+    projection: Projection = "learned"
+    """How latent layers split and merge a token. `learned`: by W_in and W_out. `none`: sub-tokens
+    are the H slices of the token, D_L = D; their FLOPs are free for the experts."""
     activation: Activation = "swiglu"
     """Activation of the experts and of the shared expert. `swiglu_clamped` is GPT-OSS's."""
     expert_bias: bool = False
@@ -91,7 +95,7 @@ class MoEConfig:
     shared_gate: bool = False
     """Multiplies the shared expert's output by a sigmoid of the token (Qwen2-MoE)."""
     latent_norm: bool = True
-    """Learnable RMSNorm per head after the input projection (`moe` has no projection, hence none).
+    """Learnable RMSNorm per head on the sub-tokens (`moe` has no sub-tokens, hence none).
     On, unlike the published layer, since it was better in each comparison made
     (docs/negative-results.md)."""
     capacity_factor: float = 0.0
@@ -110,8 +114,13 @@ class MoEConfig:
 
     @property
     def is_latent(self) -> bool:
-        """Return whether tokens are routed at a latent width, with projections to it and back."""
+        """Return whether sub-tokens are routed, not tokens."""
         return self.kind in ("latent", "multi_head_latent")
+
+    @property
+    def projects(self) -> bool:
+        """Return whether the layer has W_in and W_out."""
+        return self.is_latent and self.projection == "learned"
 
     @property
     def reads_token(self) -> bool:
@@ -197,7 +206,17 @@ class MoEConfig:
                     f"model.moe.d_latent={self.d_latent} has no effect with kind=moe; "
                     "use d_latent=0, or kind=latent"
                 )
+            if self.projection != "learned":
+                raise UsageError(
+                    f"model.moe.projection={self.projection} has no effect with kind=moe; "
+                    "use projection=learned, or kind=multi_head_latent"
+                )
             return {}
+        if not self.projects and self.d_latent not in (0, d_model):
+            raise UsageError(
+                f"model.moe.d_latent={self.d_latent} needs projection=learned: slices of a token "
+                f"are as wide as d_model={d_model}; use d_latent=0, or that projection"
+            )
         d_latent = self.latent_width(d_model)
         if d_latent % self.n_heads:
             raise UsageError(

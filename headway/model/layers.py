@@ -9,7 +9,7 @@
 `layer(x)` returns y of x's shape and dtype, and `RouteStats`. Inside a model the same layers are
 built from a `MoEConfig` (`model.build`)."""
 
-from headway.config import Activation, BalanceConfig, MoEConfig, Precision, RouterConfig
+from headway.config import Activation, BalanceConfig, MoEConfig, Precision, Projection, RouterConfig
 from headway.model.compute import Compute
 from headway.model.init import init_weights
 from headway.model.moe import SparseLayer
@@ -78,6 +78,7 @@ class MultiHeadLatentMoE(SparseLayer):
     (arXiv 2602.04870 §3.) Args as in `MoE`, and:
         n_heads: H; divides d_latent.
         d_latent: D_L = H·L; 0 means d_model.
+        projection: `none` has no W_in and W_out; sub-tokens are slices of x.
         latent_norm: learnable RMSNorm per head after W_in; norm_eps is added to its mean square."""
 
     def __init__(
@@ -89,6 +90,7 @@ class MultiHeadLatentMoE(SparseLayer):
         d_expert: int,
         *,
         d_latent: int = 0,
+        projection: Projection = "learned",
         latent_norm: bool = True,
         norm_eps: float = 1e-6,
         n_zero_experts: int = 0,
@@ -109,6 +111,7 @@ class MultiHeadLatentMoE(SparseLayer):
             top_k=top_k,
             d_expert=d_expert,
             d_latent=d_latent,
+            projection=projection,
             latent_norm=latent_norm,
             n_zero_experts=n_zero_experts,
             activation=activation,

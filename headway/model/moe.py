@@ -49,8 +49,8 @@ class Experts(StoresByRole):
 
     def roles(self) -> dict[str, Role]:
         F, L = self.w_out_HEFL.shape[-2:]
-        # in a latent layer the output projection follows and ends the branch
-        ends = not self.config.is_latent
+        # where there is an output projection it follows and ends the branch
+        ends = not self.config.projects
         bias = Role(Group.VECTOR, Init.ZEROS, shard=SplitOver.EXPERTS)
         return {
             "b_in_HEGF": bias,
@@ -191,32 +191,31 @@ class SparseLayer(nn.Module):
     ):
         super().__init__()
         self.config, self.n_heads, self.reads_token = config, config.n_heads, config.reads_token
-        d_latent, latent = config.latent_width(d_model), config.is_latent
+        d_latent, projects = config.latent_width(d_model), config.projects
         if d_latent % config.n_heads:
             raise UsageError(
                 f"n_heads={config.n_heads} must divide the latent width {d_latent}; "
                 f"use {nearest_divisors(d_latent, config.n_heads)} heads"
             )
-        self.w_in = Linear(d_model, d_latent) if latent else None
+        self.w_in = Linear(d_model, d_latent) if projects else None
         norm = RMSNorm(config.n_heads, d_latent // config.n_heads, eps=norm_eps)
-        self.norm = norm if latent and config.latent_norm else None
+        self.norm = norm if config.is_latent and config.latent_norm else None
         self.router = Router(d_model, config, compute)
         self.experts = Experts(d_model, config, compute) if experts is None else experts
         shared = config.d_shared
         self.shared = FeedForward(d_model, shared, config.activation) if shared else None
         self.shared_gate = Linear(d_model, 1) if config.shared_gate else None
-        self.w_out = Linear(d_latent, d_model, ends_branch=True) if latent else None
+        self.w_out = Linear(d_latent, d_model, ends_branch=True) if projects else None
 
     def split(self, x_TD: Tensor) -> Tensor:
         """Map `[T, D]` to sub-tokens `[T, H, L]`; in a flat MoE the token itself, H = 1."""
-        if self.w_in is None:
-            return x_TD.unsqueeze(1)
-        z_THL = self.w_in(x_TD).unflatten(-1, (self.n_heads, -1))
+        z_TL = x_TD if self.w_in is None else self.w_in(x_TD)
+        z_THL = z_TL.unflatten(-1, (self.n_heads, -1))
         return z_THL if self.norm is None else self.norm(z_THL)
 
     def merge(self, y_THL: Tensor) -> Tensor:
         """Map `[T, H, L]` to `[T, D]`."""
-        return y_THL.squeeze(1) if self.w_out is None else self.w_out(y_THL.flatten(1))
+        return y_THL.flatten(1) if self.w_out is None else self.w_out(y_THL.flatten(1))
 
     def forward(self, x: Tensor, ctx: Context = Context()) -> tuple[Tensor, RouteStats]:
         """Map `[..., S, D]` to `[..., S, D]` in the same dtype, and the statistics that balance and
@@ -296,17 +295,16 @@ class SparseLayer(nn.Module):
             saved = Term(T * (D + 1) * b, "T·(D + 1)·b")
             costs.append(Cost(CostGroup.SHARED, Term(D, "D"), Term(2 * D, "2·D"), saved))
             costs.append(casts(D, work))
-        if self.w_in is None:
-            return costs
-        D_L, D = self.w_in.weight.shape
-        saved = 2 * T * D_L * b
+        saved = 0
         if self.norm is not None:
+            D_L = self.norm.weight.numel()
             saved += T * (D_L * b + 4 * H)
             costs.append(Cost(CostGroup.NORMS, Term(D_L, "D_L")))
-        weights, flops = Term(2 * D * D_L, "2·D·D_L"), Term(4 * D * D_L, "4·D·D_L")
-        return [
-            *costs,
-            Cost(CostGroup.LATENT, weights, flops),
-            Cost(CostGroup.SUB_TOKENS, saved=Term(saved, "2·T·D_L·b")),
-            casts(2 * D * D_L, work),
-        ]
+        if self.w_in is not None:
+            D_L, D = self.w_in.weight.shape
+            saved += 2 * T * D_L * b
+            weights, flops = Term(2 * D * D_L, "2·D·D_L"), Term(4 * D * D_L, "4·D·D_L")
+            costs += [Cost(CostGroup.LATENT, weights, flops), casts(2 * D * D_L, work)]
+        if saved:
+            costs.append(Cost(CostGroup.SUB_TOKENS, saved=Term(saved, "2·T·D_L·b")))
+        return costs

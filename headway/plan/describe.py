@@ -74,7 +74,8 @@ def summary(config: Config) -> str:
             "moe": "flat MoE",
             "latent": f"LatentMoE of width {moe.latent_width(m.d_model)}",
             "multi_head_latent": "Multi-Head LatentMoE, "
-            f"H {moe.n_heads} × L {moe.head_width(m.d_model)}",
+            f"H {moe.n_heads} × L {moe.head_width(m.d_model)}"
+            + ("" if moe.projects else " (slices of the token)"),
         }[moe.kind]
         text += f"; {m.n_sparse} layers of {kind}, E {moe.n_experts}, K {moe.top_k}"
         text += f", F {moe.d_expert}" + (f", shared expert {moe.d_shared}" if moe.d_shared else "")

@@ -44,6 +44,7 @@ MODELS = {
         n_kv_heads=2,
         d_head=12,
     ),
+    "slices": _model(replace(MULTI_HEAD, projection="none")),
     "latent": _model(
         MoEConfig(
             kind="latent",

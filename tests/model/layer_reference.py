@@ -54,15 +54,13 @@ def layer_reference(layer: SparseLayer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     c = router.config
     out, picked = [], []
     for x_D in x_TD:
-        if layer.w_in is not None:
-            sub = list((layer.w_in.weight @ x_D).chunk(layer.n_heads))
-            if layer.norm is not None:
-                sub = [
-                    z / torch.sqrt((z * z).mean() + layer.norm.eps) * layer.norm.weight[h]
-                    for h, z in enumerate(sub)
-                ]
-        else:
-            sub = [x_D]
+        z_D = x_D if layer.w_in is None else layer.w_in.weight @ x_D
+        sub = list(z_D.chunk(layer.n_heads))
+        if layer.norm is not None:
+            sub = [
+                z / torch.sqrt((z * z).mean() + layer.norm.eps) * layer.norm.weight[h]
+                for h, z in enumerate(sub)
+            ]
         merged, picked_H = [], []
         for h, z_L in enumerate(sub):
             logits_E = router.w_HEL[h] @ (x_D if layer.reads_token else z_L)

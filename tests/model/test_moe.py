@@ -43,7 +43,8 @@ def build(
     elif kind == "latent":
         layer = LatentMoE(12, 4, n_experts, top_k, 6, **shared)
     else:
-        layer = MultiHeadLatentMoE(12, 3, n_experts, top_k, 6, **shared)
+        projection = "none" if kind == "slices" else "learned"
+        layer = MultiHeadLatentMoE(12, 3, n_experts, top_k, 6, projection=projection, **shared)
     layer.double()
     with torch.no_grad():
         layer.router.bias_HE.normal_(generator=torch.Generator().manual_seed(1))
@@ -70,7 +71,7 @@ def check(layer, x):
     assert torch.equal(stats.counts_HE, torch.stack(counts).double())
 
 
-@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head"])
+@pytest.mark.parametrize("kind", ["moe", "latent", "multi_head", "slices"])
 @pytest.mark.parametrize("router", GATES, ids=lambda r: f"{r.gate}-{r.renormalize}-{r.scale}")
 def test_equals_the_equations(kind, router):
     layer = build(kind, router)
@@ -79,7 +80,7 @@ def test_equals_the_equations(kind, router):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(["moe", "latent", "multi_head"]),
+    kind=st.sampled_from(["moe", "latent", "multi_head", "slices"]),
     router=st.sampled_from(GATES[1:4]),
     reads=st.sampled_from(["sub_token", "token"]),
     top_k=st.integers(1, 5),

@@ -116,6 +116,10 @@ CASES: dict[str, Case] = {
     "accumulation, hp=4": Case(heads(), _mesh(hp=4), micro=2),
     "experts that do nothing, hp=2 ep=2": Case(heads(n_zero_experts=3), _mesh(hp=2, ep=2)),
     "accumulation, hp=2 ep=2, muon": Case(heads(), _mesh(hp=2, ep=2), MUON, micro=1),
+    "slices, dp=2 hp=2 ep=2": Case(heads(projection="none"), _mesh(2, 2, 2)),
+    "slices, fsdp, dp=2 hp=2, token": Case(
+        heads(projection="none", router=TOKEN, latent_norm=False), _mesh(2, 2, shard="fsdp")
+    ),
     "muon, dp=2 hp=2, token": Case(heads(router=TOKEN), _mesh(2, 2), MUON),
     "targets on some ranks only, dp=2 hp=2 ep=2": Case(heads(), _mesh(2, 2, 2), blank=True),
     "targets in some micro-batches only, flat, dp=2 ep=2": Case(

@@ -59,6 +59,8 @@ MODELS = {
             router=RouterConfig(gate="softmax_topk", reads="token"),
         ),
     ),
+    "slices": replace(BASE, moe=replace(SPARSE, projection="none")),
+    "slices without norm": replace(BASE, moe=replace(SPARSE, projection="none", latent_norm=False)),
     "dense": replace(BASE, moe=MoEConfig(kind="dense")),
     "dense, gate, window": replace(
         BASE, moe=MoEConfig(kind="dense"), attn_gate=True, window=(5, 0), activation="gelu"

@@ -35,11 +35,11 @@ def _dense_rows(theirs: str, ours: str) -> Iterator[Row]:
 
 def _sparse_rows(config: ModelConfig, theirs: str, ours: str) -> Iterator[Row]:
     moe, experts = config.moe, f"{theirs}.head_experts"
-    if moe.is_latent:
+    if moe.projects:
         yield Row(f"{theirs}.in_proj.weight", f"{ours}.w_in.weight")
-        if moe.latent_norm:
-            yield Row(f"{theirs}.norm.weight", f"{ours}.norm.weight")
         yield Row(f"{theirs}.out_proj.weight", f"{ours}.w_out.weight")
+    if moe.is_latent and moe.latent_norm:
+        yield Row(f"{theirs}.norm.weight", f"{ours}.norm.weight")
     yield Row(f"{theirs}.router.weight", f"{ours}.router.w_HEL")
     yield Row(f"{theirs}.router.e_score_correction_bias", f"{ours}.router.bias_HE")
     if moe.router.logit_bias:
@@ -124,6 +124,7 @@ HEADWAY = Family(
         Key("moe_num_heads", "moe.n_heads"),
         Key("moe_latent_size", "moe.d_latent", 0),
         Key("moe_latent_norm", "moe.latent_norm"),
+        Key("moe_projection", "moe.projection", "learned"),
         Key("num_experts", "moe.n_experts"),
         Key("num_zero_experts", "moe.n_zero_experts"),
         Key("num_experts_per_tok", "moe.top_k"),

@@ -43,7 +43,8 @@ class HeadwayConfig(PretrainedConfig):
         moe_kind: `dense` (no sparse layers), `moe`, `latent` or `multi_head_latent`.
         mlp_only_layers: blocks with a dense layer, from 0.
         moe_num_heads, moe_latent_size: H, and D_L = H·L; a flat mixture has H = 1 and D_L = D.
-        moe_latent_norm: RMSNorm per head after the projection to D_L.
+        moe_latent_norm: RMSNorm per head on the sub-tokens.
+        moe_projection: `learned`, or `none` where sub-tokens are slices of the token.
         num_experts, num_zero_experts, num_experts_per_tok: E and Z per head, and K.
         moe_intermediate_size, moe_activation: F, and the activation of all experts.
         moe_expert_bias: biases on both products of the routed experts.
@@ -88,6 +89,7 @@ class HeadwayConfig(PretrainedConfig):
         moe_num_heads=2,
         moe_latent_size=None,
         moe_latent_norm=True,
+        moe_projection="learned",
         num_experts=4,
         num_zero_experts=0,
         num_experts_per_tok=2,
@@ -134,6 +136,7 @@ class HeadwayConfig(PretrainedConfig):
         self.moe_num_heads = moe_num_heads
         self.moe_latent_size = moe_latent_size or hidden_size
         self.moe_latent_norm = moe_latent_norm
+        self.moe_projection = moe_projection
         self.num_experts = num_experts
         self.num_zero_experts = num_zero_experts
         self.num_experts_per_tok = num_experts_per_tok

@@ -131,8 +131,9 @@ class SparseLayer(nn.Module):
         super().__init__()
         D, self.n_heads = config.hidden_size, config.moe_num_heads
         d_latent, latent = config.moe_latent_size, config.moe_kind != "moe"
+        projects = latent and config.moe_projection == "learned"
         self.reads_token = config.router_reads == "token"
-        self.in_proj = nn.Linear(D, d_latent, bias=False) if latent else None
+        self.in_proj = nn.Linear(D, d_latent, bias=False) if projects else None
         norm = RMSNorm(self.n_heads, d_latent // self.n_heads, eps=config.rms_norm_eps)
         self.norm = norm if latent and config.moe_latent_norm else None
         self.router = Router(config)
@@ -141,18 +142,17 @@ class SparseLayer(nn.Module):
         self.shared_expert = FeedForward(D, shared, config.moe_activation) if shared else None
         gated = config.shared_expert_gate
         self.shared_expert_gate = nn.Linear(D, 1, bias=False) if gated else None
-        self.out_proj = nn.Linear(d_latent, D, bias=False) if latent else None
+        self.out_proj = nn.Linear(d_latent, D, bias=False) if projects else None
 
     def split(self, x_TD: Tensor) -> Tensor:
         """Map `[T, D]` to sub-tokens `[T, H, L]`; in a flat MoE the token itself, H = 1."""
-        if self.in_proj is None:
-            return x_TD.unsqueeze(1)
-        z_THL = self.in_proj(x_TD).unflatten(-1, (self.n_heads, -1))
+        z_TL = x_TD if self.in_proj is None else self.in_proj(x_TD)
+        z_THL = z_TL.unflatten(-1, (self.n_heads, -1))
         return z_THL if self.norm is None else self.norm(z_THL)
 
     def merge(self, y_THL: Tensor) -> Tensor:
         """Map `[T, H, L]` to `[T, D]`."""
-        return y_THL.squeeze(1) if self.out_proj is None else self.out_proj(y_THL.flatten(1))
+        return y_THL.flatten(1) if self.out_proj is None else self.out_proj(y_THL.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.flatten(0, -2)

@@ -30,7 +30,7 @@ class ServerConfig(EngineConfig):
     max_body: int = 4 * 2**20
     """Most bytes of a request."""
     body_timeout: float = 10.0
-    """Seconds in which a request has to arrive."""
+    """Seconds in which a request has to arrive, and a client has to take some of what is sent."""
     drain: float = 30.0
     """Seconds that running replies have after SIGTERM."""
 

@@ -148,8 +148,11 @@ class Engine:
     ) -> Request:
         """Queue a request. Texts with different salts share no pages. Raises UsageError where it
         can never run."""
-        prompt = list(prompt) or [self.tokenizer.eos]
-        params.check(self.tokenizer.vocab_size, self.max_len, len(prompt))
+        prompt, n_vocab = list(prompt) or [self.tokenizer.eos], self.tokenizer.vocab_size
+        if not 0 <= min(prompt) <= max(prompt) < n_vocab:
+            wrong = next(token for token in prompt if not 0 <= token < n_vocab)
+            raise UsageError(f"the prompt has token {wrong}; ids are 0 … {n_vocab - 1}")
+        params.check(n_vocab, self.max_len, len(prompt))
         most = len(prompt) + params.max_tokens
         if most > self.cache_tokens:
             raise UsageError(

@@ -65,8 +65,8 @@ class Guard:
             self._check_host(headers.get(b"host", b""))
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers.get(b"authorization", b""))
-            if scope["method"] in ("GET", "HEAD"):
-                return await self.app(scope, receive, send_with_id)
+            if scope["method"] in ("GET", "HEAD"):  # uvicorn leaves the body of a HEAD out
+                return await self.app({**scope, "method": "GET"}, receive, send_with_id)
             body = await self._read(headers, receive)
         except BadRequest as error:
             return await _answer(error, send_with_id)

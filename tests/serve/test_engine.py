@@ -270,6 +270,9 @@ def test_what_can_never_run_is_refused(engine):
         inference.add([1] * 60, SamplingParams(max_tokens=10))
     with pytest.raises(UsageError, match="256"):
         inference.add([1] * 250, SamplingParams(max_tokens=10))
+    for token in (-1, 257):
+        with pytest.raises(UsageError, match=f"the prompt has token {token}; ids are 0 … 256"):
+            inference.add([1, token], GREEDY)
     with pytest.raises(UsageError, match="max_batch_tokens=8 must be above max_requests=8"):
         engine(max_batch_tokens=8)
     assert not inference.has_work

@@ -280,6 +280,14 @@ def test_tokens_and_back(server):
     assert chat["count"] == asked["usage"]["prompt_tokens"]
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/metrics"])
+def test_head_gives_the_headers_of_get(server, path):
+    head, get = server.http.head(path), server.http.get(path)
+    assert head.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert server.http.get("/version").status_code == 200  # on the same connection
+
+
 def test_metrics_count(server):
     before = {n: server.metric(n) for n in ("prompt_tokens_total", "generation_tokens_total")}
     firsts = server.metric("time_to_first_token_seconds_count")

@@ -50,6 +50,18 @@ def test_a_body_arrives_whole_and_every_reply_has_an_id():
     assert headers[b"x-request-id"] != ask()[1][b"x-request-id"]
 
 
+def test_head_is_answered_as_get_is():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["method"])
+        await echo(scope, receive, send)
+
+    for method in ("GET", "HEAD"):
+        assert ask(method=method, app=app)[0] == 200
+    assert seen == ["GET", "GET"]
+
+
 @pytest.mark.parametrize(
     "host, status",
     [

@@ -126,6 +126,22 @@ def test_a_request_that_does_not_arrive_is_given_up(small, sent):
     assert (b"408" in reply.split(b"\r\n")[0]) == sent.endswith(b"{")
 
 
+def test_a_client_that_does_not_read_is_one_that_left(start):
+    server = start("--body-timeout", 1, "--max-requests", 40, "--max-waiting", 0)
+    body = json.dumps({**LONG, "n": 40, "stream": True, "logprobs": 20}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address(server))
+        client.sendall(head.encode() + body)
+        until(lambda: server.metric("cache_blocks_used") > 0)
+        ask = {"prompt": "x", "max_tokens": 1}
+        assert server.post("/v1/completions", ask).status_code == 429
+        until(lambda: server.post("/v1/completions", ask).status_code == 200, 30)
+        assert server.metric("cache_blocks_used") == 0
+    assert server.stop()[0] == 0
+
+
 def test_bytes_that_are_no_http(small):
     with socket.create_connection(address(small)) as client:
         client.sendall(b"\x16\x03\x01\x00\xff nothing of use\r\n\r\n")

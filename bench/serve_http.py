@@ -1,5 +1,5 @@
 """The server under clients: what HTTP and streaming cost, what a cached prefix saves, how a long
-prompt and a crowd are borne.
+prompt and a crowd are borne; what a folder costs to load.
 
     python bench/serve_http.py [--shapes S,M] [--seconds 60] [--clients 200] [--work DIR] [--json]
                                [--save]
@@ -9,14 +9,18 @@ process. `stream`: 16 clients read 65 tokens each; compared with the same reques
 runs the engine alone. `prefix`: time to the first token of a prompt of 520 tokens, whose first 512
 were asked before or not. `beside`: 4 streams, then a prompt of 2,048 tokens; how much longer their
 tokens are apart (median while it is read), and how much longer it takes than alone. `crowd`:
-clients that ask for 32 streamed tokens again and again, one in five leaves in the middle. `memory`:
-resident size against weights + cache.
+clients that ask for 32 streamed tokens again and again, one in five leaves in the middle; resident
+memory at the end against that at half of the time, when all pages have been used. `memory`:
+resident size against weights + cache. `ready`: from the start of the process to a server that
+answers, beside Transformers' `from_pretrained` on the same folder, in turns. `import`: peak memory
+of `headway import`.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -167,21 +171,28 @@ async def beside(server: Server, vocab_size: int) -> dict:
 async def crowd(server: Server, vocab_size: int, seconds: float, clients: int) -> dict:
     """Many clients, of which some leave; what went wrong, and what is held afterwards."""
     source, end = random.Random(5), time.perf_counter() + seconds
-    before, gaps, statuses = server.resident(), [], {"200": 0}
+    gaps, statuses, left = [], {"200": 0}, 0
+    blocks = server.metric("headway_cache_blocks_used")
 
     async def client() -> None:
+        nonlocal left
         while time.perf_counter() < end:
             leave = source.randrange(1, 32) if source.random() < 0.2 else 0
             prompt = draw(source.randrange(4, 64), vocab_size, source)
             try:
                 times = await stream(server.port, prompt, 32, leave)
                 statuses["200"] += 1
+                left += leave > 0
                 gaps.extend(b - a for a, b in itertools.pairwise(times))
             except RuntimeError as error:
                 statuses[str(error)] = statuses.get(str(error), 0) + 1
                 await asyncio.sleep(0.2)
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    async def resident_at_half() -> int:
+        await asyncio.sleep(seconds / 2)
+        return server.resident()
+
+    half, *_ = await asyncio.gather(resident_at_half(), *(client() for _ in range(clients)))
     await asyncio.sleep(1.0)
     gaps.sort()
     return {
@@ -189,18 +200,59 @@ async def crowd(server: Server, vocab_size: int, seconds: float, clients: int) -
         "statuses": statuses,
         "p50_between_tokens": gaps[len(gaps) // 2],
         "p99_between_tokens": gaps[int(len(gaps) * 0.99)],
-        "blocks_held": server.metric("headway_cache_blocks_used"),
-        "resident_growth": server.resident() - before,
+        "left": left,
+        "blocks_held": server.metric("headway_cache_blocks_used") - blocks,
+        "resident_growth": server.resident() / half - 1,
     }
+
+
+def ready(folder: Path) -> dict:
+    """Seconds until a server answers, and until Transformers has loaded the same folder."""
+    ours, theirs = [], []
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; "
+        "torch.set_num_threads(1); "
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)"
+    )
+    for _ in range(3):
+        server = Server(folder)
+        ours.append(server.seconds_to_ready)
+        server.stop()
+        begin = time.perf_counter()
+        command = [sys.executable, "-c", code, str(folder)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        theirs.append(time.perf_counter() - begin)
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    return {"task": "ready", "ratio": ratio, "seconds": ours, "from_pretrained": theirs}
+
+
+def imported(folder: Path) -> dict:
+    """Peak memory of an import above the interpreter, and its bound of 200 MB + 3 × the largest
+    tensor of the folder."""
+    from safetensors import safe_open
+
+    largest = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                largest = max(largest, 2 * math.prod(part.get_shape()))
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "headway", "import", str(folder), "--to"]
+        command += [f"{temporary}/run", "--json"]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    answer = json.loads(out.splitlines()[-1])
+    peak, bound = answer["peak_memory_bytes"], 200e6 + 3 * largest
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"task": "import", "bytes": size, "peak": peak, "bound": bound}
 
 
 async def bench_shape(name: str, args: argparse.Namespace, work: Path) -> list[dict]:
     folder, vocab_size = work / name, SHAPES[name].vocab_size
-    prepare(name, folder, gguf=False, hf=False)
-    rows: list[dict] = []
+    prepare(name, folder, gguf=False, hf=True)
+    rows = [imported(folder / "hf"), ready(folder / "hf")]
     server = Server(folder / "run", "--cache-tokens", "16384", "--max-waiting", "64")
     try:
-        rows.append({"task": "ready", "seconds": server.seconds_to_ready})
         rows.append(await http_share(server, folder / "run", vocab_size))
         rows.append(await prefix_gain(server, vocab_size))
         rows.append(await beside(server, vocab_size))
@@ -245,6 +297,14 @@ def targets(rows: list[dict]) -> list[dict]:
             out.append(common.target(f"{shape} crowd: errors but 429", wrong, 0, at_least=False))
             held = row["blocks_held"]
             out.append(common.target(f"{shape} crowd: blocks held after", held, 0, at_least=False))
+            name = f"{shape} crowd: growth of resident memory after half of the time"
+            out.append(common.target(name, row["resident_growth"], 0.03, at_least=False))
+        if task == "ready":
+            name = f"{shape} time to ready / from_pretrained"
+            out.append(common.target(name, row["ratio"], 1.2, at_least=False))
+        if task == "import":
+            name = f"{shape} import: peak memory / (200 MB + 3 × the largest tensor)"
+            out.append(common.target(name, row["peak"] / row["bound"], 1, at_least=False))
         if task == "memory":
             limit = 1.15 * (row["weights"] + row["cache"]) + 450e6
             name = f"{shape} resident / (1.15 (weights + cache) + 450 MB)"

@@ -1,12 +1,15 @@
-"""Write the measured figures of docs/numbers/*.json into README.md and docs/numbers.md.
+"""Write the measured figures of docs/numbers/*.json into README.md, docs/numbers.md and
+docs/serving.md.
 
 python bench/table.py            # rewrites the blocks between the `numbers` marks
 python bench/table.py --check    # exit 1 when a block differs from its files
 
-docs/numbers.md gets every target of every bench, README.md the few of `HIGHLIGHTS`.
+docs/numbers.md gets every target of every bench, README.md the few of `HIGHLIGHTS`, docs/serving.md
+the times of the engine and its rivals and the targets of the benches of `SERVING`.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +60,18 @@ HIGHLIGHTS = (
         "{:.2f}×",
     ),
     Highlight(
+        "**Serving**: tokens/s of one sequence over llama.cpp's, 722M, bfloat16, one thread each",
+        "serve",
+        "M decode batch 1: llama.cpp / ours",
+        "{:.2f}×",
+    ),
+    Highlight(
+        "**Serving**: tokens/s of 16 sequences over vLLM's on the same machine and weights",
+        "serve",
+        "M decode batch 16: vllm / ours",
+        "{:.2f}×",
+    ),
+    Highlight(
         "**Bytes**: largest change of Head Parallel's traffic between k = 1, 2, 4 and 8",
         "cluster",
         "HP: bytes on the wire vary over k by",
@@ -69,6 +84,46 @@ HIGHLIGHTS = (
         "{:.2f}×",
     ),
 )
+
+
+SERVING = ("serve", "serve_layer", "serve_engine", "serve_http", "serve_text")
+SIDES = {
+    "headway": "Headway",
+    "llama.cpp": "llama.cpp",
+    "vllm": "vLLM",
+    "transformers": "Transformers",
+}
+PARAMETERS = {"S": "46M", "Q": "258M", "M": "722M", "H": "722M, 8 heads"}
+
+
+def serving(folder: Path = NUMBERS) -> str:
+    """The times of the engine and its rivals, and what of its targets is met."""
+    paths = [folder / f"{bench}.json" for bench in SERVING]
+    benches = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    parts = [_times(bench["rows"]) for bench in benches if bench["bench"] == "serve"]
+    targets = [target for bench in benches for target in bench["targets"]]
+    missed = [target for target in targets if not target["pass"]]
+    n_met = len(targets) - len(missed)
+    parts.append(f"{n_met} of {len(targets)} targets are met ([all](numbers.md)).")
+    if missed:
+        table = ["| missed | value | target | met |", "|---|---|---|---|", *map(_row, missed)]
+        parts.append("\n".join(table))
+    return "\n\n".join(parts)
+
+
+def _times(rows: list[dict]) -> str:
+    """A row per model and task: milliseconds of each side, its best variant, and of the floor."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        side, best = row["side"].split()[0], times.setdefault((row["shape"], row["task"]), {})
+        best[side] = min(row["median"], best.get(side, row["median"]))
+        best["floor"] = row["floor"] or math.nan
+    lines = [f"| ms | {' | '.join(SIDES.values())} | least time |", "|---" * (len(SIDES) + 2) + "|"]
+    for (shape, task), best in times.items():
+        cells = [f"{1e3 * best[side]:,.2f}" if side in best else "–" for side in SIDES]
+        floor = "–" if math.isnan(best["floor"]) else f"{1e3 * best['floor']:,.2f}"
+        lines.append(f"| {PARAMETERS[shape]}, {task} | {' | '.join(cells)} | {floor} |")
+    return "\n".join(lines)
 
 
 def highlights(folder: Path = NUMBERS) -> str:
@@ -115,7 +170,11 @@ def block(folder: Path = NUMBERS) -> str:
     return "\n\n".join(parts) if parts else "Nothing has been measured yet."
 
 
-PAGES = {ROOT / "README.md": highlights, ROOT / "docs" / "numbers.md": block}
+PAGES = {
+    ROOT / "README.md": highlights,
+    ROOT / "docs" / "numbers.md": block,
+    ROOT / "docs" / "serving.md": serving,
+}
 
 
 def _machine(machine: dict) -> str:

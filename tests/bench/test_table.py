@@ -2,7 +2,18 @@ import json
 
 import pytest
 
-from bench.table import BEGIN, END, HIGHLIGHTS, NUMBERS, PAGES, ROOT, block, highlights, rewrite
+from bench.table import (
+    BEGIN,
+    END,
+    HIGHLIGHTS,
+    NUMBERS,
+    PAGES,
+    ROOT,
+    block,
+    highlights,
+    rewrite,
+    serving,
+)
 
 
 def test_the_documents_state_what_the_benches_measured():
@@ -39,6 +50,22 @@ def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):
     found["machine"] |= {"gpu": "NVIDIA H100"}
     (tmp_path / "x.json").write_text(json.dumps(found))
     assert "`bench/x.py` on NVIDIA H100, torch 2.13.0" in block(tmp_path)
+
+
+def test_serving_shows_the_best_variant_of_a_rival_and_what_is_missed(tmp_path):
+    times = {"headway": 0.001, "vllm eager": 0.004, "vllm compiled": 0.003}
+    row = {"shape": "S", "task": "decode batch 1", "floor": 0.0005}
+    rows = [row | {"side": side, "median": median} for side, median in times.items()]
+    rows.append(row | {"task": "prefill", "side": "headway", "median": 1.5, "floor": None})
+    target = {"name": "a", "value": 3.0, "bound": 2, "at_least": True, "pass": True}
+    missed = target | {"name": "b", "value": 1.0, "pass": False}
+    found = {"bench": "serve", "rows": rows, "targets": [target, missed]}
+    (tmp_path / "serve.json").write_text(json.dumps(found))
+    text = serving(tmp_path)
+    assert "| 46M, decode batch 1 | 1.00 | – | 3.00 | – | 0.50 |" in text
+    assert "| 46M, prefill | 1,500.00 | – | – | – | – |" in text
+    assert "1 of 2 targets are met" in text and "| b | 1 | ≥ 2 | **no** |" in text
+    assert "| a |" not in text
 
 
 def test_only_the_block_is_replaced():

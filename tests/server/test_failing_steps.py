@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headway.hub.export import Source, export_hf
+from headway.hub.export import export_hf
+from headway.hub.trained import open_trained
 from tests.server.served import Server
 
 BAD = 255
@@ -20,7 +21,7 @@ SECRET = [*b"my secret words", BAD]
 def folder(run, tmp_path_factory):
     """The tiny run as a Hugging Face folder, one row of its embedding NaN."""
     folder = tmp_path_factory.mktemp("broken") / "model"
-    with Source(run) as source:
+    with open_trained(run) as source:
         export_hf(source, folder, "float32")
     (path,) = folder.glob("*.safetensors")
     weights = load_file(path)

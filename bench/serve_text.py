@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
+from headway.data.detokenizer import Detokenizer
 from headway.data.tokenizer import Tokenizer, train_bpe
-from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
 from headway.serve.sampling import Row, sample
 from headway.server.grammar import GrammarCompiler
@@ -107,10 +107,10 @@ def texts(tokenizer: Tokenizer, args: argparse.Namespace) -> list[dict]:
     """Times of the text of a reply of `args.tokens` tokens, and of half as many."""
     ids = tokenizer.encode(Path(argparse.__file__).read_text("utf-8")).tolist()
     ids = (ids * (args.tokens // len(ids) + 1))[: args.tokens]
-    params = SamplingParams(stop=("\n\nUser:", "</s>"))
+    stop = ("\n\nUser:", "</s>")
 
     def text(n: int) -> str:
-        detokenizer = Detokenizer(tokenizer, params)
+        detokenizer = Detokenizer(tokenizer, stop=stop)
         return "".join([*map(detokenizer.add, ids[:n]), detokenizer.finish()])
 
     rows = []

@@ -22,7 +22,7 @@ def sample(args: Sequence[str]) -> int:
     """Run `headway sample RUN` and return its exit code."""
     options = parse(Sample, args, "headway sample")
 
-    from headway.serve.text import generate
+    from headway.eval.text import generate
 
     params = options.params()
     model = trained.load(options)

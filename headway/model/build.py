@@ -150,6 +150,14 @@ def paged_mixers(blocks: Sequence[Block]) -> list[PagedMixer]:
     return [block.mixer for block in blocks if isinstance(block.mixer, PagedMixer)]
 
 
+def page_bytes(mixers: Sequence[PagedMixer], dtype: torch.dtype) -> dict[int, int]:
+    """Return the size of a page in all layers with the same window, by window."""
+    meta, sizes = torch.device("meta"), dict.fromkeys((mixer.window for mixer in mixers), 0)
+    for mixer in mixers:
+        sizes[mixer.window] += mixer.init_pages(1, dtype, meta).bytes
+    return sizes
+
+
 def without_pages(blocks: Sequence[Block]) -> str:
     """Name the first mixer without pages; return "" where there is none."""
     for i, block in enumerate(blocks):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from headway.config import Config, UsageError
-from headway.model.build import BlockBuilder, build_block, paged_mixers
+from headway.model.build import BlockBuilder, build_block, page_bytes, paged_mixers
 from headway.model.compute import Compute
 from headway.model.costs import CostGroup, Workload, by_group, parameters
 from headway.model.moe import SparseLayer
@@ -57,11 +57,9 @@ def decode_costs(
     dense = sum(term.value * (4 if g in FLOAT32_GROUPS else b) for g, term in groups.items())
     if not config.model.tied:
         dense -= V * D * b  # of the embedding, only rows are read
-    kv_bytes = held_bytes = 0.0  # of a position in all layers; of the context, as far as it is seen
-    for mixer in paged_mixers(model.blocks()):
-        layer_bytes = mixer.init_pages(1, dtype, torch.device("meta")).bytes / PAGE
-        kv_bytes += layer_bytes
-        held_bytes += layer_bytes * min(context, mixer.window or context)
+    pages = page_bytes(paged_mixers(model.blocks()), dtype)
+    kv_bytes = sum(pages.values()) / PAGE
+    held_bytes = sum(n * min(context, window or context) for window, n in pages.items()) / PAGE
     layers = model.sparse_layers()
     n_experts = sum(layer.config.n_heads * layer.config.n_experts for layer in layers)
     rows = []

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from headway.checkpoint.runtime import Device, Dtype
 from headway.config import EngineConfig, UsageError
+from headway.data.detokenizer import Detokenizer
 from headway.data.tokenizer import Tokenizer
 from headway.hub.load import LoadedModel, load_model
+from headway.model.build import page_bytes
 from headway.model.paged import PAGE, slots_of
 from headway.model.transformer import Transformer
 from headway.serve.blocks import BlockPool, default_pages, pool_sizes
-from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
 from headway.serve.request import Completion, Request, Sequence, Update, joined
 from headway.serve.routes import RoutePages, Routes
 from headway.serve.runner import Runner, pass_of
-from headway.serve.sampling import Row, Sampled, TokenLogprob, log_probabilities, sample
+from headway.serve.sampling import Row, TokenLogprob, log_probabilities, sample
 from headway.serve.scheduler import Chunk, Copy, Scheduler
 
 
@@ -94,12 +95,12 @@ class Engine:
         self.max_len = config.max_len or model.config.max_len
         if not self.max_len:
             raise UsageError("max_len=0 and the model's config has none; give the engine one")
-        page_bytes = self.runner.page_bytes
+        n_bytes = page_bytes(self.runner.mixers, model.dtype)
         if config.return_routes:  # those of a whole text are read when it ends
-            page_bytes = {0: 0, **page_bytes}
+            n_bytes = {0: 0, **n_bytes}
         n_pages = -(-config.cache_tokens // PAGE)
-        n_pages = n_pages or default_pages(page_bytes, self.max_len, config)
-        self.cache_tokens, sizes = PAGE * n_pages, pool_sizes(page_bytes, n_pages, config)
+        n_pages = n_pages or default_pages(n_bytes, self.max_len, config)
+        self.cache_tokens, sizes = PAGE * n_pages, pool_sizes(n_bytes, n_pages, config)
         self.runner.allocate(sizes, longest=min(n_pages, -(-self.max_len // PAGE)))
         self._routes = RoutePages(n_pages, model.sparse_layers()) if config.return_routes else None
         self._copies: list[Copy] = []
@@ -237,7 +238,7 @@ class Engine:
             self.scheduler.advance(chunk)
         updates: list[Update] = []
         for sequence in wanted.sequences:
-            if not sequence.row.output:
+            if not sequence.row.output and sequence.row.choice == 0:
                 self.counters.cached_tokens += sequence.request.n_cached
             if sequence.request.params.max_tokens == 0:
                 last = self._end(sequence, "length")
@@ -259,11 +260,11 @@ class Engine:
             choices = self._choices(sequence)
             pairs += [(sequence, choice) for choice in choices]
             rows += [i] * len(choices)
+        if rows != list(range(len(logits_RV))):  # a copy of all logits
+            logits_RV = logits_RV[rows]
         begin = perf_counter()
-        none = Sampled([], [], [])
-        sampled = sample(logits_RV[rows], [choice.row for _, choice in pairs]) if rows else none
+        tokens = sample(logits_RV, [choice.row for _, choice in pairs])
         self.counters.sampling_seconds = perf_counter() - begin
-        tokens = map(TokenLogprob, *sampled)
         return [(*pair, token) for pair, token in zip(pairs, tokens, strict=True)]
 
     def _choices(self, sequence: Sequence) -> list[Sequence]:
@@ -336,7 +337,15 @@ class Engine:
         params, grammar = request.params, request.params.grammar
         matcher = None if grammar is None else grammar.matcher()
         row = Row(params, request.seed, choice, request.prompt, [], self.eos_ids, matcher)
-        return Sequence(request, row, Detokenizer(self.tokenizer, params, request.prompt))
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.prompt,
+            stop=params.stop,
+            include_stop=params.include_stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        return Sequence(request, row, detokenizer)
 
     def _end(self, sequence: Sequence, reason: str = "abort") -> Update:
         """Remove a choice; return its last update, with the text that was held back."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from headway.data.detokenizer import Detokenizer
 from headway.model.paged import PAGE
 from headway.serve.blocks import Table, page_keys
-from headway.serve.detokenizer import Detokenizer
 from headway.serve.params import SamplingParams
 from headway.serve.routes import Routes, joined_routes
 from headway.serve.sampling import Row, TokenLogprob
@@ -71,8 +71,8 @@ class Request:
     seed: int
     """`params.seed`, or a random one."""
     salt: str
-    n_cached: int = 0
-    """Tokens of the prompt whose pages were in the cache when it was first admitted."""
+    n_cached: int = -1
+    """Tokens of the prompt whose pages were in the cache when it was first admitted; −1 before."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """One per token of the prompt where `params.prompt_logprobs` asks; None for the first, and
     before `params.prompt_logprobs_start`."""
@@ -92,8 +92,6 @@ class Sequence:
     """Tokens whose keys and values are in the pages."""
     n_told: int = 0
     """Tokens whose routes were returned."""
-    admitted: bool = False
-    """Whether it has run before, even if it had to give up its pages since."""
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.row.output]

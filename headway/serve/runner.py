@@ -75,14 +75,6 @@ class Runner:
         promised = model.is_packed and batch_invariant(model.device, model.dtype)
         return promised and all(state.batch_invariant for state in self.states)
 
-    @property
-    def page_bytes(self) -> dict[int, int]:
-        """Return the size of a page in all layers with the same window, by window."""
-        meta, sizes = torch.device("meta"), dict.fromkeys((m.window for m in self.mixers), 0)
-        for mixer in self.mixers:
-            sizes[mixer.window] += mixer.init_pages(1, self.model.dtype, meta).bytes
-        return sizes
-
     @torch.no_grad()
     def run(self, work: Pass) -> Output:
         """Run a pass; the logits `[1, R, V]` are equal on all ranks."""

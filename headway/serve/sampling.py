@@ -39,15 +39,6 @@ class TokenLogprob(NamedTuple):
     """Pairs (token, log-probability), the likeliest first; () where none were asked for."""
 
 
-class Sampled(NamedTuple):
-    """What `sample` draws for R rows."""
-
-    token_R: list[int]
-    logprob_R: list[float]
-    top_R: list[tuple[tuple[int, float], ...]]
-    """`TokenLogprob.top` of each row, as long as its `SamplingParams.logprobs`."""
-
-
 @dataclass(slots=True, eq=False)
 class Row:
     """One choice of a request as sampling sees it."""
@@ -81,19 +72,13 @@ class Row:
         return np.fromiter(self._seen, np.int64, n), np.fromiter(self._seen.values(), np.int64, n)
 
 
-def sample(logits_RV: Tensor, rows: Sequence[Row]) -> Sampled:
-    """Draw the next token of each row.
+def sample(logits_RV: Tensor, rows: Sequence[Row]) -> list[TokenLogprob]:
+    """Draw the next token of each row, with `SamplingParams.logprobs` of the likeliest.
 
     `logits_RV` float32 `[R, V]` has the columns of the tokenizer's vocabulary alone (a padded
     vocabulary is cut before) and is not changed. Raise RunError for NaN and infinity in them."""
     raw_RV = np.ascontiguousarray(logits_RV.detach().cpu().numpy())
-    sampled = Sampled([], [], [])
-    for chunk in _chunks(raw_RV):
-        more = _sample(raw_RV[chunk], rows[chunk])
-        sampled.token_R.extend(more.token_R)
-        sampled.logprob_R.extend(more.logprob_R)
-        sampled.top_R.extend(more.top_R)
-    return sampled
+    return [token for c in _chunks(raw_RV) for token in _sample(raw_RV[c], rows[c])]
 
 
 def log_probabilities(
@@ -107,8 +92,7 @@ def log_probabilities(
     result = []
     for chunk in _chunks(raw_RV):
         part = tokens[chunk]
-        columns = _log_probabilities(raw_RV[chunk], part, [n_top] * len(part))
-        result.extend(map(TokenLogprob, part.tolist(), *columns))
+        result += _log_probabilities(raw_RV[chunk], part, [n_top] * len(part))
     return result
 
 
@@ -132,7 +116,7 @@ def _check_finite(raw_RV: np.ndarray) -> None:
         raise RunError(f"the model's largest logit is {peak_R.max()}; nothing can be drawn from it")
 
 
-def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> Sampled:
+def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> list[TokenLogprob]:
     """Draw the next token of rows that fit the processor's cache together."""
     _check_finite(raw_RV)
     x_RV = raw_RV.copy() if any(map(_changes, rows)) else raw_RV
@@ -149,7 +133,7 @@ def _sample(raw_RV: np.ndarray, rows: Sequence[Row]) -> Sampled:
         elif way != "greedy":
             token_R[group] = _draw_cut(x_RV[group], [rows[r] for r in group], way == "few")
     tops = [row.params.logprobs for row in rows]
-    return Sampled(token_R.tolist(), *_log_probabilities(raw_RV, token_R, tops))
+    return _log_probabilities(raw_RV, token_R, tops)
 
 
 def _changes(row: Row) -> bool:
@@ -254,9 +238,8 @@ def _at(mass_RW: Tensor, targets: list[float]) -> np.ndarray:
 
 def _log_probabilities(
     raw_RV: np.ndarray, token_R: np.ndarray, n_top_R: Sequence[int]
-) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
-    """Return log-probabilities of a token per row, and (token, log-probability) of the likeliest
-    ones of each row."""
+) -> list[TokenLogprob]:
+    """Return log-probabilities of a token per row and of the likeliest ones of each row."""
     peak_R1 = raw_RV.max(axis=1, keepdims=True)
     mass_R = np.exp(raw_RV - peak_R1).sum(axis=1)  # NumPy adds a row's halves, whatever the rows
     norm_R = peak_R1[:, 0].astype(np.float64) + np.log(mass_R.astype(np.float64))
@@ -269,4 +252,4 @@ def _log_probabilities(
             ids = np.flatnonzero(x_V >= np.partition(x_V, len(x_V) - n)[len(x_V) - n])
             ids = ids[np.argsort(-x_V[ids], kind="stable")][:n]
         top_R.append(tuple(zip(ids.tolist(), (x_V[ids] - norm).tolist(), strict=True)))
-    return logprob_R.tolist(), top_R
+    return list(map(TokenLogprob, token_R.tolist(), logprob_R.tolist(), top_R))

@@ -133,9 +133,8 @@ class Scheduler:
         if not self._allocate(sequence, min(sequence.n_new, budget)):
             self._release(sequence)
             return False
-        if not (sequence.admitted or sequence.row.output):
+        if sequence.request.n_cached < 0:
             sequence.request.n_cached = sequence.n_computed
-        sequence.admitted = True
         return True
 
     def _allocate(self, sequence: Sequence, n_new: int) -> bool:

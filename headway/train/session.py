@@ -23,13 +23,13 @@ from headway.checkpoint.run_folder import resume_command
 from headway.config import Config, RunError
 from headway.data.tokenizer import Tokenizer
 from headway.eval.bits_per_byte import Evaluation
+from headway.eval.text import generate
 from headway.model.build import without_pages
 from headway.model.transformer import Transformer
 from headway.optim.schedule import lr_factor
 from headway.parallel.mesh import Mesh
 from headway.parallel.parallelize import Parallelism
 from headway.serve.params import SamplingParams
-from headway.serve.text import generate
 from headway.train.checkpoints import Checkpoints
 from headway.train.interrupt import Interrupt
 from headway.train.records import Log, Records

@@ -28,6 +28,7 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import evaluate
+from headway.eval.text import generate
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
@@ -35,7 +36,6 @@ from headway.parallel.mesh import fake
 from headway.parallel.parallelize import parallelize
 from headway.parallel.placement import to_local
 from headway.serve.params import SamplingParams
-from headway.serve.text import generate
 from headway.train.objective import NextToken
 from headway.train.step import gradient, update
 from tests.parity.gathered import full_tensors

@@ -186,6 +186,12 @@ def test_choices_share_the_prompt(engine):
     inference.abort(request.id)
     choices = inference.generate([text], params)[0]
     assert len({tuple(c.tokens) for c in choices}) == 5
+    # what later choices find of the prompt was not in the cache when the request came
+    narrow = engine(max_requests=2)
+    request = narrow.add(text, params)
+    while narrow.has_work:
+        narrow.step()
+    assert request.n_cached == 0 and narrow.counters.cached_tokens == 0
     # the same where only two sequences run at once, and where pages run out
     for options in ({"max_requests": 2}, {"cache_tokens": 5 * PAGE}):
         assert engine(**options).generate([text], params)[0] == choices

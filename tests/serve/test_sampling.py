@@ -101,7 +101,7 @@ rows = st.builds(
 @settings(max_examples=400, deadline=None)
 def test_a_draw_is_the_inverse_cdf_of_the_reference(x_V, one):
     order, weight = reference(x_V, one)
-    drawn = sample(torch.tensor([x_V]), [one]).token_R[0]
+    drawn = sample(torch.tensor([x_V]), [one])[0].token
     assert drawn in order
     if one.params.temperature == 0:
         return
@@ -139,12 +139,12 @@ def _near_a_cut(x_V, one):
 def test_rows_do_not_see_each_other(batch, which, random):
     which %= len(batch)
     x_V, one = batch[which]
-    alone = [*sample(torch.tensor([x_V]), [one])]
+    alone = sample(torch.tensor([x_V]), [one])
     order = list(range(len(batch)))
     random.shuffle(order)
     together = sample(torch.tensor([batch[i][0] for i in order]), [batch[i][1] for i in order])
     at = order.index(which)
-    assert [[column[at]] for column in together] == alone
+    assert [together[at]] == alone
 
 
 @pytest.mark.parametrize("n_vocab", [7, 257, 1000, 8193, 32_768, 70_000])
@@ -164,7 +164,7 @@ def test_bits_of_large_rows_are_the_same_alone_and_in_a_batch(n_vocab):
     ]
     together = sample(x_RV, every)
     for i in range(13):
-        assert [c[i] for c in together] == [c[0] for c in sample(x_RV[i : i + 1], every[i : i + 1])]
+        assert [together[i]] == sample(x_RV[i : i + 1], every[i : i + 1])
 
 
 def test_draws_have_the_distribution_of_the_softmax():
@@ -183,7 +183,7 @@ def test_draws_have_the_distribution_of_the_softmax():
         for start in range(0, n, 400):
             for i, r in enumerate(batch):
                 r.seed = start + i
-            counts.update(sample(x_V.expand(400, 8), batch).token_R)
+            counts.update(t.token for t in sample(x_V.expand(400, 8), batch))
         assert set(counts) <= set(order)
         chi = sum((counts[t] - n * w) ** 2 / (n * w) for t, w in zip(order, weight, strict=True))
         assert chi < bound, (settings_, chi)
@@ -214,17 +214,17 @@ def test_draws_equal_recorded_ones():
         ({"top_p": 0.99}, [12, 21, 39, 38, 38, 29]),
     ):
         rows = [row(7, i % 2, output=[0] * i, **change) for i in range(6)]
-        assert sample(x_RV, rows).token_R == tokens
+        assert [t.token for t in sample(x_RV, rows)] == tokens
 
 
 def test_ties_go_to_the_lowest_id():
     x_V = torch.zeros(1, VOCAB)
     for seed in range(50):
-        assert sample(x_V, [row(seed, top_k=3)]).token_R[0] in (0, 1, 2)
-        assert sample(x_V, [row(seed, top_k=30)]).token_R[0] < 30
-        assert sample(x_V, [row(seed, top_p=0.1)]).token_R[0] < 4
-    greedy = sample(x_V, [row(temperature=0.0, logprobs=3)])
-    assert greedy.token_R == [0] and [t for t, _ in greedy.top_R[0]] == [0, 1, 2]
+        assert sample(x_V, [row(seed, top_k=3)])[0].token in (0, 1, 2)
+        assert sample(x_V, [row(seed, top_k=30)])[0].token < 30
+        assert sample(x_V, [row(seed, top_p=0.1)])[0].token < 4
+    (greedy,) = sample(x_V, [row(temperature=0.0, logprobs=3)])
+    assert greedy.token == 0 and [t for t, _ in greedy.top] == [0, 1, 2]
 
 
 def test_log_probabilities_are_of_the_raw_logits():
@@ -234,15 +234,13 @@ def test_log_probabilities_are_of_the_raw_logits():
         x_RV,
         [row(i, temperature=0.3, top_k=2, logit_bias=((3, 50.0),), logprobs=6) for i in range(3)],
     )
-    assert drawn.token_R == [3, 3, 3]
-    np.testing.assert_allclose(drawn.logprob_R, want[:, 3], atol=1e-6)
-    for top, want_V in zip(drawn.top_R, want, strict=True):
+    assert [t.token for t in drawn] == [3, 3, 3]
+    np.testing.assert_allclose([t.logprob for t in drawn], want[:, 3], atol=1e-6)
+    for (_, _, top), want_V in zip(drawn, want, strict=True):
         values, ids = want_V.topk(6)
         assert [t for t, _ in top] == ids.tolist()
         np.testing.assert_allclose([v for _, v in top], values, atol=1e-6)
-    given_tokens = log_probabilities(x_RV, drawn.token_R, 6)
-    assert [t.logprob for t in given_tokens] == drawn.logprob_R
-    assert [t.top for t in given_tokens] == drawn.top_R
+    assert log_probabilities(x_RV, [3, 3, 3], 6) == drawn
 
 
 def test_the_logits_of_the_caller_are_not_changed():
@@ -264,8 +262,8 @@ def test_penalties_follow_a_growing_reply():
             repetition_penalty=1.5,
             temperature=0.0,
         )
-        token = sample(x_V, [growing]).token_R[0]
-        assert token == sample(x_V, [fresh]).token_R[0]
+        token = sample(x_V, [growing])[0].token
+        assert token == sample(x_V, [fresh])[0].token
         growing.output.append(token)
     assert len(set(growing.output)) > 3
 
@@ -287,8 +285,8 @@ def test_extreme_settings_draw_the_most_likely():
         {"top_p": 1e-300},
         {"min_p": 1.0},
     ):
-        assert sample(x_V, [row(5, **change)]).token_R == [best]
-    flat = Counter(sample(x_V, [row(s, temperature=1e30)]).token_R[0] for s in range(400))
+        assert sample(x_V, [row(5, **change)])[0].token == best
+    flat = Counter(sample(x_V, [row(s, temperature=1e30)])[0].token for s in range(400))
     assert len(flat) == VOCAB
 
 

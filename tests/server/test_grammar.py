@@ -153,7 +153,7 @@ def test_sampling_obeys_a_grammar(of_bytes):
     texts = []
     while rows:
         drawn = sample(torch.randn(len(rows), 257, generator=generator), rows)
-        for row, token in list(zip(rows, drawn.token_R, strict=True)):
+        for row, (token, _, _) in list(zip(rows, drawn, strict=True)):
             row.matcher.accept(token)
             row.output.append(token)
             if token == 256:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from headway.data.tokenizer import Tokenizer
-from headway.serve.params import SamplingParams
 
 
 class Detokenizer:
@@ -14,13 +13,21 @@ class Detokenizer:
     text. The stop text that ends first wins, the longest of those that end together."""
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
     ) -> None:
-        """Args: prompt: the ids that the reply continues."""
-        self._stream = tokenizer.decode_stream(params.skip_special_tokens, prompt)
-        self._stops = [_Stop(text) for text in params.stop]
-        self._include_stop, self._n_unsearched = params.include_stop, params.min_tokens
-        self._held, self._texts = "", []
+        """Args: prompt: the ids that the reply continues. The others are those of
+        `serve.params.SamplingParams`."""
+        self._stream = tokenizer.decode_stream(skip_special_tokens, prompt)
+        self._stops = [_Stop(text) for text in stop]
+        self._include_stop, self._n_unsearched = include_stop, min_tokens
+        self._held = ""
         self.stop_text: str | None = None
         """The stop text that ended the reply."""
 
@@ -28,11 +35,6 @@ class Detokenizer:
     def stopped(self) -> bool:
         """Whether a stop text ended the reply."""
         return self.stop_text is not None
-
-    @property
-    def text(self) -> str:
-        """The text that was returned so far."""
-        return "".join(self._texts)
 
     def add(self, token: int) -> str:
         """Return the text that a token adds, so far as it is final. Text of the first `min_tokens`
@@ -42,7 +44,6 @@ class Detokenizer:
         text = self._stream.step(token)
         if self._n_unsearched > 0:
             self._n_unsearched -= 1
-            self._texts.append(text)
             return text
         return self._search(text)
 
@@ -52,7 +53,6 @@ class Detokenizer:
             return ""
         text = self._search(self._stream.finish())
         rest, self._held = ("" if self.stopped else self._held), ""
-        self._texts.append(rest)
         return text + rest
 
     def _search(self, text: str) -> str:
@@ -70,8 +70,7 @@ class Detokenizer:
             else:
                 n_held = max(stop.n_matched for stop in self._stops)
         self._held = text[end - n_held : end] if n_held else ""
-        self._texts.append(text[: end - n_held])
-        return self._texts[-1]
+        return text[: end - n_held]
 
 
 class _Stop:

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from headway.data.detokenizer import Detokenizer
 from headway.data.tokenizer import load_tokenizer, train_bpe
-from headway.serve.detokenizer import Detokenizer
-from headway.serve.params import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -87,75 +86,65 @@ def test_a_stream_equals_the_whole_text(every, data):
     repeats = st.text("ab", max_size=20).map(lambda text: tokenizer.encode(text).tolist())
     parts = data.draw(st.lists(some | ids | repeats, max_size=3))
     tokens = [i for part in parts for i in part]
-    params = SamplingParams(
-        stop=tuple(data.draw(stops)),
-        include_stop=data.draw(st.booleans()),
-        skip_special_tokens=data.draw(st.booleans()),
-    )
-    detokenizer = Detokenizer(tokenizer, params)
+    stop, include, skip = data.draw(stops), data.draw(st.booleans()), data.draw(st.booleans())
+    detokenizer = Detokenizer(tokenizer, stop=stop, include_stop=include, skip_special_tokens=skip)
     streamed = "".join(pieces(detokenizer, tokens))
-    whole = tokenizer.decode(tokens, params.skip_special_tokens)
-    assert (streamed, detokenizer.stop_text) == reference(whole, params.stop, params.include_stop)
-    assert detokenizer.text == streamed and detokenizer.stopped == (
-        detokenizer.stop_text is not None
-    )
+    whole = tokenizer.decode(tokens, skip)
+    assert (streamed, detokenizer.stop_text) == reference(whole, stop, include)
+    assert detokenizer.stopped == (detokenizer.stop_text is not None)
 
 
 @given(text=st.text("ab", max_size=30), stop=st.text("ab", min_size=1, max_size=5))
 @settings(max_examples=200, deadline=None)
 def test_only_what_may_become_a_stop_text_is_held_back(text, stop):
     tokenizer = load_tokenizer("bytes")
-    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=(stop,)))
+    detokenizer, shown = Detokenizer(tokenizer, stop=[stop]), ""
     for n, i in enumerate(tokenizer.encode(text)):
-        detokenizer.add(i)
+        shown += detokenizer.add(i)
         if detokenizer.stopped:
             break
         read = text[: n + 1]
         held = max(k for k in range(len(stop)) if read.endswith(stop[:k]))
-        assert detokenizer.text == read[: len(read) - held]
+        assert shown == read[: len(read) - held]
 
 
 def test_an_unfinished_character_is_shown_once_at_the_end():
-    detokenizer = Detokenizer(load_tokenizer("bytes"), SamplingParams())
+    detokenizer = Detokenizer(load_tokenizer("bytes"))
     assert [detokenizer.add(i) for i in "é日".encode()[:-1]] == ["", "é", "", ""]
-    assert (detokenizer.finish(), detokenizer.finish(), detokenizer.text) == (
-        "\ufffd",
-        "",
-        "é\ufffd",
-    )
+    assert (detokenizer.finish(), detokenizer.finish()) == ("\ufffd", "")
 
 
 def test_nothing_follows_a_stop_text():
     tokenizer = load_tokenizer("bytes")
-    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=("b",)))
+    detokenizer = Detokenizer(tokenizer, stop=["b"])
     assert [detokenizer.add(i) for i in b"abc"] == ["a", "", ""] and detokenizer.finish() == ""
     assert detokenizer.stop_text == "b"
 
 
 def test_the_first_tokens_are_not_searched():
     tokenizer = load_tokenizer("bytes")
-    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=("ab",), min_tokens=3, max_tokens=9))
+    detokenizer = Detokenizer(tokenizer, stop=["ab"], min_tokens=3)
     assert "".join(pieces(detokenizer, b"ababab")) == "abab"  # the b at 3 has its a among the first
 
 
 def test_the_reply_continues_its_prompt(every):
     llama = every[2]
     the, cat = llama.encode("▁the").tolist()[0], 3
-    assert Detokenizer(llama, SamplingParams(), [the]).add(cat) == " ca"
-    assert Detokenizer(llama, SamplingParams(), [llama.eos]).add(cat) == "ca"
+    assert Detokenizer(llama, [the]).add(cat) == " ca"
+    assert Detokenizer(llama, [llama.eos]).add(cat) == "ca"
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_the_time_is_linear_in_the_length(every, which):
     """8,192 tokens take at most 2.2 times the time of 4,096."""
     tokenizer = every[which]
-    params = SamplingParams(stop=("aab", "a" * 3000 + "b"))
+    stop = "aab", "a" * 3000 + "b"
     ids = (tokenizer.encode("the cat sat " * 400 + "a" * 8000).tolist() * 2)[:8192]
 
     def seconds(n):
         best = float("inf")
         for _ in range(7):
-            detokenizer, start = Detokenizer(tokenizer, params), time.process_time()
+            detokenizer, start = Detokenizer(tokenizer, stop=stop), time.process_time()
             for i in ids[:n]:
                 detokenizer.add(i)
             detokenizer.finish()

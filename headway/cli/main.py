@@ -21,6 +21,7 @@ from headway.cli.export import export
 from headway.cli.import_ import import_
 from headway.cli.plan import plan
 from headway.cli.report import report
+from headway.cli.results import results
 from headway.cli.sample import sample
 from headway.cli.serve import serve
 from headway.cli.tokenize import tokenize
@@ -41,6 +42,7 @@ VERBS = {
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
     "compare": "designs at equal cost, with the same seeds, and their differences with intervals",
+    "results": "tables of finished runs: by condition, by group, as CSV",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
@@ -127,6 +129,8 @@ def _verb(args: list[str]) -> int:
             return report(rest)
         case "compare":
             return compare(rest)
+        case "results":
+            return results(rest)
         case "describe":
             return describe(rest)
         case "plan":

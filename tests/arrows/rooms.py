@@ -127,7 +127,7 @@ def tree() -> str:
         "tests/          mirrors the package; parity/ (N ranks = 1), golden/ (losses), arrows/ (imports)",
         "bench/          one file per question; writes docs/numbers/",
         "studies/        one file per claim: claim, arms, verdict; writes results/ and docs/studies.md",
-        "docs/           start, concepts, distributed, plan, kernels, cluster, serving, numbers, negative-results",
+        "docs/           start, concepts, distributed, plan, kernels, cluster, serving, lab, numbers, negative-results",
         ".agents/skills/ add-mixer, add-router, compare-runs, import-model, serve-and-check, validate-numerics",
     ]
     return "\n".join(["```", *lines, "```"])

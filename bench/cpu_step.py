@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
-from bench.texts import StreamText
 from bench.worker import Worker, work
 from headway.config import (
     Config,
@@ -37,6 +36,9 @@ from headway.config import (
     RunConfig,
     UsageError,
 )
+from headway.data.shards import prepare
+from headway.data.stream import Stream
+from headway.data.tokenizer import load_tokenizer
 from headway.kernels.precision import native_bfloat16
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute
@@ -220,8 +222,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     shape, batch, length = (SMALL, 2, 32) if args.small else (SHAPE, 8, 256)
-    text = StreamText(common.data_config(args, seq_len=length, batch_size=batch), val_batches=0)
-    batches = [text.train(i) for i in range(8)]
+    data = common.data_config(args, seq_len=length, batch_size=batch)
+    stream = Stream(prepare(data, load_tokenizer("bytes"), lambda _: None), data, seed=0)
+    batches = [(b.tokens_BS, b.targets_BS) for b in map(stream.batch, range(8))]
     steps = rivals(shape, args.all)
     if args.worker:
         _import_first(args.worker)

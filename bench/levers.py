@@ -1,108 +1,108 @@
 """What helps Multi-Head LatentMoE at small size: one lever at a time, at equal steps, data order
 and active FLOPs.
 
-    python bench/levers.py [--steps 250] [--batch 32] [--seed 0] [--only NAME ...] [--save]
-    [--json]
+    python bench/levers.py [--steps 250] [--seed 0] [--only NAME ...] [--dir DIR] [--save] [--json]
 
-Each run is short and its number is the validation bits/byte after a fixed number of steps, so the
-machine's load does not matter. With --save every finished run goes to docs/numbers/levers.json, and
-a run that is there is not repeated.
+Each run is short and its number is the validation bits/byte of the whole split after as many
+executed FLOPs as the flat MoE in --steps steps, so the machine's load does not matter. Runs are
+kept in DIR and never done twice. The rows of docs/numbers/levers.json were measured before, by a
+loop of its own at 768 tokens per step.
 """
 
 import argparse
-import math
+import dataclasses
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.common import add_options, data_config, load_rows, merge_row, print_rows, report, run
-from bench.learn import Budget, trainer
-from bench.shapes import equal_shape, parameters
-from bench.texts import StreamText
-from headway.config import BalanceConfig, Config, OptimConfig, RouterConfig
+from bench.common import add_options, print_rows, report, run
+from bench.quality import parameters
+from headway import recipes
+from headway.config import BalanceConfig, Config, RouterConfig, UsageError
+from headway.lab.experiment import Arm, Experiment
+from headway.lab.match import Quantity, match, measure
+from headway.lab.runs import execute
 from headway.model.transformer import Transformer
+from headway.plan.describe import with_vocab
+from headway.train.budget import Budget
 
-OPTIM = OptimConfig(
-    name="muon", lr=3e-3, muon_lr=0.02, beta2=0.99, warmup=0.05, decay=0.4, weight_decay=0.1
-)
-
-
-@dataclass(frozen=True)
-class Lever:
-    """One run: a shape, an optimiser, perhaps other initial weights."""
-
-    shape: dict = field(default_factory=dict)
-    optim: dict = field(default_factory=dict)
-    rescale: Callable[[Transformer], None] | None = None
+BASELINE = "moe"
 
 
-def _scale(part: str, factor: float) -> Callable[[Transformer], None]:
-    def rescale(model: Transformer) -> None:
-        for name, p in model.named_parameters():
-            if part in name:
-                p.mul_(factor)
-
-    return rescale
+def scale(part: str, factor: float, model: Transformer) -> None:
+    """Multiply the initial values of the parameters whose names contain `part`."""
+    for name, p in model.named_parameters():
+        if part in name:
+            p.mul_(factor)
 
 
-def _heads(
-    rescale: Callable[[Transformer], None] | None = None, optim: dict | None = None, **shape
-) -> Lever:
-    """Two heads of width 64, the router reads the token, 8 narrow experts; `shape` changes that."""
-    base = {"kind": "multi_head_latent", "head_width": 64, "router": TOKEN, "top_k": 8}
-    return Lever({**base, **shape}, optim or {}, rescale)
+def _arm(name: str, recipe: str, edit=None, optim: dict | None = None, **moe) -> Arm:
+    """An arm with one change, of the FLOPs and total parameters of the flat MoE."""
+    flat = with_vocab(recipes.load("moe"))
+    config = with_vocab(recipes.load(recipe))
+    layer = dataclasses.replace(config.model.moe, **moe)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, moe=layer),
+        optim=dataclasses.replace(config.optim, **(optim or {})),
+    )
+    if name != BASELINE:
+        both: tuple[Quantity, ...] = ("active-flops", "total-parameters")
+        config = match(
+            config, {q: measure(flat, q) for q in both[: 1 + (recipe != "dense")]}
+        ).config
+    return Arm(name, config, edit)
 
 
-def _flat(optim: dict | None = None, **shape) -> Lever:
-    """A flat mixture of 8 narrow experts; `shape` changes that."""
-    return Lever({"kind": "moe", "top_k": 8, **shape}, optim or {})
+_heads: Callable[..., Arm] = partial(_arm, recipe="multi_head_latent")
+"""Two heads of width 64, the router reads the token, 8 narrow experts."""
+_flat: Callable[..., Arm] = partial(_arm, recipe="moe")
+"""A flat mixture of 8 narrow experts."""
 
 
-TOKEN = RouterConfig(reads="token")
-
-
-def levers() -> dict[str, Lever]:
+def levers() -> dict[str, Callable[[], Arm]]:
     """Every run by name, in the order in which they are run: two bases, and one change each."""
     sign = BalanceConfig(aux=0.0, bias="sign", bias_rate=0.02)
     quantile = BalanceConfig(aux=0.0, bias="quantile")
-    return {
-        "dense": Lever({"kind": "dense"}),
-        "moe": _flat(),
-        "2x64": _heads(),
-        "2x64 no norm": _heads(latent_norm=False),
-        "2x64 k 4": _heads(top_k=4),
-        "2x64 k 16": _heads(top_k=16),
-        "2x64 router reads its sub-token": _heads(router=RouterConfig()),
-        "2x64 shared 128": _heads(d_shared=128),
-        "4x32": _heads(head_width=32),
-        "1x128": _heads(head_width=128),
-        "4x64 (D_L 256)": _heads(d_latent=256),
-        "moe k 4": _flat(top_k=4),
-        "moe k 16": _flat(top_k=16),
-        "moe aux 0.001": _flat(balance=BalanceConfig(aux=0.001)),
-        "moe sign bias": _flat(balance=sign),
-        "moe quantile bias": _flat(balance=quantile),
-        "moe router lr x3": _flat(optim={"router_lr_scale": 3.0}),
-        "moe expert lr x2": _flat(optim={"expert_lr_scale": 2.0}),
-        "moe expert lr x0.5": _flat(optim={"expert_lr_scale": 0.5}),
-        "moe muon lr x0.5": _flat(optim={"muon_lr": 0.01}),
-        "moe experts by AdamW": _flat(optim={"muon_experts": False}),
-        "moe adamw": _flat(optim={"name": "adamw"}),
-        "moe gate scale 2": _flat(router=RouterConfig(scale=2.0)),
-        "moe sigmoid": _flat(router=RouterConfig(gate="sigmoid", renormalize=True)),
-        "moe softmax_topk": _flat(router=RouterConfig(gate="softmax_topk")),
-        "moe shared 128": _flat(d_shared=128),
-        "moe relu2": _flat(activation="relu2"),
-        "2x64 expert lr x2": _heads(optim={"expert_lr_scale": 2.0}),
-        "2x64 W_out x2": _heads(_scale("ffn.w_out.weight", 2.0)),
-        "2x64 W_in x2": _heads(_scale("ffn.w_in.weight", 2.0)),
-        "2x64 router init x0.1": _heads(_scale("router.w_HEL", 0.1)),
-        "2x64 gate scale 3": _heads(router=replace(TOKEN, scale=3.0)),
+    changes: dict[str, Callable[..., Arm]] = {
+        "dense": partial(_arm, recipe="dense"),
+        "moe": _flat,
+        "2x64": _heads,
+        "2x64 no norm": partial(_heads, latent_norm=False),
+        "2x64 k 4": partial(_heads, top_k=4),
+        "2x64 k 16": partial(_heads, top_k=16),
+        "2x64 router reads its sub-token": partial(_heads, router=RouterConfig()),
+        "2x64 shared 128": partial(_heads, d_shared=128),
+        "4x32": partial(_heads, n_heads=4),
+        "1x128": partial(_heads, n_heads=1),
+        "4x64 (D_L 256)": partial(_heads, d_latent=256, n_heads=4),
+        "moe k 4": partial(_flat, top_k=4),
+        "moe k 16": partial(_flat, top_k=16),
+        "moe aux 0.001": partial(_flat, balance=BalanceConfig(aux=0.001)),
+        "moe sign bias": partial(_flat, balance=sign),
+        "moe quantile bias": partial(_flat, balance=quantile),
+        "moe router lr x3": partial(_flat, optim={"router_lr_scale": 3.0}),
+        "moe expert lr x2": partial(_flat, optim={"expert_lr_scale": 2.0}),
+        "moe expert lr x0.5": partial(_flat, optim={"expert_lr_scale": 0.5}),
+        "moe muon lr x0.5": partial(_flat, optim={"muon_lr": 0.01}),
+        "moe experts by AdamW": partial(_flat, optim={"muon_experts": False}),
+        "moe adamw": partial(_flat, optim={"name": "adamw"}),
+        "moe gate scale 2": partial(_flat, router=RouterConfig(scale=2.0)),
+        "moe sigmoid": partial(_flat, router=RouterConfig(gate="sigmoid", renormalize=True)),
+        "moe softmax_topk": partial(_flat, router=RouterConfig(gate="softmax_topk")),
+        "moe shared 128": partial(_flat, d_shared=128),
+        "moe relu2": partial(_flat, activation="relu2"),
+        "2x64 expert lr x2": partial(_heads, optim={"expert_lr_scale": 2.0}),
+        "2x64 W_out x2": partial(_heads, edit=partial(scale, "ffn.w_out.weight", 2.0)),
+        "2x64 W_in x2": partial(_heads, edit=partial(scale, "ffn.w_in.weight", 2.0)),
+        "2x64 router init x0.1": partial(_heads, edit=partial(scale, "router.w_HEL", 0.1)),
+        "2x64 gate scale 3": partial(_heads, router=RouterConfig(reads="token", scale=3.0)),
     }
+    return {name: partial(change, name) for name, change in changes.items()}
 
 
 def main() -> None:
@@ -111,37 +111,44 @@ def main() -> None:
     )
     add_options(parser)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--batch", type=int, default=32, help="windows of 128 bytes per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], help="names of runs")
+    parser.add_argument("--dir", default="runs/levers", help="folder of the runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    text = StreamText(data_config(args, seq_len=128, batch_size=args.batch), seed=args.seed)
-    rows = load_rows("levers") if args.save else []
-    wanted = {name: lever for name, lever in levers().items() if not args.only or name in args.only}
-    for name, lever in wanted.items():
-        key = {"name": name, "steps": args.steps, "batch": args.batch, "seed": args.seed}
-        if any(all(row[k] == v for k, v in key.items()) for row in rows):
-            continue
-        model = equal_shape(vocab_size=text.vocab_size, **lever.shape)
-        config = Config(model=model, optim=replace(OPTIM, **lever.optim))
-        curve = trainer(config, text, seed=args.seed, rescale=lever.rescale).advance(
-            Budget(args.steps)
+    known = levers()
+    if unknown := sorted(set(args.only) - set(known)):
+        raise UsageError(f"--only {unknown[0]!r} is no lever; use one of {', '.join(known)}")
+    arms = [
+        make() for name, make in known.items() if not args.only or name in (BASELINE, *args.only)
+    ]
+    if args.data:
+        arms = [dataclasses.replace(a, config=_reading(a.config, args.data)) for a in arms]
+    rows = []
+    planned = Experiment(tuple(arms), (args.seed,), Budget(steps=args.steps), BASELINE).plan()
+    for arm in planned:
+        result = execute(arm.run(args.seed), Path(args.dir))
+        total, active = parameters(arm.config.model)
+        rows.append(
+            {
+                "name": arm.name,
+                "steps": result["steps"],
+                "batch": arm.config.data.batch_size,
+                "seed": args.seed,
+                "bits_per_byte": result["bits_per_byte"],
+                "cpu_seconds": result["cpu_seconds"],
+                "total": total,
+                "active": active,
+                "n_experts": arm.config.model.moe.n_experts,
+                "d_expert": arm.config.model.moe.d_expert,
+            }
         )
-        total, active = parameters(model)
-        row = key | {
-            "bits_per_byte": curve[-1].nats / math.log(2),
-            "cpu_seconds": curve[-1].cpu_seconds,
-            "total": total,
-            "active": active,
-            "n_experts": model.moe.n_experts,
-            "d_expert": model.moe.d_expert,
-        }
-        rows.append(row)
-        if args.save:
-            merge_row("levers", row, tuple(key))
-        print_rows([row])
+        print_rows(rows[-1:])
     report("levers", rows, [], args)
+
+
+def _reading(config: Config, source: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=(source,)))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,34 @@ learned positions, LayerNorm without bias, causal attention, GELU of width 4·D,
 """
 
 import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.config import OptimConfig, UsageError
 from headway.model.linear import Embedding
 from headway.model.roles import Group, Role
+from headway.optim.groups import build_optimizers, clip_factor
+from headway.optim.schedule import lr_factor
+from headway.parallel.reduce import total_norm
+
+RECIPE = OptimConfig(
+    lr=1e-3,
+    beta2=0.99,
+    schedule="cosine",
+    warmup=0.05,
+    min_lr_ratio=0.1,
+    weight_decay=0.1,
+    clip=1.0,
+)
+SHAPE = (12, 64)
+"""Windows of a step, and their length."""
+EVALUATIONS = 5
 
 
 class Linear(nn.Linear):
@@ -89,3 +110,85 @@ class NanoGPT(nn.Module):
             x = layer(x)
         logits = F.linear(self.norm(x), self.embed.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten(), reduction="sum")
+
+
+class Characters:
+    """A text file as characters, as nanoGPT's shakespeare_char: the first 90% train, random
+    windows.
+
+    Validation is the rest, in windows of `seq_len`.
+    """
+
+    def __init__(self, path: str | Path, batch_size: int, seq_len: int, seed: int = 0):
+        path = Path(path)
+        if not path.is_file():
+            raise UsageError(
+                f"--data {str(path)!r} is no file; give a text, for instance tinyshakespeare.txt"
+            )
+        text = path.read_text("utf-8")
+        characters = sorted(set(text))
+        number = {c: i for i, c in enumerate(characters)}
+        ids = torch.tensor([number[c] for c in text], dtype=torch.int64)
+        cut = int(len(ids) * 0.9)
+        self.vocab_size = len(characters)
+        self._train, self._rest = ids[:cut], ids[cut:]
+        self._shape, self._seed = (batch_size, seq_len), seed
+        n = (len(self._rest) - 1) // seq_len
+        if n < 1 or len(self._train) <= seq_len:
+            raise UsageError(
+                f"{str(path)!r} has {len(ids)} characters, too few for windows of {seq_len}"
+            )
+        x, y = (self._rest[i : i + n * seq_len].view(n, seq_len) for i in (0, 1))
+        rows = max(1, 2048 // seq_len)
+        self._val = list(zip(x.split(rows), y.split(rows), strict=True))
+
+    def train(self, step: int) -> tuple[Tensor, Tensor]:
+        B, S = self._shape
+        rng = np.random.default_rng((self._seed, step))
+        start = torch.from_numpy(rng.integers(0, len(self._train) - S, size=B))
+        window = self._train[start.unsqueeze(1) + torch.arange(S + 1)]
+        return window[:, :-1], window[:, 1:]
+
+    def val(self) -> list[tuple[Tensor, Tensor]]:
+        return self._val
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation."""
+
+    step: int
+    cpu_seconds: float
+    """Of training; evaluation is left out."""
+    wall_seconds: float
+    nats: float
+    """Validation loss per character."""
+
+
+def train(path: str, seed: int, steps: int, width: int = 128) -> list[Point]:
+    """Train the recipe for `steps` steps and return its learning curve."""
+    text = Characters(path, *SHAPE, seed=seed)
+    model = NanoGPT(text.vocab_size, seq_len=SHAPE[1], width=width, seed=seed)
+    optim = OptimConfig(**{**vars(RECIPE), "steps": steps})
+    optimizers = build_optimizers(model, optim, newton_schulz_dtype=torch.float32)
+    cpu = wall = 0.0
+    curve: list[Point] = []
+    for step in range(steps):
+        tokens_BS, targets_BS = text.train(step)
+        c0, w0 = time.process_time(), time.perf_counter()
+        optimizers.set_lr(lr_factor(step, optim))
+        (model(tokens_BS, targets_BS) / targets_BS.numel()).backward()
+        norm = total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        optimizers.step(clip_factor(float(norm), optim.clip))
+        optimizers.zero_grad()
+        cpu, wall = cpu + time.process_time() - c0, wall + time.perf_counter() - w0
+        if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
+            curve.append(Point(step + 1, cpu, wall, evaluate(model, text)))
+    return curve
+
+
+@torch.no_grad()
+def evaluate(model: NanoGPT, text: Characters) -> float:
+    """Return the nats per character of the validation text."""
+    nats = sum(float(model(x, y)) for x, y in text.val())
+    return nats / sum(y.numel() for _, y in text.val())

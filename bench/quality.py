@@ -1,101 +1,84 @@
-"""Dense, flat MoE, LatentMoE-acc and Multi-Head LatentMoE on one text, at equal active FLOPs and at
-equal time.
+"""Dense, flat MoE, LatentMoE-acc and Multi-Head LatentMoE on one text, at equal executed FLOPs and
+at equal CPU time.
 
     python bench/quality.py [--data PATH] [--minutes 4] [--steps 400] [--seeds 3] [--only NAME ...]
-    [--quick]
+    [--dir DIR] [--quick]
                             [--json] [--save]
 
-Width 128, 4 layers, windows of 128 bytes, 4,096 tokens per step, Muon, in this CPU's best dtype. At
-this batch every model learns more per second than at 768 or 2,048 tokens, where Newton–Schulz,
-whose cost does not depend on the batch, takes most of a step. All models have the same active
-parameters per token within 3%, hence the same FLOPs per token; the sparse ones also have the same
-total within one expert per layer (5%).
-`equal FLOPs`: the same number of steps. `equal time`: the same CPU seconds of training with one
-thread.
-Both come from one trunk: the rate is constant after the warm-up (the `wsd` schedule), so a run may
-branch off at any point, and from there let the rate fall over the last part of its own budget
-exactly as if it had been alone. Seeds change the initial weights and the order of the data.
-Intervals are 95%, Student's t over seeds; differences to the dense and to the flat model are paired
-by seed. With --save each finished run is kept, and not repeated later.
+Width 128, 4 layers, windows of 128 bytes, 4,096 tokens per step, Muon, in this CPU's best dtype:
+the recipes dense, moe, latent and multi_head_latent. Sparse models have the FLOPs per token and the
+total parameters of the flat MoE within 1%, the dense one its FLOPs (`headway.lab`). `equal FLOPs`:
+as many executed FLOPs of training as the flat MoE in --steps steps. `equal time`: as many CPU
+seconds with one thread, at calibrated step times. Seeds change the initial weights and the order of
+the data. Validation is the whole split. Intervals are 95%, Student's t over seeds; differences to
+the dense and to the flat model are paired by seed. Runs are kept in DIR and never done twice. The
+rows of docs/numbers/quality.json were measured before, by a loop that read 24 batches.
 """
 
 import argparse
+import dataclasses
 import math
 import statistics
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
-from bench.learn import Budget, Point, trainer
-from bench.shapes import equal_shape, parameters
-from bench.texts import StreamText
-from headway.config import Config, ModelConfig, OptimConfig, RouterConfig, UsageError
+from headway import recipes
+from headway.config import Config, ModelConfig, UsageError
+from headway.lab.compare import compare
+from headway.lab.experiment import Arm, Experiment
+from headway.lab.match import Quantity, match, measure
+from headway.lab.runs import read_result
+from headway.plan.cost import model_costs
+from headway.plan.cost import total as sum_of
+from headway.plan.describe import with_vocab
+from headway.report.sinks import read_metrics
+from headway.train.budget import Budget
 
-OPTIM = OptimConfig(
-    name="muon", lr=3e-3, muon_lr=0.02, beta2=0.99, warmup=0.05, decay=0.4, weight_decay=0.1
-)
-TOP_K = 8
-"""Many narrow experts: better than 4 of twice the width at every head width, and cheaper for Muon,
-since Newton–Schulz costs the square of a matrix's narrow side."""
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantile of Student's t by degrees of freedom."""
+BASELINE = "moe"
 
 
-def models(vocab_size: int, small: bool = False) -> dict[str, ModelConfig]:
-    """What is compared, by name."""
-    token = RouterConfig(reads="token")
-    size = (
-        {"vocab_size": vocab_size, "d_model": 32, "n_layers": 1, "n_heads": 2}
-        if small
-        else {"vocab_size": vocab_size}
-    )
-    # F is a multiple of 16, which fills the vectors of the kernels, where sizes stay within 3%
-    widths = {8: 2, 16: 2, 32: 2} if small else {32: 2, 64: 16, 128: 2}
-    heads = {
-        f"multi-head latent L={L}": equal_shape(
-            "multi_head_latent", head_width=L, top_k=TOP_K, multiple=multiple, router=token, **size
-        )
-        for L, multiple in widths.items()
-    }
-    return {
-        "dense": equal_shape("dense", **size),
-        "moe": equal_shape("moe", top_k=TOP_K, **size),
+def parameters(model: ModelConfig) -> tuple[int, int]:
+    """(total, active per token) parameters without the embedding, which multiplies nothing."""
+    table = 0 if model.tied else model.vocab_size * model.d_model
+    costs = model_costs(Config(model=model), 1)
+    return int(sum_of(costs.parameters)) - table, int(sum_of(costs.active)) - table
+
+
+def arms(data: dict, quick: bool = False) -> tuple[Arm, ...]:
+    """What is compared; `data` are changes of the recipes' data section."""
+
+    def recipe(name: str, **moe) -> Config:
+        config = with_vocab(recipes.load(name))
+        model = config.model
+        if quick:
+            model = dataclasses.replace(model, d_model=32, n_layers=1, n_heads=2)
+            moe = {**moe, "d_latent": 16} if name == "latent" else moe
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **moe))
+        section = dataclasses.replace(config.data, **data)
+        return dataclasses.replace(config, model=model, data=section)
+
+    flat = recipe("moe")
+    both: tuple[Quantity, ...] = ("active-flops", "total-parameters")
+    targets: dict[Quantity, float] = {q: measure(flat, q) for q in both}
+
+    def sized(name: str, **moe) -> Config:
+        wanted = {q: targets[q] for q in (both[:1] if name == "dense" else both)}
+        return match(recipe(name, **moe), wanted).config
+
+    heads = {f"multi-head latent L={(32 if quick else 128) // h}": h for h in (4, 2, 1)}
+    return (
+        Arm("dense", sized("dense")),
+        Arm(BASELINE, flat),
         # K' = αK − 1 with α = 2 and K = 4: one expert per token pays for the projections
-        "latent-acc": equal_shape(
-            "latent",
-            head_width=list(widths)[1],
-            top_k=7,
-            multiple=2 if small else 16,
-            router=token,
-            **size,
-        ),
-        **heads,
-    }
-
-
-def branches(
-    config: Config, text: StreamText, seed: int, budgets: dict[str, Budget], warmup: int
-) -> dict[str, list[Point]]:
-    """Train one trunk, and branch off it for each budget; the evaluations by budget."""
-    trunk = trainer(config, text, seed=seed)
-    left, curves = dict(budgets), {}
-
-    def ready() -> list[str]:
-        return [
-            name
-            for name, b in left.items()
-            if b.used(trunk.step, trunk.cpu) >= 1 - config.optim.decay
-        ]
-
-    while left:
-        trunk.hold(warmup, until=lambda: bool(ready()))
-        for name in ready():
-            curves[name] = trunk.fork().advance(left.pop(name), evaluations=5)
-    return curves
+        Arm("latent-acc", sized("latent", top_k=7)),
+        *(Arm(name, sized("multi_head_latent", n_heads=h)) for name, h in heads.items()),
+    )
 
 
 def main() -> None:
@@ -108,7 +91,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=400, help="steps of the equal-FLOPs runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=[], help="names of models")
+    parser.add_argument("--only", nargs="*", default=[], help="names of models, beside moe")
+    parser.add_argument("--dir", default="runs/quality", help="folder of the runs")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -118,76 +102,54 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.quick:
         args.steps, args.minutes = min(args.steps, 10), min(args.minutes, 0.005)
+    data: dict = {"seq_len": 32, "batch_size": 16} if args.quick else {}
+    known = arms({**data, **({"source": (args.data,)} if args.data else {})}, args.quick)
+    names = [arm.name for arm in known]
+    if unknown := sorted(set(args.only) - set(names)):
+        raise UsageError(
+            f"--only {unknown[0]!r} is no model of this bench; use one of {', '.join(names)}"
+        )
+    chosen = tuple(a for a in known if not args.only or a.name in (BASELINE, *args.only))
     budgets = {
         "equal FLOPs": Budget(steps=args.steps),
         "equal time": Budget(cpu_seconds=60 * args.minutes),
     }
-    shape = {"seq_len": 32, "batch_size": 2} if args.quick else {"seq_len": 128, "batch_size": 32}
-    saved = common.load_rows("quality") if args.save else []
-    rows = _same_budget(saved, args)
-    done = {(row["model"], row["seed"]) for row in rows}
-    for seed in range(args.seeds):
-        text = StreamText(
-            common.data_config(args, **shape), seed=seed, val_batches=4 if args.quick else 24
-        )
-        known = models(text.vocab_size, args.quick)
-        if unknown := sorted(set(args.only) - set(known)):
-            raise UsageError(
-                f"--only {unknown[0]!r} is no model of this bench; use one of {', '.join(known)}"
-            )
-        for name, model in known.items():
-            if (name, seed) in done or (args.only and name not in args.only):
-                continue
-            made = branches(
-                Config(model=model, optim=OPTIM), text, seed, budgets, max(1, args.steps // 20)
-            )
-            for budget, curve in made.items():
-                row = _row(name, model, budget, seed, curve, args)
-                rows.append(row)
-                if args.save:
-                    common.merge_row(
-                        "quality",
-                        row,
-                        ("model", "budget", "seed", "steps_budget", "minutes_budget"),
-                    )
-                common.print_rows([{k: v for k, v in row.items() if k != "curve"}])
-    if args.save:  # another process may have added runs meanwhile
-        rows = _same_budget(common.load_rows("quality"), args)
+    rows = []
+    for name, budget in budgets.items():
+        experiment = Experiment(chosen, tuple(range(args.seeds)), budget, BASELINE)
+        comparison = compare(experiment, Path(args.dir))
+        models = {arm.name: arm.config.model for arm in comparison.arms}
+        for row in comparison.rows:
+            folder = Path(args.dir) / "runs" / row["config_hash"]
+            rows.append(_row(row, name, models[row["arm"]], folder, args))
     print(table(rows))
     common.report("quality", rows, targets(rows), args)
 
 
-def _same_budget(rows: list[dict], args: argparse.Namespace) -> list[dict]:
-    wanted = (args.steps, args.minutes)
-    return [row for row in rows if (row["steps_budget"], row["minutes_budget"]) == wanted]
-
-
-def _row(
-    name: str,
-    model: ModelConfig,
-    budget: str,
-    seed: int,
-    curve: list[Point],
-    args: argparse.Namespace,
-) -> dict:
+def _row(row: dict, budget: str, model: ModelConfig, folder: Path, args) -> dict:
     total, active = parameters(model)
-    last = curve[-1]
+    result = read_result(folder) or {}
+    records = read_metrics(folder / "metrics.jsonl")
     return {
-        "model": name,
+        "model": row["arm"],
         "budget": budget,
-        "seed": seed,
+        "seed": row["seed"],
         "steps_budget": args.steps,
         "minutes_budget": args.minutes,
-        "bits_per_byte": last.nats / math.log(2),
-        "steps": last.step,
-        "cpu_seconds": last.cpu_seconds,
-        "wall_seconds": last.wall_seconds,
+        "bits_per_byte": row["bits_per_byte"],
+        "steps": result["steps"],
+        "cpu_seconds": row["cpu_seconds"],
+        "wall_seconds": result["seconds"],
         "total": total,
         "active": active,
         "n_experts": model.moe.n_experts,
         "top_k": model.moe.top_k,
         "d_expert": model.moe.d_expert,
-        "curve": [asdict(point) for point in curve],
+        "curve": [
+            {"step": r["step"], "bits_per_byte": r["val_bits_per_byte"]}
+            for r in records
+            if "val_bits_per_byte" in r
+        ],
     }
 
 

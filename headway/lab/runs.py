@@ -9,6 +9,7 @@ A folder with a result.json is finished and is never touched again. One without 
 its newest checkpoint, or started over. Checkpoints are deleted at the end."""
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,17 @@ def config_hash(config: Config, edit: Edit | None = None) -> str:
     """Return the hash of a resolved config and of the source of its edit, 16 hexadecimal digits."""
     values = {k: v for k, v in leaves(config.to_dict()).items() if k not in ELSEWHERE}
     if edit is not None:
-        values["edit"] = inspect.getsource(edit)
+        values["edit"] = _source(edit)
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source(edit: Callable[..., Any]) -> list[str]:
+    """Return the source of a function, and the values that it is bound to."""
+    if isinstance(edit, functools.partial):
+        return [*_source(edit.func), repr(edit.args), repr(sorted(edit.keywords.items()))]
+    bound = inspect.getclosurevars(edit).nonlocals
+    return [inspect.getsource(edit), repr(sorted(bound.items()))]
 
 
 @dataclass(frozen=True)

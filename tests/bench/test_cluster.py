@@ -34,7 +34,7 @@ from bench.cluster_report import (
     with_efficiency,
 )
 from bench.common import ROOT
-from bench.shapes import parameters
+from bench.quality import parameters
 from headway.config import MeshConfig
 
 WHY_NOT = hosts.why_not()

@@ -1,6 +1,7 @@
 """Plans of experiments: what is equal in all arms, and configs that name their runs."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -75,6 +76,19 @@ def test_a_run_is_named_by_what_changes_its_numbers(config):
     for path, value in (("run.seed", 3), ("optim.lr", 1.0), ("model.moe.top_k", 1)):
         assert config_hash(with_leaf(config, path, value)) != key
     assert len({key, config_hash(config, double_head), config_hash(config, halve_head)}) == 3
+
+
+def scaled(factor, model):
+    model.head.weight.mul_(factor)
+
+
+def test_the_values_that_an_edit_is_bound_to_name_the_run(config):
+    def closure(factor):
+        return lambda model: model.head.weight.mul_(factor)
+
+    edits = [partial(scaled, 2.0), partial(scaled, 3.0), closure(2.0), closure(3.0)]
+    assert len({config_hash(config, edit) for edit in edits}) == 4
+    assert config_hash(config, partial(scaled, 2.0)) == config_hash(config, edits[0])
 
 
 def test_seeds_change_the_batches_and_arms_do_not(config):

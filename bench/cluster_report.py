@@ -11,7 +11,7 @@ import statistics
 
 from bench import common
 from bench.cluster_host import Size
-from bench.shapes import parameters
+from bench.common import parameters
 from headway.config import MeshConfig, ModelConfig
 from headway.plan.traffic import TokenExchange, traffic_per_token
 

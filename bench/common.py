@@ -38,6 +38,18 @@ def data_config(args: argparse.Namespace, *, seq_len: int, batch_size: int):
     return DataConfig(source=source, seq_len=seq_len, batch_size=batch_size)
 
 
+def parameters(model) -> tuple[int, int]:
+    """(total, active per token) parameters of a `ModelConfig`, without the embedding, which
+    multiplies nothing.
+    """
+    from headway.config import Config
+    from headway.plan.cost import model_costs, total
+
+    table = 0 if model.tied else model.vocab_size * model.d_model
+    costs = model_costs(Config(model=model), 1)
+    return int(total(costs.parameters)) - table, int(total(costs.active)) - table
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a bench's main; a user's mistake costs one line and exit code 2."""
     from headway.config import UsageError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import gpu_measure
-from bench.shapes import parameters
+from bench.common import parameters
 from headway.config import ModelConfig, MoEConfig, OptimConfig
 from headway.model.balance import balance_loss
 from headway.model.compute import Compute

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.common import add_options, print_rows, report, run
-from bench.quality import parameters
+from bench.common import add_options, parameters, print_rows, report, run
 from headway import recipes
 from headway.config import BalanceConfig, Config, RouterConfig, UsageError
 from headway.lab.experiment import Arm, Experiment

@@ -32,8 +32,6 @@ from headway.lab.compare import compare
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.match import Quantity, match, measure
 from headway.lab.runs import read_result
-from headway.plan.cost import model_costs
-from headway.plan.cost import total as sum_of
 from headway.plan.describe import with_vocab
 from headway.report.sinks import read_metrics
 from headway.train.budget import Budget
@@ -41,13 +39,6 @@ from headway.train.budget import Budget
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantile of Student's t by degrees of freedom."""
 BASELINE = "moe"
-
-
-def parameters(model: ModelConfig) -> tuple[int, int]:
-    """(total, active per token) parameters without the embedding, which multiplies nothing."""
-    table = 0 if model.tied else model.vocab_size * model.d_model
-    costs = model_costs(Config(model=model), 1)
-    return int(sum_of(costs.parameters)) - table, int(sum_of(costs.active)) - table
 
 
 def arms(data: dict, quick: bool = False) -> tuple[Arm, ...]:
@@ -127,7 +118,7 @@ def main() -> None:
 
 
 def _row(row: dict, budget: str, model: ModelConfig, folder: Path, args) -> dict:
-    total, active = parameters(model)
+    total, active = common.parameters(model)
     result = read_result(folder) or {}
     records = read_metrics(folder / "metrics.jsonl")
     return {

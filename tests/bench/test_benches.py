@@ -17,7 +17,7 @@ from bench import (
     serve_text,
     shakespeare,
 )
-from bench.common import ROOT, interleaved, target
+from bench.common import ROOT, interleaved, parameters, target
 from bench.worker import Worker
 from headway.kernels.cpp import cpp_kernels
 
@@ -69,9 +69,9 @@ def test_shakespeare(path, capsys, monkeypatch):
 
 def test_models_of_quality_have_equal_sizes():
     arms = {arm.name: arm.config.model for arm in quality.arms({})}
-    active = [quality.parameters(model)[1] for model in arms.values()]
+    active = [parameters(model)[1] for model in arms.values()]
     assert max(active) / min(active) < 1.03
-    total = [quality.parameters(model)[0] for name, model in arms.items() if name != "dense"]
+    total = [parameters(model)[0] for name, model in arms.items() if name != "dense"]
     assert max(total) / min(total) < 1.03
 
 

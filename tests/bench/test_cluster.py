@@ -33,8 +33,7 @@ from bench.cluster_report import (
     targets,
     with_efficiency,
 )
-from bench.common import ROOT
-from bench.quality import parameters
+from bench.common import ROOT, parameters
 from headway.config import MeshConfig
 
 WHY_NOT = hosts.why_not()

@@ -238,7 +238,9 @@ class Record:
 
     @property
     def words(self) -> str:
-        return f"an object with {', '.join(self.fields)}"
+        needed = [name for name, field in self.fields.items() if field.needed]
+        names = needed or list(self.fields)[:8]
+        return f"an object with {', '.join(names)}{' …' * (len(names) < len(self.fields))}"
 
     @property
     def schema(self) -> dict[str, Json]:

@@ -216,9 +216,8 @@ def test_while_it_drains_new_requests_are_refused_and_a_second_sigint_ends_it(st
     server = start("--drain", 60)
     other = httpx.Client(base_url=server.url)
     assert other.get("/health").status_code == 200
-    with httpx.stream(
-        "POST", f"{server.url}/v1/completions", json={**LONG, "n": 60, "stream": True}, timeout=60
-    ) as reply:
+    many = {**LONG, "prompt": ["def"] * 5, "n": 60, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=many, timeout=60) as reply:
         next(reply.iter_lines())
         server.process.send_signal(signal.SIGINT)
         until(lambda: other.get("/health").status_code == 503)

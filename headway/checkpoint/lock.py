@@ -27,6 +27,10 @@ EXPIRY = 60.0
 """Seconds without a heartbeat after which a holder on another machine counts as gone."""
 
 
+class InUseError(UsageError):
+    """A living process holds the lock."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a lock."""
@@ -50,16 +54,18 @@ class Holder:
 
 
 class Lock:
-    """Context that releases the lock of `run_dir` at its end if `acquire` was called."""
+    """Context that releases the lock of `run_dir` at its end if `acquire` was called. Another
+    `name` is another lock of the same folder."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "lock.json"
+    def __init__(self, run_dir: Path, name: str = "lock.json") -> None:
+        self.path = run_dir / name
         self._mine = Holder.of(os.getpid())
         self._acquired, self._ended, self._new_holder = False, threading.Event(), ""
 
     def acquire(self, log: Callable[[str], None]) -> None:
         """Acquire the lock. That of a process that is gone is taken over, which `log` tells. Raises
-        UsageError where another process trains in the folder or it cannot be written."""
+        InUseError where another process trains in the folder, UsageError where it cannot be
+        written."""
         try:
             while not self._create(self.path) and not self._take_over(log):
                 time.sleep(0.01)
@@ -92,7 +98,7 @@ class Lock:
 
     def _take_over(self, log: Callable[[str], None]) -> bool:
         """Take over the lock of a holder that is gone. Return False where the lock has changed
-        meanwhile. Raise UsageError where the holder is alive."""
+        meanwhile. Raise InUseError where the holder is alive."""
         holder, silence = _read(self.path), _age(self.path)
         if silence is None:  # released
             return False
@@ -108,7 +114,7 @@ class Lock:
             time.sleep(EXPIRY / 6)
             return False
         if alive:
-            raise UsageError(
+            raise InUseError(
                 f"{self.path.parent} is in use: {alive} trains in it; wait for its end, or choose "
                 "another --run"
             )

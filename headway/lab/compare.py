@@ -1,8 +1,10 @@
 """A comparison: the runs of an experiment, and the paired differences to its baseline."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from headway.checkpoint.lock import InUseError
 from headway.config import UsageError
 from headway.lab.experiment import Experiment, PlannedArm
 from headway.lab.runs import Run, documents, execute, read_result
@@ -114,22 +117,43 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Return the results of all runs, in order."""
     names = [f"{arm.name}, seed {seed}" for arm, seed in order]
-    open_ = [i for i, run in enumerate(runs) if read_result(root / "runs" / run.key) is None]
-    if len(open_) < len(runs):
-        log(f"{len(runs) - len(open_)} of {len(runs)} runs are in {root}/runs already")
-    if workers > 1 and len(open_) > 1:
-        # spawned: a forked child would share the threads of OpenMP
-        with ProcessPoolExecutor(min(workers, len(open_)), get_context("spawn")) as pool:
-            list(pool.map(execute, [runs[i] for i in open_], [root] * len(open_)))
-    results = []
-    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-        result = execute(run, root)
-        results.append(result)
-        if i in open_:
-            bits = result["bits_per_byte"]
-            what = f"{bits:.4f} bits/byte" if bits is not None else f"diverged: {result['error']}"
-            log(f"{name}: {what}, {result['cpu_seconds']:.1f} CPU s")
-    return results
+    finished = {run.key: read_result(root / "runs" / run.key) for run in runs}
+    results = {key: result for key, result in finished.items() if result is not None}
+    if results:
+        log(f"{len(results)} of {len(runs)} runs are in {root}/runs already")
+    open_ = {run.key: (run, name) for run, name in zip(runs, names, strict=True)}
+    open_ = {key: item for key, item in open_.items() if key not in results}
+    # spawned: a forked child would share the threads of OpenMP
+    spawn = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn) if workers > 1 and len(open_) > 1 else nullcontext()
+    with pool as processes:
+        each = processes.map if processes else map
+        while open_:
+            before = len(open_)
+            waiting = list(open_.items())
+            tried = each(_attempt, [run for _, (run, _) in waiting], [root] * before)
+            for (key, (_, name)), result in zip(waiting, tried, strict=True):
+                if result is not None:
+                    results[key] = result
+                    del open_[key]
+                    log(_done(name, result))
+            if len(open_) == before:  # others train all that is left
+                time.sleep(1)
+    return [results[run.key] for run in runs]
+
+
+def _attempt(run: Run, root: Path) -> dict[str, Any] | None:
+    """Return the result of a run; None where another process trains it."""
+    try:
+        return execute(run, root)
+    except InUseError:
+        return None
+
+
+def _done(name: str, result: Mapping[str, Any]) -> str:
+    bits = result["bits_per_byte"]
+    what = f"{bits:.4f} bits/byte" if bits is not None else f"diverged: {result['error']}"
+    return f"{name}: {what}, {result['cpu_seconds']:.1f} CPU s"
 
 
 def _differences(comparison: Comparison) -> list[dict[str, Any]]:

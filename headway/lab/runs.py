@@ -3,10 +3,13 @@
     DIR/runs/HASH/run.json, metrics.jsonl     as of `headway train`
     DIR/runs/HASH/documents.npz               the loss of each validation document at its end
     DIR/runs/HASH/attempts                    a line each time that it was started
+    DIR/runs/HASH/lease                       who trains it, with a heartbeat
     DIR/runs/HASH/result.json                 what it gave; renamed into place at the very end
 
 A folder with a result.json is finished and is never touched again. One without is continued from
-its newest checkpoint, or started over. Checkpoints are deleted at the end."""
+its newest checkpoint, or started over, by whoever creates its lease; that of a process that is gone
+is taken over (`checkpoint.lock`). So several processes share the runs of a folder. Checkpoints are
+deleted at the end."""
 
 import dataclasses
 import functools
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headway.checkpoint.lock import Lock
 from headway.config import Config, RunError, UsageError, cannot_write, leaves
 from headway.data.shards import prepare
 from headway.data.stream import Stream
@@ -88,11 +92,23 @@ def execute(
     Returns: `config`, `config_hash`, `bits_per_byte` and `val_loss` (None where the run diverged),
         `error`, `attempts`, `steps`, `tokens`, `train_flops`, `cpu_seconds`, `seconds`,
         `tokens_per_second`, `batches_sha256`, `validation` (the fingerprint of its text).
-    Raises: KeyboardInterrupt where it was interrupted; it is saved. UsageError for a folder that
-        cannot be written."""
+    Raises: KeyboardInterrupt where it was interrupted; it is saved. InUseError where another
+        process trains it, UsageError for a folder that cannot be written."""
     folder = root / "runs" / run.key
     if (result := read_result(folder)) is not None:
         return result
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    with Lock(folder, "lease") as lease:
+        lease.acquire(log)
+        # another process may have finished it meanwhile
+        return read_result(folder) or _train(run, folder, log, interrupt)
+
+
+def _train(run: Run, folder: Path, log: Log, interrupt: Interrupt | None) -> dict[str, Any]:
+    """Train a run to its end and write its result."""
     config = dataclasses.replace(
         run.config, run=dataclasses.replace(run.config.run, dir=str(folder), keep_checkpoints=1)
     )
@@ -161,7 +177,6 @@ def documents(root: Path, key: str) -> DocumentLosses:
 def _count_attempt(folder: Path) -> int:
     """Note that the run is started, and return how often it has been."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "attempts").open("a", encoding="utf-8") as file:
             file.write(f"{socket.gethostname()} {os.getpid()}\n")
         return len((folder / "attempts").read_text("utf-8").splitlines())

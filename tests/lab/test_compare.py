@@ -3,11 +3,15 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from headway.lab.runs import documents
+from headway.checkpoint.lock import Holder, InUseError, Lock
+from headway.config import Config, from_dict
+from headway.lab.runs import Run, documents, execute
 from headway.lab.statistics import paired
 from tests.command import call, mistake, write_recipe
 
@@ -104,6 +108,58 @@ def test_runs_are_done_once_and_damaged_ones_again(place, done):
     assert [r["attempts"] for r in again.json["rows"] if r["config_hash"] == folders[0].name] == [2]
     changed = [f for f in folders if (f / "result.json").stat().st_mtime_ns != times[f]]
     assert changed == [folders[0]]
+
+
+def test_two_calls_at_once_share_the_runs(place, done):
+    """Each run is trained by one of them, and gets the same bits as in a call alone."""
+    command = [
+        sys.executable,
+        "-m",
+        "headway",
+        "compare",
+        FLAT,
+        "heads=tiny.py:tiny",
+        DENSE,
+        *OPTIONS,
+        "--json",
+    ]
+    command[command.index("cmp")] = "shared"
+    calls = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, text=True)
+        for c in (command, [*command, "--workers", "2"])
+    ]
+    outputs = [json.loads(call.communicate()[0].strip().splitlines()[-1]) for call in calls]
+    first = {r["config_hash"]: r["bits_per_byte"] for r in done.json["rows"]}
+    for output in outputs:
+        assert {r["config_hash"]: r["bits_per_byte"] for r in output["rows"]} == first
+        assert {r["attempts"] for r in output["rows"]} == {1}
+    assert not list((place / "shared").glob("runs/*/lease"))
+
+
+def test_a_run_that_was_killed_is_taken_over(place, done):
+    """By the process table: the lease of a process that is gone holds nobody up."""
+    key = done.json["rows"][0]["config_hash"]
+    folder = place / "cmp" / "runs" / key
+    (folder / "result.json").unlink()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        Lock(folder, "lease")._create(folder / "lease")
+        held = json.loads((folder / "lease").read_text())
+        (folder / "lease").write_text(json.dumps({**held, **vars(Holder.of(process.pid))}))
+        with pytest.raises(InUseError, match="is in use"):
+            execute(planned_run(place, done), place / "cmp")
+        process.communicate(b"\n")
+    result = execute(planned_run(place, done), place / "cmp")
+    assert result["bits_per_byte"] == done.json["rows"][0]["bits_per_byte"]
+    assert not (folder / "lease").exists()
+
+
+def planned_run(place, done):
+    key = done.json["rows"][0]["config_hash"]
+    config = json.loads((place / "cmp" / "runs" / key / "run.json").read_text())["config"]
+    config["run"] |= {"keep_checkpoints": 2, "dir": ""}
+    run = Run(from_dict(Config, config))
+    assert run.key == key
+    return run
 
 
 def test_one_seed_has_no_interval(done):

@@ -68,8 +68,8 @@ class BlockPool:
         """Return how many pages nobody holds."""
         return len(self._free)
 
-    def knows(self, key: bytes) -> bool:
-        """Return whether a page has this key."""
+    def __contains__(self, key: bytes) -> bool:
+        """Return whether a page is known by this key."""
         return key in self._page_of
 
     def match(self, keys: Sequence[bytes]) -> Table:
@@ -130,13 +130,10 @@ class BlockPool:
 def n_reusable(pools: Iterable[BlockPool], keys: Sequence[bytes]) -> int:
     """Return the length of the longest prefix of `keys` of which every pool knows the pages that
     the token after it sees."""
-    longest, pools = 0, list(pools)
-    runs = [0] * len(pools)
-    for i, key in enumerate(keys, start=1):
-        runs = [n + 1 if p.knows(key) else 0 for n, p in zip(runs, pools, strict=True)]
-        if all(n >= min(i, p.reach) for n, p in zip(runs, pools, strict=True)):
-            longest = i
-    return longest
+    n, pools = len(keys), list(pools)
+    while lacks := [i for p in pools for i in range(max(n - p.reach, 0), n) if keys[i] not in p]:
+        n = min(lacks)  # with more pages, this one is seen
+    return n
 
 
 def pool_sizes(windows: Iterable[int], n_pages: int, config: EngineConfig) -> dict[int, int]:

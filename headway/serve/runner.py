@@ -115,7 +115,6 @@ class Runner:
 
     recovers = True
     """Whether further passes can follow one that failed; on a mesh the ranks may differ."""
-
     idle_after: float | None = None
     """Seconds without a pass after which `idle` is due; None: never."""
 

@@ -128,6 +128,9 @@ class Scheduler:
             return False
         keys = sequence.keys(sequence.n_without_logits)
         keys = keys[: n_reusable(self.pools.values(), keys)]
+        n_more = -(-len(sequence.tokens) // PAGE) - len(keys)
+        if 0 in self.pools and n_more > self.pools[0].n_free:
+            return False  # in every step again: as soon as that is known
         sequence.tables = {window: pool.match(keys) for window, pool in self.pools.items()}
         sequence.n_computed = PAGE * len(keys)
         if not self._allocate(sequence, min(sequence.n_new, budget)):

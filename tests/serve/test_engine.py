@@ -13,6 +13,7 @@ from headway.config import EngineConfig, UsageError
 from headway.data.tokenizer import ByteTokenizer
 from headway.model.context import Context
 from headway.model.paged import PAGE
+from headway.serve.blocks import page_keys
 from headway.serve.params import SamplingParams
 from headway.serve.routes import joined_routes
 from headway.serve.scheduler import MAX_CHUNK_BESIDE
@@ -87,6 +88,28 @@ def test_arrival_chunks_and_cache_change_nothing(model, engine, arrivals, chunk,
         assert engine().generate([texts[i]], params)[0][0].tokens == sampled
     assert len(tokens) == len(order)
     assert inference.scheduler.n_held == 0
+
+
+def test_a_prompt_that_waits_is_hashed_once(engine, monkeypatch):
+    hashed = []
+
+    def count(tokens, salt, known):
+        keys = page_keys(tokens, salt, known)
+        hashed.append(len(keys) - len(known))
+        return keys
+
+    monkeypatch.setattr("headway.serve.request.page_keys", count)
+    inference = engine(cache_tokens=8 * PAGE)
+    inference.add([1] * 40, SamplingParams(max_tokens=40, ignore_eos=True))
+    inference.step()
+    last = inference.add([2] * 100, SamplingParams(max_tokens=20, ignore_eos=True))
+    for _ in range(20):
+        inference.step()
+    assert last.n_cached == -1  # it waits
+    while inference.has_work:
+        inference.step()
+    assert inference.scheduler.n_preemptions == 0
+    assert sum(hashed) == (40 + 39) // PAGE + (100 + 19) // PAGE
 
 
 def test_a_long_prompt_never_stalls_a_stream(engine):

@@ -158,4 +158,4 @@ def test_a_conversation_goes_on_though_its_head_is_forgotten():
     engine.step()
     assert request.n_cached == (100 + 19) // PAGE * PAGE
     for pool in engine.scheduler.pools.values():
-        assert not pool.knows(page_keys(first)[0])
+        assert page_keys(first)[0] not in pool

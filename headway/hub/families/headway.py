@@ -112,7 +112,7 @@ HEADWAY = Family(
             lambda values: {"window": [*lookup(values, "windows")]},
             _write_windows,
         ),
-        Key("final_logit_softcapping", "logit_softcap"),
+        Key("final_logit_softcapping", "logit_softcap", 0.0, zero_is_null=True),
         Key("intermediate_size", "d_ff"),
         Key("activation", "activation"),
         Key("moe_kind", "moe.kind"),

@@ -91,6 +91,12 @@ class Attention(nn.Module):
     def __init__(self, config: HeadwayConfig, layer: int):
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer, True
+        widths = set(config.windows) - {0}
+        if config._attn_implementation == "vllm" and (config.attention_sinks or len(widths) > 1):
+            raise ValueError(
+                f"vLLM computes neither attention_sinks={config.attention_sinks} nor windows of "
+                f"several widths ({sorted(widths)}) of a headway model; serve it with Headway"
+            )
         D, N, M = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.num_key_value_groups = config.head_dim, N // M
         self.scaling = self.head_dim**-0.5
@@ -115,7 +121,7 @@ class Attention(nn.Module):
             k, v = held.update(k, v, self.layer_idx)
         attend, name = eager_attention_forward, self.config._attn_implementation
         if self.sinks is not None:
-            if name not in ("eager", "sdpa"):  # such as that of an engine, with a cache of its own
+            if name not in ("eager", "sdpa"):
                 raise ValueError(f"attention sinks need attn_implementation='eager', not {name!r}")
             attend = attention_with_sinks
         elif name != "eager":

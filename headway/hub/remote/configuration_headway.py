@@ -37,7 +37,8 @@ class HeadwayConfig(PretrainedConfig):
         rotary: `rotary_dim` (dims of a head that are rotated; 0 is all), `interleaved`, `scaling`
             (`none`, `linear`, `llama3` or `yarn`) and what it reads: see `ROTARY`.
         max_position_embeddings: tokens of the sequences in training; no table has this size.
-        final_logit_softcapping: bounds the logits, cap·tanh(logits/cap); 0 is off.
+        final_logit_softcapping: bounds the logits, cap·tanh(logits/cap); None is off, since
+            engines would divide by 0.
         intermediate_size, activation: hidden width of dense layers; `swiglu`,
             `swiglu_clamped`, `relu2` or `gelu`.
         moe_kind: `dense` (no sparse layers), `moe`, `latent` or `multi_head_latent`.
@@ -80,7 +81,7 @@ class HeadwayConfig(PretrainedConfig):
         rms_norm_eps=1e-6,
         initializer_range=0.02,
         max_position_embeddings=2048,
-        final_logit_softcapping=0.0,
+        final_logit_softcapping=None,
         tie_word_embeddings=False,
         intermediate_size=128,
         activation="swiglu",

@@ -8,8 +8,8 @@ tools' log-probabilities are from ours.
 `ready` is the time of `load_model` beside that of `from_pretrained` on the same folder: a new
 process for each, in turn, files in the page cache, Python's imports not counted. DIR of --smollm2
 holds SmolLM2-135M-Instruct as Transformers saves it; bits per byte are those of the first 1,024
-tokens of --text. PYTHON is that of an environment with vLLM, DIR of --llama has node-llama-cpp: both
-go on from a prompt in float32, the most likely tokens. What is not given is left out.
+tokens of --text. PYTHON is that of an environment with vLLM, DIR of --llama has node-llama-cpp:
+both go on from a prompt in float32, the most likely tokens. What is not given is left out.
 """
 
 import argparse

@@ -60,6 +60,8 @@ def export(args: Sequence[str]) -> int:
             if not vocabulary.exact:
                 pattern = f"its nearest is {vocabulary.pre}, which cuts some words elsewhere"
                 remarks.append(f"llama.cpp does not know how this tokenizer cuts text: {pattern}")
+    if done.why:
+        remarks.append(f"the folder holds code of its own, for trust_remote_code=True: {done.why}")
     if done.left_out:
         names = f"{done.left_out[0]} and {len(done.left_out) - 1} more"
         remarks.append(f"only training reads {names}: left out")

@@ -38,6 +38,8 @@ class Exported(NamedTuple):
     bytes: int
     left_out: list[str]
     """Tensors of the checkpoint that only training reads."""
+    why: str = ""
+    """Why the model is of no known family; "" where it is, or another was asked for."""
 
 
 def exported_config(trained: Trained) -> ModelConfig:
@@ -47,20 +49,24 @@ def exported_config(trained: Trained) -> ModelConfig:
     return replace(trained.config.model, vocab_size=size, max_len=trained.max_len)
 
 
-def exported_family(trained: Trained, name: str) -> Family:
+def exported_family(trained: Trained, name: str) -> tuple[Family, str]:
     """Return the family called `name`; for `auto` the one that the model came from, or a known one
-    that computes the same, or `headway`. Raises UsageError for one that does not, naming the
-    option."""
-    config = exported_config(trained)
+    that computes the same, or `headway` and why no known one does. Raises UsageError for one that
+    does not, naming the option."""
+    config, why = exported_config(trained), ""
     if name == "auto":
-        known, _ = choose_family(config, trained.family)
-        family = HEADWAY if known is None or _biased_beside(trained, known) else known
+        known, why = choose_family(config, trained.family)
+        if known is not None and _biased_beside(trained, known):
+            known, why = None, f"a bias on the selection is not 0, and {known.name} has none"
+        family = known or HEADWAY
     else:
         family = find_family(name)
     if differences := family.differences(config):
+        if why:
+            raise UsageError(f"no family computes this model: {why}; {differences[0]}")
         hint = "" if family is HEADWAY else "; use --as auto"
         raise UsageError(f"no {family.name} model has {differences[0]}{hint}")
-    return family
+    return family, why
 
 
 def _biased_beside(trained: Trained, family: Family) -> bool:
@@ -82,7 +88,7 @@ def export_hf(
     Args: family: a `model_type`, or `auto`: see `exported_family`.
     Raises: UsageError where `to` exists or cannot be written, and for a model that the family
     cannot express."""
-    chosen, model = exported_family(trained, family), exported_config(trained)
+    (chosen, why), model = exported_family(trained, family), exported_config(trained)
     with new_path(to) as folder:
         folder.mkdir()
         how = (chosen, DTYPES[dtype], folder, max_file_bytes)
@@ -97,7 +103,7 @@ def export_hf(
     files = sorted(to.iterdir())
     total = sum(path.stat().st_size for path in files)
     left_out = [name for name in left_out if not name.endswith("router.bias_HE")]  # they are 0
-    return Exported(chosen.name, [path.name for path in files], total, left_out)
+    return Exported(chosen.name, [path.name for path in files], total, left_out, why)
 
 
 def _complete_config(path: Path, family: Family, ids: dict[str, Any]) -> None:

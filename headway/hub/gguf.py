@@ -32,7 +32,9 @@ def export_gguf(
     Raises: UsageError where llama.cpp has no graph that computes the model, which it names; where
     `to` exists or cannot be written; without the extra [gguf]."""
     gguf = _library()
-    chosen, model = exported_family(trained, family), exported_config(trained)
+    (chosen, why), model = exported_family(trained, family), exported_config(trained)
+    if why:
+        raise UsageError(f"no GGUF is written of this model: {why}; use --format hf")
     graph, vocabulary = graph_of(chosen, model), gguf_tokenizer(trained.tokenizer)
     # one more family, whose tensors are read and laid out as those of the others
     layout = Family(f"llama.cpp's {graph.name}", "", (), graph.rows, float32=FLOAT32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headway.config import UsageError
+from headway.config import MLAConfig, UsageError
 from headway.data.tokenizer import ByteTokenizer
 from headway.hub.memory import peak_memory
 from tests.command import call, mistake
@@ -173,7 +173,7 @@ def test_transformers_alone_writes_the_same_text(tmp_path):
     write_run(tmp_path / "run", MODELS["multi_head_token"])
     args = ("--as", "headway", "--dtype", "float32", "--json")
     done = call("export", tmp_path / "run", "--to", tmp_path / "hf", *args)
-    assert done.code == 0, done
+    assert done.code == 0 and done.err == "", done
     files = {path.name: path.stat().st_size for path in (tmp_path / "hf").iterdir()}
     assert done.json == {
         "model_type": "headway",
@@ -255,6 +255,18 @@ def test_what_only_training_reads_is_named(tmp_path):
     done = call("export", tmp_path / "run", "--to", tmp_path / "hf", "--json")
     assert done.json["left_out"] == [f"layers.{i}.ffn.router.w_noise_HEL" for i in (0, 1)]
     assert "only training reads layers.0.ffn.router.w_noise_HEL and 1 more" in done.err
+
+
+def test_why_a_folder_holds_code_is_said(tmp_path):
+    """Nobody asked for it here; and where nothing can say the model, both reasons are named."""
+    write_run(tmp_path / "run", MODELS["dense"])
+    done = call("export", tmp_path / "run", "--to", tmp_path / "hf")
+    assert "trust_remote_code=True: model.activation=gelu, and qwen3 has swiglu" in done.err
+    latent = replace(MODELS["latent"], mixer="mla", mla=MLAConfig(8, 8, 8, 8, 8), window=())
+    write_run(tmp_path / "mla", replace(latent, qk_norm="head"))
+    line = mistake("export", tmp_path / "mla", "--to", tmp_path / "no")
+    assert "no family computes this model: model." in line
+    assert "; model.mixer=mla, and headway has attention" in line
 
 
 def test_mistakes_cost_a_line(tmp_path):

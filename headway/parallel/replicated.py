@@ -89,23 +89,24 @@ def experts_read(
 ) -> list[int]:
     """Return how many experts each rank read in a pass over the same tokens on all ranks: those
     with at least one row, summed over the sparse layers. Collective."""
-    n_read = torch.zeros((), dtype=torch.int64, device=mesh.device)
-    if layers:
-        counts = [_own(mesh, *pair).flatten() for pair in zip(layers, stats, strict=True)]
-        n_read = torch.cat(counts).count_nonzero()
+    counts = [_own(mesh, *pair) for pair in zip(layers, stats, strict=True)]
+    n_read = sum(int(counts_HE.count_nonzero()) for counts_HE in counts)
     if mesh.size == 1:
-        return [int(n_read)]
+        return [n_read]
+    own = torch.tensor(n_read, device=mesh.device)
     comm = CommContext(mesh.world, mesh.traffic, "experts read")
-    comm.add(n_read.nbytes * (mesh.size - 1))
-    each = [torch.empty_like(n_read) for _ in range(mesh.size)]
+    comm.add(own.nbytes * (mesh.size - 1))
+    each = [torch.empty_like(own) for _ in range(mesh.size)]
     with comm.waiting():
-        dist.all_gather(each, n_read, group=mesh.world.group)
+        dist.all_gather(each, own, group=mesh.world.group)
     return [int(n) for n in each]
 
 
 def _own(mesh: Mesh, layer: SparseLayer, stats: RouteStats) -> Tensor:
     """Return the counts of the experts that this rank holds, without those that do nothing."""
     counts_HE, ep = stats.counts_HE, mesh.ep
+    if mesh.size == 1 and not layer.config.n_zero_experts:
+        return counts_HE
     if layer.reads_token:  # each rank has chosen for all heads
         counts_HE = counts_HE.chunk(mesh.hp.size)[mesh.hp.index]
     n = layer.config.n_experts // ep.size

@@ -93,12 +93,12 @@ def experts_read(
     n_read = sum(int(counts_HE.count_nonzero()) for counts_HE in counts)
     if mesh.size == 1:
         return [n_read]
-    own = torch.tensor(n_read, device=mesh.device)
+    count = torch.tensor(n_read, device=mesh.device)
     comm = CommContext(mesh.world, mesh.traffic, "experts read")
-    comm.add(own.nbytes * (mesh.size - 1))
-    each = [torch.empty_like(own) for _ in range(mesh.size)]
+    comm.add(count.nbytes * (mesh.size - 1))
+    each = [torch.empty_like(count) for _ in range(mesh.size)]
     with comm.waiting():
-        dist.all_gather(each, own, group=mesh.world.group)
+        dist.all_gather(each, count, group=mesh.world.group)
     return [int(n) for n in each]
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from headway.config import BalanceConfig, MoEConfig, RouterConfig
 from headway.data.tokenizer import ByteTokenizer
-from tests.hub.small_runs import MODELS, export, write_run
-from tests.hub.test_export_families import KNOWN
+from tests.hub.small_runs import MODELS, SMALL, export, write_run
+from tests.hub.test_export_families import KNOWN as PLAIN
 
 VLLM = os.environ.get("HEADWAY_VLLM", "")
 WRITE = """
@@ -40,6 +41,17 @@ ENVIRONMENT = {
 IDS = ByteTokenizer().encode("The cat, naïve 123:\n  def").tolist()
 WIDE = {"d_model": 128, "n_heads": 4, "n_kv_heads": 2, "d_head": 32}
 """Its attention on CPUs wants wide heads."""
+GLM = MoEConfig(
+    kind="moe",
+    n_experts=8,
+    top_k=2,
+    d_expert=32,
+    d_shared=32,
+    n_dense_layers=1,
+    router=RouterConfig("sigmoid", renormalize=True, scale=1.5),
+    balance=BalanceConfig(bias="sign"),
+)
+KNOWN = {**PLAIN, "glm4_moe": replace(SMALL, moe=GLM)}
 FOLDERS = {
     "headway": ("multi_head", "multi_head_token", "latent", "latent_sub_token", "deepseek_latent"),
     "auto": ("qwen3_moe", "mixtral", "glm4_moe", "qwen3", "llama"),
@@ -64,7 +76,8 @@ def test_the_same_log_probabilities_and_text(family, name, tmp_path):
     """To 1e-3, at every token of its text: known families by vLLM's own code, ours by the code in
     the folder."""
     model = write_run(tmp_path / "run", replace({**KNOWN, **MODELS}[name], **WIDE))
-    export(tmp_path / "run", tmp_path / "hf", "float32", family)
+    written = export(tmp_path / "run", tmp_path / "hf", "float32", family)
+    assert written.model_type == ("headway" if family == "headway" else name)
     done = write(tmp_path, IDS)
     assert done.returncode == 0, done.stderr[-2000:]
     there = json.loads((tmp_path / "answer.json").read_text())

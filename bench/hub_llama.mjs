@@ -1,5 +1,6 @@
 // llama.cpp's side of bench/hub.py, through node-llama-cpp: `node hub_llama.mjs MODULES FILE IDS` writes
 // twelve greedy tokens and the log-probabilities of what it holds likely. Float32 cache, no flash attention.
+import fs from "fs";
 import {createRequire} from "module";
 import path from "path";
 import {pathToFileURL} from "url";
@@ -19,9 +20,9 @@ const replies = context.getSequence().evaluateWithMetadata(
 );
 for await (const step of replies) {
     tokens.push(step.token);
-    const likely = [...step.probabilities].filter(([, p]) => p > 1e-6);
+    const likely = [...step.probabilities].filter(([, p]) => p > 1e-5);
     steps.push(likely.map(([token, p]) => [token, Math.log(p)]));
     if (tokens.length === 12) break;
 }
-console.log(JSON.stringify({tokens, steps}));
+fs.writeSync(1, JSON.stringify({tokens, steps}) + "\n"); // whole, though the process ends
 process.exit(0);

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch
 from bench import (
     cpu_kernels,
     cpu_step,
+    hub,
     levers,
     plan_step,
     quality,
+    serve,
     serve_engine,
     serve_layer,
     serve_text,
@@ -215,3 +218,17 @@ def test_serve_text(capsys, monkeypatch):
     )
     assert [row["what"] for row in found["rows"]] == ["draw"] * 6 + ["mask"] * 3 + ["text"] * 2
     assert len(found["targets"]) == 10
+
+
+@pytest.mark.slow
+def test_hub(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    tiny = replace(serve.SHAPES["S"], n_layers=1, d_model=96)
+    monkeypatch.setitem(serve.SHAPES, "S", tiny)
+    found = last_line(hub.main, capsys, monkeypatch, "--quick")
+    assert [row["what"] for row in found["rows"]] == ["import", "ready", "ready"]
+    assert found["rows"][0]["peak_memory_bytes"] > 0
+    assert [t["name"] for t in found["targets"]] == [
+        "import: peak memory / bound",
+        "ready, shape S: time / from_pretrained",
+    ]

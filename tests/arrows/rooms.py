@@ -85,7 +85,7 @@ ROOMS = (
     ),
     Room(
         "eval",
-        "bits per byte; tasks of lm-evaluation-harness through the engine",
+        "bits per byte; samples and tasks of lm-evaluation-harness through the engine",
         "config kernels model parallel data serve",
     ),
     Room(

@@ -150,17 +150,19 @@ def prompts(task: Task, vocab_size: int, draw: random.Random) -> list[list[int]]
 
 
 def measure(
-    sides: dict[Side, Worker], task: Task, vocab_size: int, repetitions: int
+    sides: dict[Side, Worker], task: Task, vocab_size: int, repetitions: int, variant: str = ""
 ) -> tuple[dict[Side, list[float]], dict[Side, dict]]:
-    """Seconds of each side: of a step in decoding, or of all prompts; and its last answer."""
+    """Seconds of each side: of a step in decoding, or of all prompts; and its last answer.
+    `variant` is that of Transformers."""
     draw = random.Random(1)
     seconds: dict[Side, list[float]] = {side: [] for side in sides}
     last: dict[Side, dict] = {}
     for repetition in range(repetitions + 1):
         for side, worker in sides.items():
             times = []
-            for tokens in (1, task.tokens) if task.tokens > 1 else (1,):
-                answer = worker.step({"prompts": prompts(task, vocab_size, draw), "tokens": tokens})
+            for n in (1, task.tokens) if task.tokens > 1 else (1,):
+                texts = prompts(task, vocab_size, draw)
+                answer = worker.step({"prompts": texts, "tokens": n, "variant": variant})
                 times.append(answer["seconds"])
             last[side] = answer
             if repetition:  # the first warms up
@@ -169,47 +171,39 @@ def measure(
     return seconds, last
 
 
-def fastest_variants(folder: Path, vocab_size: int, tasks: Sequence[Task]) -> dict[Task, str]:
-    """The fastest variant of Transformers at each task."""
-    times: dict[Task, dict[str, float]] = {task: {} for task in tasks}
+def fastest_variant(worker: Worker, task: Task, vocab_size: int) -> str:
+    """The fastest variant of Transformers at a task."""
+    short, times = replace(task, tokens=min(task.tokens, 9)), {}
     for variant in VARIANTS:
-        worker = side_of("transformers", folder / "hf", variant)
-        try:
-            for task in tasks:
-                if "batched_mm" in variant and task.tokens == 1:
-                    continue  # copies the weights of each token's experts: 17 GB of M
-                short = replace(task, tokens=min(task.tokens, 9))
-                seconds, _ = measure({("", variant): worker}, short, vocab_size, 1)
-                times[task][variant] = seconds["", variant][0]
-        finally:
-            worker.close()
-    return {task: min(of, key=of.__getitem__) for task, of in times.items()}
+        if "batched_mm" in variant and task.tokens == 1:
+            continue  # copies the weights of each token's experts: 17 GB of M
+        seconds, _ = measure({("", variant): worker}, short, vocab_size, 1, variant)
+        times[variant] = seconds["", variant][0]
+    return min(times, key=times.__getitem__)
 
 
 def side_of(side: str, folder: Path, *rest: str, threads: int = 1, python: str = "") -> Worker:
-    """A side of serve_rivals.py, whose OpenMP threads wait for each other as those of `headway`."""
-    command = ["env", f"GOMP_SPINCOUNT={SPINS}", python or sys.executable]
-    return Worker([*command, str(HERE / "serve_rivals.py"), side, str(folder), str(threads), *rest])
+    """A side of serve_rivals.py; our OpenMP threads wait for each other as those of `headway`."""
+    spins = ["env", f"GOMP_SPINCOUNT={SPINS}"] if side == "headway" else []
+    command = [*spins, python or sys.executable, str(HERE / "serve_rivals.py")]
+    return Worker([*command, side, str(folder), str(threads), *rest])
 
 
-def start(name: str, args: argparse.Namespace, folder: Path, tasks: Sequence[Task]):
-    """The sides of one shape, and which of them take part in each task."""
-    shape = SHAPES[name]
-    known = shape.moe.kind == "moe"
+def start(name: str, args: argparse.Namespace, folder: Path) -> dict[Side, Worker]:
+    """The sides of one shape."""
+    known = SHAPES[name].moe.kind == "moe"
     prepare(name, folder, gguf=known and bool(args.llama), hf=known)
-    variants = fastest_variants(folder, shape.vocab_size, tasks) if known else {}
     # routers are bfloat16 in what rivals read, float32 in the run
     sides = {(name, "headway"): side_of("headway", folder / ("hf" if known else "run"))}
-    for variant in sorted(set(variants.values())):
-        sides[name, f"transformers {variant}"] = side_of("transformers", folder / "hf", variant)
-    if known and args.llama:
+    if not known:
+        return sides
+    sides[name, "transformers"] = side_of("transformers", folder / "hf")
+    if args.llama:
         script = [str(HERE / "serve_llama.mjs"), args.llama, str(folder / "model.gguf")]
         sides[name, "llama.cpp"] = Worker(["node", *script, "1"])
-    for mode in ("eager", "compiled") if known and args.vllm else ():
+    for mode in ("eager", "compiled") if args.vllm else ():
         sides[name, f"vllm {mode}"] = side_of("vllm", folder / "hf", mode, python=args.vllm)
-    others = {side for side in sides if not side[1].startswith("transformers")}
-    part = {task: others | {(name, f"transformers {v}")} for task, v in variants.items()}
-    return sides, part or {task: others for task in tasks}
+    return sides
 
 
 def bench_shapes(names: Sequence[str], args: argparse.Namespace, work: Path) -> list[dict]:
@@ -217,33 +211,29 @@ def bench_shapes(names: Sequence[str], args: argparse.Namespace, work: Path) -> 
     tasks = (*DECODE, *(PREFILL if names[0] in args.prefill else ()))
     vocab_size, rows = SHAPES[names[0]].vocab_size, []
     sides: dict[Side, Worker] = {}
-    part: dict[Task, set[Side]] = {task: set() for task in tasks}
     try:
         for name in names:
-            more, of_tasks = start(name, args, work / name, tasks)
-            sides |= more
-            for task, some in of_tasks.items():
-                part[task] |= some
+            sides |= start(name, args, work / name)
+        rival = sides.get((names[0], "transformers"))
         for task in tasks:
+            variant = "" if rival is None else fastest_variant(rival, task, vocab_size)
             bandwidth = read_bandwidth()
-            taking = {side: worker for side, worker in sides.items() if side in part[task]}
-            seconds, answers = measure(taking, task, vocab_size, args.repetitions)
+            seconds, answers = measure(sides, task, vocab_size, args.repetitions, variant)
             for (name, side), values in seconds.items():
+                label = f"{side} {variant}" if side == "transformers" else side
                 rows.append(
                     {
                         "shape": name,
                         "task": task.name,
-                        "side": side,
+                        "side": label,
                         "seconds": values,
                         "median": statistics.median(values),
                         "bandwidth": bandwidth,
                         **bytes_read(SHAPES[name], task, answers[name, "headway"]),
                     }
                 )
-                print(
-                    f"{name}  {task.name:<18} {side:<34} {rows[-1]['median'] * 1e3:9.2f} ms",
-                    flush=True,
-                )
+                median = rows[-1]["median"] * 1e3
+                print(f"{name}  {task.name:<18} {label:<34} {median:9.2f} ms", flush=True)
     finally:
         for worker in sides.values():
             worker.close()

@@ -105,13 +105,14 @@ def company(folder: Path, n_requests: int) -> list[dict]:
     texts = prompts(Task(n_requests, 16, N_TOKENS), vocab_size, draw)
     sides = {
         "headway": side_of("headway", folder / "hf"),
-        f"transformers {VARIANT}": side_of("transformers", folder / "hf", VARIANT),
+        f"transformers {VARIANT}": side_of("transformers", folder / "hf"),
     }
     rows = []
     try:
         for side, worker in sides.items():
-            together = worker.step({"prompts": texts, "tokens": N_TOKENS})["text"]
-            alone = [worker.step({"prompts": [x], "tokens": N_TOKENS})["text"][0] for x in texts]
+            request = {"tokens": N_TOKENS, "variant": VARIANT}
+            together = worker.step(request | {"prompts": texts})["text"]
+            alone = [worker.step(request | {"prompts": [x]})["text"][0] for x in texts]
             changed = sum(a != b for a, b in zip(alone, together, strict=True))
             rows.append(
                 {

@@ -52,19 +52,27 @@ def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
     return step
 
 
-def transformers(folder: str, threads: int, variant: str) -> Side:
-    """`from_pretrained`, a cache and a loop; `variant` is DTYPE/EXPERTS_IMPLEMENTATION."""
+def transformers(folder: str, threads: int) -> Side:
+    """`from_pretrained`, a cache and a loop; a request's `variant` is DTYPE/EXPERTS_IMPLEMENTATION,
+    and a new one is loaded first."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    dtype, experts = variant.split("/")
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), experts_implementation=experts
-    ).eval()
+    loaded: dict[str, torch.nn.Module] = {}
+
+    def model_of(variant: str) -> torch.nn.Module:
+        if variant not in loaded:
+            loaded.clear()
+            dtype, experts = variant.split("/")
+            loaded[variant] = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), experts_implementation=experts
+            ).eval()
+        return loaded[variant]
 
     @torch.no_grad()
     def step(request: dict) -> dict:
+        model = model_of(request["variant"])
         tokens, cache = torch.tensor(request["prompts"]), DynamicCache(config=model.config)
         replies, begin = [], time.perf_counter()
         for _ in range(request["tokens"]):

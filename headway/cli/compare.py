@@ -42,6 +42,9 @@ class Compare:
     """GPU, for step time."""
     network: str = "ndr"
     """Network between nodes, for step time."""
+    margin: float = 0.0
+    """Bits per byte below which a difference does not matter: non-inferiority, equivalence, and the
+    seeds and CPU minutes that seeing it takes; 0: none is stated."""
     eval_tokens: int = 0
     """Validation tokens, in whole windows; 0 is the whole split."""
     workers: int = 1
@@ -90,6 +93,7 @@ def compare(args: Sequence[str]) -> int:
         free=tuple(name for name in options.free.split(",") if name),
         equal_cpu_time=by_time,
         place=Place(options.ranks, options.gpu, options.network),
+        margin=options.margin,
         eval_tokens=options.eval_tokens,
     )
     root = Path(options.dir)

@@ -16,7 +16,16 @@ from headway.checkpoint.lock import InUseError
 from headway.config import UsageError
 from headway.lab.experiment import Experiment, PlannedArm
 from headway.lab.runs import Run, documents, execute, read_result
-from headway.lab.statistics import Interval, crossed_bootstrap, holm, paired, seeds_for
+from headway.lab.statistics import (
+    Interval,
+    Paired,
+    crossed_bootstrap,
+    holm,
+    p_equal,
+    p_not_worse,
+    paired,
+    seeds_for,
+)
 from headway.train.records import Log
 
 ROW = (
@@ -36,7 +45,8 @@ class Comparison:
     """One per arm and seed: `arm`, `seed` and `ROW`."""
     differences: list[dict[str, Any]]
     """One per arm but the baseline: `arm`, `baseline`, `n_seeds`, `mean`, `sd`, `ci95`,
-    `ci95_documents`, `p`, `p_holm`, `mde80`, and `dropped`, the seeds of diverged runs."""
+    `ci95_documents`, `p`, `p_holm`, `mde80`, and `dropped`, the seeds of diverged runs; with a
+    margin `p_not_worse`, `p_equal`, and what it takes to see a difference of that size."""
     root: Path
 
     @property
@@ -170,7 +180,8 @@ def _differences(comparison: Comparison) -> list[dict[str, Any]]:
                 f"arm {arm.name}: no seed has a pair, since a run of each diverged; "
                 "lower optim.lr or raise optim.max_skipped"
             )
-        result = paired([bits[seed] - base[seed] for seed in seeds])
+        differences = [bits[seed] - base[seed] for seed in seeds]
+        result = paired(differences)
         rows.append(
             {
                 "arm": arm.name,
@@ -183,6 +194,7 @@ def _differences(comparison: Comparison) -> list[dict[str, Any]]:
                 "p": result.p,
                 "p_holm": None,
                 "mde80": result.mde80,
+                **_of_margin(comparison, arm.name, result, differences),
                 "dropped": [seed for seed in comparison.experiment.seeds if seed not in seeds],
             }
         )
@@ -190,6 +202,24 @@ def _differences(comparison: Comparison) -> list[dict[str, Any]]:
     for row, adjusted in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = adjusted
     return rows
+
+
+def _of_margin(
+    comparison: Comparison, arm: str, result: Paired, differences: Sequence[float]
+) -> dict[str, Any]:
+    """Return the tests of the stated margin, and what seeing a difference of its size takes."""
+    margin = comparison.experiment.margin
+    if not margin or result.sd is None:
+        return {}
+    seeds = seeds_for(margin, result.sd)
+    spent = [r["cpu_seconds"] for r in comparison.rows if r["arm"] in (arm, comparison.baseline)]
+    return {
+        "margin": margin,
+        "p_not_worse": p_not_worse(differences, margin),
+        "p_equal": p_equal(differences, margin),
+        "seeds_for_margin": seeds,
+        "cpu_minutes_for_margin": seeds * sum(spent) / len(comparison.experiment.seeds) / 60,
+    }
 
 
 def _by_documents(comparison: Comparison, arm: str, seeds: Sequence[int]) -> list[float] | None:
@@ -252,7 +282,13 @@ def _sentence(row: Mapping[str, Any]) -> str:
         low, high = row["ci95_documents"]
         text += f", {low:+.4f} … {high:+.4f} over seeds and documents"
     text += f"; differences below {row['mde80']:.4f} are seen in less than 80% of such studies"
-    if row["mean"] and row["p"] >= 0.05:
+    if "margin" in row:
+        text += (
+            f"; by {row['margin']:g} or more worse: p {row['p_not_worse']:.3f}, different by as "
+            f"much: p {row['p_equal']:.3f}; to see {row['margin']:g} takes "
+            f"{row['seeds_for_margin']:,} seeds, {row['cpu_minutes_for_margin']:,.0f} CPU minutes"
+        )
+    elif row["mean"] and row["p"] >= 0.05:
         n = seeds_for(row["mean"], row["sd"])
         text += f"; one of this size takes {n:,} seeds"
     return text + dropped

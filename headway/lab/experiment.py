@@ -84,6 +84,8 @@ class Experiment:
     """Fields that are solved for it; empty: the defaults of `match`."""
     equal_cpu_time: bool = False
     place: Place = field(default_factory=Place)
+    margin: float = 0.0
+    """Bits per byte below which a difference does not matter; 0: none is stated."""
     eval_tokens: int = 0
     """Validation tokens, in whole windows, the same for every batch; 0 is the whole split."""
 
@@ -111,6 +113,8 @@ class Experiment:
         return planned
 
     def _check(self) -> None:
+        if not 0 <= self.margin < float("inf"):
+            raise UsageError(f"margin {self.margin} is below 0; use bits per byte, as 0.005")
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)

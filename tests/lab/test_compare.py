@@ -12,7 +12,7 @@ import pytest
 from headway.checkpoint.lock import Holder, InUseError, Lock
 from headway.config import Config, from_dict
 from headway.lab.runs import Run, documents, execute
-from headway.lab.statistics import paired
+from headway.lab.statistics import p_equal, p_not_worse, paired, seeds_for
 from tests.command import call, mistake, write_recipe
 
 FLAT = "flat=tiny.py:tiny:kind=moe,moe.n_heads=1"
@@ -108,6 +108,19 @@ def test_runs_are_done_once_and_damaged_ones_again(place, done):
     assert [r["attempts"] for r in again.json["rows"] if r["config_hash"] == folders[0].name] == [2]
     changed = [f for f in folders if (f / "result.json").stat().st_mtime_ns != times[f]]
     assert changed == [folders[0]]
+
+
+def test_a_margin_is_tested_and_priced(done):
+    margin = call("compare", FLAT, "heads=tiny.py:tiny", *OPTIONS, "--margin", "0.5", "--json")
+    (row,) = margin.json["differences"]
+    pairs = [r["bits_per_byte"] for r in margin.json["rows"]]
+    differences = [pairs[1] - pairs[0], pairs[3] - pairs[2]]
+    assert row["p_not_worse"] == p_not_worse(differences, 0.5)
+    assert row["p_equal"] == p_equal(differences, 0.5) >= row["p_not_worse"]
+    assert row["seeds_for_margin"] == seeds_for(0.5, row["sd"])
+    spent = sum(r["cpu_seconds"] for r in margin.json["rows"]) / 2 / 60
+    assert row["cpu_minutes_for_margin"] == pytest.approx(row["seeds_for_margin"] * spent)
+    assert "margin" not in done.json["differences"][0] and "CPU minutes" in margin.out
 
 
 def test_two_calls_at_once_share_the_runs(place, done):
@@ -234,6 +247,10 @@ def test_cpu_seconds_are_calibrated_steps(place):
             "--baseline c is no arm",
         ),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--seeds", "x"], "--seeds x"),
+        (
+            ["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--margin", "-1"],
+            "margin -1.0 is below 0",
+        ),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--seeds", "1,1"], "not different ones"),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--budget", "3"], "no number with a unit"),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--run.seed", "3"], "use --seeds"),

@@ -1,6 +1,5 @@
 // llama.cpp's side of bench/hub.py, through node-llama-cpp: `node hub_llama.mjs MODULES FILE IDS` writes
 // twelve greedy tokens and the log-probabilities of what it holds likely. Float32 cache, no flash attention.
-import fs from "fs";
 import {createRequire} from "module";
 import path from "path";
 import {pathToFileURL} from "url";
@@ -20,9 +19,8 @@ const replies = context.getSequence().evaluateWithMetadata(
 );
 for await (const step of replies) {
     tokens.push(step.token);
-    const likely = [...step.probabilities].filter(([, p]) => p > 1e-5);
+    const likely = [...step.probabilities].filter(([, p]) => p > 1e-4);
     steps.push(likely.map(([token, p]) => [token, Math.log(p)]));
     if (tokens.length === 12) break;
 }
-fs.writeSync(1, JSON.stringify({tokens, steps}) + "\n"); // whole, though the process ends
-process.exit(0);
+process.stdout.write(JSON.stringify({tokens, steps}) + "\n", () => process.exit(0)); // when all is written

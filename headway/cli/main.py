@@ -24,6 +24,7 @@ from headway.cli.report import report
 from headway.cli.results import results
 from headway.cli.sample import sample
 from headway.cli.serve import serve
+from headway.cli.sweep import sweep
 from headway.cli.tokenize import tokenize
 from headway.cli.train import train
 from headway.config import PeerError, RankError, RunError, UsageError
@@ -42,6 +43,7 @@ VERBS = {
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
     "compare": "designs at equal cost, with the same seeds, and their differences with intervals",
+    "sweep": "the runs that a Python file asks for, by several processes that may be killed",
     "results": "tables of finished runs: by condition, by group, as CSV",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
@@ -129,6 +131,8 @@ def _verb(args: list[str]) -> int:
             return report(rest)
         case "compare":
             return compare(rest)
+        case "sweep":
+            return sweep(rest)
         case "results":
             return results(rest)
         case "describe":

@@ -12,52 +12,31 @@ is taken over (`checkpoint.lock`). So several processes share the runs of a fold
 deleted at the end."""
 
 import dataclasses
-import functools
 import hashlib
-import inspect
 import json
 import math
 import os
 import shutil
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headway.checkpoint.lock import Lock
-from headway.config import Config, RunError, UsageError, cannot_write, leaves
+from headway.config import Config, RunError, UsageError, cannot_write
 from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import DocumentLosses
+from headway.lab.folder import config_hash, read_result, write_json
 from headway.lab.match import measure
 from headway.train import loop
 from headway.train.interrupt import Interrupt
 from headway.train.open_session import Edit
 from headway.train.records import Log
 
-ELSEWHERE = ("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints")
-"""Leaves that change no number of a run."""
 BATCHES = 8
 """Batches that are hashed, to show that two runs read the same tokens."""
-
-
-def config_hash(config: Config, edit: Edit | None = None) -> str:
-    """Return the hash of a resolved config and of the source of its edit, 16 hexadecimal digits."""
-    values = {k: v for k, v in leaves(config.to_dict()).items() if k not in ELSEWHERE}
-    if edit is not None:
-        values["edit"] = _source(edit)
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _source(edit: Callable[..., Any]) -> list[str]:
-    """Return the source of a function, and the values that it is bound to."""
-    if isinstance(edit, functools.partial):
-        return [*_source(edit.func), repr(edit.args), repr(sorted(edit.keywords.items()))]
-    bound = inspect.getclosurevars(edit).nonlocals
-    return [inspect.getsource(edit), repr(sorted(bound.items()))]
 
 
 @dataclass(frozen=True)
@@ -72,16 +51,6 @@ class Run:
     def key(self) -> str:
         """The name of its folder."""
         return config_hash(self.config, self.edit)
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result.json of a run's folder; None where the run is not finished, or the file is
-    damaged, in which case the run is done again."""
-    try:
-        result = json.loads((folder / "result.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and "bits_per_byte" in result else None
 
 
 def execute(
@@ -148,7 +117,7 @@ def _train(run: Run, folder: Path, log: Log, interrupt: Interrupt | None) -> dic
         "batches_sha256": batches_sha256(config),
         "validation": json.loads((folder / "run.json").read_text("utf-8"))["validation"],
     }
-    _write(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
@@ -182,12 +151,3 @@ def _count_attempt(folder: Path) -> int:
         return len((folder / "attempts").read_text("utf-8").splitlines())
     except OSError as error:
         raise cannot_write(folder, error) from None
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path.parent, error) from None

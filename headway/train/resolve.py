@@ -9,6 +9,7 @@ import torch
 from headway.config import Config, MeshConfig, ModelConfig, MoEConfig, RunConfig, UsageError
 from headway.config.check import remarks as config_remarks
 from headway.config.check import validate
+from headway.config.fill import filled
 from headway.kernels.attention import reads_first
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.paths import check_float8, choose_path, explain
@@ -45,32 +46,9 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     Raises `UsageError` for values that cannot work, before anything is written."""
     derived = validate(config)
     notes = config_remarks(config)
+    config, more = filled(config, vocab_size)
+    derived |= more
     model, data, run = config.model, config.data, config.run
-    if not model.vocab_size:
-        rounded = -(-vocab_size // 64) * 64
-        model = dataclasses.replace(model, vocab_size=rounded)
-        why = f"the tokenizer's {vocab_size}, up to a multiple of 64"
-        derived["model.vocab_size"] = f"{rounded}: {why}"
-    elif model.vocab_size < vocab_size:
-        raise UsageError(
-            f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}; "
-            f"use {vocab_size} or more, or 0"
-        )
-    if not data.micro_batch_size:
-        world = config.mesh.size
-        data = dataclasses.replace(data, micro_batch_size=data.batch_size // world)
-        why = "the whole batch in one pass" if world == 1 else f"one pass on each of {world} ranks"
-        derived["data.micro_batch_size"] = f"{data.micro_batch_size}: {why}"
-    if not run.eval_every:
-        every = max(1, config.optim.steps // 10)
-        run = dataclasses.replace(run, eval_every=every)
-        derived["run.eval_every"] = f"{every}: a tenth of {config.optim.steps} steps"
-    if not run.sample_every:
-        run = dataclasses.replace(run, sample_every=2 * run.eval_every)
-        derived["run.sample_every"] = f"{run.sample_every}: every other evaluation"
-    if not run.checkpoint_every:
-        run = dataclasses.replace(run, checkpoint_every=run.eval_every)
-        derived["run.checkpoint_every"] = f"{run.checkpoint_every}: with each evaluation"
     mesh = config.mesh
     if not mesh.chunks and mesh.size > 1:
         mesh = _chunks(mesh, model.moe, data.micro_batch_size, derived)

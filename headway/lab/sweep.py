@@ -1,0 +1,284 @@
+"""A sweep: the runs that a Python file asks for, trained by workers that share a folder.
+
+The file has a generator `configs()`. It yields a `Config`, or `{"recipe": NAME, "field.path":
+value}`, and receives a `Result` for each, which waits for its run only where it is read:
+
+    def configs():
+        results = [(yield {"recipe": "demo", "optim.lr": lr}) for lr in (1e-3, 2e-3)]
+        best = min(results, key=lambda r: r["bits_per_byte"])      # waits
+        yield {**best.item, "optim.steps": 4000}
+
+The folders of the runs are the truth (lab.folder): a sweep that is called again asks the same
+questions in the same order, gets stored answers at once, and trains what is missing. This process
+trains nothing and does not import PyTorch."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headway import recipes
+from headway.config import Config, UsageError, cannot_write, leaves, with_leaf
+from headway.config.check import validate
+from headway.config.fill import filled
+from headway.data.tokenizer import load_tokenizer
+from headway.lab.folder import TRIES, config_hash, errors, read_result, want
+
+POLL_SECONDS = 0.1
+PROGRESS_SECONDS = 5.0
+Item = Config | Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Result(Mapping[str, Any]):
+    """The result.json of a run; what reads it waits for it. `bits_per_byte` is infinite where there
+    is none: of a run that diverged or was given up, and of a config that is not valid; `error` says
+    why."""
+
+    item: Any
+    """What was yielded."""
+    key: str
+    """The hash of its config; "" where that is not valid."""
+    _wait: Callable[[str], dict[str, Any]]
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._wait(self.key)[name]
+        return math.inf if name == "bits_per_byte" and value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wait(self.key))
+
+    def __len__(self) -> int:
+        return len(self._wait(self.key))
+
+
+@dataclass
+class Sweep:
+    """The supervisor. `run` does it all."""
+
+    root: Path
+    workers: int = 1
+    threads: int = 1
+    """Of a run whose config leaves them open."""
+    log: Callable[[str], None] = print
+    _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Every run that was asked for → its result; None while it is open."""
+    _reused: int = 0
+    _invalid: list[str] = field(default_factory=list)
+    _processes: list[subprocess.Popen] = field(default_factory=list)
+    _shown: float = 0.0
+
+    def run(self, path: Path) -> dict[str, Any]:
+        """Train what a file asks for; return `runs`, `done`, `failed`, `reused`, `started`,
+        `invalid` (a line each), `best` (hash and bits per byte), `seconds`, and `overhead`: the
+        share of the workers' time that went into anything but runs, where all were new. Raises
+        UsageError for a file that is no sweep, or raises, and a folder that cannot be written."""
+        begin = time.monotonic()
+        generator = load(path)
+        try:
+            (self.root / "runs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+        try:
+            answer = None
+            while (item := _next(generator, answer, path)) is not None:
+                answer = self._ask(item)
+            for key in self._results:
+                self._wait(key)
+        finally:
+            self._stop()
+        return self._summary(time.monotonic() - begin)
+
+    def _ask(self, item: Item) -> Result:
+        """Ask for a run."""
+        try:
+            config = resolved(item, self.threads)
+        except UsageError as error:
+            self._invalid.append(str(error))
+            self.log(f"invalid, left out: {error}")
+            result = {"bits_per_byte": None, "error": str(error)}
+            return Result(item, "", lambda _: result)
+        key = config_hash(config)
+        if key in self._results:
+            self.log(f"asked for twice, run once: {key}")
+        else:
+            folder = want(self.root, key, config)
+            self._results[key] = read_result(folder)
+            self._reused += self._results[key] is not None
+        return Result(item, key, self._wait)
+
+    def _wait(self, key: str) -> dict[str, Any]:
+        """Return the result of a run, when it is there."""
+        while (result := self._results[key]) is None:
+            self._keep_workers()
+            self._look()
+            self._progress()
+            if self._results[key] is None:
+                time.sleep(POLL_SECONDS)
+        return result
+
+    def _look(self) -> None:
+        """Read the results of runs that have ended."""
+        for key, result in self._results.items():
+            folder = self.root / "runs" / key
+            if result is not None:
+                continue
+            self._results[key] = read_result(folder)
+            failed = errors(folder)
+            if self._results[key] is None and len(failed) >= TRIES:
+                self._results[key] = {"bits_per_byte": None, "error": failed[-1], "failed": True}
+
+    def _keep_workers(self) -> None:
+        """Start workers, also in place of one that has died."""
+        open_runs = sum(result is None for result in self._results.values())
+        for process in [p for p in self._processes if p.poll() is not None]:
+            self._processes.remove(process)
+            self.log(f"a worker ended ({process.returncode}); another continues its run")
+        while len(self._processes) < min(self.workers, open_runs):
+            command = [sys.executable, "-m", "headway.lab.worker", str(self.root)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+            with (self.root / "workers.log").open("ab") as log:
+                self._processes.append(
+                    subprocess.Popen(
+                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    )
+                )
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.wait()
+
+    def _progress(self) -> None:
+        now = time.monotonic()
+        if now - self._shown < PROGRESS_SECONDS:
+            return
+        self._shown = now
+        open_runs = [key for key, result in self._results.items() if result is None]
+        running = sum((self.root / "runs" / key / "lease").is_file() for key in open_runs)
+        done, failed = self._counts()
+        line = f"{done} of {len(self._results)} done, {running} running, {failed} failed"
+        if best := self._best():
+            line += f"; best {best['bits_per_byte']:.4f} bits/byte ({best['config_hash']})"
+        seconds = [r["seconds"] for r in self._results.values() if r and r.get("seconds")]
+        if seconds:
+            left = sum(seconds) / len(seconds) * len(open_runs) / max(self.workers, 1)
+            line += f"; about {left:,.0f} s left"
+        self.log(line)
+
+    def _counts(self) -> tuple[int, int]:
+        """Return how many runs are done, diverged ones too, and how many were given up."""
+        ended = [result for result in self._results.values() if result is not None]
+        failed = sum(bool(result.get("failed")) for result in ended)
+        return len(ended) - failed, failed
+
+    def _best(self) -> dict[str, Any] | None:
+        ended = [r for r in self._results.values() if r and r["bits_per_byte"] is not None]
+        best = min(ended, key=lambda r: r["bits_per_byte"], default=None)
+        return best and {name: best[name] for name in ("config_hash", "bits_per_byte")}
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        done, failed = self._counts()
+        started = len(self._results) - self._reused
+        trained = sum((r or {}).get("seconds", 0.0) for r in self._results.values())
+        used = seconds * min(self.workers, max(started, 1))
+        return {
+            "runs": len(self._results),
+            "done": done,
+            "failed": failed,
+            "reused": self._reused,
+            "started": started,
+            "invalid": self._invalid,
+            "best": self._best(),
+            "seconds": seconds,
+            "overhead": None if self._reused or failed else max(1 - trained / used, 0.0),
+        }
+
+
+def load(path: Path) -> Generator[Item, Result | None, None]:
+    """Return the generator of a sweep file. Raises UsageError for another file."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; give a .py file with a generator configs()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is no Python file; give a .py file with a generator configs()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = vars(module).get("configs")
+        generator = function() if callable(function) else None
+    except UsageError:
+        raise
+    except Exception as error:
+        raise _raised(error, path) from error
+    if not isinstance(generator, Generator):
+        what = "has no function configs()" if function is None else "has a configs() that is none"
+        raise UsageError(f"{path} {what}; a sweep is a generator: def configs(): yield …")
+    return generator
+
+
+def _next(
+    generator: Generator[Item, Result | None, None], answer: Result | None, path: Path
+) -> Item | None:
+    try:
+        item = generator.send(answer)
+    except StopIteration:
+        return None
+    except UsageError:
+        raise
+    except Exception as error:
+        raise _raised(error, path) from error
+    if not isinstance(item, Config | Mapping):
+        raise UsageError(
+            f"{path} yields a {type(item).__name__}; yield a Config, or a dict with recipe and "
+            "fields"
+        )
+    return item
+
+
+def _raised(error: Exception, path: Path) -> UsageError:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    return UsageError(f"{where} raises {type(error).__name__}: {error}")
+
+
+def resolved(item: Item, threads: int = 1) -> Config:
+    """Return the whole config of what a sweep yields, as its runs are named by. Raises UsageError
+    for one that cannot be."""
+    config = item if isinstance(item, Config) else _from_mapping(item)
+    if config.mesh.size > 1:
+        raise UsageError(f"runs of a sweep are one process each, and mesh is {config.mesh}")
+    config = with_leaf(config, "run.dir", "")
+    config = with_leaf(config, "run.threads", config.run.threads or threads)
+    config = filled(config, load_tokenizer(config.data.tokenizer).vocab_size)[0]
+    validate(config)
+    return config
+
+
+def _from_mapping(item: Mapping[str, Any]) -> Config:
+    if not isinstance(item.get("recipe"), str):
+        raise UsageError(f"{dict(item)} names no recipe; use {', '.join(recipes.RECIPES)}")
+    config = recipes.load(item["recipe"])
+    known = leaves(config.to_dict())
+    for path, value in item.items():
+        if path == "recipe":
+            continue
+        if path not in known:
+            raise UsageError(f"there is no field {path}; as in model.moe.top_k")
+        before, value = known[path], tuple(value) if isinstance(value, list) else value
+        if isinstance(before, float) and type(value) is int:
+            value = float(value)
+        if type(before) is not type(value):
+            kinds = f"a {type(before).__name__}, not {value!r}"
+            raise UsageError(f"{path} is {kinds}")
+        config = with_leaf(config, path, value)
+    return config

@@ -1,0 +1,53 @@
+"""A worker of sweeps: trains the runs of a folder that are wanted and that nobody trains, one after
+another. `python -m headway.lab.worker ROOT` is one; any number of them share a folder."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from headway.checkpoint.lock import InUseError
+from headway.config import Config, RunError, UsageError, from_dict
+from headway.lab.folder import add_error, read_config, wanted
+
+POLL_SECONDS = 0.2
+
+
+def work(root: Path, *, ends: bool = False) -> None:
+    """Train runs until the process that started this one is gone, or with `ends` until none is
+    left that can be taken. A run that fails is tried again, three times in all."""
+    parent, finished = os.getppid(), set[str]()
+    while os.getppid() == parent:
+        if not any(_try(folder, root) for folder in wanted(root, finished)):
+            if ends:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def _try(folder: Path, root: Path) -> bool:
+    """Train a run, if nobody does; return whether this process had it."""
+    from headway.lab.runs import Run, execute
+
+    try:
+        execute(Run(from_dict(Config, read_config(folder))), root)
+    except InUseError:
+        return False
+    except (UsageError, RunError) as error:
+        add_error(folder, str(error))
+    except Exception as error:
+        add_error(folder, f"{type(error).__name__}: {error}")
+    return True
+
+
+def main() -> None:
+    """Run as a program."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        work(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Sweeps of tiny runs; the workers are this process, but in one test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from headway.lab.folder import TRIES, read_result
+from headway.lab.sweep import Sweep, resolved
+from headway.lab.worker import work
+from tests.command import call, mistake, write_recipe
+
+GRID = """
+def configs():
+    results = []
+    for lr in (1e-3, 3e-2):
+        for heads in (1, 2):
+            results.append((yield {"recipe": "tiny.py:tiny", "optim.lr": lr, "model.n_heads": heads}))
+    best = min(results, key=lambda r: r["bits_per_byte"])
+    yield {**best.item, "run.seed": 7}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    write_recipe(tmp_path)
+    (tmp_path / "grid.py").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
+    # in place of processes, which take seconds to import PyTorch
+    monkeypatch.setattr(Sweep, "_keep_workers", lambda self: work(self.root, ends=True))
+    return tmp_path
+
+
+def states(root):
+    """Hash → when its result was written, and the bits."""
+    folders = (root / "runs").iterdir()
+    return {
+        f.name: ((f / "result.json").stat().st_mtime_ns, read_result(f)["bits_per_byte"])
+        for f in folders
+    }
+
+
+def test_an_adaptive_grid(place):
+    done = call("sweep", "grid.py", "--json")
+    assert done.code == 0, done.err
+    value = done.json
+    assert {k: value[k] for k in ("runs", "done", "failed", "reused", "started", "invalid")} == {
+        "runs": 5, "done": 5, "failed": 0, "reused": 0, "started": 5, "invalid": [],
+    }  # fmt: skip
+    assert 0 <= value["overhead"] < 1
+    rows = call("results", "sweep", "--json").json["rows"]
+    assert value["best"]["config_hash"] == rows[0]["config_hash"]
+    first = [row for row in rows if row["run.seed"] == 0]
+    [again] = [row for row in rows if row["run.seed"] == 7]
+    for name in ("optim.lr", "model.n_heads"):
+        assert again[name] == first[0][name], "the best of the grid, with another seed"
+    before = states(place / "sweep")
+    value = call("sweep", "grid.py", "--json").json
+    assert (value["reused"], value["started"], value["overhead"]) == (5, 0, None)
+    assert states(place / "sweep") == before
+    # what is missing is done again, and gives the same bits
+    (place / "sweep" / "runs" / again["config_hash"] / "result.json").unlink()
+    value = call("sweep", "grid.py", "--json").json
+    assert (value["reused"], value["started"]) == (4, 1)
+    assert {k: bits for k, (_, bits) in states(place / "sweep").items()} == {
+        k: bits for k, (_, bits) in before.items()
+    }
+
+
+def test_the_same_config_runs_once(place):
+    (place / "twice.py").write_text(
+        "def configs():\n"
+        "    a = yield {'recipe': 'tiny.py:tiny'}\n"
+        "    b = yield {'recipe': 'tiny.py:tiny', 'run.dir': 'elsewhere'}\n"
+        "    assert a.key == b.key and a['bits_per_byte'] == b['bits_per_byte']\n"
+        "    assert a['attempts'] == 1 and set(a) == set(b)\n"
+    )
+    done = call("sweep", "twice.py", "--json")
+    assert done.json["runs"] == done.json["started"] == 1 and "asked for twice" in done.out
+
+
+def test_what_cannot_be_is_named_and_the_rest_runs(place):
+    (place / "some.py").write_text(
+        "def configs():\n"
+        "    bad = yield {'recipe': 'tiny.py:tiny', 'model.n_heads': 3}\n"
+        "    assert bad['bits_per_byte'] == float('inf') and 'n_heads' in bad['error']\n"
+        "    yield {'recipe': 'tiny.py:tiny', 'optim.lr': 'fast'}\n"
+        "    yield {'recipe': 'tiny.py:tiny', 'model.depth': 3}\n"
+        "    lost = yield {'recipe': 'tiny.py:tiny', 'data.source': ('nowhere.txt',)}\n"
+        "    good = yield {'recipe': 'tiny.py:tiny'}\n"
+        "    assert lost['bits_per_byte'] == float('inf') > good['bits_per_byte']\n"
+    )
+    done = call("sweep", "some.py", "--json")
+    assert done.code == 1, "a run was given up"
+    value = done.json
+    assert (value["runs"], value["done"], value["failed"]) == (2, 1, 1)
+    assert len(value["invalid"]) == 3 and "optim.lr is a float, not 'fast'" in value["invalid"][1]
+    [folder] = (p for p in (place / "sweep" / "runs").iterdir() if (p / "errors").is_file())
+    lines = (folder / "errors").read_text().splitlines()
+    assert len(lines) == TRIES and "nowhere.txt" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("x = 1", "has no function configs()"),
+        ("def configs(): return [1]", "has a configs() that is none; a sweep is a generator"),
+        ("def configs():\n    yield 3", "yields a int; yield a Config, or a dict"),
+        ("def configs():\n    yield {}['a']", "file.py:2 raises KeyError: 'a'"),
+        ("import nothing_here", "file.py:1 raises ModuleNotFoundError"),
+        ("def configs(:", "raises SyntaxError"),
+    ],
+)
+def test_files_that_are_no_sweep(place, text, said):
+    (place / "file.py").write_text(text)
+    assert said in mistake("sweep", "file.py")
+
+
+def test_other_mistakes(place):
+    assert "there is no file none.py" in mistake("sweep", "none.py")
+    assert "--workers 0" in mistake("sweep", "grid.py", "--workers", "0")
+    (place / "sweep").write_text("a file")
+    assert "sweep" in mistake("sweep", "grid.py")
+
+
+def test_runs_are_named_as_they_are_trained(place):
+    """The supervisor resolves configs without PyTorch, `train` with it."""
+    from headway.data.tokenizer import load_tokenizer
+    from headway.lab.folder import config_hash
+    from headway.train.resolve import resolve
+
+    for item in (
+        {"recipe": "demo"},
+        {"recipe": "moe", "optim.steps": 7},
+        {"recipe": "tiny.py:tiny"},
+    ):
+        config = resolved(item)
+        vocab = load_tokenizer(config.data.tokenizer).vocab_size
+        assert config_hash(resolve(config, vocab).config) == config_hash(config)
+
+
+def test_killed_and_called_twice_at_once(place):
+    """Real processes: both supervisors of a folder are killed with their workers, then two share
+    what is left."""
+    command = [
+        sys.executable,
+        "-m",
+        "headway",
+        "sweep",
+        "grid.py",
+        "--dir",
+        "s",
+        "--workers",
+        "2",
+        "--json",
+    ]
+
+    def start():
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    first, runs = start(), place / "s" / "runs"
+    while not list(runs.glob("*/result.json")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = {p.parent.name: p.stat().st_mtime_ns for p in runs.glob("*/result.json")}
+    pair = [start(), start()]
+    values = [json.loads(p.communicate()[0].splitlines()[-1]) for p in pair]
+    assert [p.returncode for p in pair] == [0, 0]
+    assert [v["done"] for v in values] == [5, 5]
+    after = states(place / "s")
+    assert len(after) == 5 and all(after[k][0] == t for k, t in before.items())
+    alone = Sweep(place / "alone", log=lambda _: None).run(place / "grid.py")
+    assert alone["done"] == 5
+    bits = {k: b for k, (_, b) in states(place / "alone").items()}
+    assert bits == {k: b for k, (_, b) in after.items()}

@@ -96,7 +96,7 @@ ROOMS = (
     Room(
         "lab",
         "fair comparisons of designs: experiments, matched budgets, statistics",
-        "config model data eval report plan optim checkpoint train",
+        "config model recipes data eval report plan optim checkpoint train",
     ),
     Room("cli", "a file per verb; `main.py` has the exit codes; nothing imports it", "*"),
 )

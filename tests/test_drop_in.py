@@ -346,7 +346,7 @@ def test_every_option_of_a_recipe(layer):
     """What a recipe can say of the layer, its constructor can."""
     elsewhere = {"kind", "n_dense_layers", "sparse_step", "dense_layers"}
     if layer is not MultiHeadLatentMoE:
-        elsewhere |= {"n_heads"}
+        elsewhere |= {"n_heads", "projection"}
     if layer is MoE:
         elsewhere |= {"d_latent", "latent_norm"}
     wanted = {field.name for field in dataclasses.fields(MoEConfig)} - elsewhere

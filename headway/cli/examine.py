@@ -29,6 +29,7 @@ EXTRAS = {
         "--data hf:NAME[:SPLIT], parquet files, near-duplicates",
     ),
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness through the engine"),
+    "lab": (("scipy",), "`headway compare`"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),
 }
 """Extra → its modules, and what they add."""

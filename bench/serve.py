@@ -175,9 +175,8 @@ def fastest_variant(worker: Worker, task: Task, vocab_size: int) -> str:
     """The fastest variant of Transformers at a task."""
     short, times = replace(task, tokens=min(task.tokens, 9)), {}
     for variant in VARIANTS:
-        # batched_mm copies the weights of an expert for every row
         if "batched_mm" in variant and (task.tokens == 1 or task.batch > 1):
-            continue  # copies the weights of each token's experts: 17 GB of M
+            continue  # copies the weights of each token's experts: 17 GB of M in prefill
         seconds, _ = measure({("", variant): worker}, short, vocab_size, 1, variant)
         times[variant] = seconds["", variant][0]
     return min(times, key=times.__getitem__)

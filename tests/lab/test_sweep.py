@@ -144,6 +144,7 @@ def test_runs_are_named_as_they_are_trained(place):
         assert config_hash(resolve(config, vocab).config) == config_hash(config)
 
 
+@pytest.mark.slow
 def test_killed_and_called_twice_at_once(place):
     """Real processes: both supervisors of a folder are killed with their workers, then two share
     what is left."""

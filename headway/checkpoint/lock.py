@@ -85,7 +85,7 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._acquired and _read(self.path) == self._mine:
+        if self._acquired and read_holder(self.path) == self._mine:
             self.path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
@@ -99,7 +99,7 @@ class Lock:
     def _take_over(self, log: Callable[[str], None]) -> bool:
         """Take over the lock of a holder that is gone. Return False where the lock has changed
         meanwhile. Raise InUseError where the holder is alive."""
-        holder, silence = _read(self.path), _age(self.path)
+        holder, silence = read_holder(self.path), _age(self.path)
         if silence is None:  # released
             return False
         alive = ""
@@ -125,7 +125,7 @@ class Lock:
             if (_age(claim) or 0) > EXPIRY:
                 claim.unlink(missing_ok=True)
             return False
-        if _read(self.path) != holder:
+        if read_holder(self.path) != holder:
             claim.unlink()
             return False
         os.replace(claim, self.path)
@@ -134,7 +134,7 @@ class Lock:
 
     def _heartbeat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
-            holder = _read(self.path)
+            holder = read_holder(self.path)
             if holder is not None and holder != self._mine:
                 self._new_holder = str(holder)
                 return
@@ -142,7 +142,7 @@ class Lock:
                 os.utime(self.path)
 
 
-def _read(path: Path) -> Holder | None:
+def read_holder(path: Path) -> Holder | None:
     """Return the holder that a lock names; None without a lock, or while it is being written."""
     try:
         return Holder(**json.loads(path.read_text("utf-8")))

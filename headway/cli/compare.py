@@ -1,6 +1,5 @@
 """`headway compare`: arms of equal cost, trained with the same seeds, and their differences."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from headway.cli.options import nearest, override, parse, print_json, recipe_names, split_words
+from headway.cli.options import override, parse, print_json, recipe_names, split_words
 from headway.config import Config, UsageError, leaves
 
 
@@ -115,7 +114,7 @@ def _arm(text: str, words: Sequence[str], corpus: str) -> tuple[str, Config]:
     if corpus:
         config = override(config, ["--data.source", corpus], "headway compare")
     before = leaves(recipes.load(recipe).to_dict())
-    assigned = [word for field, value in fields for word in (_flag(field, before, text), value)]
+    assigned = [word for field, value in fields for word in (_flag(field, [*before], text), value)]
     config = override(config, assigned, "headway compare")
     after = leaves(config.to_dict())
     for name, option in _OF_THE_EXPERIMENT.items():
@@ -139,20 +138,14 @@ def _parts(text: str) -> tuple[str, str, list[tuple[str, str]]]:
     return label or (text if fields else recipe), recipe, fields
 
 
-def _flag(field: str, known: dict[str, object], text: str) -> str:
-    """Return the option of a leaf, whose path may be cut off on the left where it stays unique."""
-    name = re.sub("-", "_", field)
-    paths = [path for path in known if path == name or path.endswith(f".{name}")]
-    shortest = [path for path in paths if path == f"model.moe.{name}" or path == f"model.{name}"]
-    if name not in known and len(paths) > 1 and len(shortest) != 1:
-        raise UsageError(f"arm {text!r}: {field} may be {' or '.join(paths)}; give the whole path")
-    if not paths:
-        near = nearest(name, list(known))
-        raise UsageError(
-            f"arm {text!r}: there is no field {field}" + (f"; did you mean {near}?" if near else "")
-        )
-    path = name if name in known else (shortest or paths)[0]
-    return "--" + path.replace("_", "-")
+def _flag(field: str, known: Sequence[str], text: str) -> str:
+    """Return the option of a leaf, whose path may be cut off on the left."""
+    from headway.lab.where import field_named
+
+    try:
+        return "--" + field_named(field, known).replace("_", "-")
+    except UsageError as error:
+        raise UsageError(f"arm {text!r}: {error}") from None
 
 
 def _seeds(text: str) -> tuple[int, ...]:

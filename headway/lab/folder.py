@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from headway.checkpoint.lock import Holder, read_holder
 from headway.config import Config, UsageError, cannot_write, leaves
 
 ELSEWHERE = ("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints")
@@ -71,6 +72,11 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path.parent, error) from None
+
+
+def held_by(folder: Path) -> Holder | None:
+    """Return the process that trains a run, or did when it died."""
+    return read_holder(folder / "lease")
 
 
 def want(root: Path, key: str, config: Config) -> Path:

@@ -30,7 +30,7 @@ def read_rows(root: Path) -> list[dict[str, Any]]:
             rows.append({**config, **leaves(result)})
     if not rows:
         what = f"{len(folders)} runs, none of them finished" if folders else "no runs"
-        raise UsageError(f"{root} has {what}; make some with headway compare")
+        raise UsageError(f"{root} has {what}; make some with headway compare or headway sweep")
     return rows
 
 

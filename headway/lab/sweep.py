@@ -22,17 +22,20 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from platform import node
 from typing import Any
 
 from headway import recipes
-from headway.config import Config, UsageError, cannot_write, leaves, with_leaf
+from headway.config import Config, RunError, UsageError, cannot_write, leaves, with_leaf
 from headway.config.check import validate
 from headway.config.fill import filled
 from headway.data.tokenizer import load_tokenizer
-from headway.lab.folder import TRIES, config_hash, errors, read_result, want
+from headway.lab.folder import TRIES, add_error, config_hash, errors, held_by, read_result, want
 
 POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 5.0
+COMMAND = [sys.executable, "-m", "headway.lab.worker"]
+"""Starts a worker, before the folder."""
 Item = Config | Mapping[str, Any]
 
 
@@ -73,6 +76,8 @@ class Sweep:
     _reused: int = 0
     _invalid: list[str] = field(default_factory=list)
     _processes: list[subprocess.Popen] = field(default_factory=list)
+    _lost: int = 0
+    """Workers that died without a run."""
     _shown: float = 0.0
 
     def run(self, path: Path) -> dict[str, Any]:
@@ -116,33 +121,36 @@ class Sweep:
 
     def _wait(self, key: str) -> dict[str, Any]:
         """Return the result of a run, when it is there."""
-        while (result := self._results[key]) is None:
+        while self._look(key) is None:
             self._keep_workers()
-            self._look()
             self._progress()
-            if self._results[key] is None:
+            if self._look(key) is None:
                 time.sleep(POLL_SECONDS)
+        result = self._results[key]
+        assert result is not None
         return result
 
-    def _look(self) -> None:
-        """Read the results of runs that have ended."""
-        for key, result in self._results.items():
+    def _look(self, key: str) -> dict[str, Any] | None:
+        """Return the result of a run that has ended, or was given up; else None."""
+        if self._results[key] is None:
             folder = self.root / "runs" / key
-            if result is not None:
-                continue
             self._results[key] = read_result(folder)
-            failed = errors(folder)
-            if self._results[key] is None and len(failed) >= TRIES:
+            if self._results[key] is None and len(failed := errors(folder)) >= TRIES:
                 self._results[key] = {"bits_per_byte": None, "error": failed[-1], "failed": True}
+        return self._results[key]
+
+    def _open(self) -> list[str]:
+        """Return the runs that have not ended."""
+        return [key for key, result in self._results.items() if result is None]
 
     def _keep_workers(self) -> None:
-        """Start workers, also in place of one that has died."""
-        open_runs = sum(result is None for result in self._results.values())
+        """Start workers, also in place of those that have died. Raises RunError where several died
+        that had no run, as the next would."""
         for process in [p for p in self._processes if p.poll() is not None]:
             self._processes.remove(process)
-            self.log(f"a worker ended ({process.returncode}); another continues its run")
-        while len(self._processes) < min(self.workers, open_runs):
-            command = [sys.executable, "-m", "headway.lab.worker", str(self.root)]
+            self._bury(process.pid, process.returncode)
+        while len(self._processes) < min(self.workers, len(self._open())):
+            command = [*COMMAND, str(self.root)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
             with (self.root / "workers.log").open("ab") as log:
                 self._processes.append(
@@ -150,6 +158,22 @@ class Sweep:
                         command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                     )
                 )
+
+    def _bury(self, pid: int, code: int) -> None:
+        """Count the end of a worker, which never ends by itself, as a failure of the run that it
+        trained: one that takes too much memory must not be started for ever."""
+        for key in self._open():
+            folder = self.root / "runs" / key
+            if (holder := held_by(folder)) and holder.pid == pid and holder.host == node():
+                self.log(f"a worker ended with {code} while it trained {key}")
+                add_error(folder, f"its worker ended with {code}")
+                return
+        self._lost += 1
+        if self._lost >= TRIES:
+            raise RunError(
+                f"{self._lost} workers ended ({code}) while they trained nothing; the end of "
+                f"{self.root}/workers.log says why"
+            )
 
     def _stop(self) -> None:
         for process in self._processes:
@@ -162,7 +186,7 @@ class Sweep:
         if now - self._shown < PROGRESS_SECONDS:
             return
         self._shown = now
-        open_runs = [key for key, result in self._results.items() if result is None]
+        open_runs = [key for key in self._open() if self._look(key) is None]
         running = sum((self.root / "runs" / key / "lease").is_file() for key in open_runs)
         done, failed = self._counts()
         line = f"{done} of {len(self._results)} done, {running} running, {failed} failed"
@@ -232,7 +256,7 @@ def _next(
         item = generator.send(answer)
     except StopIteration:
         return None
-    except UsageError:
+    except (UsageError, RunError):  # of a run that it waits for
         raise
     except Exception as error:
         raise _raised(error, path) from error

@@ -10,6 +10,7 @@ The text is parsed here; no part of it is ever run as code."""
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from headway.config import UsageError
@@ -47,17 +48,22 @@ def condition(text: str, fields: Sequence[str]) -> Condition:
 
 
 def field_named(name: str, fields: Sequence[str]) -> str:
-    """Return the field that a name means: the whole path, or the only one that ends in it. Raises
-    UsageError for none and for several."""
+    """Return the field that a name means: the whole path, or the only one that ends in it; of
+    several the only one of the sparse layer or of the model. Raises UsageError for none, with the
+    nearest, and for several."""
     path = name.replace("-", "_")
     if path in fields:
         return path
     ending = [field for field in fields if field.endswith(f".{path}")]
-    if len(ending) == 1:
-        return ending[0]
+    of_model = [field for field in ending if field in (f"model.moe.{path}", f"model.{path}")]
+    if len(ending) == 1 or len(of_model) == 1:
+        return (of_model or ending)[0]
     if ending:
         raise UsageError(f"{name} may be {' or '.join(ending)}; give the whole path")
-    raise UsageError(f"no run has a field {name}; there are {', '.join(sorted(fields)[:60])}")
+    tails = {field.rpartition(".")[2]: field for field in fields}
+    near = get_close_matches(path.rpartition(".")[2], tails, n=1, cutoff=0.7)
+    hint = f"; did you mean {tails[near[0]]}?" if near else ""
+    raise UsageError(f"there is no field {name}{hint}")
 
 
 def value_of(text: str) -> Any:

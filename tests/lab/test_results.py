@@ -79,5 +79,5 @@ def test_mistakes_are_one_line(folder, tmp_path):
     write(tmp_path / "other", "a", None)
     assert "1 runs, none of them finished" in mistake("results", str(tmp_path / "other"))
     assert "holds for no run" in mistake("results", str(folder), "--where", "seed=7")
-    assert "no run has a field depth" in mistake("results", str(folder), "--sort", "depth")
+    assert "there is no field depth" in mistake("results", str(folder), "--sort", "depth")
     assert "seed=='" in mistake("results", str(folder), "--where", "seed=='")

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from headway.config import RunError
+from headway.lab import sweep as module
 from headway.lab.folder import TRIES, read_result
 from headway.lab.sweep import Sweep, resolved
 from headway.lab.worker import work
@@ -23,6 +25,9 @@ def configs():
     best = min(results, key=lambda r: r["bits_per_byte"])
     yield {**best.item, "run.seed": 7}
 """
+
+
+KEEP_WORKERS = Sweep._keep_workers
 
 
 @pytest.fixture
@@ -126,6 +131,36 @@ def test_other_mistakes(place):
     assert "--workers 0" in mistake("sweep", "grid.py", "--workers", "0")
     (place / "sweep").write_text("a file")
     assert "sweep" in mistake("sweep", "grid.py")
+
+
+def test_a_run_that_kills_its_workers_is_given_up(place, monkeypatch):
+    """In place of workers: processes that take the lease of the run and die of it."""
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from headway.checkpoint.lock import Lock\n"
+        "[folder] = Path(sys.argv[1], 'runs').iterdir()\n"
+        "Lock(folder, 'lease').acquire(print)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    sweep = stand_in(place, monkeypatch, program)
+    (place / "one.py").write_text("def configs():\n    yield {'recipe': 'tiny.py:tiny'}\n")
+    value = sweep.run(place / "one.py")
+    assert (value["runs"], value["failed"]) == (1, 1)
+    [folder] = (place / "s" / "runs").iterdir()
+    assert (folder / "errors").read_text() == "its worker ended with -9\n" * TRIES
+
+
+def test_workers_that_cannot_start_end_the_sweep(place, monkeypatch):
+    sweep = stand_in(place, monkeypatch, "import headway_nothing")
+    with pytest.raises(RunError, match=r"3 workers ended \(1\) while they trained nothing"):
+        sweep.run(place / "grid.py")
+    assert "No module named 'headway_nothing'" in (place / "s" / "workers.log").read_text()
+
+
+def stand_in(place, monkeypatch, program: str) -> Sweep:
+    """A sweep whose workers run this program."""
+    monkeypatch.setattr(Sweep, "_keep_workers", KEEP_WORKERS)
+    monkeypatch.setattr(module, "COMMAND", [sys.executable, "-c", program])
+    return Sweep(place / "s", log=lambda _: None)
 
 
 def test_runs_are_named_as_they_are_trained(place):

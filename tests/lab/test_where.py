@@ -54,11 +54,12 @@ def test_conditions(text, holds):
         ("top_k", "an operator is missing at the end"),
         ("top_k=", "a value is missing at the end"),
         ("top_k ~ 4", "'~' is no operator; use = == != <= >= < > or in"),
+        ("topk=4", "there is no field topk; did you mean model.moe.top_k?"),
         ("(top_k=4", "a ) is missing"),
         ("top_k=4 seed=1", "'seed' follows a whole condition; use and, or"),
         ("kind='latent", 'cannot read "\'latent"'),
-        ("depth=4", "no run has a field depth; there are bits_per_byte, data.source"),
-        ("__import__('os').system('x')=1", "no run has a field __import__"),
+        ("depth=4", "there is no field depth"),
+        ("__import__('os').system('x')=1", "there is no field __import__"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(text, said):
@@ -68,10 +69,11 @@ def test_what_cannot_be_read_is_one_line(text, said):
 
 
 def test_a_tail_must_be_unique():
-    fields = ["model.d_model", "optim.d_model", "d_ff"]
+    fields = ["data.seed", "run.seed", "d_ff"]
     assert field_named("d_ff", fields) == "d_ff"
-    with pytest.raises(UsageError, match=r"may be model\.d_model or optim\.d_model"):
-        field_named("d_model", fields)
+    assert field_named("kind", ["run.kind", "model.moe.kind"]) == "model.moe.kind"
+    with pytest.raises(UsageError, match=r"may be data\.seed or run\.seed"):
+        field_named("seed", fields)
 
 
 def trees() -> st.SearchStrategy[tuple[str, object]]:

@@ -81,7 +81,8 @@ def _runs(text: str) -> Iterator[np.ndarray]:
 
 
 def clusters(minima_NM: np.ndarray) -> Clusters:
-    """Return the clusters of documents by their minima, uint64 `[N, 128]`."""
+    """Return the clusters of documents by their minima, uint64 `[N, 128]`. A document without text
+    (`NONE`) is in none."""
     datasketch = extra("datasketch", "data.near_duplicates=cluster")
     index = datasketch.MinHashLSH(threshold=SIMILARITY, num_perm=MINIMA)
     leader_N = np.arange(len(minima_NM))
@@ -93,6 +94,8 @@ def clusters(minima_NM: np.ndarray) -> Clusters:
         return n
 
     for n, minima_M in enumerate(minima_NM):
+        if (minima_M == NONE).all():
+            continue
         sketch = datasketch.LeanMinHash(seed=1, hashvalues=minima_M, scheme=SCHEME)
         for other in index.query(sketch):
             if (minima_NM[other] == minima_M).mean() >= SIMILARITY:

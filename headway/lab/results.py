@@ -1,6 +1,8 @@
 """Tables of finished runs: one row each, or mean and interval by group.
 
-A row is a run: its config as dotted paths, and what its result.json has beside it."""
+A row is a run: its config as dotted paths, and what its result.json has beside it. Losses on
+different text cannot be compared: where runs were validated on several, tables are ordered within
+each text first, and groups are of one text."""
 
 import csv
 import io
@@ -15,6 +17,8 @@ from headway.lab.statistics import t_interval
 from headway.lab.where import Row, condition, field_named
 
 METRIC = "bits_per_byte"
+TEXT = "validation.fingerprint"
+"""Equal for runs that were validated on the same text."""
 SHOWN = (METRIC, "cpu_seconds", "tokens", "error")
 """Results that a table shows beside the fields that differ."""
 
@@ -45,20 +49,23 @@ def fields_of(rows: Iterable[Row]) -> list[str]:
 
 
 def ordered(rows: Sequence[Row], by: str) -> list[Row]:
-    """Return rows by the values of a field, or with a leading `-` from the largest down; those
-    without a value come last."""
+    """Return rows by the values of a field, or with a leading `-` from the largest down, those of
+    one validation text together; rows without a value come last."""
     field = field_named(by.removeprefix("-"), fields_of(rows))
     known = [row for row in rows if row.get(field) is not None]
     numbers = all(isinstance(row[field], int | float) for row in known)
     known.sort(key=lambda r: r[field] if numbers else str(r[field]), reverse=by.startswith("-"))
+    known.sort(key=lambda row: str(row.get(TEXT)))  # keeps the order within a text
     return [*known, *(row for row in rows if row.get(field) is None)]
 
 
 def groups(rows: Sequence[Row], by: Sequence[str], metric: str = METRIC) -> list[dict[str, Any]]:
-    """Return a row per combination of the values of some fields: them, `n` runs with a value of the
-    metric, its `mean` and `ci95` over them (Student's t; None for one), and `failed` runs."""
+    """Return a row per combination of the values of some fields, and of the validation text where
+    there are several: them, `n` runs with a value of the metric, its `mean` and `ci95` over them
+    (Student's t; None for one), and `failed` runs."""
     known = fields_of(rows)
-    fields = [field_named(name, known) for name in by]
+    several = len({row.get(TEXT) for row in rows}) > 1
+    fields = [*dict.fromkeys([field_named(name, known) for name in by] + [TEXT] * several)]
     metric = field_named(metric, known)
     parts: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -86,7 +93,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
         for field in fields_of(rows)
         if "." in field
         and field not in shared
-        and not field.startswith("validation.")
+        and (field == TEXT or not field.startswith("validation."))
         and len({repr(row.get(field)) for row in rows}) > 1
     ]
 

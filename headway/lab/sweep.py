@@ -82,9 +82,10 @@ class Sweep:
 
     def run(self, path: Path) -> dict[str, Any]:
         """Train what a file asks for; return `runs`, `done`, `failed`, `reused`, `started`,
-        `invalid` (a line each), `best` (hash and bits per byte), `seconds`, and `overhead`: the
-        share of the workers' time that went into anything but runs, where all were new. Raises
-        UsageError for a file that is no sweep, or raises, and a folder that cannot be written."""
+        `invalid` (a line each), `best` (hash and bits per byte; None where runs were validated on
+        different text), `seconds`, and `overhead`: the share of the workers' time that went into
+        anything but runs, where all were new. Raises UsageError for a file that is no sweep, or
+        raises, and for a folder that cannot be written; RunError where workers cannot start."""
         begin = time.monotonic()
         generator = load(path)
         try:
@@ -206,6 +207,8 @@ class Sweep:
 
     def _best(self) -> dict[str, Any] | None:
         ended = [r for r in self._results.values() if r and r["bits_per_byte"] is not None]
+        if len({r["validation"]["fingerprint"] for r in ended}) > 1:
+            return None  # losses on different text cannot be compared
         best = min(ended, key=lambda r: r["bits_per_byte"], default=None)
         return best and {name: best[name] for name in ("config_hash", "bits_per_byte")}
 

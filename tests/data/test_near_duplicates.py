@@ -94,6 +94,25 @@ def test_a_cluster_is_in_one_split(config):
     assert set(alone) <= set(texts(source.val))
 
 
+def test_documents_that_are_skipped_are_no_cluster(config, tmp_path):
+    """skip_bad and near_duplicates together."""
+    path = tmp_path / "a.jsonl"
+    good = path.read_text()
+    path.write_text(good + '\n{"text": null}\n{"text": 3}\nno json\n')
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i:02d}.txt").write_bytes(b"\xff" if i in (3, 5) else story(i).encode())
+    lines = []
+    options = {"near_duplicates": "cluster", "skip_bad": True, "source": (str(path), str(folder))}
+    both = prepare(replace(config, **options), BYTES, lines.append)
+    assert any("34 documents in 2 clusters" in line for line in lines)
+    assert any("0 documents in 0 clusters" in line for line in lines)
+    plain = prepare(replace(config, skip_bad=True, source=options["source"]), BYTES, quiet)
+    for a, b in zip(both.sources, plain.sources, strict=True):
+        assert sorted(texts(a.train) + texts(a.val)) == sorted(texts(b.train) + texts(b.val))
+
+
 def test_processes_change_nothing(config, tmp_path):
     config = replace(config, near_duplicates="cluster")
     other = replace(config, workers=2, cache_dir=str(tmp_path / "other"))

@@ -58,6 +58,18 @@ def test_groups_have_mean_and_interval(folder):
     assert [row["mean"] for row in seconds["rows"]] == [12.5, 12.5]
 
 
+def test_runs_on_other_text_are_not_ranked_together(folder):
+    path = folder / "runs" / "latent1" / "result.json"
+    path.write_text(path.read_text().replace('"fingerprint": "x"', '"fingerprint": "a"'))
+    rows = call("results", str(folder), "--json").json["rows"]
+    assert [row["config_hash"] for row in rows] == ["latent1", "moe0", "latent0", "moe1"]
+    assert "fingerprint" in call("results", str(folder)).out.splitlines()[0]
+    rows = call("results", str(folder), "--group", "kind", "--json").json["rows"]
+    key = "validation.fingerprint"
+    values = [(row[key], row["model.moe.kind"], row["n"], row["mean"]) for row in rows]
+    assert values == [("a", "latent", 1, 2.1), ("x", "moe", 1, 1.9), ("x", "latent", 1, 2.0)]
+
+
 def test_conditions_and_order(folder):
     done = call(
         "results", str(folder), "--where", "kind=latent or seed=1", "--sort=-seed", "--json"

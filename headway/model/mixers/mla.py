@@ -9,8 +9,8 @@ N query heads with one key head, the latent vectors as they lie in the cache. Th
 differently; a cache knows one, so that a text gives the same bits whatever its chunks. A pair of
 query and key costs N·(2C + r) products instead of N·(n + r + v), but no chunk reads keys and values
 out of the whole cache again, C·N·(n + v) for each position. Both cost the same in chunks of
-C·(n + v)/(2C − n − v) tokens, 171 with the sizes of DeepSeek-V3. So long texts
-are faster in any chunks, and many short ones cost as much or somewhat more.
+C·(n + v)/(2C − n − v) tokens, 171 with the sizes of DeepSeek-V3: a long text in short
+chunks gains most, many short texts lose.
 
 B sequences · S positions · D model width · N heads · C width of the latent vector · n, r dims of a
 head that are not and that are rotated · v dims of a value."""

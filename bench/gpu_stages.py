@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles
+from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles, gpu_user
 from bench.gpu_rows import BASE, FLAT, ROUTERS, Shape
 from headway.config import UsageError
 from headway.kernels.gpu import gpu_kernels
@@ -173,6 +173,11 @@ def step(record: Record) -> None:
         record.attempt(name, lambda m=model, b=build: gpu_step.row(m, b, record, peak))
 
 
+def user(record: Record) -> None:
+    """Training, resuming, evaluating, sampling and the engine, as a user calls them."""
+    gpu_user.measure(record)
+
+
 def sanitizer(record: Record) -> None:
     """NVIDIA's memory and race checkers over router, sort and experts at a small size."""
     path = os.environ.get("PATH", "") + ":/usr/local/cuda/bin"
@@ -205,12 +210,25 @@ def _sanitize(tool: str | None, kind: str, record: Record) -> dict:
 
 STAGES: dict[str, Callable[[Record], None]] = {
     stage.__name__: stage
-    for stage in (machine, tests, check, step, layer, router, profile, experts, tiles, sanitizer)
+    for stage in (
+        machine,
+        tests,
+        check,
+        user,
+        step,
+        layer,
+        router,
+        profile,
+        experts,
+        tiles,
+        sanitizer,
+    )
 }
 SECONDS = {
     "machine": 60,
     "tests": 200,
     "check": 90,
+    "user": 240,
     "step": 240,
     "layer": 60,
     "router": 180,

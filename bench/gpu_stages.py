@@ -337,7 +337,10 @@ def targets(rows: list[dict]) -> list[dict]:
         ("layer: best rival / headway", worst("layer", ""), 1.3),
         ("flat MoE: grouped_mm / headway", worst("flat", "grouped_mm"), 0.95),
     ]
-    return [common.target(*g, False) for g in goals] + [common.target(*r, True) for r in ratios]
+    return [
+        *(common.target(name, value, bound, False) for name, value, bound in goals),
+        *(common.target(name, value, bound, True) for name, value, bound in ratios),
+    ]
 
 
 def _has(module: str) -> bool:

@@ -3,10 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from headway.lab.statistics import (
     paired,
     seeds_for,
 )
+from headway.lab.workers import Workers
 from headway.train.records import Log
 
 ROW = (
@@ -96,7 +94,7 @@ def compare(
     """Train what is not yet in `root`/runs and compare.
 
     Args:
-        workers: processes, each of which trains one run at a time.
+        workers: processes that train one run at a time each; this one is the first.
     Raises: UsageError where the arms cannot be compared, or runs were validated on other text."""
     arms = experiment.plan(log)
     for arm in arms:
@@ -133,17 +131,15 @@ def _train(
         log(f"{len(results)} of {len(runs)} runs are in {root}/runs already")
     open_ = {run.key: (run, name) for run, name in zip(runs, names, strict=True)}
     open_ = {key: item for key, item in open_.items() if key not in results}
-    # spawned: a forked child would share the threads of OpenMP
-    spawn = get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn) if workers > 1 and len(open_) > 1 else nullcontext()
-    with pool as processes:
-        each = processes.map if processes else map
+    # this process trains too, and alone what no other can import
+    with Workers(root, log=log) as processes:
+        for key, (run, _) in open_.items():
+            processes.ask(key, run.config, run.edit)
         while open_:
             before = len(open_)
-            waiting = list(open_.items())
-            tried = each(_attempt, [run for _, (run, _) in waiting], [root] * before)
-            for (key, (_, name)), result in zip(waiting, tried, strict=True):
-                if result is not None:
+            for key, (run, name) in list(open_.items()):
+                processes.keep(min(workers, len(open_)) - 1, open_)
+                if result := _attempt(run, root):
                     results[key] = result
                     del open_[key]
                     log(_done(name, result))

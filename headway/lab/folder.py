@@ -1,13 +1,11 @@
 """The folder of a run of an experiment: its name, and the files that say how far it is. No PyTorch.
 
-ROOT/runs/HASH/config.json        the config that is wanted, of a sweep
-ROOT/runs/HASH/lease, lease-2, …  who trains it now (lab.lease)
+ROOT/runs/HASH/wanted.json        what is to be trained: a config, and the edit of its model
+ROOT/runs/HASH/lease              who trains it now (checkpoint.lock)
 ROOT/runs/HASH/errors             a line for each try that failed
 ROOT/runs/HASH/result.json        what it gave; renamed into place at the very end"""
 
-import functools
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable
@@ -15,29 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from headway.checkpoint.lock import Holder, read_holder
-from headway.config import Config, UsageError, cannot_write, leaves
+from headway.config import Config, UsageError, cannot_write, from_dict, leaves
+from headway.lab import edits
 
+Edit = Callable[..., Any]
 ELSEWHERE = ("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints")
 """Leaves that change no number of a run."""
 TRIES = 3
 """Times that a run is started that fails each time."""
 
 
-def config_hash(config: Config, edit: Callable[..., Any] | None = None) -> str:
+def config_hash(config: Config, edit: Edit | None = None) -> str:
     """Return the hash of a resolved config and of the source of its edit, 16 hexadecimal digits."""
     values = {k: v for k, v in leaves(config.to_dict()).items() if k not in ELSEWHERE}
     if edit is not None:
-        values["edit"] = _source(edit)
+        values["edit"] = edits.source(edit)
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _source(edit: Callable[..., Any]) -> list[str]:
-    """Return the source of a function, and the values that it is bound to."""
-    if isinstance(edit, functools.partial):
-        return [*_source(edit.func), repr(edit.args), repr(sorted(edit.keywords.items()))]
-    bound = inspect.getclosurevars(edit).nonlocals
-    return [inspect.getsource(edit), repr(sorted(bound.items()))]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -79,40 +71,30 @@ def held_by(folder: Path) -> Holder | None:
     return read_holder(folder / "lease")
 
 
-def want(root: Path, key: str, config: Config) -> Path:
-    """Ask for a run, and return its folder."""
-    folder = root / "runs" / key
-    if not (folder / "config.json").is_file():
+def want(root: Path, key: str, config: Config, edit: Edit | None = None) -> bool:
+    """Write what a run consists of, for workers; return False where its edit cannot be written."""
+    folder, edit_dict = root / "runs" / key, edits.to_dict(edit) if edit else None
+    if edit and edit_dict is None:
+        return False
+    if not (folder / "wanted.json").is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(root, error) from None
-        write_json(folder / "config.json", config.to_dict())
-    return folder
+        write_json(folder / "wanted.json", {"config": config.to_dict(), "edit": edit_dict})
+    return True
 
 
-def wanted(root: Path, finished: set[str]) -> list[Path]:
-    """Return the folders of the runs that are asked for and neither finished nor given up, in the
-    order in which they were; `finished` remembers those that are."""
-    open_runs: list[tuple[float, Path]] = []
-    for entry in os.scandir(root / "runs"):
-        folder = Path(entry.path)
-        if entry.name in finished:
-            continue
-        try:
-            asked = (folder / "config.json").stat().st_mtime_ns
-        except OSError:
-            continue
-        if (folder / "result.json").is_file() or len(errors(folder)) >= TRIES:
-            finished.add(entry.name)
-        else:
-            open_runs.append((asked, folder))
-    return [folder for _, folder in sorted(open_runs)]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config of a run that is asked for. Raises UsageError for a damaged file."""
+def read_wanted(folder: Path) -> tuple[Config, Edit | None]:
+    """Return the config and the edit of a run that is to be trained. Raises UsageError for a
+    damaged file, and where they are no longer those that gave the run its name."""
+    path = folder / "wanted.json"
     try:
-        return json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}/config.json cannot be read ({error}); delete it") from None
+        value = json.loads(path.read_text("utf-8"))
+        config, edit = value["config"], value["edit"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); delete it") from None
+    config, edit = from_dict(Config, config), edits.from_dict(edit) if edit else None
+    if config_hash(config, edit) != folder.name:
+        raise UsageError(f"{path}: its edit, or the config's fields, changed since; delete it")
+    return config, edit

@@ -14,28 +14,23 @@ trains nothing and does not import PyTorch."""
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from platform import node
 from typing import Any
 
 from headway import recipes
-from headway.config import Config, RunError, UsageError, cannot_write, leaves, with_leaf
+from headway.config import Config, RunError, UsageError, leaves, with_leaf
 from headway.config.check import validate
 from headway.config.fill import filled
 from headway.data.tokenizer import load_tokenizer
-from headway.lab.folder import TRIES, add_error, config_hash, errors, held_by, read_result, want
+from headway.lab.folder import TRIES, config_hash, errors, read_result
+from headway.lab.workers import Workers
 
 POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 5.0
-COMMAND = [sys.executable, "-m", "headway.lab.worker"]
-"""Starts a worker, before the folder."""
 Item = Config | Mapping[str, Any]
 
 
@@ -75,9 +70,6 @@ class Sweep:
     """Every run that was asked for → its result; None while it is open."""
     _reused: int = 0
     _invalid: list[str] = field(default_factory=list)
-    _processes: list[subprocess.Popen] = field(default_factory=list)
-    _lost: int = 0
-    """Workers that died without a run."""
     _shown: float = 0.0
 
     def run(self, path: Path) -> dict[str, Any]:
@@ -87,22 +79,15 @@ class Sweep:
         anything but runs, where all were new. Raises UsageError for a file that is no sweep, or
         raises, and for a folder that cannot be written; RunError where workers cannot start."""
         begin = time.monotonic()
-        generator = load(path)
-        try:
-            (self.root / "runs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.root, error) from None
-        try:
-            answer = None
+        generator, answer = load(path), None
+        with Workers(self.root, self.threads, self.log) as processes:
             while (item := _next(generator, answer, path)) is not None:
-                answer = self._ask(item)
+                answer = self._ask(item, processes)
             for key in self._results:
-                self._wait(key)
-        finally:
-            self._stop()
+                self._wait(key, processes)
         return self._summary(time.monotonic() - begin)
 
-    def _ask(self, item: Item) -> Result:
+    def _ask(self, item: Item, processes: Workers) -> Result:
         """Ask for a run."""
         try:
             config = resolved(item, self.threads)
@@ -115,15 +100,17 @@ class Sweep:
         if key in self._results:
             self.log(f"asked for twice, run once: {key}")
         else:
-            folder = want(self.root, key, config)
-            self._results[key] = read_result(folder)
+            self._results[key] = read_result(self.root / "runs" / key)
             self._reused += self._results[key] is not None
-        return Result(item, key, self._wait)
+            if self._results[key] is None:
+                processes.ask(key, config)
+        return Result(item, key, lambda key: self._wait(key, processes))
 
-    def _wait(self, key: str) -> dict[str, Any]:
+    def _wait(self, key: str, processes: Workers) -> dict[str, Any]:
         """Return the result of a run, when it is there."""
         while self._look(key) is None:
-            self._keep_workers()
+            open_ = self._open()
+            processes.keep(min(self.workers, len(open_)), open_)
             self._progress()
             if self._look(key) is None:
                 time.sleep(POLL_SECONDS)
@@ -143,44 +130,6 @@ class Sweep:
     def _open(self) -> list[str]:
         """Return the runs that have not ended."""
         return [key for key, result in self._results.items() if result is None]
-
-    def _keep_workers(self) -> None:
-        """Start workers, also in place of those that have died. Raises RunError where several died
-        that had no run, as the next would."""
-        for process in [p for p in self._processes if p.poll() is not None]:
-            self._processes.remove(process)
-            self._bury(process.pid, process.returncode)
-        while len(self._processes) < min(self.workers, len(self._open())):
-            command = [*COMMAND, str(self.root)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-            with (self.root / "workers.log").open("ab") as log:
-                self._processes.append(
-                    subprocess.Popen(
-                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                    )
-                )
-
-    def _bury(self, pid: int, code: int) -> None:
-        """Count the end of a worker, which never ends by itself, as a failure of the run that it
-        trained: one that takes too much memory must not be started for ever."""
-        for key in self._open():
-            folder = self.root / "runs" / key
-            if (holder := held_by(folder)) and holder.pid == pid and holder.host == node():
-                self.log(f"a worker ended with {code} while it trained {key}")
-                add_error(folder, f"its worker ended with {code}")
-                return
-        self._lost += 1
-        if self._lost >= TRIES:
-            raise RunError(
-                f"{self._lost} workers ended ({code}) while they trained nothing; the end of "
-                f"{self.root}/workers.log says why"
-            )
-
-    def _stop(self) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.wait()
 
     def _progress(self) -> None:
         now = time.monotonic()

@@ -1,5 +1,5 @@
-"""A worker of sweeps: trains the runs of a folder that are wanted and that nobody trains, one after
-another. `python -m headway.lab.worker ROOT` is one; any number of them share a folder."""
+"""A worker: trains the runs of a queue (lab.workers) that nobody trains, one after another.
+`python -m headway.lab.worker QUEUE` is one; any number of them share a folder."""
 
 import os
 import signal
@@ -8,29 +8,30 @@ import time
 from pathlib import Path
 
 from headway.checkpoint.lock import InUseError
-from headway.config import Config, RunError, UsageError, from_dict
-from headway.lab.folder import add_error, read_config, wanted
+from headway.config import RunError, UsageError
+from headway.lab.folder import add_error, read_wanted
+from headway.lab.workers import wanted
 
 POLL_SECONDS = 0.2
 
 
-def work(root: Path, *, ends: bool = False) -> None:
+def work(queue: Path, *, ends: bool = False) -> None:
     """Train runs until the process that started this one is gone, or with `ends` until none is
     left that can be taken. A run that fails is tried again, three times in all."""
-    parent, finished = os.getppid(), set[str]()
+    parent, ended = os.getppid(), set[str]()
     while os.getppid() == parent:
-        if not any(_try(folder, root) for folder in wanted(root, finished)):
+        if not any(map(_try, wanted(queue, ended))):
             if ends:
                 return
             time.sleep(POLL_SECONDS)
 
 
-def _try(folder: Path, root: Path) -> bool:
+def _try(folder: Path) -> bool:
     """Train a run, if nobody does; return whether this process had it."""
     from headway.lab.runs import Run, execute
 
     try:
-        execute(Run(from_dict(Config, read_config(folder))), root)
+        execute(Run(*read_wanted(folder)), folder.parent.parent)
     except InUseError:
         return False
     except (UsageError, RunError) as error:

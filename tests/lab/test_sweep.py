@@ -10,10 +10,11 @@ import time
 import pytest
 
 from headway.config import RunError
-from headway.lab import sweep as module
+from headway.lab import workers as module
 from headway.lab.folder import TRIES, read_result
 from headway.lab.sweep import Sweep, resolved
 from headway.lab.worker import work
+from headway.lab.workers import Workers
 from tests.command import call, mistake, write_recipe
 
 GRID = """
@@ -27,7 +28,7 @@ def configs():
 """
 
 
-KEEP_WORKERS = Sweep._keep_workers
+KEEP = Workers.keep
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
     # in place of processes, which take seconds to import PyTorch
-    monkeypatch.setattr(Sweep, "_keep_workers", lambda self: work(self.root, ends=True))
+    monkeypatch.setattr(Workers, "keep", lambda self, n, open_: work(self.queue, ends=True))
     return tmp_path
 
 
@@ -138,7 +139,7 @@ def test_a_run_that_kills_its_workers_is_given_up(place, monkeypatch):
     program = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from headway.checkpoint.lock import Lock\n"
-        "[folder] = Path(sys.argv[1], 'runs').iterdir()\n"
+        "[folder] = Path('s', 'runs').iterdir()\n"
         "Lock(folder, 'lease').acquire(print)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     sweep = stand_in(place, monkeypatch, program)
@@ -158,7 +159,7 @@ def test_workers_that_cannot_start_end_the_sweep(place, monkeypatch):
 
 def stand_in(place, monkeypatch, program: str) -> Sweep:
     """A sweep whose workers run this program."""
-    monkeypatch.setattr(Sweep, "_keep_workers", KEEP_WORKERS)
+    monkeypatch.setattr(Workers, "keep", KEEP)
     monkeypatch.setattr(module, "COMMAND", [sys.executable, "-c", program])
     return Sweep(place / "s", log=lambda _: None)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.config import UsageError, leaves
-from headway.lab.runs import read_result
+from headway.lab.folder import read_result
 from headway.lab.statistics import t_interval
 from headway.lab.where import Row, condition, field_named
 

@@ -26,7 +26,6 @@ def place(tmp_path_factory):
     write_recipe(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setenv("HEADWAY_CACHE", str(root / "cache"))
         yield root
 
 

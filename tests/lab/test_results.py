@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -93,3 +95,12 @@ def test_mistakes_are_one_line(folder, tmp_path):
     assert "holds for no run" in mistake("results", str(folder), "--where", "seed=7")
     assert "there is no field depth" in mistake("results", str(folder), "--sort", "depth")
     assert "seed=='" in mistake("results", str(folder), "--where", "seed=='")
+
+
+def test_neither_tables_nor_supervisors_import_torch(folder):
+    """It takes seconds, and a hundred megabytes."""
+    program = (
+        "import sys; from headway.cli.results import results; from headway.lab.sweep import resolved\n"
+        f"results([{str(folder)!r}]); resolved({{'recipe': 'demo'}}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

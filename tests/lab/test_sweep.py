@@ -36,7 +36,6 @@ def place(tmp_path, monkeypatch):
     write_recipe(tmp_path)
     (tmp_path / "grid.py").write_text(GRID)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
     # in place of processes, which take seconds to import PyTorch
     monkeypatch.setattr(Workers, "keep", lambda self, n, open_: work(self.queue, ends=True))
     return tmp_path

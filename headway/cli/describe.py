@@ -56,7 +56,7 @@ def describe(args: Sequence[str]) -> int:
     from headway.plan.decode import decode_costs
 
     derived = validate(config)
-    config = formulas.with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    config = formulas.with_vocab(config, load_tokenizer(config.data.vocabulary).vocab_size)
     if options.decode:
         dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
         bandwidth = _bandwidth(options)

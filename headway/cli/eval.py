@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
@@ -23,6 +23,11 @@ class Eval(trained.TrainedOptions):
     """Validation tokens, in whole windows, as `run.eval_tokens`; 0 means the whole split."""
     tasks: tuple[str, ...] = ()
     """YAML files of lm-evaluation-harness: run these local tasks instead."""
+    suite: Literal["", "worlds"] = ""
+    """`worlds`: accuracy on test items of the worlds that the model was trained on, or of those
+    that --data names, beside what shallow guesses reach."""
+    items: int = 512
+    """Items per world of --suite."""
     via_http: bool = False
     """Also start `headway serve` on a free port, score the same text there and show the
     difference."""
@@ -36,6 +41,8 @@ def evaluate(args: Sequence[str]) -> int:
 
     if options.tasks:
         return _tasks(options)
+    if options.suite:
+        return _worlds(options)
 
     from headway.data.shards import prepare
     from headway.data.stream import Stream
@@ -45,6 +52,9 @@ def evaluate(args: Sequence[str]) -> int:
     model = trained.load(options)
     data = model.config.data
     if options.data:
+        if data.worlds and not replace(data, source=options.data).worlds:
+            what = f"{options.run} was trained on worlds and has no words for {options.data[0]!r}"
+            raise UsageError(f"{what}; give --data world:TASK")
         data = replace(data, source=options.data, weights=())
     stream = Stream(prepare(data, model.tokenizer), data, model.config.run.seed)
     text = validation_text(stream, options.tokens)
@@ -91,8 +101,9 @@ def _via_http(
 
 def _tasks(options: Eval) -> int:
     """Run tasks of lm-evaluation-harness and print their metrics."""
-    if options.data or options.tokens or options.via_http:
-        raise UsageError("--tasks reads its own data; leave out --data, --tokens and --via-http")
+    if options.data or options.tokens or options.via_http or options.suite:
+        others = "--data, --tokens, --suite and --via-http"
+        raise UsageError(f"--tasks reads its own data; leave out {others}")
     try:
         from headway.eval.harness import run_tasks
     except ImportError as error:
@@ -107,4 +118,36 @@ def _tasks(options: Eval) -> int:
     for name, metrics in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     print_json(options.json, {"tasks": results, **trained.facts(loaded)})
+    return 0
+
+
+def _worlds(options: Eval) -> int:
+    """Score the model on worlds and print accuracies beside floors."""
+    if options.tokens or options.via_http:
+        raise UsageError("--suite scores --items items; leave out --tokens and --via-http")
+    if options.items < 1:
+        raise UsageError(f"--items {options.items} is below 1; use 1 or more")
+    from headway.data.worlds.source import WorldSource
+    from headway.eval.worlds import score
+
+    loaded = trained.load(options)
+    specs = options.data or loaded.config.data.source
+    for spec in specs:
+        if not spec.startswith("world:"):
+            what = "is no world" if options.data else f"is what {options.run} was trained on"
+            raise UsageError(f"--suite worlds: {spec!r} {what}; give --data world:TASK")
+    results = {}
+    for spec in specs:
+        source = WorldSource.open(spec, loaded.tokenizer)
+        result = score(loaded.model, loaded.tokenizer.vocab_size, source, options.items)
+        guesses = ", ".join(
+            f"{name.replace('_', ' ')} {value:.1%}"
+            for name, value in result.floors._asdict().items()
+        )
+        print(
+            f"{spec}: accuracy {result.accuracy:.1%} (floors: {guesses}), "
+            f"items all right {result.exact:.1%}, {result.loss:.4f} nats per target"
+        )
+        results[spec] = result.numbers()
+    print_json(options.json, {"worlds": results, **trained.facts(loaded)})
     return 0

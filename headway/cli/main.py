@@ -27,6 +27,7 @@ from headway.cli.serve import serve
 from headway.cli.sweep import sweep
 from headway.cli.tokenize import tokenize
 from headway.cli.train import train
+from headway.cli.worlds import worlds
 from headway.config import PeerError, RankError, RunError, UsageError
 from headway.train import interrupt
 
@@ -39,6 +40,7 @@ VERBS = {
     "export": "a trained model as a Hugging Face folder, or as GGUF for llama.cpp",
     "import": "a run folder from a Hugging Face folder",
     "serve": "an OpenAI-compatible server of a trained model",
+    "worlds": "items of a synthetic world as JSON lines: headway worlds mqar --n 200 --out FILE",
     "tokenize": "train a BPE tokenizer on your text, or tokenise text ahead of training",
     "report": "one offline HTML page from one run or several",
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
@@ -125,6 +127,8 @@ def _verb(args: list[str]) -> int:
             return export(rest)
         case "serve":
             return serve(rest)
+        case "worlds":
+            return worlds(rest)
         case "tokenize":
             return tokenize(rest)
         case "report":

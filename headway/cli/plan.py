@@ -70,7 +70,7 @@ def plan(args: Sequence[str]) -> int:
     chunks = 0 if options.chunks == "auto" else _count("--chunks", options.chunks)
     config = replace(config, mesh=MeshConfig(payload=config.mesh.payload, chunks=chunks))
     validate(config)
-    config = with_vocab(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    config = with_vocab(config, load_tokenizer(config.data.vocabulary).vocab_size)
     setting = Setting(
         config,
         machine,

@@ -54,6 +54,8 @@ def tokenize(args: Sequence[str]) -> int:
         workers=options.workers,
     )
     data.check()
+    if data.worlds:
+        raise UsageError(f"{data.worlds[0]} is drawn, not tokenised; give text")
     return _shards(data, options.json) if options.shards else _train(data, options)
 
 
@@ -80,12 +82,12 @@ def _train(data: DataConfig, options: Tokenize) -> int:
 
 
 def _shards(data: DataConfig, json: bool) -> int:
-    from headway.data.shards import prepare
+    from headway.data.shards import Source, prepare
     from headway.data.tokenizer import load_tokenizer
 
-    dataset = prepare(data, load_tokenizer(data.tokenizer), lambda line: print(line, flush=True))
+    dataset = prepare(data, load_tokenizer(data.vocabulary), lambda line: print(line, flush=True))
     answer = {
-        "shards": [str(source.folder) for source in dataset.sources],
+        "shards": [str(source.folder) for source in dataset.sources if isinstance(source, Source)],
         "train_tokens": dataset.train_tokens,
         "val_tokens": dataset.val_tokens,
         "fingerprint": dataset.fingerprint,

@@ -1,7 +1,7 @@
 """Options of the data: sources, tokenizer, batches."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -23,12 +23,14 @@ class DataConfig:
     """`stdlib` (the running interpreter's standard library), a file, a folder, a glob (text, JSON
     lines with a `text` field, .csv, .tsv or .parquet with a `text` column; .gz, .bz2, .xz and .zst
     are unpacked), `hf:NAME[:SPLIT]` for a Hugging Face data set (parquet, .zst and hf need the
-    extra `[data]`), or `set:NAME[:LABEL]` for text out of packages: python, kernel-docs, languages,
-    help, wiki."""
+    extra `[data]`), `set:NAME[:LABEL]` for text out of packages: python, kernel-docs, languages,
+    help, wiki; or worlds alone, `world:TASK[,OPTION=VALUE…]`: mqar, s5, a5, s3, parity, copy,
+    facts, multiplication (docs/worlds.md)."""
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
     tokenizer: str = "bytes"
-    """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`)."""
+    """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`). Worlds have
+    words of their own and take no other."""
     val_fraction: float = 0.05
     """Share of the files (documents; for a single text its tail) that is held out for validation;
     0 < f < 1."""
@@ -60,6 +62,17 @@ class DataConfig:
     """Folder of tokenised shards; empty means $HEADWAY_CACHE or ~/.cache/headway. Never the user's
     data folder."""
 
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """Return the sources that are worlds: all of them or none."""
+        return tuple(spec for spec in self.source if spec.startswith("world:"))
+
+    @property
+    def vocabulary(self) -> str:
+        """Return what `load_tokenizer` takes: the worlds, whose words are the tokens, or
+        `tokenizer`."""
+        return " ".join(self.worlds) or self.tokenizer
+
     def check(self) -> None:
         """Raise UsageError for values that no data could satisfy."""
         sources, weights = self.source, self.weights
@@ -68,6 +81,7 @@ class DataConfig:
             raise UsageError(f"data.source is empty; {fix}")
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"val_fraction {self.val_fraction} must lie between 0 and 1; try 0.05")
+        self._check_worlds()
         at_least(1, "data", vars(self), "seq_len batch_size")
         if not 0 <= self.last_batch_size <= self.batch_size:
             raise UsageError(
@@ -90,3 +104,22 @@ class DataConfig:
                 f"data.micro_batch_size={micro} must divide data.batch_size={batch}; "
                 f"use {alternatives(divisors(batch))}"
             )
+
+    def _check_worlds(self) -> None:
+        """Raise UsageError for a world beside text, and for options that would do nothing."""
+        if not self.worlds:
+            return
+        world = self.worlds[0]
+        for spec in self.source:
+            if spec not in self.worlds:
+                fix = "train on worlds alone, or on text alone"
+                raise UsageError(f"{world} has words of its own, and {spec!r} is text; {fix}")
+        for field in fields(self):
+            value = vars(self)[field.name]
+            if field.name in _OF_TEXT and value != field.default:
+                what = f"data.{field.name}={value} is for text, and {world} is none"
+                raise UsageError(f"{what}; leave it out")
+
+
+_OF_TEXT = ("tokenizer", "skip_bad", "dedup", "near_duplicates")
+"""Fields that a world could not obey."""

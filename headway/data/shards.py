@@ -26,11 +26,12 @@ from headway.data.overlap import Kept, Overlap, count, kept_documents
 from headway.data.shard_file import Tokens, damaged
 from headway.data.tokenise import FORMAT, tokenise
 from headway.data.tokenizer import Tokenizer
+from headway.data.worlds.source import VAL_ITEMS, WorldSource
 
 
 @dataclass(frozen=True)
 class Source:
-    """One tokenised source."""
+    """One tokenised text."""
 
     spec: str
     """As the user named it."""
@@ -42,12 +43,32 @@ class Source:
     approximate: str
     """Why its bits per byte are approximate; empty where the ids show each byte of the text."""
 
+    @property
+    def train_tokens(self) -> int:
+        """Return the number of tokens, eos included."""
+        return len(self.train)
+
+    @property
+    def val_tokens(self) -> int:
+        """Return the number of tokens, eos included."""
+        return len(self.val)
+
+    @property
+    def digests(self) -> list[str]:
+        """Return hashes of all tokens of training and of validation."""
+        return [self.train.digest, self.val.digest]
+
+    @property
+    def val_text(self) -> str:
+        """Return a hash of the text of validation (`SplitIndex.text`)."""
+        return self.index.val.text
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tokenised sources of a run."""
+    """The sources of a run: tokenised texts, and worlds."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[Source | WorldSource, ...]
     vocab_size: int
     """Of the tokenizer; every id is below it."""
     eos: int
@@ -73,18 +94,18 @@ class Dataset:
     @property
     def train_tokens(self) -> int:
         """Return the number of tokens over all sources, eos included."""
-        return sum(len(source.train) for source in self.sources)
+        return sum(source.train_tokens for source in self.sources)
 
     @property
     def val_tokens(self) -> int:
         """Return the number of tokens over all sources, eos included."""
-        return sum(len(source.val) for source in self.sources)
+        return sum(source.val_tokens for source in self.sources)
 
 
 def prepare(
     config: DataConfig, tokenizer: Tokenizer, log: Log = print, verify: bool = False
 ) -> Dataset:
-    """Tokenise each source, or find it in the cache, and map its shards into memory.
+    """Tokenise each text, or find it in the cache, and map its shards into memory; open worlds.
 
     A cached folder is checked by the sizes and hashes in its manifest. Shards up to 16 MiB are
     hashed whole, larger ones in 256 evenly spread blocks, which finds files that were cut off,
@@ -94,6 +115,9 @@ def prepare(
     for data that cannot be read, and for a cache that is damaged or cannot be written."""
     config.check()
     root = cache.root_of(config)
+    if config.worlds:
+        worlds = tuple(WorldSource.open(spec, tokenizer) for spec in config.source)
+        return _dataset(worlds, tokenizer, Overlap(VAL_ITEMS * len(worlds), 0))
     sources = tuple(_source(spec, config, tokenizer, root, log, verify) for spec in config.source)
     indices = [source.index for source in sources]
     if config.dedup == "exact":
@@ -101,7 +125,13 @@ def prepare(
         sources = tuple(map(_without_repeats, sources, kept_by_source))
     else:
         overlap = count(indices)
-    content = [tokenizer.fingerprint, *([s.train.digest, s.val.digest] for s in sources)]
+    return _dataset(sources, tokenizer, overlap)
+
+
+def _dataset(
+    sources: tuple[Source, ...] | tuple[WorldSource, ...], tokenizer: Tokenizer, overlap: Overlap
+) -> Dataset:
+    content = [tokenizer.fingerprint, *(source.digests for source in sources)]
     return Dataset(sources, tokenizer.vocab_size, tokenizer.eos, _hash(content), overlap)
 
 

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headway.config import UsageError
 from headway.data.decode_stream import ByteStream, DecodeStream, WindowStream
+from headway.data.worlds.spec import parse_world
 
 EOS_NAMES = """
 <|endoftext|> <|end_of_text|> </s> <eos> <|eos|> <｜end▁of▁sentence｜> <|im_end|> [EOS]
@@ -259,12 +260,25 @@ def _shown_names(tokenizer: Tokenizer, skip_special_tokens: bool) -> Mapping[int
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Load `bytes`, or a `tokenizer.json` by its path or folder. Raise UsageError if unreadable."""
+    """Load `bytes`, a `tokenizer.json` by its path or folder, or the words of worlds, `world:TASK…`
+    with blanks between several. Raise UsageError if unreadable."""
     if spec == "bytes":
         return ByteTokenizer()
+    if spec.startswith("world:"):
+        return word_tokenizer([word for world in spec.split() for word in parse_world(world).words])
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     return JsonTokenizer(path, eos_token=eos_token(path.with_name("tokenizer_config.json")))
+
+
+def word_tokenizer(words: Iterable[str]) -> JsonTokenizer:
+    """Return a tokenizer of texts that are words with blanks between them. The ids are those of the
+    words in their order, each once, then `<|unknown|>` and `<|endoftext|>`, which ends a text."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*words, "<|unknown|>"]))}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([tokenizers.AddedToken("<|endoftext|>", special=True)])
+    return JsonTokenizer(Path("words"), inner.to_str(pretty=True))
 
 
 def eos_token(path: Path) -> str:

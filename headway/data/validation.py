@@ -24,12 +24,12 @@ def validation_text(stream: Stream, tokens: int) -> ValidationText:
     config, dataset, total = stream.config, stream.dataset, stream.n_val_windows
     windows = min(-(-tokens // config.seq_len) or total, total)
     if windows == total:
-        chosen = sorted(source.index.val.text for source in dataset.sources)
+        chosen = sorted(source.val_text for source in dataset.sources)
     else:
-        chosen = [*(source.val.digest for source in dataset.sources), config.seq_len, windows]
+        chosen = [*(source.digests[1] for source in dataset.sources), config.seq_len, windows]
     how_many = "all" if windows == total else f"{windows:,} of"
     sentence = (
-        f"{how_many} {total:,} windows of {config.seq_len} tokens ({config.tokenizer}) of "
+        f"{how_many} {total:,} windows of {config.seq_len} tokens ({config.vocabulary}) of "
         f"{' '.join(config.source)}"
     )
     fingerprint = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]

@@ -92,4 +92,4 @@ def find_trained(path: Path) -> tuple[Path, Path, tuple[str, ...]]:
 def tokenizer_of(run_dir: Path, config: Config) -> Tokenizer:
     """Return the tokenizer of a run; an imported run holds its own."""
     inside = (run_dir / "tokenizer.json").is_file()
-    return load_tokenizer(str(run_dir) if inside else config.data.tokenizer)
+    return load_tokenizer(str(run_dir) if inside else config.data.vocabulary)

@@ -49,7 +49,7 @@ def calibrate(arms: Mapping[str, tuple[Config, Edit | None]], log: Log = print) 
 
 def _stepper(config: Config, edit: Edit | None) -> Callable[[], None]:
     """Return a function that takes the next training step of a model of its own."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.vocabulary)
     resolved = resolve(config, tokenizer.vocab_size)
     compute = Compute(resolved.dtype, config.run.recompute)
     model = Transformer(config.model, compute, seed=config.run.seed).to(resolved.device)

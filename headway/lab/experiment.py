@@ -148,7 +148,7 @@ class Experiment:
             stop_bits_per_byte=0.0,
         )
         config = dataclasses.replace(config, run=run)
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+        vocab_size = load_tokenizer(config.data.vocabulary).vocab_size
         return resolve(config, vocab_size).config
 
     def _sized(self, arm: Arm, targets: dict[Quantity, float]) -> "_Sized":

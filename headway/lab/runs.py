@@ -124,7 +124,7 @@ def _train(run: Run, folder: Path, log: Log, interrupt: Interrupt | None) -> dic
 
 def batches_sha256(config: Config, n: int = BATCHES) -> str:
     """Return a hash of the tokens of the first batches of a run."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.vocabulary)
     dataset = prepare(config.data, tokenizer, lambda _: None)
     stream, digest = Stream(dataset, config.data, config.run.seed), hashlib.sha256()
     for step in range(n):

@@ -235,7 +235,7 @@ def resolved(item: Item, threads: int = 1) -> Config:
         raise UsageError(f"runs of a sweep are one process each, and mesh is {config.mesh}")
     config = with_leaf(config, "run.dir", "")
     config = with_leaf(config, "run.threads", config.run.threads or threads)
-    config = filled(config, load_tokenizer(config.data.tokenizer).vocab_size)[0]
+    config = filled(config, load_tokenizer(config.data.vocabulary).vocab_size)[0]
     validate(config)
     return config
 

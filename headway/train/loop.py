@@ -50,7 +50,7 @@ def train(
         `error` (what could not be saved; then exit 1).
     Raises: `UsageError` before step 0; `RunError` after `optim.max_skipped` skipped steps in a row.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.vocabulary)
     resolved = resolve(config, tokenizer.vocab_size)
     with open_session(
         resolved,

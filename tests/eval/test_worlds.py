@@ -1,0 +1,46 @@
+"""Scores of models on worlds."""
+
+import numpy as np
+import pytest
+import torch
+
+from headway.config import ModelConfig, MoEConfig
+from headway.data.tokenizer import load_tokenizer
+from headway.data.worlds.source import WorldSource
+from headway.eval.worlds import score
+from headway.model.transformer import Transformer
+
+LAYER = MoEConfig(kind="multi_head_latent", n_heads=2, n_experts=8, top_k=2, d_expert=32)
+
+
+@pytest.fixture(scope="module")
+def source():
+    spec = "world:mqar,pairs=3,length=20,vocab=24"
+    return WorldSource.open(spec, load_tokenizer(spec))
+
+
+def test_a_score_is_that_of_the_forward_pass(source, monkeypatch):
+    model = Transformer(ModelConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2, moe=LAYER))
+    result = score(model, 26, source, 30)
+    rows = source.rows("test", np.arange(30, dtype=np.uint64), 20)
+    nats, right, whole = 0.0, 0, 0
+    for tokens, targets in zip(rows.tokens_BS, rows.targets_BS, strict=True):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens)[None]).logits_BSV[0, :, :26].double()
+        asked = np.flatnonzero(targets >= 0)
+        hits = [int(logits[t].argmax()) == targets[t] for t in asked]
+        nats -= sum(float(logits[t].log_softmax(-1)[targets[t]]) for t in asked)
+        right, whole = right + sum(hits), whole + all(hits)
+    assert (result.items, result.targets) == (30, 90)
+    assert result.accuracy == right / 90 and result.exact == whole / 30
+    assert result.loss == pytest.approx(nats / 90, rel=1e-5)
+    monkeypatch.setattr("headway.eval.worlds.LOGITS", 26 * 20 * 7)
+    assert score(model, 26, source, 30).accuracy == result.accuracy
+
+
+def test_floors_of_recall_are_what_chance_gives(source):
+    model = Transformer(ModelConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2, moe=LAYER))
+    floors = score(model, 26, source, 1000).floors
+    assert floors.last_mentioned == pytest.approx(1 / 3, abs=0.04)
+    assert floors.most_frequent == pytest.approx(1 / 12, abs=0.04)
+    assert 1 / 12 < floors.bag_of_words < 0.45

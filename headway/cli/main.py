@@ -19,6 +19,7 @@ from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
 from headway.cli.export import export
 from headway.cli.import_ import import_
+from headway.cli.law import law
 from headway.cli.plan import plan
 from headway.cli.report import report
 from headway.cli.results import results
@@ -47,6 +48,7 @@ VERBS = {
     "compare": "designs at equal cost, with the same seeds, and their differences with intervals",
     "sweep": "the runs that a Python file asks for, by several processes that may be killed",
     "results": "tables of finished runs: by condition, by group, as CSV",
+    "law": "scaling laws: fit, predict, register a forecast and score it, gain of a change",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
@@ -139,6 +141,8 @@ def _verb(args: list[str]) -> int:
             return sweep(rest)
         case "results":
             return results(rest)
+        case "law":
+            return law(rest)
         case "describe":
             return describe(rest)
         case "plan":

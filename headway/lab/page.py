@@ -18,7 +18,11 @@ STYLE = "".join(
         ".grid { stroke: var(--grid); } .zero { stroke: var(--ink); stroke-dasharray: 3 3; }",
         ".thick { fill: none; stroke-width: 2.5; } .thin { fill: none; stroke-width: 1; }",
         ".thin { opacity: 0.5; } .seed { fill: var(--faint); }",
-        *(f".c{i} {{ stroke: var(--c{i}); }} .dot.c{i} {{ fill: var(--c{i}); }}" for i in range(8)),
+        ".band { stroke: none; opacity: 0.18; }",
+        *(
+            f".c{i} {{ stroke: var(--c{i}); }} .dot.c{i}, .band.c{i} {{ fill: var(--c{i}); }}"
+            for i in range(8)
+        ),
         ".charts { display: grid; gap: 14px; }",
         ".charts { grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }",
         ".wide { overflow-x: auto; } td, th { padding: 3px 10px; text-align: right; }",
@@ -64,7 +68,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table as HTML; its cells are escaped."""
+
     def cells(values: Sequence[object], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(v))}</{tag}>" for v in values) + "</tr>"
 
@@ -91,7 +97,7 @@ def _arms(comparison: Comparison) -> str:
             )
         )
     head = "arm, bits/byte, active, total, FLOPs/token, bytes/token, MiB, tokens, solved, mismatch"
-    return _table(head.split(", "), rows)
+    return table(head.split(", "), rows)
 
 
 def _forest(comparison: Comparison) -> str:
@@ -160,4 +166,4 @@ def _rows(comparison: Comparison) -> str:
         for row in comparison.rows
     ]
     head = "arm, seed, bits/byte, tokens, FLOPs, CPU s, tokens/s, folder"
-    return _table(head.split(", "), rows)
+    return table(head.split(", "), rows)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 620, 320
@@ -23,6 +23,8 @@ class Mark:
     dots: bool = False
     label: str = ""
     """Written beside the last point."""
+    band: bool = False
+    """Fill what the line encloses."""
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -44,9 +46,18 @@ def short(value: float) -> str:
     return f"{value:.5g}"
 
 
-def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str) -> str:
-    """Return a chart of marks with finite points; "" where there are none."""
+def power_of_ten(value: float) -> str:
+    """Format 10^value for a logarithmic axis, as 1e18 or 3e18."""
+    return f"{10**value:.2g}".replace("e+0", "e").replace("e+", "e")
+
+
+def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str, *, log_x: bool = False) -> str:
+    """Return a chart of marks with finite points; "" where there are none. A logarithmic x needs
+    values above 0."""
     marks = [m for m in marks if m.points]
+    if log_x:
+        marks = [replace(m, points=[(math.log10(x), y) for x, y in m.points]) for m in marks]
+    x_text = power_of_ten if log_x else short
     points = [point for mark in marks for point in mark.points]
     if not points:
         return ""
@@ -64,7 +75,7 @@ def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str) -> str:
     for value in ticks(x0, x1):
         x, _ = at(value, y0)
         parts.append(_line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 4, "grid"))
-        parts.append(_text(x, HEIGHT - BOTTOM + 17, short(value), "middle"))
+        parts.append(_text(x, HEIGHT - BOTTOM + 17, x_text(value), "middle"))
     for mark in marks:
         places = [at(*point) for point in mark.points]
         title, colour = f"<title>{escape(mark.name)}</title>", f"c{mark.colour % COLOURS}"
@@ -75,8 +86,9 @@ def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str) -> str:
             ]
         else:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            kind = "thin" if mark.thin else "thick"
-            parts.append(f'<polyline class="{kind} {colour}" points="{path}">{title}</polyline>')
+            tag = "polygon" if mark.band else "polyline"
+            kind = "band" if mark.band else "thin" if mark.thin else "thick"
+            parts.append(f'<{tag} class="{kind} {colour}" points="{path}">{title}</{tag}>')
         if mark.label:
             x, y = places[-1]
             end = "end" if x > WIDTH * 0.7 else "start"

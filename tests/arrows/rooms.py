@@ -95,7 +95,7 @@ ROOMS = (
     ),
     Room(
         "lab",
-        "fair comparisons of designs: experiments, matched budgets, statistics",
+        "fair comparisons of designs: experiments, matched budgets, statistics, scaling laws",
         "config model recipes data eval report plan optim checkpoint train",
     ),
     Room("cli", "a file per verb; `main.py` has the exit codes; nothing imports it", "*"),
@@ -127,7 +127,7 @@ def tree() -> str:
         "tests/          mirrors the package; parity/ (N ranks = 1), golden/ (losses), arrows/ (imports)",
         "bench/          one file per question; writes docs/numbers/",
         "studies/        one file per claim: claim, arms, verdict; writes results/ and docs/studies.md",
-        "docs/           start, concepts, distributed, plan, kernels, cluster, serving, lab, numbers, negative-results",
+        "docs/           start, concepts, distributed, plan, kernels, cluster, serving, lab, laws, numbers, negative-results",
         ".agents/skills/ add-mixer, add-router, compare-runs, import-model, serve-and-check, validate-numerics",
     ]
     return "\n".join(["```", *lines, "```"])

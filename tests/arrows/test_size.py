@@ -3,8 +3,8 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 38_000
-"""20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory and worlds. Raise it together
+TOTAL = 39_000
+"""20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds and laws. Raise it together
 with a feature that needs more."""
 
 

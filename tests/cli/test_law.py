@@ -1,0 +1,290 @@
+"""`headway law`: Marin's published ladder, isoFLOP curves, registrations, gains, and mistakes."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from headway.lab import laws
+from headway.lab.forecast import Fit
+from headway.lab.gain import gain
+from headway.lab.laws import Irreducible
+from tests.command import call, mistake
+
+MARIN = [
+    (1e18, 3.5273),
+    (3e18, 3.3398),
+    (1e19, 3.1494),
+    (3e19, 3.0066),
+    (1e20, 2.8509),
+    (3e20, 2.7222),
+]
+"""Best losses of the ladder of marin-community/marin (experiments/grug/moe/README): FLOPs, Paloma macro loss."""
+
+
+def csv(path, names, rows):
+    path.write_text("\n".join([names, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+@pytest.fixture
+def marin(tmp_path):
+    return csv(tmp_path / "marin.csv", "flops,loss", MARIN)
+
+
+def fitted(path, *options):
+    """Fit and return the file with what was printed."""
+    done = call("law", "fit", path, *options, "--json")
+    assert done.code == 0, done.err
+    fit = path.with_suffix(".json")
+    fit.write_text(done.out)
+    return fit, done
+
+
+def test_marins_ladder_pinned(marin, tmp_path):
+    fit, done = fitted(marin, "--irreducible", "1.6")
+    law = done.json["parameters"]
+    assert law["A"] == pytest.approx(95.18, rel=0.02) and law["alpha"] == pytest.approx(
+        0.0941, rel=0.005
+    )
+    forecast = call("law", "predict", fit, "--flops", "1e23", "--json")
+    assert forecast.json["loss"] == pytest.approx(2.252, abs=0.003)
+    assert "exactly 1.6 for granted" in forecast.out
+    assert set(forecast.json["if_irreducible"]) == {"1.4", "1.8", "free"}
+    assert forecast.json["if_irreducible"]["1.4"] == pytest.approx(2.217, abs=0.002)
+    kept = tmp_path / "kept.json"
+    assert call("law", "register", fit, "--flops", "1e23", "--out", kept).code == 0
+    score = call("law", "score", kept, "--loss", "2.234", "--json")
+    assert score.json["error"] == pytest.approx(-0.008, abs=0.001) and score.json["inside"] is False
+    assert "outside" in score.out and "exactly 1.6 for granted" in score.out
+    # the two top rungs, which the published refit predicts as 2.733 (measured 2.722)
+    two = done.json["backtest"][1]
+    assert two["predicted"][1] == pytest.approx(2.733, abs=0.002) and two["inside"] == 2
+
+
+@pytest.mark.parametrize("irreducible", ["free", "1.6±0.2"])
+def test_an_honest_interval_of_it_holds_what_was_measured(marin, tmp_path, irreducible):
+    fit, _ = fitted(marin, "--irreducible", irreducible)
+    forecast = call("law", "predict", fit, "--flops", "1e23", "--json")
+    assert "for granted" not in forecast.out
+    assert forecast.json["low"] < 2.234 < forecast.json["high"]
+    kept = tmp_path / "kept.json"
+    call("law", "register", fit, "--flops", "1e23", "--out", kept)
+    assert call("law", "score", kept, "--loss", "2.234", "--json").json["inside"] is True
+
+
+def test_a_registration_is_whole_and_is_never_overwritten_or_edited(marin, tmp_path):
+    fit, _ = fitted(marin)
+    kept = tmp_path / "kept.json"
+    words = (
+        "law",
+        "register",
+        fit,
+        "--flops",
+        "1e21",
+        "--tokens",
+        "2e10",
+        "--metric",
+        "macro",
+        "--out",
+        kept,
+    )
+    value = call(*words, "--stop-rule", "step 9", "--json").json
+    assert value == json.loads(kept.read_text())
+    low, high = value["interval"]
+    assert low < value["prediction"] < high
+    assert (value["metric"], value["tokens"], value["stop_rule"]) == ("macro", 2e10, "step 9")
+    assert re.fullmatch("[0-9a-f]{40}|unknown", value["commit"]) and len(value["sha256"]) == 64
+    before = kept.read_bytes()
+    assert "never overwritten" in mistake(*words)
+    assert kept.read_bytes() == before
+    value["interval"][0] -= 0.1
+    kept.write_text(json.dumps(value))
+    assert "was changed after it was written" in mistake("law", "score", kept, "--loss", "2")
+    edited = json.loads(fit.read_text().splitlines()[-1])
+    edited["law"]["theta"][0] += 0.1
+    fit.write_text(json.dumps(edited))
+    assert "was changed after it was written" in mistake("law", "predict", fit, "--flops", "1e21")
+
+
+def test_a_run_is_scored_at_its_end_and_only_the_registered_one(marin, tmp_path, run):
+    fit, _ = fitted(marin)
+    at = ("--flops", "1e21")
+    files = [tmp_path / f"{n}.json" for n in (384, 900)]
+    for file in files:
+        call("law", "register", fit, *at, "--tokens", file.stem, "--out", file)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [r["val_loss"] for r in records if "val_loss" in r][-1]
+    assert call("law", "score", files[0], "--run", run, "--json").json["loss"] == last
+    assert "was trained on 384 tokens and" in mistake("law", "score", files[1], "--run", run)
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    early = [line for line in lines if json.loads(line)["step"] < 6]
+    (cut / "metrics.jsonl").write_text("".join(early))
+    assert "of 6; a forecast is scored at the end of the run" in mistake(
+        "law", "score", files[0], "--run", cut
+    )
+
+
+def isoflop(path, noise=0.0, opens_down=False, best=lambda C: 16.0 * C**0.464):
+    """Parabolas whose minima lie on Marin's law, five numbers of tokens at each budget."""
+    rng, rows = np.random.default_rng(0), []
+    for C in (1e18, 3e18, 1e19, 3e19, 1e20):
+        least = 1.6 + 95.18 * C**-0.0941
+        for x in (-0.6, -0.2, 0.1, 0.5, 0.9):
+            bend = -0.05 if opens_down and C == 3e18 else 0.05
+            rows.append((C, best(C) * 10**x, least + bend * x**2 + noise * rng.standard_normal()))
+    return csv(path, "budget,tokens,loss", rows)
+
+
+def test_isoflop_curves_give_law_and_best_tokens(tmp_path):
+    fit, done = fitted(isoflop(tmp_path / "iso.csv"), "--form", "isoflop", "--irreducible", "1.6")
+    assert done.json["parameters"]["A"] == pytest.approx(95.18, rel=1e-4)
+    forecast = call("law", "predict", fit, "--flops", "1e21", "--json").json
+    assert forecast["loss"] == pytest.approx(1.6 + 95.18 * 1e21**-0.0941, rel=1e-6)
+    assert forecast["tokens"]["best"] == pytest.approx(16.0 * 1e21**0.464, rel=1e-4)
+    noisy, done = fitted(
+        isoflop(tmp_path / "noisy.csv", 0.004), "--form", "isoflop", "--irreducible", "1.6"
+    )
+    assert done.json["seed_noise"] == pytest.approx(0.004, rel=0.4)
+    wide = call("law", "predict", noisy, "--flops", "1e21", "--json").json
+    assert wide["high"] - wide["low"] > 2 * 1.645 * 0.8 * done.json["seed_noise"]
+    assert wide["tokens"]["low"] < 16.0 * 1e21**0.464 < wide["tokens"]["high"]
+
+
+def test_the_best_split_of_flops(tmp_path):
+    rng = np.random.default_rng(0)
+    N, D = 10 ** rng.uniform(7, 9, 30), 10 ** rng.uniform(9, 11, 30)
+    rows = zip(N, D, 1.69 + 406.4 * N**-0.34 + 410.7 * D**-0.28, strict=True)
+    fit, _ = fitted(csv(tmp_path / "c.csv", "params,tokens,loss", rows), "--form", "chinchilla")
+    at = call("law", "predict", fit, "--flops", "1e22", "--json").json["at"]
+    ratio = (0.34 * 406.4 / (0.28 * 410.7)) ** (1 / 0.62)  # Hoffmann et al. 2022, equation 4
+    assert at["params"] == pytest.approx(ratio * (1e22 / 6) ** (0.28 / 0.62), rel=1e-3)
+    assert 6 * at["params"] * at["tokens"] == pytest.approx(1e22)
+
+
+def test_the_gain_of_marins_gate(marin, tmp_path):
+    """3.5422 at 434.0k tokens/s against 3.52 at 410k: a speed-up of 1.067 by their formula."""
+    head = "flops,loss,baseline,tokens_per_second,baseline_tokens_per_second"
+    change = csv(
+        tmp_path / "c.csv",
+        head,
+        [(3.82e17, 3.52, 3.5422, 410, 434), (2.81e18, 3.33, 3.34, 410, 434)],
+    )
+    fit, done = fitted(marin, "--irreducible", "1.6")
+    first = call("law", "gain", fit, change, "--json").json["rungs"][0]
+    assert first["gain"] == pytest.approx((1.9422 / 1.92) ** (1 / done.json["parameters"]["alpha"]))
+    assert first["speedup"] == pytest.approx(1.067, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((1.3, 1.3), "gains"),
+        ((0.7, 0.75), "loses"),
+        ((0.8, 1.25), "not transferable"),
+        ((1.01, 1.01), "cannot tell"),
+    ],
+)
+def test_a_gain_and_whether_it_transfers(marin, tmp_path, gains, verdict):
+    """The ladder of a baseline, and a change that reaches its losses with less compute; Marin's trial of output-head
+    scales lost at width 512 and won at 768."""
+    fit, done = fitted(marin, "--irreducible", "1.6")
+    A, alpha = (done.json["parameters"][name] for name in ("A", "alpha"))
+    rows = [(C, 1.6 + A * (g * C) ** -alpha) for C, g in zip((3e18, 3e19), gains, strict=True)]
+    answer = call("law", "gain", fit, csv(tmp_path / "c.csv", "flops,loss", rows), "--json")
+    assert answer.json["verdict"] == verdict and answer.json["sure"] == (verdict != "cannot tell")
+    assert [rung["gain"] for rung in answer.json["rungs"]] == pytest.approx(gains, rel=1e-6)
+    assert all(rung["low"] < rung["gain"] < rung["high"] for rung in answer.json["rungs"])
+    assert verdict in answer.out
+
+
+def test_the_interval_of_a_gain_holds_it(tmp_path):
+    """Of 60 noisy ladders and changes 90% intervals hold the true gain about as often."""
+    held = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        C = np.geomspace(1e18, 3e20, 8)
+        y = (1.6 + 95.18 * C**-0.0941) * np.exp(0.002 * rng.standard_normal(8))
+        law = laws.fit("power", {"flops": C}, y, Irreducible(1.6), bootstraps=200, seed=seed)
+        fit = Fit(law, (), None, np.zeros(200), {"level": 0.9})
+        at = np.array([3e18, 1e20])
+        changed = (1.6 + 95.18 * (1.3 * at) ** -0.0941) * np.exp(0.002 * rng.standard_normal(2))
+        result = gain(fit, csv(tmp_path / "c.csv", "flops,loss", zip(at, changed, strict=True)))
+        held += [rung.low <= 1.3 <= rung.high for rung in result.rungs]
+    assert 0.82 <= np.mean(held) <= 0.97
+
+
+def test_the_page_shows_curve_runs_and_band(marin):
+    _, done = fitted(marin, "--irreducible", "1.6")
+    page = marin.with_suffix(".html").read_text()
+    assert str(marin.with_suffix(".html")) in done.out
+    assert page.count('<circle class="dot c1"') == len(MARIN) and page.count("<polygon") == 1
+    assert ">1e20<" in page and "irreducible 1.4" in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (MARIN[:3], "", "has 3 parameters and needs 4 rungs or more; there are 3 in 3 runs"),
+        (MARIN[:2], "--irreducible 1.6", "has 2 parameters and needs 3 rungs or more; there are 2"),
+        ([*MARIN[:2], (1e19, -3)], "", "line 4: loss '-3' is no number above 0"),
+        ([*MARIN[:2], ("x", 3)], "", "line 4: flops 'x' is no number above 0"),
+        ([(c, 5 - loss) for c, loss in MARIN], "", "the losses do not fall with flops"),
+        (
+            MARIN,
+            "--irreducible 2.9",
+            "the irreducible loss 2.9 is not below the least loss, 2.7222",
+        ),
+        (MARIN, "--irreducible some", "--irreducible some is neither free nor X nor X±Y"),
+        (MARIN, "--form chinchilla", "has no column params, tokens; it has flops, loss"),
+        (MARIN, "--level 95", "--level 95 is no probability"),
+        (MARIN, "--bootstraps 3", "--bootstraps 3 gives no intervals"),
+    ],
+)
+def test_a_table_that_gives_no_law(tmp_path, rows, options, words):
+    path = csv(tmp_path / "runs.csv", "flops,loss", rows)
+    assert words in mistake("law", "fit", path, *options.split())
+
+
+def test_mistakes_of_the_other_forms_and_parts(marin, tmp_path):
+    down = isoflop(tmp_path / "down.csv", opens_down=True)
+    words = mistake("law", "fit", down, "--form", "isoflop")
+    assert "budget 3e+18: its losses have a maximum over tokens" in words
+    aside = isoflop(tmp_path / "aside.csv", best=lambda C: 16.0 * C**0.464)
+    rows = [line for line in aside.read_text().splitlines()[1:] if not line.startswith("1e+19")]
+    low = [(1e19, t, 3 + 0.1 * np.log(t / 1e8) ** 2) for t in (1e9, 2e9, 4e9)]
+    aside = csv(aside, "budget,tokens,loss", [*(row.split(",") for row in rows), *low])
+    assert (
+        "budget 1e+19: its least loss lies at 1e+08 tokens, outside its runs; add runs with fewer"
+        in mistake("law", "fit", aside, "--form", "isoflop")
+    )
+    N = np.geomspace(1e7, 1e9, 9)
+    tied = csv(
+        tmp_path / "t.csv",
+        "params,tokens,loss",
+        zip(N, 20 * N, 3 - 0.1 * np.log(N / 1e7), strict=True),
+    )
+    assert "params and tokens must vary, and independently" in mistake(
+        "law", "fit", tied, "--form", "chinchilla"
+    )
+    fit, _ = fitted(marin)
+    assert "also needs --flops" in mistake("law", "predict", fit, "--params", "1e9")
+    assert "--flops -1 is no number above 0" in mistake("law", "predict", fit, "--flops", "-1")
+    assert "is no headway law fit; make one with" in mistake(
+        "law", "predict", marin, "--flops", "1e20"
+    )
+    assert "is no headway law registration" in mistake("law", "score", fit, "--loss", "2")
+    assert "needs --loss L or --run DIR, one of them" in mistake("law", "score", fit)
+    assert "needs --out FILE" in mistake("law", "register", fit, "--flops", "1e20")
+    assert "unknown part 'guess' of headway law; use fit, predict" in mistake("law", "guess")
+    one = csv(tmp_path / "one.csv", "flops,loss", MARIN[:1])
+    assert "has one rung; whether a gain holds takes two or more" in mistake(
+        "law", "gain", fit, one
+    )
+    below = csv(tmp_path / "below.csv", "flops,loss", [(1e18, 3.0), (3e18, 0.5)])
+    assert "is not above the baseline's irreducible loss" in mistake("law", "gain", fit, below)
+    assert "cannot read" in mistake("law", "fit", "/nowhere.csv")

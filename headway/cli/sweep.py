@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ class SweepOptions:
     """Processes, each of which trains one run at a time."""
     threads: int = 1
     """Threads of a run, where its config does not say."""
+    on: Literal["here", "ray"] = "here"
+    """Where they run: on this machine, or on the nodes of a Ray cluster, which must all see DIR."""
     json: bool = False
     """End with one JSON object."""
 
@@ -38,7 +40,8 @@ def sweep(args: Sequence[str]) -> int:
 
     from headway.lab.sweep import Sweep
 
-    summary = Sweep(Path(options.dir), options.workers, options.threads).run(Path(options.file))
+    supervisor = Sweep(Path(options.dir), options.workers, options.threads, options.on)
+    summary = supervisor.run(Path(options.file))
     print(
         f"{summary['done']} runs done, {summary['failed']} given up, {summary['reused']} were there"
         f" already, in {summary['seconds']:,.0f} s; headway results {options.dir} shows them"

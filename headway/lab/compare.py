@@ -132,13 +132,13 @@ def _train(
     open_ = {run.key: (run, name) for run, name in zip(runs, names, strict=True)}
     open_ = {key: item for key, item in open_.items() if key not in results}
     # this process trains too, and alone what no other can import
-    with Workers(root, log=log) as processes:
+    with Workers(root, min(workers, len(open_)) - 1, log=log) as processes:
         for key, (run, _) in open_.items():
             processes.ask(key, run.config, run.edit)
         while open_:
             before = len(open_)
             for key, (run, name) in list(open_.items()):
-                processes.keep(min(workers, len(open_)) - 1, open_)
+                processes.keep([*open_])
                 if result := _attempt(run, root):
                     results[key] = result
                     del open_[key]

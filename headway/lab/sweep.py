@@ -27,7 +27,7 @@ from headway.config.check import validate
 from headway.config.fill import filled
 from headway.data.tokenizer import load_tokenizer
 from headway.lab.folder import TRIES, config_hash, errors, read_result
-from headway.lab.workers import Workers
+from headway.lab.workers import Place, Workers
 
 POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 5.0
@@ -65,6 +65,7 @@ class Sweep:
     workers: int = 1
     threads: int = 1
     """Of a run whose config leaves them open."""
+    on: Place = "here"
     log: Callable[[str], None] = print
     _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Every run that was asked for → its result; None while it is open."""
@@ -80,7 +81,7 @@ class Sweep:
         raises, and for a folder that cannot be written; RunError where workers cannot start."""
         begin = time.monotonic()
         generator, answer = load(path), None
-        with Workers(self.root, self.threads, self.log) as processes:
+        with Workers(self.root, self.workers, self.threads, self.on, self.log) as processes:
             while (item := _next(generator, answer, path)) is not None:
                 answer = self._ask(item, processes)
             for key in self._results:
@@ -109,8 +110,7 @@ class Sweep:
     def _wait(self, key: str, processes: Workers) -> dict[str, Any]:
         """Return the result of a run, when it is there."""
         while self._look(key) is None:
-            open_ = self._open()
-            processes.keep(min(self.workers, len(open_)), open_)
+            processes.keep(self._open())
             self._progress()
             if self._look(key) is None:
                 time.sleep(POLL_SECONDS)

@@ -5,6 +5,7 @@ ROOT/queues/HOST-PID has the hashes of the runs that a process wants, a line eac
 whose lease it is. What a run consists of is in its folder (lab.folder), so that a queue that is
 left behind by a process that was killed is of no importance. No PyTorch."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,22 +13,23 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import node
-from typing import Any
+from typing import Any, Literal
 
-from headway.config import Config, RunError, cannot_write
+from headway.config import Config, RunError, UsageError, cannot_write
 from headway.lab.folder import TRIES, add_error, errors, held_by, want
 
 COMMAND = [sys.executable, "-m", "headway.lab.worker"]
 """Starts a worker, before the path of its queue."""
+Place = Literal["here", "ray"]
+"""Where workers run: on this machine, or on the nodes of a Ray cluster (lab.ray_workers)."""
 
 
 @dataclass
-class Workers:
-    """Context of worker processes that train what is asked for. Raises UsageError where the folder
-    cannot be written."""
+class Processes:
+    """Context of the workers of a queue on this machine, which are ended at its end."""
 
-    root: Path
-    threads: int = 1
+    queue: Path
+    threads: int
     """Of a worker, until a run says otherwise."""
     log: Callable[[str], None] = print
     _processes: list[subprocess.Popen] = field(default_factory=list)
@@ -35,17 +37,11 @@ class Workers:
     """Workers that died without a run."""
 
     @property
-    def queue(self) -> Path:
-        """The file with the runs that this process wants."""
-        return self.root / "queues" / f"{node()}-{os.getpid()}"
+    def root(self) -> Path:
+        """The folder of runs/."""
+        return self.queue.parent.parent
 
-    def __enter__(self) -> "Workers":
-        try:
-            for folder in (self.root / "runs", self.queue.parent):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.queue.write_text("", "utf-8")
-        except OSError as error:
-            raise cannot_write(self.root, error) from None
+    def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,19 +49,6 @@ class Workers:
             process.terminate()
         for process in self._processes:
             process.wait()
-        self.queue.unlink(missing_ok=True)
-
-    def ask(self, key: str, config: Config, edit: Callable[..., Any] | None = None) -> bool:
-        """Ask for a run; return False where no other process can train it, since its edit cannot be
-        imported (`lab.edits`)."""
-        if not want(self.root, key, config, edit):
-            return False
-        try:
-            with self.queue.open("a", encoding="utf-8") as file:
-                file.write(f"{key}\n")
-        except OSError as error:
-            raise cannot_write(self.root, error) from None
-        return True
 
     def keep(self, n: int, open_: Iterable[str]) -> None:
         """Start workers until there are `n`, also in place of those that have died.
@@ -77,21 +60,18 @@ class Workers:
             self._processes.remove(process)
             self._bury(process.pid, process.returncode, open_)
         while len(self._processes) < n:
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": str(self.threads),
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # edits are imported
-            }
-            with (self.root / "workers.log").open("ab") as log:
-                self._processes.append(
-                    subprocess.Popen(
-                        [*COMMAND, str(self.queue)],
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
+            self._processes.append(self.start([*COMMAND, str(self.queue)]))
+
+    def start(self, command: list[str], stdout: int | None = None) -> subprocess.Popen:
+        """Start a process that imports what this one can; what it prints is in workers.log."""
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        with (self.root / "workers.log").open("ab") as log:
+            stdin, out = subprocess.DEVNULL, stdout or log
+            return subprocess.Popen(command, env=environment, stdin=stdin, stdout=out, stderr=log)
 
     def _bury(self, pid: int, code: int, open_: Iterable[str]) -> None:
         """Count the end of a worker, which never ends by itself, as a failure of the run that it
@@ -110,10 +90,89 @@ class Workers:
             )
 
 
+@dataclass
+class Workers:
+    """Context of a queue and of the workers that train its runs. Raises UsageError where the folder
+    cannot be written, and where there is no Ray cluster that sees it."""
+
+    root: Path
+    n: int
+    threads: int = 1
+    on: Place = "here"
+    log: Callable[[str], None] = print
+    _launcher: subprocess.Popen | None = None
+
+    def __post_init__(self) -> None:
+        self.queue = self.root.absolute() / "queues" / f"{node()}-{os.getpid()}"
+        self._processes = Processes(self.queue, self.threads, self.log)
+
+    def __enter__(self) -> "Workers":
+        if self.on == "ray" and importlib.util.find_spec("ray") is None:
+            raise UsageError("--on ray needs Ray: pip install 'headway[cluster]'")
+        try:
+            for folder in (self.root / "runs", self.queue.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.queue.write_text("", "utf-8")
+            if self.on == "ray":
+                self._launcher = self._launched()
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+        except UsageError:
+            self.queue.unlink()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.queue.unlink(missing_ok=True)  # ends the workers on other nodes
+        with self._processes:
+            if self._launcher is not None:
+                self._launcher.wait()
+
+    def ask(self, key: str, config: Config, edit: Callable[..., Any] | None = None) -> bool:
+        """Ask for a run; return False where no other process can train it, since its edit cannot be
+        imported (`lab.edits`)."""
+        if not want(self.root, key, config, edit):
+            return False
+        try:
+            with self.queue.open("a", encoding="utf-8") as file:
+                file.write(f"{key}\n")
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+        return True
+
+    def keep(self, open_: list[str]) -> None:
+        """Start workers, n or as many as there are open runs, also in place of those that have
+        died. Raises RunError where several died that had no run, or where Ray is gone."""
+        if self._launcher is None:
+            self._processes.keep(min(self.n, len(open_)), open_)
+        elif (code := self._launcher.poll()) is not None:
+            raise RunError(
+                f"the workers on Ray have ended ({code}; see the end of {self.root}/workers.log); "
+                "what is trained is kept: call again, with or without --on ray"
+            )
+
+    def _launched(self) -> subprocess.Popen:
+        """Return the process that keeps workers on Ray's nodes. Raises UsageError for what it
+        says."""
+        words = [str(self.queue), str(self.n), str(self.threads)]
+        command = [sys.executable, "-m", "headway.lab.ray_workers", *words]
+        launcher = self._processes.start(command, subprocess.PIPE)
+        assert launcher.stdout is not None
+        said = launcher.stdout.readline().decode().strip()
+        if said != "ready":
+            launcher.wait()
+            raise UsageError(said or f"--on ray: the end of {self.root}/workers.log says why")
+        return launcher
+
+
 def wanted(queue: Path, ended: set[str]) -> Iterator[Path]:
     """Yield the folders of the runs of a queue that are neither finished nor given up, in the order
-    in which they were asked for; `ended` remembers the others."""
-    for line in queue.read_text("utf-8").splitlines(keepends=True):
+    in which they were asked for, none once the queue is gone; `ended` remembers the others."""
+    try:
+        text = queue.read_text("utf-8")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines(keepends=True):
         key, folder = line.strip(), queue.parent.parent / "runs" / line.strip()
         if key in ended or not line.endswith("\n"):  # written in part
             continue

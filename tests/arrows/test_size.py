@@ -3,7 +3,7 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 39_000
+TOTAL = 39_500
 """20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds and laws. Raise it together
 with a feature that needs more."""
 

@@ -37,16 +37,15 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "grid.py").write_text(GRID)
     monkeypatch.chdir(tmp_path)
     # in place of processes, which take seconds to import PyTorch
-    monkeypatch.setattr(Workers, "keep", lambda self, n, open_: work(self.queue, ends=True))
+    monkeypatch.setattr(Workers, "keep", lambda self, open_: work(self.queue, ends=True))
     return tmp_path
 
 
 def states(root):
-    """Hash → when its result was written, and the bits."""
-    folders = (root / "runs").iterdir()
+    """Hash of each finished run → when its result was written, and the bits."""
     return {
-        f.name: ((f / "result.json").stat().st_mtime_ns, read_result(f)["bits_per_byte"])
-        for f in folders
+        path.parent.name: (path.stat().st_mtime_ns, read_result(path.parent)["bits_per_byte"])
+        for path in root.glob("runs/*/result.json")
     }
 
 

@@ -18,7 +18,7 @@ from tests.train.tiny_run import quiet
 @pytest.mark.parametrize("edit", [None, double_head, partial(scaled, 0.5)])
 def test_a_run_has_the_bits_of_one_in_this_process(config, edit, tmp_path):
     run = Run(resolved(config), edit)
-    with Workers(tmp_path / "w", log=quiet) as workers:
+    with Workers(tmp_path / "w", 1, log=quiet) as workers:
         assert workers.ask(run.key, run.config, run.edit)
         work(workers.queue, ends=True)
     bits = read_result(tmp_path / "w" / "runs" / run.key)["bits_per_byte"]
@@ -27,9 +27,9 @@ def test_a_run_has_the_bits_of_one_in_this_process(config, edit, tmp_path):
 
 def test_a_queue_has_what_its_process_wants_and_nothing_else(config, tmp_path):
     """Not what a sweep wanted that was killed, nor a line that is written in part."""
-    with Workers(tmp_path, log=quiet) as killed:
+    with Workers(tmp_path, 1, log=quiet) as killed:
         killed.ask("a", config)
-    with Workers(tmp_path, log=quiet) as workers:
+    with Workers(tmp_path, 1, log=quiet) as workers:
         assert not workers.ask("c", config, lambda model: None), "no other process can train it"
         workers.ask("b", config)
         with workers.queue.open("a") as file:
@@ -42,7 +42,7 @@ def test_a_queue_has_what_its_process_wants_and_nothing_else(config, tmp_path):
 
 
 def test_what_is_not_what_its_name_says_is_not_trained(config, tmp_path):
-    with Workers(tmp_path, log=quiet) as workers:
+    with Workers(tmp_path, 1, log=quiet) as workers:
         run = Run(config, double_head)
         workers.ask(run.key, run.config, run.edit)
         folder = tmp_path / "runs" / run.key

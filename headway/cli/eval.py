@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from headway.cli import trained
 from headway.cli.options import parse, print_json
+from headway.cli.samples import samples
 from headway.config import EngineConfig, UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Eval(trained.TrainedOptions):
-    """Bits per byte of a trained model on the validation split of its data, or of other data."""
+    """Bits per byte of a trained model on the validation split of its data, or of other data.
+
+    `headway eval --samples FILE` is another command: pass@k of samples, without a model; see
+    `headway eval --samples FILE --help`."""
 
     data: tuple[str, ...] = ()
     """Other text, as for `train --data`; its validation split is read."""
@@ -35,6 +39,8 @@ class Eval(trained.TrainedOptions):
 
 def evaluate(args: Sequence[str]) -> int:
     """Run `headway eval RUN|CHECKPOINT` and return its exit code."""
+    if any(word.partition("=")[0] == "--samples" for word in args):  # needs no model
+        return samples(args)
     options = parse(Eval, args, "headway eval")
     if options.tokens < 0:
         raise UsageError(f"--tokens {options.tokens} is below 0; 0 means the whole split")

@@ -56,7 +56,9 @@ def _curve(fit: Fit, runs: Runs) -> str:
     ]
     for i, (name, law) in enumerate(fit.others):
         points = [*zip(x["flops"], law.loss(x), strict=True)]
-        marks.append(svg.Mark(points, i + 2, f"irreducible {name}", thin=True, label=name))
+        marks.append(
+            svg.Mark(points, i + 2, f"irreducible {name}", thin=True, label=name.strip("fre"))
+        )
     marks += [
         svg.Mark([(c, loss)], 1, f"{c:.3g} FLOPs: {loss:.4f}", dots=True)
         for c, loss in _points(runs)

@@ -51,9 +51,12 @@ def errors(folder: Path) -> list[str]:
 
 
 def add_error(folder: Path, line: str) -> None:
-    """Note that a try failed."""
-    with (folder / "errors").open("a", encoding="utf-8") as file:
-        file.write(" ".join(line.split()) + "\n")
+    """Note that a try failed. Raises UsageError where that cannot be written."""
+    try:
+        with (folder / "errors").open("a", encoding="utf-8") as file:
+            file.write(" ".join(line.split()) + "\n")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def write_json(path: Path, value: Any) -> None:

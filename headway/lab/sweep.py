@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from platform import node
 from typing import Any
 
 from headway import recipes
@@ -26,7 +27,7 @@ from headway.config import Config, RunError, UsageError, leaves, with_leaf
 from headway.config.check import validate
 from headway.config.fill import filled
 from headway.data.tokenizer import load_tokenizer
-from headway.lab.folder import TRIES, config_hash, errors, read_result
+from headway.lab.folder import TRIES, config_hash, errors, held_by, read_result
 from headway.lab.workers import Place, Workers
 
 POLL_SECONDS = 0.1
@@ -137,9 +138,13 @@ class Sweep:
             return
         self._shown = now
         open_runs = [key for key in self._open() if self._look(key) is None]
-        running = sum((self.root / "runs" / key / "lease").is_file() for key in open_runs)
+        holders = [held_by(self.root / "runs" / key) for key in open_runs]
+        hosts = {holder.host for holder in holders if holder is not None}
         done, failed = self._counts()
-        line = f"{done} of {len(self._results)} done, {running} running, {failed} failed"
+        line = f"{done} of {len(self._results)} done, {len(holders) - holders.count(None)} running"
+        if hosts - {node()}:
+            line += f" (on {', '.join(sorted(hosts))})"
+        line += f", {failed} failed"
         if best := self._best():
             line += f"; best {best['bits_per_byte']:.4f} bits/byte ({best['config_hash']})"
         seconds = [r["seconds"] for r in self._results.values() if r and r.get("seconds")]

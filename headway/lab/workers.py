@@ -16,7 +16,7 @@ from platform import node
 from typing import Any, Literal
 
 from headway.config import Config, RunError, UsageError, cannot_write
-from headway.lab.folder import TRIES, add_error, errors, held_by, want
+from headway.lab.folder import TRIES, add_error, errors, held_by, read_result, want
 
 COMMAND = [sys.executable, "-m", "headway.lab.worker"]
 """Starts a worker, before the path of its queue."""
@@ -176,7 +176,7 @@ def wanted(queue: Path, ended: set[str]) -> Iterator[Path]:
         key, folder = line.strip(), queue.parent.parent / "runs" / line.strip()
         if key in ended or not line.endswith("\n"):  # written in part
             continue
-        if (folder / "result.json").is_file() or len(errors(folder)) >= TRIES:
+        if read_result(folder) is not None or len(errors(folder)) >= TRIES:
             ended.add(key)
         else:
             yield folder

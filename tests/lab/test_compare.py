@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -108,6 +109,16 @@ def test_runs_are_done_once_and_damaged_ones_again(place, done):
     assert [r["attempts"] for r in again.json["rows"] if r["config_hash"] == folders[0].name] == [2]
     changed = [f for f in folders if (f / "result.json").stat().st_mtime_ns != times[f]]
     assert changed == [folders[0]]
+
+
+def test_runs_on_other_text_are_not_compared(place, done):
+    shutil.copytree(place / "cmp", place / "other")
+    path = next((place / "other").glob("runs/*/result.json"))
+    fingerprint = json.loads(path.read_text())["validation"]["fingerprint"]
+    path.write_text(path.read_text().replace(fingerprint, "another"))
+    options = [*OPTIONS[:-1], "other"]
+    said = mistake("compare", FLAT, "heads=tiny.py:tiny", DENSE, *options)
+    assert "runs in other were validated on other text; use another --dir" in said
 
 
 def test_a_margin_is_tested_and_priced(done):

@@ -33,6 +33,7 @@ def test_there_is_no_cluster(place):
 def cluster(place, monkeypatch):
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # and not 60
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+from headway.checkpoint.lock import Holder
 from headway.config import RunError
 from headway.lab import workers as module
-from headway.lab.folder import TRIES, read_result
+from headway.lab.folder import TRIES, config_hash, read_result
 from headway.lab.sweep import Sweep, resolved
 from headway.lab.worker import work
 from headway.lab.workers import Workers
@@ -27,6 +28,7 @@ def configs():
     yield {**best.item, "run.seed": 7}
 """
 
+ONE = "def configs():\n    yield {'recipe': 'tiny.py:tiny'}\n"
 
 KEEP = Workers.keep
 
@@ -125,6 +127,47 @@ def test_files_that_are_no_sweep(place, text, said):
     assert said in mistake("sweep", "file.py")
 
 
+def test_a_half_written_result_is_done_again(place):
+    (place / "one.py").write_text(ONE)
+    Sweep(place / "sweep", log=lambda _: None).run(place / "one.py")
+    [(key, (_, bits))] = states(place / "sweep").items()
+    path = place / "sweep" / "runs" / key / "result.json"
+    path.write_text(path.read_text()[:200])
+    again = Sweep(place / "sweep", log=lambda _: None).run(place / "one.py")
+    assert (again["started"], again["done"], read_result(path.parent)["bits_per_byte"]) == (
+        1,
+        1,
+        bits,
+    )
+
+
+def test_a_run_that_another_host_trains_is_waited_for(place, monkeypatch):
+    """The progress line says where; when the lease is released the run is done here."""
+    key = config_hash(resolved({"recipe": "tiny.py:tiny"}))
+    lease = place / "s" / "runs" / key / "lease"
+    lease.parent.mkdir(parents=True)
+    holder = {**vars(Holder.of(1)), "host": "node7", "machine": "another"}
+    lease.write_text(json.dumps(holder))
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        lease.unlink(missing_ok=True)
+
+    monkeypatch.setattr("headway.lab.sweep.PROGRESS_SECONDS", 0.3)
+    (place / "one.py").write_text(ONE)
+    value = Sweep(place / "s", log=log).run(place / "one.py")
+    assert lines[0] == "0 of 1 done, 1 running (on node7), 0 failed" and value["done"] == 1
+
+
+def test_a_full_disk(place):
+    queue = Workers(place / "sweep", 1).queue
+    queue.parent.mkdir(parents=True)
+    queue.symlink_to("/dev/full")
+    said = mistake("sweep", "grid.py")
+    assert "sweep" in said and "No space left on device" in said
+
+
 def test_other_mistakes(place):
     assert "there is no file none.py" in mistake("sweep", "none.py")
     assert "--workers 0" in mistake("sweep", "grid.py", "--workers", "0")
@@ -141,7 +184,7 @@ def test_a_run_that_kills_its_workers_is_given_up(place, monkeypatch):
         "Lock(folder, 'lease').acquire(print)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     sweep = stand_in(place, monkeypatch, program)
-    (place / "one.py").write_text("def configs():\n    yield {'recipe': 'tiny.py:tiny'}\n")
+    (place / "one.py").write_text(ONE)
     value = sweep.run(place / "one.py")
     assert (value["runs"], value["failed"]) == (1, 1)
     [folder] = (place / "s" / "runs").iterdir()
@@ -165,7 +208,6 @@ def stand_in(place, monkeypatch, program: str) -> Sweep:
 def test_runs_are_named_as_they_are_trained(place):
     """The supervisor resolves configs without PyTorch, `train` with it."""
     from headway.data.tokenizer import load_tokenizer
-    from headway.lab.folder import config_hash
     from headway.train.resolve import resolve
 
     for item in (

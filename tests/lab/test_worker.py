@@ -36,7 +36,7 @@ def test_a_queue_has_what_its_process_wants_and_nothing_else(config, tmp_path):
             file.write("half")
         ended = set()
         assert [folder.name for folder in wanted(workers.queue, ended)] == ["b"]
-        (tmp_path / "runs" / "b" / "result.json").write_text("{}")
+        (tmp_path / "runs" / "b" / "result.json").write_text('{"bits_per_byte": 2.0}')
         assert not list(wanted(workers.queue, ended)) and ended == {"b"}
     assert not workers.queue.exists()
 

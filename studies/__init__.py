@@ -1,1 +1,1 @@
-"""Studies: one file per claim, from claim over arms to verdict. `python -m studies.NAME`."""
+"""Studies: one file each, from claim over arms to verdict; `headway study list`."""

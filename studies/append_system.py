@@ -11,11 +11,11 @@ from typing import Any
 
 from headway.config import EngineConfig, ModelConfig, MoEConfig
 from headway.data.tokenizer import ByteTokenizer
+from headway.lab.measurement import Measurement, Row, Verdict
 from headway.model.transformer import Transformer
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
 from headway.server.chat_template import PLAIN_TEMPLATE, ChatTemplate
-from studies.study import Row, Study, Verdict, run
 
 SYSTEM = "You are a careful assistant. " + "Answer from the text, say so where it is silent. " * 8
 INSTRUCTION = "From now on answer in one sentence, and in French."
@@ -83,7 +83,7 @@ def judge(rows: Sequence[Row]) -> Verdict:
     most = max(cached[n, "edited"] for n in turns)
     top = len(f"System: {SYSTEM}")
     worse = any(cached[n, "appended"] < cached[n, "edited"] for n in turns)
-    answer = "refuted" if worse else "holds" if least >= 0.9 and most <= top else "cannot tell"
+    answer = "refuted" if worse else "holds" if least >= 0.9 and most <= top else "cannot_tell"
     return Verdict(
         answer,
         f"Appended, the cache serves at least {least:.0%} of what it serves of an unchanged "
@@ -91,7 +91,7 @@ def judge(rows: Sequence[Row]) -> Verdict:
     )
 
 
-STUDY = Study(
+STUDY = Measurement(
     "append_system",
     "An instruction that is appended as a system message keeps the cached prefix of the whole "
     "conversation; written into the top message it keeps no more than that message.",
@@ -101,6 +101,3 @@ STUDY = Study(
     measure,
     judge,
 )
-
-if __name__ == "__main__":
-    run(STUDY)

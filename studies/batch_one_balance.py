@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from headway.lab.measurement import Measurement, Row, Verdict
 from studies.routes import ARMS, routes
-from studies.study import Row, Study, Verdict, run
 
 RANKS = (2, 4, 8)
 
@@ -54,7 +54,7 @@ def judge(rows: Sequence[Row]) -> Verdict:
     )
 
 
-STUDY = Study(
+STUDY = Measurement(
     "batch_one_balance",
     "In decoding one sequence every rank of Head Parallel reads the same bytes of experts; the "
     "busiest rank of Expert Parallel reads more than the mean.",
@@ -63,6 +63,3 @@ STUDY = Study(
     measure,
     judge,
 )
-
-if __name__ == "__main__":
-    run(STUDY)

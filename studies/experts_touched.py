@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from headway.lab.measurement import Measurement, Row, Verdict
 from headway.plan.decode import touched
 from studies.routes import ARMS, routes
-from studies.study import Row, Study, Verdict, run
 
 BATCHES = (1, 4, 16, 64)
 TOLERANCE = 0.1
@@ -67,7 +67,7 @@ def judge(rows: Sequence[Row]) -> Verdict:
     )
 
 
-STUDY = Study(
+STUDY = Measurement(
     "experts_touched",
     "The uniform formula predicts the distinct experts of a decoding step of a trained model "
     "within 10%, whatever the texts.",
@@ -76,6 +76,3 @@ STUDY = Study(
     measure,
     judge,
 )
-
-if __name__ == "__main__":
-    run(STUDY)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from headway.lab.measurement import Measurement, Row, Verdict, mean_error
 from headway.model.paged import PAGE
 from headway.serve.blocks import BlockPool, n_reusable, page_keys
-from studies.study import Row, Study, Verdict, mean_error, run
 
 N_REQUESTS, N_FAMILIES, AT_ONCE = 1500, 40, 8
 HEAD_PAGES, TAIL_PAGES = (4, 33), (1, 13)
@@ -70,14 +70,14 @@ def measure(seeds: int = 8, sizes: Sequence[int] = (360, 500, 700, 1000)) -> lis
 def judge(rows: Sequence[Row]) -> Verdict:
     low = min(row["gain"] - 2 * row["its standard error"] for row in rows)
     high = min(row["gain"] + 2 * row["its standard error"] for row in rows)
-    answer = "refuted" if high < 0 else "holds" if low > 0 else "cannot tell"
+    answer = "refuted" if high < 0 else "holds" if low > 0 else "cannot_tell"
     gains = [row["gain"] for row in rows]
     return Verdict(
         answer, f"Tails first gain {min(gains):+.1%} to {max(gains):+.1%} of all pages as hits."
     )
 
 
-STUDY = Study(
+STUDY = Measurement(
     "reverse_release",
     "Under memory pressure a cache that evicts the tails of finished requests first finds more of "
     "its pages again than one that evicts heads first.",
@@ -86,6 +86,3 @@ STUDY = Study(
     measure,
     judge,
 )
-
-if __name__ == "__main__":
-    run(STUDY)

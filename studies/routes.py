@@ -18,7 +18,8 @@ from headway.config import EngineConfig
 from headway.model.moe import SparseLayer
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
-from studies.study import ROOT
+
+ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = 300
 ARMS = {

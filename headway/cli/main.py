@@ -25,6 +25,7 @@ from headway.cli.report import report
 from headway.cli.results import results
 from headway.cli.sample import sample
 from headway.cli.serve import serve
+from headway.cli.study import study
 from headway.cli.sweep import sweep
 from headway.cli.tokenize import tokenize
 from headway.cli.train import train
@@ -47,6 +48,7 @@ VERBS = {
     "describe": "parameters, FLOPs, memory and traffic of a recipe, with formulas",
     "compare": "designs at equal cost, with the same seeds, and their differences with intervals",
     "sweep": "the runs that a Python file asks for, by several processes that may be killed",
+    "study": "registered studies: list, register, run, judge by their rows",
     "results": "tables of finished runs: by condition, by group, as CSV",
     "law": "scaling laws: fit, predict, register a forecast and score it, gain of a change",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
@@ -139,6 +141,8 @@ def _verb(args: list[str]) -> int:
             return compare(rest)
         case "sweep":
             return sweep(rest)
+        case "study":
+            return study(rest)
         case "results":
             return results(rest)
         case "law":

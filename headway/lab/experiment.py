@@ -22,6 +22,8 @@ FLOPS_TOLERANCE = 0.003
 """Largest relative difference of the executed training FLOPs of two arms."""
 EVERY = 50
 """Fewest steps between evaluations."""
+SAVED_EVERY = 250
+"""Most steps between checkpoints, which are what a killed run loses."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class Experiment:
     """Bits per byte below which a difference does not matter; 0: none is stated."""
     eval_tokens: int = 0
     """Validation tokens, in whole windows, the same for every batch; 0 is the whole split."""
+    evaluations: int = 4
+    """Of a run, evenly spread, the last at its end; those of a short run are `EVERY` steps
+    apart."""
 
     def plan(self, log: Log = print) -> tuple[PlannedArm, ...]:
         """Solve the arms. Raises UsageError where they cannot be compared."""
@@ -179,7 +184,7 @@ class Experiment:
             config = fitted
             if arm.name != base.name:
                 config = budget.fit(arm.config, costs["flops_per_token"], seconds[arm.name])
-            config = _evaluated(config)
+            config = _evaluated(config, self.evaluations)
             planned = PlannedArm(arm.name, config, arm.edit, part.solved, part.mismatch, costs)
             off = planned.train_flops / reference.train_flops - 1
             equal_flops = not (self.budget.cpu_seconds or self.equal_cpu_time)
@@ -209,9 +214,10 @@ class _Sized:
     mismatch: dict[str, float]
 
 
-def _evaluated(config: Config) -> Config:
-    """Return the config with evaluations at a quarter, a half, three quarters and the end, at most
-    one per `EVERY` steps: the whole split costs as much as some tens of steps."""
-    every = max(EVERY, -(-config.optim.steps // 4))
-    run = dataclasses.replace(config.run, eval_every=every, checkpoint_every=every)
+def _evaluated(config: Config, n: int) -> Config:
+    """Return the config with n evaluations, at most one per `EVERY` steps: the whole split costs as
+    much as some tens of steps."""
+    every = max(EVERY, -(-config.optim.steps // n))
+    saves = min(every, SAVED_EVERY)
+    run = dataclasses.replace(config.run, eval_every=every, checkpoint_every=saves)
     return dataclasses.replace(config, run=run)

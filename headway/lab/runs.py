@@ -9,7 +9,11 @@
 A folder with a result.json is finished and is never touched again. One without is continued from
 its newest checkpoint, or started over, by whoever creates its lease; that of a process that is gone
 is taken over (`checkpoint.lock`). So several processes share the runs of a folder. Checkpoints are
-deleted at the end."""
+deleted at the end.
+
+Runs of several lengths that begin alike share a trunk (`execute_branches`): the longest one keeps
+the step at which the rate of each shorter one falls, and that one goes on from there, bit for bit
+as if it had been alone."""
 
 import dataclasses
 import hashlib
@@ -18,6 +22,7 @@ import math
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import DocumentLosses
 from headway.lab.folder import config_hash, read_result, write_json
 from headway.lab.match import measure
+from headway.optim.schedule import begin_alike, steps_before_fall
 from headway.train import loop
 from headway.train.interrupt import Interrupt
 from headway.train.open_session import Edit
@@ -54,13 +60,24 @@ class Run:
 
 
 def execute(
-    run: Run, root: Path, log: Log = lambda _: None, interrupt: Interrupt | None = None
+    run: Run,
+    root: Path,
+    log: Log = lambda _: None,
+    interrupt: Interrupt | None = None,
+    *,
+    forks: Sequence[int] = (),
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Return the result of a run, from its folder in `root`/runs where it is finished there.
 
+    Args:
+        forks: steps whose checkpoints are left in the folder.
+        start: a checkpoint of another run, from which this one starts if it is new.
     Returns: `config`, `config_hash`, `bits_per_byte` and `val_loss` (None where the run diverged),
-        `error`, `attempts`, `steps`, `tokens`, `train_flops`, `cpu_seconds`, `seconds`,
-        `tokens_per_second`, `batches_sha256`, `validation` (the fingerprint of its text).
+        `error`, `attempts`, `steps`, `continued` (steps that another run had done), `tokens`,
+        `train_flops`, `cpu_seconds` and `seconds` (those steps included),
+        `tokens_per_second`, `batches_sha256`, `validation` (the fingerprint of its text), `commit`,
+        `cpu`.
     Raises: KeyboardInterrupt where it was interrupted; it is saved. InUseError where another
         process trains it, UsageError for a folder that cannot be written."""
     folder = root / "runs" / run.key
@@ -73,25 +90,70 @@ def execute(
     with Lock(folder, "lease") as lease:
         lease.acquire(log)
         # another process may have finished it meanwhile
-        return read_result(folder) or _train(run, folder, log, interrupt)
+        return read_result(folder) or _train(run, folder, log, interrupt, forks, start)
 
 
-def _train(run: Run, folder: Path, log: Log, interrupt: Interrupt | None) -> dict[str, Any]:
+def execute_branches(
+    runs: Sequence[Run], root: Path, log: Log = lambda _: None, interrupt: Interrupt | None = None
+) -> list[dict[str, Any]]:
+    """Return the results of runs that differ in their lengths, in order. The longest is trained
+    first, and each other one continues it from where their rates part, if they begin alike.
+    Raises as `execute`."""
+    trunk = max(runs, key=lambda run: run.config.optim.steps)
+    optim = trunk.config.optim
+    falls = {run.key: steps_before_fall(run.config.optim) for run in runs if run is not trunk}
+    alike = {r.key for r in runs if r is not trunk and _branches_off(r, trunk, falls[r.key])}
+    forks = sorted({falls[key] for key in alike if falls[key] < optim.steps})
+    checkpoints = root / "runs" / trunk.key / "checkpoints"
+    results = {trunk.key: execute(trunk, root, log, interrupt, forks=forks)}
+    for run in runs:
+        if run.key not in results:
+            parting = checkpoints / f"step-{falls[run.key]:06d}"
+            start = parting if run.key in alike and parting.is_dir() else None
+            results[run.key] = execute(run, root, log, interrupt, start=start)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return [results[run.key] for run in runs]
+
+
+def _branches_off(run: Run, trunk: Run, step: int) -> bool:
+    """Return whether two runs are the same up to a step."""
+
+    def same(run: Run) -> str:
+        config = run.config
+        optim = dataclasses.replace(config.optim, steps=1)
+        data = dataclasses.replace(config.data, last_batch_size=0)
+        around = dataclasses.replace(config.run, eval_every=0, sample_every=0, checkpoint_every=0)
+        return config_hash(
+            dataclasses.replace(config, optim=optim, data=data, run=around), run.edit
+        )
+
+    return same(run) == same(trunk) and begin_alike(run.config.optim, trunk.config.optim, step)
+
+
+def _train(
+    run: Run,
+    folder: Path,
+    log: Log,
+    interrupt: Interrupt | None,
+    forks: Sequence[int],
+    start: Path | None,
+) -> dict[str, Any]:
     """Train a run to its end and write its result."""
     config = dataclasses.replace(
         run.config, run=dataclasses.replace(run.config.run, dir=str(folder), keep_checkpoints=1)
     )
     attempts = _count_attempt(folder)
-    resume = folder if (folder / "run.json").is_file() else None
+    begun = (folder / "run.json").is_file()
     trained, error = dict[str, Any](), ""
     try:
         trained = loop.train(
             config,
-            resume=resume,
-            overwrite=resume is None,
+            resume=folder if begun else start,
+            overwrite=not begun,
             log=log,
             interrupt=interrupt,
             edit=run.edit,
+            forks=forks,
         )
     except RunError as failed:
         error = str(failed)
@@ -99,6 +161,7 @@ def _train(run: Run, folder: Path, log: Log, interrupt: Interrupt | None) -> dic
         raise KeyboardInterrupt(
             f"interrupted; run {run.key} is saved and goes on when called again"
         )
+    info = json.loads((folder / "run.json").read_text("utf-8"))
     bits = trained.get("val_bits_per_byte")
     finite = bits is not None and math.isfinite(bits)
     result = {
@@ -109,16 +172,21 @@ def _train(run: Run, folder: Path, log: Log, interrupt: Interrupt | None) -> dic
         "error": error if finite or error else "the validation loss is not finite",
         "attempts": attempts,
         "steps": trained.get("steps", 0),
+        "continued": int(start.name.removeprefix("step-")) if start is not None else 0,
         "tokens": trained.get("tokens", 0),
         "train_flops": trained.get("tokens", 0) * measure(run.config, "active-flops", run.edit),
         "cpu_seconds": trained.get("cpu_seconds", 0.0),
         "seconds": trained.get("seconds", 0.0),
         "tokens_per_second": trained.get("tokens_per_second", 0.0),
         "batches_sha256": batches_sha256(config),
-        "validation": json.loads((folder / "run.json").read_text("utf-8"))["validation"],
+        "validation": info["validation"],
+        "commit": info["commit"],
+        "cpu": info["machine"]["cpu"],
     }
     write_json(folder / "result.json", result)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for checkpoint in sorted((folder / "checkpoints").glob("*")):
+        if checkpoint.name not in {f"step-{step:06d}" for step in forks}:
+            shutil.rmtree(checkpoint, ignore_errors=True)
     return result
 
 

@@ -40,6 +40,7 @@ def read_sealed(path: Path, kind: str) -> dict[str, Any]:
 _VERB = {
     "headway law fit": "headway law fit FILE.csv --json > FIT",
     "headway law registration": "headway law register FIT --out FILE",
+    "headway study registration": "headway study NAME --register",
 }
 
 

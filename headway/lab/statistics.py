@@ -14,8 +14,9 @@ from headway.config import UsageError
 
 ALPHA = 0.05
 POWER = 0.8
-Region = Literal["better", "not_worse", "equal"]
-"""Where a claim says that a difference lies, for a margin δ: below −δ, below δ, within ±δ."""
+Region = Literal["better", "not_worse", "equal", "ordered", "slope"]
+"""Where a claim says that a difference lies, for a margin δ: below −δ, below δ, within ±δ; each of
+several differences below −δ; a slope above δ."""
 Answer = Literal["holds", "refuted", "cannot_tell"]
 
 
@@ -175,29 +176,40 @@ class Verdict:
 
     answer: Answer
     estimate: float
-    ci: Interval
+    """The mean difference; NaN where there are less than two pairs."""
+    ci: Interval | None
     """At the level that Holm's rule leaves to this claim."""
     alpha_adjusted: float
 
 
 def verdicts(
-    family: Sequence[tuple[Sequence[float], Region, float]], alpha: float = ALPHA
+    family: Sequence[tuple[Sequence[float] | np.ndarray, Region, float]], alpha: float = ALPHA
 ) -> list[Verdict]:
     """Judge claims (paired differences, region, margin) together: `holds` where the whole interval
     lies in the region, `refuted` where it lies wholly outside, else `cannot_tell`. Intervals have
-    the levels of Holm's rule, α over the number of claims that are left."""
-    inside = [_settling(x, region, margin, within=True) for x, region, margin in family]
-    outside = [_settling(x, region, margin, within=False) for x, region, margin in family]
+    the levels of Holm's rule, α over the number of claims that are left. An `ordered` claim has a
+    row of differences per step [C, N], and holds where all do: estimate and interval are those of
+    the largest. Less than two pairs settle nothing: `cannot_tell`, without an interval."""
+    judged = [np.atleast_2d(np.asarray(x, dtype=np.float64)) for x, _, _ in family]
+    inside, outside = [], []
+    for x_CN, (_, region, margin) in zip(judged, family, strict=True):
+        enough = x_CN.shape[1] > 1
+        inside.append(_settling(x_CN, region, margin, within=True) if enough else 1.0)
+        outside.append(_settling(x_CN, region, margin, within=False) if enough else 1.0)
     holds, refuted = _levels(inside, alpha), _levels(outside, alpha)
     answers: list[Verdict] = []
-    for i, (x, _, _) in enumerate(family):
+    for i, x_CN in enumerate(judged):
+        if x_CN.shape[1] < 2:
+            answers.append(Verdict("cannot_tell", math.nan, None, holds[i]))
+            continue
         answer: Answer = "cannot_tell"
         level = holds[i]
         if inside[i] <= level:
             answer = "holds"
         elif outside[i] <= refuted[i]:
             answer, level = "refuted", refuted[i]
-        answers.append(Verdict(answer, _summary(x)[1], t_interval(x, level), level))
+        x_N = x_CN[x_CN.mean(1).argmax()]
+        answers.append(Verdict(answer, float(x_N.mean()), t_interval(x_N, level), level))
     return answers
 
 
@@ -213,18 +225,22 @@ def _levels(p_values: Sequence[float], alpha: float) -> list[float]:
     return levels
 
 
-def _settling(differences: Sequence[float], region: Region, margin: float, within: bool) -> float:
+def _settling(x_CN: np.ndarray, region: Region, margin: float, within: bool) -> float:
     """Return the smallest α at which the whole interval lies within a region, or wholly outside."""
-    x_N = np.asarray(differences, dtype=np.float64)
+    x_N = x_CN[0]
     match region, within:
-        case "better", True:
-            tails = [_one_sided(x_N, -margin)]
-        case "better", False:
-            tails = [_one_sided(-x_N, margin)]
+        case "better" | "ordered", True:
+            tails = [_one_sided(row_N, -margin) for row_N in x_CN]
+        case "better" | "ordered", False:  # one row that is not is enough, of C looks
+            return min(1.0, 2 * len(x_CN) * min(_one_sided(-row_N, margin) for row_N in x_CN))
         case "not_worse", True:
             tails = [_one_sided(x_N, margin)]
         case "not_worse", False:
             tails = [_one_sided(-x_N, -margin)]
+        case "slope", True:
+            tails = [_one_sided(-x_N, -margin)]
+        case "slope", False:
+            tails = [_one_sided(x_N, margin)]
         case _, True:
             tails = [_one_sided(x_N, margin), _one_sided(-x_N, margin)]
         case _:  # the whole interval on one side of both bounds

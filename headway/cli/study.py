@@ -1,0 +1,209 @@
+"""`headway study`: registered studies, their runs and verdicts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from headway.cli.options import parse, print_json
+from headway.config import UsageError
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """List the studies of a repository, or register, train and judge one. Training again continues;
+    several calls share the work."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Name of a study, or `list`."""
+    register: bool = False
+    """Write down claims, arms, texts and seeds, once; commit it before the first run."""
+    run: bool = False
+    """Train what is missing, and add its rows to the study's numbers."""
+    verdict: bool = False
+    """Judge the claims by the rows."""
+    page: bool = False
+    """Write docs/studies.md anew from all studies."""
+    only: str = ""
+    """Of one arm: train its row again, in --dir alone, and show it beside the committed one."""
+    seed: int = -1
+    """With --only; -1 is the first one."""
+    corpus: str = ""
+    """With --only or --run: a text of the study; empty: the first one of the arm, or all."""
+    stage: str = ""
+    """With --run: screen or confirm; empty: both."""
+    cpu_minutes: float = 0.0
+    """With --run: start no further run after as many CPU minutes; 0 is no limit."""
+    quick: bool = False
+    """With --run: tiny models on Python's standard library, in --dir alone: shows that it runs,
+    proves nothing."""
+    dir: str = "runs/studies"
+    """Folder of the runs (DIR/runs/HASH)."""
+    studies: str = "studies"
+    """Folder of the studies' files."""
+    numbers: str = "docs/numbers/studies"
+    """Folder of their rows."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def study(args: Sequence[str]) -> int:
+    """Run `headway study` and return its exit code."""
+    options = parse(StudyOptions, args, "headway study")
+
+    from headway.lab import registered
+    from headway.lab.measurement import Measurement, measure
+    from headway.lab.study import load
+
+    folder, numbers = Path(options.studies), Path(options.numbers)
+    if options.page:
+        _write_page(folder, numbers)
+    if options.name == "list":
+        return _list(options, folder, numbers)
+    chosen = load(options.name, folder)
+    rows_file = numbers / f"{options.name}.json"
+    if isinstance(chosen, Measurement):
+        if options.run:
+            result = measure(chosen, rows_file)
+            _write_page(folder, numbers)
+            print(f"{chosen.name}: {result['answer']}. {result['why']}")
+            print_json(options.json, result)
+        else:
+            print(f"{chosen.name}: {chosen.claim}\n{chosen.rule}\nmeasure it with --run")
+        return 0
+    if options.register:
+        path = registered.register(chosen, folder)
+        print(f"registered in {path}; commit it before the first run")
+    if options.only:
+        return _again(options, chosen, rows_file)
+    if options.run:
+        _run(options, chosen, folder, rows_file)
+    return _verdict(options, chosen, folder, rows_file)
+
+
+def _list(options: StudyOptions, folder: Path, numbers: Path) -> int:
+    from headway.lab import registered
+    from headway.lab.measurement import Measurement, read_result
+    from headway.lab.study import load, names, read_rows
+
+    rows: list[dict[str, Any]] = []
+    for name in names(folder):
+        chosen = load(name, folder)
+        if isinstance(chosen, Measurement):
+            result = read_result(numbers / f"{name}.json")
+            state = result["answer"] if result else "not measured"
+            rows.append({"name": name, "title": chosen.claim, "state": state, "rows": None})
+            continue
+        known = registered.read(chosen, folder) is not None
+        n = len(read_rows(numbers / f"{name}.json"))
+        state = "registered" if known else "not registered"
+        state = f"{len(chosen.claims)} claims, {state}" if chosen.claims else "no claims"
+        rows.append({"name": name, "title": chosen.title, "state": state, "rows": n})
+    for row in rows:
+        runs = "" if row["rows"] is None else f", {row['rows']} runs"
+        print(f"{row['name']:20} {row['state']}{runs}\n{'':20} {row['title']}")
+    print_json(options.json, {"studies": rows})
+    return 0
+
+
+def _write_page(folder: Path, numbers: Path) -> None:
+    from headway.lab.studies_page import write_page
+
+    write_page(folder, numbers, numbers.parent.parent / "studies.md")
+
+
+def _run(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> None:
+    from headway.lab import registered
+    from headway.lab.study import quick, tasks, train
+
+    root = Path(options.dir)
+    if options.quick:
+        chosen, rows_file, root = quick(chosen), root / "quick" / rows_file.name, root / "quick"
+    todo = [
+        task
+        for task in tasks(chosen)
+        if task.stage in (options.stage or task.stage)
+        and task.corpus in (options.corpus or task.corpus)
+    ]
+    if not todo:
+        raise UsageError(
+            f"study {chosen.name} has no runs of --stage {options.stage} on --corpus "
+            f"{options.corpus}; leave one out"
+        )
+    if not options.quick and (record := registered.read(chosen, folder)) is not None:
+        registered.check_arms(record, todo)
+    end = time.process_time() + 60 * options.cpu_minutes if options.cpu_minutes else float("inf")
+    train(chosen, todo, root, rows_file, until=lambda: time.process_time() >= end)
+
+
+def _again(options: StudyOptions, chosen: Any, rows_file: Path) -> int:
+    from headway.lab.study import read_rows, row_key, tasks, train
+
+    todo = [
+        task
+        for task in tasks(chosen)
+        if task.arm == options.only
+        and task.corpus in (options.corpus or task.corpus)
+        and options.seed in (-1, task.seed)
+    ]
+    if not todo:
+        arms = ", ".join(dict.fromkeys(task.arm for task in tasks(chosen)))
+        raise UsageError(
+            f"study {chosen.name} has no arm {options.only} with seed {options.seed} on "
+            f"{options.corpus or 'any text'}; its arms are {arms}"
+        )
+    root = Path(options.dir)
+    saved = {row_key(row): row["bits_per_byte"] for row in read_rows(rows_file)}
+    rows = train(chosen, todo[:1], root, root / "again" / rows_file.name)
+    again = []
+    for row in rows:
+        if row_key(row) in {todo[0].key(steps) for steps in todo[0].planned}:
+            before = saved.get(row_key(row))
+            again.append({**row, "committed": before})
+            saying = "no committed row" if before is None else f"committed: {before:.4f}"
+            print(f"{row['arm']}, {row['budget']} steps: {row['bits_per_byte']:.4f}; {saying}")
+    print_json(options.json, {"rows": again})
+    return 0
+
+
+def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
+    from headway.lab import registered
+    from headway.lab.study import read_rows
+    from headway.lab.verdict import judge, statistic
+
+    rows = read_rows(rows_file)
+    record = registered.read(chosen, folder)
+    ids = {claim["id"] for claim in record["claims"]} if record else set()
+    judged = judge(chosen, rows, ids)
+    for one in judged:
+        print(f"{one.claim.id}: {one.answer}. {one.claim.text} [{statistic(one.claim)}]")
+        if one.estimate is None or one.ci is None:
+            print(f"    {len(one.seeds)} of {one.claim.min_seeds} seeds")
+            continue
+        low, high = one.ci
+        print(f"    {one.estimate:+.4f}, {low:+.4f} … {high:+.4f}, {len(one.seeds)} seeds")
+        if one.settling:
+            print(f"    {one.settling[0]:,} seeds would settle it: {one.settling[1]:,.0f} CPU min")
+    seconds = sum(r["cpu_seconds"] * (1 - r["continued"] / r["steps"]) for r in rows)
+    print(f"{chosen.name}: {len(rows)} runs, {seconds / 60:,.0f} CPU minutes")
+    path = registered.registered_file(folder, chosen.name)
+    print_json(
+        options.json,
+        {
+            "study": chosen.name,
+            "registered": record
+            and {
+                "file": str(path),
+                "sha256": record["sha256"],
+                "commit": registered.commit_of(path),
+            },
+            "rows_file": str(rows_file),
+            "claims": [one.to_dict() for one in judged],
+            "summary": chosen.summary(rows) if chosen.summary and rows else [],
+            "cpu_minutes": seconds / 60,
+        },
+    )
+    return 0

@@ -1,0 +1,63 @@
+"""A measurement: a study that trains nothing. Its claim and the rule of its verdict are stated
+before anything is measured; its result is `docs/numbers/studies/NAME.json`, with machine, versions
+and commit."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from headway.lab.folder import write_json
+
+Row = dict[str, Any]
+
+
+class Verdict(NamedTuple):
+    answer: str
+    """`holds`, `refuted` or `cannot_tell`."""
+    why: str
+    """One sentence with the numbers."""
+
+
+class Measurement(NamedTuple):
+    name: str
+    claim: str
+    rule: str
+    """When it holds, when it is refuted."""
+    measure: Callable[[], Sequence[Row]]
+    """Runs the arms; a row per arm and setting."""
+    judge: Callable[[Sequence[Row]], Verdict]
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean, and its standard error."""
+    return mean(values), stdev(values) / math.sqrt(len(values))
+
+
+def measure(study: Measurement, path: Path) -> dict[str, Any]:
+    """Measure, judge, and write the result."""
+    from headway.report.provenance import provenance
+
+    begin = time.process_time()
+    rows = list(study.measure())
+    where = provenance()
+    result = {
+        "study": study.name,
+        "claim": study.claim,
+        "rule": study.rule,
+        **study.judge(rows)._asdict(),
+        "cpu_seconds": round(time.process_time() - begin, 1),
+        **{key: where[key] for key in ("machine", "versions", "commit", "dirty")},
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    return result
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return what `measure` wrote, None where it did not."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

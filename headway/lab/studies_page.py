@@ -1,0 +1,187 @@
+"""docs/studies.md: for each claim whether it holds, how sure that is, and what it cost."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headway.lab import svg
+from headway.lab.measurement import Measurement, read_result
+from headway.lab.registered import read as read_registration
+from headway.lab.study import Row, Study, load, names, read_rows
+from headway.lab.verdict import Judged, judge, statistic
+
+HEAD = """# Studies
+
+What the laboratory found, negatives included. Made by `headway study list --page` from
+`docs/numbers/studies/`; a verdict is computed from the rows, never typed. Differences are arm minus
+baseline in bits per byte: below 0 the arm is better. A claim `holds` when its whole interval
+(Student's t over seeds, Holm's rule over the claims of a study, 5% for all of them together) lies
+in its region, is `refuted` when all of it lies outside, and else `cannot_tell`; `open` has fewer
+seeds than were registered.
+"""
+STYLE = (
+    "<style>.chart{background:#fff}text{font:11.5px sans-serif;fill:#555}.grid{stroke:#e5e5e5}"
+    ".zero{stroke:#222;stroke-dasharray:3 3}.thick{stroke:#2563a8;stroke-width:2.5}"
+    ".seed{fill:#999}.dot{fill:#2563a8}</style>"
+)
+
+
+def write_page(studies: Path, numbers: Path, page: Path) -> None:
+    """Write the page, and beside it the forest plot of each study with judged claims."""
+    sections, head = [], ["| study | claim | verdict |", "|---|---|---|"]
+    for name in names(studies):
+        study = load(name, studies)
+        if isinstance(study, Measurement):
+            if (result := read_result(numbers / f"{name}.json")) is not None:
+                head.append(f"| [{name}](#{name}) | {study.claim} | {result['answer']} |")
+                sections.append(_measurement(result))
+            continue
+        rows = read_rows(numbers / f"{name}.json")
+        registration = read_registration(study, studies)
+        registered = {claim["id"] for claim in registration["claims"]} if registration else set()
+        judged = judge(study, rows, registered)
+        for one in judged:
+            said = one.answer if one.registered else f"{one.answer}, exploratory"
+            head.append(f"| [{name}](#{name}) | {one.claim.id}: {one.claim.text} | {said} |")
+        if not judged:
+            head.append(f"| [{name}](#{name}) | {study.title} | no claim |")
+        if plot := forest(judged):
+            (page.parent / "studies").mkdir(exist_ok=True)
+            (page.parent / "studies" / f"{name}.svg").write_text(plot, "utf-8")
+        sections.append(_study(study, rows, judged, registration, bool(plot)))
+    text = HEAD + "\n" + "\n".join(head) + "\n" + "\n".join(sections)
+    page.write_text(text, "utf-8")
+
+
+def forest(judged: Sequence[Judged]) -> str:
+    """Return the intervals of judged claims as a picture of its own; "" where there is none."""
+    rows = [
+        (one.claim.id, one.estimate, [(one.ci.low, one.ci.high)], list[float]())
+        for one in judged
+        if one.estimate is not None and one.ci is not None
+    ]
+    picture = svg.forest(rows)
+    return picture.replace(
+        '<svg class="chart"', '<svg xmlns="http://www.w3.org/2000/svg" class="chart"'
+    ).replace("</svg>", STYLE + "</svg>")
+
+
+def _study(
+    study: Study,
+    rows: Sequence[Row],
+    judged: Sequence[Judged],
+    registration: Mapping[str, Any] | None,
+    plot: bool,
+) -> str:
+    parts = [f"\n## {study.name}\n", f"**{study.title}** {study.notes}".strip() + "\n"]
+    if registration:
+        parts.append(
+            f"Registered in `studies/registered/{study.name}.json` "
+            f"(sha256 {registration['sha256'][:12]}…) before the first row.\n"
+        )
+    if judged:
+        parts += [*_table(map(_claim, judged)), ""]
+    if plot:
+        parts.append(f"![intervals of the claims](studies/{study.name}.svg)\n")
+    if study.summary is not None and rows:
+        parts += [*_table(study.summary(rows)), ""]
+    if rows:
+        parts += [*_table(_means(rows)), ""]
+        seconds = math.fsum(r["cpu_seconds"] * (1 - r["continued"] / r["steps"]) for r in rows)
+        diverged = [f"{r['arm']}, seed {r['seed']}" for r in rows if r["bits_per_byte"] is None]
+        cpus, commits = ({r[key] for r in rows} for key in ("cpu", "commit"))
+        parts.append(
+            f"{len(rows)} runs, about {seconds / 60:,.0f} CPU minutes of training (steps that runs "
+            f"share are counted once), on {', '.join(sorted(cpus))}, commits "
+            f"{', '.join(sorted(c[:7] for c in commits))}"
+            + (f"; diverged: {'; '.join(diverged)}" if diverged else "")
+            + f". Again: `headway study {study.name} --run`, one row with `--only ARM --seed S`."
+        )
+    else:
+        parts.append(f"No run yet: `headway study {study.name} --run`.")
+    return "\n".join(parts)
+
+
+def _claim(one: Judged) -> dict[str, Any]:
+    claim = one.claim
+    expected = claim.prediction
+    return {
+        "claim": claim.id,
+        "what is measured": statistic(claim),
+        "text": claim.corpus,
+        "region": _region(claim.region, claim.margin),
+        "seeds": len(one.seeds),
+        "estimate": None if one.estimate is None else f"{one.estimate:+.4f}",
+        "interval": None if one.ci is None else f"{one.ci.low:+.4f} … {one.ci.high:+.4f}",
+        "verdict": one.answer + ("" if one.registered else " (exploratory)"),
+        "predicted": expected
+        and f"{expected.value:+.3f} ({expected.low:+.3f} … {expected.high:+.3f})",
+        "hit": {True: "yes", False: "no", None: None}[one.prediction_hit],
+        "to settle": one.settling
+        and f"{one.settling[0]:,} seeds, {one.settling[1]:,.0f} CPU minutes",
+    }
+
+
+def _region(region: str, margin: float) -> str:
+    return {
+        "better": f"< {-margin:g}",
+        "not_worse": f"< {margin:g}",
+        "equal": f"within ± {margin:g}",
+        "ordered": f"all < {-margin:g}",
+        "slope": f"slope > {margin:g}",
+    }[region].replace("-0", "0" if not margin else "-0")
+
+
+def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the mean of each arm at each budget."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = row["stage"], row["corpus"], row["arm"], row["budget"]
+        groups.setdefault(key, []).append(row)
+    table = []
+    for (stage, corpus, arm, budget), group in sorted(groups.items()):
+        bits = [r["bits_per_byte"] for r in group if r["bits_per_byte"] is not None]
+        table.append(
+            {
+                "stage": stage,
+                "text": corpus,
+                "arm": arm,
+                "steps": budget,
+                "seeds": len(group),
+                "bits/byte": statistics.mean(bits) if bits else None,
+                "sd": statistics.stdev(bits) if len(bits) > 1 else None,
+                "CPU s of a run": statistics.mean(r["cpu_seconds"] for r in group),
+            }
+        )
+    return table
+
+
+def _measurement(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    parts = [
+        f"\n## {result['study']}\n\n**Claim.** {result['claim']}\n\n**Rule.** {result['rule']}\n",
+        f"**Verdict: {result['answer']}.** {result['why']}\n",
+        *_table(result["rows"]),
+        f"\n{machine['gpu'] or machine['cpu']}, torch {result['versions']['torch']}, "
+        f"{result['cpu_seconds']:.0f} CPU seconds, commit {result['commit'][:10]}"
+        f"{' with changes' if result['dirty'] else ''}.",
+    ]
+    return "\n".join(parts)
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return rows of equal fields as a Markdown table."""
+    rows = list(rows)
+    if not rows:
+        return []
+    head = list(rows[0])
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return [*lines, *(f"| {' | '.join(_cell(row[key]) for key in head)} |" for row in rows)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,274 @@
+"""A study: series of runs, and claims about them that are registered before the first one.
+
+    studies/NAME.py                     STUDY, the arms, seeds, budgets and claims
+    studies/registered/NAME.json        what was decided before the first row (lab.registered)
+    docs/numbers/studies/NAME.json      a row per finished run, committed as they come
+    DIR/runs/HASH                       the runs themselves, as of every experiment
+
+A row that is in the file is not trained again."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from headway.checkpoint.lock import InUseError
+from headway.config import UsageError, with_leaf
+from headway.lab.experiment import Arm, Experiment, PlannedArm
+from headway.lab.folder import write_json
+from headway.lab.measurement import Measurement
+from headway.lab.runs import Run, execute_branches, read_result
+from headway.lab.statistics import Region
+from headway.train.budget import Budget
+from headway.train.records import Log
+
+Stage = Literal["screen", "confirm"]
+Row = dict[str, Any]
+
+
+class Prediction(NamedTuple):
+    """What was expected before the first run: a value and its 80% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Contrast(NamedTuple):
+    """A paired difference: `arm` − `baseline` in bits per byte, after `steps` of the baseline."""
+
+    arm: str
+    baseline: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement on paired differences of the confirming runs, and the region in which it
+    holds: `better` (below −margin), `not_worse` (below margin), `equal` (within margin), `ordered`
+    (every contrast below 0), `slope` (the slope of the contrasts over `x` is above margin)."""
+
+    id: str
+    text: str
+    source: str
+    """Where the statement is from."""
+    contrasts: tuple[Contrast, ...]
+    """One, but for `ordered` and `slope`."""
+    region: Region
+    corpus: str
+    margin: float = 0.0
+    min_seeds: int = 8
+    prediction: Prediction | None = None
+    x: tuple[float, ...] = ()
+    """Of a `slope`: the abscissa of each contrast."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Arms that are compared on one text at several budgets, with the seeds of one stage."""
+
+    stage: Stage
+    corpus: str
+    experiment: Experiment
+    """Its budget is replaced by each of `steps`."""
+    steps: tuple[int, ...]
+    """Budgets, in steps of the baseline. Runs of an arm and a seed share the longest one's trunk
+    where the recipe fixes `optim.warmup_steps`."""
+
+    def plan(self, log: Log) -> dict[str, dict[int, PlannedArm]]:
+        """Return arm → steps of the baseline → the arm, planned."""
+        arms: dict[str, dict[int, PlannedArm]] = {}
+        for steps in self.steps:
+            experiment = dataclasses.replace(self.experiment, budget=Budget(steps=steps))
+            for arm in experiment.plan(log):
+                arms.setdefault(arm.name, {})[steps] = arm
+        return arms
+
+
+@dataclass(frozen=True)
+class Study:
+    """Series of runs and claims about them."""
+
+    name: str
+    title: str
+    series: tuple[Series, ...]
+    claims: tuple[Claim, ...] = ()
+    notes: str = ""
+    """What a reader of the results needs to know, in sentences."""
+    summary: Callable[[Sequence[Row]], list[Row]] | None = None
+    """A table of numbers that are no claims, from the rows."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The runs of one arm and seed, of all lengths."""
+
+    stage: Stage
+    corpus: str
+    arm: str
+    seed: int
+    planned: Mapping[int, PlannedArm]
+
+    def runs(self) -> dict[int, Run]:
+        """Return steps of the baseline → run."""
+        return {steps: arm.run(self.seed) for steps, arm in self.planned.items()}
+
+    def key(self, steps: int) -> tuple:
+        """Return what names a row."""
+        return self.stage, self.corpus, self.arm, self.seed, steps
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names of the studies in a folder."""
+    return sorted(p.stem for p in folder.glob("*.py") if "\nSTUDY = " in p.read_text("utf-8"))
+
+
+def load(name: str, folder: Path) -> Study | Measurement:
+    """Return the study of a file. Raises UsageError where there is none."""
+    path = folder / f"{name}.py"
+    if not path.is_file() or name not in names(folder):
+        known = ", ".join(names(folder))
+        raise UsageError(
+            f"{folder} has no study {name}; use one of {known}"
+            if known
+            else f"{folder} has no studies; call this in the repository, or give --studies"
+        )
+    spec = importlib.util.spec_from_file_location(f"study_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # stale within a second
+    sys.path.insert(0, str(folder.resolve().parent))  # a study may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+        sys.dont_write_bytecode = before
+    return vars(module)["STUDY"]
+
+
+def tasks(study: Study, log: Log = lambda _: None) -> Iterator[Task]:
+    """Yield what is to be trained: the series in their order, each seed by seed, so that a study
+    that is interrupted has whole pairs."""
+    for series in study.series:
+        arms = series.plan(log)
+        for seed in series.experiment.seeds:
+            for name, by_steps in arms.items():
+                yield Task(series.stage, series.corpus, name, seed, by_steps)
+
+
+def quick(study: Study) -> Study:
+    """Return a study of the same arms that takes seconds: one narrow layer, a few steps on Python's
+    standard library. Sizes are not matched. It shows that a study runs, and proves nothing."""
+
+    def small(arm: Arm) -> Arm:
+        config = arm.config
+        for name, value in QUICK.items():
+            config = with_leaf(config, name, value)
+        return dataclasses.replace(arm, config=config)
+
+    series = [
+        dataclasses.replace(
+            part,
+            steps=tuple(range(4, 4 + 2 * len(part.steps), 2)),
+            experiment=dataclasses.replace(
+                part.experiment,
+                arms=tuple(small(arm) for arm in part.experiment.arms),
+                seeds=part.experiment.seeds[:2],
+                match=(),
+                eval_tokens=2048,
+            ),
+        )
+        for part in study.series
+    ]
+    return dataclasses.replace(study, series=tuple(series))
+
+
+QUICK = {
+    "model.n_layers": 1,
+    "data.source": ("stdlib",),
+    "data.near_duplicates": "keep",
+    "data.seq_len": 32,
+    "data.batch_size": 32,
+    "optim.warmup_steps": 1,
+}
+
+
+def train(
+    study: Study,
+    todo: Sequence[Task],
+    root: Path,
+    rows_file: Path,
+    log: Log = print,
+    until: Callable[[], bool] = lambda: False,
+) -> list[Row]:
+    """Train what neither the rows nor the run folders have, and return all rows. Several processes
+    share the work; a task that another one trains is passed over, and its row written by whoever
+    looks next. No task is begun once `until()` is true."""
+    for at, task in enumerate(todo, 1):
+        if until():
+            break
+        rows = with_finished(study, todo, root, rows_file)
+        known = {row_key(row) for row in rows}
+        missing = {n: run for n, run in task.runs().items() if task.key(n) not in known}
+        if not missing:
+            continue
+        log(f"{at} of {len(todo)}: {task.arm}, seed {task.seed}, {task.corpus}, {task.stage}")
+        try:
+            results = execute_branches(list(missing.values()), root)
+        except InUseError:
+            log("  another process trains it")
+            continue
+        for steps, result in zip(missing, results, strict=True):
+            bits = result["bits_per_byte"]
+            what = f"{bits:.4f} bits/byte" if bits is not None else result["error"]
+            log(f"  {steps} steps: {what}, {result['cpu_seconds']:.0f} CPU s")
+    return with_finished(study, todo, root, rows_file)
+
+
+def row_key(row: Row) -> tuple:
+    """Return what names a row: stage, corpus, arm, seed, budget."""
+    return row["stage"], row["corpus"], row["arm"], row["seed"], row["budget"]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file; [] where there is none. Raises UsageError for a damaged one."""
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text("utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it from git") from None
+
+
+def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Path) -> list[Row]:
+    """Add the finished runs of a folder to the rows of a file, and return all."""
+    rows = {row_key(row): row for row in read_rows(rows_file)}
+    before = len(rows)
+    for task in todo:
+        for steps, run in task.runs().items():
+            key = task.key(steps)
+            if key not in rows and (result := read_result(root / "runs" / run.key)):
+                rows[key] = _row(task, steps, result)
+    ordered = sorted(rows.values(), key=lambda row: tuple(map(str, row_key(row))))
+    if len(rows) > before:
+        rows_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(rows_file, {"study": study.name, "rows": ordered})
+    return ordered
+
+
+def _row(task: Task, steps: int, result: Mapping[str, Any]) -> Row:
+    fields = "bits_per_byte config_hash train_flops steps tokens cpu_seconds continued error"
+    fields += " commit cpu"
+    return {
+        "stage": task.stage,
+        "corpus": task.corpus,
+        "arm": task.arm,
+        "seed": task.seed,
+        "budget": steps,
+        **{name: result[name] for name in fields.split()},
+        "validation": result["validation"]["fingerprint"],
+    }

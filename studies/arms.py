@@ -1,0 +1,77 @@
+"""The designs that studies compare, at one width and on one text.
+
+Width 128: four layers, for the flat mixture eight of 32 experts with K·F = 3·D per token (recipe
+`moe`, narrower), Muon, 4,096 tokens per step. Others have its executed FLOPs per token and its
+total parameters (`headway.lab.match`). Width 256 is the same with heads of attention twice as
+wide."""
+
+from typing import Any
+
+from headway import recipes
+from headway.config import Config, with_leaf
+from headway.lab.experiment import Arm, Experiment
+from headway.lab.study import Series, Stage
+from headway.train.budget import Budget
+from headway.train.open_session import Edit
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "python": {"data.source": ("set:python",), "data.near_duplicates": "cluster"},
+    "python, 8k": {
+        "data.source": ("set:python",),
+        "data.near_duplicates": "cluster",
+        "data.batch_size": 64,
+    },
+    "python, near-copies split": {"data.source": ("set:python",)},
+    "kernel-docs": {"data.source": ("set:kernel-docs",), "data.near_duplicates": "cluster"},
+}
+EVAL_TOKENS = 1 << 19
+"""Of every validation, at the end of a run: 4,096 windows of 128 bytes, spread over the split."""
+WARM_UP = 25
+"""Steps: the same for all budgets, so that they branch off one trunk."""
+
+
+def design(recipe: str, corpus: str, **fields: Any) -> Config:
+    """Return a recipe on a text, with fields of its config changed; `__` stands for the dot."""
+    config = with_leaf(recipes.load(recipe), "optim.warmup_steps", WARM_UP)
+    changes = {**TEXTS[corpus], **{name.replace("__", "."): v for name, v in fields.items()}}
+    for name, value in changes.items():
+        config = with_leaf(config, name, value)
+    return config
+
+
+def flat(
+    corpus: str, name: str = "flat", edit: Edit | None = None, width: int = 128, **fields: Any
+) -> Arm:
+    """Return the flat mixture, the baseline."""
+    sizes = {"model__d_model": width, "model__moe__d_expert": 3 * width // 8}
+    return Arm(name, design("moe", corpus, **{**sizes, **fields}), edit)
+
+
+def heads(
+    corpus: str, n: int, name: str = "", edit: Edit | None = None, width: int = 128, **fields: Any
+) -> Arm:
+    """Return Multi-Head LatentMoE as published, with n heads."""
+    sizes = {"model__d_model": width, "model__moe__n_heads": n}
+    config = design("multi_head_latent", corpus, **{**sizes, **fields})
+    return Arm(name or f"{n}x{width // n}", config, edit)
+
+
+def slices(corpus: str, n: int, name: str = "", edit: Edit | None = None, **fields: Any) -> Arm:
+    """Return n heads without learned projections: slices of the block's normed input."""
+    fields = {"model__moe__projection": "none", **fields}
+    return heads(corpus, n, name or f"{n} slices", edit, **fields)
+
+
+def series(
+    stage: Stage, corpus: str, arms: tuple[Arm, ...], seeds: tuple[int, ...], steps: tuple[int, ...]
+) -> Series:
+    """Return runs that are evaluated once, at their end; the first arm is the baseline."""
+    experiment = Experiment(
+        arms,
+        seeds,
+        Budget(steps=max(steps)),
+        match=("active-flops", "total-parameters"),
+        eval_tokens=EVAL_TOKENS,
+        evaluations=1,
+    )
+    return Series(stage, corpus, experiment, steps)

@@ -1,0 +1,50 @@
+"""Runs of several lengths on one trunk: the same bits as alone, whatever was killed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from headway.data.tokenizer import load_tokenizer
+from headway.lab.runs import Run, documents, execute, execute_branches
+from headway.report.sinks import read_metrics
+from headway.train.resolve import resolve
+from tests.train.tiny_run import tiny
+
+
+@pytest.fixture
+def runs(tmp_path):
+    def of(steps: int, decay: float = 0.4) -> Run:
+        config = tiny(tmp_path, optim={"steps": steps, "warmup_steps": 2, "decay": decay})
+        return Run(resolve(config, load_tokenizer("bytes").vocab_size).config)
+
+    return of
+
+
+def test_branches_are_the_runs_that_they_stand_for(tmp_path, runs):
+    family = [runs(10), runs(20), runs(14)]
+    shared = execute_branches(family, tmp_path / "shared")
+    alone = [execute(run, tmp_path / "alone") for run in family]
+    assert [r["steps"] for r in shared] == [10, 20, 14]
+    for run, a, b in zip(family, shared, alone, strict=True):
+        assert a["bits_per_byte"] == b["bits_per_byte"] and a["tokens"] == b["tokens"]
+        x, y = (documents(tmp_path / place, run.key) for place in ("shared", "alone"))
+        assert np.array_equal(x.nats_N, y.nats_N)
+        assert not list((tmp_path / "shared" / "runs" / run.key).glob("checkpoints/*"))
+        events = [
+            r["detail"]
+            for r in read_metrics(tmp_path / "shared" / "runs" / run.key / "metrics.jsonl")
+            if r.get("event") == "resumed"
+        ]
+        fall = {10: "step-000006", 14: "step-000008"}.get(a["steps"])
+        assert len(events) == (fall is not None) and all(fall in text for text in events)
+    again = execute_branches(family, tmp_path / "shared")
+    assert [(r["config_hash"], r["attempts"]) for r in again] == [(run.key, 1) for run in family]
+
+
+def test_what_begins_otherwise_is_trained_alone(tmp_path, runs):
+    other = runs(10, decay=0.4)
+    optim = dataclasses.replace(other.config.optim, lr=1e-4)
+    other = Run(dataclasses.replace(other.config, optim=optim))
+    results = execute_branches([runs(20), other], tmp_path / "shared")
+    assert results[1]["bits_per_byte"] == execute(other, tmp_path / "alone")["bits_per_byte"]

@@ -1,0 +1,220 @@
+"""headway study on tiny models: registered before it is run, never paid twice, judged by its rows."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from headway.config import OptimConfig
+from headway.lab.statistics import t_interval
+from headway.lab.study import Claim, Contrast, Prediction, Study
+from headway.lab.verdict import judge
+from headway.optim.schedule import steps_before_fall
+from tests.command import call, mistake, write_recipe
+
+FILE = """
+from headway import recipes
+from headway.config import with_leaf
+from headway.lab.experiment import Arm, Experiment
+from headway.lab.study import Claim, Contrast, Prediction, Series, Study
+from headway.train.budget import Budget
+
+CONFIG = with_leaf(recipes.load("tiny.py:tiny"), "optim.warmup_steps", 1)
+ARMS = (Arm("base", CONFIG), Arm("slow", with_leaf(CONFIG, "optim.lr", 1e-4)))
+
+
+def series(stage, seeds):
+    experiment = Experiment(ARMS, seeds, Budget(steps=1), eval_tokens=256, evaluations=1)
+    return Series(stage, "tiny text", experiment, (10, 20))
+
+
+def claim(id, region, margin, steps=20, min_seeds=3):
+    contrast = (Contrast("slow", "base", steps),)
+    prediction = Prediction(0.0, -1.0, 1.0)
+    text, source = "slow is " + region, "a test"
+    return Claim(id, text, source, contrast, region, "tiny text", margin, min_seeds, prediction)
+
+
+STUDY = Study(
+    "small",
+    "Is slow better?",
+    (series("screen", (0,)), series("confirm", (11, 12, 13))),
+    (
+        claim("A", "not_worse", 5.0),
+        claim("B", "better", 5.0),
+        claim("C", "equal", 5.0, steps=10),
+        claim("D", "equal", 5.0, min_seeds=4),
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    write_recipe(root)
+    (root / "studies").mkdir()
+    (root / "studies" / "small.py").write_text(FILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("HEADWAY_CACHE", str(root / "cache"))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    assert call("study", "small", "--register").code == 0
+    done = call("study", "small", "--run", "--json")
+    assert done.code == 0, done.err
+    return done.json
+
+
+def rows(place):
+    return json.loads((place / "docs/numbers/studies/small.json").read_text())["rows"]
+
+
+def test_claims_are_judged_by_the_confirming_runs(place, done):
+    claims = {claim["id"]: claim for claim in done["claims"]}
+    assert {i: c["verdict"] for i, c in claims.items()} == {
+        "A": "holds",
+        "B": "refuted",
+        "C": "holds",
+        "D": "open",
+    }
+    bits = {(r["arm"], r["seed"], r["budget"]): r["bits_per_byte"] for r in rows(place)}
+    x = [bits["slow", s, 20] - bits["base", s, 20] for s in (11, 12, 13)]
+    assert claims["A"]["estimate"] == pytest.approx(np.mean(x))
+    assert claims["A"]["ci"] == pytest.approx(t_interval(x, claims["A"]["alpha_adjusted"]))
+    assert claims["A"]["alpha_adjusted"] >= 0.05 / 4 and claims["A"]["prediction_hit"]
+    assert claims["D"]["estimate"] is None and claims["D"]["seeds"] == [11, 12, 13]
+    assert len(rows(place)) == 4 * 2 * 2 == len({r["config_hash"] for r in rows(place)})
+    assert {r["stage"] for r in rows(place)} == {"screen", "confirm"}
+    fall = steps_before_fall(OptimConfig(steps=10, warmup_steps=1))
+    assert 1 < fall < 10 and {r["continued"] for r in rows(place) if r["budget"] == 10} == {fall}
+    assert {r["continued"] for r in rows(place) if r["budget"] == 20} == {0}
+
+
+def test_no_row_is_paid_twice(place, done):
+    before = rows(place)
+    shutil.rmtree(place / "runs")
+    assert call("study", "small", "--run").code == 0
+    assert not (place / "runs" / "studies" / "runs").exists() and rows(place) == before
+    again = call("study", "small", "--only", "slow", "--seed", "12", "--json")
+    assert [r["bits_per_byte"] for r in again.json["rows"]] == [
+        r["committed"] for r in again.json["rows"]
+    ]
+    assert len(again.json["rows"]) == 2 and rows(place) == before
+
+
+def test_a_registration_is_for_good(place, done):
+    path = place / "studies" / "registered" / "small.json"
+    text, file = path.read_text(), place / "studies" / "small.py"
+    assert "registered already" in mistake("study", "small", "--register")
+    path.write_text(text.replace('"margin": 5.0', '"margin": 6.0'))
+    assert "was changed after it was written" in mistake("study", "small")
+    path.write_text(text)
+    file.write_text(FILE.replace('"B", "better", 5.0', '"B", "better", 4.0'))
+    said = mistake("study", "small", "--verdict")
+    assert "claim B is not the one registered" in said and "margin was 5.0 and is 4.0" in said
+    file.write_text(FILE.replace('        claim("C", "equal", 5.0, steps=10),\n', ""))
+    assert "claim C is registered" in mistake("study", "small")
+    file.write_text(FILE.replace("1e-4", "2e-4"))
+    said = mistake("study", "small", "--run")
+    assert "arm slow" in said and "optim.lr was 0.0001 and is 0.0002" in said
+    # what is added later is exploratory, and changes no verdict of the family
+    extra = '        claim("E", "not_worse", 5.0),\n'
+    file.write_text(FILE.replace('        claim("D"', extra + '        claim("D"'))
+    claims = {c["id"]: c for c in call("study", "small", "--json").json["claims"]}
+    assert (claims["E"]["registered"], claims["E"]["verdict"]) == (False, "holds")
+    assert claims["A"]["alpha_adjusted"] == done["claims"][0]["alpha_adjusted"]
+    file.write_text(FILE)
+
+
+def test_mistakes_are_named(place, done):
+    assert "no study nothing; use one of small" in mistake("study", "nothing")
+    assert "no arm other" in mistake("study", "small", "--only", "other")
+    assert "no runs of --stage" in mistake("study", "small", "--run", "--corpus", "tiny")
+    assert "has no studies" in mistake("study", "small", "--studies", "nowhere")
+    listed = call("study", "list", "--json").json["studies"]
+    assert [(s["name"], s["rows"]) for s in listed] == [("small", 16)]
+    assert call("study", "list", "--page").code == 0
+    page = (place / "docs" / "studies.md").read_text()
+    assert "| A | slow − base at 20 steps | tiny text | < 5 | 3 |" in page
+    assert (place / "docs" / "studies" / "small.svg").read_text().count("<circle") == 3
+
+
+# ---- by hand -------------------------------------------------------------------------------------
+
+
+def claims_of(region, contrasts, margin=0.0, x=(), min_seeds=2):
+    c = tuple(Contrast(*contrast) for contrast in contrasts)
+    prediction = Prediction(0.0, -0.01, 0.01)
+    claim = Claim("X", "", "", c, region, "t", margin, min_seeds, prediction, x)
+    return Study("s", "", (), (claim,))
+
+
+def made(values):
+    """Rows of arms: (arm, budget) → bits per byte of seeds 1, 2, …"""
+    return [
+        {
+            "stage": "confirm",
+            "corpus": "t",
+            "arm": arm,
+            "seed": seed,
+            "budget": budget,
+            "bits_per_byte": bits,
+            "cpu_seconds": 60.0,
+        }
+        for (arm, budget), series in values.items()
+        for seed, bits in enumerate(series, 1)
+    ]
+
+
+def judged(study, values):
+    return judge(study, made(values), {"X"})[0]
+
+
+def test_order_holds_where_every_step_does():
+    study = claims_of("ordered", [("a", "b", 1), ("b", "a", 2)])
+    turns = {("a", 1): [1.0, 1.1, 1.2], ("b", 1): [1.1, 1.21, 1.3]}
+    later = {("a", 2): [0.9, 0.8, 0.7], ("b", 2): [0.8, 0.71, 0.6]}
+    one = judged(study, turns | later)
+    assert one.answer == "holds" and one.estimate == pytest.approx(-0.29 / 3)
+    same = judged(study, turns | {(a, 2): v for (a, _), v in turns.items()})
+    assert same.answer == "refuted" and same.estimate == pytest.approx(0.31 / 3)
+
+
+def test_a_slope_is_that_of_each_seed():
+    contrasts = [("a", "b", n) for n in (1, 2, 3)]
+    study = claims_of("slope", contrasts, x=(2.0, 3.0, 8.0))
+    rng = np.random.default_rng(0)
+    values = {(arm, n): list(rng.normal(0, 1, 4)) for n in (1, 2, 3) for arm in "ab"}
+    one = judged(study, values)
+    differences = np.array([np.subtract(values["a", n], values["b", n]) for n in (1, 2, 3)])
+    slopes = np.polyfit([2.0, 3.0, 8.0], differences, 1)[0]
+    assert one.estimate == pytest.approx(slopes.mean())
+    assert one.ci == pytest.approx(t_interval(slopes))
+
+
+def test_a_diverged_run_drops_its_pair_and_is_named():
+    study = claims_of("not_worse", [("a", "b", 1)], margin=0.5, min_seeds=3)
+    values = {("a", 1): [1.0, None, 1.1, 1.2], ("b", 1): [1.01, 1.0, 1.09, 1.2]}
+    one = judged(study, values)
+    assert (one.seeds, one.dropped, one.answer) == ([1, 3, 4], [2], "holds")
+    few = judged(study, {name: series[:3] for name, series in values.items()})
+    assert (few.answer, few.estimate) == ("open", None)
+    unpaired = judged(study, {("a", 1): [1.0, 1.0, 1.1], ("b", 1): [1.0]})
+    assert (unpaired.answer, unpaired.seeds) == ("open", [1])
+
+
+def test_what_cannot_be_told_says_what_would_settle_it():
+    study = claims_of("not_worse", [("a", "b", 1)], margin=0.1)
+    one = judged(study, {("a", 1): [1.0, 1.3, 0.9], ("b", 1): [1.1, 1.1, 0.8]})
+    assert one.answer == "cannot_tell" and one.settling is not None
+    seeds, minutes = one.settling
+    assert seeds > 3 and minutes == seeds * 2.0
+    assert one.prediction_hit is False
+    exploratory = dataclasses.replace(one, registered=False)
+    assert exploratory.to_dict()["registered"] is False

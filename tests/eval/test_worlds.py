@@ -44,3 +44,25 @@ def test_floors_of_recall_are_what_chance_gives(source):
     assert floors.last_mentioned == pytest.approx(1 / 3, abs=0.04)
     assert floors.most_frequent == pytest.approx(1 / 12, abs=0.04)
     assert 1 / 12 < floors.bag_of_words < 0.45
+
+
+@pytest.mark.parametrize(
+    ("spec", "floors"),
+    [
+        ("s3,length=20", (1 / 6, 1 / 6 + 5 / 6 / 20, None)),
+        ("parity,length=20", (1 / 2, 1 / 2, 1 / 2)),
+        ("copy,length=14", (1 / 2, 1 / 2, 1 / 2)),
+        ("multiplication,length=2", (None, None, None)),
+        ("facts,length=4,kind=attribute,agents=4", (1 / 32, None, None)),
+    ],
+)
+def test_a_model_that_has_learned_nothing_is_no_better_than_chance(spec, floors):
+    source = WorldSource.open(f"world:{spec}", load_tokenizer(f"world:{spec}"))
+    size = len(source.world.words) + 2
+    config = ModelConfig(
+        vocab_size=-(-size // 64) * 64, n_layers=1, d_model=16, n_heads=2, moe=LAYER
+    )
+    result = score(Transformer(config), size, source, 600)
+    assert result.accuracy < max(result.floors) + 0.1 and result.loss > 0.5
+    for value, wanted in zip(result.floors, floors, strict=True):
+        assert 0 <= value < 0.7 and (wanted is None or value == pytest.approx(wanted, abs=0.07))

@@ -28,7 +28,8 @@ class Draws:
         n = int(np.prod(shape, dtype=np.int64))
         step_N = np.arange(self._next, self._next + n, dtype=_U64) * _U64(GOLDEN)
         self._next += n
-        return scramble(self._state_B[:, None] + step_N).reshape(-1, *shape)
+        bits_BN = scramble(self._state_B[:, None] + step_N)
+        return bits_BN.reshape(len(bits_BN), *shape)
 
     def integers(self, below: int | np.ndarray, *shape: int) -> np.ndarray:
         """Return int64 [B, *shape], uniform from 0 to `below` − 1 (< 2³², where arrays: one for

@@ -3,10 +3,15 @@
 import dataclasses
 
 from headway.config import UsageError
+from headway.data.worlds.copying import Copy
+from headway.data.worlds.facts import Facts
+from headway.data.worlds.group import Group
 from headway.data.worlds.mqar import Mqar
+from headway.data.worlds.multiplication import Multiplication
+from headway.data.worlds.parity import Parity
 from headway.data.worlds.world import World
 
-TASKS = "mqar"
+TASKS = "mqar, s5, a5, s3, parity, copy, facts, multiplication"
 
 
 def parse_world(spec: str, length: int = 0) -> World:
@@ -18,6 +23,16 @@ def parse_world(spec: str, length: int = 0) -> World:
     match task:
         case "mqar":
             world = _with_options(Mqar(), options)
+        case "s5" | "a5" | "s3":
+            world = _with_options(Group(task), options)
+        case "parity":
+            world = _with_options(Parity(), options)
+        case "copy":
+            world = _with_options(Copy(), options)
+        case "facts":
+            world = _with_options(Facts(), options)
+        case "multiplication":
+            world = _with_options(Multiplication(), options)
         case _:
             raise UsageError(f"there is no world {task!r}; use {TASKS}")
     world.check()
@@ -28,7 +43,7 @@ def _with_options(world: World, options: list[str]) -> World:
     """Return the world with fields replaced by `NAME=VALUE`."""
     assert dataclasses.is_dataclass(world) and not isinstance(world, type)
     values = {}
-    known = {field.name: field.default for field in dataclasses.fields(world)}
+    known = {f.name: f.default for f in dataclasses.fields(world) if f.name != "group"}
     for option in options:
         name, _, value = option.partition("=")
         if name not in known:

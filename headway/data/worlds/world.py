@@ -118,8 +118,23 @@ def hash_of(*columns: np.ndarray) -> np.ndarray:
     """Return a hash, uint64 [B], of integer arrays [B, …], of every value at its place."""
     total_B = np.zeros(len(columns[0]), dtype=_U64)
     for number, values in enumerate(columns):
-        flat = values.reshape(len(values), -1).astype(_U64)
+        flat = values.reshape(len(values), values[:1].size).astype(_U64)
         place = np.arange(flat.shape[1], dtype=_U64) + _U64(number << 32)
         salted = scramble((flat + _U64(1)) * _U64(0xD1342543DE82EF95) ^ scramble(place + _U64(1)))
         total_B = scramble(total_B + _U64(GOLDEN)) + salted.sum(1, dtype=_U64)
     return total_B
+
+
+def to_the_left(words_BT: np.ndarray) -> np.ndarray:
+    """Return each row with its −1 after all else, whose order stays."""
+    order_BT = np.argsort(words_BT < 0, axis=1, kind="stable")
+    return np.take_along_axis(words_BT, order_BT, axis=1)
+
+
+def check_least(world: World, least: int, *names: str, most: int | None = None) -> None:
+    """Raise UsageError for an option of a world below `least` or above `most`."""
+    for name in names:
+        value = vars(world)[name]
+        if value < least or (most is not None and value > most):
+            wanted = f"{least} or more" if most is None else f"{least} … {most}"
+            raise UsageError(f"world:{world.name} has {name}={value}; use {wanted}")

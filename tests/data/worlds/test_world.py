@@ -20,12 +20,20 @@ from headway.data.worlds.spec import parse_world
 from headway.data.worlds.world import generate, is_in
 from tests.data.worlds.rows import rows
 
-SMALL = ("mqar,pairs=2,length=12,vocab=16",)
+SMALL = (
+    "mqar,pairs=2,length=12,vocab=16",
+    "s3,length=5",
+    "a5,length=4,bos=0",
+    "parity,length=9",
+    "copy,length=8",
+    "facts,length=2,agents=3,objects=2,values=2,kind=holder,weights=recall",
+    "multiplication,length=1,n=2",
+)
 """A small item of each world."""
 
 
 def stream(*sources, seed=0, **changes):
-    config = DataConfig(source=sources, **{"seq_len": 16, "batch_size": 8, **changes})
+    config = DataConfig(source=sources, **{"seq_len": 32, "batch_size": 8, **changes})
     tokenizer = load_tokenizer(config.vocabulary)
     return Stream(prepare(config, tokenizer), config, seed)
 
@@ -41,7 +49,7 @@ def test_splits_are_disjoint_whatever_the_seed(spec):
         }
         for split in ("train", "val", "test")
     }
-    assert all(len(c) > 5 for c in contents.values())
+    assert all(len(c) > 3 for c in contents.values())
     assert not contents["train"] & contents["val"]
     assert not contents["train"] & contents["test"]
     assert not contents["val"] & contents["test"]
@@ -104,8 +112,8 @@ def test_a_batch_holds_the_items_and_nothing_else_is_a_target(spec):
     texts = zip(batch.tokens_BS, batch.targets_BS, items, strict=True)
     for tokens, targets, item in texts:
         n = len(item["tokens"])
-        assert tokens.tolist() == item["tokens"] + [tokenizer.eos] * (16 - n)
-        assert targets.tolist() == item["targets"] + [-1] * (16 - n)
+        assert tokens.tolist() == item["tokens"] + [tokenizer.eos] * (32 - n)
+        assert targets.tolist() == item["targets"] + [-1] * (32 - n)
         assert tokenizer.decode(tokens[: len(item["prompt"].split())].tolist()) == item["prompt"]
     words = parse_world(spec).words
     text_bytes = [sum(len(words[t]) for t in item["targets"] if t >= 0) for item in items]
@@ -150,8 +158,8 @@ def test_validation_is_fixed_and_each_item_a_document():
         (["world:mqar", "stdlib"], {}, "world:mqar has words of its own, and 'stdlib' is text"),
         (["world:mqar"], {"dedup": "exact"}, "data.dedup=exact is for text"),
         (["world:mqar"], {"tokenizer": "x.json"}, "data.tokenizer=x.json is for text"),
-        (["world:mqar"], {}, "up to 64 tokens, and a window seq_len=16; use --data.seq-len 64"),
-        (["world:mcar"], {}, "there is no world 'mcar'; use mqar"),
+        (["world:mqar"], {}, "up to 64 tokens, and a window seq_len=32; use --data.seq-len 64"),
+        (["world:mcar"], {}, "there is no world 'mcar'; use mqar, s5"),
         (["world:mqar,pair=2"], {}, "no option 'pair'; use pairs, length, vocab"),
         (["world:mqar,pairs=two"], {}, "a whole number for pairs, not 'two'"),
     ],

@@ -15,6 +15,7 @@ from headway import __version__
 from headway.cli.chat import chat
 from headway.cli.compare import compare
 from headway.cli.describe import describe
+from headway.cli.diversity import diversity
 from headway.cli.doctor import doctor
 from headway.cli.eval import evaluate
 from headway.cli.export import export
@@ -51,6 +52,7 @@ VERBS = {
     "study": "registered studies: list, register, run, judge by their rows",
     "results": "tables of finished runs: by condition, by group, as CSV",
     "law": "scaling laws: fit, predict, register a forecast and score it, gain of a change",
+    "diversity": "how different the documents of texts are: Vendi, G-Vendi, near-duplicates",
     "plan": "meshes for a recipe and a cluster, by predicted step time: --gpus 64 --gpu h100",
 }
 """Verb → one line of help."""
@@ -147,6 +149,8 @@ def _verb(args: list[str]) -> int:
             return results(rest)
         case "law":
             return law(rest)
+        case "diversity":
+            return diversity(rest)
         case "describe":
             return describe(rest)
         case "plan":

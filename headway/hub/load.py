@@ -70,15 +70,17 @@ def load_model(
     threads: int = 0,
     blocks: BlockBuilder = build_block,
     mesh: Mesh = Mesh(),
+    packed: bool = True,
 ) -> LoadedModel:
     """Return the model of a run folder (its latest undamaged checkpoint), of one checkpoint inside
-    a run, or of a Hugging Face folder, packed for inference.
+    a run, or of a Hugging Face folder.
 
     Args:
         device, dtype: as for `resolve_runtime`.
         threads: CPU threads; 0 takes what the run was trained with.
         blocks: as for `Transformer`.
         mesh: of ranks that hold the same tokens; this one reads its heads and experts alone.
+        packed: repack weights for inference, after which they have no gradients.
     Raises: UsageError as `open_trained`; where there is no such device, `blocks` make another model
     or the mesh does not divide it."""
     with open_trained(Path(path)) as trained:
@@ -87,7 +89,8 @@ def load_model(
         if threads := threads or config.run.threads:
             torch.set_num_threads(threads)
         model = _read(trained, runtime, blocks, mesh)
-        pack_(model, runtime.dtype)
+        if packed:
+            pack_(model, runtime.dtype)
         return LoadedModel(config, model.eval(), trained.tokenizer, _info(trained, runtime))
 
 

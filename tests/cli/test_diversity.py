@@ -1,0 +1,53 @@
+"""`headway diversity`: rows of texts, with and without a model, and mistakes."""
+
+import json
+import random
+
+import pytest
+
+from tests.command import call, mistake
+
+
+def texts(path, make, n=60):
+    path.write_text("".join(json.dumps({"text": make(i)}) + "\n" for i in range(n)))
+    return path
+
+
+def test_a_template_and_copies_are_less_diverse(tmp_path, run):
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(900)]
+    varied = texts(tmp_path / "varied.jsonl", lambda i: " ".join(draw.choices(words, k=40)), n=70)
+    once = "def f(x): return x * 3 + 2 and then some more words so that there are runs of five"
+    copies = texts(
+        tmp_path / "copies.jsonl",
+        lambda i: once if i % 2 else f"{i} " + " ".join(draw.choices(words, k=40)),
+    )
+    done = call("diversity", varied, copies, "--model", run, "--json")
+    assert done.code == 0, done.err
+    first, second = done.json["rows"]
+    assert done.json["n"] == 60 and done.json["centred"] is True
+    assert (first["near_duplicates"], second["near_duplicates"]) == (0.0, 0.5)
+    for name in ("vendi", "g_vendi"):
+        assert first[name] > 1.3 * second[name] > 1.3
+        for row in (first, second):
+            assert row[f"{name}_ci95"][0] < row[name] < row[f"{name}_ci95"][1]
+    assert first["mean_cosine"] < second["mean_cosine"]
+    again = call("diversity", copies, varied, "--n", 30, "--order", "inf", "--json").json
+    assert again["n"] == 30 and "g_vendi" not in again["rows"][0]
+    assert again["rows"][0]["vendi"] < again["rows"][1]["vendi"] < first["vendi"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", "has 1 documents; a diversity needs two or more"),
+        ("--n 1", "--n 1 is below 2"),
+        ("--order 0", "--order 0 is not above 0"),
+        ("--model /nowhere", "/nowhere does not exist"),
+    ],
+)
+def test_mistakes(tmp_path, options, words):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "one document"}\n' * (1 if not options else 3))
+    assert words in mistake("diversity", path, *options.split())
+    assert "/nowhere.txt" in mistake("diversity", "/nowhere.txt")

@@ -10,6 +10,7 @@ import torch
 
 from headway.data.batch import micro_batches, rank_rows
 from headway.data.stream import Stream
+from headway.eval.copying import copied
 from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
@@ -30,11 +31,21 @@ class DocumentLosses:
     """int64, the number of its targets."""
     bytes_N: np.ndarray
     """float64, bytes of text that its targets stand for."""
+    copied_nats_N: np.ndarray
+    """float64, the part of `nats_N` at targets that a window gives away (`eval.copying`)."""
+    copied_bytes_N: np.ndarray
+    """float64, their bytes."""
 
     @property
     def bits_per_byte(self) -> float:
         """Return the bits per byte of all documents together."""
         return bits_per_byte(float(self.nats_N.sum()), float(self.bytes_N.sum()))
+
+    @property
+    def bits_per_byte_uncopied(self) -> float:
+        """Return the bits per byte of the targets that no window gives away."""
+        nats, n_bytes = (self.nats_N - self.copied_nats_N), (self.bytes_N - self.copied_bytes_N)
+        return bits_per_byte(float(nats.sum()), float(n_bytes.sum()))
 
     def save(self, path: Path) -> None:
         """Write an .npz file, complete or not at all. Raises OSError."""
@@ -84,7 +95,7 @@ def evaluate(
     Each rank takes `micro_batch_size` of them at a time. Sums are float64, so the result depends
     neither on the micro-batch nor on the number of ranks beyond float32 rounding. Collective."""
     device, mesh, hash_N = model.device, parallelism.mesh, stream.val_documents
-    sums = np.zeros((3, len(hash_N)))
+    sums = np.zeros((5, len(hash_N)))
     was_training = model.training
     model.eval()
     for begin in range(0, n_windows, micro_batch_size * mesh.size):
@@ -93,7 +104,9 @@ def evaluate(
         for micro in micro_batches(batch, micro_batch_size, device):
             ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher, log_probs=True)
             log_probs_BS = model(micro.tokens_BS, micro.targets_BS, ctx).log_probs_BS
+            copied_BS = copied(micro.tokens_BS, micro.targets_BS)
             values = (-log_probs_BS, micro.targets_BS >= 0, micro.bytes_BS)
+            values += (-log_probs_BS * copied_BS, micro.bytes_BS * copied_BS)
             document_T = micro.document_BS.flatten().cpu().numpy()
             for i, value_BS in enumerate(values):
                 value_T = value_BS.flatten().double().cpu().numpy()
@@ -101,8 +114,8 @@ def evaluate(
     reshard(model)
     model.train(was_training)
     total = sum_over(mesh.world, torch.from_numpy(sums).to(device), mesh, "evaluation")
-    nats_N, targets_N, bytes_N = total.cpu().numpy()
+    nats_N, targets_N, bytes_N, *of_copied = total.cpu().numpy()
     seen = targets_N > 0
     parts = hash_N[seen], nats_N[seen], targets_N[seen].astype(np.int64), bytes_N[seen]
-    documents = DocumentLosses(*parts)
+    documents = DocumentLosses(*parts, *(x_N[seen] for x_N in of_copied))
     return Evaluation(nats_N.sum() / targets_N.sum(), documents.bits_per_byte, documents)

@@ -73,7 +73,8 @@ def execute(
     Args:
         forks: steps whose checkpoints are left in the folder.
         start: a checkpoint of another run, from which this one starts if it is new.
-    Returns: `config`, `config_hash`, `bits_per_byte` and `val_loss` (None where the run diverged),
+    Returns: `config`, `config_hash`, `bits_per_byte`, `bits_per_byte_uncopied` (of targets that
+        their window does not give away, `eval.copying`), `val_loss` (None where it diverged),
         `error`, `attempts`, `steps`, `continued` (steps that another run had done), `tokens`,
         `train_flops`, `cpu_seconds` and `seconds` (those steps included),
         `tokens_per_second`, `batches_sha256`, `validation` (the fingerprint of its text), `commit`,
@@ -168,6 +169,7 @@ def _train(
         "config": run.config.to_dict(),
         "config_hash": run.key,
         "bits_per_byte": bits if finite else None,
+        "bits_per_byte_uncopied": _uncopied(folder) if finite else None,
         "val_loss": trained["val_loss"] if finite else None,
         "error": error if finite or error else "the validation loss is not finite",
         "attempts": attempts,
@@ -188,6 +190,12 @@ def _train(
         if checkpoint.name not in {f"step-{step:06d}" for step in forks}:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return result
+
+
+def _uncopied(folder: Path) -> float | None:
+    """Return the bits per byte without copied targets; None where the file could not be written."""
+    path = folder / "documents.npz"
+    return DocumentLosses.load(path).bits_per_byte_uncopied if path.is_file() else None
 
 
 def batches_sha256(config: Config, n: int = BATCHES) -> str:

@@ -261,8 +261,8 @@ def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Pat
 
 
 def _row(task: Task, steps: int, result: Mapping[str, Any]) -> Row:
-    fields = "bits_per_byte config_hash train_flops steps tokens cpu_seconds continued error"
-    fields += " commit cpu"
+    fields = "bits_per_byte bits_per_byte_uncopied config_hash train_flops steps tokens"
+    fields += " cpu_seconds continued error commit cpu"
     return {
         "stage": task.stage,
         "corpus": task.corpus,

@@ -13,6 +13,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.validation import validation_text
 from headway.eval.bits_per_byte import DocumentLosses, bits_per_byte, evaluate
+from headway.eval.copying import copied
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 
@@ -49,10 +50,16 @@ def test_equals_the_plain_sum(stream):
     chosen = logits.log_softmax(-1).gather(-1, batch.targets_BS.clamp(min=0).unsqueeze(-1))
     nats = -float(chosen.squeeze(-1)[valid].sum())
     n_bytes = int((batch.targets_BS[valid] < 256).sum())
+    rest = valid & ~copied(batch.tokens_BS, batch.targets_BS)
+    assert 50 < valid.sum() - rest.sum() < 150  # the text repeats itself
+    uncopied = -float(chosen.squeeze(-1)[rest].sum()) / math.log(2)
+    uncopied /= int((batch.targets_BS[rest] < 256).sum())
     for micro in (15, 4, 1):
         result = evaluate(subject, stream, 15, micro)
         assert result.val_loss == pytest.approx(nats / int(valid.sum()), rel=1e-6)
         assert result.val_bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+        assert result.documents is not None
+        assert result.documents.bits_per_byte_uncopied == pytest.approx(uncopied, rel=1e-6)
     assert subject.training
     assert evaluate(subject, stream, 5, 5) != result
 

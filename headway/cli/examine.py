@@ -29,7 +29,8 @@ EXTRAS = {
         "--data hf:NAME[:SPLIT], parquet files, near-duplicates",
     ),
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness through the engine"),
-    "lab": (("scipy",), "`headway compare`"),
+    "lab": (("scipy", "optuna"), "`headway compare`, laws, studies; sweeps by Optuna"),
+    "cluster": (("ray",), "`headway sweep --on ray`"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),
 }
 """Extra → its modules, and what they add."""

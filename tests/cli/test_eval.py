@@ -31,4 +31,4 @@ def test_a_server_gives_the_same_log_probabilities(run):
 
 def test_tasks_read_their_own_data(run):
     words = ("--tasks", "x.yaml", "--tokens", 64)
-    assert "leave out --data, --tokens and --via-http" in mistake("eval", run, *words)
+    assert "leave out --data, --tokens, --suite and --via-http" in mistake("eval", run, *words)

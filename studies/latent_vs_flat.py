@@ -7,6 +7,8 @@ bits per byte is worth about 2% of training. `2x64` is the published form with t
 input. The experts' learning rate of each arm is the one of 0.7, 1 and 1.4 times the recipe's with
 the lowest mean loss of the screening seeds, which confirm nothing."""
 
+from typing import Any
+
 from headway.lab.experiment import Arm
 from headway.lab.study import Claim, Contrast, Prediction, Study
 from studies.arms import flat, heads, series, slices
@@ -40,7 +42,7 @@ def not_worse(id: str, arm: str, steps: int, expected: float, text: str, base="f
     return Claim(id, text, source, contrast, "not_worse", CORPUS, MARGIN, 8, prediction)
 
 
-SUBTOKEN = {"model__moe__router__reads": "latent"}
+SUBTOKEN: dict[str, Any] = {"model__moe__router__reads": "latent"}
 """Eight routers that read the whole token would cost more than a quarter of the layer."""
 FORMS = {"flat": (flat,), "2x64": (heads, 2), "2 slices": (slices, 2)}
 PUBLISHED = "the published form, two heads of 64, is not worse than flat"

@@ -48,9 +48,9 @@ class Contrast(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement on paired differences of the confirming runs, and the region in which it
-    holds: `better` (below −margin), `not_worse` (below margin), `equal` (within margin), `ordered`
-    (every contrast below 0), `slope` (the slope of the contrasts over `x` is above margin)."""
+    """A statement on paired differences of the confirming runs, and the region in which it holds:
+    `better` (below −margin), `not_worse` (below margin), `equal` (within margin), `ordered` (every
+    contrast below −margin), `slope` (the slope of the contrasts over `x` is above margin)."""
 
     id: str
     text: str
@@ -63,6 +63,7 @@ class Claim:
     margin: float = 0.0
     min_seeds: int = 8
     prediction: Prediction | None = None
+    metric: Literal["bits_per_byte", "bits_per_byte_uncopied"] = "bits_per_byte"
     x: tuple[float, ...] = ()
     """Of a `slope`: the abscissa of each contrast."""
 

@@ -66,7 +66,8 @@ def statistic(claim: Claim) -> str:
     """Say what is measured."""
     named = [f"{c.arm} − {c.baseline} at {c.steps} steps" for c in claim.contrasts]
     what = {"slope": "slope of ", "ordered": "largest of "}.get(claim.region, "")
-    return f"{what}{'; '.join(named)}"
+    where = ", without copied targets" if claim.metric == "bits_per_byte_uncopied" else ""
+    return f"{what}{'; '.join(named)}{where}"
 
 
 def judge(study: Study, rows: Sequence[Row], registered: set[str]) -> list[Judged]:
@@ -143,7 +144,7 @@ def _pairs(claim: Claim, rows: Sequence[Row]) -> tuple[np.ndarray, list[int], li
     """Return the paired differences of the confirming runs, [C, N], with their seeds, and the seeds
     that a diverged run drops."""
     bits = {
-        (row["arm"], row["seed"], row["budget"]): row["bits_per_byte"]
+        (row["arm"], row["seed"], row["budget"]): row[claim.metric]
         for row in rows
         if row["stage"] == "confirm" and row["corpus"] == claim.corpus
     }

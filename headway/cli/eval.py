@@ -54,6 +54,7 @@ def evaluate(args: Sequence[str]) -> int:
     from headway.data.stream import Stream
     from headway.data.validation import validation_text
     from headway.eval import bits_per_byte
+    from headway.eval.spread import Spread
 
     model = trained.load(options)
     data = model.config.data
@@ -67,17 +68,23 @@ def evaluate(args: Sequence[str]) -> int:
     # other data may share documents with their validation split: the model has seen neither
     for note in stream.dataset.approximate if options.data else stream.dataset.notes:
         print(f"note: {note}")
-    result = bits_per_byte.evaluate(model.model, stream, text.windows, data.micro_batch_size)
+    spread = Spread()
+    sizes = text.windows, data.micro_batch_size
+    result = bits_per_byte.evaluate(model.model, stream, *sizes, spread=spread)
     print(
         f"{model.info.source}: {result.val_bits_per_byte:.4f} bits/byte, "
         f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
+    for sentence in spread.sentences():
+        print(sentence)
     difference = {}
     if options.via_http:
         difference = _via_http(options, model, stream, text.windows)
     answer = {
         **result.numbers(),
         **difference,
+        "loss_quantiles": spread.quantiles(),
+        "loss_by_position": spread.by_position(),
         "windows": text.windows,
         "validation": text.fingerprint,
         "data": list(data.source),

@@ -12,6 +12,12 @@ def test_eval_reads_run_and_checkpoint(run, place):
     assert whole.code == 0
     one = call("eval", run / "checkpoints" / "step-000006", "--json")
     assert one.json["val_bits_per_byte"] == whole.json["val_bits_per_byte"]
+    quantiles, places = whole.json["loss_quantiles"], whole.json["loss_by_position"]
+    assert quantiles["50"] < quantiles["99.9"] <= quantiles["max"] and "99.9%" in whole.out
+    assert [row["first"] for row in places] == [0, 1, 2, 4, 8] and places[-1]["last"] == 15
+    n = sum(row["targets"] for row in places)
+    loss = sum(row["targets"] * row["nats"] for row in places) / n
+    assert loss == pytest.approx(whole.json["val_loss"], rel=1e-6)
     again = call("eval", run, "--tokens", 128, "--json").json["val_bits_per_byte"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]

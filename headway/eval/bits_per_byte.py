@@ -10,11 +10,8 @@ import torch
 
 from headway.data.batch import micro_batches, rank_rows
 from headway.data.stream import Stream
-<<<<<<< HEAD
 from headway.eval.copying import copied
-=======
 from headway.eval.spread import Spread
->>>>>>> 5d62a7d (headway eval shows how the loss is spread over tokens and positions)
 from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
@@ -110,12 +107,9 @@ def evaluate(
         for micro in micro_batches(batch, micro_batch_size, device):
             ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher, log_probs=True)
             log_probs_BS = model(micro.tokens_BS, micro.targets_BS, ctx).log_probs_BS
-<<<<<<< HEAD
             copied_BS = copied(micro.tokens_BS, micro.targets_BS)
-=======
             if spread is not None:
                 spread.add(-log_probs_BS, micro.targets_BS)
->>>>>>> 5d62a7d (headway eval shows how the loss is spread over tokens and positions)
             values = (-log_probs_BS, micro.targets_BS >= 0, micro.bytes_BS)
             values += (-log_probs_BS * copied_BS, micro.bytes_BS * copied_BS)
             document_T = micro.document_BS.flatten().cpu().numpy()

@@ -3,7 +3,7 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 41_000
+TOTAL = 42_500
 """20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds, laws and studies. Raise it together
 with a feature that needs more."""
 

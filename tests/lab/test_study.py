@@ -151,7 +151,7 @@ def test_mistakes_are_named(place, done):
 def claims_of(region, contrasts, margin=0.0, x=(), min_seeds=2):
     c = tuple(Contrast(*contrast) for contrast in contrasts)
     prediction = Prediction(0.0, -0.01, 0.01)
-    claim = Claim("X", "", "", c, region, "t", margin, min_seeds, prediction, x)
+    claim = Claim("X", "", "", c, region, "t", margin, min_seeds, prediction, x=x)
     return Study("s", "", (), (claim,))
 
 

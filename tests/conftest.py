@@ -1,6 +1,7 @@
 """What every test gets: a cache of its own session, no machine-wide settings; for those that ask, a
 folder with a recipe."""
 
+import contextlib
 import os
 
 import pytest
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 
+from headway.config import cache_root
+
 if not torch.cuda.is_available():
     # Triton then interprets its kernels; it asks once, when something first imports it
     os.environ["TRITON_INTERPRET"] = "1"
@@ -16,8 +19,13 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Tokenised data go to a temporary folder: tests never write to the user's cache."""
+    """Tokenised data go to a temporary folder: tests never write to the user's cache, but for the
+    compiled kernels, which are named by the hash of their sources and take half a minute."""
     folder = tmp_path_factory.mktemp("cache")
+    with contextlib.suppress(OSError):  # a home that cannot be written
+        native = cache_root() / "native"
+        native.mkdir(parents=True, exist_ok=True)
+        (folder / "native").symlink_to(native)
     before = os.environ.get("HEADWAY_CACHE")
     os.environ["HEADWAY_CACHE"] = str(folder)
     yield folder

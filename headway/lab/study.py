@@ -209,11 +209,11 @@ def train(
     """Train what neither the rows nor the run folders have, and return all rows. Several processes
     share the work; a task that another one trains is passed over, and its row written by whoever
     looks next. No task is begun once `until()` is true."""
+    with_finished(study, todo, root, rows_file)
     for at, task in enumerate(todo, 1):
         if until():
             break
-        rows = with_finished(study, todo, root, rows_file)
-        known = {row_key(row) for row in rows}
+        known = {row_key(row) for row in with_finished(study, [task], root, rows_file)}
         missing = {n: run for n, run in task.runs().items() if task.key(n) not in known}
         if not missing:
             continue
@@ -227,6 +227,7 @@ def train(
             bits = result["bits_per_byte"]
             what = f"{bits:.4f} bits/byte" if bits is not None else result["error"]
             log(f"  {steps} steps: {what}, {result['cpu_seconds']:.0f} CPU s")
+        with_finished(study, [task], root, rows_file)
     return with_finished(study, todo, root, rows_file)
 
 

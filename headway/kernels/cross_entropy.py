@@ -14,10 +14,13 @@ from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import transformed
+from headway.kernels.gpu import gpu_kernels
 from headway.kernels.packed import PackedWeight, packed_linear
 from headway.kernels.precision import widen
 
-CHUNK_ELEMENTS = 1 << 21  # logits per chunk: 8 MiB in float32
+CHUNK_ELEMENTS, CHUNK_ON_GPU = 1 << 21, 1 << 26
+"""Logits per chunk, 8 MiB in float32; on GPUs 256, so that a step launches few kernels and the
+gradient of the weight, read and written by each chunk, costs little."""
 
 
 def cross_entropy_reference(
@@ -70,7 +73,7 @@ def packed_log_probs(
     """Return what `token_log_probs` does with a packed weight, from float32 logits and without
     gradient."""
     out_T = x_TD.new_empty(len(x_TD), dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    for at in _chunks(len(x_TD), weight.n_out):
+    for at in _chunks(x_TD, weight.n_out):
         logits = packed_linear(x_TD[at], weight, wide=True)
         out_T[at] = -_rows(logits, target_T[at], softcap, False)[0]
     return out_T
@@ -83,10 +86,11 @@ def _logits_reference(x_TD: Tensor, w_VD: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def _chunks(T: int, V: int) -> Iterator[slice]:
-    """Cut tokens into chunks of at most `CHUNK_ELEMENTS` logits."""
-    size = max(1, CHUNK_ELEMENTS // V)
-    return (slice(start, start + size) for start in range(0, T, size))
+def _chunks(x_TD: Tensor, V: int) -> Iterator[slice]:
+    """Cut tokens into chunks of at most so many logits as their device takes at once."""
+    most = CHUNK_ELEMENTS if x_TD.device.type == "cpu" else CHUNK_ON_GPU
+    size = max(1, most // V)
+    return (slice(start, start + size) for start in range(0, len(x_TD), size))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -98,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x_TD) if needs_x else None
         dw = torch.zeros_like(widen(w_VD)) if needs_w else None  # a sum over many chunks
         total = torch.zeros((), dtype=wide, device=x_TD.device)
-        for at in _chunks(len(x_TD), len(w)):
+        for at in _chunks(x_TD, len(w)):
             x, target = x_TD[at], target_T[at]
             loss, d_logits = _rows(x @ w.T, target, softcap, needs_x or needs_w)
             total = total + loss.sum()  # not in place: see `_RMSNorm` in norm.py
@@ -121,7 +125,7 @@ class _TokenLogProbs(torch.autograd.Function):
         wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         w = w_VD.to(x_TD.dtype)
         loss_T = torch.empty(len(x_TD), dtype=wide, device=x_TD.device)
-        for at in _chunks(len(x_TD), len(w)):
+        for at in _chunks(x_TD, len(w)):
             loss_T[at] = _rows(x_TD[at] @ w.T, target_T[at], softcap, False)[0]
         ctx.save_for_backward(x_TD, w_VD, target_T)
         ctx.softcap = softcap
@@ -135,7 +139,7 @@ class _TokenLogProbs(torch.autograd.Function):
         needs_x, needs_w = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x_TD) if needs_x else None
         dw = torch.zeros_like(widen(w_VD)) if needs_w else None
-        for at in _chunks(len(x_TD), len(w)):
+        for at in _chunks(x_TD, len(w)):
             x = x_TD[at]
             _, d_logits = _rows(x @ w.T, target_T[at], ctx.softcap, True)
             assert d_logits is not None
@@ -159,7 +163,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of every row, float32 (or float64) `[T]`, and with `back` the gradient of its
     logits, in their dtype and perhaps in their memory; else None."""
-    if cpp_kernels().supports(logits_TV):
+    if gpu_kernels().supports(logits_TV) or cpp_kernels().supports(logits_TV):
         loss_T = _rows_native(logits_TV, target_T, softcap, back)
         return loss_T, logits_TV if back else None
     logits = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
@@ -184,7 +188,11 @@ def _rows(
 
 @torch.library.custom_op("headway::cross_entropy_rows", mutates_args=("logits_TV",))
 def _rows_native(logits_TV: Tensor, target_T: Tensor, softcap: float, back: bool) -> Tensor:
-    """Run the C++ path; a target beyond the vocabulary gives NaN."""
+    """Run the kernel, in Triton or C++; a target beyond the vocabulary gives NaN."""
+    if gpu_kernels().supports(logits_TV):
+        from headway.kernels.gpu import cross_entropy as on_gpu  # imports Triton
+
+        return on_gpu.rows(logits_TV, target_T.contiguous(), softcap, back)
     loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
     arguments = (logits_TV, target_T.contiguous(), *logits_TV.shape, float(softcap), int(back))
     cpp_kernels().call("cross_entropy", logits_TV.dtype, *arguments, loss_T)

@@ -1,6 +1,6 @@
 """RMSNorm, alone and before a rotation (rope.py), with a hand-written backward, statistics in
-float32: one pass over memory each way in `cpu/pointwise.cpp`, four in PyTorch instead of autograd's
-nine."""
+float32: one pass over memory each way in `cpu/pointwise.cpp` and, on GPUs, `gpu/norm.py`; four in
+PyTorch instead of autograd's nine."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headway.kernels.cpp import cpp_kernels, undispatched
 from headway.kernels.differentiate import reference_grads, transformed
+from headway.kernels.gpu import gpu_kernels
 from headway.kernels.precision import widen
 from headway.kernels.rope import rope, rope_reference, rope_sizes
 
@@ -25,18 +26,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if transformed():
         return rms_norm_reference(x, weight, eps)
     weight = widen(weight)  # a row or a few; its gradient is rounded once
-    if cpp_kernels().supports(x, float32=(weight,)):
-        if undispatched(x):
+    if _supports(x, weight):
+        if undispatched(x) and not _on_gpu(x):
             return _norm_alone(x, weight, eps)
         return _forward(x, weight, eps, None, None)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `rope(rms_norm(x, weight, eps), cos, sin)`, `weight [d]`; rounded once in C++."""
-    if not transformed() and cpp_kernels().supports(x, float32=(weight, cos, sin)):
+    """Return `rope(rms_norm(x, weight, eps), cos, sin)`, `weight [d]`; rounded once by a kernel."""
+    if not transformed() and _supports(x, weight, cos, sin):
         return (_norm if undispatched(x) else _forward)(x, weight, eps, cos, sin)[0]
     return rope(rms_norm(x, weight, eps), cos, sin)
+
+
+def _supports(x: Tensor, *float32: Tensor) -> bool:
+    """Return whether a kernel takes these, in C++ or on a GPU."""
+    if cpp_kernels().supports(x, float32=float32):
+        return True
+    return _on_gpu(x) and all(t.dtype == torch.float32 for t in float32)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.shape[-1] <= WIDEST and gpu_kernels().supports(x)
+
+
+WIDEST = 8192
+"""Columns of a row that the GPU's kernels keep in registers."""
 
 
 class HeadRotation(NamedTuple):
@@ -65,8 +81,12 @@ def _norm(
     """Return (out, rotated if there are tables, 1/sqrt(mean(x²) + eps) of every row, float32)."""
     assert x.shape[-weight.dim() :] == weight.shape
     x, weight = x.contiguous(), weight.contiguous()
-    out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     name, tables, sizes = _variant(x, weight, cos, sin)
+    if _on_gpu(x):
+        from headway.kernels.gpu import norm as gpu_norm  # imports Triton
+
+        return gpu_norm.forward(x, weight, eps, *tables)
+    out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     cpp_kernels().call(name, x.dtype, x, weight, *tables, *sizes, eps, out, scale)
     return out, scale
 
@@ -99,8 +119,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
     name, tables, sizes = _variant(x, weight, cos, sin)
+    if _on_gpu(x):
+        from headway.kernels.gpu import norm as gpu_norm
+
+        return gpu_norm.backward(dy, x, weight, scale, *tables)
+    dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
     tensors = (dy, x, weight, scale, *tables)
     cpp_kernels().call(f"{name}_backward", x.dtype, *tensors, *sizes, dx, d_weight)
     return dx, d_weight

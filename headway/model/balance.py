@@ -103,19 +103,25 @@ def balance_loss(
     if not stats:
         return torch.zeros(())
     total = stats[0].prob_HE.new_zeros(())
+    counts = [s.counts_HE for s in stats] if load is None else load
+    alike: dict[torch.Size, list[int]] = {}
     for layer, s in enumerate(stats):
+        alike.setdefault(s.prob_HE.shape, []).append(layer)
+    for layers in alike.values():  # all layers of one size at once
         if config.aux and config.aux_scope == "sequence":
-            if s.aux_H is None:
+            by_head = [aux_H for i in layers if (aux_H := stats[i].aux_H) is not None]
+            if len(by_head) < len(layers):
                 raise UsageError(
                     "aux_scope=sequence in the balance loss, and the layer was built with "
                     "another balance; give both the same BalanceConfig"
                 )
-            total = total + config.aux * s.aux_H.mean()
+            total = total + (config.aux * torch.stack(by_head).mean(-1)).sum()
         elif config.aux:
-            counts_HE = s.counts_HE if load is None else load[layer]
-            total = total + config.aux * aux_loss(counts_HE, s.prob_HE).mean()
+            prob = torch.stack([stats[i].prob_HE for i in layers])
+            aux = aux_loss(torch.stack([counts[i] for i in layers]), prob)
+            total = total + (config.aux * aux.mean(-1)).sum()
         if config.z:
-            total = total + config.z * s.z_H.mean()
+            total = total + (config.z * torch.stack([stats[i].z_H for i in layers]).mean(-1)).sum()
     return total / len(stats)
 
 
@@ -191,10 +197,13 @@ def new_bias(bias_HE: Tensor, stats: RouteStats, config: BalanceConfig) -> Tenso
     return bias_HE + step - step.mean(-1, keepdim=True)
 
 
-def add_stats(a: RouteStats, b: RouteStats) -> RouteStats:
-    """Sums of all statistics of one layer; `mean_stats` makes them statistics of both parts."""
-    others = b.tensors()
-    return _stats({name: x + others[name] for name, x in a.tensors().items()})
+def add_stats(a: Sequence[RouteStats], b: Sequence[RouteStats]) -> list[RouteStats]:
+    """Return sums of all statistics of each layer, without gradient; `mean_stats` makes them
+    statistics of both parts."""
+    names = [list(layer.tensors()) for layer in a]
+    terms = ([x for layer in layers for x in layer.tensors().values()] for layers in (a, b))
+    sums = iter(torch._foreach_add(*terms))
+    return [_stats({name: next(sums) for name in layer}) for layer in names]
 
 
 def mean_stats(sums: RouteStats, n: int) -> RouteStats:
@@ -207,7 +216,9 @@ def merge_stats(parts: Sequence[RouteStats]) -> RouteStats:
     """Return the statistics, and the report, of one layer over several equal parts of a batch."""
     if len(parts) == 1:
         return parts[0]
-    merged = mean_stats(reduce(add_stats, parts), len(parts))
+    tensors = [part.tensors() for part in parts]
+    sums = {name: reduce(torch.add, (t[name] for t in tensors)) for name in tensors[0]}
+    merged = mean_stats(_stats(sums), len(parts))
     reports = [part.report for part in parts if part.report is not None]
     if not reports:
         return merged

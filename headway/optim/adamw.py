@@ -9,6 +9,9 @@ from torch import Tensor
 from headway.kernels.cpp import cpp_kernels
 from headway.parallel.placement import to_local
 
+CHUNK, CHUNK_ON_GPU = 1 << 18, 1 << 24
+"""Elements of bfloat16 moments that are widened at once: in a CPU's cache, and in few launches."""
+
 
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW(fused=True), plus bfloat16 moments and a clip factor inside the step.
@@ -24,7 +27,7 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled.
         state_dtype: of both moments; None keeps the parameter's. With bfloat16, beta2 ≤ 0.99: a
             slower average would be lost in rounding (its step of 1 − beta2 must stay above 2⁻⁸).
-        chunk: elements per slice of the bfloat16 update."""
+        chunk: elements per slice of the bfloat16 update; None: `CHUNK`, on GPUs `CHUNK_ON_GPU`."""
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         state_dtype: torch.dtype | None = None,
-        chunk: int = 1 << 18,
+        chunk: int | None = None,
     ) -> None:
         if state_dtype == torch.bfloat16 and betas[1] > 0.99:
             raise ValueError(f"bfloat16 moments need beta2 <= 0.99 and got {betas[1]}")
@@ -78,7 +81,7 @@ class AdamW(torch.optim.Optimizer):
         params = tensors[0]
         updates = torch.full((), self.updates, dtype=torch.float32, device=params[0].device)
         # The kernel divides by its scale, a float32 scalar.
-        inverse = None if grad_scale == 1.0 else updates.new_tensor(1 / grad_scale)
+        inverse = None if grad_scale == 1.0 else torch.full_like(updates, 1 / grad_scale)
         torch.ops.aten._fused_adamw_(
             *tensors,
             [],
@@ -111,8 +114,10 @@ class AdamW(torch.optim.Optimizer):
             sizes = (param.numel(), *rates, *corrections, float(grad_scale))
             cpp_kernels().call("adamw", first.dtype, *tensors, *sizes)
             return
-        wide_first, wide_second = torch.empty(2, self.chunk, dtype=param.dtype, device=param.device)
-        slices = (t.view(-1).split(self.chunk) for t in (param, grad.contiguous(), first, second))
+        chunk = self.chunk or (CHUNK if param.device.type == "cpu" else CHUNK_ON_GPU)
+        size = min(chunk, param.numel())
+        wide_first, wide_second = torch.empty(2, size, dtype=param.dtype, device=param.device)
+        slices = (t.view(-1).split(chunk) for t in (param, grad.contiguous(), first, second))
         for p, g, m, v in zip(*slices, strict=True):
             wide_m = wide_first[: p.numel()].copy_(m)
             wide_v = wide_second[: p.numel()].copy_(v)

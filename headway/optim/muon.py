@@ -1,7 +1,7 @@
 """Muon for stacks of matrices (Keller Jordan 2024; scaling of arXiv 2502.16982, §2.2)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,8 @@ from headway.parallel.traffic import Traffic
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero; as in torch.optim.Muon
 STEPS = 5
 EPS = 1e-7
+CHUNK, CHUNK_ON_GPU = 1 << 20, 1 << 25
+"""Elements that are orthogonalised at once: in a CPU's cache, and in few launches."""
 
 
 def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,6 +35,10 @@ def newton_schulz(g_NMN: Tensor, dtype: torch.dtype) -> Tensor:
         torch.baddbmm(x, update, x, beta=a, out=following)
         x, following = following, x
     return x.mT if tall else x
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))
 
 
 def shape_factor(rows: int, columns: int, adjust: Literal["original", "match_rms_adamw"]) -> float:
@@ -61,8 +67,9 @@ class Muon(torch.optim.Optimizer):
         adjust: see `shape_factor`.
         dtype: of Newton–Schulz. bfloat16 is enough, float32 where bfloat16 is not native (it is
             slow there).
-        chunk: largest number of elements orthogonalised at once; bounds the temporaries to about
-            four times that.
+        chunk: largest number of elements orthogonalised at once, those of several parameters with
+            matrices of one shape; bounds the temporaries to about four times that. None: `CHUNK`,
+            on GPUs `CHUNK_ON_GPU`.
         shards: parameters whose matrices are sharded over several ranks. Each is orthogonalised on
             one of them, and `step` is collective.
         traffic: counts what is sent for that."""
@@ -77,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         adjust: Literal["original", "match_rms_adamw"] = "original",
         dtype: torch.dtype = torch.bfloat16,
-        chunk: int = 1 << 20,
+        chunk: int | None = None,
         shards: Mapping[Tensor, ShardSpec] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
@@ -96,13 +103,17 @@ class Muon(torch.optim.Optimizer):
         """Update with the gradients times `grad_scale` (the clip factor); they are not changed."""
         sharded: dict[str, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
+            alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p in self.shards:
                     sharded.setdefault(self.shards[p].axis.name, []).append((p, group))
                 else:
-                    self._update(p, p.grad, group, grad_scale)
+                    alike.setdefault((p.device, p.dtype, p.shape[-2:]), []).append(p)
+            for parameters in alike.values():
+                for batch in self._batches(parameters):
+                    self._update(batch, group, grad_scale)
         for parameters in sharded.values():
             self._update_sharded(parameters, grad_scale)
 
@@ -112,19 +123,40 @@ class Muon(torch.optim.Optimizer):
             zeros = torch.zeros_like(to_local(p), memory_format=torch.contiguous_format)
             self.state[p]["momentum"] = zeros
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float) -> None:
-        """Update a parameter whose matrices are not sharded."""
-        rows, columns = p.shape[-2:]
-        rate = self._rate(p, group)
-        # Chunks of several matrices keep every temporary small, however many experts are stacked.
-        per_chunk = max(1, self.chunk // (rows * columns))
-        views = (to_local(p), to_local(grad).contiguous(), self._momentum(p))
-        n = views[0].numel() // (rows * columns)
-        stacks = (t.view(n, rows, columns).split(per_chunk) for t in views)
-        for p_n, g_n, m_n in zip(*stacks, strict=True):
-            update = newton_schulz(self._direction(g_n, m_n, grad_scale), self.dtype)
-            p_n.mul_(1 - group["lr"] * group["weight_decay"])
-            p_n.add_(update, alpha=-rate)
+    def _batches(self, parameters: list[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Yield views `[n, M, N]` of parameters with matrices of one shape, of their gradients and
+        momenta: of as many matrices as are orthogonalised at once."""
+        rows, columns = parameters[0].shape[-2:]
+        most = max(1, self._chunk(parameters[0].device) // (rows * columns))
+        batch: list[tuple[Tensor, ...]] = []
+        room = most
+        for p in parameters:
+            assert p.grad is not None
+            tensors = (to_local(p), to_local(p.grad).contiguous(), self._momentum(p))
+            n = tensors[0].numel() // (rows * columns)
+            views = [t.view(n, rows, columns) for t in tensors]
+            start = 0
+            while start < n:
+                end = min(n, start + room)
+                batch.append(tuple(view[start:end] for view in views))
+                start, room = end, room - (end - start)
+                if not room:
+                    yield batch
+                    batch, room = [], most
+        if batch:
+            yield batch
+
+    def _update(
+        self, batch: list[tuple[Tensor, ...]], group: dict[str, Any], grad_scale: float
+    ) -> None:
+        """Update matrices of one shape that are not sharded: one iteration for all of them."""
+        params, grads, momenta = (list(tensors) for tensors in zip(*batch, strict=True))
+        stack = _stack(self._directions(grads, momenta, grad_scale))
+        update = newton_schulz(stack, self.dtype)
+        update = update.to(stack.dtype, memory_format=torch.contiguous_format)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        updates = update.split([len(p) for p in params])
+        torch._foreach_add_(params, updates, alpha=-self._rate(params[0], group))
 
     def _update_sharded(
         self, parameters: list[tuple[Tensor, dict[str, Any]]], grad_scale: float
@@ -134,11 +166,9 @@ class Muon(torch.optim.Optimizer):
         size = self.shards[parameters[0][0]].axis.size
         for i in range(0, len(parameters), size):
             batch = parameters[i : i + size]
-            directions = [
-                self._direction(to_local(p.grad), self._momentum(p), grad_scale)
-                for p, _ in batch
-                if p.grad is not None
-            ]
+            grads = [to_local(p.grad) for p, _ in batch if p.grad is not None]
+            momenta = [self._momentum(p) for p, _ in batch]
+            directions = self._directions(grads, momenta, grad_scale)
             specs = [self.shards[p] for p, _ in batch]
             updates = apply_to_full(
                 directions, specs, self._newton_schulz, self.dtype, self.traffic, "muon"
@@ -150,7 +180,8 @@ class Muon(torch.optim.Optimizer):
     def _newton_schulz(self, x: Tensor) -> Tensor:
         """Apply `newton_schulz` to a stack with any number of leading dims, in chunks."""
         rows, columns = x.shape[-2:]
-        stack = x.reshape(-1, rows, columns).split(max(1, self.chunk // (rows * columns)))
+        per_chunk = max(1, self._chunk(x.device) // (rows * columns))
+        stack = x.reshape(-1, rows, columns).split(per_chunk)
         return torch.cat([newton_schulz(part, self.dtype) for part in stack]).view(x.shape)
 
     def _rate(self, p: Tensor, group: dict[str, Any]) -> float:
@@ -162,8 +193,16 @@ class Muon(torch.optim.Optimizer):
         self.init_state(p)
         return self.state[p]["momentum"]
 
-    def _direction(self, grad: Tensor, momentum: Tensor, grad_scale: float) -> Tensor:
-        """Update the momentum; return what is to be orthogonalised."""
-        grad = grad if grad_scale == 1.0 else grad * grad_scale
-        momentum.lerp_(grad, 1 - self.momentum)
-        return grad.lerp(momentum, self.momentum) if self.nesterov else momentum
+    def _chunk(self, device: torch.device) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        return CHUNK if device.type == "cpu" else CHUNK_ON_GPU
+
+    def _directions(
+        self, grads: list[Tensor], momenta: list[Tensor], grad_scale: float
+    ) -> Sequence[Tensor]:
+        """Update the momenta; return what is to be orthogonalised."""
+        if grad_scale != 1.0:
+            grads = list(torch._foreach_mul(grads, grad_scale))
+        torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
+        return torch._foreach_lerp(grads, momenta, self.momentum) if self.nesterov else momenta

@@ -73,7 +73,8 @@ def gradient(
     assert len({len(batch.tokens_BS) for batch in micro_batches}) == 1, "means weigh equal parts"
     device, sharding = model.device, parallelism.sharding
     mesh = sharding.mesh
-    sizes = torch.tensor([0.0, 0.0, signal], dtype=torch.float64, device=device)
+    sizes = torch.zeros(3, dtype=torch.float64, device=device)
+    sizes[2] = float(signal)
     for batch in micro_batches:
         sizes[0] += objective.weight(batch)
         if batch.bytes_B is not None:
@@ -92,7 +93,7 @@ def gradient(
         reported, names = [loss.loss_sum, loss.balance, *loss.sums.values()], tuple(loss.sums)
         sums = sums + torch.stack([x.detach().to(sums) for x in reported])
         stats = [layer.detach() for layer in loss.stats]
-        routes = [add_stats(a, b) for a, b in zip(routes, stats, strict=True)] if routes else stats
+        routes = add_stats(routes, stats) if routes else stats
     norm = grad_norm(model, sharding)
     means = [mean_stats(route, len(micro_batches)) for route in routes]
     merged, sums = global_stats(means, sums, sharding, model.config.moe.reads_token)
@@ -136,10 +137,9 @@ def _local_loads(
 ) -> list[Tensor]:
     """Return the rows per expert of the heads that are routed here, one tensor per sparse layer."""
     layers = model.sparse_layers()
-    even = [torch.ones_like(layer.router.bias_HE) for layer in layers]
     if load is None:
-        return even
+        return [torch.ones_like(layer.router.bias_HE) for layer in layers]
     return [
-        sharding.local_heads(all_heads, layer).to(like)
-        for all_heads, layer, like in zip(load, layers, even, strict=True)
+        sharding.local_heads(all_heads, layer).to(layer.router.bias_HE)
+        for all_heads, layer in zip(load, layers, strict=True)
     ]

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import torch
 
 from headway.config import cache_root
+from headway.kernels.cpp import cpp_kernels
 
 if not torch.cuda.is_available():
     # Triton then interprets its kernels; it asks once, when something first imports it
@@ -28,6 +29,7 @@ def cache_folder(tmp_path_factory):
         (folder / "native").symlink_to(native)
     before = os.environ.get("HEADWAY_CACHE")
     os.environ["HEADWAY_CACHE"] = str(folder)
+    cpp_kernels()  # before a test has a cache of its own, and builds them there
     yield folder
     if before is None:
         del os.environ["HEADWAY_CACHE"]

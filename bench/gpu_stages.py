@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles, gpu_user
+from bench import common, gpu_measure, gpu_profile, gpu_rows, gpu_tiles, gpu_user, gpu_whole
 from bench.gpu_rows import BASE, FLAT, ROUTERS, Shape
 from headway.config import UsageError
 from headway.kernels.gpu import gpu_kernels
@@ -178,6 +178,11 @@ def user(record: Record) -> None:
     gpu_user.measure(record)
 
 
+def whole(record: Record) -> None:
+    """Where the time of a training step of `small` goes: host, device, optimisers."""
+    gpu_whole.measure(record)
+
+
 def sanitizer(record: Record) -> None:
     """NVIDIA's memory and race checkers over router, sort and experts at a small size."""
     path = os.environ.get("PATH", "") + ":/usr/local/cuda/bin"
@@ -215,6 +220,7 @@ STAGES: dict[str, Callable[[Record], None]] = {
         tests,
         check,
         user,
+        whole,
         step,
         layer,
         router,
@@ -229,6 +235,7 @@ SECONDS = {
     "tests": 200,
     "check": 90,
     "user": 240,
+    "whole": 150,
     "step": 240,
     "layer": 60,
     "router": 180,

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
+from bench.gpu_step import draw
 from headway.config import Config
 from headway.data.batch import Batch
 from headway.data.tokenizer import load_tokenizer
@@ -185,32 +186,48 @@ def counting() -> Iterator[Count]:
 
 @dataclass
 class Step:
-    """Model, optimisers and micro-batches of a recipe, on the meta device."""
+    """Model, optimisers and micro-batches of a recipe."""
 
     config: Config
     model: Transformer
     optimizers: Optimizers
     batch: list[Batch]
 
-    def run(self) -> Gradient:
-        """One step as the training loop makes it, from the second on."""
-        moe = self.config.model.moe
-        result = gradient(self.model, self.batch, NextToken(moe.balance))
-        update(self.model, self.optimizers, result, 1.0, self.config.optim, moe.balance)
+    def gradient(self) -> Gradient:
+        """The first half of a step as the training loop makes it; `update` is the second."""
+        return gradient(self.model, self.batch, NextToken(self.config.model.moe.balance))
+
+    def update(self, result: Gradient) -> None:
+        balance = self.config.model.moe.balance
+        update(self.model, self.optimizers, result, 1.0, self.config.optim, balance)
         self.optimizers.zero_grad()
-        return result
+
+    def run(self) -> None:
+        """A whole step."""
+        self.update(self.gradient())
 
 
-def step_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> Step:
-    """Return the step of a config, with a tokenizer of bytes where it names no vocabulary."""
+META = torch.device("meta")
+
+
+def step_of(
+    config: Config, dtype: torch.dtype = torch.bfloat16, device: torch.device = META
+) -> Step:
+    """Return the step of a config on random tokens, with a tokenizer of bytes where it names no
+    vocabulary."""
     config = resolve(config, load_tokenizer(config.data.tokenizer).vocab_size).config
-    data = config.data
-    with torch.device("meta"):
+    with META:
         model = Transformer(config.model, Compute(dtype, config.run.recompute))
-        size = min(data.micro_batch_size, data.batch_size)
-        tokens = torch.empty(size, data.seq_len, dtype=torch.int64)
-        n_bytes = torch.empty(size, dtype=torch.float64)
-    batch = [Batch(tokens, tokens, None, n_bytes)] * (data.batch_size // size)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        draw(model)
+    size = min(config.data.micro_batch_size, config.data.batch_size)
+    batch = []
+    for _ in range(config.data.batch_size // size):
+        shape = (size, config.data.seq_len)
+        tokens = torch.randint(256, shape, device=device)
+        n_bytes = torch.ones(size, dtype=torch.float64, device=device)
+        batch.append(Batch(tokens, tokens, None, n_bytes))
     return Step(config, model, build_optimizers(model, config.optim, dtype), batch)
 
 

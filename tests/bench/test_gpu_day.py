@@ -31,13 +31,16 @@ def test_every_stage_runs_at_toy_sizes_and_a_second_call_goes_on(tmp_path):
     failed = [r for r in document["rows"] if "error" in r]
     assert {r["stage"] for r in failed} <= {"step"}, failed  # transformers is an extra
     assert set(rows) == {
-        *"machine tests check user profile tiles experts router layer step sanitizer".split()
+        *"machine tests check user whole profile tiles experts router layer step sanitizer".split()
     }
     assert rows["tests"][-1]["passed"] > 5 and rows["tests"][-1]["failed"] == 0
     user = {row["what"]: row for row in rows["user"]}
     assert user["resume demo"]["same_bits"] and user["resume demo"]["steps"] == 4
     assert user["engine, greedy"]["same"] == user["engine, greedy"]["tokens"] == 32
     assert user["eval"]["cpu float32"] > 4 and user["engine, whole"]["decode_step_ms"] > 0
+    (small,) = rows["whole"]
+    assert small["launches"] > 100 and small["kernels"][0]["ms"] >= small["kernels"][1]["ms"] > 0
+    assert 0 < small["update_ms"] < small["step_ms"] and small["device_ms"] > 0
     for row in rows["check"]:
         assert 1e-4 < row["output"] < 1e-2 and 1e-4 < row["gradient"] < 1e-2, row
     assert {"headway", "grouped_mm", "ScatterMoE", "dense loop"} <= set(rows["experts"][0]["ms"])

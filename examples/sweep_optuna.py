@@ -17,7 +17,7 @@ def configs():
         results = []
         for trial in trials:
             lr = trial.suggest_float("lr", 3e-4, 1e-2, log=True)
-            top_k = trial.suggest_int("top_k", 1, 4)
+            top_k = trial.suggest_int("top_k", 2, 4)
             fields = {"optim.steps": STEPS, "optim.lr": lr, "model.moe.top_k": top_k}
             results.append((yield {"recipe": RECIPE, **fields}))
         for trial, result in zip(trials, results, strict=True):

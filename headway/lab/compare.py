@@ -12,6 +12,7 @@ import numpy as np
 from headway.checkpoint.lock import InUseError
 from headway.config import UsageError
 from headway.lab.experiment import Experiment, PlannedArm
+from headway.lab.folder import Wanted
 from headway.lab.runs import Run, documents, execute, read_result
 from headway.lab.statistics import (
     Interval,
@@ -134,7 +135,7 @@ def _train(
     # this process trains too, and alone what no other can import
     with Workers(root, min(workers, len(open_)) - 1, log=log) as processes:
         for key, (run, _) in open_.items():
-            processes.ask(key, run.config, run.edit)
+            processes.ask(key, Wanted(run.config, run.edit))
         while open_:
             before = len(open_)
             for key, (run, name) in list(open_.items()):

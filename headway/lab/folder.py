@@ -1,6 +1,6 @@
 """The folder of a run of an experiment: its name, and the files that say how far it is. No PyTorch.
 
-ROOT/runs/HASH/wanted.json        what is to be trained: a config, and the edit of its model
+ROOT/runs/HASH/wanted.json        what is to be trained (`Wanted`)
 ROOT/runs/HASH/lease              who trains it now (checkpoint.lock)
 ROOT/runs/HASH/errors             a line for each try that failed
 ROOT/runs/HASH/result.json        what it gave; renamed into place at the very end"""
@@ -8,9 +8,10 @@ ROOT/runs/HASH/result.json        what it gave; renamed into place at the very e
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headway.checkpoint.lock import Holder, read_holder
 from headway.config import Config, UsageError, cannot_write, from_dict, leaves
@@ -30,6 +31,14 @@ def config_hash(config: Config, edit: Edit | None = None) -> str:
         values["edit"] = edits.source(edit)
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trunk_hash(config: Config, edit: Edit | None = None) -> str:
+    """Return the hash of what runs of several lengths have in common, up to where their rates
+    part."""
+    optim, data = replace(config.optim, steps=1), replace(config.data, last_batch_size=0)
+    run = replace(config.run, eval_every=0, sample_every=0, checkpoint_every=0)
+    return config_hash(replace(config, optim=optim, data=data, run=run), edit)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -74,30 +83,43 @@ def held_by(folder: Path) -> Holder | None:
     return read_holder(folder / "lease")
 
 
-def want(root: Path, key: str, config: Config, edit: Edit | None = None) -> bool:
+class Wanted(NamedTuple):
+    """What a run consists of, and where it starts."""
+
+    config: Config
+    edit: Edit | None = None
+    forks: Sequence[int] = ()
+    """Steps whose checkpoints are left in the folder."""
+    start: str = ""
+    """A checkpoint of another run, below ROOT/runs, from which this one starts; "": step 0."""
+
+
+def want(root: Path, key: str, wanted: Wanted) -> bool:
     """Write what a run consists of, for workers; return False where its edit cannot be written."""
+    config, edit, forks, start = wanted
     folder, edit_dict = root / "runs" / key, edits.to_dict(edit) if edit else None
     if edit and edit_dict is None:
         return False
-    if not (folder / "wanted.json").is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(root, error) from None
-        write_json(folder / "wanted.json", {"config": config.to_dict(), "edit": edit_dict})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(root, error) from None
+    value = {"config": config.to_dict(), "edit": edit_dict, "forks": [*forks], "start": start}
+    write_json(folder / "wanted.json", value)
     return True
 
 
-def read_wanted(folder: Path) -> tuple[Config, Edit | None]:
-    """Return the config and the edit of a run that is to be trained. Raises UsageError for a
-    damaged file, and where they are no longer those that gave the run its name."""
+def read_wanted(folder: Path) -> Wanted:
+    """Return what a run consists of that is to be trained. Raises UsageError for a damaged file,
+    and where config and edit are no longer those that gave the run its name."""
     path = folder / "wanted.json"
     try:
         value = json.loads(path.read_text("utf-8"))
         config, edit = value["config"], value["edit"]
+        forks, start = value["forks"], value["start"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete it") from None
     config, edit = from_dict(Config, config), edits.from_dict(edit) if edit else None
     if config_hash(config, edit) != folder.name:
         raise UsageError(f"{path}: its edit, or the config's fields, changed since; delete it")
-    return config, edit
+    return Wanted(config, edit, forks, start)

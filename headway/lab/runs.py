@@ -33,7 +33,7 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import DocumentLosses
-from headway.lab.folder import config_hash, read_result, write_json
+from headway.lab.folder import config_hash, read_result, trunk_hash, write_json
 from headway.lab.match import measure
 from headway.optim.schedule import begin_alike, steps_before_fall
 from headway.train import loop
@@ -118,17 +118,8 @@ def execute_branches(
 
 def _branches_off(run: Run, trunk: Run, step: int) -> bool:
     """Return whether two runs are the same up to a step."""
-
-    def same(run: Run) -> str:
-        config = run.config
-        optim = dataclasses.replace(config.optim, steps=1)
-        data = dataclasses.replace(config.data, last_batch_size=0)
-        around = dataclasses.replace(config.run, eval_every=0, sample_every=0, checkpoint_every=0)
-        return config_hash(
-            dataclasses.replace(config, optim=optim, data=data, run=around), run.edit
-        )
-
-    return same(run) == same(trunk) and begin_alike(run.config.optim, trunk.config.optim, step)
+    same = trunk_hash(run.config, run.edit) == trunk_hash(trunk.config, trunk.edit)
+    return same and begin_alike(run.config.optim, trunk.config.optim, step)
 
 
 def _train(

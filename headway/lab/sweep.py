@@ -4,9 +4,14 @@ The file has a generator `configs()`. It yields a `Config`, or `{"recipe": NAME,
 value}`, and receives a `Result` for each, which waits for its run only where it is read:
 
     def configs():
-        results = [(yield {"recipe": "demo", "optim.lr": lr}) for lr in (1e-3, 2e-3)]
+        results = []
+        for lr in (1e-3, 2e-3):
+            results.append((yield {"recipe": "demo", "optim.lr": lr}))
         best = min(results, key=lambda r: r["bits_per_byte"])      # waits
         yield {**best.item, "optim.steps": 4000}
+
+With `"fork": True` a run leaves its checkpoint of the last step before its rate falls, and one of
+more steps that begins alike goes on from there, bit for bit as if it had been alone.
 
 The folders of the runs are the truth (lab.folder): a sweep that is called again asks the same
 questions in the same order, gets stored answers at once, and trains what is missing. This process
@@ -14,6 +19,7 @@ trains nothing and does not import PyTorch."""
 
 import importlib.util
 import math
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -27,8 +33,9 @@ from headway.config import Config, RunError, UsageError, leaves, with_leaf
 from headway.config.check import validate
 from headway.config.fill import filled
 from headway.data.tokenizer import load_tokenizer
-from headway.lab.folder import TRIES, config_hash, errors, held_by, read_result
+from headway.lab.folder import TRIES, Wanted, config_hash, errors, held_by, read_result, trunk_hash
 from headway.lab.workers import Place, Workers
+from headway.optim.schedule import begin_alike, steps_before_fall
 
 POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 5.0
@@ -70,6 +77,8 @@ class Sweep:
     log: Callable[[str], None] = print
     _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Every run that was asked for → its result; None while it is open."""
+    _forks: dict[str, Config] = field(default_factory=dict)
+    """The runs that leave a checkpoint, until the end of the sweep."""
     _reused: int = 0
     _invalid: list[str] = field(default_factory=list)
     _shown: float = 0.0
@@ -87,6 +96,8 @@ class Sweep:
                 answer = self._ask(item, processes)
             for key in self._results:
                 self._wait(key, processes)
+        for key in self._forks:
+            shutil.rmtree(self.root / "runs" / key / "checkpoints", ignore_errors=True)
         return self._summary(time.monotonic() - begin)
 
     def _ask(self, item: Item, processes: Workers) -> Result:
@@ -104,9 +115,25 @@ class Sweep:
         else:
             self._results[key] = read_result(self.root / "runs" / key)
             self._reused += self._results[key] is not None
+            fork = isinstance(item, Mapping) and bool(item.get("fork"))
             if self._results[key] is None:
-                processes.ask(key, config)
+                forks = [steps_before_fall(config.optim)] if fork else []
+                processes.ask(key, Wanted(config, None, forks, self._start(config) if fork else ""))
+            if fork:
+                self._forks[key] = config
         return Result(item, key, lambda key: self._wait(key, processes))
+
+    def _start(self, config: Config) -> str:
+        """Return the last checkpoint of a run that is the same up to it; "" where there is none."""
+        checkpoints = {}
+        for key, trunk in self._forks.items():
+            step = steps_before_fall(trunk.optim)
+            checkpoint = f"{key}/checkpoints/step-{step:06d}"
+            same = trunk_hash(config) == trunk_hash(trunk)
+            alike = same and begin_alike(config.optim, trunk.optim, step)
+            if alike and (self.root / "runs" / checkpoint).is_dir():
+                checkpoints[step] = checkpoint
+        return checkpoints[max(checkpoints)] if checkpoints else ""
 
     def _wait(self, key: str, processes: Workers) -> dict[str, Any]:
         """Return the result of a run, when it is there."""
@@ -169,7 +196,7 @@ class Sweep:
     def _summary(self, seconds: float) -> dict[str, Any]:
         done, failed = self._counts()
         started = len(self._results) - self._reused
-        trained = sum((r or {}).get("seconds", 0.0) for r in self._results.values())
+        trained = sum(map(_seconds, self._results.values()))
         used = seconds * min(self.workers, max(started, 1))
         return {
             "runs": len(self._results),
@@ -182,6 +209,13 @@ class Sweep:
             "seconds": seconds,
             "overhead": None if self._reused or failed else max(1 - trained / used, 0.0),
         }
+
+
+def _seconds(result: Mapping[str, Any] | None) -> float:
+    """Return the seconds of the steps that a run itself has done."""
+    if not result or not result.get("steps"):
+        return 0.0
+    return result["seconds"] * (1 - result.get("continued", 0) / result["steps"])
 
 
 def load(path: Path) -> Generator[Item, Result | None, None]:
@@ -251,7 +285,7 @@ def _from_mapping(item: Mapping[str, Any]) -> Config:
     config = recipes.load(item["recipe"])
     known = leaves(config.to_dict())
     for path, value in item.items():
-        if path == "recipe":
+        if path in ("recipe", "fork"):
             continue
         if path not in known:
             raise UsageError(f"there is no field {path}; as in model.moe.top_k")

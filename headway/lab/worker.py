@@ -31,7 +31,11 @@ def _try(folder: Path) -> bool:
     from headway.lab.runs import Run, execute
 
     try:
-        execute(Run(*read_wanted(folder)), folder.parent.parent)
+        config, edit, forks, start = read_wanted(folder)
+        checkpoint = folder.parent / start if start else None
+        if checkpoint is not None and not checkpoint.is_dir():
+            checkpoint = None  # the bits are the same
+        execute(Run(config, edit), folder.parent.parent, forks=forks, start=checkpoint)
     except InUseError:
         return False
     except (UsageError, RunError) as error:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import node
-from typing import Any, Literal
+from typing import Literal
 
-from headway.config import Config, RunError, UsageError, cannot_write
-from headway.lab.folder import TRIES, add_error, errors, held_by, read_result, want
+from headway.config import RunError, UsageError, cannot_write
+from headway.lab.folder import TRIES, Wanted, add_error, errors, held_by, read_result, want
 
 COMMAND = [sys.executable, "-m", "headway.lab.worker"]
 """Starts a worker, before the path of its queue."""
@@ -128,10 +128,10 @@ class Workers:
             if self._launcher is not None:
                 self._launcher.wait()
 
-    def ask(self, key: str, config: Config, edit: Callable[..., Any] | None = None) -> bool:
+    def ask(self, key: str, run: Wanted) -> bool:
         """Ask for a run; return False where no other process can train it, since its edit cannot be
         imported (`lab.edits`)."""
-        if not want(self.root, key, config, edit):
+        if not want(self.root, key, run):
             return False
         try:
             with self.queue.open("a", encoding="utf-8") as file:

@@ -126,6 +126,7 @@ STUDY = Study(
     "How large are differences that mean nothing?",
     (
         series("screen", "python", pair("python"), SEEDS, BUDGETS),
+        series("screen", "python", pair("python"), SEEDS, (2000,)),
         series("screen", "python, 8k", pair("python, 8k"), SEEDS, (250,)),
         series("screen", "python", INITS, (0,), BUDGETS),
         series("screen", "python", (ORDERS,), (1, 2, 3), BUDGETS),

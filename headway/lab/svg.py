@@ -115,7 +115,7 @@ def forest(
     parts = [_open(height, "paired differences with intervals")]
     for value in ticks(x0, x1):
         parts.append(_line(at(value), 8, at(value), height - 30, "grid"))
-        parts.append(_text(at(value), height - 14, f"{value:+.3g}", "middle"))
+        parts.append(_text(at(value), height - 14, f"{value:+.3g}" if value else "0", "middle"))
     parts.append(_line(at(0), 8, at(0), height - 30, "zero"))
     for i, (name, mean, spans, dots) in enumerate(rows):
         y, colour = 30 + 44 * i, f"c{(i + 1) % COLOURS}"

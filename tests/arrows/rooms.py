@@ -128,7 +128,7 @@ def tree() -> str:
         "bench/          one file per question; writes docs/numbers/",
         "studies/        one file per claim: claim, arms, verdict; writes results/ and docs/studies.md",
         "docs/           start, concepts, distributed, plan, kernels, cluster, serving, lab, laws, numbers, negative-results",
-        ".agents/skills/ add-mixer, add-router, compare-runs, import-model, serve-and-check, validate-numerics",
+        ".agents/skills/ add-mixer, add-router, compare-runs, import-model, register-study, serve-and-check, validate-numerics",
     ]
     return "\n".join(["```", *lines, "```"])
 

@@ -197,15 +197,17 @@ def tables(root: Path, runs: int, repetitions: int) -> list[dict]:
 
     def call(options: tuple[str, ...]) -> dict:
         command = [sys.executable, "-m", "headway", "results", str(root), *options]
-        begin = perf_counter()
+        begin, before = perf_counter(), os.times()
         subprocess.run(command, stdout=subprocess.DEVNULL, cwd=common.ROOT, check=True)
-        return {"seconds": perf_counter() - begin}
+        after = os.times()
+        cpu = sum(after[2:4]) - sum(before[2:4])  # of children, user and system
+        return {"seconds": perf_counter() - begin, "cpu_seconds": cpu}
 
     calls = {name: lambda options=options: call(options) for name, options in asked.items()}
     measured = common.interleaved(calls, repetitions)
     return [
         {"part": "results", "asked": name, "runs": runs, "repetitions": rows}
-        | {"seconds": statistics.median(row["seconds"] for row in rows)}
+        | {name: statistics.median(r[name] for r in rows) for name in ("seconds", "cpu_seconds")}
         for name, rows in measured.items()
     ]
 

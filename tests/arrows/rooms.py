@@ -126,7 +126,7 @@ def tree() -> str:
     lines += [
         "tests/          mirrors the package; parity/ (N ranks = 1), golden/ (losses), arrows/ (imports)",
         "bench/          one file per question; writes docs/numbers/",
-        "studies/        one file per claim: claim, arms, verdict; writes results/ and docs/studies.md",
+        "studies/        one file per question: arms, seeds, registered claims; `headway study`, docs/studies.md",
         "docs/           start, concepts, distributed, plan, kernels, cluster, serving, lab, laws, numbers, negative-results",
         ".agents/skills/ add-mixer, add-router, compare-runs, import-model, register-study, serve-and-check, validate-numerics",
     ]

@@ -65,7 +65,7 @@ def row(config: Config, record: "Record", compiled: bool = False) -> dict:
             block.compile()
     for _ in range(0 if record.dry else 3):
         step.run()
-    seconds = [_seconds(step, on_gpu) for _ in range(1 if record.dry else 5)]
+    seconds = [step_seconds(step, on_gpu) for _ in range(1 if record.dry else 5)]
     gradient_s, update_s = (statistics.median(part) for part in zip(*seconds, strict=True))
     tokens = sum(batch.tokens_BS.numel() for batch in step.batch)
     return {
@@ -78,7 +78,7 @@ def row(config: Config, record: "Record", compiled: bool = False) -> dict:
     }
 
 
-def _seconds(step: Step, on_gpu: bool) -> tuple[float, float]:
+def step_seconds(step: Step, on_gpu: bool) -> tuple[float, float]:
     """Seconds of the gradient, which ends in a wait for the device, and of the update."""
     start = time.perf_counter()
     result = step.gradient()

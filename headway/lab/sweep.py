@@ -282,6 +282,8 @@ def resolved(item: Item, threads: int = 1) -> Config:
 def _from_mapping(item: Mapping[str, Any]) -> Config:
     if not isinstance(item.get("recipe"), str):
         raise UsageError(f"{dict(item)} names no recipe; use {', '.join(recipes.RECIPES)}")
+    if not isinstance(item.get("fork", False), bool):
+        raise UsageError(f"fork is a bool, not {item['fork']!r}")
     config = recipes.load(item["recipe"])
     known = leaves(config.to_dict())
     for path, value in item.items():

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from headway.checkpoint.lock import Holder
-from headway.config import RunError
+from headway.config import RunError, UsageError
 from headway.lab import workers as module
 from headway.lab.folder import TRIES, config_hash, read_result
 from headway.lab.sweep import Sweep, resolved
@@ -203,6 +203,14 @@ def stand_in(place, monkeypatch, program: str) -> Sweep:
     monkeypatch.setattr(Workers, "keep", KEEP)
     monkeypatch.setattr(module, "COMMAND", [sys.executable, "-c", program])
     return Sweep(place / "s", log=lambda _: None)
+
+
+def test_a_fork_is_true_or_false(place):
+    with pytest.raises(UsageError, match="fork is a bool, not 'yes'"):
+        resolved({"recipe": "tiny.py:tiny", "fork": "yes"})
+    assert resolved({"recipe": "tiny.py:tiny", "fork": True}) == resolved(
+        {"recipe": "tiny.py:tiny"}
+    )
 
 
 def test_runs_are_named_as_they_are_trained(place):

@@ -11,6 +11,7 @@ from bench import (
     cpu_kernels,
     cpu_step,
     hub,
+    laws,
     levers,
     plan_step,
     quality,
@@ -68,6 +69,13 @@ def test_shakespeare(path, capsys, monkeypatch):
         shakespeare.DENSE,
     ]
     assert found["rows"][0]["step"] == 6
+
+
+def test_laws(capsys, monkeypatch):
+    sizes = ("--runs", "20", "--bootstraps", "100", "--documents", "300")
+    found = last_line(laws.main, capsys, monkeypatch, *sizes)
+    assert [row.get("form") for row in found["rows"]] == [*laws.FORMS, None]
+    assert all(target["pass"] for target in found["targets"])
 
 
 def test_models_of_quality_have_equal_sizes():

@@ -85,7 +85,7 @@ ROOMS = (
     ),
     Room(
         "eval",
-        "bits per byte; samples and tasks of lm-evaluation-harness through the engine",
+        "bits per byte, worlds, pass@k, diversity; tasks of lm-evaluation-harness through the engine",
         "config kernels model parallel data serve",
     ),
     Room(

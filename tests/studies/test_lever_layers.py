@@ -14,12 +14,7 @@ def model(kind, projection="learned"):
     make = heads if projection == "learned" else slices
     config = make("python", 2, edit=levers.change(kind)).config.model
     moe = MoEConfig(
-        kind="multi_head_latent",
-        n_heads=2,
-        n_experts=4,
-        top_k=2,
-        d_expert=8,
-        projection=projection,
+        kind="multi_head_latent", n_heads=2, n_experts=4, top_k=2, d_expert=8, projection=projection
     )
     config = type(config)(vocab_size=32, n_layers=2, d_model=32, n_heads=2, moe=moe)
     made = Transformer(config, Compute(torch.float32), seed=1)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from headway.config import ModelConfig, MoEConfig
+from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from headway.data.tokenizer import load_tokenizer
 from headway.data.worlds.source import WorldSource
 from headway.eval.worlds import score
+from headway.hub.load import load_model
 from headway.model.transformer import Transformer
+from headway.train.loop import train
 
 LAYER = MoEConfig(kind="multi_head_latent", n_heads=2, n_experts=8, top_k=2, d_expert=32)
 
@@ -66,3 +68,24 @@ def test_a_model_that_has_learned_nothing_is_no_better_than_chance(spec, floors)
     assert result.accuracy < max(result.floors) + 0.1 and result.loss > 0.5
     for value, wanted in zip(result.floors, floors, strict=True):
         assert 0 <= value < 0.7 and (wanted is None or value == pytest.approx(wanted, abs=0.07))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "steps", "least"),
+    [("copy,length=6", 60, 0.99), ("parity,length=12,running=1", 400, 0.9)],
+)
+def test_a_tiny_model_learns_what_no_guess_can(spec, steps, least, tmp_path):
+    world = f"world:{spec}"
+    config = Config(
+        recipe="tiny",
+        model=ModelConfig(n_layers=2, d_model=64, n_heads=4, moe=LAYER),
+        data=DataConfig(source=(world,), seq_len=12, batch_size=64),
+        optim=OptimConfig(name="muon", steps=steps, lr=5e-3),
+        run=RunConfig(dir=str(tmp_path / "run"), sample_tokens=0),
+    )
+    train(config, log=lambda _: None)
+    loaded = load_model(tmp_path / "run", dtype="float32")
+    source = WorldSource.open(world, loaded.tokenizer)
+    result = score(loaded.model, loaded.tokenizer.vocab_size, source, 500)
+    assert result.accuracy > least > max(result.floors) + 0.25

@@ -12,7 +12,7 @@ from headway.data.worlds.world import generate
 from tests.data.worlds.rows import rows
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(length=st.integers(5, 40), running=st.integers(0, 1), seed=st.integers(0, 99))
 def test_parity(length, running, seed):
     for row in rows(Parity(length, running), "test", 4, seed):
@@ -24,7 +24,7 @@ def test_parity(length, running, seed):
         assert row["targets"] == (sums if running else [-1] * (length - 1) + sums[-1:])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(length=st.integers(5, 40), seed=st.integers(0, 99))
 def test_copy(length, seed):
     world = Copy(length)

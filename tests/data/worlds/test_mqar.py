@@ -19,7 +19,7 @@ def sizes(draw):
     return Mqar(pairs, length, length + 2 * draw(st.integers(1, 20)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(world=sizes(), seed=st.integers(0, 2**40))
 def test_each_query_asks_for_the_value_beside_its_key(world, seed):
     n, T = world.pairs, world.length

@@ -7,7 +7,7 @@ from headway.data.worlds.multiplication import Multiplication
 from tests.data.worlds.rows import rows
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     m=st.integers(1, 9),
     n=st.integers(1, 9),

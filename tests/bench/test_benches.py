@@ -20,6 +20,7 @@ from bench import (
     serve_layer,
     serve_text,
     shakespeare,
+    worlds,
 )
 from bench.common import ROOT, interleaved, parameters, target
 from bench.worker import Worker
@@ -240,3 +241,9 @@ def test_hub(capsys, monkeypatch):
         "import: peak memory / bound",
         "ready, shape S: time / from_pretrained",
     ]
+
+
+def test_worlds(capsys, monkeypatch):
+    found = last_line(worlds.main, capsys, monkeypatch, "--seconds", "0.001", "--repeats", "1")
+    assert [row["task"] for row in found["rows"]][:2] == ["mqar", "s5"] and len(found["rows"]) == 8
+    assert all(row[k][0] > 0 for row in found["rows"] for k in ("train", "test", "lines"))

@@ -54,7 +54,7 @@ def evaluate(args: Sequence[str]) -> int:
     from headway.data.stream import Stream
     from headway.data.validation import validation_text
     from headway.eval import bits_per_byte
-    from headway.eval.spread import Spread
+    from headway.eval.token_losses import TokenLosses
 
     model = trained.load(options)
     data = model.config.data
@@ -68,14 +68,14 @@ def evaluate(args: Sequence[str]) -> int:
     # other data may share documents with their validation split: the model has seen neither
     for note in stream.dataset.approximate if options.data else stream.dataset.notes:
         print(f"note: {note}")
-    spread = Spread()
+    token_losses = TokenLosses()
     sizes = text.windows, data.micro_batch_size
-    result = bits_per_byte.evaluate(model.model, stream, *sizes, spread=spread)
+    result = bits_per_byte.evaluate(model.model, stream, *sizes, token_losses=token_losses)
     print(
         f"{model.info.source}: {result.val_bits_per_byte:.4f} bits/byte, "
         f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
-    for sentence in spread.sentences():
+    for sentence in token_losses.sentences():
         print(sentence)
     difference = {}
     if options.via_http:
@@ -83,8 +83,8 @@ def evaluate(args: Sequence[str]) -> int:
     answer = {
         **result.numbers(),
         **difference,
-        "loss_quantiles": spread.quantiles(),
-        "loss_by_position": spread.by_position(),
+        "loss_quantiles": token_losses.quantiles(),
+        "loss_by_position": token_losses.by_position(),
         "windows": text.windows,
         "validation": text.fingerprint,
         "data": list(data.source),

@@ -11,7 +11,7 @@ import torch
 from headway.data.batch import micro_batches, rank_rows
 from headway.data.stream import Stream
 from headway.eval.copying import copied
-from headway.eval.spread import Spread
+from headway.eval.token_losses import TokenLosses
 from headway.model.context import Context
 from headway.model.transformer import Transformer
 from headway.parallel.fsdp import reshard
@@ -90,10 +90,10 @@ def evaluate(
     n_windows: int,
     micro_batch_size: int,
     parallelism: Parallelism = SINGLE_PROCESS,
-    spread: Spread | None = None,
+    token_losses: TokenLosses | None = None,
 ) -> Evaluation:
-    """Return the loss on the first `n_windows` validation windows, always the same ones; `spread`
-    gets the losses of this rank's tokens.
+    """Return the loss on the first `n_windows` validation windows, always the same ones;
+    `token_losses` gets those of this rank's tokens.
 
     Each rank takes `micro_batch_size` of them at a time. Sums are float64, so the result depends
     neither on the micro-batch nor on the number of ranks beyond float32 rounding. Collective."""
@@ -108,8 +108,8 @@ def evaluate(
             ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher, log_probs=True)
             log_probs_BS = model(micro.tokens_BS, micro.targets_BS, ctx).log_probs_BS
             copied_BS = copied(micro.tokens_BS, micro.targets_BS)
-            if spread is not None:
-                spread.add(-log_probs_BS, micro.targets_BS)
+            if token_losses is not None:
+                token_losses.add(-log_probs_BS, micro.targets_BS)
             values = (-log_probs_BS, micro.targets_BS >= 0, micro.bytes_BS)
             values += (-log_probs_BS * copied_BS, micro.bytes_BS * copied_BS)
             document_T = micro.document_BS.flatten().cpu().numpy()

@@ -1,5 +1,5 @@
-"""How a loss is spread: over the places of a window, and over tokens, of which a few may hold most
-of it (a low mean hides confident mistakes; arXiv 2601.22950)."""
+"""How a loss is distributed over the places of a window, and over tokens, of which a few may hold
+most of it (a low mean hides confident mistakes; arXiv 2601.22950)."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ QUANTILES = (50.0, 90.0, 99.0, 99.9)
 """In percent."""
 
 
-class Spread:
+class TokenLosses:
     """The losses of the targets of an evaluation. All are kept: 4 bytes each."""
 
     def __init__(self) -> None:

@@ -83,7 +83,8 @@ def test_a_checkpoint_from_before_the_fall_has_seen_no_lower_rate_after_the_peak
     rates = [lr_factor(i, config) for i in range(config.steps)]
     steps = steps_before_fall(config)
     assert rates[steps - 1] == 1.0
-    assert config.min_lr_ratio == 1 or all(rate < 1 for rate in rates[steps:])
+    # nearer to 1 the fall is lost in rounding
+    assert config.min_lr_ratio > 1 - 1e-9 or all(rate < 1 for rate in rates[steps:])
 
 
 WSD = OptimConfig(steps=100, lr=0.01, warmup=0.0, decay=0.3)

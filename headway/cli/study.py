@@ -134,7 +134,7 @@ def _run(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> N
             f"{options.corpus}; leave one out"
         )
     if not options.quick and (record := registered.read(chosen, folder)) is not None:
-        registered.check_arms(record, todo)
+        registered.check(record, todo)
     end = time.process_time() + 60 * options.cpu_minutes if options.cpu_minutes else float("inf")
     train(chosen, todo, root, rows_file, until=lambda: time.process_time() >= end)
 

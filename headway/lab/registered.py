@@ -38,11 +38,6 @@ def registered_file(folder: Path, name: str) -> Path:
 def describe(study: Study, log: Log = lambda _: None) -> dict[str, Any]:
     """Return what a registration holds, but for its hash. Reads the texts."""
     todo = list(tasks(study, log))
-    texts: dict[str, str] = {}
-    for task in todo:
-        if task.corpus not in texts:
-            data = next(iter(task.planned.values())).config.data
-            texts[task.corpus] = prepare(data, load_tokenizer(data.tokenizer), log).fingerprint
     seeds = {stage: sorted({t.seed for t in todo if t.stage == stage}) for stage in STAGES}
     if twice := set(seeds["screen"]) & set(seeds["confirm"]):
         raise UsageError(
@@ -53,11 +48,21 @@ def describe(study: Study, log: Log = lambda _: None) -> dict[str, Any]:
         "title": study.title,
         "claims": [claim_record(claim) for claim in study.claims],
         "arms": _arms(todo),
-        "texts": texts,
+        "texts": _texts(todo, log),
         "seeds": seeds,
         "exclusion": EXCLUSION,
         "looks": LOOKS,
     }
+
+
+def _texts(todo: Sequence[Task], log: Log) -> dict[str, str]:
+    """Return the name of each text → the hash of its tokens."""
+    texts: dict[str, str] = {}
+    for task in todo:
+        if task.corpus not in texts:
+            data = next(iter(task.planned.values())).config.data
+            texts[task.corpus] = prepare(data, load_tokenizer(data.tokenizer), log).fingerprint
+    return texts
 
 
 def claim_record(claim: Claim) -> dict[str, Any]:
@@ -128,8 +133,15 @@ def read(study: Study, folder: Path) -> dict[str, Any] | None:
     return sealed(record)
 
 
-def check_arms(record: dict[str, Any], todo: Sequence[Task]) -> None:
-    """Raise UsageError where an arm would be trained otherwise than it was registered."""
+def check(record: dict[str, Any], todo: Sequence[Task]) -> None:
+    """Raise UsageError where an arm would be trained otherwise than it was registered, or on
+    another text."""
+    for name, fingerprint in _texts(todo, lambda _: None).items():
+        if record["texts"].get(name, fingerprint) != fingerprint:
+            raise UsageError(
+                f"the text {name} is not the one that was registered; install the versions of the "
+                "packages that it is made of"
+            )
     registered = {_arm_key(arm): arm for arm in record["arms"]}
     for arm in _arms(todo):
         before = registered.get(_arm_key(arm))

@@ -217,13 +217,16 @@ def train(
         missing = {n: run for n, run in task.runs().items() if task.key(n) not in known}
         if not missing:
             continue
+        # with those that are finished here: one may be the trunk of what is missing
+        there = {n: r for n, r in task.runs().items() if read_result(root / "runs" / r.key)}
+        family = {**missing, **there}
         log(f"{at} of {len(todo)}: {task.arm}, seed {task.seed}, {task.corpus}, {task.stage}")
         try:
-            results = execute_branches(list(missing.values()), root)
+            results = execute_branches(list(family.values()), root)
         except InUseError:
             log("  another process trains it")
             continue
-        for steps, result in zip(missing, results, strict=True):
+        for steps, result in zip(family, results, strict=True):
             bits = result["bits_per_byte"]
             what = f"{bits:.4f} bits/byte" if bits is not None else result["error"]
             log(f"  {steps} steps: {what}, {result['cpu_seconds']:.0f} CPU s")
@@ -246,6 +249,19 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(f"{path} cannot be read ({error}); restore it from git") from None
 
 
+def check_texts(rows: Sequence[Row]) -> None:
+    """Raise UsageError where rows of one text were validated on different ones: another version of
+    the packages that it comes from."""
+    texts: dict[str, Row] = {}
+    for row in rows:
+        other = texts.setdefault(row["corpus"], row)
+        if other["validation"] != row["validation"]:
+            raise UsageError(
+                f"{row['arm']}, seed {row['seed']}, and {other['arm']}, seed {other['seed']}, were "
+                f"validated on different texts, both called {row['corpus']}; train them on one"
+            )
+
+
 def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Path) -> list[Row]:
     """Add the finished runs of a folder to the rows of a file, and return all."""
     rows = {row_key(row): row for row in read_rows(rows_file)}
@@ -255,6 +271,7 @@ def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Pat
             key = task.key(steps)
             if key not in rows and (result := read_result(root / "runs" / run.key)):
                 rows[key] = _row(task, steps, result)
+    check_texts(list(rows.values()))
     ordered = sorted(rows.values(), key=lambda row: tuple(map(str, row_key(row))))
     if len(rows) > before:
         rows_file.parent.mkdir(parents=True, exist_ok=True)

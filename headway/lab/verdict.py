@@ -9,7 +9,7 @@ import numpy as np
 
 from headway.lab.registered import claim_record
 from headway.lab.statistics import ALPHA, Interval, Region, Verdict, detectable, seeds_for, verdicts
-from headway.lab.study import Claim, Row, Study
+from headway.lab.study import Claim, Row, Study, check_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ def judge(study: Study, rows: Sequence[Row], registered: set[str]) -> list[Judge
     """Judge all registered claims of a study as one family, and each other one, which is
     exploratory, beside them. A claim with fewer seeds than it asks for is `open`, whatever they
     say, and counts in the family."""
+    check_texts(rows)
     family = [claim for claim in study.claims if claim.id in registered]
     judged: dict[str, Judged] = {}
     for group in (family, *([c] for c in study.claims if c.id not in registered)):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from headway.config import OptimConfig
+from headway.config import OptimConfig, UsageError
 from headway.lab.statistics import t_interval
 from headway.lab.study import Claim, Contrast, Prediction, Study
 from headway.lab.verdict import judge
@@ -165,6 +165,7 @@ def made(values):
             "seed": seed,
             "budget": budget,
             "bits_per_byte": bits,
+            "validation": "v",
             "cpu_seconds": 60.0,
         }
         for (arm, budget), series in values.items()
@@ -174,6 +175,15 @@ def made(values):
 
 def judged(study, values):
     return judge(study, made(values), {"X"})[0]
+
+
+def test_rows_of_different_texts_are_not_compared():
+    study = claims_of("better", [("a", "b", 1)])
+    rows = made({("a", 1): [1.0, 1.1], ("b", 1): [1.2, 1.3]})
+    assert judge(study, rows, {"X"})[0].answer == "holds"
+    rows[1]["validation"] = "other"
+    with pytest.raises(UsageError, match="a, seed 2, and a, seed 1, were validated on different"):
+        judge(study, rows, {"X"})
 
 
 def test_order_holds_where_every_step_does():

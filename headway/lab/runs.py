@@ -177,6 +177,8 @@ def _train(
         "cpu": info["machine"]["cpu"],
     }
     write_json(folder / "result.json", result)
+    if not forks:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for checkpoint in sorted((folder / "checkpoints").glob("*")):
         if checkpoint.name not in {f"step-{step:06d}" for step in forks}:
             shutil.rmtree(checkpoint, ignore_errors=True)

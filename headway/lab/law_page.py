@@ -55,10 +55,11 @@ def _curve(fit: Fit, runs: Runs) -> str:
         svg.Mark([*zip(x["flops"], fit.law.loss(x), strict=True)], 0, "law"),
     ]
     for i, (name, law) in enumerate(fit.others):
-        points = [*zip(x["flops"], law.loss(x), strict=True)]
-        marks.append(
-            svg.Mark(points, i + 2, f"irreducible {name}", thin=True, label=name.strip("fre"))
-        )
+        loss_P = law.loss(x)
+        text, below = f"irreducible {name}", bool(loss_P[-1] < fit.law.loss(x)[-1])
+        points = [*zip(x["flops"], loss_P, strict=True)]
+        label = "" if name == "free" else text  # it lies among the others
+        marks.append(svg.Mark(points, i + 2, text, thin=True, label=label, below=below))
     marks += [
         svg.Mark([(c, loss)], 1, f"{c:.3g} FLOPs: {loss:.4f}", dots=True)
         for c, loss in _points(runs)

@@ -23,6 +23,8 @@ class Mark:
     dots: bool = False
     label: str = ""
     """Written beside the last point."""
+    below: bool = False
+    """Where the label is, rather than above the point."""
     band: bool = False
     """Fill what the line encloses."""
 
@@ -92,7 +94,8 @@ def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str, *, log_x: bool =
         if mark.label:
             x, y = places[-1]
             end = "end" if x > WIDTH * 0.7 else "start"
-            parts.append(_text(x + (-8 if end == "end" else 8), y - 8, mark.label, end))
+            down = 16 if mark.below else -8
+            parts.append(_text(x + (-8 if end == "end" else 8), y + down, mark.label, end))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle"))
     parts.append(_text(6, 11, y_label, "start"))
     return "".join([*parts, "</svg>"])

@@ -19,7 +19,7 @@ SCREEN, CONFIRM = (0, 1), tuple(range(101, 109))
 BUDGETS = (250, 500, 1000, 2000)
 RATES = (0.7, 1.4)
 """Factors of the experts' learning rate that are screened beside 1."""
-RATE: dict[str, float] = {}
+RATE = {"2x64": 0.7, "2 slices": 0.7}
 """Arm → its factor, by the screening; others have 1."""
 
 

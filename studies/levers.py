@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
                     "lever": name,
                     "expected": f"{expected:+.3f}",
                     "measured": f"{mean(x):+.4f}",
-                    "sd of a pair": stdev(x) if len(x) > 1 else None,
+                    "sd of a pair": f"{stdev(x):.4f}" if len(x) > 1 else None,
                     "seeds": len(x),
                 }
             )

@@ -64,12 +64,16 @@ def spread(rows: Sequence[Row]) -> list[Row]:
                         "steps": steps,
                         "what": what,
                         "n": cells[0][1],
-                        "bits/byte": cells[0][0],
-                        "without copied targets": cells[1][0],
-                        "CPU minutes of a run": minutes,
+                        "bits/byte": _decimals(cells[0][0]),
+                        "without copied targets": _decimals(cells[1][0]),
+                        "CPU minutes of a run": f"{minutes:.1f}",
                     }
                 )
     return table
+
+
+def _decimals(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 Bits = dict[tuple[str, int], float]

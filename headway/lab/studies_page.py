@@ -150,9 +150,9 @@ def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "arm": arm,
                 "steps": budget,
                 "seeds": len(group),
-                "bits/byte": statistics.mean(bits) if bits else None,
-                "sd": statistics.stdev(bits) if len(bits) > 1 else None,
-                "CPU s of a run": statistics.mean(r["cpu_seconds"] for r in group),
+                "bits/byte": f"{statistics.mean(bits):.4f}" if bits else None,
+                "sd": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else None,
+                "CPU s of a run": f"{statistics.mean(r['cpu_seconds'] for r in group):.0f}",
             }
         )
     return table

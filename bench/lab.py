@@ -17,6 +17,7 @@ its cores: 0 on a quiet one.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from time import perf_counter, time
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
+from headway.config import UsageError
 
 HERE = Path(__file__).resolve()
 WORKERS = 2
@@ -232,6 +234,7 @@ def bootstrap(draws: int, repetitions: int) -> list[dict]:
 def page(root: Path, arms: int, seeds: int) -> list[dict]:
     """A comparison of tiny models, and its page in Chromium."""
     from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
 
     from headway import recipes
     from headway.config import with_leaf
@@ -242,7 +245,8 @@ def page(root: Path, arms: int, seeds: int) -> list[dict]:
 
     config = recipes.load("demo")
     tiny = {"model.n_layers": 1, "model.d_model": 32, "model.moe.d_expert": 16, "data.seq_len": 64}
-    for field, value in {**tiny, "data.batch_size": 4, "model.moe.n_experts": 4}.items():
+    tiny |= {"data.batch_size": 4, "model.moe.top_k": 2, "model.moe.n_experts": 4}
+    for field, value in tiny.items():
         config = with_leaf(config, field, value)
     designs = tuple(
         Arm(f"width {16 + 8 * i}", with_leaf(config, "model.moe.d_expert", 16 + 8 * i))
@@ -254,7 +258,10 @@ def page(root: Path, arms: int, seeds: int) -> list[dict]:
     options = webdriver.ChromeOptions()
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options)
+    program = shutil.which("chromedriver")
+    if program is None:
+        raise UsageError("part page needs chromium and chromedriver; install them, or use --only")
+    driver = webdriver.Chrome(options=options, service=Service(program))
     driver.get("data:text/html,first")
     begin = perf_counter()
     driver.get(path.resolve().as_uri())

@@ -1,9 +1,9 @@
 """How large are differences that mean nothing? The instrument of the studies of quality.
 
 Flat MoE and two heads of 64, trained with several seeds: how far a paired difference spreads, and
-what of it comes from initial values, from the order of the data and from the validation documents;
-at several budgets, with 4,096 and 8,192 tokens per step, with near-copies kept on one side of the
-split or not. No claims: the protocol of the other studies is chosen by it."""
+what of it comes from initial values and from the order of the data; at several budgets, with 4,096
+and 8,192 tokens per step, with near-copies kept on one side of the split or
+not. No claims: the protocol of the other studies is chosen by it."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,19 +22,19 @@ class StudyOptions:
     register: bool = False
     """Write down claims, arms, texts and seeds, once; commit it before the first run."""
     run: bool = False
-    """Train what is missing, and add its rows to the study's numbers."""
+    """Train what is missing, add its rows to the study's numbers, and judge the claims."""
     verdict: bool = False
-    """Judge the claims by the rows."""
+    """Judge the claims by the rows: what a call without other options does."""
     page: bool = False
-    """Write docs/studies.md anew from all studies."""
+    """Write docs/studies.md anew from all studies, at the end."""
     only: str = ""
-    """Of one arm: train its row again, in --dir alone, and show it beside the committed one."""
+    """Of one arm: train its row again, in DIR/again, and show it beside the committed one."""
     seed: int = -1
     """With --only; -1 is the first one."""
     corpus: str = ""
     """With --only or --run: a text of the study; empty: the first one of the arm, or all."""
-    stage: str = ""
-    """With --run: screen or confirm; empty: both."""
+    stage: Literal["", "screen", "confirm"] = ""
+    """With --run; empty: both."""
     cpu_minutes: float = 0.0
     """With --run: start no further run after as many CPU minutes; 0 is no limit."""
     quick: bool = False
@@ -49,18 +49,39 @@ class StudyOptions:
     json: bool = False
     """End with one JSON object."""
 
+    def check(self) -> None:
+        """Raise UsageError for an option that would be ignored, or is out of range."""
+        if self.cpu_minutes < 0:
+            raise UsageError(f"--cpu-minutes {self.cpu_minutes:g} is below 0; 0 is no limit")
+        for name, given, needs in (
+            ("--seed", self.seed != -1, {"--only": self.only}),
+            ("--stage", self.stage, {"--run": self.run}),
+            ("--quick", self.quick, {"--run": self.run}),
+            ("--cpu-minutes", self.cpu_minutes, {"--run": self.run}),
+            ("--corpus", self.corpus, {"--run": self.run, "--only": self.only}),
+        ):
+            if given and not any(needs.values()):
+                raise UsageError(f"{name} is for {' and '.join(needs)}; add it, or leave it out")
+        if self.run and self.only:
+            raise UsageError("--run trains what is missing and --only one row again; give one")
+
 
 def study(args: Sequence[str]) -> int:
     """Run `headway study` and return its exit code."""
     options = parse(StudyOptions, args, "headway study")
+    options.check()
+    code = _study(options)
+    if options.page and not code:
+        _write_page(Path(options.studies), Path(options.numbers))
+    return code
 
+
+def _study(options: StudyOptions) -> int:
     from headway.lab import registered
     from headway.lab.measurement import Measurement, measure
     from headway.lab.study import load
 
     folder, numbers = Path(options.studies), Path(options.numbers)
-    if options.page:
-        _write_page(folder, numbers)
     if options.name == "list":
         return _list(options, folder, numbers)
     chosen = load(options.name, folder)
@@ -77,10 +98,15 @@ def study(args: Sequence[str]) -> int:
     if options.register:
         path = registered.register(chosen, folder)
         print(f"registered in {path}; commit it before the first run")
+        if not (options.run or options.verdict):
+            return 0
     if options.only:
-        return _again(options, chosen, rows_file)
+        return _again(options, chosen, folder, rows_file)
     if options.run:
         _run(options, chosen, folder, rows_file)
+        if options.quick:
+            print("tiny models, a few steps: it runs, and nothing is proved")
+            return 0
     return _verdict(options, chosen, folder, rows_file)
 
 
@@ -139,7 +165,8 @@ def _run(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> N
     train(chosen, todo, root, rows_file, until=lambda: time.process_time() >= end)
 
 
-def _again(options: StudyOptions, chosen: Any, rows_file: Path) -> int:
+def _again(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
+    from headway.lab import registered
     from headway.lab.study import read_rows, row_key, tasks, train
 
     todo = [
@@ -155,23 +182,27 @@ def _again(options: StudyOptions, chosen: Any, rows_file: Path) -> int:
             f"study {chosen.name} has no arm {options.only} with seed {options.seed} on "
             f"{options.corpus or 'any text'}; its arms are {arms}"
         )
-    root = Path(options.dir)
+    if (record := registered.read(chosen, folder)) is not None:
+        registered.check(record, todo[:1])
+    root = Path(options.dir) / "again"  # what is finished in DIR is what was committed
     saved = {row_key(row): row["bits_per_byte"] for row in read_rows(rows_file)}
-    rows = train(chosen, todo[:1], root, root / "again" / rows_file.name)
+    rows = train(chosen, todo[:1], root, root / rows_file.name)
     again = []
     for row in rows:
         if row_key(row) in {todo[0].key(steps) for steps in todo[0].planned}:
             before = saved.get(row_key(row))
             again.append({**row, "committed": before})
             saying = "no committed row" if before is None else f"committed: {before:.4f}"
-            print(f"{row['arm']}, {row['budget']} steps: {row['bits_per_byte']:.4f}; {saying}")
+            bits = row["bits_per_byte"]
+            measured = row["error"] if bits is None else f"{bits:.4f}"
+            print(f"{row['arm']}, {row['budget']} steps: {measured}; {saying}")
     print_json(options.json, {"rows": again})
     return 0
 
 
 def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
     from headway.lab import registered
-    from headway.lab.study import read_rows
+    from headway.lab.study import read_rows, spent_seconds
     from headway.lab.verdict import judge, statistic
 
     rows = read_rows(rows_file)
@@ -187,7 +218,7 @@ def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) 
         print(f"    {one.estimate:+.4f}, {low:+.4f} … {high:+.4f}, {len(one.seeds)} seeds")
         if one.settling:
             print(f"    {one.settling[0]:,} seeds would settle it: {one.settling[1]:,.0f} CPU min")
-    seconds = sum(r["cpu_seconds"] * (1 - r["continued"] / r["steps"]) for r in rows)
+    seconds = spent_seconds(rows)
     print(f"{chosen.name}: {len(rows)} runs, {seconds / 60:,.0f} CPU minutes")
     path = registered.registered_file(folder, chosen.name)
     print_json(

@@ -22,12 +22,15 @@ def source(edit: Function) -> list[str]:
 def to_dict(edit: Function) -> dict[str, Any] | None:
     """Return `module`, `function` and `bound` (positional and named values, None without
     `functools.partial`). None where another process cannot import it: for lambdas, closures and
-    functions of the program itself, and where JSON does not give the values back."""
+    functions of the program itself or of a file that was read, and where JSON does not give the
+    values back."""
     bound = None
     if isinstance(edit, functools.partial):
         edit, bound = edit.func, [list(edit.args), edit.keywords]
     module, name = edit.__module__, edit.__qualname__
-    if module == "__main__" or vars(sys.modules[module]).get(name) is not edit:
+    if module == "__main__" or module not in sys.modules:
+        return None
+    if vars(sys.modules[module]).get(name) is not edit:
         return None
     try:
         same = json.loads(json.dumps(bound)) == bound

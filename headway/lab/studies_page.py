@@ -1,6 +1,5 @@
 """docs/studies.md: for each claim whether it holds, how sure that is, and what it cost."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from headway.lab import svg
 from headway.lab.measurement import Measurement, read_result
 from headway.lab.registered import read as read_registration
-from headway.lab.study import Row, Study, load, names, read_rows
+from headway.lab.study import Row, Study, load, names, read_rows, spent_seconds
 from headway.lab.verdict import Judged, judge, statistic
 
 HEAD = """# Studies
@@ -89,7 +88,7 @@ def _study(
         parts += [*_table(study.summary(rows)), ""]
     if rows:
         parts += [*_table(_means(rows)), ""]
-        seconds = math.fsum(r["cpu_seconds"] * (1 - r["continued"] / r["steps"]) for r in rows)
+        seconds = spent_seconds(rows)
         diverged = [f"{r['arm']}, seed {r['seed']}" for r in rows if r["bits_per_byte"] is None]
         cpus, commits = ({r[key] for r in rows} for key in ("cpu", "commit"))
         parts.append(

@@ -10,6 +10,7 @@ A row that is in the file is not trained again."""
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,9 +154,18 @@ def load(name: str, folder: Path) -> Study | Measurement:
 
 def tasks(study: Study, log: Log = lambda _: None) -> Iterator[Task]:
     """Yield what is to be trained: the series in their order, each seed by seed, so that a study
-    that is interrupted has whole pairs."""
+    that is interrupted has whole pairs. Raises UsageError where one name stands for two arms."""
+    hashes: dict[tuple, str] = {}
     for series in study.series:
         arms = series.plan(log)
+        for name, by_steps in arms.items():
+            for steps, arm in by_steps.items():
+                key = (series.stage, series.corpus, name, steps)
+                if hashes.setdefault(key, arm.run(0).key) != arm.run(0).key:
+                    raise UsageError(
+                        f"study {study.name}: two series call different arms {name!r} on "
+                        f"{series.corpus} at {steps} steps; give one another name"
+                    )
         for seed in series.experiment.seeds:
             for name, by_steps in arms.items():
                 yield Task(series.stage, series.corpus, name, seed, by_steps)
@@ -237,6 +247,11 @@ def train(
 def row_key(row: Row) -> tuple:
     """Return what names a row: stage, corpus, arm, seed, budget."""
     return row["stage"], row["corpus"], row["arm"], row["seed"], row["budget"]
+
+
+def spent_seconds(rows: Sequence[Row]) -> float:
+    """Return the CPU seconds of training; steps that a run continued from another are left out."""
+    return math.fsum(r["cpu_seconds"] * (1 - r["continued"] / max(r["steps"], 1)) for r in rows)
 
 
 def read_rows(path: Path) -> list[Row]:

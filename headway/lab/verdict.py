@@ -148,6 +148,8 @@ def _pairs(claim: Claim, rows: Sequence[Row]) -> tuple[np.ndarray, list[int], li
         (row["arm"], row["seed"], row["budget"]): row[claim.metric]
         for row in rows
         if row["stage"] == "confirm" and row["corpus"] == claim.corpus
+        # without the metric, and not for divergence: a row that was measured without it
+        if row[claim.metric] is not None or row["bits_per_byte"] is None
     }
 
     def values(seed: int) -> list[float | None] | None:

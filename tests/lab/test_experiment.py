@@ -48,6 +48,16 @@ def test_nothing_ends_a_run_but_its_budget(config):
         assert run.threads == 1
 
 
+def test_evaluations_are_spread_over_a_run(config):
+    ends = {n: planned(config, evaluations=n, budget=Budget(steps=600))[0] for n in (1, 3, 100)}
+    assert {n: arm.config.run.eval_every for n, arm in ends.items()} == {1: 600, 3: 200, 100: 50}
+    assert {n: arm.config.run.checkpoint_every for n, arm in ends.items()} == {
+        1: 250,
+        3: 200,
+        100: 50,
+    }
+
+
 def test_fewer_flops_per_token_are_more_tokens(config):
     a, b = planned(config)
     assert a.config.optim.steps == 300 and b.tokens > a.tokens

@@ -9,6 +9,7 @@ from headway.data.tokenizer import load_tokenizer
 from headway.lab.runs import Run, documents, execute, execute_branches
 from headway.report.sinks import read_metrics
 from headway.train.resolve import resolve
+from headway.train.session import Session
 from tests.train.tiny_run import tiny
 
 
@@ -40,6 +41,26 @@ def test_branches_are_the_runs_that_they_stand_for(tmp_path, runs):
         assert len(events) == (fall is not None) and all(fall in text for text in events)
     again = execute_branches(family, tmp_path / "shared")
     assert [(r["config_hash"], r["attempts"]) for r in again] == [(run.key, 1) for run in family]
+
+
+def test_a_trunk_that_was_killed_keeps_what_it_left(tmp_path, runs, monkeypatch):
+    family, fork, left = [runs(10), runs(20), runs(14)], Session.fork, []
+
+    def killed(session):
+        left.append(fork(session))
+        if len(left) == 2:
+            raise MemoryError
+        return left[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "fork", killed)
+        with pytest.raises(MemoryError):
+            execute_branches(family, tmp_path / "shared")
+    again = execute_branches(family, tmp_path / "shared")
+    assert [r["continued"] for r in again] == [6, 0, 8]
+    assert [r["attempts"] for r in again] == [1, 2, 1]
+    alone = [execute(run, tmp_path / "alone") for run in family]
+    assert [r["bits_per_byte"] for r in again] == [r["bits_per_byte"] for r in alone]
 
 
 def test_what_begins_otherwise_is_trained_alone(tmp_path, runs):

@@ -137,6 +137,22 @@ def test_mistakes_are_named(place, done):
     assert "no arm other" in mistake("study", "small", "--only", "other")
     assert "no runs of --stage" in mistake("study", "small", "--run", "--corpus", "tiny")
     assert "has no studies" in mistake("study", "small", "--studies", "nowhere")
+    assert "--seed is for --only" in mistake("study", "small", "--seed", "3")
+    assert "--quick is for --run" in mistake("study", "small", "--quick")
+    assert "give one" in mistake("study", "small", "--run", "--only", "slow")
+    assert "below 0" in mistake("study", "small", "--run", "--cpu-minutes", "-1")
+    file = place / "studies" / "small.py"
+    other = """
+SECOND = (ARMS[0], Arm("slow", with_leaf(CONFIG, "optim.lr", 3e-4)))
+EXPERIMENT = Experiment(SECOND, (13,), Budget(steps=1), eval_tokens=256, evaluations=1)
+OTHER = Series("confirm", "tiny text", EXPERIMENT, (10, 20))
+"""
+    twice = FILE.replace("(11, 12)))", "(11, 12)), OTHER)").replace(
+        "\nSTUDY =", f"{other}\nSTUDY ="
+    )
+    file.write_text(twice)
+    assert "two series call different arms 'slow'" in mistake("study", "small", "--run")
+    file.write_text(FILE)
     listed = call("study", "list", "--json").json["studies"]
     assert [(s["name"], s["rows"]) for s in listed] == [("small", 12)]
     assert call("study", "list", "--page").code == 0
@@ -215,6 +231,14 @@ def test_a_diverged_run_drops_its_pair_and_is_named():
     assert (one.seeds, one.dropped, one.answer) == ([1, 3, 4], [2], "holds")
     few = judged(study, {name: series[:3] for name, series in values.items()})
     assert (few.answer, few.estimate) == ("open", None)
+    uncopied = claims_of("not_worse", [("a", "b", 1)], margin=0.5)
+    uncopied = dataclasses.replace(
+        uncopied, claims=(dataclasses.replace(uncopied.claims[0], metric="bits_per_byte_uncopied"),)
+    )
+    rows = [row | {"bits_per_byte_uncopied": row["bits_per_byte"]} for row in made(values)]
+    rows[0]["bits_per_byte_uncopied"] = None  # measured before there was the metric
+    one = judge(uncopied, rows, {"X"})[0]
+    assert (one.seeds, one.dropped) == ([3, 4], [2])
     unpaired = judged(study, {("a", 1): [1.0, 1.0, 1.1], ("b", 1): [1.0]})
     assert (unpaired.answer, unpaired.seeds) == ("open", [1])
 

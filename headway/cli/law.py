@@ -167,6 +167,8 @@ def _fit(options: Fit) -> int:
         raise UsageError(f"--bootstraps {options.bootstraps} gives no intervals; use 100 or more")
     if not options.huber > 0:
         raise UsageError(f"--huber {options.huber:g} is not above 0; use 1e-3")
+    if not options.seed_noise < math.inf:
+        raise UsageError(f"--seed-noise {options.seed_noise:g} is no number of nats; use 0.003")
     from headway.lab.forecast import fit_runs
     from headway.lab.law_page import write_law
     from headway.lab.laws import Irreducible

@@ -127,13 +127,21 @@ class Fit:
 
     def predict(self, at: dict[str, float], level: float | None = None) -> Forecast:
         """Return the forecast of one run. `at` names every input of the law; FLOPs alone, of a law
-        in parameters and tokens, are spent on the best of both (C = 6·N·D)."""
+        in parameters and tokens, are spent on the best of both (C = 6·N·D). Raises UsageError for
+        an input that is missing, and for one that the law does not read."""
         level = level or float(self.facts["level"])
         names = laws.inputs(self.law.form)
+        given = list(at)
         if "flops" in at and "params" in names and not {"params", "tokens"} & set(at):
             at = self._best_split(at)
+            given.remove("flops")
         if missing := [f"--{name}" for name in names if name not in at]:
             raise UsageError(f"a law of form {self.law.form} also needs {' and '.join(missing)}")
+        if unread := [f"--{name}" for name in given if name not in names]:
+            raise UsageError(
+                f"a law of form {self.law.form} at {' and '.join(f'--{n}' for n in names)} does "
+                f"not read {' and '.join(unread)}; leave it out"
+            )
         x = {name: np.array([at[name]]) for name in names}
         draws_R = self.law.draws(x)[:, 0] + self.seed_noise_R
         low, high = _interval(draws_R, level)

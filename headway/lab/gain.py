@@ -69,12 +69,16 @@ def gain(fit: Fit, path: Path, level: float | None = None) -> Gain:
             loss at these FLOPs) and `tokens_per_second`, `baseline_tokens_per_second`. Rows of
             equal FLOPs are seeds.
     Raises: UsageError for a law that is none of FLOPs, fewer than two rungs, or a loss that the
-        baseline never reaches."""
+        baseline never reaches; for tokens per second of one side alone."""
     law = fit.law
     level = level or float(fit.facts["level"])
     if law.form not in ("power", "isoflop"):
         raise UsageError(f"a gain needs a law of FLOPs; this fit is of form {law.form}")
     table = read_table(path, ("flops", "loss"), OPTIONAL)
+    if len(speeds := [name for name in OPTIONAL[1:] if name in table]) == 1:
+        raise UsageError(
+            f"{path} has {speeds[0]} alone; a speed-up needs {' and '.join(OPTIONAL[1:])}"
+        )
     rungs = np.unique(table["flops"])
     if len(rungs) < 2:
         raise UsageError(f"{path} has one rung; whether a gain holds takes two or more")

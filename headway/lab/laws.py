@@ -168,21 +168,21 @@ class Law:
 
     def parameters(self) -> dict[str, float]:
         """Return the parameters as the equations have them."""
-        return {name: float(v[0]) for name, v in self._published(self.theta_P[None]).items()}
+        floor = np.array([_log(self.irreducible.value)])
+        published = self._published(self.theta_P[None], floor)
+        return {name: float(v[0]) for name, v in published.items()}
 
     def parameter_draws(self) -> dict[str, np.ndarray]:
-        """Return those of the replicates."""
-        return self._published(self.theta_RP)
+        """Return those of the replicates, [R] each."""
+        return self._published(self.theta_RP, self.log_floor_R)
 
-    def _published(self, theta_RP: np.ndarray) -> dict[str, np.ndarray]:
+    def _published(self, theta_RP: np.ndarray, log_floor_R: np.ndarray) -> dict[str, np.ndarray]:
         one = {name: np.ones(1) for name in inputs(self.form)}
         names, amplitudes, _ = design(self.form, one, self.irreducible.value is None)
         values = {name: theta_RP[:, i] for i, name in enumerate(names)}
         published = {k: np.exp(v) if k in amplitudes else v for k, v in values.items()}
         if self.irreducible.value is not None:
-            floors = self.log_floor_R if len(theta_RP) == len(self.log_floor_R) else None
-            value = np.array([self.irreducible.value]) if floors is None else np.exp(floors)
-            published["irreducible"] = value
+            published["irreducible"] = np.exp(log_floor_R)
         return published
 
 
@@ -312,6 +312,6 @@ def _check(
 def _check_falls(law: Law, x: Columns) -> None:
     """Raise UsageError where more compute does not lower the loss."""
     middle = {name: np.exp(np.log(x[name]).mean(keepdims=True)) for name in inputs(law.form)}
-    for name in {"flops", "params", "tokens"} & set(middle):
+    for name in (name for name in middle if name in ("flops", "params", "tokens")):
         if law.loss(middle | {name: middle[name] * 1.01})[0] >= law.loss(middle)[0] * (1 - 1e-9):
             raise UsageError(f"the losses do not fall with {name}; no law of form {law.form}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from headway.checkpoint.run_folder import read_config
 from headway.config import UsageError
 from headway.lab.forecast import Fit, pinned_warning
-from headway.lab.laws import Irreducible
+from headway.lab.laws import Irreducible, inputs
 from headway.lab.sealed import file_sha256, read_sealed, sealed
 from headway.report.provenance import commit
 from headway.report.sinks import read_metrics
@@ -54,10 +54,12 @@ def register(
     exists or cannot be written.
 
     Args:
-        at: what `Fit.predict` takes; `tokens` is what the run will train on, if it is known.
+        at: what `Fit.predict` takes; `tokens`, also of a law that does not read them, is what the
+            run will train on.
         metric: what the loss is, and on which text.
         stop_rule: when the run ends."""
-    forecast = fit.predict(at)
+    read = inputs(fit.law.form)
+    forecast = fit.predict({k: v for k, v in at.items() if k != "tokens" or k in read})
     head, dirty = commit(Path.cwd())  # of who studies; else of this package
     if head == "unknown":
         head, dirty = commit()

@@ -59,7 +59,9 @@ def read_runs(path: Path, form: Form) -> Runs:
 def read_table(
     path: Path, names: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Return columns of a CSV file, of numbers above 0; `optional` ones where they are there."""
+    """Return columns of a CSV file, float64 [N] of numbers above 0; `optional` ones where they are
+    there. Raises UsageError for a missing column, a file without rows, and a value that is not
+    above 0, with its line."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
@@ -72,6 +74,8 @@ def read_table(
         raise UsageError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(head) or 'none'}"
         )
+    if not lines:
+        raise UsageError(f"{path} has no rows below its header; give a row per run")
     wanted = [*names, *(name for name in optional if name in head)]
     values: dict[str, list[float]] = {name: [] for name in wanted}
     for line, row in lines:

@@ -164,6 +164,8 @@ def test_the_best_split_of_flops(tmp_path):
     ratio = (0.34 * 406.4 / (0.28 * 410.7)) ** (1 / 0.62)  # Hoffmann et al. 2022, equation 4
     assert at["params"] == pytest.approx(ratio * (1e22 / 6) ** (0.28 / 0.62), rel=1e-3)
     assert 6 * at["params"] * at["tokens"] == pytest.approx(1e22)
+    both = ("--flops", "1e22", "--params", "1e9", "--tokens", "1e10")
+    assert "does not read --flops; leave it out" in mistake("law", "predict", fit, *both)
 
 
 def test_the_gain_of_marins_gate(marin, tmp_path):
@@ -273,6 +275,8 @@ def test_mistakes_of_the_other_forms_and_parts(marin, tmp_path):
     )
     fit, _ = fitted(marin)
     assert "also needs --flops" in mistake("law", "predict", fit, "--params", "1e9")
+    words = mistake("law", "predict", fit, "--flops", "1e20", "--tokens", "9", "--experts", "8")
+    assert "at --flops does not read --tokens and --experts; leave it out" in words
     assert "--flops -1 is no number above 0" in mistake("law", "predict", fit, "--flops", "-1")
     assert "is no headway law fit; make one with" in mistake(
         "law", "predict", marin, "--flops", "1e20"
@@ -287,4 +291,11 @@ def test_mistakes_of_the_other_forms_and_parts(marin, tmp_path):
     )
     below = csv(tmp_path / "below.csv", "flops,loss", [(1e18, 3.0), (3e18, 0.5)])
     assert "is not above the baseline's irreducible loss" in mistake("law", "gain", fit, below)
+    half = csv(tmp_path / "half.csv", "flops,loss,tokens_per_second", [(1e18, 3, 9), (3e18, 3, 9)])
+    assert "has tokens_per_second alone; a speed-up needs" in mistake("law", "gain", fit, half)
     assert "cannot read" in mistake("law", "fit", "/nowhere.csv")
+    empty = csv(tmp_path / "empty.csv", "budget,tokens,loss", [])
+    assert "has no rows below its header" in mistake("law", "fit", empty, "--form", "isoflop")
+    assert "--seed-noise nan is no number of nats" in mistake(
+        "law", "fit", marin, "--seed-noise", "nan"
+    )

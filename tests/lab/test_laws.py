@@ -110,6 +110,15 @@ def test_an_uncertain_irreducible_loss_widens_the_interval():
     assert widths[0] * 1.1 < widths[1] < widths[2] / 2
 
 
+def test_the_irreducible_loss_of_a_law_is_the_stated_one_and_of_replicates_what_they_drew():
+    x = {"flops": 10 ** np.linspace(18, 20.5, 8)}
+    y = 1.6 + 95.18 * x["flops"] ** -0.0941
+    law = fit("power", x, y, Irreducible(1.6, 0.2), bootstraps=1)
+    assert law.parameters()["irreducible"] == pytest.approx(1.6, abs=1e-12)
+    assert law.parameter_draws()["irreducible"] == pytest.approx(np.exp(law.log_floor_R))
+    assert abs(law.log_floor_R[0] - np.log(1.6)) > 1e-3
+
+
 @pytest.mark.parametrize("text", ["", "fixed", "-1", "1.6±-1", "1.6±x", "nan", "inf"])
 def test_what_is_no_irreducible_loss(text):
     with pytest.raises(UsageError, match="neither free nor X nor X±Y"):

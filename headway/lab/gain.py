@@ -89,11 +89,10 @@ def gain(fit: Fit, path: Path, level: float | None = None) -> Gain:
         part = {name: column[table["flops"] == flops] for name, column in table.items()}
         n, changed = len(part["loss"]), float(part["loss"].mean())
         x = {"flops": np.array([flops])}
-        noise_R = generator.choice(law.noise_R, (n, len(law.noise_R))).mean(0)
+        changed_R = _mean_of_runs(fit, changed, n, generator)
         if "baseline" in part:
             base = float(part["baseline"].mean())
-            other_R = generator.choice(law.noise_R, (n, len(law.noise_R))).mean(0)
-            base_R = base * np.exp(other_R)
+            base_R = _mean_of_runs(fit, base, n, generator)
         else:
             base, base_R = float(law.loss(x)[0]), law.draws(x, noise=False)[:, 0]
         least = values[0]["irreducible"]
@@ -103,10 +102,11 @@ def gain(fit: Fit, path: Path, level: float | None = None) -> Gain:
                 f"baseline's irreducible loss, {least:.4g}"
             )
         point = float(_ratio(base, changed, **_exponent(values[0])))
+        least_R = values[1]["irreducible"]
         with np.errstate(invalid="ignore", divide="ignore"):
-            draws_R = _ratio(base_R, changed * np.exp(noise_R), **_exponent(values[1]))
+            draws_R = _ratio(np.maximum(base_R, least_R), changed_R, **_exponent(values[1]))
         # a replicate whose irreducible loss is above the change's: the baseline never gets there
-        draws_R = np.where(np.isfinite(draws_R), draws_R, np.inf)
+        draws_R = np.where(changed_R > least_R, draws_R, np.inf)
         tail = (1 - level) / 2
         low, high = np.quantile(draws_R, [tail, 1 - tail], method="nearest").tolist()
         speedup = None
@@ -115,6 +115,13 @@ def gain(fit: Fit, path: Path, level: float | None = None) -> Gain:
             speedup = point * float(times.mean())
         rows.append(Rung(float(flops), n, point, low, high, speedup))
     return Gain(tuple(rows), *_verdict(rows), level)
+
+
+def _mean_of_runs(fit: Fit, loss: float, n: int, generator: np.random.Generator) -> np.ndarray:
+    """Return replicates of the mean loss of n runs, nats `[R]`: residuals and seed noise anew."""
+    R = len(fit.law.noise_R)
+    residual_R = generator.choice(fit.law.noise_R, (n, R)).mean(0)
+    return loss * np.exp(residual_R) + generator.choice(fit.seed_noise_R, (n, R)).mean(0)
 
 
 def _exponent(values: dict[str, Any]) -> dict[str, Any]:

@@ -220,6 +220,34 @@ def test_the_interval_of_a_gain_holds_it(tmp_path):
     assert 0.82 <= np.mean(held) <= 0.97
 
 
+def test_seed_noise_widens_the_interval_of_a_gain_and_seeds_narrow_it(marin, tmp_path):
+    """A means-of-seeds ladder: one run more deviates by 0.02 nats, which its residuals lack."""
+    at = [(3e18, 3.3), (1e20, 2.82)]
+    one, four = (csv(tmp_path / f"{n}.csv", "flops,loss", at * n) for n in (1, 4))
+    widths = []
+    for noise, change in (("0", one), ("0.02", one), ("0.02", four)):
+        fit, done = fitted(marin, "--irreducible", "1.6", "--seed-noise", noise)
+        rung = call("law", "gain", fit, change, "--json").json["rungs"][0]
+        widths.append(np.log(rung["high"] / rung["low"]))
+    expected = 2 * 1.645 * 0.02 / (3.3 - 1.6) / done.json["parameters"]["alpha"]
+    assert widths[1] == pytest.approx(np.hypot(widths[0], expected), rel=0.1)
+    assert widths[2] < 0.65 * widths[1]
+
+
+def test_a_replicate_with_an_irreducible_loss_above_both_losses_is_no_gain_of_the_baseline(
+    tmp_path,
+):
+    """Losses of baseline and change just above the irreducible loss, with seed noise that is larger
+    than the rest: of replicates that hold neither loss no finite gain is made up."""
+    C = np.geomspace(1e18, 3e20, 8)
+    law = laws.fit("power", {"flops": C}, 2 + 1e5 * C**-0.3, Irreducible(2.0), bootstraps=400)
+    noise_R = np.random.default_rng(0).choice([-0.3, 0.3], 400)
+    fit = Fit(law, (), None, noise_R, {"level": 0.9})
+    rows = [(c, 2.05, 2.1) for c in (1e19, 1e20)]
+    result = gain(fit, csv(tmp_path / "c.csv", "flops,loss,baseline", rows))
+    assert all(rung.low == 0 and rung.high == np.inf for rung in result.rungs)
+
+
 def test_the_page_shows_curve_runs_and_band(marin):
     _, done = fitted(marin, "--irreducible", "1.6")
     page = marin.with_suffix(".html").read_text()

@@ -40,7 +40,7 @@ def worlds(args: Sequence[str]) -> int:
     """Run `headway worlds TASK` and return its exit code."""
     options = parse(Worlds, args, "headway worlds")
     from headway.data.worlds.lines import lines
-    from headway.data.worlds.spec import TASKS, parse_world
+    from headway.data.worlds.spec import TASKS, options_of, parse_world
 
     if not options.task:
         raise UsageError(f"worlds needs a task; use {TASKS}")
@@ -58,10 +58,12 @@ def worlds(args: Sequence[str]) -> int:
         ):
             for line in lines(world, options.split, options.n, options.seed):
                 file.write(line)
+    except BrokenPipeError:  # no mistake: whoever reads has seen enough
+        raise
     except OSError as error:
         raise UsageError(f"cannot write {options.out!r}: {error.strerror}") from None
     if options.out:
         print(f"{options.out}: {options.n:,} items of up to {world.n_tokens:,} tokens, {world}")
-    answer = {"out": options.out, "task": world.name, "options": vars(world), "n": options.n}
+    answer = {"out": options.out, "task": world.name, "options": options_of(world), "n": options.n}
     print_json(options.json, {**answer, "split": options.split, "seed": options.seed})
     return 0

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +33,27 @@ def test_items_are_lines(tmp_path):
         assert len(item["tokens"]) == len(item["targets"]) == 20 and item["meta"] == {"pairs": 3}
     assert call(*words, "--split", "test").out.splitlines() == lines
     assert call(*words, "--split", "train").out.splitlines() != lines
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("a5,bos=0", {"length": 32, "bos": 0}),
+        ("facts,weights=conflict,kind=holder", {"weights": "conflict", "kind": "holder"}),
+    ],
+)
+def test_the_options_are_those_of_the_task(task, options, tmp_path):
+    facts = call("worlds", task, "--n", 3, "--out", tmp_path / "items.jsonl", "--json").json
+    assert facts["options"].items() >= options.items() and "group" not in facts["options"]
+
+
+def test_a_reader_that_goes_away_is_no_mistake():
+    words = (sys.executable, "-m", "headway", "worlds", "copy", "--n", "20000")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_train_and_eval(trained, place):

@@ -37,10 +37,11 @@ class WorldSource:
 
     @classmethod
     def open(cls, spec: str, tokenizer: Tokenizer) -> "WorldSource":
-        """Raise UsageError for a spec that is none, and for a tokenizer without its words."""
+        """Raise UsageError for a spec that is none, and for a tokenizer in which one of its words is
+        no token."""
         world = parse_world(spec)
         ids = tokenizer.encode(" ".join(world.words))
-        if len(set(ids.tolist())) != len(world.words):
+        if tuple(tokenizer.decode([i]) for i in ids.tolist()) != world.words:
             fix = "use a model that was trained on such a world"
             raise UsageError(f"the tokenizer lacks words of {spec}; {fix}")
         bytes_V = tokenizer.token_bytes.astype(np.float64)

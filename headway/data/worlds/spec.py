@@ -39,11 +39,17 @@ def parse_world(spec: str, length: int = 0) -> World:
     return world
 
 
+def options_of(world: World) -> dict[str, int | str]:
+    """Return the options of a world and their values; the task of a group is none."""
+    assert dataclasses.is_dataclass(world)
+    names = [field.name for field in dataclasses.fields(world) if field.name != "group"]
+    return {name: vars(world)[name] for name in names}
+
+
 def _with_options(world: World, options: list[str]) -> World:
     """Return the world with fields replaced by `NAME=VALUE`."""
     assert dataclasses.is_dataclass(world) and not isinstance(world, type)
-    values = {}
-    known = {f.name: f.default for f in dataclasses.fields(world) if f.name != "group"}
+    values, known = {}, options_of(world)
     for option in options:
         name, _, value = option.partition("=")
         if name not in known:

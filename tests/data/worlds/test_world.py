@@ -16,6 +16,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.data.worlds.draws import Draws
 from headway.data.worlds.lines import lines
+from headway.data.worlds.source import WorldSource
 from headway.data.worlds.spec import parse_world
 from headway.data.worlds.world import generate, is_in
 from tests.data.worlds.rows import rows
@@ -118,6 +119,19 @@ def test_a_batch_holds_the_items_and_nothing_else_is_a_target(spec):
     words = parse_world(spec).words
     text_bytes = [sum(len(words[t]) for t in item["targets"] if t >= 0) for item in items]
     assert batch.bytes_B is not None and batch.bytes_B.tolist() == text_bytes
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "spec"),
+    [
+        ("world:parity", "world:copy"),  # lacks one word, the bar
+        ("world:mqar,vocab=16", "world:mqar,vocab=18"),
+        ("bytes", "world:parity"),
+    ],
+)
+def test_a_tokenizer_must_have_every_word(vocabulary, spec):
+    with pytest.raises(UsageError, match=f"the tokenizer lacks words of {spec}"):
+        WorldSource.open(spec, load_tokenizer(vocabulary))
 
 
 def test_a_batch_does_not_depend_on_ranks_and_cuts():

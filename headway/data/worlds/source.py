@@ -37,8 +37,8 @@ class WorldSource:
 
     @classmethod
     def open(cls, spec: str, tokenizer: Tokenizer) -> "WorldSource":
-        """Raise UsageError for a spec that is none, and for a tokenizer in which one of its words is
-        no token."""
+        """Raise UsageError for a spec that is none, and for a tokenizer that has not each of its
+        words as a token."""
         world = parse_world(spec)
         ids = tokenizer.encode(" ".join(world.words))
         if tuple(tokenizer.decode([i]) for i in ids.tolist()) != world.words:

@@ -125,7 +125,7 @@ def test_a_batch_holds_the_items_and_nothing_else_is_a_target(spec):
     ("vocabulary", "spec"),
     [
         ("world:parity", "world:copy"),  # lacks one word, the bar
-        ("world:mqar,vocab=16", "world:mqar,vocab=18"),
+        ("world:mqar,pairs=2,length=8,vocab=16", "world:mqar,pairs=2,length=8,vocab=18"),
         ("bytes", "world:parity"),
     ],
 )

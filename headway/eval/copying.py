@@ -15,16 +15,19 @@ CONTEXT = 4
 
 def copied(tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
     """Return bool `[B, S]`: targets that follow the last earlier occurrence, in the same window, of
-    the `CONTEXT` tokens up to theirs. No model is read."""
+    the `CONTEXT` tokens up to theirs; both arguments are int64 `[B, S]`.
+
+    No model is read. Documents are not kept apart, so that models with and without `data.doc_mask`
+    are compared on the same targets; windows of another length give away others."""
     B, S = tokens_BS.shape
     if S <= CONTEXT:
         return torch.zeros_like(tokens_BS, dtype=torch.bool)
-    ends_BS = tokens_BS.unfold(1, CONTEXT, 1)  # [B, S − CONTEXT + 1, CONTEXT], by their last token
-    place_S = torch.arange(S, device=tokens_BS.device)
-    same_BTS = torch.zeros(B, S, S, dtype=torch.bool, device=tokens_BS.device)
-    first = CONTEXT - 1
-    same_BTS[:, first:, first:] = (ends_BS[:, :, None] == ends_BS[:, None]).all(3)
-    same_BTS &= place_S[:, None] > place_S[None, :]
-    last_BS = torch.where(same_BTS, place_S, -1).amax(2)
-    guess_BS = tokens_BS.gather(1, (last_BS + 1).clamp(max=S - 1))
-    return (last_BS >= 0) & (guess_BS == targets_BS)
+    grams = tokens_BS.unfold(1, CONTEXT, 1).flatten(0, 1)  # of N = S − CONTEXT + 1 places
+    gram_BN = grams.unique(dim=0, return_inverse=True)[1].view(B, -1)
+    # equal ones stand side by side, in the order of their places
+    gram_BN, place_BN = gram_BN.sort(dim=1, stable=True)
+    again = gram_BN[:, 1:] == gram_BN[:, :-1]
+    guess = tokens_BS.gather(1, (place_BN[:, :-1] + CONTEXT).clamp(max=S - 1))
+    last = place_BN[:, 1:] + CONTEXT - 1
+    is_copied = again & (guess == targets_BS.gather(1, last))
+    return torch.zeros_like(tokens_BS, dtype=torch.bool).scatter_(1, last, is_copied)

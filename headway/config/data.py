@@ -27,7 +27,8 @@ class DataConfig:
     help, wiki; or worlds alone, `world:TASK[,OPTION=VALUE…]`: mqar, s5, a5, s3, parity, copy,
     facts, multiplication (docs/worlds.md)."""
     weights: tuple[float, ...] = ()
-    """Mixing weights, one per source, > 0; empty means in proportion to their tokens."""
+    """Mixing weights, one per source, > 0; empty means in proportion to their tokens;
+    worlds, which have no end, share evenly."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a `tokenizer.json` (make one with `headway tokenize`). Worlds have
     words of their own and take no other."""
@@ -118,8 +119,8 @@ class DataConfig:
             value = vars(self)[field.name]
             if field.name in _OF_TEXT and value != field.default:
                 what = f"data.{field.name}={value} is for text, and {world} is none"
-                raise UsageError(f"{what}; leave it out")
+                raise UsageError(f"{what}; use its default, {field.default}")
 
 
-_OF_TEXT = ("tokenizer", "skip_bad", "dedup", "near_duplicates")
+_OF_TEXT = ("tokenizer", "val_fraction", "skip_bad", "dedup", "near_duplicates")
 """Fields that a world could not obey."""

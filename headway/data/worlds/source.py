@@ -14,8 +14,8 @@ from headway.data.worlds.world import World, WorldSplit, generate
 
 VAL_ITEMS = 512
 """Items of the validation split."""
-TRAIN_ITEMS = 1 << 32
-"""Items that training is taken to have, where it has no end."""
+TRAIN_TOKENS = 1 << 48
+"""Tokens that training is taken to have, where it has no end."""
 _DIGEST_ITEMS = 64
 
 
@@ -50,7 +50,7 @@ class WorldSource:
     @property
     def train_tokens(self) -> int:
         """Return as many for each world, so that they share a batch evenly without weights."""
-        return TRAIN_ITEMS * self.world.n_tokens
+        return TRAIN_TOKENS
 
     @property
     def val_tokens(self) -> int:

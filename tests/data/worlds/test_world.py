@@ -150,6 +150,12 @@ def test_a_batch_does_not_depend_on_ranks_and_cuts():
     assert not torch.equal(other.batch(5).tokens_BS, whole.tokens_BS)
 
 
+def test_without_weights_worlds_share_evenly_however_long_their_items_are():
+    s = stream("world:copy,length=3", "world:copy,length=12")
+    n_targets = torch.cat([(s.batch(step).targets_BS >= 0).sum(1) for step in range(10)])
+    assert n_targets.bincount()[[3, 12]].tolist() == [40, 40]
+
+
 def test_validation_is_fixed_and_each_item_a_document():
     spec = "world:mqar,pairs=2,length=12,vocab=16"
     s = stream(spec)
@@ -170,7 +176,9 @@ def test_validation_is_fixed_and_each_item_a_document():
     ("sources", "changes", "words"),
     [
         (["world:mqar", "stdlib"], {}, "world:mqar has words of its own, and 'stdlib' is text"),
-        (["world:mqar"], {"dedup": "exact"}, "data.dedup=exact is for text"),
+        (["world:mqar"], {"dedup": "exact"}, "data.dedup=exact is for .* its default, none"),
+        (["world:mqar"], {"val_fraction": 0.1}, "data.val_fraction=0.1 is for text"),
+        (["world:mqar"], {"near_duplicates": "cluster"}, "data.near_duplicates=cluster is for"),
         (["world:mqar"], {"tokenizer": "x.json"}, "data.tokenizer=x.json is for text"),
         (["world:mqar"], {}, "up to 64 tokens, and a window seq_len=32; use --data.seq-len 64"),
         (["world:mcar"], {}, "there is no world 'mcar'; use mqar, s5"),

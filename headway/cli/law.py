@@ -204,7 +204,7 @@ def _predict(options: Predict) -> int:
 def _register(options: Register) -> int:
     if not options.out:
         raise UsageError("register needs --out FILE, a new file for the forecast")
-    from headway.lab.registration import register
+    from headway.lab.forecast_file import register
 
     value = register(
         Path(options.out),
@@ -226,7 +226,7 @@ def _register(options: Register) -> int:
 def _score(options: Score) -> int:
     if bool(options.loss) == bool(options.run):
         raise UsageError("score needs --loss L or --run DIR, one of them")
-    from headway.lab.registration import loss_of_run, score
+    from headway.lab.forecast_file import loss_of_run, score
 
     path = Path(options.file)
     loss = loss_of_run(Path(options.run), path) if options.run else options.loss

@@ -14,9 +14,9 @@ from headway.lab import laws
 from headway.lab.isoflop import Minima, minima
 from headway.lab.laws import Columns, Form, Irreducible, Law
 from headway.lab.rungs import Runs
-from headway.lab.sealed import file_sha256
+from headway.lab.sealed import Kind, file_sha256
 
-KIND = "headway law fit"
+KIND = Kind("headway law fit", "headway law fit FILE.csv --json > FIT")
 NEAR = 0.2
 """Nats by which a pinned irreducible loss is moved, to show what it matters."""
 BACKTEST_BOOTSTRAPS = 300
@@ -75,7 +75,7 @@ class Fit:
         law, level = self.law, self.facts["level"]
         ci = {k: _interval(v, level) for k, v in law.parameter_draws().items()}
         return {
-            "kind": KIND,
+            "kind": KIND.name,
             "form": law.form,
             "irreducible": str(law.irreducible),
             "parameters": law.parameters(),

@@ -20,11 +20,11 @@ from headway.data.tokenizer import load_tokenizer
 from headway.lab import edits
 from headway.lab.experiment import PlannedArm
 from headway.lab.folder import ELSEWHERE, write_json
-from headway.lab.sealed import read_sealed, sealed
+from headway.lab.sealed import Kind, read_sealed, sealed
 from headway.lab.study import Claim, Study, Task, tasks
 from headway.train.records import Log
 
-KIND = "headway study registration"
+KIND = Kind("headway study registration", "headway study NAME --register")
 EXCLUSION = "a run that diverges drops its pair, and is named; nothing else is left out"
 STAGES = ("screen", "confirm")
 LOOKS = "one: at the registered number of seeds, and not before"
@@ -109,7 +109,7 @@ def register(study: Study, folder: Path, log: Log = print) -> Path:
         raise UsageError(f"{path} is registered already; a new question is a new study")
     record = describe(study, log)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, sealed({"kind": KIND, **record}))
+    write_json(path, sealed({"kind": KIND.name, **record}))
     return path
 
 

@@ -3,11 +3,20 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headway.config import UsageError
 
 HASH = "sha256"
+
+
+class Kind(NamedTuple):
+    """What an object is."""
+
+    name: str
+    """Its `kind`."""
+    command: str
+    """The command that writes one."""
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
@@ -15,7 +24,7 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, HASH: _digest(value)}
 
 
-def read_sealed(path: Path, kind: str) -> dict[str, Any]:
+def read_sealed(path: Path, kind: Kind) -> dict[str, Any]:
     """Return the object of a file, or of its last line. Raises UsageError where the file is not of
     that kind, or was changed after it was written."""
     try:
@@ -29,19 +38,12 @@ def read_sealed(path: Path, kind: str) -> dict[str, Any]:
             break
         except ValueError:
             continue
-    if not isinstance(value, dict) or value.get("kind") != kind:
-        raise UsageError(f"{path} is no {kind}; make one with `{_VERB[kind]}`")
+    if not isinstance(value, dict) or value.get("kind") != kind.name:
+        raise UsageError(f"{path} is no {kind.name}; make one with `{kind.command}`")
     rest = {name: v for name, v in value.items() if name != HASH}
     if value.get(HASH) != _digest(rest):
         raise UsageError(f"{path} was changed after it was written: its hash does not fit")
     return rest
-
-
-_VERB = {
-    "headway law fit": "headway law fit FILE.csv --json > FIT",
-    "headway law registration": "headway law register FIT --out FILE",
-    "headway study registration": "headway study NAME --register",
-}
 
 
 def file_sha256(path: Path) -> str:

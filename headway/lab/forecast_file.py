@@ -10,11 +10,11 @@ from headway.checkpoint.run_folder import read_config
 from headway.config import UsageError
 from headway.lab.forecast import Fit, pinned_warning
 from headway.lab.laws import Irreducible, inputs
-from headway.lab.sealed import file_sha256, read_sealed, sealed
+from headway.lab.sealed import Kind, file_sha256, read_sealed, sealed
 from headway.report.provenance import commit
 from headway.report.sinks import read_metrics
 
-KIND = "headway law registration"
+KIND = Kind("headway law registration", "headway law register FIT --out FILE")
 METRICS = ("val_loss", "val_bits_per_byte")
 """What a run records that can be scored."""
 TOKENS_OFF = 0.01
@@ -68,7 +68,7 @@ def register(
         tokens = forecast.tokens["best"]
     value = sealed(
         {
-            "kind": KIND,
+            "kind": KIND.name,
             "prediction": forecast.loss,
             "interval": [forecast.low, forecast.high],
             "level": forecast.level,

@@ -128,9 +128,12 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def print_json(wanted: bool, value: dict[str, Any]) -> None:
-    """Print the last line of stdout, when `--json` asked for it."""
+    """Print the last line of stdout, when `--json` asked for it; numbers that are not finite are
+    null, as in metrics.jsonl."""
     if wanted:
-        print(json.dumps(value, ensure_ascii=False))
+        from headway.report.sinks import plain  # NumPy, which `--help` does without
+
+        print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
 
 
 def _config_help(prog: str) -> str:

@@ -28,6 +28,7 @@ class Rung:
     gain: float
     low: float
     high: float
+    """∞ (null in JSON) where the baseline may never reach the change's loss."""
     speedup: float | None
     """The gain over the time that a token takes more; None without tokens per second."""
 

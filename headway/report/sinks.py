@@ -15,7 +15,7 @@ import numpy as np
 from headway.config import UsageError, cannot_write
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Convert to plain JSON values. JSON has no NaN and no infinity: those become null."""
     if value is None or isinstance(value, (str, bool)):
         return value
@@ -26,11 +26,11 @@ def _plain(value: object) -> object:
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     raise TypeError(f"cannot write a {type(value).__name__} as JSON")
 
 
@@ -106,7 +106,7 @@ class JsonlSink:
     def write(self, record: Mapping) -> None:
         """Append one record. Non-finite numbers become null. After an OSError (disk full) the file
         still ends with a complete line."""
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
         # A lone surrogate (possible in decoded bytes) is no UTF-8; it is written as '?'.
         data = memoryview(line.encode("utf-8", errors="replace") + b"\n")
         size = os.fstat(self._fd).st_size

@@ -59,10 +59,14 @@ def evaluate(args: Sequence[str]) -> int:
     model = trained.load(options)
     data = model.config.data
     if options.data:
-        if data.worlds and not replace(data, source=options.data).worlds:
+        other = replace(data, source=options.data, weights=())
+        if data.worlds and not other.worlds:
             what = f"{options.run} was trained on worlds and has no words for {options.data[0]!r}"
             raise UsageError(f"{what}; give --data world:TASK")
-        data = replace(data, source=options.data, weights=())
+        if other.worlds and not data.worlds:
+            what = f"{other.worlds[0]} is no text, which {options.run} was trained on"
+            raise UsageError(f"{what}; score its items with --suite worlds")
+        data = other
     stream = Stream(prepare(data, model.tokenizer), data, model.config.run.seed)
     text = validation_text(stream, options.tokens)
     # other data may share documents with their validation split: the model has seen neither

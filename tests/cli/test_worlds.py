@@ -94,6 +94,8 @@ def test_mistakes(run, trained, place, tmp_path):
     assert "lacks words of world:mqar" in mistake(
         "eval", run, "--suite", "worlds", "--data", "world:mqar"
     )
+    line = mistake("eval", run, "--data", SPEC)
+    assert "is no text" in line and "--suite worlds" in line
     line = mistake("eval", trained, "--data", place / "text.txt")
     assert "trained on worlds" in line
     assert "--items 0" in mistake("eval", trained, "--suite", "worlds", "--items", 0)

@@ -10,7 +10,9 @@ import pytest
 from headway.lab import laws
 from headway.lab.forecast import Fit
 from headway.lab.gain import gain
+from headway.lab.isoflop import minima
 from headway.lab.laws import Irreducible
+from headway.lab.rungs import read_runs
 from tests.command import call, mistake
 
 MARIN = [
@@ -146,6 +148,9 @@ def test_isoflop_curves_give_law_and_best_tokens(tmp_path):
     forecast = call("law", "predict", fit, "--flops", "1e21", "--json").json
     assert forecast["loss"] == pytest.approx(1.6 + 95.18 * 1e21**-0.0941, rel=1e-6)
     assert forecast["tokens"]["best"] == pytest.approx(16.0 * 1e21**0.464, rel=1e-4)
+    kept = tmp_path / "kept.json"
+    value = call("law", "register", fit, "--flops", "1e21", "--out", kept, "--json").json
+    assert value["tokens"] == forecast["tokens"]["best"]
     noisy, done = fitted(
         isoflop(tmp_path / "noisy.csv", 0.004), "--form", "isoflop", "--irreducible", "1.6"
     )
@@ -218,6 +223,40 @@ def test_the_interval_of_a_gain_holds_it(tmp_path):
         result = gain(fit, csv(tmp_path / "c.csv", "flops,loss", zip(at, changed, strict=True)))
         held += [rung.low <= 1.3 <= rung.high for rung in result.rungs]
     assert 0.82 <= np.mean(held) <= 0.97
+
+
+def test_a_parabola_goes_through_its_runs_and_its_minimum(tmp_path):
+    runs = read_runs(isoflop(tmp_path / "iso.csv"), "isoflop")
+    vertices = minima(runs.x["flops"], runs.x["tokens"], runs.loss_N)
+    for i, budget in enumerate(vertices.budget_B):
+        at, parabola = runs.x["flops"] == budget, vertices.parabola_B3[i]
+        np.testing.assert_allclose(
+            np.polyval(parabola, np.log(runs.x["tokens"][at])), runs.loss_N[at], rtol=1e-9
+        )
+        assert np.polyval(parabola, np.log(vertices.tokens_B[i])) == pytest.approx(
+            vertices.loss_B[i], rel=1e-9
+        )
+
+
+def test_forecasts_beside_an_uncertain_irreducible_loss_are_one_standard_deviation_away(marin):
+    fit, _ = fitted(marin, "--irreducible", "1.6±0.1")
+    forecast = call("law", "predict", fit, "--flops", "1e21", "--json").json
+    assert set(forecast["if_irreducible"]) == {"1.5", "1.7", "free"}
+
+
+def test_seed_noise_widens_the_interval_of_a_forecast(marin):
+    widths = []
+    for noise in ("0", "0.02"):
+        fit, _ = fitted(marin, "--irreducible", "1.6", "--seed-noise", noise)
+        forecast = call("law", "predict", fit, "--flops", "1e21", "--json").json
+        widths.append(forecast["high"] - forecast["low"])
+    assert widths[1] == pytest.approx(np.hypot(widths[0], 2 * 1.645 * 0.02), rel=0.1)
+
+
+def test_a_rung_is_what_lies_within_a_factor_of_two(tmp_path):
+    flops = [1e18, 1.1e18, 1e19, 1.01e19, 1.2e19, 2e19]
+    runs = read_runs(csv(tmp_path / "r.csv", "flops,loss", [(C, 3) for C in flops]), "power")
+    assert runs.rung_N.tolist() == [2, 2, 1, 1, 0, 0]
 
 
 def test_seed_noise_widens_the_interval_of_a_gain_and_seeds_narrow_it(marin, tmp_path):

@@ -117,6 +117,9 @@ def test_the_irreducible_loss_of_a_law_is_the_stated_one_and_of_replicates_what_
     assert law.parameters()["irreducible"] == pytest.approx(1.6, abs=1e-12)
     assert law.parameter_draws()["irreducible"] == pytest.approx(np.exp(law.log_floor_R))
     assert abs(law.log_floor_R[0] - np.log(1.6)) > 1e-3
+    law = fit("power", x, y, Irreducible(0.5, 2.0), bootstraps=500)
+    floors = law.parameter_draws()["irreducible"]
+    assert 0 < floors.min() < 0.2 and y.min() - 0.2 < floors.max() < y.min()
 
 
 @pytest.mark.parametrize("text", ["", "fixed", "-1", "1.6±-1", "1.6±x", "nan", "inf"])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headway.optim.muon import Muon, newton_schulz
 
@@ -75,6 +77,39 @@ def test_a_stack_is_updated_as_its_matrices_alone(chunk):
         single.step()
     together = torch.stack(alone).reshape(stack.shape)
     torch.testing.assert_close(stack, together, rtol=1e-6, atol=1e-7)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=2, max_size=5),
+    chunk=st.integers(1, 9),
+    order=st.randoms(use_true_random=False),
+)
+def test_parameters_of_one_shape_are_updated_as_each_alone(sizes, chunk, order):
+    """Whatever the batches, the order of parameters, and rates that differ by group."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, 4, 6, generator=generator, dtype=torch.float64) for n in sizes]
+    grads = [[torch.randn(x.shape, generator=generator).double() for x in start] for _ in range(2)]
+    rates = [{"lr": 0.02 * (1 + i % 2), "weight_decay": 0.3 * (i % 2)} for i in range(len(start))]
+
+    def run(indices, **options):
+        parameters = {i: torch.nn.Parameter(start[i].clone()) for i in indices}
+        groups = [
+            {"params": [parameters[i] for i in indices if i % 2 == odd], **rates[odd]}
+            for odd in (0, 1)
+            if any(i % 2 == odd for i in indices)
+        ]
+        optimizer = Muon(groups, dtype=torch.float64, **options)
+        for step, scale in enumerate((1.0, 0.5)):
+            for i, p in parameters.items():
+                p.grad = grads[step][i].clone()
+            optimizer.step(scale)
+        return {i: p.detach() for i, p in parameters.items()}
+
+    indices = list(range(len(start)))
+    order.shuffle(indices)
+    together = run(indices, chunk=24 * chunk)
+    for i, p in together.items():
+        torch.testing.assert_close(p, run([i], chunk=24)[i], rtol=1e-12, atol=1e-12)
 
 
 def test_transposed_matrices_move_as_their_transposes():

@@ -283,6 +283,17 @@ def test_each_validation_token_is_a_target_once_in_the_same_order_for_all(config
     assert sorted(seen) == sorted(wanted) and seen != wanted
 
 
+def test_validation_documents_are_numbered_over_all_sources(config, data):
+    stream = Stream(data, config, 0)
+    whole = stream.val_windows(0, stream.n_val_windows)
+    targets_of = np.bincount(whole.document_BS[whole.targets_BS >= 0].numpy())
+    lengths = []
+    for source in data.sources:
+        end_N = source.index.documents(source.index.val)["end"].astype(np.int64)
+        lengths += np.diff(end_N, prepend=0).tolist()
+    assert targets_of.tolist() == lengths and len(lengths) == len(stream.val_documents)
+
+
 def test_validation_text_is_known_by_its_content(config, data):
     def made(tokens, data=data, **change):
         changed = replace(config, **change)

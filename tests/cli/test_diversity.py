@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from headway.cli.diversity import _drawn
 from tests.command import call, mistake
 
 
@@ -37,6 +38,25 @@ def test_a_template_and_copies_are_less_diverse(tmp_path, run):
     again = strict.json
     assert again["n"] == 30 and "g_vendi" not in again["rows"][0]
     assert again["rows"][0]["vendi"] < again["rows"][1]["vendi"] < first["vendi"]
+
+
+def test_every_document_is_as_likely_to_be_drawn(tmp_path):
+    path = texts(tmp_path / "t.jsonl", str, n=20)
+    drawn = [text for seed in range(600) for text in _drawn(str(path), 5, seed)]
+    assert set(drawn) == {str(i) for i in range(20)}
+    counts = [drawn.count(str(i)) for i in range(20)]  # 150 each, standard deviation 10.6
+    assert min(counts) > 105 and max(counts) < 195
+
+
+def test_a_document_is_whole_however_large(tmp_path):
+    path = texts(tmp_path / "t.jsonl", lambda i: f"{i} " + "word " * 300_000 + "end", n=2)
+    assert sorted(map(len, _drawn(str(path), 9, 0))) == [1_500_005] * 2
+
+
+def test_documents_of_one_token_have_gradients_too(tmp_path, run):
+    path = texts(tmp_path / "t.jsonl", lambda i: "abcdefgh"[i % 8], n=8)
+    row = call("diversity", path, "--model", run, "--json").json["rows"][0]
+    assert 1 < row["g_vendi"] <= 8
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,10 @@ def test_a_run_is_scored_at_its_end_and_only_the_registered_one(marin, tmp_path,
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_loss"] for r in records if "val_loss" in r][-1]
     assert call("law", "score", files[0], "--run", run, "--json").json["loss"] == last
+    bits = tmp_path / "bits.json"
+    call("law", "register", fit, *at, "--metric", "val_bits_per_byte", "--out", bits)
+    last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
+    assert call("law", "score", bits, "--run", run, "--json").json["loss"] == last
     assert "was trained on 384 tokens and" in mistake("law", "score", files[1], "--run", run)
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)

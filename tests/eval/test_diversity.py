@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.config import ModelConfig, MoEConfig
+from headway.eval import diversity
 from headway.eval.diversity import gradients, hashed_words, mean_cosine, unit, vendi, with_interval
 from headway.model.transformer import Transformer
 
@@ -88,6 +89,8 @@ def test_words_tell_templates_from_varied_texts():
     x = hashed_words(["", "one two", "two one"])
     assert not x[0].any() and np.linalg.norm(x[1]) == pytest.approx(1)
     assert 0.3 < x[1] @ x[2] < 0.9  # same words, other pairs
+    x = hashed_words(["one", "one one one one"])
+    assert x[0] @ x[1] == pytest.approx(2 / (4 + 3) ** 0.5)  # 4 words as 2, 3 pairs as √3
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,9 @@ def model():
     return model.eval()
 
 
-def test_gradients_are_those_of_the_last_block(model):
+@pytest.mark.parametrize("chunk", [diversity.CHUNK, 100])
+def test_gradients_are_those_of_the_last_block(model, chunk, monkeypatch):
+    monkeypatch.setattr(diversity, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 32, 12).tolist() for _ in range(12)]
     g = gradients(model, ids, dim=4096)

@@ -129,7 +129,11 @@ def _story(mesh, config, optim, data, folder, steps):
         load = result.load
         update(model, optimizers, result, 1.0, optim, balance, parallelism)
         optimizers.zero_grad()
-        records.append(((seen.val_loss, seen.val_bits_per_byte, result.norm), text))
+        assert seen.documents is not None
+        uncopied = seen.documents.bits_per_byte_uncopied
+        assert uncopied != seen.val_bits_per_byte
+        numbers = seen.val_loss, seen.val_bits_per_byte, uncopied, result.norm
+        records.append((numbers, text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
     plan = plan_save(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
     path = write_checkpoint(plan)
@@ -158,7 +162,7 @@ def build(mesh, config, optim):
 )
 def test_evaluation_samples_checkpoints(ranks, tmp_path, mesh, optim):
     text = tmp_path / "text.txt"
-    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000)))
+    text.write_text("".join(chr(97 + (i * i + i // 70) % 11) for i in range(6000)))
     data = DataConfig(source=(str(text),), seq_len=16, batch_size=8, cache_dir=str(tmp_path))
     prepare(data, load_tokenizer("bytes"), print)
     config = dataclasses.replace(heads(), vocab_size=320)

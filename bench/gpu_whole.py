@@ -101,7 +101,7 @@ def profiled(step: Step, repeats: int, on_gpu: bool) -> dict:
     for event in profiler.key_averages():
         there = event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
         ms = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if there and ms > 0:
+        if there and ms > 0 and not event.is_user_annotation:  # `Optimizer.step` spans its kernels
             device.append((ms / 1e3 / repeats, event.count / repeats, event.key[:120]))
         if event.key.startswith("cu"):
             calls[event.key] = event.count / repeats

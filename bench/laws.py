@@ -4,7 +4,7 @@ does not matter.
     python bench/laws.py [--runs 200] [--bootstraps 1000] [--documents 10000] [--save] [--json]
 
 `law fit` is everything that the verb does but start Python: the fit from all starts, the bootstrap,
-the back-tests, the other irreducible losses, the page.
+the back-tests, the other irreducible losses, the page. `forecast` is the example of docs/laws.md.
 """
 
 import argparse
@@ -25,6 +25,17 @@ from headway.lab.rungs import read_runs
 
 FORMS: tuple[Form, ...] = ("power", "chinchilla", "granularity", "joint")
 NOISE = 0.003
+MARIN = (
+    (1e18, 3.5273),
+    (3e18, 3.3398),
+    (1e19, 3.1494),
+    (3e19, 3.0066),
+    (1e20, 2.8509),
+    (3e20, 2.7222),
+)
+"""Best losses of the ladder of marin-community/marin (experiments/grug/moe/README): FLOPs, Paloma
+macro loss."""
+MARIN_AT, MARIN_MEASURED = 1e23, 2.234
 
 
 def runs(n: int) -> dict[str, np.ndarray]:
@@ -72,6 +83,19 @@ def law_row(form: Form, n: int, bootstraps: int) -> dict:
     return row | {"cpu_seconds": seconds}
 
 
+def forecast_row(irreducible: str) -> dict:
+    """Forecast Marin's run of 1e23 from its ladder."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "marin.csv"
+        path.write_text("\n".join(["flops,loss", *(f"{c!r},{y!r}" for c, y in MARIN)]) + "\n")
+        fit = fit_runs(read_runs(path, "power"), Irreducible.parse(irreducible))
+    forecast = fit.predict({"flops": MARIN_AT})
+    row = {"what": "forecast", "irreducible": irreducible, "flops": MARIN_AT}
+    row |= {"loss": forecast.loss, "low": forecast.low, "high": forecast.high}
+    inside = forecast.low <= MARIN_MEASURED <= forecast.high
+    return row | {"level": forecast.level, "measured": MARIN_MEASURED, "inside": inside}
+
+
 def vendi_row(n: int) -> dict:
     """Time one Vendi score."""
     x_ND = unit(np.random.default_rng(0).standard_normal((n, FEATURES)))
@@ -89,13 +113,14 @@ def main() -> None:
     add_options(parser, data=False)
     args = parser.parse_args()
     rows = [law_row(form, args.runs, args.bootstraps) for form in FORMS]
+    slowest = max(row["cpu_seconds"] for row in rows)
     rows.append(vendi_row(args.documents))
-    print_rows(rows)
-    slowest = max(row["cpu_seconds"] for row in rows[:-1])
     targets = [
         target("law fit, slowest form, CPU seconds", slowest, 10.0, at_least=False),
         target("Vendi score, CPU seconds", rows[-1]["cpu_seconds"], 5.0, at_least=False),
     ]
+    rows += [forecast_row(irreducible) for irreducible in ("1.6", "free", "1.6±0.2")]
+    print_rows(rows)
     report("laws", rows, targets, args)
 
 

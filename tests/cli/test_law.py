@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from bench.laws import MARIN
 from headway.lab import laws
 from headway.lab.forecast import Fit
 from headway.lab.gain import gain
@@ -14,16 +15,6 @@ from headway.lab.isoflop import minima
 from headway.lab.laws import Irreducible
 from headway.lab.rungs import read_runs
 from tests.command import call, mistake
-
-MARIN = [
-    (1e18, 3.5273),
-    (3e18, 3.3398),
-    (1e19, 3.1494),
-    (3e19, 3.0066),
-    (1e20, 2.8509),
-    (3e20, 2.7222),
-]
-"""Best losses of the ladder of marin-community/marin (experiments/grug/moe/README): FLOPs, Paloma macro loss."""
 
 
 def csv(path, names, rows):

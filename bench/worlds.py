@@ -18,15 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import add_options, print_rows, report, run, target
 from headway.data.worlds.lines import BLOCK, lines
 from headway.data.worlds.spec import TASKS, parse_world
-from headway.data.worlds.world import World, WorldSplit, generate
+from headway.data.worlds.world import World, WorldSplit, written
 
 
 def arrays(world: World, split: WorldSplit) -> Iterator[int]:
     """Draw blocks of items for ever; yield the tokens of each."""
     for block in range(1 << 30):
         index_B = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.uint64)
-        state = generate(world, split, index_B)
-        yield int((world.render(state, world.oracle(state)).tokens_BT >= 0).sum())
+        yield int((written(world, split, index_B).tokens_BT >= 0).sum())
 
 
 def json_lines(world: World, split: WorldSplit) -> Iterator[int]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from headway.data.worlds.source import WorldSource
-from headway.data.worlds.world import Items, World, WorldSplit, generate
+from headway.data.worlds.world import WorldSplit, written
 from headway.eval.floors import Floors, floors
 from headway.model.transformer import Transformer
 
@@ -72,13 +72,8 @@ def score(
         exact=float((right_BT == asked_BT).all(1).mean()),
         loss=nats / targets,
         floors=floors(
-            _items(source.world, "train", _FLOOR_ITEMS, seed),
-            _items(source.world, split, n, seed),
+            written(source.world, "train", np.arange(_FLOOR_ITEMS, dtype=np.uint64), seed),
+            written(source.world, split, np.arange(n, dtype=np.uint64), seed),
             len(source.world.words),
         ),
     )
-
-
-def _items(world: World, split: WorldSplit, n: int, seed: int) -> Items:
-    state = generate(world, split, np.arange(n, dtype=np.uint64), seed)
-    return world.render(state, world.oracle(state))

@@ -10,7 +10,7 @@ from headway.config import UsageError
 from headway.data.tokenizer import Tokenizer
 from headway.data.windows import Rows
 from headway.data.worlds.spec import parse_world
-from headway.data.worlds.world import World, WorldSplit, generate
+from headway.data.worlds.world import World, WorldSplit, generate, written
 
 VAL_ITEMS = 512
 """Items of the validation split."""
@@ -70,9 +70,7 @@ class WorldSource:
 
     def rows(self, split: WorldSplit, index_B: np.ndarray, seq_len: int, seed: int = 0) -> Rows:
         """Return items by number (uint64 [B]) in windows of `seq_len`."""
-        world = self.world
-        state = generate(world, split, index_B, seed)
-        items = world.render(state, world.oracle(state))
+        items = written(self.world, split, index_B, seed)
         tokens_BS = np.full((len(index_B), seq_len), self.eos, dtype=np.int64)
         targets_BS = np.full_like(tokens_BS, -1)
         T = items.tokens_BT.shape[1]

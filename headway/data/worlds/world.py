@@ -101,6 +101,12 @@ def generate(world: World, split: WorldSplit, index_B: np.ndarray, seed: int = 0
     )
 
 
+def written(world: World, split: WorldSplit, index_B: np.ndarray, seed: int = 0) -> Items:
+    """Return items by number (uint64 [B]) as tokens and targets. Raises what `generate` does."""
+    state = generate(world, split, index_B, seed)
+    return world.render(state, world.oracle(state))
+
+
 def is_in(split: WorldSplit, content_B: np.ndarray) -> np.ndarray:
     """Return whether contents belong to a split, bool [B]: half of all to training, a quarter each
     to validation and test."""

@@ -40,6 +40,20 @@ def test_loss_is_averaged_over_layers_and_reads_both_coefficients():
     assert float(balance_loss([], BalanceConfig())) == 0
 
 
+def test_layers_of_different_sizes_are_averaged_as_each_alone():
+    """Sizes that alternate, with and without a load of their own."""
+    layers = [stats([[4, 0], [1, 3]], z=2.0), stats([[3, 2, 1]], z=4.0), stats([[0, 4], [2, 2]])]
+    load = [layer.counts_HE + 1 + i for i, layer in enumerate(layers)]
+    config = BalanceConfig(aux=0.1, z=0.01)
+    for loads in (None, load):
+        alone = [
+            float(balance_loss([layer], config, loads and [loads[i]]))
+            for i, layer in enumerate(layers)
+        ]
+        loss = float(balance_loss(layers, config, loads))
+        assert len(set(alone)) == 3 and loss == pytest.approx(sum(alone) / 3, rel=1e-12)
+
+
 def test_every_micro_batch_reads_the_load_that_is_given():
     """Two micro-batches, each on one expert: by the load of a step both see how uneven that is, by
     their own both see collapse."""

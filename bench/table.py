@@ -143,7 +143,7 @@ def highlights(folder: Path = NUMBERS) -> str:
         f"behind the dense network (a flat MoE is {ahead:.3f} ahead of it), and `headway plan` "
         f"misses a step by up to {error:.0%}. GPU kernels were measured on one H100 and Head "
         "Parallel between CPU processes with limited links; NCCL, several GPUs and models of more "
-        "than some million parameters have not been run yet."
+        "than 0.3 billion parameters have not been trained yet."
     )
     table = ["| measured | value | on |", "|---|---|---|", *rows]
     return "\n".join([*table, "", limits])

@@ -26,7 +26,7 @@ def small() -> Config:
                 n_dense_layers=1,
             ),
         ),
-        data=DataConfig(seq_len=1024, batch_size=64, micro_batch_size=16),
+        data=DataConfig(seq_len=1024, batch_size=64, micro_batch_size=32),
         optim=OptimConfig(name="muon", steps=10_000, lr=1e-3),
         run=RunConfig(recompute=True, checkpoint_every=1000, eval_tokens=1 << 21),
     )

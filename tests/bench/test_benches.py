@@ -75,7 +75,11 @@ def test_shakespeare(path, capsys, monkeypatch):
 def test_laws(capsys, monkeypatch):
     sizes = ("--runs", "20", "--bootstraps", "100", "--documents", "300")
     found = last_line(laws.main, capsys, monkeypatch, *sizes)
-    assert [row.get("form") for row in found["rows"]] == [*laws.FORMS, None]
+    kinds = [row["what"] for row in found["rows"]]
+    assert kinds == ["law fit"] * len(laws.FORMS) + ["vendi"] + ["forecast"] * 3
+    pinned, free, _ = found["rows"][-3:]
+    assert pinned["low"] < pinned["loss"] < pinned["high"]
+    assert free["high"] - free["low"] > pinned["high"] - pinned["low"], "free costs certainty"
     assert all(target["pass"] for target in found["targets"])
 
 

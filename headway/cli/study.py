@@ -126,7 +126,8 @@ def _list(options: StudyOptions, folder: Path, numbers: Path) -> int:
         known = registered.read(chosen, folder) is not None
         n = len(read_rows(numbers / f"{name}.json"))
         state = "registered" if known else "not registered"
-        state = f"{len(chosen.claims)} claims, {state}" if chosen.claims else "no claims"
+        n_claims = len(chosen.claims) + len(chosen.rules)
+        state = f"{n_claims} claims, {state}" if n_claims else "no claims"
         rows.append({"name": name, "title": chosen.title, "state": state, "rows": n})
     for row in rows:
         runs = "" if row["rows"] is None else f", {row['rows']} runs"
@@ -203,12 +204,12 @@ def _again(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) ->
 def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
     from headway.lab import registered
     from headway.lab.study import read_rows, spent_seconds
-    from headway.lab.verdict import judge, statistic
+    from headway.lab.verdict import judge, judge_rules, statistic
 
     rows = read_rows(rows_file)
     record = registered.read(chosen, folder)
-    ids = {claim["id"] for claim in record["claims"]} if record else set()
-    judged = judge(chosen, rows, ids)
+    judged = judge(chosen, rows, registered.ids(record))
+    ruled = judge_rules(chosen, rows, registered.ids(record))
     for one in judged:
         print(f"{one.claim.id}: {one.answer}. {one.claim.text} [{statistic(one.claim)}]")
         if one.estimate is None or one.ci is None:
@@ -218,6 +219,8 @@ def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) 
         print(f"    {one.estimate:+.4f}, {low:+.4f} … {high:+.4f}, {len(one.seeds)} seeds")
         if one.settling:
             print(f"    {one.settling[0]:,} seeds would settle it: {one.settling[1]:,.0f} CPU min")
+    for one in ruled:
+        print(f"{one.rule.id}: {one.said.answer}. {one.rule.text}\n    {one.said.why}")
     seconds = spent_seconds(rows)
     print(f"{chosen.name}: {len(rows)} runs, {seconds / 60:,.0f} CPU minutes")
     path = registered.registered_file(folder, chosen.name)
@@ -233,6 +236,7 @@ def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) 
             },
             "rows_file": str(rows_file),
             "claims": [one.to_dict() for one in judged],
+            "rules": [one.to_dict() for one in ruled],
             "summary": chosen.summary(rows) if chosen.summary and rows else [],
             "cpu_minutes": seconds / 60,
         },

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 class Verdict(NamedTuple):
     answer: str
-    """`holds`, `refuted` or `cannot_tell`."""
+    """`holds`, `refuted`, `cannot_tell`, or `open` where runs are missing."""
     why: str
     """One sentence with the numbers."""
 

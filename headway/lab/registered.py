@@ -1,7 +1,8 @@
 """The registration of a study: what was decided before its first row, in a file that cannot be
 changed unnoticed.
 
-`studies/registered/NAME.json` holds the claims with their regions, margins and predictions, every
+`studies/registered/NAME.json` holds the claims with their regions, margins and predictions, the
+rules with the functions that judge by them, every
 arm of every series with the config fields that make it, the hashes of the texts, the seeds, how
 runs are left out, and a sha256 of all that. It is committed before the first row; a later version
 of the study's file may add arms and notes, which are exploratory, but not touch what is here."""
@@ -21,7 +22,7 @@ from headway.lab import edits
 from headway.lab.experiment import PlannedArm
 from headway.lab.folder import ELSEWHERE, write_json
 from headway.lab.sealed import Kind, read_sealed, sealed
-from headway.lab.study import Claim, Study, Task, tasks
+from headway.lab.study import Claim, Rule, Study, Task, tasks
 from headway.train.records import Log
 
 KIND = Kind("headway study registration", "headway study NAME --register")
@@ -38,6 +39,9 @@ def registered_file(folder: Path, name: str) -> Path:
 def describe(study: Study, log: Log = lambda _: None) -> dict[str, Any]:
     """Return what a registration holds, but for its hash. Reads the texts."""
     todo = list(tasks(study, log))
+    stated = [stated.id for stated in (*study.claims, *study.rules)]
+    if len(set(stated)) < len(stated):
+        raise UsageError(f"study {study.name} states two claims of one name among {stated}")
     seeds = {stage: sorted({t.seed for t in todo if t.stage == stage}) for stage in STAGES}
     if twice := set(seeds["screen"]) & set(seeds["confirm"]):
         raise UsageError(
@@ -47,6 +51,8 @@ def describe(study: Study, log: Log = lambda _: None) -> dict[str, Any]:
         "study": study.name,
         "title": study.title,
         "claims": [claim_record(claim) for claim in study.claims],
+        "rules": [rule_record(rule) for rule in study.rules],
+        "scores": edits.source(study.scores) if study.scores is not None else [],
         "arms": _arms(todo),
         "texts": _texts(todo, log),
         "seeds": seeds,
@@ -68,6 +74,19 @@ def _texts(todo: Sequence[Task], log: Log) -> dict[str, str]:
 def claim_record(claim: Claim) -> dict[str, Any]:
     """Return a claim as JSON has it: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(claim)))
+
+
+def rule_record(rule: Rule) -> dict[str, Any]:
+    """Return a rule as JSON has it: for its function, the source."""
+    record = {f.name: vars(rule)[f.name] for f in dataclasses.fields(rule)}
+    return json.loads(json.dumps({**record, "judge": edits.source(rule.judge)}))
+
+
+def ids(record: dict[str, Any] | None) -> set[str]:
+    """Return the names of the claims and rules of a registration; none where there is none."""
+    if record is None:
+        return set()
+    return {stated["id"] for stated in (*record["claims"], *record.get("rules", ()))}
 
 
 def _arms(todo: Sequence[Task]) -> list[dict[str, Any]]:
@@ -115,13 +134,14 @@ def register(study: Study, folder: Path, log: Log = print) -> Path:
 
 def read(study: Study, folder: Path) -> dict[str, Any] | None:
     """Return the registration of a study, None where there is none. Raises UsageError where it was
-    changed by hand, or a claim of the study's file is no longer the one that was registered."""
+    changed by hand, or a claim or rule of the study's file is no longer the one registered."""
     path = registered_file(folder, study.name)
     if not path.is_file():
         return None
     record = read_sealed(path, KIND)
     now = {claim.id: claim_record(claim) for claim in study.claims}
-    for claim in record["claims"]:
+    now |= {rule.id: rule_record(rule) for rule in study.rules}
+    for claim in (*record["claims"], *record.get("rules", ())):
         if (other := now.get(claim["id"])) is None:
             raise UsageError(f"claim {claim['id']} is registered in {path} and no longer stated")
         for name, value in claim.items():
@@ -130,6 +150,9 @@ def read(study: Study, folder: Path) -> dict[str, Any] | None:
                     f"claim {claim['id']} is not the one registered in {path}: {name} was "
                     f"{value!r} and is {other[name]!r}"
                 )
+    scores = edits.source(study.scores) if study.scores is not None else []
+    if record.get("scores", []) != scores:
+        raise UsageError(f"what {study.name} measures of its runs is not what {path} registered")
     return sealed(record)
 
 

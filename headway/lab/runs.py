@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ from headway.train.interrupt import Interrupt
 from headway.train.open_session import Edit
 from headway.train.records import Log
 
+Scores = Callable[[Path], Mapping[str, float]]
+"""Measures a finished run: its folder, whose last checkpoint is still there → name → a number that
+is better where it is lower."""
 BATCHES = 8
 """Batches that are hashed, to show that two runs read the same tokens."""
 
@@ -67,18 +70,20 @@ def execute(
     *,
     forks: Sequence[int] = (),
     start: Path | None = None,
+    scores: Scores | None = None,
 ) -> dict[str, Any]:
     """Return the result of a run, from its folder in `root`/runs where it is finished there.
 
     Args:
         forks: steps whose checkpoints are left in the folder.
         start: a checkpoint of another run, from which this one starts if it is new.
+        scores: what else is measured at its end.
     Returns: `config`, `config_hash`, `bits_per_byte`, `bits_per_byte_uncopied` (of targets that
         their window does not give away, `eval.copying`), `val_loss` (None where it diverged),
-        `error`, `attempts`, `steps`, `continued` (steps that another run had done), `tokens`,
-        `train_flops`, `cpu_seconds` and `seconds` (those steps included),
-        `tokens_per_second`, `batches_sha256`, `validation` (the fingerprint of its text), `commit`,
-        `cpu`.
+        `scores` (empty where it diverged, None where none were asked for), `error`, `attempts`,
+        `steps`, `continued` (steps that another run had done), `tokens`, `train_flops`,
+        `cpu_seconds` and `seconds` (those steps included), `tokens_per_second`,
+        `batches_sha256`, `validation` (the fingerprint of its text), `commit`, `cpu`.
     Raises: KeyboardInterrupt where it was interrupted; it is saved. InUseError where another
         process trains it, UsageError for a folder that cannot be written."""
     folder = root / "runs" / run.key
@@ -91,11 +96,15 @@ def execute(
     with Lock(folder, "lease") as lease:
         lease.acquire(log)
         # another process may have finished it meanwhile
-        return read_result(folder) or _train(run, folder, log, interrupt, forks, start)
+        return read_result(folder) or _train(run, folder, log, interrupt, forks, start, scores)
 
 
 def execute_branches(
-    runs: Sequence[Run], root: Path, log: Log = lambda _: None, interrupt: Interrupt | None = None
+    runs: Sequence[Run],
+    root: Path,
+    log: Log = lambda _: None,
+    interrupt: Interrupt | None = None,
+    scores: Scores | None = None,
 ) -> list[dict[str, Any]]:
     """Return the results of runs that differ in their lengths, in order. The longest is trained
     first, and each other one continues it from where their rates part, if they begin alike.
@@ -106,12 +115,12 @@ def execute_branches(
     alike = {r.key for r in runs if r is not trunk and _branches_off(r, trunk, falls[r.key])}
     forks = sorted({falls[key] for key in alike if falls[key] < optim.steps})
     checkpoints = root / "runs" / trunk.key / "checkpoints"
-    results = {trunk.key: execute(trunk, root, log, interrupt, forks=forks)}
+    results = {trunk.key: execute(trunk, root, log, interrupt, forks=forks, scores=scores)}
     for run in runs:
         if run.key not in results:
             parting = checkpoints / f"step-{falls[run.key]:06d}"
             start = parting if run.key in alike and parting.is_dir() else None
-            results[run.key] = execute(run, root, log, interrupt, start=start)
+            results[run.key] = execute(run, root, log, interrupt, start=start, scores=scores)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return [results[run.key] for run in runs]
 
@@ -129,6 +138,7 @@ def _train(
     interrupt: Interrupt | None,
     forks: Sequence[int],
     start: Path | None,
+    scores: Scores | None,
 ) -> dict[str, Any]:
     """Train a run to its end and write its result."""
     config = dataclasses.replace(
@@ -162,6 +172,7 @@ def _train(
         "bits_per_byte": bits if finite else None,
         "bits_per_byte_uncopied": _uncopied(folder) if finite else None,
         "val_loss": trained["val_loss"] if finite else None,
+        "scores": _scores(scores, folder if finite else None),
         "error": error if finite or error else "the validation loss is not finite",
         "attempts": attempts,
         "steps": trained.get("steps", 0),
@@ -183,6 +194,13 @@ def _train(
         if checkpoint.name not in {f"step-{step:06d}" for step in forks}:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return result
+
+
+def _scores(scores: Scores | None, folder: Path | None) -> dict[str, float] | None:
+    """Return what `scores` says of a run; {} of one that diverged, which has no folder here."""
+    if scores is None or folder is None:
+        return None if scores is None else {}
+    return {name: float(value) for name, value in scores(folder).items()}
 
 
 def _uncopied(folder: Path) -> float | None:

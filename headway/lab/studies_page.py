@@ -7,9 +7,10 @@ from typing import Any
 
 from headway.lab import svg
 from headway.lab.measurement import Measurement, read_result
+from headway.lab.registered import ids
 from headway.lab.registered import read as read_registration
 from headway.lab.study import Row, Study, load, names, read_rows, spent_seconds
-from headway.lab.verdict import Judged, judge, statistic
+from headway.lab.verdict import Judged, JudgedRule, judge, judge_rules, statistic
 
 HEAD = """# Studies
 
@@ -39,17 +40,20 @@ def write_page(studies: Path, numbers: Path, page: Path) -> None:
             continue
         rows = read_rows(numbers / f"{name}.json")
         registration = read_registration(study, studies)
-        registered = {claim["id"] for claim in registration["claims"]} if registration else set()
-        judged = judge(study, rows, registered)
+        judged = judge(study, rows, ids(registration))
+        ruled = judge_rules(study, rows, ids(registration))
         for one in judged:
             said = one.answer if one.registered else f"{one.answer}, exploratory"
             head.append(f"| [{name}](#{name}) | {one.claim.id}: {one.claim.text} | {said} |")
-        if not judged:
+        for one in ruled:
+            said = one.said.answer if one.registered else f"{one.said.answer}, exploratory"
+            head.append(f"| [{name}](#{name}) | {one.rule.id}: {one.rule.text} | {said} |")
+        if not (judged or ruled):
             head.append(f"| [{name}](#{name}) | {study.title} | no claim |")
         if plot := forest(judged):
             (page.parent / "studies").mkdir(exist_ok=True)
             (page.parent / "studies" / f"{name}.svg").write_text(plot, "utf-8")
-        sections.append(_study(study, rows, judged, registration, bool(plot)))
+        sections.append(_study(study, rows, judged, ruled, registration, bool(plot)))
     text = HEAD + "\n" + "\n".join(head) + "\n" + "\n".join(sections)
     page.write_text(text, "utf-8")
 
@@ -71,6 +75,7 @@ def _study(
     study: Study,
     rows: Sequence[Row],
     judged: Sequence[Judged],
+    ruled: Sequence[JudgedRule],
     registration: Mapping[str, Any] | None,
     plot: bool,
 ) -> str:
@@ -84,6 +89,12 @@ def _study(
         parts += [*_table(map(_claim, judged)), ""]
     if plot:
         parts.append(f"![intervals of the claims](studies/{study.name}.svg)\n")
+    for one in ruled:
+        said = one.said.answer + ("" if one.registered else " (exploratory)")
+        parts.append(
+            f"**{one.rule.id}.** {one.rule.text} *Rule:* {one.rule.rule} "
+            f"**Verdict: {said}.** {one.said.why}\n"
+        )
     if study.summary is not None and rows:
         parts += [*_table(study.summary(rows)), ""]
     if rows:
@@ -139,6 +150,7 @@ def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         key = row["stage"], row["corpus"], row["arm"], row["budget"]
         groups.setdefault(key, []).append(row)
+    scores = sorted({name for row in rows for name in row.get("scores", {})})
     table = []
     for (stage, corpus, arm, budget), group in sorted(groups.items()):
         bits = [r["bits_per_byte"] for r in group if r["bits_per_byte"] is not None]
@@ -151,10 +163,16 @@ def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "seeds": len(group),
                 "bits/byte": f"{statistics.mean(bits):.4f}" if bits else None,
                 "sd": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else None,
+                **{name: _mean_score(group, name) for name in scores},
                 "CPU s of a run": f"{statistics.mean(r['cpu_seconds'] for r in group):.0f}",
             }
         )
     return table
+
+
+def _mean_score(group: Sequence[Row], name: str) -> str | None:
+    values = [row["scores"][name] for row in group if name in row.get("scores", {})]
+    return f"{statistics.mean(values):.4g}" if values else None
 
 
 def _measurement(result: Mapping[str, Any]) -> str:

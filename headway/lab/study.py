@@ -21,8 +21,8 @@ from headway.checkpoint.lock import InUseError
 from headway.config import UsageError, with_leaf
 from headway.lab.experiment import Arm, Experiment, PlannedArm
 from headway.lab.folder import write_json
-from headway.lab.measurement import Measurement
-from headway.lab.runs import Run, execute_branches, read_result
+from headway.lab.measurement import Measurement, Verdict
+from headway.lab.runs import Run, Scores, execute_branches, read_result
 from headway.lab.statistics import Region
 from headway.train.budget import Budget
 from headway.train.records import Log
@@ -64,9 +64,28 @@ class Claim:
     margin: float = 0.0
     min_seeds: int = 8
     prediction: Prediction | None = None
-    metric: Literal["bits_per_byte", "bits_per_byte_uncopied"] = "bits_per_byte"
+    metric: str = "bits_per_byte"
+    """`bits_per_byte`, `bits_per_byte_uncopied`, or one of the study's scores; lower is better."""
     x: tuple[float, ...] = ()
     """Of a `slope`: the abscissa of each contrast."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A statement that is no paired difference, and the rule by which rows decide it: a correlation
+    over arms, a rate at which a task is solved. Judged once, when all confirming runs of its texts
+    are there."""
+
+    id: str
+    text: str
+    source: str
+    """Where the statement is from."""
+    rule: str
+    """When it holds, when it is refuted."""
+    judge: Callable[[Sequence[Row]], Verdict]
+    """Reads the confirming rows of its texts."""
+    corpora: tuple[str, ...] = ()
+    """The texts whose runs it reads; none: all."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,9 @@ class Study:
     title: str
     series: tuple[Series, ...]
     claims: tuple[Claim, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    scores: Scores | None = None
+    """What is measured of each finished run beside bits per byte."""
     notes: str = ""
     """What a reader of the results needs to know, in sentences."""
     summary: Callable[[Sequence[Row]], list[Row]] | None = None
@@ -171,6 +193,19 @@ def tasks(study: Study, log: Log = lambda _: None) -> Iterator[Task]:
                 yield Task(series.stage, series.corpus, name, seed, by_steps)
 
 
+def expected(study: Study, stage: Stage, corpora: Sequence[str] = ()) -> set[tuple]:
+    """Return the keys of the rows that a stage has when all its runs are there, on some texts or,
+    where none is named, on all."""
+    return {
+        (stage, series.corpus, arm.name, seed, steps)
+        for series in study.series
+        if series.stage == stage and (not corpora or series.corpus in corpora)
+        for arm in series.experiment.arms
+        for seed in series.experiment.seeds
+        for steps in series.steps
+    }
+
+
 def quick(study: Study) -> Study:
     """Return a study of the same arms that takes seconds: half the layers, a few steps on Python's
     standard library. Sizes are not matched. It shows that a study runs, and proves nothing."""
@@ -232,7 +267,7 @@ def train(
         family = {**missing, **there}
         log(f"{at} of {len(todo)}: {task.arm}, seed {task.seed}, {task.corpus}, {task.stage}")
         try:
-            results = execute_branches(list(family.values()), root)
+            results = execute_branches(list(family.values()), root, scores=study.scores)
         except InUseError:
             log("  another process trains it")
             continue
@@ -285,6 +320,9 @@ def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Pat
         for steps, run in task.runs().items():
             key = task.key(steps)
             if key not in rows and (result := read_result(root / "runs" / run.key)):
+                if study.scores is not None and result.get("scores") is None:
+                    fix = f"delete {root / 'runs' / run.key} and run again"
+                    raise UsageError(f"run {run.key} was trained without the study's scores; {fix}")
                 rows[key] = _row(task, steps, result)
     check_texts(list(rows.values()))
     ordered = sorted(rows.values(), key=lambda row: tuple(map(str, row_key(row))))
@@ -304,5 +342,6 @@ def _row(task: Task, steps: int, result: Mapping[str, Any]) -> Row:
         "seed": task.seed,
         "budget": steps,
         **{name: result[name] for name in fields.split()},
+        **({"scores": result["scores"]} if result.get("scores") is not None else {}),
         "validation": result["validation"]["fingerprint"],
     }

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from headway.lab.registered import claim_record
+from headway.config import UsageError
+from headway.lab.measurement import Verdict as Said
+from headway.lab.registered import claim_record, rule_record
 from headway.lab.statistics import ALPHA, Interval, Region, Verdict, detectable, seeds_for, verdicts
-from headway.lab.study import Claim, Row, Study, check_texts
+from headway.lab.study import Claim, Row, Rule, Study, check_texts, expected, row_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,8 @@ def statistic(claim: Claim) -> str:
     """Say what is measured."""
     named = [f"{c.arm} − {c.baseline} at {c.steps} steps" for c in claim.contrasts]
     what = {"slope": "slope of ", "ordered": "largest of "}.get(claim.region, "")
-    where = ", without copied targets" if claim.metric == "bits_per_byte_uncopied" else ""
+    metrics = {"bits_per_byte": "", "bits_per_byte_uncopied": ", without copied targets"}
+    where = metrics.get(claim.metric, f", {claim.metric}")
     return f"{what}{'; '.join(named)}{where}"
 
 
@@ -130,6 +133,46 @@ def _judged(
     )
 
 
+def metric(row: Row, name: str) -> float | None:
+    """Return a number of a row: a field, or one of its scores; None where it diverged, or was
+    measured before there was the field. Raises UsageError where there is no such number."""
+    scores = row.get("scores", {})
+    if name not in row and name not in scores and row["bits_per_byte"] is not None:
+        known = ", ".join(("bits_per_byte", "bits_per_byte_uncopied", *scores))
+        raise UsageError(f"a claim reads {name}, which the rows do not have; they have {known}")
+    return row.get(name, scores.get(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedRule:
+    """A rule and what the confirming runs say of it."""
+
+    rule: Rule
+    registered: bool
+    said: Said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule and its verdict as JSON has them."""
+        record = {name: v for name, v in rule_record(self.rule).items() if name != "judge"}
+        said = {"verdict": self.said.answer, "why": self.said.why}
+        return {**record, "registered": self.registered, **said}
+
+
+def judge_rules(study: Study, rows: Sequence[Row], registered: set[str]) -> list[JudgedRule]:
+    """Judge the rules of a study, each by the confirming rows of its texts; `open` while one of
+    these is missing."""
+    check_texts(rows)
+    judged = []
+    for rule in study.rules:
+        keys = expected(study, "confirm", rule.corpora)
+        known = [row for row in rows if row_key(row) in keys]
+        said = Said("open", f"{len(known)} of {len(keys)} runs")
+        if len(known) == len(keys):
+            said = rule.judge(known)
+        judged.append(JudgedRule(rule, rule.id in registered, said))
+    return judged
+
+
 def _edges(claim: Claim) -> tuple[float, ...]:
     """Return where the region of a claim ends."""
     match claim.region:
@@ -145,11 +188,11 @@ def _pairs(claim: Claim, rows: Sequence[Row]) -> tuple[np.ndarray, list[int], li
     """Return the paired differences of the confirming runs, [C, N], with their seeds, and the seeds
     that a diverged run drops."""
     bits = {
-        (row["arm"], row["seed"], row["budget"]): row[claim.metric]
+        (row["arm"], row["seed"], row["budget"]): metric(row, claim.metric)
         for row in rows
         if row["stage"] == "confirm" and row["corpus"] == claim.corpus
         # without the metric, and not for divergence: a row that was measured without it
-        if row[claim.metric] is not None or row["bits_per_byte"] is None
+        if metric(row, claim.metric) is not None or row["bits_per_byte"] is None
     }
 
     def values(seed: int) -> list[float | None] | None:

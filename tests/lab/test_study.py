@@ -132,6 +132,72 @@ def test_a_registration_is_for_good(place, done):
     file.write_text(FILE)
 
 
+SCORED = """
+import json
+
+from headway.lab.measurement import Verdict
+from headway.lab.study import Rule
+
+
+def nats(folder):
+    assert any((folder / "checkpoints").iterdir()), "the weights can still be read"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line) for line in lines if '"val_loss"' in line]
+    return {"nats": losses[-1]["val_loss"]}
+
+
+def largest(rows):
+    worst = max(rows, key=lambda row: row["scores"]["nats"])
+    return Verdict("holds" if worst["arm"] == "slow" else "refuted", f"worst is {worst['arm']}")
+
+
+WORST = Rule("R", "slow is worst", "a test", "Holds if the largest loss is slow's.", largest)
+"""
+
+
+def test_scores_and_rules(place):
+    """A score is measured of each run's last weights; a rule judges once, when all runs are
+    there, and its function is registered."""
+    text = FILE.replace("(0,)", "(3,)").replace("(11, 12)", "(21, 22)").replace('"small"', '"more"')
+    text = text.replace("\nSTUDY =", SCORED + "\nSTUDY =").replace(
+        'claim("D", "equal", 90.0, min_seeds=3),\n    ),',
+        'dataclasses.replace(claim("D", "not_worse", 90.0), metric="nats"),\n    ),\n'
+        "    rules=(WORST,),\n    scores=nats,",
+    )
+    file = place / "studies" / "more.py"
+    file.write_text("import dataclasses\n" + text)
+    try:
+        assert call("study", "more", "--register").code == 0
+        one = call("study", "more", "--run", "--stage", "screen", "--json").json
+        assert one["rules"][0]["verdict"] == "open" and one["rules"][0]["why"] == "0 of 8 runs"
+        done = call("study", "more", "--run", "--json").json
+        rows = json.loads((place / "docs/numbers/studies/more.json").read_text())["rows"]
+        nats = {(r["arm"], r["seed"]): r["scores"]["nats"] for r in rows if r["budget"] == 20}
+        result = json.loads(
+            (place / "runs/studies/runs" / rows[0]["config_hash"] / "result.json").read_text()
+        )
+        assert rows[0]["scores"]["nats"] == pytest.approx(result["val_loss"], rel=1e-5)
+        claim = next(c for c in done["claims"] if c["id"] == "D")
+        x = [nats["slow", s] - nats["base", s] for s in (21, 22)]
+        assert claim["estimate"] == pytest.approx(np.mean(x)) and "nats" in claim["statistic"]
+        (rule,) = done["rules"]
+        assert (rule["id"], rule["registered"], rule["verdict"]) == ("R", True, "holds")
+        assert call("study", "list", "--page").code == 0
+        page = (place / "docs" / "studies.md").read_text()
+        assert "| [more](#more) | R: slow is worst | holds |" in page and "| nats |" in page
+        file.write_text(file.read_text().replace('== "slow" else', '== "base" else'))
+        assert "claim R is not the one registered" in mistake("study", "more")
+        file.write_text("import dataclasses\n" + text.replace("[-1][", "[0]["))
+        assert "measures of its runs is not what" in mistake("study", "more")
+        file.write_text("import dataclasses\n" + text.replace('metric="nats"', 'metric="nat"'))
+        shutil.move(place / "studies/registered/more.json", place / "away.json")
+        assert "a claim reads nat, which the rows do not have" in mistake("study", "more")
+        file.write_text("import dataclasses\n" + text.replace('Rule("R"', 'Rule("A"'))
+        assert "two claims of one name" in mistake("study", "more", "--register")
+    finally:
+        file.unlink()
+
+
 def test_mistakes_are_named(place, done):
     assert "no study nothing; use one of small" in mistake("study", "nothing")
     assert "no arm other" in mistake("study", "small", "--only", "other")

@@ -56,6 +56,7 @@ def diversity(args: Sequence[str]) -> int:
     features = [scores.hashed_words(documents) for documents in texts]
     several = len(texts) > 1
     centre = np.concatenate(features).mean(0) if several else None
+    sketches = _has_datasketch()
     loaded = _load(options.model) if options.model else None
     vendi = partial(scores.vendi, order=options.order)
     rows = []
@@ -64,15 +65,15 @@ def diversity(args: Sequence[str]) -> int:
         row: dict[str, Any] = {
             "path": path,
             "vendi": value,
-            "vendi_ci95": list(ci95),
+            "vendi_ci95": ci95 and list(ci95),
             "mean_cosine": scores.mean_cosine(x_ND, centre),
-            "near_duplicates": _near_duplicates(documents),
+            "near_duplicates": scores.near_duplicate_rate(documents) if sketches else None,
         }
         if loaded is not None:
             ids = _token_ids(loaded, documents)
             g_ND = scores.gradients(loaded.model, ids, seed=options.seed)
             value, ci95 = scores.with_interval(g_ND, vendi, options.seed)
-            row |= {"g_vendi": value, "g_vendi_ci95": list(ci95)}
+            row |= {"g_vendi": value, "g_vendi_ci95": ci95 and list(ci95)}
         rows.append(row)
     print(as_text(rows))
     print(f"{n} documents of each; cosines {'from the common mean' if several else 'not centred'}")
@@ -108,20 +109,16 @@ def _documents(path: str) -> Iterator[str]:
                     yield text
 
 
-def _near_duplicates(documents: Sequence[str]) -> float | None:
-    """Return the share of documents that have a near-copy (Jaccard 0.8 of runs of five words); None
-    without datasketch."""
-    import numpy as np
-
-    from headway.data.files import extra
-    from headway.data.near_duplicates import clusters, minima
+def _has_datasketch() -> bool:
+    """Return whether near-duplicates can be counted; print why not."""
+    from headway.data.near_duplicates import check_installed
 
     try:
-        extra("datasketch", "the near-duplicate rate")
+        check_installed("the near-duplicate rate")
     except UsageError as error:
         print(f"note: {error}")
-        return None
-    return clusters(np.stack([minima(text) for text in documents])).documents / len(documents)
+        return False
+    return True
 
 
 def _load(model: str) -> "LoadedModel":

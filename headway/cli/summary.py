@@ -41,7 +41,8 @@ def train_summary(config: Config, result: dict[str, Any], run_dir: str) -> str:
     if result["interrupted"]:
         rows.append(("resume", resume_command(config.mesh, run_dir)))
     elif result["checkpoint"]:
-        rows.append(("try", f"headway sample {run_dir} --prompt 'import '"))
+        verb = "eval RUN --suite worlds" if config.data.worlds else "sample RUN --prompt 'import '"
+        rows.append(("try", "headway " + verb.replace("RUN", run_dir)))
     return "\n" + "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 

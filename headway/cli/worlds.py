@@ -50,14 +50,16 @@ def worlds(args: Sequence[str]) -> int:
     if options.json and not options.out:
         raise UsageError("--json ends the standard output, where the items go; give --out FILE")
     world = parse_world(options.task, options.length)
+    items = lines(world, options.split, options.n, options.seed)
+    first = next(items)  # a split without items is refused before a file is opened
     try:
         with (
             open(options.out, "w", encoding="utf-8")
             if options.out
             else nullcontext(sys.stdout) as file
         ):
-            for line in lines(world, options.split, options.n, options.seed):
-                file.write(line)
+            file.write(first)
+            file.writelines(items)
     except BrokenPipeError:  # no mistake: whoever reads has seen enough
         raise
     except OSError as error:

@@ -50,9 +50,9 @@ class Clusters(NamedTuple):
         return int(bytes_N[is_val_N & trained[self.leader_N]].sum())
 
 
-def check_installed() -> None:
-    """Raise UsageError where datasketch is not installed."""
-    extra("datasketch", "data.near_duplicates=cluster")
+def check_installed(what: str = "data.near_duplicates=cluster") -> None:
+    """Raise UsageError, which names what needs it, where datasketch is not installed."""
+    extra("datasketch", what)
 
 
 def minima(text: str) -> np.ndarray:

@@ -93,7 +93,7 @@ def evaluate(
     token_losses: TokenLosses | None = None,
 ) -> Evaluation:
     """Return the loss on the first `n_windows` validation windows, always the same ones;
-    `token_losses` gets those of this rank's tokens.
+    `token_losses` gets that of each token.
 
     Each rank takes `micro_batch_size` of them at a time. Sums are float64, so the result depends
     neither on the micro-batch nor on the number of ranks beyond float32 rounding. Collective."""
@@ -118,6 +118,9 @@ def evaluate(
                 sums[i] += np.bincount(document_T, value_T, len(hash_N))
     reshard(model)
     model.train(was_training)
+    if token_losses is not None:
+        ranks = mesh.all_gather_object(token_losses)
+        token_losses.merge([losses for rank, losses in enumerate(ranks) if rank != mesh.rank])
     total = sum_over(mesh.world, torch.from_numpy(sums).to(device), mesh, "evaluation")
     nats_N, targets_N, bytes_N, *of_copied = total.cpu().numpy()
     seen = targets_N > 0

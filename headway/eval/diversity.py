@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from headway.data.near_duplicates import clusters, minima
 from headway.model.transformer import Transformer
 
 FEATURES = 256
@@ -26,8 +27,12 @@ DRAWS = 100
 """Half samples of an interval."""
 CHUNK = 8192
 """Parameters that are projected at once."""
+GRADIENTS = 1 << 26
+"""Values of gradients that are held at once, 256 MB; at least those of one document."""
 BATCH = 64
-"""Documents whose gradients are held at once."""
+"""Documents whose gradients are held at once, where they are small."""
+FEWEST = 4
+"""Documents of an interval: halves of one document are all alike."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -35,7 +40,8 @@ class Diversity(NamedTuple):
     """A score of a set, with its 95% interval over documents."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
+    """None for fewer than four documents."""
 
 
 def hashed_words(texts: Sequence[str], dim: int = FEATURES) -> np.ndarray:
@@ -83,6 +89,12 @@ def mean_cosine(x_ND: np.ndarray, centre_D: np.ndarray | None = None) -> float:
     return float(((x_ND.sum(0) ** 2).sum() - (x_ND**2).sum()) / (N * (N - 1)))
 
 
+def near_duplicate_rate(texts: Sequence[str]) -> float:
+    """Return the share of texts that have a near-copy among the others (`data.near_duplicates`:
+    Jaccard 0.8 of runs of five words). Raises UsageError without datasketch (extra `[data]`)."""
+    return clusters(np.stack([minima(text) for text in texts])).documents / len(texts)
+
+
 def with_interval(
     x_ND: np.ndarray, score: Callable[[np.ndarray], float], seed: int = 0, draws: int = DRAWS
 ) -> Diversity:
@@ -91,6 +103,8 @@ def with_interval(
     Drawing documents with replacement would count the copies as lack of diversity. Halves drawn
     without it spread around their mean, in the logarithm, as sets of N around theirs."""
     N, value = len(x_ND), score(x_ND)
+    if N < FEWEST:
+        return Diversity(value, None)
     generator = np.random.default_rng(seed)
     logs = np.log([score(x_ND[generator.permutation(N)[: N // 2]]) for _ in range(draws)])
     low, high = np.exp(math.log(value) + np.quantile(logs - logs.mean(), [0.025, 0.975]))
@@ -108,10 +122,11 @@ def gradients(
         model: not packed for inference.
         ids: documents of two tokens or more, no longer than the context."""
     parameters = list(model.blocks()[-1].parameters())
+    size = max(1, min(BATCH, GRADIENTS // sum(p.numel() for p in parameters)))
     rows = []
-    for first in range(0, len(ids), BATCH):
+    for first in range(0, len(ids), size):
         batch_BP = torch.stack(
-            [_gradient(model, part, parameters) for part in ids[first : first + BATCH]]
+            [_gradient(model, part, parameters) for part in ids[first : first + size]]
         )
         rows.append(_projected(batch_BP, dim, seed))
     return unit(np.concatenate(rows))

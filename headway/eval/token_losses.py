@@ -1,6 +1,7 @@
 """How a loss is distributed over the places of a window, and over tokens, of which a few may hold
 most of it (a low mean hides confident mistakes; arXiv 2601.22950)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ class TokenLosses:
         if not self._sums_2S.size:
             self._sums_2S = np.zeros((2, nats.shape[1]))
         self._sums_2S += np.stack([(nats.astype(np.float64) * asked).sum(0), asked.sum(0)])
+
+    def merge(self, others: Sequence["TokenLosses"]) -> None:
+        """Add the losses of other windows, as other ranks have them."""
+        for other in others:
+            self._nats += other._nats
+            if not self._sums_2S.size:
+                self._sums_2S = np.zeros_like(other._sums_2S)
+            if other._sums_2S.size:
+                self._sums_2S += other._sums_2S
 
     def quantiles(self) -> dict[str, float]:
         """Return the loss in nats that so many percent of the targets stay below, and the largest:

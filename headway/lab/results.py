@@ -2,7 +2,8 @@
 
 A row is a run: its config as dotted paths, and what its result.json has beside it. Losses on
 different text cannot be compared: where runs were validated on several, tables are ordered within
-each text first, and groups are of one text."""
+each text first, and groups are of one text. Nor can losses without copied targets in windows of
+different lengths, which give away others."""
 
 import csv
 import io
@@ -19,6 +20,7 @@ from headway.lab.where import Row, condition, field_named
 METRIC = "bits_per_byte"
 TEXT = "validation.fingerprint"
 """Equal for runs that were validated on the same text."""
+WINDOW = "data.seq_len"
 SHOWN = (METRIC, "cpu_seconds", "tokens", "error")
 """Results that a table shows beside the fields that differ."""
 
@@ -55,18 +57,19 @@ def ordered(rows: Sequence[Row], by: str) -> list[Row]:
     known = [row for row in rows if row.get(field) is not None]
     numbers = all(isinstance(row[field], int | float) for row in known)
     known.sort(key=lambda r: r[field] if numbers else str(r[field]), reverse=by.startswith("-"))
-    known.sort(key=lambda row: str(row.get(TEXT)))  # keeps the order within a text
+    for apart in _apart(field):  # keeps the order within a text
+        known.sort(key=lambda row: str(row.get(apart)))
     return [*known, *(row for row in rows if row.get(field) is None)]
 
 
 def groups(rows: Sequence[Row], by: Sequence[str], metric: str = METRIC) -> list[dict[str, Any]]:
-    """Return a row per combination of the values of some fields, and of the validation text where
-    there are several: them, `n` runs with a value of the metric, its `mean` and `ci95` over them
-    (Student's t; None for one), and `failed` runs."""
+    """Return a row per combination of the values of some fields, and of what keeps values of the
+    metric apart (the validation text) where there are several: them, `n` runs with a value of the
+    metric, its `mean` and `ci95` over them (Student's t; None for one), and `failed` runs."""
     known = fields_of(rows)
-    several = len({row.get(TEXT) for row in rows}) > 1
-    fields = [*dict.fromkeys([field_named(name, known) for name in by] + [TEXT] * several)]
     metric = field_named(metric, known)
+    several = [name for name in _apart(metric) if len({row.get(name) for row in rows}) > 1]
+    fields = [*dict.fromkeys([*(field_named(name, known) for name in by), *several])]
     parts: dict[tuple, list[Row]] = {}
     for row in rows:
         parts.setdefault(tuple(_hashable(row.get(field)) for field in fields), []).append(row)
@@ -83,6 +86,11 @@ def groups(rows: Sequence[Row], by: Sequence[str], metric: str = METRIC) -> list
             }
         )
     return table
+
+
+def _apart(metric: str) -> tuple[str, ...]:
+    """Return the fields in which runs must agree for their values of a metric to be compared."""
+    return (TEXT, WINDOW) if metric.endswith("_uncopied") else (TEXT,)
 
 
 def differing(rows: Sequence[Row]) -> list[str]:

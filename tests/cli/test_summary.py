@@ -1,7 +1,7 @@
 """The last lines of a run: what it came to, and what to do next."""
 
 from headway.cli import summary
-from headway.config import Config, MeshConfig, ModelConfig, MoEConfig
+from headway.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
 
 RESULT = {
     "steps": 7,
@@ -20,8 +20,10 @@ RESULT = {
 }
 
 
-def lines(mesh: MeshConfig = MeshConfig(), **changed: object) -> list[str]:
-    config = Config(model=ModelConfig(moe=MoEConfig(kind="dense")), mesh=mesh)
+def lines(
+    mesh: MeshConfig = MeshConfig(), data: DataConfig = DataConfig(), **changed: object
+) -> list[str]:
+    config = Config(model=ModelConfig(moe=MoEConfig(kind="dense")), data=data, mesh=mesh)
     return summary.train_summary(config, RESULT | changed, "runs/x").strip().splitlines()
 
 
@@ -30,6 +32,11 @@ def test_a_whole_run_ends_with_what_to_try():
     assert shown[0].startswith("done         7 steps, 3,584 tokens")
     assert "bits/byte    8.300 → 2.500 on validation text" in shown
     assert shown[-1] == "try          headway sample runs/x --prompt 'import '"
+
+
+def test_a_world_has_items_to_try():
+    shown = lines(data=DataConfig(source=("world:parity",)))
+    assert shown[-1] == "try          headway eval runs/x --suite worlds"
 
 
 def test_an_interrupted_run_ends_with_how_to_go_on():

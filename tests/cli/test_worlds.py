@@ -89,6 +89,14 @@ def test_mistakes(run, trained, place, tmp_path):
     assert "--n 0 is too small" in mistake("worlds", "mqar", "--n", 0)
     assert "give --out FILE" in mistake("worlds", "mqar", "--json")
     assert "cannot write" in mistake("worlds", "mqar", "--out", tmp_path / "no" / "where")
+    out = tmp_path / "items.jsonl"
+    out.write_text("before")
+    line = mistake("worlds", "copy,length=1", "--split", "val", "--out", out)
+    assert "has no items for the val split" in line and out.read_text() == "before"
+    line = mistake("worlds", "mqar,pairs=4,pairs=8")
+    assert "world:mqar is given pairs=4 and pairs=8; use one" in line
+    line = mistake("worlds", "copy,length=4", "--length", 8)
+    assert "world:copy is given length=4 and length=8" in line
     line = mistake("eval", run, "--suite", "worlds")
     assert "is what" in line and "give --data world:TASK" in line
     assert "lacks words of world:mqar" in mistake(

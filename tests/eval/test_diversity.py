@@ -79,6 +79,14 @@ def test_intervals_hold_the_scores_of_other_sets_as_large():
     assert 0.6 < (high - low) / (2 * 1.96 * sd) < 1.6
 
 
+def test_few_documents_have_no_interval():
+    """Halves of two or three documents are single ones, all of which score 1."""
+    for n in (2, 3):
+        assert with_interval(gaussian(n, 8), vendi) == (vendi(gaussian(n, 8)), None)
+    value, ci95 = with_interval(gaussian(4, 8), vendi)
+    assert ci95 is not None and ci95[0] < value < ci95[1]
+
+
 def test_words_tell_templates_from_varied_texts():
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(500)]
@@ -102,9 +110,13 @@ def model():
     return model.eval()
 
 
-@pytest.mark.parametrize("chunk", [diversity.CHUNK, 100])
-def test_gradients_are_those_of_the_last_block(model, chunk, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk", "held"),
+    [(diversity.CHUNK, diversity.GRADIENTS), (100, diversity.GRADIENTS), (100, 1)],
+)
+def test_gradients_are_those_of_the_last_block(model, chunk, held, monkeypatch):
     monkeypatch.setattr(diversity, "CHUNK", chunk)
+    monkeypatch.setattr(diversity, "GRADIENTS", held)  # 1: one document at a time
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 32, 12).tolist() for _ in range(12)]
     g = gradients(model, ids, dim=4096)
@@ -128,3 +140,12 @@ def test_copies_teach_one_thing(model):
     ids = [rng.integers(0, 32, 12).tolist() for _ in range(30)]
     assert vendi(gradients(model, ids[:1] * 30)) == pytest.approx(1, abs=1e-4)
     assert vendi(gradients(model, ids)) > 5
+
+
+def test_near_copies_are_counted_by_the_document():
+    pytest.importorskip("datasketch", reason="the extra [data]")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice([f"w{i}" for i in range(400)], 40)) for _ in range(8)]
+    assert diversity.near_duplicate_rate(texts) == 0
+    copies = [*texts, texts[0], texts[1] + " and"]  # two pairs of ten
+    assert diversity.near_duplicate_rate(copies) == pytest.approx(0.4)

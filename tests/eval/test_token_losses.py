@@ -23,6 +23,11 @@ def test_positions_and_quantiles_by_hand():
     wanted = np.percentile(np.arange(17.0), [50, 90, 99, 99.9])
     assert list(quantiles.values()) == pytest.approx([*wanted, 16.0])
     assert token_losses.sentences()[0].endswith("max 16.00")
+    first, second, third = TokenLosses(), TokenLosses(), TokenLosses()
+    second.add(nats[:1], targets[:1])
+    third.add(nats[1:], targets[1:])
+    first.merge([second, third])  # a rank without windows, and two others
+    assert (first.quantiles(), first.by_position()) == (quantiles, token_losses.by_position())
 
 
 def test_it_adds_up_to_the_loss_of_the_evaluation():

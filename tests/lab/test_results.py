@@ -72,6 +72,20 @@ def test_runs_on_other_text_are_not_ranked_together(folder):
     assert values == [("a", "latent", 1, 2.1), ("x", "moe", 1, 1.9), ("x", "latent", 1, 2.0)]
 
 
+def test_losses_without_copied_targets_are_not_ranked_over_windows_of_other_lengths(folder):
+    for number, (kind, seed) in enumerate(BITS):
+        path = folder / "runs" / f"{kind}{seed}" / "result.json"
+        result = json.loads(path.read_text()) | {"bits_per_byte_uncopied": 4.0 - number / 2}
+        result["config"]["data"]["seq_len"] = 128 if seed else 256
+        path.write_text(json.dumps(result))
+    words = ("results", str(folder), "--json")
+    rows = call(*words, "--sort", "bits_per_byte_uncopied").json["rows"]
+    assert [row["config_hash"] for row in rows] == ["moe1", "latent1", "moe0", "latent0"]
+    rows = call(*words, "--group", "kind", "--metric", "bits_per_byte_uncopied").json["rows"]
+    assert len(rows) == 4 and {row["data.seq_len"] for row in rows} == {128, 256}
+    assert len(call(*words, "--group", "kind").json["rows"]) == 2  # the whole text is the same
+
+
 def test_conditions_and_order(folder):
     done = call(
         "results", str(folder), "--where", "kind=latent or seed=1", "--sort=-seed", "--json"

@@ -29,6 +29,7 @@ from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import evaluate
 from headway.eval.text import generate
+from headway.eval.token_losses import TokenLosses
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
@@ -118,7 +119,9 @@ def _story(mesh, config, optim, data, folder, steps):
     model, parallelism, optimizers = build(mesh, config, optim)
     records, load = [], None
     for step in range(steps):
-        seen = evaluate(model, stream, 11, 3, parallelism)  # shares that no rank count divides
+        tokens = TokenLosses()
+        # shares that no rank count divides
+        seen = evaluate(model, stream, 11, 3, parallelism, token_losses=tokens)
         params = SamplingParams(12, temperature=0.8, seed=step)
         text = generate(model, tokenizer, "ab", params, dispatcher=parallelism.dispatcher).text
         micro = 4 // mesh.size  # all ranks together always see four rows
@@ -133,7 +136,8 @@ def _story(mesh, config, optim, data, folder, steps):
         uncopied = seen.documents.bits_per_byte_uncopied
         assert uncopied != seen.val_bits_per_byte
         numbers = seen.val_loss, seen.val_bits_per_byte, uncopied, result.norm
-        records.append((numbers, text))
+        spread = [*tokens.quantiles().values(), *(row["nats"] for row in tokens.by_position())]
+        records.append((numbers, spread, text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"
     plan = plan_save(folder, steps, model, optimizers, config, {}, parallelism=parallelism)
     path = write_checkpoint(plan)
@@ -171,9 +175,11 @@ def test_evaluation_samples_checkpoints(ranks, tmp_path, mesh, optim):
     many = ranks.run(mesh, story, *args)
     files = [load_file(Path(one[1]) / f) for f in ("model.safetensors", "optimizer.safetensors")]
     for records, path, loaded, held, traffic in many:
-        for (numbers, sample), (expected, text_of_one) in zip(records, one[0], strict=True):
+        for mine, ones in zip(records, one[0], strict=True):
+            (numbers, spread, sample), (expected, spread_of_one, text_of_one) = mine, ones
             for x, y in zip(numbers, expected, strict=True):
                 close(x, y, "evaluation and norm")
+            assert spread == pytest.approx(spread_of_one, rel=1e-6)  # losses are held in float32
             assert sample == text_of_one
         for file, reference, here in zip(
             ("model.safetensors", "optimizer.safetensors"), files, loaded, strict=True

@@ -15,9 +15,9 @@ TASKS = "mqar, s5, a5, s3, parity, copy, facts, multiplication"
 
 
 def parse_world(spec: str, length: int = 0) -> World:
-    """Return the world of a spec; `world:` may be left out, and a length wins over that of the
-    spec. Raises UsageError for an unknown task or option, and for sizes that do not fit together.
-    """
+    """Return the world of a spec; `world:` may be left out, and a length is one more option. Raises
+    UsageError for an unknown task or option, for one that is given twice, and for sizes that do not
+    fit together."""
     task, *options = spec.removeprefix("world:").split(",")
     options += [f"length={length}"] if length else []
     match task:
@@ -55,6 +55,9 @@ def _with_options(world: World, options: list[str]) -> World:
         if name not in known:
             names = ", ".join(known)
             raise UsageError(f"world:{world.name} has no option {name!r}; use {names}")
+        if name in values:
+            twice = f"{name}={values[name]} and {name}={value}"
+            raise UsageError(f"world:{world.name} is given {twice}; use one")
         if isinstance(known[name], int):
             if not value.isdecimal():
                 raise UsageError(

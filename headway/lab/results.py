@@ -57,8 +57,8 @@ def ordered(rows: Sequence[Row], by: str) -> list[Row]:
     known = [row for row in rows if row.get(field) is not None]
     numbers = all(isinstance(row[field], int | float) for row in known)
     known.sort(key=lambda r: r[field] if numbers else str(r[field]), reverse=by.startswith("-"))
-    for apart in _apart(field):  # keeps the order within a text
-        known.sort(key=lambda row: str(row.get(apart)))
+    for name in _compared_within(field):  # keeps the order within a text
+        known.sort(key=lambda row: str(row.get(name)))
     return [*known, *(row for row in rows if row.get(field) is None)]
 
 
@@ -68,7 +68,9 @@ def groups(rows: Sequence[Row], by: Sequence[str], metric: str = METRIC) -> list
     metric, its `mean` and `ci95` over them (Student's t; None for one), and `failed` runs."""
     known = fields_of(rows)
     metric = field_named(metric, known)
-    several = [name for name in _apart(metric) if len({row.get(name) for row in rows}) > 1]
+    several = [
+        name for name in _compared_within(metric) if len({row.get(name) for row in rows}) > 1
+    ]
     fields = [*dict.fromkeys([*(field_named(name, known) for name in by), *several])]
     parts: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -88,7 +90,7 @@ def groups(rows: Sequence[Row], by: Sequence[str], metric: str = METRIC) -> list
     return table
 
 
-def _apart(metric: str) -> tuple[str, ...]:
+def _compared_within(metric: str) -> tuple[str, ...]:
     """Return the fields in which runs must agree for their values of a metric to be compared."""
     return (TEXT, WINDOW) if metric.endswith("_uncopied") else (TEXT,)
 

@@ -51,17 +51,24 @@ def describe(args: Sequence[str]) -> int:
     import torch
 
     from headway.config.check import validate
+    from headway.config.power import powered
     from headway.data.tokenizer import load_tokenizer
+    from headway.model.transformer import Transformer
+    from headway.optim.transfer import derivation
     from headway.plan import describe as formulas
     from headway.plan.decode import decode_costs
 
     derived = validate(config)
+    config, more = powered(config)
+    derived |= more
     config = formulas.with_vocab(config, load_tokenizer(config.data.vocabulary).vocab_size)
     if options.decode:
         dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
         bandwidth = _bandwidth(options)
         rows = decode_costs(config, _batches(options), dtype, bandwidth, options.context)
         return _print_decode(options, rows, bandwidth, dtype)
+    with torch.device("meta"):
+        derived |= derivation(Transformer(config.model), config.optim)
     costs = formulas.describe(config, options.P, 2 if config.run.dtype == "bfloat16" else 4)
     print(formulas.format_description(costs, config, derived))
     print_json(options.json, costs)

@@ -54,6 +54,7 @@ def plan(args: Sequence[str]) -> int:
         raise UsageError("plan needs --gpus N, as in `headway plan large --gpus 64 --gpu h100`")
 
     from headway.config.check import validate
+    from headway.config.power import powered
     from headway.data.tokenizer import load_tokenizer
     from headway.plan.choose import rank_meshes
     from headway.plan.describe import with_vocab
@@ -70,6 +71,7 @@ def plan(args: Sequence[str]) -> int:
     chunks = 0 if options.chunks == "auto" else _count("--chunks", options.chunks)
     config = replace(config, mesh=MeshConfig(payload=config.mesh.payload, chunks=chunks))
     validate(config)
+    config = powered(config)[0]
     config = with_vocab(config, load_tokenizer(config.data.vocabulary).vocab_size)
     setting = Setting(
         config,

@@ -21,6 +21,11 @@ def validate(config: Config) -> dict[str, str]:
     config.mesh.check()
     check_axes(config.model.moe, config.mesh)
     _check_batch(config)
+    if config.optim.transfer == "width" and config.model.tied:
+        raise UsageError(
+            "optim.transfer=width gives embedding and output head different rates, and model.tied="
+            "True makes them one; use model.tied=False"
+        )
     if config.mesh.size > 1 and config.run.compile:
         raise UsageError(
             f"run.compile=True and a mesh of {config.mesh.size} ranks: the collectives are not "

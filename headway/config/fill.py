@@ -3,6 +3,7 @@
 import dataclasses
 
 from headway.config.errors import UsageError
+from headway.config.power import powered
 from headway.config.tree import Config
 
 VOCAB_UNIT = 64
@@ -10,10 +11,10 @@ VOCAB_UNIT = 64
 
 
 def filled(config: Config, vocab_size: int) -> tuple[Config, dict[str, str]]:
-    """Return the config with vocabulary, micro-batch and intervals filled in, and field → the
-    sentence that explains its value; `vocab_size` is that of the tokenizer. Raises UsageError for a
-    vocabulary that does not hold it."""
-    derived: dict[str, str] = {}
+    """Return the config with vocabulary, micro-batch and intervals filled in, and with what
+    `optim.transfer=power` gives; and field → the sentence that explains its value. `vocab_size` is
+    that of the tokenizer. Raises UsageError for a vocabulary that does not hold it."""
+    config, derived = powered(config)
     model, data, run = config.model, config.data, config.run
     if not model.vocab_size:
         rounded = -(-vocab_size // VOCAB_UNIT) * VOCAB_UNIT

@@ -66,6 +66,19 @@ class OptimConfig:
     skipped and counted; 0 is off. A non-finite step is always skipped and counted."""
     max_skipped: int = 20
     """The run fails after this many skipped steps in a row."""
+    transfer: Literal["none", "width", "power"] = "none"
+    """How rates that were tuned on a small run follow to this one. `width`: those of each parameter
+    by its fan-in and the depth (maximal update parameterisation; `optim/transfer.py`). `power`:
+    batch, rates, beta2 and eps by the tokens of the run (`config/power.py`)."""
+    base_width: int = 128
+    """`width`: the fan-in at which rates and epsilon hold as given. This default and the others
+    are the sizes of the recipe `dense`."""
+    base_layers: int = 4
+    """`width`: the number of blocks at which they do."""
+    base_batch: int = 4096
+    """`power`: the tokens per step at which they do, beta2 too."""
+    base_tokens: int = 2_048_000
+    """`power`: the tokens of the run that was tuned."""
 
     def check(self) -> None:
         """Raise UsageError for a value out of range, or where warm-up and decay do not fit."""
@@ -80,6 +93,7 @@ class OptimConfig:
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise UsageError(f"optim.min_lr_ratio={self.min_lr_ratio} is outside 0…1; try 0")
+        self._check_transfer()
         above_zero("optim", vars(self), "lr muon_lr eps")
         at_least(0, "optim", vars(self), "embed_lr_scale router_lr_scale expert_lr_scale")
         at_least(0, "optim", vars(self), "weight_decay clip spike")
@@ -92,3 +106,24 @@ class OptimConfig:
                 f"optim.state_dtype=bfloat16 loses an average as slow as optim.beta2={self.beta2} "
                 "in rounding; use beta2 ≤ 0.99 or state_dtype=float32"
             )
+
+    def _check_transfer(self) -> None:
+        """Raise UsageError for an unknown rule, and for a base of a rule that is not in use."""
+        if self.transfer not in BASES:
+            raise UsageError(f"optim.transfer={self.transfer} is not known; use none, width, power")
+        for rule, names in BASES.items():
+            at_least(1, "optim", vars(self), names)
+            for name in names.split():
+                value = vars(self)[name]
+                if (
+                    rule != self.transfer
+                    and value != OptimConfig.__dataclass_fields__[name].default
+                ):
+                    raise UsageError(
+                        f"optim.{name}={value} is of optim.transfer={rule}, and optim.transfer="
+                        f"{self.transfer}; leave it out, or use {rule}"
+                    )
+
+
+BASES = {"none": "", "width": "base_width base_layers", "power": "base_batch base_tokens"}
+"""Rule of `optim.transfer` → the fields that only it reads."""

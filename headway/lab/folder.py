@@ -20,13 +20,25 @@ from headway.lab import edits
 Edit = Callable[..., Any]
 ELSEWHERE = ("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints")
 """Leaves that change no number of a run."""
+ADDED = {
+    "optim.transfer": "none",
+    "optim.base_width": 128,
+    "optim.base_layers": 4,
+    "optim.base_batch": 4096,
+    "optim.base_tokens": 2_048_000,
+}
+"""Leaves of later versions, at the values that change no number: older runs keep their names."""
 TRIES = 3
 """Times that a run is started that fails each time."""
 
 
 def config_hash(config: Config, edit: Edit | None = None) -> str:
     """Return the hash of a resolved config and of the source of its edit, 16 hexadecimal digits."""
-    values = {k: v for k, v in leaves(config.to_dict()).items() if k not in ELSEWHERE}
+    values = {
+        name: value
+        for name, value in leaves(config.to_dict()).items()
+        if name not in ELSEWHERE and ADDED.get(name) != value
+    }
     if edit is not None:
         values["edit"] = edits.source(edit)
     text = json.dumps(values, sort_keys=True)

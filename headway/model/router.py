@@ -101,7 +101,7 @@ class Router(StoresByRole):
         fan_in, shard = self.w_HEL.shape[-1], self.shard
         return {
             "w_HEL": Role(Group.ROUTER, fan_in=fan_in, shard=shard),
-            "w_noise_HEL": Role(Group.ROUTER, Init.ZEROS, shard=shard),
+            "w_noise_HEL": Role(Group.ROUTER, Init.ZEROS, fan_in, shard=shard),
             "logit_bias_HE": Role(Group.VECTOR, Init.ZEROS, shard=shard),
             "bias_HE": Role(Group.ROUTER, Init.ZEROS, shard=shard),
         }

@@ -42,8 +42,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         if state_dtype == torch.bfloat16 and betas[1] > 0.99:
             raise ValueError(f"bfloat16 moments need beta2 <= 0.99 and got {betas[1]}")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.betas, self.eps, self.state_dtype, self.chunk = betas, eps, state_dtype, chunk
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eps": eps})
+        self.betas, self.state_dtype, self.chunk = betas, state_dtype, chunk
         self.updates = 0
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class AdamW(torch.optim.Optimizer):
             beta1=self.betas[0],
             beta2=self.betas[1],
             weight_decay=group["weight_decay"],
-            eps=self.eps,
+            eps=group["eps"],
             amsgrad=False,
             maximize=False,
             grad_scale=inverse,
@@ -108,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
         float32 = param.dtype == grad.dtype == torch.float32
         if float32 and cpp_kernels().supports(param, grad, first):
             beta1, beta2 = self.betas
-            rates = (group["lr"], beta1, beta2, self.eps, group["weight_decay"])
+            rates = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
             corrections = (1 - beta1**self.updates, 1 - beta2**self.updates)
             tensors = (param, grad.contiguous(), first, second)
             sizes = (param.numel(), *rates, *corrections, float(grad_scale))

@@ -7,6 +7,7 @@ from headway.config import OptimConfig, UsageError
 from headway.model.roles import Group, roles_of
 from headway.optim.adamw import AdamW
 from headway.optim.muon import Muon
+from headway.optim.transfer import Scale, muon_groups, peak_rate, scales, weight_decay
 from headway.parallel.parallelize import SINGLE_PROCESS
 from headway.parallel.placement import Sharding, to_local
 
@@ -102,9 +103,6 @@ class Optimizers:
         self.adamw.updates = updates
 
 
-_EXPERTS = {Group.EXPERT_IN, Group.EXPERT_OUT}
-
-
 def build_optimizers(
     model: nn.Module,
     config: OptimConfig,
@@ -115,41 +113,36 @@ def build_optimizers(
     is the run's matmul dtype: bfloat16 where the hardware multiplies it natively. `sharding` says
     which parameters are sharded."""
     named = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    roles = roles_of(model)
+    roles, scale_of = roles_of(model), scales(model, config)
     groups: dict[Group, list[str]] = {}
+    alike: dict[tuple[Group, Scale], list[str]] = {}
     for name in named:
-        groups.setdefault(roles[name].group, []).append(name)
-    for_muon: set[Group] = set()
-    if config.name == "muon":
-        for_muon = {Group.MATRIX} | (_EXPERTS if config.muon_experts else set())
-    lr_scale = dict.fromkeys((Group.EMBEDDING, Group.HEAD), config.embed_lr_scale)
-    lr_scale |= dict.fromkeys(_EXPERTS, config.expert_lr_scale)
-    lr_scale[Group.ROUTER] = config.router_lr_scale
-    adam_groups, muon_groups = [], []
-    for group, names in groups.items():
-        peak = (config.muon_lr if group in for_muon else config.lr) * lr_scale.get(group, 1.0)
-        decays = group not in (Group.EMBEDDING, Group.VECTOR)
+        group = roles[name].group
+        groups.setdefault(group, []).append(name)
+        alike.setdefault((group, scale_of[name]), []).append(name)
+    for_muon, adam_params, muon_params = muon_groups(config), [], []
+    for (group, scale), names in alike.items():
+        peak = peak_rate(group, config) * scale.lr
         options = {
             "name": group.value,
             "params": [named[name] for name in names],
             "lr": peak,
             "peak_lr": peak,
-            "weight_decay": config.weight_decay if decays else 0.0,
+            "weight_decay": weight_decay(group, config, scale),
         }
         if group in for_muon:
-            muon_groups.append({**options, "transposed": group is Group.EXPERT_OUT})
+            muon_params.append({**options, "transposed": group is Group.EXPERT_OUT})
         else:
-            adam_groups.append(options)
+            adam_params.append({**options, "eps": config.eps * scale.eps})
     adamw = AdamW(
-        adam_groups,
+        adam_params,
         betas=(config.beta1, config.beta2),
-        eps=config.eps,
         state_dtype=torch.bfloat16 if config.state_dtype == "bfloat16" else None,
     )
     muon = None
-    if muon_groups:
+    if muon_params:
         muon = Muon(
-            muon_groups,
+            muon_params,
             momentum=config.momentum,
             adjust=config.muon_adjust,
             dtype=newton_schulz_dtype,

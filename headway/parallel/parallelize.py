@@ -1,6 +1,8 @@
 """Put a model on a mesh: which rank holds which part of it, and how its tokens are exchanged."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -38,15 +40,22 @@ def parallelize(model: Transformer, mesh: Mesh) -> Parallelism:
     return Parallelism(apply_fsdp(model, partition(model, mesh)), dispatcher)
 
 
-def materialize(model: Transformer, mesh: Mesh, seed: int) -> Parallelism:
+def materialize(
+    model: Transformer,
+    mesh: Mesh,
+    seed: int,
+    init_scales: Mapping[str, float] = MappingProxyType({}),
+) -> Parallelism:
     """Parallelise a full model that was built on the meta device, and give this rank's part the
-    initial values that a single process would draw. At most one full parameter is in memory at a
-    time."""
+    initial values that a single process would draw, times `init_scales` of their names. At most one
+    full parameter is in memory at a time."""
     initial = model.initial(seed)
     parallelism = parallelize(model, mesh)
     model.to_empty(device=mesh.device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, full in initial:
+            if name in init_scales:
+                full.mul_(init_scales[name])
             to_local(tensors[name]).copy_(parallelism.sharding.local_view(name, full))
     return parallelism

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
+from headway.optim.transfer import derivation, init_scales
 from headway.parallel.mesh import launch
 from headway.parallel.parallelize import materialize
 from headway.report.provenance import commit, versions
@@ -83,7 +85,10 @@ def open_session(
         with torch.device("meta"):
             model = Transformer(config.model, compute, blocks=blocks)
         sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
-        parallelism = materialize(model, mesh, run.seed)
+        by_width = derivation(model, config.optim)
+        resolved = replace(resolved, derived={**resolved.derived, **by_width})
+        init = init_scales(model, config.optim)
+        parallelism = materialize(model, mesh, run.seed, init)
         if edit is not None:
             if mesh.size > 1:
                 raise UsageError(f"a model on a mesh of {mesh.size} ranks is not edited; use one")

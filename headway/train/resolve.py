@@ -46,8 +46,11 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     Raises `UsageError` for values that cannot work, before anything is written."""
     derived = validate(config)
     notes = config_remarks(config)
+    by_tokens = config.optim.transfer == "power"
     config, more = filled(config, vocab_size)
     derived |= more
+    if by_tokens:  # another batch: the mesh and its chunks must divide that one
+        validate(config)
     model, data, run = config.model, config.data, config.run
     mesh = config.mesh
     if not mesh.chunks and mesh.size > 1:

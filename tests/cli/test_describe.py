@@ -43,3 +43,16 @@ def test_decode_mistakes(run):
 
     assert "use 1,16" in mistake("describe", run, "--decode", "--batch", "1;2")
     assert "is a trained model" in mistake("describe", run, "--decode", "--optim.steps", "3")
+
+
+def test_rates_that_follow_from_another_size_are_shown(place):
+    recipe = f"{place}/tiny.py:tiny"
+    wide = call("describe", recipe, "--optim.transfer", "width", "--optim.base-width", 8)
+    assert (
+        "  optim.transfer = width: rates hold as given at base_width 8 and base_layers 4"
+        in wide.out
+    )
+    assert "  lr of head, fan-in " in wide.out
+    long = call("describe", recipe, "--optim.transfer", "power")
+    assert "  optim.lr = " in long.out and "√(B/B0)" in long.out
+    assert "√(B/B0)" not in call("describe", recipe).out

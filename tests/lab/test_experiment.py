@@ -1,12 +1,15 @@
 """Plans of experiments: what is equal in all arms, and configs that name their runs."""
 
+import hashlib
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from headway.config import UsageError, with_leaf
+from headway.config import Config, UsageError, leaves, with_leaf
 from headway.lab.experiment import Arm, Experiment
+from headway.lab.folder import ADDED, ELSEWHERE
 from headway.lab.match import match, measure
 from headway.lab.runs import batches_sha256, config_hash, execute
 from headway.train.budget import Budget
@@ -133,3 +136,13 @@ def test_a_run_that_diverges_is_a_result(config, tmp_path):
 def test_mistakes(config, change, words):
     with pytest.raises(UsageError, match=words):
         planned(config, **change)
+
+
+def test_options_of_later_versions_leave_the_names_of_runs_alone():
+    """A folder of a run that was trained before there was `optim.transfer` is still its folder."""
+    default = leaves(Config().to_dict())
+    assert all(default[name] == value for name, value in ADDED.items())
+    before = {k: v for k, v in default.items() if k not in ADDED and k not in ELSEWHERE}
+    name = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]
+    assert config_hash(Config()) == name
+    assert config_hash(with_leaf(Config(), "optim.transfer", "width")) != name

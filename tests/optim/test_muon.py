@@ -75,7 +75,7 @@ def test_a_stack_is_updated_as_its_matrices_alone(chunk):
             p.grad = g.clone()
         mine.step()
         single.step()
-    together = torch.stack(alone).reshape(stack.shape)
+    together = torch.stack([*alone]).reshape(stack.shape)
     torch.testing.assert_close(stack, together, rtol=1e-6, atol=1e-7)
 
 

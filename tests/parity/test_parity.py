@@ -75,6 +75,14 @@ def _mesh(dp=1, hp=1, ep=1, **options) -> MeshConfig:
 
 
 MUON = OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, clip=0.5)
+BY_WIDTH = OptimConfig(
+    name="muon",
+    muon_adjust="match_rms_adamw",
+    muon_lr=2e-3,
+    lr=2e-3,
+    transfer="width",
+    base_width=8,
+)
 CLIPPED = OptimConfig(lr=1e-3, clip=1e-2)
 BY_ROUTER = {"sub-token": RouterConfig(), "token": TOKEN}
 
@@ -119,6 +127,9 @@ CASES: dict[str, Case] = {
     "slices, dp=2 hp=2 ep=2": Case(heads(projection="none"), _mesh(2, 2, 2)),
     "slices, fsdp, dp=2 hp=2, token": Case(
         heads(projection="none", router=TOKEN, latent_norm=False), _mesh(2, 2, shard="fsdp")
+    ),
+    "rates by width, fsdp, dp=2 hp=2, token": Case(
+        heads(router=TOKEN), _mesh(2, 2, shard="fsdp"), BY_WIDTH
     ),
     "muon, dp=2 hp=2, token": Case(heads(router=TOKEN), _mesh(2, 2), MUON),
     "targets on some ranks only, dp=2 hp=2 ep=2": Case(heads(), _mesh(2, 2, 2), blank=True),

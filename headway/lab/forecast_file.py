@@ -3,13 +3,15 @@
 import datetime
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headway.checkpoint.run_folder import read_config
-from headway.config import UsageError
+from headway.config import Config, UsageError
 from headway.lab.forecast import Fit, pinned_warning
 from headway.lab.laws import Irreducible, inputs
+from headway.lab.match import measure
 from headway.lab.sealed import Kind, file_sha256, read_sealed, sealed
 from headway.report.provenance import commit
 from headway.report.sinks import read_metrics
@@ -17,8 +19,9 @@ from headway.report.sinks import read_metrics
 KIND = Kind("headway law registration", "headway law register FIT --out FILE")
 METRICS = ("val_loss", "val_bits_per_byte")
 """What a run records that can be scored."""
-TOKENS_OFF = 0.01
-"""Relative difference of tokens above which a run is not the registered one."""
+OFF = 0.01
+"""Relative difference of FLOPs, parameters or tokens above which a run is not the registered one.
+"""
 
 
 class Score(NamedTuple):
@@ -113,8 +116,8 @@ def score(path: Path, loss: float) -> Score:
 
 def loss_of_run(folder: Path, path: Path) -> float:
     """Return the validation loss at the end of a run, in bits per byte where that is the registered
-    metric, else in nats per token. Raises UsageError for a run that is not finished, or was trained
-    on another number of tokens than registered."""
+    metric, else in nats per token. Raises UsageError for a run that is not finished, or is not the
+    registered one (`check_run`)."""
     value, config = read_sealed(path, KIND), read_config(folder)
     metrics = folder / "metrics.jsonl"
     metric = value["metric"] if value["metric"] in METRICS else METRICS[0]
@@ -125,10 +128,38 @@ def loss_of_run(folder: Path, path: Path) -> float:
             f"{folder} has its last {metric} at step {last['step']} of {config.optim.steps}; "
             "a forecast is scored at the end of the run"
         )
-    tokens = value["tokens"]
-    if tokens and abs(last["tokens"] / tokens - 1) > TOKENS_OFF:
-        raise UsageError(
-            f"{folder} was trained on {last['tokens']:,} tokens and {path} registers "
-            f"{tokens:,.0f}: it is another run"
-        )
+    check_run(path, str(folder), _quantities(config, last["tokens"]))
     return float(last[metric])
+
+
+def check_run(path: Path, name: str, run: Mapping[str, float]) -> None:
+    """Raise UsageError where a run is not the registered one: where what the law read, or the
+    number of tokens, is off by more than 1%.
+
+    Args:
+        name: of the run.
+        run: its `flops` (training, executed), `params`, `tokens`, …; what is not there is not
+            compared."""
+    value = read_sealed(path, KIND)
+    registered = {**value["at"], "tokens": value["tokens"]}
+    for quantity in dict.fromkeys((*inputs(value["form"]), "tokens")):
+        wanted, measured = registered[quantity], run.get(quantity)
+        if wanted and measured is not None and abs(measured / wanted - 1) > OFF:
+            raise UsageError(
+                f"{name} has {measured:,.6g} {quantity} and {path} registers {wanted:,.6g}: it is "
+                "another run; one whose quantities were counted otherwise is scored with --loss"
+            )
+
+
+def _quantities(config: Config, tokens: int) -> dict[str, float]:
+    """Return what laws read of a run, as Headway counts it: executed FLOPs of training, active
+    parameters, experts of a layer (1 if dense), and as granularity those of a token, which are as
+    wide together as one dense network."""
+    moe, dense = config.model.moe, config.model.moe.kind == "dense"
+    return {
+        "flops": tokens * measure(config, "active-flops"),
+        "params": measure(config, "active-parameters"),
+        "tokens": tokens,
+        "experts": 1 if dense else moe.n_experts,
+        "granularity": 1 if dense else moe.top_k,
+    }

@@ -1,0 +1,126 @@
+"""The runs of a ladder and the law of their rows: the fit, what it says of each budget and of a run
+above, and what a change gains."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from headway.lab.experiment import Arm, Experiment, PlannedArm
+from headway.lab.forecast import Fit, fit_runs
+from headway.lab.forecast_file import register
+from headway.lab.gain import Gain, gain
+from headway.lab.isoflop import minima
+from headway.lab.laws import Irreducible
+from headway.lab.rungs import Runs, read_runs
+from headway.lab.sealed import sealed
+from headway.lab.study import Row, Series
+from headway.train.budget import Budget
+from studies.arms import design
+
+CORPUS, SEED, EXPERTS = "python", 101, 16
+IRREDUCIBLE = Irreducible(0.5, 0.2)
+"""Bits per byte of Python that no compute removes: stated, not measured."""
+
+
+def arm(width: int, n_experts: int = EXPERTS) -> Arm:
+    """Return a flat mixture of two layers; the two experts of a token have 3·D hidden units. Steps
+    are of 1,024 tokens: narrow models need many."""
+    config = design(
+        "moe",
+        CORPUS,
+        model__n_layers=2,
+        model__d_model=width,
+        model__d_head=16,
+        model__n_heads=max(2, width // 16),
+        model__moe__n_experts=n_experts,
+        model__moe__top_k=2,
+        model__moe__d_expert=3 * width // 2,
+        data__batch_size=8,
+        optim__warmup_steps=50,
+    )
+    return Arm(f"D {width}" + (f", E {n_experts}" if n_experts != EXPERTS else ""), config)
+
+
+def series(arms: tuple[Arm, ...], steps: tuple[int, ...]) -> Series:
+    """Return runs of as many executed FLOPs as the first arm has at each budget."""
+    budget = Budget(steps=max(steps))
+    experiment = Experiment(arms, (SEED,), budget, eval_tokens=1 << 18, evaluations=1)
+    return Series("confirm", CORPUS, experiment, steps)
+
+
+def planned(width: int, steps: int) -> PlannedArm:
+    """Return a run of one width."""
+    return series((arm(width),), (steps,)).plan(lambda _: None)[f"D {width}"][steps]
+
+
+def fit(rows: Sequence[Row], base: str, budgets: Sequence[int]) -> tuple[Fit, Runs]:
+    """Return the law of the runs at some budgets, and what it is fitted to. A budget is the FLOPs
+    of `base` there: those of all arms agree within 0.3%. Raises UsageError where it gives none."""
+    flops = {row["budget"]: row["train_flops"] for row in rows if row["arm"] == base}
+    table = sorted(
+        (flops[row["budget"]], row["tokens"], row["bits_per_byte"])
+        for row in rows
+        if row["budget"] in budgets
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = _csv(Path(folder) / "ladder.csv", "budget,tokens,loss", table)
+        runs = read_runs(path, "isoflop")
+        return fit_runs(runs, IRREDUCIBLE), runs
+
+
+def rungs(fitted: Fit, runs: Runs) -> list[Row]:
+    """Return for each budget the best number of tokens, the loss there, and what the law says."""
+    best = minima(runs.x["flops"], runs.x["tokens"], runs.loss_N)
+    by_law_B = fitted.law.loss({"flops": best.budget_B})
+    return [
+        {
+            "FLOPs": float(flops),
+            "best tokens": float(tokens),
+            "least bits/byte": f"{loss:.4f}",
+            "by the law": f"{by_law:.4f}",
+        }
+        for flops, tokens, loss, by_law in zip(
+            best.budget_B, best.tokens_B, best.loss_B, by_law_B, strict=True
+        )
+    ]
+
+
+def gained(fitted: Fit, rows: Sequence[Row], change: str, base: str) -> Gain:
+    """Return the efficiency gain of an arm over `base` at each budget that both have."""
+    by_budget = {row["budget"]: row for row in rows if row["arm"] == base}
+    runs = [
+        (row["train_flops"], row["bits_per_byte"], by_budget[row["budget"]]["bits_per_byte"])
+        for row in rows
+        if row["arm"] == change
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return gain(fitted, _csv(Path(folder) / "change.csv", "flops,loss,baseline", runs))
+
+
+def register_top(
+    fitted: Fit, flops: float, steps: Mapping[int, PlannedArm], path: Path
+) -> tuple[int, int]:
+    """Register the forecast of a run of about so many FLOPs in a new file, and return its width and
+    steps: of the widths the one that has most nearly the best number of tokens.
+
+    Args:
+        steps: width → a run of one step."""
+    best = fitted.predict({"flops": flops}).tokens
+    assert best is not None, "the law is one of isoflop curves"
+    n = {width: round(flops / one.train_flops) for width, one in steps.items()}
+    tokens = {width: n[width] * one.tokens for width, one in steps.items()}
+    width = min(n, key=lambda w: abs(math.log(tokens[w] / best["best"])))
+    at = {"flops": n[width] * steps[width].train_flops, "tokens": float(tokens[width])}
+    stop = f"width {width}, step {n[width]}, the last of the schedule"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "fit.json"
+        file.write_text(json.dumps(sealed(fitted.to_dict())))
+        register(path, file, fitted, at, metric="val_bits_per_byte", stop_rule=stop)
+    return width, n[width]
+
+
+def _csv(path: Path, head: str, rows: Iterable[Sequence[float]]) -> Path:
+    path.write_text("\n".join([head, *(",".join(map(repr, row)) for row in rows)]) + "\n")
+    return path

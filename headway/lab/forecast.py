@@ -4,14 +4,14 @@ A fit is a JSON object with the replicates of its bootstrap, so that a forecast 
 Its hash is checked when it is read (`lab.sealed`)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from headway.config import UsageError
 from headway.lab import laws
-from headway.lab.isoflop import Minima, minima
+from headway.lab.backtest import Backtest, backtested, interval, law_data, numbers
 from headway.lab.laws import Columns, Form, Irreducible, Law
 from headway.lab.rungs import Runs
 from headway.lab.sealed import Kind, file_sha256
@@ -19,7 +19,6 @@ from headway.lab.sealed import Kind, file_sha256
 KIND = Kind("headway law fit", "headway law fit FILE.csv --json > FIT")
 NEAR = 0.2
 """Nats by which a pinned irreducible loss is moved, to show what it matters."""
-BACKTEST_BOOTSTRAPS = 300
 
 
 class Forecast(NamedTuple):
@@ -57,6 +56,41 @@ def pinned_warning(irreducible: Irreducible, others: str) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a fit was made of, and what it says of itself. JSON has the fields under these names."""
+
+    source: str
+    """Name of the CSV file."""
+    source_sha256: str
+    runs: int
+    rungs: int
+    level: float
+    """Probability of the intervals."""
+    residual_sd: float
+    """Of log losses about the law."""
+    seed_noise: float
+    """Standard deviation of one run over seeds beside the residuals, nats."""
+    huber: float
+    """Where squares turn into absolute values, in log loss."""
+    backtest: tuple[Backtest, ...]
+    notes: tuple[str, ...]
+    """What was not possible, in sentences."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON has them."""
+        rows = [row._asdict() for row in self.backtest]
+        return {**vars(self), "backtest": rows, "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Facts":
+        """Return what `to_dict` wrote, out of an object that may have more."""
+        values = {field.name: value[field.name] for field in fields(cls)}
+        values["backtest"] = tuple(Backtest(**row) for row in values["backtest"])
+        values["notes"] = tuple(values["notes"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class Fit:
     """A law with what its file told."""
 
@@ -67,24 +101,23 @@ class Fit:
     """Tokens of the minima as a power of FLOPs, of an isoflop law."""
     seed_noise_R: np.ndarray
     """What the seed of one run adds to the loss of each replicate, nats."""
-    facts: dict[str, Any]
-    """What the JSON has beside: `source`, `runs`, `rungs`, `level`, `backtest`, …"""
+    facts: Facts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fit as a JSON object, not sealed."""
-        law, level = self.law, self.facts["level"]
-        ci = {k: _interval(v, level) for k, v in law.parameter_draws().items()}
+        law, level = self.law, self.facts.level
+        ci = {k: interval(v, level) for k, v in law.parameter_draws().items()}
         return {
             "kind": KIND.name,
             "form": law.form,
             "irreducible": str(law.irreducible),
             "parameters": law.parameters(),
             "intervals": ci,
-            **self.facts,
+            **self.facts.to_dict(),
             "law": _law_dict(law),
             "others": {name: _law_dict(other) for name, other in self.others},
             "tokens_law": _law_dict(self.tokens) if self.tokens else None,
-            "seed_noise_draws": _numbers(self.seed_noise_R),
+            "seed_noise_draws": numbers(self.seed_noise_R),
         }
 
     @classmethod
@@ -93,43 +126,42 @@ class Fit:
         form = value["form"]
         laws_of = {k: _law_from(form, v) for k, v in value["others"].items()}
         tokens = value["tokens_law"]
-        shown = ("source", "source_sha256", "runs", "rungs", "level", "residual_sd", "seed_noise")
         return cls(
             _law_from(form, value["law"]),
             tuple(laws_of.items()),
             _law_from("power", tokens) if tokens else None,
             np.array(value["seed_noise_draws"]),
-            {name: value[name] for name in (*shown, "huber", "backtest", "notes")},
+            Facts.from_dict(value),
         )
 
     def sentences(self) -> list[str]:
         """Return the fit as lines of text."""
-        facts, level = self.facts, self.facts["level"]
+        facts, level = self.facts, self.facts.level
         draws = self.law.parameter_draws()
-        head = f"{facts['source']}: {facts['runs']} runs on {facts['rungs']} rungs"
+        head = f"{facts.source}: {facts.runs} runs on {facts.rungs} rungs"
         lines = [f"{head}, {laws.EQUATION[self.law.form]}"]
         for name, value in self.law.parameters().items():
             if name == "irreducible" and self.law.irreducible.value is not None:
                 lines.append(f"  {name:<12} {self.law.irreducible}, as given")
                 continue
-            low, high = _interval(draws[name], level)
+            low, high = interval(draws[name], level)
             lines.append(f"  {name:<12} {value:.5g} ({level:.0%}: {low:.5g} … {high:.5g})")
-        lines.append(f"  {'residuals':<12} {facts['residual_sd']:.2%} of the loss")
+        lines.append(f"  {'residuals':<12} {facts.residual_sd:.2%} of the loss")
         for name, law in self.others[-1:]:
             value = law.parameters()["irreducible"]
             lines.append(f"  fitted {name}ly, the irreducible loss would be {value:.4g}")
-        for row in facts["backtest"]:
+        for row in facts.backtest:
             lines.append(
-                f"  without the top {row['dropped_rungs']} of the rungs it predicts them with "
-                f"{row['mean_error']:+.2%} ({row['inside']} of {row['runs']} in the interval)"
+                f"  without the top {row.dropped_rungs} of the rungs it predicts them with "
+                f"{row.mean_error:+.2%} ({row.inside} of {row.runs} in the interval)"
             )
-        return [*lines, *(f"note: {note}" for note in facts["notes"])]
+        return [*lines, *(f"note: {note}" for note in facts.notes)]
 
     def predict(self, at: dict[str, float], level: float | None = None) -> Forecast:
         """Return the forecast of one run. `at` names every input of the law; FLOPs alone, of a law
         in parameters and tokens, are spent on the best of both (C = 6·N·D). Raises UsageError for
         an input that is missing, and for one that the law does not read."""
-        level = level or float(self.facts["level"])
+        level = level or self.facts.level
         names = laws.inputs(self.law.form)
         given = list(at)
         if "flops" in at and "params" in names and not {"params", "tokens"} & set(at):
@@ -144,10 +176,10 @@ class Fit:
             )
         x = {name: np.array([at[name]]) for name in names}
         draws_R = self.law.draws(x)[:, 0] + self.seed_noise_R
-        low, high = _interval(draws_R, level)
+        low, high = interval(draws_R, level)
         tokens = None
         if self.tokens:
-            spread = _interval(self.tokens.draws(x, noise=False)[:, 0], level)
+            spread = interval(self.tokens.draws(x, noise=False)[:, 0], level)
             best = float(self.tokens.loss(x)[0])
             tokens = {"best": best, "low": spread[0], "high": spread[1]}
         others = {name: float(law.loss(x)[0]) for name, law in self.others}
@@ -187,7 +219,7 @@ def fit_runs(
             it than the run that is forecast (means or minima of several). None: of an isoflop
             file the scatter about the parabolas, else 0: residuals have it."""
     options = {"delta": delta, "seed": seed}
-    x, loss_N, vertices = _law_data(runs)
+    x, loss_N, vertices = law_data(runs)
     law = laws.fit(runs.form, x, loss_N, irreducible, bootstraps=bootstraps, **options)
     tokens = None
     if vertices is not None:
@@ -198,29 +230,22 @@ def fit_runs(
     generator = np.random.default_rng(seed + 1)
     residual_sd = float(np.sqrt((law.residual_N**2).sum() / (len(loss_N) - len(law.theta_P))))
     notes: list[str] = []
-    facts = {
-        "source": runs.path.name,
-        "source_sha256": file_sha256(runs.path),
-        "runs": len(runs.loss_N),
-        "rungs": len(np.unique(runs.rung_N)),
-        "level": level,
-        "residual_sd": residual_sd,
-        "seed_noise": seed_noise,
-        "huber": delta,
-        "backtest": _backtest(runs, irreducible, level, notes, **options),
-        "notes": notes,
-    }
+    backtest = backtested(runs, irreducible, level, notes, **options)
     others = _other_floors(runs.form, x, loss_N, irreducible, notes, **options)
     seed_noise_R = seed_noise * generator.standard_normal(bootstraps)
+    facts = Facts(
+        source=runs.path.name,
+        source_sha256=file_sha256(runs.path),
+        runs=len(runs.loss_N),
+        rungs=len(np.unique(runs.rung_N)),
+        level=level,
+        residual_sd=residual_sd,
+        seed_noise=seed_noise,
+        huber=delta,
+        backtest=backtest,
+        notes=tuple(notes),
+    )
     return Fit(law, others, tokens, seed_noise_R, facts)
-
-
-def _law_data(runs: Runs) -> tuple[Columns, np.ndarray, Minima | None]:
-    """Return what the law is fitted to: the runs, or of isoflop curves their minima."""
-    if runs.form != "isoflop":
-        return runs.x, runs.loss_N, None
-    vertices = minima(runs.x["flops"], runs.x["tokens"], runs.loss_N)
-    return {"flops": vertices.budget_B}, vertices.loss_B, vertices
 
 
 def _other_floors(
@@ -241,60 +266,14 @@ def _other_floors(
     return tuple(others)
 
 
-def _backtest(
-    runs: Runs, irreducible: Irreducible, level: float, notes: list[str], **options: Any
-) -> list[dict[str, Any]]:
-    """Return how a law of the lower rungs predicts the top one, and the top two."""
-    rows = []
-    for dropped in (1, 2):
-        below = runs.where(runs.rung_N >= dropped)
-        try:
-            x, loss_N, _ = _law_data(below)
-            law = laws.fit(
-                runs.form, x, loss_N, irreducible, bootstraps=BACKTEST_BOOTSTRAPS, **options
-            )
-        except UsageError as error:
-            notes.append(f"no back-test without the top {dropped} rungs: {error}")
-            continue
-        x, measured_N, _ = _law_data(runs.where(runs.rung_N < dropped))
-        predicted_N = law.loss(x)
-        low_N, high_N = (np.array(v) for v in _interval(law.draws(x), level))
-        error_N = predicted_N / measured_N - 1
-        inside_N = (low_N <= measured_N) & (measured_N <= high_N)
-        top = int(np.argmax(error_N**2)) if len(error_N) > 1 else 0
-        rows.append(
-            {
-                "dropped_rungs": dropped,
-                "runs": len(error_N),
-                "mean_error": float(error_N.mean()),
-                "largest_error": float(error_N[top]),
-                "inside": int(inside_N.sum()),
-                "predicted": _numbers(predicted_N),
-                "measured": _numbers(measured_N),
-            }
-        )
-    return rows
-
-
-def _interval(draws_R: np.ndarray, level: float) -> Any:
-    """Return the quantiles of draws that leave (1 − level)/2 on both sides, over the first dim."""
-    tail = (1 - level) / 2
-    return np.quantile(draws_R, [tail, 1 - tail], axis=0).tolist()
-
-
-def _numbers(values: np.ndarray) -> list[float]:
-    """Return floats with nine digits: a fit stays a small file."""
-    return [float(f"{value:.9g}") for value in values]
-
-
 def _law_dict(law: Law) -> dict[str, Any]:
     return {
         "irreducible": list(law.irreducible),
         "theta": law.theta_P.tolist(),
-        "theta_draws": [_numbers(row) for row in law.theta_RP],
-        "floor_draws": _numbers(np.exp(law.log_floor_R)),
-        "noise_draws": _numbers(law.noise_R),
-        "residuals": _numbers(law.residual_N),
+        "theta_draws": [numbers(row) for row in law.theta_RP],
+        "floor_draws": numbers(np.exp(law.log_floor_R)),
+        "noise_draws": numbers(law.noise_R),
+        "residuals": numbers(law.residual_N),
     }
 
 

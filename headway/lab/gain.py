@@ -72,7 +72,7 @@ def gain(fit: Fit, path: Path, level: float | None = None) -> Gain:
     Raises: UsageError for a law that is none of FLOPs, fewer than two rungs, or a loss that the
         baseline never reaches; for tokens per second of one side alone."""
     law = fit.law
-    level = level or float(fit.facts["level"])
+    level = level or fit.facts.level
     if law.form not in ("power", "isoflop"):
         raise UsageError(f"a gain needs a law of FLOPs; this fit is of form {law.form}")
     table = read_table(path, ("flops", "loss"), OPTIONAL)

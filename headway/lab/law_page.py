@@ -25,10 +25,10 @@ def write_law(fit: Fit, runs: Runs, path: Path) -> Path:
 def render_law(fit: Fit, runs: Runs) -> str:
     """Return the page as HTML."""
     facts, law = fit.facts, fit.law
-    title = f"Headway: {law.form} law of {facts['source']}"
+    title = f"Headway: {law.form} law of {facts.source}"
     lead = (
-        f"{facts['runs']} runs on {facts['rungs']} rungs, irreducible loss {law.irreducible}. The "
-        f"band is the {facts['level']:.0%} interval of a run."
+        f"{facts.runs} runs on {facts.rungs} rungs, irreducible loss {law.irreducible}. The "
+        f"band is the {facts.level:.0%} interval of a run."
     )
     sections = [
         ("Loss", _curve(fit, runs) if "flops" in runs.x else _measured(fit, runs)),
@@ -38,7 +38,7 @@ def render_law(fit: Fit, runs: Runs) -> str:
     ]
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
     body += [f"<h2>{name}</h2>\n{html}" for name, html in sections if html]
-    body += [f'<p class="about">{escape(note)}</p>' for note in facts["notes"]]
+    body += [f'<p class="about">{escape(note)}</p>' for note in facts.notes]
     return static_page(title, "\n".join(body), STYLE)
 
 
@@ -47,7 +47,7 @@ def _curve(fit: Fit, runs: Runs) -> str:
     flops = runs.x["flops"]
     x = {"flops": np.geomspace(flops.min() / 2, flops.max() * BEYOND, POINTS)}
     draws = fit.law.draws(x) + fit.seed_noise_R[:, None]
-    tail = (1 - fit.facts["level"]) / 2
+    tail = (1 - fit.facts.level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
     edge = [*zip(x["flops"], low, strict=True), *zip(x["flops"][::-1], high[::-1], strict=True)]
     marks = [
@@ -120,13 +120,13 @@ def _parameters(fit: Fit) -> str:
 def _backtest(fit: Fit) -> str:
     rows = [
         (
-            f"top {row['dropped_rungs']}",
-            row["runs"],
-            f"{row['mean_error']:+.2%}",
-            f"{row['largest_error']:+.2%}",
-            f"{row['inside']} of {row['runs']}",
+            f"top {row.dropped_rungs}",
+            row.runs,
+            f"{row.mean_error:+.2%}",
+            f"{row.largest_error:+.2%}",
+            f"{row.inside} of {row.runs}",
         )
-        for row in fit.facts["backtest"]
+        for row in fit.facts.backtest
     ]
     head = ("rungs left out", "runs", "mean error", "largest", "inside the interval")
     return table(head, rows) if rows else ""

@@ -9,7 +9,7 @@ import pytest
 
 from bench.laws import MARIN
 from headway.lab import laws
-from headway.lab.forecast import Fit
+from headway.lab.forecast import Facts, Fit, fit_runs
 from headway.lab.gain import gain
 from headway.lab.isoflop import minima
 from headway.lab.laws import Irreducible
@@ -20,6 +20,11 @@ from tests.command import call, mistake
 def csv(path, names, rows):
     path.write_text("\n".join([names, *(",".join(map(str, row)) for row in rows)]) + "\n")
     return path
+
+
+def facts(level):
+    """The facts of a fit of no file."""
+    return Facts("", "", 0, 0, level, 0.0, 0.0, 1e-3, (), ())
 
 
 @pytest.fixture
@@ -102,20 +107,35 @@ def test_a_registration_is_whole_and_is_never_overwritten_or_edited(marin, tmp_p
     assert "was changed after it was written" in mistake("law", "predict", fit, "--flops", "1e21")
 
 
-def test_a_run_is_scored_at_its_end_and_only_the_registered_one(marin, tmp_path, run):
+@pytest.fixture(scope="module")
+def counted(run):
+    """What `headway describe` counts of the run: executed FLOPs, active parameters, tokens."""
+    model = call("describe", run, "--json").json
+    flops = 384 * model["flops_per_token_training"]
+    return {"flops": flops, "params": model["active_parameters"], "tokens": 384}
+
+
+def test_a_run_is_scored_at_its_end_and_only_the_registered_one(marin, tmp_path, run, counted):
     fit, _ = fitted(marin)
-    at = ("--flops", "1e21")
     files = [tmp_path / f"{n}.json" for n in (384, 900)]
     for file in files:
-        call("law", "register", fit, *at, "--tokens", file.stem, "--out", file)
+        at = ("--flops", counted["flops"], "--tokens", file.stem)
+        call("law", "register", fit, *at, "--out", file)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_loss"] for r in records if "val_loss" in r][-1]
     assert call("law", "score", files[0], "--run", run, "--json").json["loss"] == last
     bits = tmp_path / "bits.json"
-    call("law", "register", fit, *at, "--metric", "val_bits_per_byte", "--out", bits)
+    metric = ("--metric", "val_bits_per_byte")
+    call("law", "register", fit, "--flops", counted["flops"] * 1.009, *metric, "--out", bits)
     last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
     assert call("law", "score", bits, "--run", run, "--json").json["loss"] == last
-    assert "was trained on 384 tokens and" in mistake("law", "score", files[1], "--run", run)
+    words = mistake("law", "score", files[1], "--run", run)
+    assert "has 384 tokens and" in words and "registers 900: it is another run" in words
+    larger = tmp_path / "larger.json"
+    call("law", "register", fit, "--flops", counted["flops"] * 1.02, "--out", larger)
+    words = mistake("law", "score", larger, "--run", run)
+    assert f"has {counted['flops']:,.6g} flops and" in words and "is scored with --loss" in words
+    assert call("law", "score", larger, "--loss", last).code == 0
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -124,6 +144,32 @@ def test_a_run_is_scored_at_its_end_and_only_the_registered_one(marin, tmp_path,
     assert "of 6; a forecast is scored at the end of the run" in mistake(
         "law", "score", files[0], "--run", cut
     )
+
+
+@pytest.mark.parametrize("form", ["chinchilla", "granularity", "joint"])
+def test_the_parameters_and_experts_of_a_run_are_those_that_were_forecast(
+    tmp_path, run, counted, form
+):
+    """The run has 4 experts, 2 of a token; laws in parameters count no FLOPs."""
+    rng = np.random.default_rng(0)
+    N, D = 10 ** rng.uniform(3, 5, 40), 10 ** rng.uniform(2, 4, 40)
+    shape = 2.0 ** rng.integers(0, 4, 40)
+    loss = 1.7 + 40 * N**-0.3 + 40 * D**-0.3 * shape**-0.05
+    extra = {"granularity": ("granularity", 2), "joint": ("experts", 4)}.get(form)
+    head = "params,tokens,loss" + (f",{extra[0]}" if extra else "")
+    rows = zip(N, D, loss, *([shape] if extra else []), strict=True)
+    fit, _ = fitted(csv(tmp_path / "runs.csv", head, rows), "--form", form)
+    right = {"params": counted["params"], "tokens": counted["tokens"]}
+    right |= dict([extra]) if extra else {}
+    for i, (name, factor) in enumerate([("", 1), *((name, 1.5) for name in right)]):
+        at = {**right, **({name: right[name] * factor} if name else {})}
+        options = [word for n, value in at.items() for word in (f"--{n}", value)]
+        file = tmp_path / f"{i}.json"
+        assert call("law", "register", fit, *options, "--out", file).code == 0
+        if name:
+            assert f" {name} and" in mistake("law", "score", file, "--run", run)
+        else:
+            assert call("law", "score", file, "--run", run).code == 0
 
 
 def isoflop(path, noise=0.0, opens_down=False, best=lambda C: 16.0 * C**0.464):
@@ -212,7 +258,7 @@ def test_the_interval_of_a_gain_holds_it(tmp_path):
         C = np.geomspace(1e18, 3e20, 8)
         y = (1.6 + 95.18 * C**-0.0941) * np.exp(0.002 * rng.standard_normal(8))
         law = laws.fit("power", {"flops": C}, y, Irreducible(1.6), bootstraps=200, seed=seed)
-        fit = Fit(law, (), None, np.zeros(200), {"level": 0.9})
+        fit = Fit(law, (), None, np.zeros(200), facts(0.9))
         at = np.array([3e18, 1e20])
         changed = (1.6 + 95.18 * (1.3 * at) ** -0.0941) * np.exp(0.002 * rng.standard_normal(2))
         result = gain(fit, csv(tmp_path / "c.csv", "flops,loss", zip(at, changed, strict=True)))
@@ -276,10 +322,19 @@ def test_a_replicate_with_an_irreducible_loss_above_both_losses_is_no_gain_of_th
     C = np.geomspace(1e18, 3e20, 8)
     law = laws.fit("power", {"flops": C}, 2 + 1e5 * C**-0.3, Irreducible(2.0), bootstraps=400)
     noise_R = np.random.default_rng(0).choice([-0.3, 0.3], 400)
-    fit = Fit(law, (), None, noise_R, {"level": 0.9})
+    fit = Fit(law, (), None, noise_R, facts(0.9))
     rows = [(c, 2.05, 2.1) for c in (1e19, 1e20)]
     result = gain(fit, csv(tmp_path / "c.csv", "flops,loss,baseline", rows))
     assert all(rung.low == 0 and rung.high == np.inf for rung in result.rungs)
+
+
+def test_a_fit_in_json_has_all_of_it(marin):
+    """Facts and back-test of the read fit are those that were computed."""
+    whole = fit_runs(read_runs(marin, "power"), Irreducible(1.6), bootstraps=200)
+    read = Fit.from_dict(json.loads(json.dumps(whole.to_dict())))
+    assert read.facts == whole.facts and len(read.facts.backtest) == 2
+    assert (read.facts.runs, read.facts.rungs, read.facts.source) == (6, 6, "marin.csv")
+    assert read.sentences() == whole.sentences()
 
 
 def test_the_page_shows_curve_runs_and_band(marin):

@@ -12,9 +12,7 @@ from bench import (
     cpu_step,
     hub,
     laws,
-    levers,
     plan_step,
-    quality,
     serve,
     serve_engine,
     serve_layer,
@@ -22,7 +20,7 @@ from bench import (
     shakespeare,
     worlds,
 )
-from bench.common import ROOT, interleaved, parameters, target
+from bench.common import ROOT, interleaved, target
 from bench.worker import Worker
 from headway.kernels.cpp import cpp_kernels
 
@@ -45,17 +43,6 @@ def last_line(main, capsys, monkeypatch, *arguments):
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found.keys() >= KEYS
     return found
-
-
-def test_quality(path, capsys, monkeypatch):
-    found = last_line(
-        *(quality.main, capsys, monkeypatch, "--quick", "--seeds", "2", "--only", "dense"),
-        *("--steps", "60", "--data", str(path), "--dir", str(path.parent / "runs")),
-    )
-    assert len(found["rows"]) == 2 * 2 * 2
-    steps = {row["steps"] for row in found["rows"] if row["budget"] == "equal FLOPs"}
-    assert max(steps) - min(steps) <= 1 and 10 in steps
-    assert {t["name"] for t in found["targets"]} >= {"equal time: moe below dense, bits/byte"}
 
 
 def test_shakespeare(path, capsys, monkeypatch):
@@ -81,20 +68,6 @@ def test_laws(capsys, monkeypatch):
     assert pinned["low"] < pinned["loss"] < pinned["high"]
     assert free["high"] - free["low"] > pinned["high"] - pinned["low"], "free costs certainty"
     assert all(target["pass"] for target in found["targets"])
-
-
-def test_models_of_quality_have_equal_sizes():
-    arms = {arm.name: arm.config.model for arm in quality.arms({})}
-    active = [parameters(model)[1] for model in arms.values()]
-    assert max(active) / min(active) < 1.03
-    total = [parameters(model)[0] for name, model in arms.items() if name != "dense"]
-    assert max(total) / min(total) < 1.03
-
-
-def test_levers(path, capsys, monkeypatch):
-    """An edit changes the run and not its size."""
-    change = levers.levers()["2x64 W_out x2"]()
-    assert change.edit is not None and change.config == levers.levers()["2x64"]().config
 
 
 @pytest.mark.skipif(cpp_kernels().library is None, reason=cpp_kernels().why)
@@ -135,11 +108,6 @@ def test_serve_engine_compares_a_thread_with_two_and_busy_cores_with_quiet_ones(
         "S decode, 2 threads: speed on busy cores / quiet": (0.2, False),
         "texts of 9 requests that change in company": (1, False),
     }
-
-
-def test_interval_is_students():
-    mean, half = quality.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
 
 
 def test_interleaved_takes_turns_and_drops_the_warm_up():

@@ -5,12 +5,13 @@ Width 128: four layers, for the flat mixture eight of 32 experts with K·F = 3·
 total parameters (`headway.lab.match`). Width 256 is the same with heads of attention twice as
 wide."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headway import recipes
 from headway.config import Config, with_leaf
 from headway.lab.experiment import Arm, Experiment
-from headway.lab.study import Series, Stage
+from headway.lab.study import Contrast, Row, Series, Stage
 from headway.train.budget import Budget
 from headway.train.open_session import Edit
 
@@ -28,6 +29,9 @@ EVAL_TOKENS = 1 << 19
 """Of every validation, at the end of a run: 4,096 windows of 128 bytes, spread over the split."""
 WARM_UP = 25
 """Steps: the same for all budgets, so that they branch off one trunk."""
+RATE = {"2x64": 0.7, "2 slices": 0.7}
+"""Arm → the factor of its experts' learning rate by the screening of `latent_vs_flat`; others have
+1."""
 
 
 def design(recipe: str, corpus: str, **fields: Any) -> Config:
@@ -62,6 +66,24 @@ def slices(corpus: str, n: int, name: str = "", edit: Edit | None = None, **fiel
     return heads(corpus, n, name or f"{n} slices", edit, **fields)
 
 
+def rated(
+    make: Callable[..., Arm],
+    corpus: str,
+    *args: Any,
+    width: int = 128,
+    rate: float = 0.0,
+    **fields: Any,
+) -> Arm:
+    """Return an arm with the experts' learning rate of the screening, or another one."""
+    plain = make(corpus, *args, width=width)
+    wide = plain.name if width == 128 else f"{plain.name}, D {width}"
+    factor = rate or RATE.get(wide, 1.0)
+    if factor != 1.0:
+        fields = {**fields, "optim__expert_lr_scale": factor}
+    label = f"{wide}, rate {rate:g}" if rate else wide
+    return make(corpus, *args, name=label, width=width, **fields)
+
+
 def series(
     stage: Stage, corpus: str, arms: tuple[Arm, ...], seeds: tuple[int, ...], steps: tuple[int, ...]
 ) -> Series:
@@ -75,3 +97,16 @@ def series(
         evaluations=1,
     )
     return Series(stage, corpus, experiment, steps)
+
+
+def differences(rows: Sequence[Row], stage: Stage, contrast: Contrast) -> list[float]:
+    """Return the paired differences of a contrast, bits per byte, in the order of the seeds of its
+    baseline; a pair with a diverged run is left out."""
+    bits = {
+        (row["arm"], row["seed"]): row["bits_per_byte"]
+        for row in rows
+        if (row["stage"], row["budget"]) == (stage, contrast.steps)
+    }
+    seeds = [seed for arm, seed in bits if arm == contrast.baseline]
+    pairs = [(bits.get((contrast.arm, seed)), bits[contrast.baseline, seed]) for seed in seeds]
+    return [a - b for a, b in pairs if a is not None and b is not None]

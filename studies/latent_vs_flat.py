@@ -9,9 +9,9 @@ the lowest mean loss of the screening seeds, which confirm nothing."""
 
 from typing import Any
 
-from headway.lab.experiment import Arm
 from headway.lab.study import Claim, Contrast, Prediction, Study
-from studies.arms import flat, heads, series, slices
+from studies import levers
+from studies.arms import flat, heads, rated, series, slices
 
 MARGIN = 0.005
 CORPUS = "python"
@@ -19,19 +19,6 @@ SCREEN, CONFIRM = (0, 1), tuple(range(101, 109))
 BUDGETS = (250, 500, 1000, 2000)
 RATES = (0.7, 1.4)
 """Factors of the experts' learning rate that are screened beside 1."""
-RATE = {"2x64": 0.7, "2 slices": 0.7}
-"""Arm → its factor, by the screening; others have 1."""
-
-
-def rated(make, *args, width: int = 128, rate: float = 0.0, **fields) -> Arm:
-    """Return an arm with the experts' learning rate of the screening, or another one."""
-    plain: Arm = make(CORPUS, *args, width=width)
-    wide = plain.name if width == 128 else f"{plain.name}, D {width}"
-    factor = rate or RATE.get(wide, 1.0)
-    if factor != 1.0:
-        fields = {**fields, "optim__expert_lr_scale": factor}
-    label = f"{wide}, rate {rate:g}" if rate else wide
-    return make(CORPUS, *args, name=label, width=width, **fields)
 
 
 def not_worse(id: str, arm: str, steps: int, expected: float, text: str, base="flat") -> Claim:
@@ -44,7 +31,7 @@ def not_worse(id: str, arm: str, steps: int, expected: float, text: str, base="f
 
 SUBTOKEN: dict[str, Any] = {"model__moe__router__reads": "latent"}
 """Eight routers that read the whole token would cost more than a quarter of the layer."""
-FORMS = {"flat": (flat,), "2x64": (heads, 2), "2 slices": (slices, 2)}
+FORMS = ((flat, CORPUS), (heads, CORPUS, 2), (slices, CORPUS, 2))
 PUBLISHED = "the published form, two heads of 64, is not worse than flat"
 SLICES = "two heads of 64 without projections are not worse than flat"
 CLAIMS = (
@@ -96,30 +83,35 @@ STUDY = Study(
     "Can Multi-Head LatentMoE match, or beat, a flat MoE?",
     (
         *(
-            series(
-                "screen",
-                CORPUS,
-                tuple(rated(*form, rate=r) for form in FORMS.values()),
-                SCREEN,
-                (500,),
-            )
+            series("screen", CORPUS, tuple(rated(*form, rate=r) for form in FORMS), SCREEN, (500,))
             for r in (1.0, *RATES)
         ),
-        series("confirm", CORPUS, tuple(rated(*f) for f in FORMS.values()), CONFIRM, BUDGETS),
+        series("confirm", CORPUS, tuple(rated(*form) for form in FORMS), CONFIRM, BUDGETS),
         series(
             "confirm",
             CORPUS,
-            (rated(flat), rated(heads, 4), rated(heads, 8, **SUBTOKEN), rated(slices, 4)),
+            (
+                rated(flat, CORPUS),
+                rated(heads, CORPUS, 4),
+                rated(heads, CORPUS, 8, **SUBTOKEN),
+                rated(slices, CORPUS, 4),
+            ),
             CONFIRM,
             (1000,),
         ),
         series(
             "confirm",
             CORPUS,
-            (rated(flat, width=256), rated(heads, 4, width=256), rated(heads, 8, width=256)),
+            (
+                rated(flat, CORPUS, width=256),
+                rated(heads, CORPUS, 4, width=256),
+                rated(heads, CORPUS, 8, width=256),
+            ),
             CONFIRM,
             (1000,),
         ),
     ),
     CLAIMS,
+    tables={"levers": levers.table},
+    also=("levers",),
 )

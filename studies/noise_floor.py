@@ -141,5 +141,5 @@ STUDY = Study(
     ),
     notes="Standard deviations over seeds, but where it says mean. `python, 8k`: 8,192 tokens per "
     "step. `near-copies split`: files that are nearly the same may be on both sides of the split.",
-    summary=spread,
+    tables={"deviations": spread},
 )

@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from headway.lab.experiment import Arm
-from headway.lab.study import Row, Study
-from studies.arms import flat, heads, series
+from headway.lab.study import Contrast, Row, Study
+from studies.arms import differences, flat, heads, series
 
 CORPUS, SEEDS, STEPS = "python", (0, 1), 250
 FLAT, HEADS = "flat", "2x64"
@@ -59,25 +59,23 @@ CHANGES = (
 )
 
 
-def table(rows: Sequence[Row]) -> list[Row]:
+def changes(rows: Sequence[Row]) -> list[Row]:
     """Return the paired difference of each changed design to the same without the change."""
-    bits = {(r["arm"], r["seed"]): r["bits_per_byte"] for r in rows}
-    differences: list[Row] = []
+    table: list[Row] = []
     for arm in CHANGES:
-        base, _, what = arm.name.partition(", ")
-        pairs = [(bits.get((arm.name, seed)), bits.get((base, seed))) for seed in SEEDS]
-        x = [a - b for a, b in pairs if a is not None and b is not None]
+        design, _, change = arm.name.partition(", ")
+        x = differences(rows, "screen", Contrast(arm.name, design, STEPS))
         if x:
-            differences.append(
+            table.append(
                 {
-                    "design": base,
-                    "change": what,
-                    "difference": f"{mean(x):+.4f}",
-                    "sd of a pair": f"{stdev(x):.4f}" if len(x) > 1 else None,
+                    "design": design,
+                    "change": change,
+                    "difference": mean(x),
+                    "sd of a pair": stdev(x) if len(x) > 1 else None,
                     "seeds": len(x),
                 }
             )
-    return differences
+    return table
 
 
 STUDY = Study(
@@ -85,5 +83,5 @@ STUDY = Study(
     "Which settings help a flat mixture, and Multi-Head LatentMoE, at small size?",
     (series("screen", CORPUS, (flat(CORPUS), heads(CORPUS, 2), *CHANGES), SEEDS, (STEPS,)),),
     notes="Two seeds screen, and prove nothing.",
-    summary=table,
+    tables={"settings": changes},
 )

@@ -9,8 +9,8 @@ import dataclasses
 
 from headway.lab.experiment import Arm
 from headway.lab.study import Claim, Contrast, Prediction, Series, Study
-from studies.arms import design, flat, heads, series
-from studies.latent_vs_flat import CORPUS, MARGIN, rated
+from studies.arms import design, flat, heads, rated, series
+from studies.latent_vs_flat import CORPUS, MARGIN
 
 SEEDS, BUDGETS = (101, 102, 103, 104), (250, 2000)
 
@@ -43,7 +43,10 @@ def better(id: str, arm: str, steps: int, expected: float) -> Claim:
 STUDY = Study(
     "sparse_vs_dense",
     "Is a sparse layer better than a dense one of the same FLOPs?",
-    (dense_series(), series("confirm", CORPUS, (rated(flat), rated(heads, 2)), SEEDS, BUDGETS)),
+    (
+        dense_series(),
+        series("confirm", CORPUS, (rated(flat, CORPUS), rated(heads, CORPUS, 2)), SEEDS, BUDGETS),
+    ),
     (
         better("flat-250", "flat", 250, -0.060),
         better("flat-2000", "flat", 2000, -0.050),

@@ -203,7 +203,7 @@ def _again(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) ->
 
 def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
     from headway.lab import registered
-    from headway.lab.study import read_rows, spent_seconds
+    from headway.lab.study import read_rows, spent_seconds, tables
     from headway.lab.verdict import judge, judge_rules, statistic
 
     rows = read_rows(rows_file)
@@ -237,7 +237,7 @@ def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) 
             "rows_file": str(rows_file),
             "claims": [one.to_dict() for one in judged],
             "rules": [one.to_dict() for one in ruled],
-            "summary": chosen.summary(rows) if chosen.summary and rows else [],
+            **tables(chosen, rows, rows_file.parent),
             "cpu_minutes": seconds / 60,
         },
     )

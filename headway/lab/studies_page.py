@@ -9,7 +9,7 @@ from headway.lab import svg
 from headway.lab.measurement import Measurement, read_result
 from headway.lab.registered import ids
 from headway.lab.registered import read as read_registration
-from headway.lab.study import Row, Study, load, names, read_rows, spent_seconds
+from headway.lab.study import Row, Study, load, names, read_rows, spent_seconds, tables
 from headway.lab.verdict import Judged, JudgedRule, judge, judge_rules, statistic
 
 HEAD = """# Studies
@@ -53,7 +53,8 @@ def write_page(studies: Path, numbers: Path, page: Path) -> None:
         if plot := forest(judged):
             (page.parent / "studies").mkdir(exist_ok=True)
             (page.parent / "studies" / f"{name}.svg").write_text(plot, "utf-8")
-        sections.append(_study(study, rows, judged, ruled, registration, bool(plot)))
+        shown = tables(study, rows, numbers)
+        sections.append(_study(study, rows, shown, judged, ruled, registration, bool(plot)))
     text = HEAD + "\n" + "\n".join(head) + "\n" + "\n".join(sections)
     page.write_text(text, "utf-8")
 
@@ -74,6 +75,7 @@ def forest(judged: Sequence[Judged]) -> str:
 def _study(
     study: Study,
     rows: Sequence[Row],
+    shown: Mapping[str, Sequence[Row]],
     judged: Sequence[Judged],
     ruled: Sequence[JudgedRule],
     registration: Mapping[str, Any] | None,
@@ -95,8 +97,8 @@ def _study(
             f"**{one.rule.id}.** {one.rule.text} *Rule:* {one.rule.rule} "
             f"**Verdict: {said}.** {one.said.why}\n"
         )
-    if study.summary is not None and rows:
-        parts += [*_table(study.summary(rows)), ""]
+    for name, table in shown.items():
+        parts += [f"{name}:\n", *_table(table), ""] if table else []
     if rows:
         parts += [*_table(_means(rows)), ""]
         seconds = spent_seconds(rows)

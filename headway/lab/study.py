@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -123,8 +123,10 @@ class Study:
     """What is measured of each finished run beside bits per byte."""
     notes: str = ""
     """What a reader of the results needs to know, in sentences."""
-    summary: Callable[[Sequence[Row]], list[Row]] | None = None
-    """A table of numbers that are no claims, from the rows."""
+    tables: Mapping[str, Callable[[Sequence[Row]], list[Row]]] = field(default_factory=dict)
+    """Name → a table of numbers that are no claims, from the rows."""
+    also: tuple[str, ...] = ()
+    """Studies whose rows the tables read too."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,13 @@ def read_rows(path: Path) -> list[Row]:
         return json.loads(path.read_text("utf-8"))["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read ({error}); restore it from git") from None
+
+
+def tables(study: Study, rows: Sequence[Row], numbers: Path) -> dict[str, list[Row]]:
+    """Return the tables of a study, from its rows and those that `numbers` has of others."""
+    others = (row for name in study.also for row in read_rows(numbers / f"{name}.json"))
+    known = [*rows, *others]
+    return {name: table(known) for name, table in study.tables.items()}
 
 
 def check_texts(rows: Sequence[Row]) -> None:

@@ -227,6 +227,27 @@ OTHER = Series("confirm", "tiny text", EXPERIMENT, (10, 20))
     assert (place / "docs" / "studies" / "small.svg").read_text().count("<circle") == 3
 
 
+def test_tables_read_rows_of_other_studies(place, done):
+    """A table has the rows of its study and of those that it names, in the verdict and on the
+    page."""
+    table = """
+def arms(rows):
+    return [{"arms": ", ".join(sorted({row["arm"] for row in rows})), "n": len(rows)}]
+
+"""
+    file = place / "studies" / "tabled.py"
+    text = FILE.replace('"small"', '"tabled"').replace("\nSTUDY =", table + "\nSTUDY =")
+    end = text.rindex(")")
+    file.write_text(text[:end] + '    tables={"arms": arms},\n    also=("small",),\n)\n')
+    try:
+        said = call("study", "tabled", "--json").json
+        assert said["arms"] == [{"arms": "base, slow", "n": len(rows(place))}]
+        assert call("study", "list", "--page").code == 0
+        assert "arms:\n\n| arms | n |" in (place / "docs" / "studies.md").read_text()
+    finally:
+        file.unlink()
+
+
 # ---- by hand -------------------------------------------------------------------------------------
 
 

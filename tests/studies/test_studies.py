@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from headway.lab.studies_page import write_page
+from headway.lab.study import read_rows
 from headway.model.paged import PAGE
-from studies import append_system, batch_one_balance, experts_touched, reverse_release
+from studies import (
+    append_system,
+    batch_one_balance,
+    experts_touched,
+    latent_vs_flat,
+    levers,
+    reverse_release,
+)
 
 MODULES = append_system, reverse_release, experts_touched, batch_one_balance
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,3 +66,31 @@ def test_reverse_release_keeps_heads():
 def test_reverse_release_judges_by_two_standard_errors(gain, answer):
     rows = [{"gain": 0.2, "its standard error": 0.01}, {"gain": gain, "its standard error": 0.02}]
     assert reverse_release.judge(rows).answer == answer
+
+
+def test_the_verdict_of_latent_vs_flat_has_levers():
+    """Each lever with its prediction and what was measured; slices are confirmed as `2 slices`."""
+
+    def row(stage, arm, seed, budget, bits):
+        return {
+            "stage": stage, "arm": arm, "seed": seed, "budget": budget, "bits_per_byte": bits,
+        }  # fmt: skip
+
+    rows = [
+        *(row("screen", "2x64", s, 250, 2.0) for s in (0, 1)),
+        row("screen", "L1 slices", 0, 250, 1.97),
+        row("screen", "L1 slices", 1, 250, 1.99),
+        row("screen", "L9 tied", 0, 250, None),
+        *(
+            row("confirm", "2x64", s, n, b)
+            for s in (101, 102)
+            for n, b in ((250, 9.0), (2000, 1.5))
+        ),
+        *(row("confirm", "2 slices", s, 2000, 1.53) for s in (101, 102)),
+    ]
+    (slices,) = latent_vs_flat.STUDY.tables["levers"](rows)
+    assert slices["name"] == "L1 slices" and slices["prediction"] == -0.020
+    assert slices["screen"] == pytest.approx(-0.02) and slices["screening seeds"] == 2
+    assert slices["confirm"] == pytest.approx(0.03) and slices["confirming seeds"] == 2
+    committed = latent_vs_flat.STUDY.tables["levers"](read_rows(RESULTS / "levers.json"))
+    assert len(committed) == len(levers.LEVERS) and all(row["screen"] for row in committed)

@@ -10,7 +10,7 @@ the lowest mean loss of the screening seeds, which confirm nothing."""
 from typing import Any
 
 from headway.lab.study import Claim, Contrast, Prediction, Study
-from studies import levers
+from studies import frontiers, levers
 from studies.arms import flat, heads, rated, series, slices
 
 MARGIN = 0.005
@@ -112,6 +112,6 @@ STUDY = Study(
         ),
     ),
     CLAIMS,
-    tables={"levers": levers.table},
-    also=("levers",),
+    tables={"levers": levers.table, "frontiers": frontiers.frontiers},
+    also=("levers", "frontiers"),
 )

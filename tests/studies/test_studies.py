@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from headway.lab.studies_page import write_page
-from headway.lab.study import read_rows
+from headway.lab.study import Study, expected, load, names, quick, read_rows, tasks
 from headway.model.paged import PAGE
 from studies import (
     append_system,
     batch_one_balance,
     experts_touched,
+    frontiers,
     latent_vs_flat,
     levers,
     reverse_release,
@@ -94,3 +95,59 @@ def test_the_verdict_of_latent_vs_flat_has_levers():
     assert slices["confirm"] == pytest.approx(0.03) and slices["confirming seeds"] == 2
     committed = latent_vs_flat.STUDY.tables["levers"](read_rows(RESULTS / "levers.json"))
     assert len(committed) == len(levers.LEVERS) and all(row["screen"] for row in committed)
+
+
+TRAINED = [
+    study
+    for name in names(ROOT / "studies")
+    if isinstance(study := load(name, ROOT / "studies"), Study)
+]
+
+
+@pytest.mark.parametrize("study", TRAINED, ids=lambda s: s.name)
+def test_claims_read_runs_that_the_study_trains(study):
+    """Each contrast names an arm, a text and a budget of the confirming series, with enough seeds;
+    and the study has what `--quick` trains."""
+    keys = expected(study, "confirm")
+    for claim in study.claims:
+        for contrast in claim.contrasts:
+            for arm in (contrast.arm, contrast.baseline):
+                seeds = {
+                    k[3] for k in keys if (k[1], k[2], k[4]) == (claim.corpus, arm, contrast.steps)
+                }
+                assert len(seeds) >= claim.min_seeds, (claim.id, arm, contrast.steps)
+    todo = list(tasks(quick(study)))
+    assert {(t.stage, t.corpus, t.arm) for t in todo} == {
+        (series.stage, series.corpus, arm.name)
+        for series in study.series
+        for arm in series.experiment.arms
+    }
+
+
+def test_designs_of_the_frontier_send_as_many_bytes():
+    """Multi-Head LatentMoE and both forms of LatentMoE, as the plan counts them."""
+    series = frontiers.TRAFFIC
+    arms = {name: by[frontiers.LATE] for name, by in series.plan(lambda _: None).items()}
+    sent = [arm.costs["bytes_per_token"] for arm in arms.values()]
+    assert max(sent) / min(sent) < 1.02 and len(set(sent)) == 4
+    total = [arm.costs["total_parameters"] for arm in arms.values()]
+    assert max(total) / min(total) < 1.021
+    assert all(abs(arm.mismatch["train_flops"]) < 0.003 for arm in arms.values())
+
+
+def test_the_frontier_names_a_winner_by_confirming_pairs():
+    def row(arm, seed, bits):
+        return {
+            "stage": "confirm", "arm": arm, "seed": seed, "budget": 2000, "bits_per_byte": bits,
+        }  # fmt: skip
+
+    bits = {"flat": 1.5, "2x64": 1.48, "2 slices": 1.51}
+    rows = [
+        row(arm, s, b + 0.001 * s + (0.002 if arm == "2x64" and s == 3 else 0))
+        for arm, b in bits.items()
+        for s in (1, 2, 3)
+    ]
+    (budget,) = latent_vs_flat.STUDY.tables["frontiers"](rows)
+    assert budget["winner"] == "2x64" and budget["verdict"] == "better" and budget["seeds"] == 3
+    assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 3)
+    assert latent_vs_flat.STUDY.tables["frontiers"](rows[:3]) == []

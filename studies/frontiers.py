@@ -1,0 +1,128 @@
+"""Which design is best where something else than FLOPs runs out: bytes on the wire, or experts?
+
+B1: executed FLOPs and total parameters, from the runs of `latent_vs_flat`. B2: as many bytes per
+token as a flat mixture sends that activates one expert, at eight ranks that share the experts, at
+equal executed FLOPs: LatentMoE may send two copies of half the width, or four of a quarter, and
+Multi-Head LatentMoE its heads once, whatever k is. Their numbers of experts give them its total
+parameters within 2.1%. B3, weights and optimiser of a rank, are total parameters, which are alike
+in both."""
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import mean
+
+from headway.lab.experiment import Arm
+from headway.lab.statistics import Region, paired
+from headway.lab.study import Claim, Contrast, Prediction, Row, Study
+from studies.arms import RATE, design, differences, flat, heads, series
+
+CORPUS, MARGIN, SEEDS = "python", 0.005, tuple(range(101, 109))
+EARLY, LATE = 250, 2000
+"""Budgets at which seeds differ little (`noise_floor`)."""
+ONE, HALF, QUARTER, SENT_ONCE = (
+    "flat, k 1",
+    "latent, k 2",
+    "latent, k 4",
+    "two heads, as many bytes",
+)
+
+
+def latent(name: str, top_k: int, n_experts: int) -> Arm:
+    """Return LatentMoE; its width and the experts' are solved."""
+    fields = {"model__moe__top_k": top_k, "model__moe__n_experts": n_experts}
+    return Arm(name, design("latent", CORPUS, **fields))
+
+
+ONE_EXPERT = {
+    "model__moe__top_k": 1,
+    "model__moe__n_experts": 4,
+    "model__moe__d_expert": 391,  # the FLOPs of eight experts of 48
+    "model__moe__router__gate": "softmax_topk",  # over one score the other gate is 1, always
+}
+TRAFFIC = series(
+    "confirm",
+    CORPUS,
+    (
+        flat(CORPUS, ONE, **ONE_EXPERT),
+        latent(HALF, 2, 9),
+        latent(QUARTER, 4, 17),
+        heads(CORPUS, 2, SENT_ONCE, optim__expert_lr_scale=RATE["2x64"]),
+    ),
+    SEEDS,
+    (EARLY, LATE),
+)
+TRAFFIC = dataclasses.replace(
+    TRAFFIC,
+    experiment=dataclasses.replace(
+        TRAFFIC.experiment, match=("active-flops", "traffic"), free=("d_expert", "d_latent")
+    ),
+)
+BUDGETS = {
+    "B1, FLOPs and parameters": ("flat", "2x64", "2 slices"),
+    "B2, FLOPs and bytes per token": (ONE, HALF, QUARTER, SENT_ONCE),
+}
+"""Budget → its arms, the baseline first."""
+
+
+def frontiers(rows: Sequence[Row]) -> list[Row]:
+    """Return the winner of each budget by the confirming seeds, after as many steps as all have
+    run, and its difference to the baseline with a 95% interval."""
+    table: list[Row] = []
+    for budget, (baseline, *others) in BUDGETS.items():
+        for steps in (EARLY, LATE):
+            pairs = {
+                arm: x
+                for arm in others
+                if len(x := differences(rows, "confirm", Contrast(arm, baseline, steps))) > 1
+            }
+            if not pairs:
+                continue
+            best = min(pairs, key=lambda arm: mean(pairs[arm]))
+            result = paired(pairs[best])
+            assert result.ci95 is not None
+            low, high = result.ci95
+            table.append(
+                {
+                    "budget": budget,
+                    "steps": steps,
+                    "winner": best if result.mean < 0 else baseline,
+                    "best other": best,
+                    "difference": result.mean,
+                    "low": low,
+                    "high": high,
+                    "seeds": result.n,
+                    "verdict": "better" if high < 0 else "worse" if low > 0 else "cannot_tell",
+                }
+            )
+    return table
+
+
+def claim(id: str, baseline: str, region: Region, text: str, expected: float) -> Claim:
+    """Return a claim about heads that send as many bytes as others, at the longest budget."""
+    return Claim(
+        id,
+        text,
+        "arXiv 2602.04870: traffic does not depend on k",
+        (Contrast(SENT_ONCE, baseline, LATE),),
+        region,
+        CORPUS,
+        MARGIN,
+        len(SEEDS),
+        Prediction(expected, expected - 0.03, expected + 0.03),
+    )
+
+
+STUDY = Study(
+    "frontiers",
+    "Which design is best where bytes on the wire run out, and not FLOPs?",
+    (TRAFFIC,),
+    (
+        claim("C12", ONE, "better", "at one D per token heads are better than flat", -0.03),
+        claim("C13-half", HALF, "not_worse", "not worse than LatentMoE with ℓ = D/2", -0.01),
+        claim("C13-quarter", QUARTER, "not_worse", "not worse than LatentMoE with ℓ = D/4", 0.0),
+    ),
+    notes="The winner is chosen by the seeds that confirm it, and its interval is not adjusted for "
+    "that; the claims are.",
+    tables={"frontiers": frontiers},
+    also=("latent_vs_flat",),
+)

@@ -119,7 +119,7 @@ STUDY = Study(
     ),
     notes="One seed, models of two layers, scaled to ten CPU minutes. The exponent of the gain is "
     "that of the minima, its losses are those of width 32.",
-    summary=summary,
+    tables={"minima": summary},
 )
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ bits per byte is worth about 2% of training. `2x64` is the published form with t
 input. The experts' learning rate of each arm is the one of 0.7, 1 and 1.4 times the recipe's with
 the lowest mean loss of the screening seeds, which confirm nothing."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from headway.lab.experiment import Arm
 from headway.lab.study import Claim, Contrast, Prediction, Study
 from studies import frontiers, levers
 from studies.arms import flat, heads, rated, series, slices
@@ -31,7 +34,7 @@ def not_worse(id: str, arm: str, steps: int, expected: float, text: str, base="f
 
 SUBTOKEN: dict[str, Any] = {"model__moe__router__reads": "latent"}
 """Eight routers that read the whole token would cost more than a quarter of the layer."""
-FORMS = ((flat, CORPUS), (heads, CORPUS, 2), (slices, CORPUS, 2))
+FORMS: tuple[Callable[..., Arm], ...] = (flat, partial(heads, n=2), partial(slices, n=2))
 PUBLISHED = "the published form, two heads of 64, is not worse than flat"
 SLICES = "two heads of 64 without projections are not worse than flat"
 CLAIMS = (
@@ -83,10 +86,16 @@ STUDY = Study(
     "Can Multi-Head LatentMoE match, or beat, a flat MoE?",
     (
         *(
-            series("screen", CORPUS, tuple(rated(*form, rate=r) for form in FORMS), SCREEN, (500,))
+            series(
+                "screen",
+                CORPUS,
+                tuple(rated(form, CORPUS, rate=r) for form in FORMS),
+                SCREEN,
+                (500,),
+            )
             for r in (1.0, *RATES)
         ),
-        series("confirm", CORPUS, tuple(rated(*form) for form in FORMS), CONFIRM, BUDGETS),
+        series("confirm", CORPUS, tuple(rated(form, CORPUS) for form in FORMS), CONFIRM, BUDGETS),
         series(
             "confirm",
             CORPUS,

@@ -54,7 +54,7 @@ def paired(differences: Sequence[float]) -> Paired:
 def t_interval(differences: Sequence[float] | np.ndarray, alpha: float = ALPHA) -> Interval:
     """Return the interval that holds the mean difference with probability 1 − α."""
     n, mean, se = _summary(differences)
-    half = float(_scipy().t.ppf(1 - alpha / 2, n - 1)) * se
+    half = float(_special().stdtrit(n - 1, 1 - alpha / 2)) * se
     return Interval(mean - half, mean + half)
 
 
@@ -64,7 +64,7 @@ def p_value(differences: Sequence[float] | np.ndarray) -> float:
     n, mean, se = _summary(differences)
     if se == 0:
         return float(mean == 0)
-    return float(2 * _scipy().t.sf(abs(mean) / se, n - 1))
+    return float(2 * _special().stdtr(n - 1, -abs(mean) / se))
 
 
 def p_not_worse(differences: Sequence[float] | np.ndarray, margin: float) -> float:
@@ -91,11 +91,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def power(difference: float, sd: float, n: int, alpha: float = ALPHA) -> float:
     """Return the probability that n pairs with this true difference give p < α."""
-    stats = _scipy()
+    special = _special()
     if sd == 0:
         return float(difference != 0)
-    bound, shift = stats.t.ppf(1 - alpha / 2, n - 1), abs(difference) * math.sqrt(n) / sd
-    return float(stats.nct.sf(bound, n - 1, shift) + stats.nct.cdf(-bound, n - 1, shift))
+    bound, shift = special.stdtrit(n - 1, 1 - alpha / 2), abs(difference) * math.sqrt(n) / sd
+    below = special.nctdtr(n - 1, shift, [bound, -bound])
+    return float(1 - below[0] + below[1])
 
 
 def detectable(sd: float, n: int, wanted: float = POWER, alpha: float = ALPHA) -> float:
@@ -160,7 +161,7 @@ def crossed_bootstrap(
         values.append(bits_B / (documents_BN @ bytes_N))
     mean = float(difference_SN.mean(0).sum() / bytes_N.sum())
     se = float(np.concatenate(values).std(ddof=1))
-    half = float(_scipy().t.ppf(1 - alpha / 2, S - 1)) * se
+    half = float(_special().stdtrit(S - 1, 1 - alpha / 2)) * se
     return Interval(mean - half, mean + half)
 
 
@@ -253,7 +254,7 @@ def _one_sided(differences: Sequence[float] | np.ndarray, bound: float) -> float
     n, mean, se = _summary(differences)
     if se == 0:
         return float(mean >= bound)
-    return float(_scipy().t.cdf((mean - bound) / se, n - 1))
+    return float(_special().stdtr(n - 1, (mean - bound) / se))
 
 
 def _summary(differences: Sequence[float] | np.ndarray) -> tuple[int, float, float]:
@@ -263,12 +264,13 @@ def _summary(differences: Sequence[float] | np.ndarray) -> tuple[int, float, flo
     return len(x_N), float(x_N.mean()), float(x_N.std(ddof=1) / math.sqrt(len(x_N)))
 
 
-def _scipy() -> Any:
-    """Return `scipy.stats`. Raises UsageError where SciPy is not installed."""
+def _special() -> Any:
+    """Return `scipy.special`, which is imported in a quarter of the time of `scipy.stats`. Raises
+    UsageError where SciPy is not installed."""
     try:
-        import scipy.stats
+        import scipy.special
     except ImportError:
         raise UsageError(
             "comparisons need SciPy, which is not installed; pip install 'headway[lab]'"
         ) from None
-    return scipy.stats
+    return scipy.special

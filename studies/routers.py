@@ -73,5 +73,5 @@ STUDY = Study(
     scores=loads,
     notes="Models of width 32, 64 experts with 4 of a token, 1M bytes. The load is the "
     "greatest of both layers, averaged over the last ten records of training.",
-    summary=table,
+    tables={"routers": table},
 )

@@ -151,3 +151,8 @@ def test_the_frontier_names_a_winner_by_confirming_pairs():
     assert budget["winner"] == "2x64" and budget["verdict"] == "better" and budget["seeds"] == 3
     assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 3)
     assert latent_vs_flat.STUDY.tables["frontiers"](rows[:3]) == []
+
+
+@pytest.mark.parametrize("name", names(ROOT / "studies"))
+def test_a_study_is_read_in_one_sitting(name):
+    assert len((ROOT / "studies" / f"{name}.py").read_text("utf-8").splitlines()) <= 150

@@ -106,6 +106,7 @@ def create_run(
     try:
         for old in old_files:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
+        shutil.rmtree(path / "track", ignore_errors=True)
         for name in ("report.html", "documents.npz"):
             (path / name).unlink(missing_ok=True)
         if fork_from is not None:

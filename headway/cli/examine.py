@@ -30,6 +30,7 @@ EXTRAS = {
     ),
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness through the engine"),
     "lab": (("scipy", "optuna"), "`headway compare`, laws, studies; sweeps by Optuna"),
+    "track": (("tensorboard", "wandb", "trackio"), "`run.track`: records in trackers too"),
     "cluster": (("ray",), "`headway sweep --on ray`"),
     "dev": (("pytest", "hypothesis", "ruff", "pyright", "selenium"), "the tests and linters"),
 }

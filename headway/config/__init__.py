@@ -26,6 +26,6 @@ from headway.config.moe import (
 from headway.config.optim import OptimConfig
 from headway.config.rope import RopeConfig
 from headway.config.router import RouterConfig, RouterGate
-from headway.config.run import RunConfig
+from headway.config.run import RunConfig, TrackerName
 from headway.config.server import ServerConfig
 from headway.config.tree import Config, from_dict, leaves, with_leaf

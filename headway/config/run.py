@@ -1,9 +1,12 @@
 """Options of a run: folders, intervals, devices."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from headway.config.bounds import at_least
+from headway.config.errors import UsageError
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class RunConfig:
     """CPU threads; 0 means torch's choice."""
     log_every: int = 10
     """Steps per progress line and per object in metrics.jsonl."""
+    track: tuple[TrackerName, ...] = ()
+    """Trackers that get the records of metrics.jsonl too: `tensorboard`, `wandb` (offline, unless
+    WANDB_MODE says otherwise), `trackio` (extra `[track]`)."""
     eval_every: int = 0
     """Steps between evaluations; 0 means a tenth of the run. The last step is always evaluated."""
     eval_tokens: int = 32_768
@@ -59,6 +65,10 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
+        for name in self.track:
+            if name not in get_args(TrackerName) or self.track.count(name) > 1:
+                names = " ".join(self.track)
+                raise UsageError(f"run.track={names}: use tensorboard, wandb, trackio, each once")
         at_least(0, "run", vars(self), "seed threads eval_every eval_tokens sample_every")
         at_least(0, "run", vars(self), "sample_tokens checkpoint_every")
         at_least(0, "run", vars(self), "stop_bits_per_byte max_seconds")

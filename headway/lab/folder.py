@@ -18,7 +18,9 @@ from headway.config import Config, UsageError, cannot_write, from_dict, leaves
 from headway.lab import edits
 
 Edit = Callable[..., Any]
-ELSEWHERE = ("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints")
+ELSEWHERE = (
+    *("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints", "run.track"),
+)
 """Leaves that change no number of a run."""
 ADDED = {
     "optim.transfer": "none",

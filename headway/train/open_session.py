@@ -22,7 +22,8 @@ from headway.optim.transfer import derivation, init_scales
 from headway.parallel.mesh import launch
 from headway.parallel.parallelize import materialize
 from headway.report.provenance import commit, versions
-from headway.report.sinks import JsonlSink, NoSink
+from headway.report.sinks import NoSink
+from headway.report.track import open_sink
 from headway.train.allocator import set_allocator
 from headway.train.announce import announce, run_info
 from headway.train.checkpoints import Checkpoints
@@ -107,7 +108,7 @@ def open_session(
         torch.manual_seed(run.seed + (mesh.rank << 32))
         progress = Progress(SpikeDetector(config.optim.spike))
         identity = {"seed": run.seed, "tokenizer": tokenizer.fingerprint, **data.identity}
-        with JsonlSink(run_dir / "metrics.jsonl") if mesh.is_main else NoSink() as sink:
+        with open_sink(run_dir, config, log) if mesh.is_main else NoSink() as sink:
             records = Records(config, run_dir, model, sizes, parallelism, progress, sink, log)
             checkpoints = Checkpoints(records, optimizers, identity)
             if start.resume or start.fork_from is not None:

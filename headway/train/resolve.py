@@ -19,6 +19,7 @@ from headway.model.router import capacity
 from headway.model.transformer import Transformer
 from headway.parallel.dispatcher import ep_scheme
 from headway.plan.layout import MeshLayout, auto_chunks
+from headway.report.track import check_installed
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def resolve(config: Config, vocab_size: int) -> Resolved:
     remarks += _attention(config, device, dtype)
     remarks += _router(model, device)
     remarks += _experts(model, mesh, device, dtype, derived)
+    check_installed(run.track)
     if run.strict and (notes or remarks):
         raise UsageError(f"run.strict: {[*notes, *remarks][0]}")
     config = dataclasses.replace(config, model=model, data=data, mesh=mesh, run=run)

@@ -139,5 +139,5 @@ STUDY = Study(
     ),
     notes="Widths are 32 and 128, not 64 and 256 as asked: the same ratio at a tenth of the cost. "
     "`by width` is `optim.transfer=width` with a base of 32.",
-    summary=table,
+    tables={"losses and best rates": table},
 )

@@ -3,8 +3,8 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 42_500
-"""20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds, laws and studies. Raise it together
+TOTAL = 43_000
+"""20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds, laws, studies and trackers. Raise it together
 with a feature that needs more."""
 
 

@@ -8,7 +8,10 @@ from bench.table import (
     HIGHLIGHTS,
     NUMBERS,
     PAGES,
+    QUALITY,
+    QUALITY_WHAT,
     ROOT,
+    below,
     block,
     highlights,
     rewrite,
@@ -28,6 +31,26 @@ def test_a_highlight_is_a_measured_target(highlight):
     (value,) = [t["value"] for t in measured["targets"] if t["name"] == highlight.target]
     row = f"| {highlight.what} | {highlight.format.format(value)} |"
     assert row in highlights() and row in (ROOT / "README.md").read_text()
+
+
+def test_quality_is_that_of_a_judged_claim(tmp_path):
+    """README.md states a claim of a study with all its seeds, and none that is open."""
+    bits = {"dense": 1.60, "2x64": 1.54}
+    rows = [
+        {
+            "stage": "confirm", "corpus": "python", "arm": arm, "seed": seed, "budget": 2000,
+            "bits_per_byte": value + seed / 1e4, "validation": "v", "cpu_seconds": 60.0,
+        }
+        for arm, value in bits.items() for seed in (101, 102, 103, 104)
+    ]  # fmt: skip
+    path = tmp_path / "studies" / "sparse_vs_dense.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"rows": rows}))
+    assert below(*QUALITY, tmp_path) == pytest.approx(0.06)
+    path.write_text(json.dumps({"rows": rows[1:]}))
+    assert below(*QUALITY, tmp_path) is None
+    gain = below(*QUALITY)
+    assert (gain is None) == (QUALITY_WHAT not in highlights())
 
 
 def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):

@@ -67,7 +67,7 @@ def _texts(todo: Sequence[Task], log: Log) -> dict[str, str]:
     for task in todo:
         if task.corpus not in texts:
             data = next(iter(task.planned.values())).config.data
-            texts[task.corpus] = prepare(data, load_tokenizer(data.tokenizer), log).fingerprint
+            texts[task.corpus] = prepare(data, load_tokenizer(data.vocabulary), log).fingerprint
     return texts
 
 

@@ -19,7 +19,7 @@ from headway.model.balance import RouteReport, RouteStats
 from headway.model.build import Block, BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.context import Context, DenseCache
-from headway.model.costs import Cost, CostGroup, Term, Workload, costs_of
+from headway.model.costs import NOTHING, Cost, CostGroup, Term, Workload, costs_of
 from headway.model.init import init_weights, initial_weights
 from headway.model.linear import Embedding, Linear, RMSNorm
 from headway.model.moe import SparseLayer
@@ -168,12 +168,22 @@ class Transformer(nn.Module):
         loss = Term(T * D * b + 4 * V * D, "T·D·b + 4·V·D, kept in place of logits")
         return [
             Cost(CostGroup.EMBEDDING, Term(heads * V * D, f"{heads}·V·D")),
-            *(c for block in self.blocks() for c in costs_of(block, work)),
+            *self._block_costs(work),
             Cost(CostGroup.NORMS, Term(D, "D")),
             Cost(CostGroup.RESIDUAL, saved=Term(T * (D * b + 12), "T·(D·b + 12)")),
             Cost(CostGroup.HEAD, flops=Term(2 * V * D, "2·V·D")),
             Cost(CostGroup.LOSS, saved=loss),
         ]
+
+    def _block_costs(self, work: Workload) -> Iterator[Cost]:
+        """Yield the costs of the blocks. One in several places (looped depth) computes in each, and
+        has its parameters once."""
+        counted = set[Block]()
+        for block in self.blocks():
+            for cost in costs_of(block, work):
+                again = block in counted
+                yield replace(cost, parameters=NOTHING, active=None) if again else cost
+            counted.add(block)
 
 
 def _wanted(x_BSD: Tensor, ctx: Context) -> Tensor:

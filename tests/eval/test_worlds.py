@@ -89,3 +89,24 @@ def test_a_tiny_model_learns_what_no_guess_can(spec, steps, least, tmp_path):
     source = WorldSource.open(world, loaded.tokenizer)
     result = score(loaded.model, loaded.tokenizer.vocab_size, source, 500)
     assert result.accuracy > least > max(result.floors) + 0.25
+
+
+@pytest.mark.slow
+def test_two_layers_of_attention_learn_recall(tmp_path):
+    """The command of docs/worlds.md: positions sharp enough for a value to see the key before."""
+    world = "world:mqar,pairs=4,length=32"
+    dense, rope = MoEConfig(kind="dense"), {"qk_norm": "none", "rope_theta": 100.0}
+    config = Config(
+        recipe="tiny",
+        model=ModelConfig(n_layers=2, d_model=64, n_heads=4, d_ff=128, moe=dense, **rope),
+        data=DataConfig(source=(world,), seq_len=32, batch_size=64),
+        optim=OptimConfig(
+            name="muon", steps=2000, lr=3e-3, muon_lr=0.01, beta2=0.99, warmup=0.05, decay=0.4
+        ),
+        run=RunConfig(dir=str(tmp_path / "run"), sample_tokens=0, eval_every=2000),
+    )
+    train(config, log=lambda _: None)
+    loaded = load_model(tmp_path / "run", dtype="float32")
+    source = WorldSource.open(world, loaded.tokenizer)
+    result = score(loaded.model, loaded.tokenizer.vocab_size, source, 500)
+    assert result.accuracy > 0.95 > max(result.floors) + 0.5

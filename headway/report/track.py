@@ -85,7 +85,7 @@ class Wandb:
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Trackio:
@@ -96,7 +96,13 @@ class Trackio:
 
         with contextlib.redirect_stdout(None):  # its advertisement
             self._run = trackio.init(
-                project=PROJECT, name=id, resume="allow", config=dict(config), embed=False
+                project=PROJECT,
+                name=id,
+                resume="allow",
+                config=dict(config),
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
             )
 
     def write(self, step: int, numbers: dict[str, float], texts: dict[str, str]) -> None:
@@ -105,7 +111,10 @@ class Trackio:
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish()
+        import trackio
+
+        with contextlib.redirect_stdout(None):
+            trackio.finish()  # not the run's own, which would be repeated, and said, at exit
 
 
 class TrackedSink(JsonlSink):
@@ -152,7 +161,7 @@ class TrackedSink(JsonlSink):
     def close(self) -> None:
         """Close file and trackers."""
         super().close()
-        for name, tracker in (self._trackers or {}).items():
+        for name, tracker in list((self._trackers or {}).items()):
             self._try(name, "could not end", tracker.close)
 
     def _begin(self, name: TrackerName) -> None:
@@ -188,7 +197,7 @@ class TrackedSink(JsonlSink):
             self._trackers.pop(name, None)
             said = (str(error).splitlines() or [""])[0]
             self._log(
-                f"run.track: {name} {what} and gets no more records, metrics.jsonl has all: "
+                f"run.track: {name} {what} and is off; metrics.jsonl has all records: "
                 f"{type(error).__name__}: {said}"
             )
 

@@ -26,7 +26,7 @@ FORECAST = ROOT / "studies" / "registered" / "ladder_forecast.json"
 BASE = "D 48"
 BUDGETS, TOP_BUDGET = (250, 500, 1000, 2000), 5000
 """In steps of width 48."""
-TOP: tuple[int, int] | None = None
+TOP: tuple[int, int] | None = (56, 4052)
 """Width and steps of the top rung; None before there is a forecast."""
 MORE = 64
 ERROR = 0.01

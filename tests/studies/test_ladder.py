@@ -40,6 +40,15 @@ def rows(gains=(1.3, 1.3, 1.3)):
     return [*(row(name, budget) for name, budget in sorted(keys)), *changed]
 
 
+def noisy(made):
+    """The rows with losses that are off by 0.05%, up and down in turn."""
+    signs = ((-1) ** i for i in range(len(made)))
+    return [
+        {**r, "bits_per_byte": r["bits_per_byte"] * (1 + 0.0005 * sign)}
+        for r, sign in zip(made, signs, strict=True)
+    ]
+
+
 def test_the_law_of_the_rows_is_found():
     fitted, runs = ladder.law(rows())
     assert len(runs.loss_N) == 16
@@ -55,7 +64,7 @@ def test_the_law_of_the_rows_is_found():
 def test_the_top_rung_is_registered_and_scored(tmp_path, monkeypatch):
     numbers = tmp_path / "docs" / "numbers" / "studies"
     numbers.mkdir(parents=True)
-    (numbers / "ladder.json").write_text(json.dumps({"rows": rows()}))
+    (numbers / "ladder.json").write_text(json.dumps({"rows": noisy(rows())}))
     monkeypatch.setattr(ladder, "ROOT", tmp_path)
     monkeypatch.setattr(ladder, "FORECAST", tmp_path / "forecast.json")
     ladder.forecast()
@@ -63,7 +72,7 @@ def test_the_top_rung_is_registered_and_scored(tmp_path, monkeypatch):
     flops, tokens = value["at"]["flops"], value["tokens"]
     assert flops == pytest.approx(5000 * ladder.planned(48, 1).train_flops, rel=1e-3)
     assert tokens == pytest.approx(best_tokens(flops), rel=0.12)  # widths are multiples of 4
-    assert value["prediction"] == pytest.approx(0.5 + 2.0 * (flops / 3e11) ** -0.15, rel=1e-3)
+    assert value["prediction"] == pytest.approx(0.5 + 2.0 * (flops / 3e11) ** -0.15, rel=5e-3)
     top = {"arm": "D 40", "budget": 7000, "train_flops": flops, "tokens": tokens}
     for loss, answer in ((1.001, "holds"), (1.02, "refuted")):
         run = {**top, "bits_per_byte": value["prediction"] * loss}
@@ -83,10 +92,7 @@ def test_the_top_rung_is_registered_and_scored(tmp_path, monkeypatch):
     ],
 )
 def test_the_gain_of_experts(gains, answer, says):
-    noisy = rows(gains)
-    for i, one in enumerate(noisy):
-        one["bits_per_byte"] *= 1 + 0.0005 * (-1) ** i
-    said = ladder.judge_gain(noisy)
+    said = ladder.judge_gain(noisy(rows(gains)))
     assert said.answer == answer and says in said.why
     # 16 and 64 experts of one width, at equal FLOPs
     assert (PLAIN.config.model.moe.n_experts, CHANGED.config.model.moe.n_experts) == (16, 64)

@@ -29,6 +29,8 @@ EVAL_TOKENS = 1 << 19
 """Of every validation, at the end of a run: 4,096 windows of 128 bytes, spread over the split."""
 WARM_UP = 25
 """Steps: the same for all budgets, so that they branch off one trunk."""
+PAIRS = 8
+"""Of confirming runs, before which nothing is said of them: one look."""
 RATE = {"2x64": 0.7, "2 slices": 0.7}
 """Arm → the factor of its experts' learning rate by the screening of `latent_vs_flat`; others have
 1."""

@@ -14,7 +14,7 @@ from statistics import mean
 from headway.lab.experiment import Arm
 from headway.lab.statistics import Region, paired
 from headway.lab.study import Claim, Contrast, Prediction, Row, Study
-from studies.arms import RATE, design, differences, flat, heads, series
+from studies.arms import PAIRS, RATE, design, differences, flat, heads, series
 
 CORPUS, MARGIN, SEEDS = "python", 0.005, tuple(range(101, 109))
 EARLY, LATE = 250, 2000
@@ -65,17 +65,17 @@ BUDGETS = {
 
 
 def frontiers(rows: Sequence[Row]) -> list[Row]:
-    """Return the winner of each budget by the confirming seeds, after as many steps as all have
-    run, and its difference to the baseline with a 95% interval."""
+    """Return the winner of each budget by the confirming seeds, once all are there, and its
+    difference to the baseline with a 95% interval."""
     table: list[Row] = []
     for budget, (baseline, *others) in BUDGETS.items():
         for steps in (EARLY, LATE):
             pairs = {
                 arm: x
                 for arm in others
-                if len(x := differences(rows, "confirm", Contrast(arm, baseline, steps))) > 1
+                if len(x := differences(rows, "confirm", Contrast(arm, baseline, steps))) >= PAIRS
             }
-            if not pairs:
+            if len(pairs) < len(others):
                 continue
             best = min(pairs, key=lambda arm: mean(pairs[arm]))
             result = paired(pairs[best])

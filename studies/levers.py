@@ -11,7 +11,7 @@ from typing import Any
 from headway.lab.experiment import Arm
 from headway.lab.study import Contrast, Row, Study
 from studies import lever_layers as layers
-from studies.arms import differences, flat, heads, series, slices
+from studies.arms import PAIRS, differences, flat, heads, series, slices
 
 CORPUS, SEEDS, STEPS, BASE = "python", (0, 1), 250, "2x64"
 
@@ -56,7 +56,7 @@ CONFIRMED: Mapping[str, str] = {"L1 slices": "2 slices"}
 
 def table(rows: Sequence[Row]) -> list[Row]:
     """Return each lever's mean difference to `2x64`: predicted, of the screening seeds, and of the
-    confirming ones at their longest budget."""
+    confirming ones at their longest budget, once all are there."""
     budgets = [row["budget"] for row in rows if row["stage"] == "confirm"]
     levers: list[Row] = []
     for name, (_, prediction) in LEVERS.items():
@@ -71,7 +71,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
                     "screen": mean(screen) if screen else None,
                     "screening seeds": len(screen),
                     "sd of a pair": stdev(screen) if len(screen) > 1 else None,
-                    "confirm": mean(confirm) if confirm else None,
+                    "confirm": mean(confirm) if len(confirm) >= PAIRS else None,
                     "confirming seeds": len(confirm),
                 }
             )

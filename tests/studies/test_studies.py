@@ -84,15 +84,15 @@ def test_the_verdict_of_latent_vs_flat_has_levers():
         row("screen", "L9 tied", 0, 250, None),
         *(
             row("confirm", "2x64", s, n, b)
-            for s in (101, 102)
+            for s in range(101, 109)
             for n, b in ((250, 9.0), (2000, 1.5))
         ),
-        *(row("confirm", "2 slices", s, 2000, 1.53) for s in (101, 102)),
+        *(row("confirm", "2 slices", s, 2000, 1.53) for s in range(101, 109)),
     ]
     (slices,) = latent_vs_flat.STUDY.tables["levers"](rows)
     assert slices["name"] == "L1 slices" and slices["prediction"] == -0.020
     assert slices["screen"] == pytest.approx(-0.02) and slices["screening seeds"] == 2
-    assert slices["confirm"] == pytest.approx(0.03) and slices["confirming seeds"] == 2
+    assert slices["confirm"] == pytest.approx(0.03) and slices["confirming seeds"] == 8
     committed = latent_vs_flat.STUDY.tables["levers"](read_rows(RESULTS / "levers.json"))
     assert len(committed) == len(levers.LEVERS) and all(row["screen"] for row in committed)
 
@@ -135,7 +135,7 @@ def test_designs_of_the_frontier_send_as_many_bytes():
     assert all(abs(arm.mismatch["train_flops"]) < 0.003 for arm in arms.values())
 
 
-def test_the_frontier_names_a_winner_by_confirming_pairs():
+def test_the_frontier_names_a_winner_once_all_confirming_pairs_are_there():
     def row(arm, seed, bits):
         return {
             "stage": "confirm", "arm": arm, "seed": seed, "budget": 2000, "bits_per_byte": bits,
@@ -143,14 +143,14 @@ def test_the_frontier_names_a_winner_by_confirming_pairs():
 
     bits = {"flat": 1.5, "2x64": 1.48, "2 slices": 1.51}
     rows = [
-        row(arm, s, b + 0.001 * s + (0.002 if arm == "2x64" and s == 3 else 0))
-        for arm, b in bits.items()
-        for s in (1, 2, 3)
+        row(arm, seed, value + 0.001 * seed + (0.002 if (arm, seed) == ("2x64", 3) else 0))
+        for arm, value in bits.items()
+        for seed in range(1, 9)
     ]
     (budget,) = latent_vs_flat.STUDY.tables["frontiers"](rows)
-    assert budget["winner"] == "2x64" and budget["verdict"] == "better" and budget["seeds"] == 3
-    assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 3)
-    assert latent_vs_flat.STUDY.tables["frontiers"](rows[:3]) == []
+    assert budget["winner"] == "2x64" and budget["verdict"] == "better" and budget["seeds"] == 8
+    assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 8)
+    assert latent_vs_flat.STUDY.tables["frontiers"](rows[:-1]) == []
 
 
 @pytest.mark.parametrize("name", names(ROOT / "studies"))

@@ -9,17 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from headway.config import ModelConfig
 from headway.data.worlds.source import WorldSource
 from headway.eval.worlds import score
 from headway.hub.load import load_model
 from headway.lab.experiment import Arm
 from headway.lab.measurement import Verdict
 from headway.lab.study import Row, Rule, Study
-from headway.model.build import Block, build_block
-from headway.model.compute import Compute
+from headway.model.build import build_block
 from headway.model.transformer import Transformer
-from studies.world_arms import ITEMS, arm, mean_wrong, series
+from studies.world_arms import ITEMS, LoopedBlocks, arm, mean_wrong, series, tensor_names
 
 WORLDS = {
     "2x2": "multiplication,length=2",
@@ -27,27 +25,14 @@ WORLDS = {
     "2x2, scratch-pad": "multiplication,length=2,order=lsb,form=scratch",
     "3x3": "multiplication,length=3",
 }
-SEEDS = (101, 102)
-STEPS = 1000
-MARGIN = 0.1
-"""Share of items: a smaller difference is none."""
+SEEDS, STEPS = (101, 102), 1000
+MARGIN = 0.1  # share of items: a smaller difference is none
 
 
 def looped(model: Transformer) -> None:
     """Apply the first layer again in place of each further one."""
     for i in range(1, len(model.layers)):
         model.layers[i] = model.layers[0]
-
-
-class LoopedBlocks:
-    """Builds one block and returns it for each layer: how a looped model is read."""
-
-    def __init__(self) -> None:
-        self.block: Block | None = None
-
-    def __call__(self, config: ModelConfig, layer: int, compute: Compute) -> Block:
-        self.block = self.block or build_block(config, layer, compute)
-        return self.block
 
 
 def scores(folder: Path) -> dict[str, float]:
@@ -78,18 +63,6 @@ def scores(folder: Path) -> dict[str, float]:
         "worst middle digit wrong": wrong_D[1:-1].max(),
         "last digit wrong": wrong_D[-1],
     }
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """Return the names of the weights of a run's last checkpoint."""
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("checkpoints/*/*.safetensors"))
-    names: list[str] = []
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            names += tensors.keys()
-    return names
 
 
 def direct_fails(rows: Sequence[Row]) -> Verdict:

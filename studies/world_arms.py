@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from headway import recipes
-from headway.config import Config, with_leaf
+from headway.config import Config, ModelConfig, with_leaf
 from headway.data.worlds.source import WorldSource
 from headway.data.worlds.spec import parse_world
 from headway.eval.worlds import score
 from headway.hub.load import LoadedModel, load_model
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.study import Row, Series
+from headway.model.build import Block, build_block
+from headway.model.compute import Compute
 from headway.train.budget import Budget
 
 SMALL: dict[str, Any] = {
@@ -101,3 +103,26 @@ def _changed(config: Config, values: dict[str, Any]) -> Config:
     for name, value in values.items():
         config = with_leaf(config, name, value)
     return config
+
+
+class LoopedBlocks:
+    """Builds one block and returns it for each layer: how a looped model is read."""
+
+    def __init__(self) -> None:
+        self.block: Block | None = None
+
+    def __call__(self, config: ModelConfig, layer: int, compute: Compute) -> Block:
+        self.block = self.block or build_block(config, layer, compute)
+        return self.block
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Return the names of the weights of a run's last checkpoint."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("checkpoints/*/*.safetensors"))
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names += tensors.keys()
+    return names

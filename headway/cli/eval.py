@@ -79,7 +79,8 @@ def evaluate(args: Sequence[str]) -> int:
         f"{model.info.source}: {result.val_bits_per_byte:.4f} bits/byte, "
         f"{result.val_loss:.4f} nats/token on {text.sentence}"
     )
-    for sentence in token_losses.sentences():
+    assert result.calibration is not None
+    for sentence in (*token_losses.sentences(), result.calibration.sentence):
         print(sentence)
     difference = {}
     if options.via_http:
@@ -89,6 +90,8 @@ def evaluate(args: Sequence[str]) -> int:
         **difference,
         "loss_quantiles": token_losses.quantiles(),
         "loss_by_position": token_losses.by_position(),
+        "calibration_error": result.calibration.error,
+        "calibration": result.calibration.bins(),
         "windows": text.windows,
         "validation": text.fingerprint,
         "data": list(data.source),

@@ -4,12 +4,14 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from headway.data.batch import micro_batches, rank_rows
 from headway.data.stream import Stream
+from headway.eval.calibration import BINS, Calibration, of_next_tokens
 from headway.eval.copying import copied
 from headway.eval.token_losses import TokenLosses
 from headway.model.context import Context
@@ -72,10 +74,20 @@ class Evaluation:
     """Σ −log p / (ln 2 · bytes of the target text)."""
     documents: DocumentLosses | None = field(default=None, repr=False, compare=False)
     """Its parts; None where the text has no documents."""
+    calibration: Calibration | None = field(default=None, repr=False, compare=False)
+    """Of the likeliest next tokens; None in one that was read from a checkpoint."""
 
     def numbers(self) -> dict[str, float]:
         """Return what a record and a checkpoint keep; `Evaluation(**…)` takes it."""
         return {"val_loss": self.val_loss, "val_bits_per_byte": self.val_bits_per_byte}
+
+    def reliability(self) -> dict[str, Any]:
+        """Return `val_calibration_error` and `reliability`, the bins, of a record."""
+        if self.calibration is None:
+            return {}
+        bins = self.calibration.bins()
+        columns = {name: [row[name] for row in bins] for name in bins[0]}
+        return {"val_calibration_error": self.calibration.error, "reliability": columns}
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -98,15 +110,17 @@ def evaluate(
     Each rank takes `micro_batch_size` of them at a time. Sums are float64, so the result depends
     neither on the micro-batch nor on the number of ranks beyond float32 rounding. Collective."""
     device, mesh, hash_N = model.device, parallelism.mesh, stream.val_documents
-    sums = np.zeros((5, len(hash_N)))
+    sums, calibration_3B = np.zeros((5, len(hash_N))), np.zeros((3, BINS))
     was_training = model.training
     model.eval()
     for begin in range(0, n_windows, micro_batch_size * mesh.size):
         end = min(begin + micro_batch_size * mesh.size, n_windows)
         batch = rank_rows(stream.val_windows(begin, end), mesh.rank, mesh.size)
         for micro in micro_batches(batch, micro_batch_size, device):
-            ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher, log_probs=True)
-            log_probs_BS = model(micro.tokens_BS, micro.targets_BS, ctx).log_probs_BS
+            ctx = Context(micro.doc_BS, dispatcher=parallelism.dispatcher, best_log_probs=True)
+            out = model(micro.tokens_BS, micro.targets_BS, ctx)
+            log_probs_BS, best_BS = out.log_probs_BS, out.best_log_probs_BS
+            calibration_3B += of_next_tokens(log_probs_BS, best_BS, micro.targets_BS).sums_3B
             copied_BS = copied(micro.tokens_BS, micro.targets_BS)
             if token_losses is not None:
                 token_losses.add(-log_probs_BS, micro.targets_BS)
@@ -121,9 +135,12 @@ def evaluate(
     if token_losses is not None:
         ranks = mesh.all_gather_object(token_losses)
         token_losses.merge([losses for rank, losses in enumerate(ranks) if rank != mesh.rank])
-    total = sum_over(mesh.world, torch.from_numpy(sums).to(device), mesh, "evaluation")
-    nats_N, targets_N, bytes_N, *of_copied = total.cpu().numpy()
+    flat = torch.from_numpy(np.concatenate([sums.ravel(), calibration_3B.ravel()])).to(device)
+    total = sum_over(mesh.world, flat, mesh, "evaluation").cpu().numpy()
+    nats_N, targets_N, bytes_N, *of_copied = total[: sums.size].reshape(sums.shape)
+    calibration = Calibration(total[sums.size :].reshape(calibration_3B.shape))
     seen = targets_N > 0
     parts = hash_N[seen], nats_N[seen], targets_N[seen].astype(np.int64), bytes_N[seen]
     documents = DocumentLosses(*parts, *(x_N[seen] for x_N in of_copied))
-    return Evaluation(nats_N.sum() / targets_N.sum(), documents.bits_per_byte, documents)
+    mean = nats_N.sum() / targets_N.sum()
+    return Evaluation(mean, documents.bits_per_byte, documents, calibration)

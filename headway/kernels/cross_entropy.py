@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headway.kernels.activation import softcap as capped
 from headway.kernels.cpp import cpp_kernels
 from headway.kernels.differentiate import transformed
 from headway.kernels.gpu import gpu_kernels
@@ -67,16 +68,36 @@ def token_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float
     return _TokenLogProbs.apply(x_TD, w_VD, target_T, softcap)
 
 
-def packed_log_probs(
-    x_TD: Tensor, weight: PackedWeight, target_T: Tensor, softcap: float = 0.0
-) -> Tensor:
-    """Return what `token_log_probs` does with a packed weight, from float32 logits and without
-    gradient."""
-    out_T = x_TD.new_empty(len(x_TD), dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    for at in _chunks(x_TD, weight.n_out):
-        logits = packed_linear(x_TD[at], weight, wide=True)
-        out_T[at] = -_rows(logits, target_T[at], softcap, False)[0]
-    return out_T
+def target_and_best_reference(
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return log softmax(softcap(x·Wᵀ)) of each target, and the largest of each token, both 0 where
+    the target is −1; full logits."""
+    log_probs_TV = torch.log_softmax(_logits_reference(x_TD, w_VD, softcap), -1)
+    target = log_probs_TV.gather(1, target_T.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return target * (target_T >= 0), log_probs_TV.amax(1) * (target_T >= 0)
+
+
+def target_and_best(
+    x_TD: Tensor, weight: Tensor | PackedWeight, target_T: Tensor, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return what `target_and_best_reference` does, without gradient, as float32 (float64) `[T]`
+    twice, chunk by chunk. They are equal where, and only where, no token is likelier than the
+    target.
+
+    Args: as for `cross_entropy`; a packed weight gives float32 logits."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    nats_T, gap_T = (torch.empty(len(x_TD), dtype=wide, device=x_TD.device) for _ in range(2))
+    w = weight if isinstance(weight, PackedWeight) else weight.to(x_TD.dtype)
+    for at in _chunks(x_TD, w.n_out if isinstance(w, PackedWeight) else len(w)):
+        x, target = x_TD[at], target_T[at]
+        logits = packed_linear(x, w, wide=True) if isinstance(w, PackedWeight) else x @ w.T
+        # before the loss, which may use the memory of the logits
+        chosen, best = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1), logits.amax(1)
+        chosen, best = (capped(widen(z), softcap) for z in (chosen, best))
+        gap_T[at] = (best - chosen) * (target >= 0)
+        nats_T[at] = _rows(logits, target, softcap, False)[0]
+    return -nats_T, gap_T - nats_T
 
 
 def _logits_reference(x_TD: Tensor, w_VD: Tensor, softcap: float) -> Tensor:

@@ -147,6 +147,9 @@ class Context:
     log_probs: bool = False
     """With targets: give the log-probability of each, with gradient, beside their sum; one more
     matmul with the output head in backward."""
+    best_log_probs: bool = False
+    """With targets: give the log-probability of each and of the likeliest token there, without
+    gradient."""
     last_only: bool = False
     """Without targets: give the logits after the last real token of each sequence alone."""
     rows_R: Tensor | None = None

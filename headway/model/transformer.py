@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.kernels.activation import softcap
-from headway.kernels.cross_entropy import cross_entropy, packed_log_probs, token_log_probs
+from headway.kernels.cross_entropy import cross_entropy, target_and_best, token_log_probs
 from headway.kernels.packed import PackedWeight, packed_linear
 from headway.kernels.precision import widen
 from headway.model.balance import RouteReport, RouteStats
@@ -37,6 +37,9 @@ class Output(NamedTuple):
     """One per sparse layer, first layer first."""
     log_probs_BS: Tensor | None = None
     """Float32 `[B, S]`, log p of each target, 0 where it is ignored; with `Context.log_probs`."""
+    best_log_probs_BS: Tensor | None = None
+    """Float32 `[B, S]`, log p of the likeliest token at each target: equal to `log_probs_BS` where
+    that is the target, and only there; with `Context.best_log_probs`."""
 
     @property
     def routes(self) -> tuple[RouteReport | None, ...]:
@@ -102,15 +105,19 @@ class Transformer(nn.Module):
             return Output(None, self._logits(x_BSD), tuple(stats))
         x_TD, target_T = self.norm(x_BSD).flatten(0, 1), targets_BS.flatten()
         cap, packed = self.config.logit_softcap, self._packed_head()
-        if packed is not None:
-            log_probs_T = packed_log_probs(x_TD, packed, target_T, cap)
+        best_BS = None
+        if packed is not None or ctx.best_log_probs:
+            weight = self._head_weight() if packed is None else packed
+            log_probs_T, best_T = target_and_best(x_TD, weight, target_T, cap)
+            best_BS = best_T.view(targets_BS.shape) if ctx.best_log_probs else None
         elif ctx.log_probs:
             log_probs_T = token_log_probs(x_TD, self._head_weight(), target_T, cap)
         else:
             nats = cross_entropy(x_TD, self._head_weight(), target_T, cap)
             return Output(nats, None, tuple(stats))
-        log_probs_BS = log_probs_T.view(targets_BS.shape) if ctx.log_probs else None
-        return Output(-log_probs_T.sum(), None, tuple(stats), log_probs_BS)
+        given = ctx.log_probs or ctx.best_log_probs
+        log_probs_BS = log_probs_T.view(targets_BS.shape) if given else None
+        return Output(-log_probs_T.sum(), None, tuple(stats), log_probs_BS, best_BS)
 
     def blocks(self) -> list[Block]:
         """Return the layers, typed."""

@@ -15,7 +15,7 @@ from headway.report.metrics import METRICS
 from headway.report.ranking import ranking
 from headway.report.runs import load_run
 
-SCRIPTS = "format.js plot.js chart.js heat.js panels.js facts.js wire.js page.js".split()
+SCRIPTS = "format.js plot.js chart.js heat.js panels.js facts.js bars.js wire.js page.js".split()
 """Scripts of the page, in the order in which it runs them."""
 
 

@@ -45,6 +45,14 @@ val_bits_per_byte | Validation bits/byte | bits/byte
 Σ −log p(target) / (ln 2 · bytes), over the validation windows
 The number to compare runs by.
 
+val_calibration_error | Calibration error |
+Σ over bins of probability: share of the bin · |mean probability − share right|
+Of the likeliest next token: 0 where it is right as often as its probability says.
+
+reliability | Reliability of the last evaluation |
+columns over bins of the probability of the likeliest token: n, confidence (mean), right (share)
+Calibrated where both bars are equal; the first longer: too sure of itself.
+
 lr | Learning rate |
 peak rate · schedule(step)
 Rate of the step; parts of the model may scale it.

@@ -20,7 +20,7 @@ MAX_SAMPLES = 40
 SCALARS = (
     *"loss bits_per_byte val_loss val_bits_per_byte lr grad_norm tokens_per_second".split(),
     *"flops_per_second memory_gib wire_bytes wire_expected wire_wait balance_loss".split(),
-    *"load_min load_p95 load_max dead".split(),
+    *"load_min load_p95 load_max dead val_calibration_error".split(),
 )
 """Metrics that are drawn as a line over the run."""
 
@@ -129,6 +129,13 @@ def _wire_layers(records: Sequence[dict]) -> list[dict]:
     ]
 
 
+def _reliability(evaluations: Sequence[dict]) -> list[dict]:
+    """Return the bins of the last evaluation that has some."""
+    columns = next((r["reliability"] for r in reversed(evaluations) if r.get("reliability")), {})
+    rows = zip(*columns.values(), strict=True)
+    return [{k: short(v) for k, v in zip(columns, row, strict=True)} for row in rows]
+
+
 def _read_run_json(folder: Path) -> dict:
     path = folder / "run.json"
     try:
@@ -215,6 +222,7 @@ def load_run(folder: str | Path) -> dict:
         "entropy": _entropy(train),
         "load": _load(train),
         "wire_layers": _wire_layers(train),
+        "reliability": _reliability(evaluations),
         "samples": [
             {
                 "step": r["step"],

@@ -181,7 +181,7 @@ class Session(Generic[D]):
         with self.parallelism.mesh.traffic.paused():
             evaluation = self.data.evaluate(self.model, self.parallelism)
         self.progress.add_evaluation(evaluation)
-        self.records.write(evaluation.numbers())
+        self.records.write({**evaluation.numbers(), **evaluation.reliability()})
         if evaluation.documents is not None and self.progress.step == self.config.optim.steps:
             self.records.write_documents(evaluation.documents)
         self.log(

@@ -18,6 +18,12 @@ def test_eval_reads_run_and_checkpoint(run, place):
     n = sum(row["targets"] for row in places)
     loss = sum(row["targets"] * row["nats"] for row in places) / n
     assert loss == pytest.approx(whole.json["val_loss"], rel=1e-6)
+    bins, records = whole.json["calibration"], (run / "metrics.jsonl").read_text().splitlines()
+    assert sum(row["n"] for row in bins) == n and "calibration error" in whole.out
+    error = sum(row["n"] / n * abs(row["confidence"] - row["right"]) for row in bins)
+    assert whole.json["calibration_error"] == pytest.approx(error)
+    last = [r for r in map(json.loads, records) if "reliability" in r][-1]
+    assert 0 < last["val_calibration_error"] < 1 and set(last["reliability"]) == set(bins[0])
     again = call("eval", run, "--tokens", 128, "--json").json["val_bits_per_byte"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]

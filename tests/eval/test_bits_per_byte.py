@@ -50,6 +50,11 @@ def test_equals_the_plain_sum(stream):
     chosen = logits.log_softmax(-1).gather(-1, batch.targets_BS.clamp(min=0).unsqueeze(-1))
     nats = -float(chosen.squeeze(-1)[valid].sum())
     n_bytes = int((batch.targets_BS[valid] < 256).sum())
+    confidence, best = logits.softmax(-1).max(-1)
+    right = (best == batch.targets_BS)[valid].double().numpy()
+    confidence = confidence[valid].numpy()
+    bins = np.digitize(confidence, np.arange(1, 10) / 10)
+    error = sum(abs((confidence - right)[bins == b].sum()) for b in range(10)) / len(right)
     rest = valid & ~copied(batch.tokens_BS, batch.targets_BS)
     assert 50 < valid.sum() - rest.sum() < 150  # the text repeats itself
     uncopied = -float(chosen.squeeze(-1)[rest].sum()) / math.log(2)
@@ -58,7 +63,9 @@ def test_equals_the_plain_sum(stream):
         result = evaluate(subject, stream, 15, micro)
         assert result.val_loss == pytest.approx(nats / int(valid.sum()), rel=1e-6)
         assert result.val_bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
-        assert result.documents is not None
+        assert result.documents is not None and result.calibration is not None
+        assert result.calibration.error == pytest.approx(error, rel=1e-5)
+        assert result.calibration.sums_3B[2].sum() == right.sum()
         assert result.documents.bits_per_byte_uncopied == pytest.approx(uncopied, rel=1e-6)
     assert subject.training
     assert evaluate(subject, stream, 5, 5) != result

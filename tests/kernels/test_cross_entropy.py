@@ -5,9 +5,12 @@ from headway.kernels import cross_entropy as module
 from headway.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_reference,
+    target_and_best,
+    target_and_best_reference,
     token_log_probs,
     token_log_probs_reference,
 )
+from headway.kernels.packed import pack
 from tests.compare import assert_close
 from tests.kernels.cpp_paths import BOUND, NATIVE_DTYPES, needs_native, switch_off, threads
 
@@ -215,3 +218,25 @@ def test_native_rows_nan_threads_and_a_target_beyond_the_vocabulary():
     assert loss[[0, 1, 2, *range(6, 300)]].isfinite().all()
     finite = (logits[6:9].clone(), target[6:9], 3.0, True)
     torch.library.opcheck(torch.ops.headway.cross_entropy_rows.default, finite)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunk", [7, 33, 1 << 21])
+def test_the_best_is_the_target_where_nothing_is_likelier(
+    chunk, dtype, bound, softcap, monkeypatch
+):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    x, w = torch.randn(13, 6, dtype=dtype), torch.randn(11, 6, dtype=dtype)
+    likeliest = (x @ w.T).argmax(1)
+    target = torch.where(torch.arange(13) % 2 == 0, likeliest, (likeliest + 1) % 11)
+    target[5] = -1
+    want = target_and_best_reference(x.double(), w.double(), target, softcap)
+    for weight in (w, pack(w, dtype)):
+        log_probs, best = target_and_best(x, weight, target, softcap)
+        assert_close(log_probs, want[0], bound)
+        assert_close(best, want[1], bound)
+        assert torch.equal((log_probs == best), (target == likeliest) | (target < 0))
+    assert_close(
+        token_log_probs(x, w, target, softcap), target_and_best(x, w, target, softcap)[0], 0
+    )

@@ -135,7 +135,9 @@ def _story(mesh, config, optim, data, folder, steps):
         assert seen.documents is not None
         uncopied = seen.documents.bits_per_byte_uncopied
         assert uncopied != seen.val_bits_per_byte
+        assert seen.calibration is not None
         numbers = seen.val_loss, seen.val_bits_per_byte, uncopied, result.norm
+        numbers += (seen.calibration.error, *(row["right"] for row in seen.calibration.bins()))
         spread = [*tokens.quantiles().values(), *(row["nats"] for row in tokens.by_position())]
         records.append((numbers, spread, text))
     folder = Path(folder) / f"{mesh.size}-{mesh.config.shard}"

@@ -168,7 +168,11 @@ def make_run(
             sink.write(record)
             if step % config.run.eval_every == 0 or step == steps:
                 val = floor + 0.06 + 6.4 * math.exp(-18 * t) + 1.3 * math.exp(-3.2 * t)
-                sink.write(common | {"val_loss": val * math.log(2), "val_bits_per_byte": val})
+                n = 30 if step == steps else 40
+                bins = {"n": [n, 1200], "confidence": [0.25, 0.875], "right": [0.5, 0.75]}
+                losses = {"val_loss": val * math.log(2), "val_bits_per_byte": val}
+                reliable = {"val_calibration_error": 0.125, "reliability": bins}
+                sink.write(common | losses | reliable)
                 text = sample or SAMPLES[min(int(5 * t), 4)]
                 sink.write(common | {"prompt": "def ", "sample": text})
             if events and abs(t - 0.6) < every / steps / 2:

@@ -42,6 +42,8 @@ POINTS = {
     "tokens_per_second": 60,
     "flops_per_second": 60,
     "memory_gib": 60,
+    "val_calibration_error": 10,
+    "reliability": 2,
 }
 
 
@@ -123,6 +125,18 @@ def test_counted_bytes_stand_beside_the_formula(browser, runs, tmp_path):
     counted, formula, wait = browser.execute_script(widths)
     assert 0.99 < counted / 100 < 1.01 and abs(formula / counted - 6.0 / 6.1) < 1e-3
     assert abs(wait - 100 / LAYERS) < 1e-3
+    quiet(browser)
+
+
+def test_reliability_is_that_of_the_last_evaluation(browser, runs, tmp_path):
+    show(browser, tmp_path, runs["one"])
+    cells = "return [...document.querySelectorAll('#chart-reliability tbody tr')].map(r => [...r.children].map(c => c.textContent))"
+    assert browser.execute_script(cells) == [
+        ["30.00 %", "30", "25.00 %", "50.00 %"],
+        ["90.00 %", "1,200", "87.50 %", "75.00 %"],
+    ]
+    widths = "return [...document.querySelectorAll('#chart-reliability tbody tr:last-child .bar')].map(b => parseFloat(b.style.width))"
+    assert browser.execute_script(widths) == [100, 87.5, 75]
     quiet(browser)
 
 

@@ -144,7 +144,11 @@ function chooser() {
   return el(
     "p",
     { class: "lead" },
-    el("label", { for: "routing-run" }, "Map, strip, entropy and the wire by layer show the run "),
+    el(
+      "label",
+      { for: "routing-run" },
+      "Map, strip, entropy, reliability and the wire by layer show the run ",
+    ),
     choice,
   );
 }
@@ -273,6 +277,14 @@ document.getElementById("main").append(
         ...loss,
       }),
     ),
+    ...(RUNS.some((r) => r.reliability.length)
+      ? [
+          grid(
+            lineChart(metric("val_calibration_error", { zero: true, height: 230 })),
+            reliability(),
+          ),
+        ]
+      : []),
   ),
   section(
     "routing",

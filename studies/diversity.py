@@ -95,13 +95,17 @@ def measure(
     return rows
 
 
-def judge(rows: Sequence[Row]) -> Verdict:
-    from scipy.stats import spearmanr
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the correlation of ranks; no two values of a sequence may be equal."""
+    first, second = (np.argsort(np.argsort(values)) for values in (x, y))
+    return float(np.corrcoef(first, second)[0, 1])
 
+
+def judge(rows: Sequence[Row]) -> Verdict:
     grid = [row for row in rows if "g_vendi" in row]
     bits = [row["bits"] for row in grid]
     signs = {"g_vendi": -1, "vendi": -1, "mean_cosine": 1}
-    rho = {k: float(spearmanr([s * r[k] for r in grid], bits)[0]) for k, s in signs.items()}
+    rho = {k: spearman([s * r[k] for r in grid], bits) for k, s in signs.items()}
     plain, copied = (
         [[r[k] for r in rows if r["text"] == name] for k in ("vendi", "bits")]
         for name in ("plain", "30% near-copies")

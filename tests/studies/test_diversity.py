@@ -45,6 +45,5 @@ def rows(g_vendi, vendi, cosine, worse):
     ],
 )
 def test_the_rule(g_vendi, worse, answer):
-    pytest.importorskip("scipy", reason="the extra [lab]")
     said = diversity.judge(rows(g_vendi, (1, 2, 3, 5, 4), (3, 5, 4, 2, 1), worse))
     assert said.answer == answer and "−Vendi of words 0.90" in said.why

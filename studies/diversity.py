@@ -25,7 +25,7 @@ from headway.train.loop import train
 from studies.template_texts import documents, near_copies, templates, words
 
 TEMPLATES, NAMES, UNSEEN = (2, 8, 32), (4, 16, 64, 256), 64
-DOCUMENTS, SCORED, STEPS, SEEDS = 400, 100, 250, (0, 1, 2)
+DOCUMENTS, SCORED, STEPS, SEEDS = 400, 100, 150, (0, 1, 2)
 
 
 def save(path: Path, texts: Sequence[str]) -> str:

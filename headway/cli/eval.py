@@ -26,7 +26,7 @@ class Eval(trained.TrainedOptions):
     tokens: int = 0
     """Validation tokens, in whole windows, as `run.eval_tokens`; 0 means the whole split."""
     tasks: tuple[str, ...] = ()
-    """YAML files of lm-evaluation-harness: run these local tasks instead."""
+    """YAML files of lm-evaluation-harness with local data, or bigbench:TASK: run these instead."""
     suite: Literal["", "worlds"] = ""
     """`worlds`: accuracy on test items of the worlds that the model was trained on, or of those
     that --data names, beside what shallow guesses reach."""
@@ -125,7 +125,7 @@ def _tasks(options: Eval) -> int:
         others = "--data, --tokens, --suite and --via-http"
         raise UsageError(f"--tasks reads its own data; leave out {others}")
     try:
-        from headway.eval.harness import run_tasks
+        from headway.eval.tasks import run_tasks
     except ImportError as error:
         why = f"--tasks needs {error.name}, which is not installed"
         raise UsageError(f"{why}; pip install 'headway[eval]'") from None
@@ -136,7 +136,8 @@ def _tasks(options: Eval) -> int:
     engine = Engine.of(loaded, EngineConfig(max_len=loaded.info.max_len + 1))
     results = run_tasks(engine, options.tasks)
     for name, metrics in results.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        numbers = {k: v for k, v in metrics.items() if not isinstance(v, list)}
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
     print_json(options.json, {"tasks": results, **trained.facts(loaded)})
     return 0
 

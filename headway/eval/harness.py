@@ -1,6 +1,6 @@
 """A model on the engine as lm-evaluation-harness takes one (extra `eval`; its release 0.4).
 
-    lm_eval.simple_evaluate(HeadwayLM(engine), tasks=["my_task"], task_manager=…)
+    lm_eval.simple_evaluate(HeadwayLM("runs/demo"), tasks=["my_task"], task_manager=…)
 
 Texts are cut into context and continuation by the harness's own `TemplateLM`, so scores compare
 with those of its other models. Requests run longest first, and a prefix that several share is
@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from headway.config import UsageError
+from headway.config import EngineConfig, UsageError
+from headway.hub.load import load_model
 from headway.serve.blocks import page_keys
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
@@ -34,12 +32,16 @@ class HeadwayLM(TemplateLM):
     """Scores and continues texts.
 
     Args:
-        engine: with one token more than the contexts that the harness may use: it reads the last
-        token too, whose score alone is needed.
+        engine: a run, a checkpoint or a Hugging Face folder; or an engine with one token more than
+            the contexts that the harness may use: it reads the last token too, whose score alone is
+            needed.
         max_gen_toks: tokens to write where a task names no number."""
 
-    def __init__(self, engine: Engine, max_gen_toks: int = 256):
+    def __init__(self, engine: Engine | str | Path, max_gen_toks: int = 256):
         super().__init__()
+        if not isinstance(engine, Engine):
+            loaded = load_model(engine)
+            engine = Engine.of(loaded, EngineConfig(max_len=loaded.info.max_len + 1))
         self.engine, self.max_gen_toks = engine, max_gen_toks
         self.max_length = engine.max_len - 1
 
@@ -145,30 +147,6 @@ class HeadwayLM(TemplateLM):
             seed=seed,
             stop=tuple(text for text in values["until"] if text),
         )
-
-
-def run_tasks(engine: Engine, files: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the metrics of local tasks, each a YAML file of the harness, by the task's name.
-    Raises UsageError for a file that is none."""
-    names, folders = [], []
-    for path in map(Path, files):
-        try:
-            config = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            why = " ".join(str(error).split())
-            raise UsageError(f"cannot read the task {path}: {why}; give a YAML file") from None
-        if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-            raise UsageError(f"{path} has no `task: NAME`; give a task of lm-evaluation-harness")
-        names.append(config["task"])
-        folders.append(str(path.absolute().parent))
-    manager = TaskManager(include_path=list(dict.fromkeys(folders)), include_defaults=False)
-    results: Any = simple_evaluate(
-        HeadwayLM(engine), tasks=names, task_manager=manager, bootstrap_iters=0
-    )
-    return {
-        name: {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-        for name, metrics in results["results"].items()
-    }
 
 
 def run_all(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 from headway.config import EngineConfig, UsageError
 from headway.eval.harness import HeadwayLM, run_all
 from headway.eval.over_http import server
+from headway.eval.tasks import bigbench_task
 from headway.hub.load import load_model
 from headway.model.paged import PAGE
 from headway.serve.engine import Engine
@@ -256,8 +258,86 @@ def test_eval_runs_tasks(folder, tasks_folder, expected):
     assert done.code == 0, done
     metrics = done.json["tasks"]["letters"]
     assert metrics["acc,none"] == expected[0]["acc,none"]
+    # the same by our own count, beside the other ways to compare choices
+    assert metrics["accuracy"] == expected[0]["acc,none"] and metrics["questions"] == 20
+    scores = np.array([score for score, _ in expected[1]]).reshape(20, 4)
+    sizes = np.arange(1, 5) + 3  # two blanks, a letter, k times b
+    right = ((scores / sizes).argmax(1) == np.arange(20) % 4).mean()
+    assert metrics["accuracy_per_byte"] == metrics["accuracy_per_token"] == right
+    shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    bins = metrics["calibration"]
+    mean = sum(row["n"] * row["confidence"] for row in bins) / 20
+    assert mean == pytest.approx(shares.max(1).mean(), abs=1e-4)
     assert "has no `task: NAME`" in mistake(*words, "--tasks", folder / "run" / "run.json")
     assert "cannot read the task" in mistake(*words, "--tasks", folder / "none.yaml")
+    text = (tasks_folder / "letters.yaml").read_text()
+    other = tasks_folder.parent / "other.yaml"
+    wrong = {
+        "dataset_path: json": ("dataset_path: allenai/ai2_arc", "wants allenai/ai2_arc from the"),
+        f"test: {tasks_folder}/": (
+            "test: https://x.org/",
+            "wants https://x.org/letters.jsonl from",
+        ),
+        "letters.jsonl": ("gone.jsonl", "gone.jsonl, which does not exist"),
+        "metric: acc_norm": ("metric: bleurt", "wants the metric bleurt from the network"),
+    }
+    for before, (after, said) in wrong.items():
+        other.write_text(text.replace(before, after))
+        assert said in mistake(*words, "--tasks", other)
+
+
+BIGBENCH = {
+    "plants": {
+        "examples": [
+            {"input": "Is a rose a plant?", "target_scores": {"yes": 1, "no": 0}},
+            {"input": "Is a cat?", "target_scores": {"maybe": 1, "no": 1, "yes": 0}},
+        ]
+    },
+    "sums": {"examples": [{"input": "1+1", "target": ["2", "two"]}, {"input": "2", "target": "2"}]},
+    "many": {"description": "of sub-tasks"},
+    "many/one": {
+        "append_choices_to_input": False,
+        "example_input_prefix": "",
+        "example_output_prefix": " is ",
+        "examples": [{"input": "grass", "target_scores": {"green": 1.0, "red": 0.0}}],
+    },
+}
+
+
+def test_eval_runs_tasks_of_bigbench(folder, tmp_path, monkeypatch):
+    """A package as it is installed, with tasks of its form."""
+    words = ["eval", folder / "run", "--dtype", "float32", "--threads", 1]
+    assert "pip install bigbench" in mistake(*words, "--tasks", "bigbench:plants")
+    for name, task in BIGBENCH.items():
+        place = tmp_path / "bigbench" / "benchmark_tasks" / name
+        place.mkdir(parents=True)
+        (place / "task.json").write_text(json.dumps(task))
+    (tmp_path / "bigbench" / "__init__.py").write_text("raise ImportError('tensorflow')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plants = bigbench_task("bigbench:plants")["custom_dataset"]()["test"]
+    assert plants[0]["prompt"] == "\nQ: Is a rose a plant?\n  choice: no\n  choice: yes\nA: "
+    assert plants[0]["choices"] == ["yes", "no"] and plants[0]["right"] == [0]
+    assert plants[1]["right"] == [0, 1]
+    one = bigbench_task("bigbench:many/one")["custom_dataset"]()["test"][0]
+    assert one["prompt"] == "grass is "
+    names = ["bigbench:plants", "bigbench:sums", "bigbench:many/one"]
+    tasks = call(*words, "--tasks", *names, "--json").json["tasks"]
+    assert list(tasks) == names
+    lm = HeadwayLM(make_engine(folder))
+    pairs = [(plants[0]["prompt"], choice) for choice in ("yes", "no")]
+    best = np.argmax([score for score, _ in lm.loglikelihood([asks(*p) for p in pairs])])
+    assert tasks["bigbench:plants"]["accuracy"] in (best == 0, 0.5 + (best == 0) / 2)
+    assert tasks["bigbench:plants"]["acc,none"] == tasks["bigbench:plants"]["accuracy"]
+    assert 0 <= tasks["bigbench:sums"]["exact_match,none"] <= 1
+    assert "use bigbench:many/one" in mistake(*words, "--tasks", "bigbench:many")
+    assert "has no such JSON task" in mistake(*words, "--tasks", "bigbench:none")
+
+
+def test_a_model_is_named_by_its_folder(folder, lm):
+    named = HeadwayLM(str(folder / "run"))
+    requests = [asks(*pair) for pair in PAIRS[:3]]
+    expected = [score for score, _ in lm.loglikelihood(requests)]
+    assert [s for s, _ in named.loglikelihood(requests)] == pytest.approx(expected, rel=2e-2)
 
 
 WRITE = """

@@ -86,7 +86,7 @@ ROOMS = (
     Room(
         "eval",
         "bits per byte, worlds, pass@k, diversity; tasks of lm-evaluation-harness through the engine",
-        "config kernels model parallel data serve",
+        "config kernels model parallel data hub serve",
     ),
     Room(
         "train",

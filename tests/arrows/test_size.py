@@ -3,12 +3,8 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 43_000
-<<<<<<< HEAD
+TOTAL = 43_500
 """20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds, laws, studies and trackers. Raise it together
-=======
-"""20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds, laws and studies. Raise it together
->>>>>>> a57c27b (docs/studies.md: with perplexity_misleads and diversity; the package may grow by what evaluation needs)
 with a feature that needs more."""
 
 

@@ -85,11 +85,12 @@ def measure(
                 "vendi": vendi(x_ND),
                 "mean_cosine": mean_cosine(x_ND, centre),
             }
-            rows.append({"text": f"{t} templates, {n} names", "seed": 0, "bits": bits, **scores})
+            name = f"{t} templates, {n} names"
+            rows.append({"text": name, "seed": 0, "bits": bits, **scores, "near_duplicates": None})
         for name, part in pair.items():
             for seed in SEEDS:
                 bits = loss_elsewhere(trained(folder, part, seed, steps), elsewhere)
-                scores = {"vendi": vendi(hashed_words(part))}
+                scores = {"g_vendi": None, "vendi": vendi(hashed_words(part)), "mean_cosine": None}
                 scores["near_duplicates"] = near_duplicate_rate(part)
                 rows.append({"text": name, "seed": seed, "bits": bits, **scores})
     return rows
@@ -102,7 +103,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def judge(rows: Sequence[Row]) -> Verdict:
-    grid = [row for row in rows if "g_vendi" in row]
+    grid = [row for row in rows if row["g_vendi"] is not None]
     bits = [row["bits"] for row in grid]
     signs = {"g_vendi": -1, "vendi": -1, "mean_cosine": 1}
     rho = {k: spearman([s * r[k] for r in grid], bits) for k, s in signs.items()}

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import yaml
 from lm_eval.api.registry import metric_registry
@@ -115,11 +114,13 @@ def bigbench_task(name: str) -> Record:
     if not data.get("examples"):
         parts = sorted(path.parent.name for path in task.parent.glob("*/task.json"))
         raise UsageError(f"{name} has sub-tasks; use {name}/{parts[0] if parts else 'SUBTASK'}")
+    from datasets import Dataset
+
     choices = all("target_scores" in example for example in data["examples"])
     rows = [_example(data, example, choices) for example in data["examples"]]
     shared = {
         "task": name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
         "doc_to_text": "prompt",
         "target_delimiter": "",

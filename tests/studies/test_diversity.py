@@ -28,7 +28,10 @@ def rows(g_vendi, vendi, cosine, worse):
         for i, (g, v, c) in enumerate(zip(g_vendi, vendi, cosine, strict=True))
     ]
     pair = [
-        {"text": text, "seed": seed, "bits": 3.0 + (more if text != "plain" else 0), "vendi": v}
+        {
+            **{"text": text, "seed": seed, "bits": 3.0 + (more if text != "plain" else 0)},
+            **{"g_vendi": None, "vendi": v},
+        }
         for text, v in (("plain", 9.0), ("30% near-copies", 7.0))
         for seed, more in enumerate(worse)
     ]

@@ -18,7 +18,7 @@ from studies import (
     reverse_release,
 )
 
-MODULES = append_system, reverse_release, experts_touched, batch_one_balance
+MODULES = append_system, reverse_release, experts_touched, batch_one_balance, diversity
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "numbers" / "studies"
 STUDIES = [module.STUDY for module in MODULES]

@@ -11,6 +11,7 @@ from headway.model.paged import PAGE
 from studies import (
     append_system,
     batch_one_balance,
+    diversity,
     experts_touched,
     frontiers,
     latent_vs_flat,

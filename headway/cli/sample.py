@@ -22,6 +22,7 @@ def sample(args: Sequence[str]) -> int:
     """Run `headway sample RUN` and return its exit code."""
     options = parse(Sample, args, "headway sample")
 
+    from headway.eval.copying import repeated
     from headway.eval.text import generate
 
     params = options.params()
@@ -41,6 +42,7 @@ def sample(args: Sequence[str]) -> int:
         "prompt": options.prompt,
         "text": reply.text,
         "tokens": len(reply.tokens),
+        "repeated": repeated(reply.tokens),
         "tokens_per_second": len(reply.tokens) / seconds,
         "seed": options.seed,
         **trained.facts(model),

@@ -13,7 +13,8 @@ class Samples:
     """Unbiased pass@k and Cover@τ of a file of samples, with 95% intervals over problems."""
 
     samples: str
-    """JSON lines: problem, and correct, a list with 0 or 1 for each sample."""
+    """JSON lines: problem; correct, a list with 0 or 1 for each sample; and, where near-copies are
+    to be counted, texts, the samples themselves."""
     k: str = "1"
     """Numbers of samples, as in 1,64; each problem needs as many."""
     tau: str = ""
@@ -29,13 +30,15 @@ def samples(args: Sequence[str]) -> int:
     options = parse(Samples, args, "headway eval --samples FILE")
     ks, taus = _numbers("--k", options.k, int), _numbers("--tau", options.tau, float)
 
-    from headway.eval.pass_at_k import covered, over_problems, pass_at_k, read_samples
+    from headway.eval.pass_at_k import covered, near_repeats, over_problems, pass_at_k, read_samples
 
     read = read_samples(Path(options.samples))
     names = [*(f"pass@{k}" for k in ks), *(f"cover@{tau:g}" for tau in taus)]
     if not names:
         raise UsageError("--samples needs --k or --tau, as in --k 1,64 --tau 0.1,0.5")
     values = [*(pass_at_k(read, k) for k in ks), *(covered(read, tau) for tau in taus)]
+    if read.texts:
+        names, values = [*names, "near-repeats"], [*values, near_repeats(read)]
     scores = dict(zip(names, over_problems(values, options.seed), strict=True))
     fewest, most = int(read.tries_P.min()), int(read.tries_P.max())
     tries = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -48,6 +51,7 @@ def samples(args: Sequence[str]) -> int:
             "problems": len(read.tries_P),
             "pass_at_k": {str(k): scores[f"pass@{k}"].value for k in ks},
             "cover": {f"{tau:g}": scores[f"cover@{tau:g}"].value for tau in taus},
+            "near_repeats": scores["near-repeats"].value if read.texts else None,
             "ci95": {name: list(score.ci95) for name, score in scores.items()},
         },
     )

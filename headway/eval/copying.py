@@ -6,6 +6,8 @@
 A small model learns to copy suddenly, with one seed earlier than with another; the loss without
 these positions does not jump then."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,12 @@ def copied(tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
     last = place_BN[:, 1:] + CONTEXT - 1
     is_copied = again & (guess == targets_BS.gather(1, last))
     return torch.zeros_like(tokens_BS, dtype=torch.bool).scatter_(1, last, is_copied)
+
+
+def repeated(ids: Sequence[int]) -> float:
+    """Return the share of the tokens of a text that follow what followed the last earlier
+    occurrence of the four before them, as in a text that goes round in circles; 0 without any."""
+    if len(ids) < 2:
+        return 0.0
+    tokens_1S = torch.tensor([list(ids)])
+    return float(copied(tokens_1S[:, :-1], tokens_1S[:, 1:]).sum()) / len(ids)

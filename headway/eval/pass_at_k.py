@@ -1,6 +1,7 @@
 """Scores of several samples per problem: unbiased pass@k and Cover@τ, with intervals over problems.
 
-A JSON line per problem: `{"problem": …, "correct": [0, 1, …]}`, an entry per sample."""
+A JSON line per problem: `{"problem": …, "correct": [0, 1, …]}`, an entry per sample; `texts` may
+hold the samples themselves, of which some may be near-copies of each other."""
 
 import json
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ class Samples:
     """int64."""
     solved_P: np.ndarray
     """int64, at most `tries_P`."""
+    texts: tuple[tuple[str, ...], ...] = ()
+    """The samples of each problem; empty where the file has none."""
 
 
 class Scored(NamedTuple):
@@ -39,6 +42,7 @@ def read_samples(path: Path) -> Samples:
     """Return the samples of a file. Lines with the same `problem` are added up. Raises UsageError
     for a line of another form."""
     counts: dict[str, list[int]] = {}
+    texts: dict[str, list[str]] = {}
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -49,17 +53,27 @@ def read_samples(path: Path) -> Samples:
         try:
             row = json.loads(line)
             problem, correct = row["problem"], list(row["correct"])
+            samples = list(row.get("texts", ()))
         except (ValueError, KeyError, TypeError):
-            problem, correct = None, []
+            problem, correct, samples = None, [], []
+        if samples and len(samples) != len(correct):
+            n = f"{len(samples)} texts and {len(correct)} marks in `correct`"
+            raise UsageError(f"{path} line {number} has {n}; give as many")
         if not correct or any(mark not in (0, 1) for mark in correct):
             form = '{"problem": NAME, "correct": [0, 1, …]}'
             raise UsageError(f"{path} line {number} is not of the form {form}")
-        tries = counts.setdefault(json.dumps(problem, sort_keys=True), [0, 0])
+        key = json.dumps(problem, sort_keys=True)
+        texts.setdefault(key, []).extend(map(str, samples))
+        tries = counts.setdefault(key, [0, 0])
         tries[0] += len(correct)
         tries[1] += int(sum(correct))
     if not counts:
         raise UsageError(f"{path} has no problem; give a line per problem")
-    return Samples(*np.array(list(counts.values()), dtype=np.int64).T)
+    tries_P, solved_P = np.array(list(counts.values()), dtype=np.int64).T
+    whole = all(len(texts[key]) == tries for key, (tries, _) in counts.items())
+    if not whole and any(texts.values()):
+        raise UsageError(f"{path} has `texts` in some lines alone; give them in all or in none")
+    return Samples(tries_P, solved_P, tuple(map(tuple, texts.values())) if whole else ())
 
 
 def pass_at_k(samples: Samples, k: int) -> np.ndarray:
@@ -88,6 +102,14 @@ def covered(samples: Samples, tau: float) -> np.ndarray:
     if not 0 < tau <= 1:
         raise UsageError(f"--tau {tau:g} is no share of samples; use 0.1 or 0.5")
     return (samples.solved_P >= tau * samples.tries_P - 1e-9).astype(np.float64)
+
+
+def near_repeats(samples: Samples) -> np.ndarray:
+    """Return for each problem the share of its samples that have a near-copy among them, float64
+    [P] (`eval.diversity.near_duplicate_rate`). Raises UsageError without datasketch."""
+    from headway.eval.diversity import near_duplicate_rate
+
+    return np.array([near_duplicate_rate(texts) for texts in samples.texts])
 
 
 def over_problems(values_MP: Sequence[np.ndarray], seed: int = 0) -> list[Scored]:

@@ -18,7 +18,8 @@ CORE = {"torch", "numpy", "safetensors", "tyro", "tokenizers", "headway"} | set(
 
 BESIDE_CORE = {
     PACKAGE / "kernels" / "gpu": {"triton"},
-    PACKAGE / "eval" / "harness.py": {"lm_eval", "yaml"},
+    PACKAGE / "eval" / "harness.py": {"lm_eval"},
+    PACKAGE / "eval" / "tasks.py": {"lm_eval", "yaml"},
 }
 """Folder or file, itself imported in functions alone → extras that it imports at its top."""
 

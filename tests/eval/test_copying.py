@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.eval.copying import CONTEXT, copied
+from headway.eval.copying import CONTEXT, copied, repeated
 
 
 def by_hand(tokens: list[int], targets: list[int]) -> list[bool]:
@@ -35,3 +35,10 @@ def test_a_window_shorter_than_the_context_gives_nothing_away():
     assert not copied(ids, ids).any()
     text = torch.tensor([list(b"foo(x) + foo(x)")])
     assert copied(text[:, :-1], text[:, 1:])[0].nonzero().flatten().tolist() == [12, 13]
+
+
+def test_a_text_that_goes_round_in_circles_repeats_itself():
+    assert repeated([1, 2, 3, 4, 5, 6, 7, 8]) == 0 and repeated([]) == 0
+    circle = [1, 2, 3, 4, 5] * 4
+    assert repeated(circle) == (20 - 9) / 20  # from the ninth token on, the four before were seen
+    assert repeated([*circle[:9], 0]) == 0

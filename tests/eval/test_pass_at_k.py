@@ -90,3 +90,24 @@ def test_lines_of_another_form(tmp_path, line):
     file.write_text("\n")
     assert "has no problem" in mistake("eval", "--samples", file)
     assert "cannot read" in mistake("eval", "--samples", tmp_path / "none.jsonl")
+
+
+def test_samples_that_nearly_repeat_each_other(tmp_path):
+    pytest.importorskip("datasketch", reason="the extra [data]")
+    words = [f"w{i}" for i in range(200)]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, 30)) for _ in range(4)]
+    lines = [
+        {"problem": 1, "correct": [0, 1, 1, 0], "texts": texts},
+        {"problem": 2, "correct": [0, 1, 1, 1], "texts": [texts[0], texts[0], *texts[2:]]},
+    ]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call("eval", "--samples", file, "--json")
+    assert done.json["near_repeats"] == 0.25 and "near-repeats 0.2500" in done.out
+    assert done.json["ci95"]["near-repeats"][0] == 0
+    file.write_text(json.dumps({**lines[0], "texts": texts[:3]}) + "\n")
+    assert "line 1 has 3 texts and 4 marks" in mistake("eval", "--samples", file)
+    del lines[1]["texts"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "`texts` in some lines alone" in mistake("eval", "--samples", file)

@@ -19,7 +19,17 @@ from headway.lab.forecast_file import check_run, score
 from headway.lab.measurement import Verdict
 from headway.lab.rungs import Runs
 from headway.lab.study import Row, Rule, Study, read_rows
-from studies.ladder_law import EXPERTS, arm, fit, gained, planned, register_top, rungs, series
+from studies.ladder_law import (
+    EXPERTS,
+    arm,
+    by_chinchilla,
+    fit,
+    gained,
+    planned,
+    register_top,
+    rungs,
+    series,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FORECAST = ROOT / "studies" / "registered" / "ladder_forecast.json"
@@ -81,6 +91,11 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         return []
 
 
+def afterwards(rows: Sequence[Row]) -> list[Row]:
+    """Return what another form of law says of the top rung."""
+    return [by_chinchilla(of_ladder(rows), r) for r in rows if r["budget"] > max(BUDGETS)]
+
+
 def forecast() -> None:
     """Register the forecast of the top rung."""
     fitted, _ = law(read_rows(ROOT / "docs" / "numbers" / "studies" / "ladder.json"))
@@ -118,8 +133,12 @@ STUDY = Study(
         ),
     ),
     notes="One seed, models of two layers, scaled to ten CPU minutes. The exponent of the gain is "
-    "that of the minima, its losses are those of width 32.",
-    tables={"minima": summary},
+    "that of the minima, its losses are those of width 32. Losses are no parabola over so wide a "
+    "range of tokens: at two budgets the minimum lies above the best run.",
+    tables={
+        "Minima": summary,
+        "A Chinchilla law of the sixteen runs, made afterwards (exploratory)": afterwards,
+    },
 )
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from headway.lab import laws
 from headway.lab.experiment import Arm, Experiment, PlannedArm
 from headway.lab.forecast import Fit, fit_runs
 from headway.lab.forecast_file import register
@@ -98,6 +101,32 @@ def gained(fitted: Fit, rows: Sequence[Row], change: str, base: str) -> Gain:
     ]
     with tempfile.TemporaryDirectory() as folder:
         return gain(fitted, _csv(Path(folder) / "change.csv", "flops,loss,baseline", runs))
+
+
+def by_chinchilla(rows: Sequence[Row], top: Row) -> Row:
+    """Return what a Chinchilla law of runs says of one above them: no forecast, since it is made
+    when all are known."""
+
+    def columns(of: Sequence[Row]) -> dict[str, np.ndarray]:
+        widths = {row["arm"]: int(row["arm"].removeprefix("D ")) for row in of}
+        params = {arm: planned(w, 1).costs["active_parameters"] for arm, w in widths.items()}
+        numbers = {
+            "params": [params[row["arm"]] for row in of],
+            "tokens": [r["tokens"] for r in of],
+        }
+        return {name: np.array(values, dtype=np.float64) for name, values in numbers.items()}
+
+    losses = np.array([row["bits_per_byte"] for row in rows])
+    law, at = laws.fit("chinchilla", columns(rows), losses, IRREDUCIBLE), columns([top])
+    said, measured = float(law.loss(at)[0]), top["bits_per_byte"]
+    low, high = np.quantile(law.draws(at)[:, 0], [0.05, 0.95])
+    return {
+        "run": top["arm"],
+        "bits/byte": f"{measured:.4f}",
+        "by the law": f"{said:.4f}",
+        "90%": f"{low:.4f} … {high:.4f}",
+        "error": f"{measured / said - 1:+.2%}",
+    }
 
 
 def register_top(

@@ -104,7 +104,7 @@ def gain(fit: Fit, path: Path, level: float | None = None) -> Gain:
             )
         point = float(_ratio(base, changed, **_exponent(values[0])))
         least_R = values[1]["irreducible"]
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             draws_R = _ratio(np.maximum(base_R, least_R), changed_R, **_exponent(values[1]))
         # a replicate whose irreducible loss is above the change's: the baseline never gets there
         draws_R = np.where(changed_R > least_R, draws_R, np.inf)

@@ -80,6 +80,8 @@ def test_the_top_rung_is_registered_and_scored(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="it is another run"):
         ladder.judge_forecast([{**top, "tokens": 2 * tokens, "bits_per_byte": 1.0}])
     assert ladder.judge_forecast(rows()).answer == "open"
+    (later,) = ladder.afterwards([*rows(), {**top, "bits_per_byte": 1.9}])
+    assert abs(float(later["by the law"]) / value["prediction"] - 1) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,21 @@ def test_the_top_rung_is_registered_and_scored(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="it is another run"):
         ladder.judge_forecast([{**top, "tokens": 2 * tokens, "bits_per_byte": 1.0}])
     assert ladder.judge_forecast(rows()).answer == "open"
-    (later,) = ladder.afterwards([*rows(), {**top, "bits_per_byte": 1.9}])
-    assert abs(float(later["by the law"]) / value["prediction"] - 1) < 0.05
+
+
+def test_the_other_form_reads_parameters_and_tokens():
+    """Of rows that a Chinchilla law made it says the top one, and what a run is off."""
+
+    def by_law(r):
+        width = int(r["arm"].removeprefix("D "))
+        params = ladder.planned(width, 1).costs["active_parameters"]
+        return {**r, "bits_per_byte": 1.5 + 500 * params**-0.6 + 1e5 * r["tokens"] ** -0.9}
+
+    made = [by_law(r) for r in rows() if "E" not in r["arm"]]
+    top = by_law({"arm": "D 56", "budget": 4052, "tokens": 4149248})
+    (line,) = ladder.afterwards([*made, {**top, "bits_per_byte": 1.02 * top["bits_per_byte"]}])
+    assert line["run"] == "D 56" and line["error"] == "+2.00%"
+    assert float(line["by the law"]) == pytest.approx(top["bits_per_byte"], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -177,3 +177,36 @@ def test_counts_of_a_small_model():
     keys = sum(min(i, 4) for i in range(1, 33)) / 32
     flops = Sizes.of(windowed, 32).flops_per_token
     assert flops == 6 * matrices + 12 * 16 * (keys + 16.5)
+
+
+def test_rates_by_the_tokens_of_a_run_are_resolved_once():
+    """A resumed run has them in its config, and takes them as they are."""
+    data = DataConfig(seq_len=128, batch_size=32)
+    config = Config(data=data, optim=OptimConfig(steps=5000, lr=1e-3, transfer="power"))
+    done = resolve(config, 257)
+    assert done.config.data.batch_size == round(32 * 10**0.383) == 77
+    assert done.config.data.micro_batch_size == 77 and done.config.run.eval_every == 207
+    assert done.config.optim.lr == pytest.approx(1e-3 * (77 / 32) ** 0.5)
+    assert done.derived["optim.lr"].startswith("0.001551: 0.001 · √(B/B0) = √2.406")
+    again = resolve(done.config, 257)
+    assert again.config == done.config and "optim.lr" not in again.derived
+    longer = dataclasses.replace(done.config.optim, steps=9000)
+    assert (
+        resolve(dataclasses.replace(done.config, optim=longer), 257).config.optim.lr
+        == done.config.optim.lr
+    )
+
+
+def test_the_new_batch_is_checked_too():
+    short = OptimConfig(steps=8, transfer="power", base_tokens=10**9)
+    moe = MoEConfig(n_heads=2, balance=BalanceConfig(aux_scope="sequence"))
+    config = Config(
+        model=ModelConfig(d_model=64, n_heads=2, moe=moe),
+        mesh=MeshConfig(hp=2, chunks=4),
+        optim=short,
+    )
+    validate(config)
+    with pytest.raises(
+        UsageError, match="mesh.chunks=4 cuts sequences, of which a micro-batch has 1"
+    ):
+        resolve(config, 257)

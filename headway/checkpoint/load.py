@@ -80,7 +80,11 @@ def read_weights(
     """Give a model on the meta device its weights and buffers on `device`, each in its dtype, of
     each the slice that this rank holds: one tensor after the other goes from disk to where it
     stays. Raises UsageError where names or shapes differ."""
-    targets = model.state_dict()
+    # a module in several places (looped depth) is stored once, under its first name
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(x), (name, x))
+    targets = dict(first.values())
     shapes = {name: local_shard(name, x, sharding).shape for name, x in targets.items()}
     _check_tensors(reader, shapes)
     for name in targets:

@@ -19,7 +19,7 @@ BASE = OptimConfig(
 
 def _config(optim=BASE, mesh=MeshConfig(), **data) -> Config:
     return Config(
-        data=DataConfig(**{"seq_len": 128, "batch_size": 32} | data), optim=optim, mesh=mesh
+        data=replace(DataConfig(seq_len=128, batch_size=32), **data), optim=optim, mesh=mesh
     )
 
 

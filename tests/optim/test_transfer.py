@@ -223,7 +223,7 @@ def test_mistakes_are_one_line():
         validate(tied)
     for optim, said in (
         (
-            OptimConfig(transfer="depth"),
+            replace(OptimConfig(), transfer="depth"),
             "optim.transfer=depth is not known; use none, width, power",
         ),
         (

@@ -3,10 +3,11 @@
 import json
 import math
 from importlib.util import find_spec
+from typing import get_args
 
 import pytest
 
-from headway.config import UsageError
+from headway.config import TrackerName, UsageError
 from headway.report.sinks import read_metrics
 from headway.report.track import TensorBoard, TrackedSink, check_installed, log_to
 from tests.train.tiny_run import assert_same_run, tiny, train
@@ -92,12 +93,14 @@ def test_a_tracker_that_fails_is_one_line(tmp_path):
 
     lines.clear()
     (tmp_path / "track").unlink()
-    with _sink(tmp_path, ("tensorboard",), lines) as sink:
+    sink = _sink(tmp_path, ("tensorboard",), lines)
+    with sink:
         sink.write(RECORDS[0])
+        assert sink._trackers is not None
         tracker = sink._trackers["tensorboard"]
         assert isinstance(tracker, TensorBoard)
         tracker._writer.close()
-        tracker._writer = None  # what it would do is an error now
+        vars(tracker)["_writer"] = None  # what it would do is an error now
         sink.write(RECORDS[1])
         sink.write(RECORDS[2])
     assert (
@@ -166,7 +169,7 @@ def test_mistakes_are_one_line(tmp_path):
             str(error.value)
             == f"run.track={' '.join(names)}: use tensorboard, wandb, trackio, each once"
         )
-    missing = [name for name in ("tensorboard", "wandb", "trackio") if find_spec(name) is None]
+    missing: list[TrackerName] = [n for n in get_args(TrackerName) if find_spec(n) is None]
     for name in missing:
         with pytest.raises(UsageError, match=rf"run.track={name} needs {name}, .*headway\[track\]"):
             check_installed((name,))

@@ -13,7 +13,10 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from headway.lab.verdict import Judged
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "docs" / "numbers"
@@ -80,6 +83,8 @@ HIGHLIGHTS = (
     ),
 )
 
+CENTRE = ("latent_vs_flat", "C1-2000")
+"""Study and claim of the sentence of README.md on the centre of the project."""
 QUALITY = ("sparse_vs_dense", "2x64-2000")
 """Study and claim of the first row of README.md, which is there once the claim is judged."""
 QUALITY_WHAT = (
@@ -132,8 +137,8 @@ def highlights(folder: Path = NUMBERS) -> str:
     """The table of README.md and the sentences on what is not reached."""
     benches = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     values = {(b, t["name"]): t["value"] for b, data in benches.items() for t in data["targets"]}
-    gain = below(*QUALITY, folder)
-    rows = [] if gain is None else [f"| {QUALITY_WHAT} | {gain:.3f} | 1 CPU core |"]
+    gain = judged(*QUALITY, folder).estimate
+    rows = [] if gain is None else [f"| {QUALITY_WHAT} | {-gain:.3f} | 1 CPU core |"]
     rows += [
         f"| {h.what} | {h.format.format(values[h.bench, h.target])} | "
         f"{_short_machine(benches[h.bench]['machine'])} |"
@@ -150,13 +155,30 @@ def highlights(folder: Path = NUMBERS) -> str:
         "billion parameters have not been trained yet."
     )
     table = ["| measured | value | on |", "|---|---|---|", *rows]
-    return "\n".join([*table, "", limits])
+    return "\n".join([*table, "", *filter(None, (against_flat(folder), limits))])
 
 
-def below(study: str, claim: str, folder: Path = NUMBERS) -> float | None:
-    """How many bits per byte an arm lies below its baseline by the confirming runs of a study's
-    claim; None while it is open.
-    """
+def against_flat(folder: Path) -> str:
+    """A sentence on the claim of `CENTRE`, whatever its verdict is; "" while it is open."""
+    one = judged(*CENTRE, folder)
+    if one.estimate is None or one.ci is None:
+        return ""
+    answers = {
+        "holds": f"is not worse by {one.claim.margin:g}",
+        "refuted": f"is worse by more than {one.claim.margin:g}",
+        "cannot_tell": f"whether it is worse by {one.claim.margin:g} cannot be told",
+    }
+    contrast = one.claim.contrasts[0]
+    return (
+        f"Against a flat MoE of equal FLOPs and parameters Multi-Head LatentMoE is at "
+        f"{one.estimate:+.4f} bits/byte ({one.ci.low:+.4f} … {one.ci.high:+.4f}; {len(one.seeds)} "
+        f"seeds, width 128, two heads, {contrast.steps:,} steps): {answers[one.answer]} "
+        f"([study, registered](docs/studies.md#{CENTRE[0]}))."
+    )
+
+
+def judged(study: str, claim: str, folder: Path = NUMBERS) -> "Judged":
+    """What the confirming runs say of a study's claim."""
     sys.path.insert(0, str(ROOT))
     from headway.lab.registered import ids, read
     from headway.lab.study import Study, load, read_rows
@@ -165,9 +187,8 @@ def below(study: str, claim: str, folder: Path = NUMBERS) -> float | None:
     chosen = load(study, ROOT / "studies")
     assert isinstance(chosen, Study)
     rows = read_rows(folder / "studies" / f"{study}.json")
-    judged = judge(chosen, rows, ids(read(chosen, ROOT / "studies")))
-    estimate = next(one.estimate for one in judged if one.claim.id == claim)
-    return None if estimate is None else -estimate
+    claims = judge(chosen, rows, ids(read(chosen, ROOT / "studies")))
+    return next(one for one in claims if one.claim.id == claim)
 
 
 def _short_machine(machine: dict) -> str:

@@ -11,9 +11,10 @@ from bench.table import (
     QUALITY,
     QUALITY_WHAT,
     ROOT,
-    below,
+    against_flat,
     block,
     highlights,
+    judged,
     rewrite,
     serving,
 )
@@ -46,11 +47,36 @@ def test_quality_is_that_of_a_judged_claim(tmp_path):
     path = tmp_path / "studies" / "sparse_vs_dense.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"rows": rows}))
-    assert below(*QUALITY, tmp_path) == pytest.approx(0.06)
+    assert judged(*QUALITY, tmp_path).estimate == pytest.approx(-0.06)
     path.write_text(json.dumps({"rows": rows[1:]}))
-    assert below(*QUALITY, tmp_path) is None
-    gain = below(*QUALITY)
-    assert (gain is None) == (QUALITY_WHAT not in highlights())
+    assert judged(*QUALITY, tmp_path).estimate is None
+    assert (judged(*QUALITY).estimate is None) == (QUALITY_WHAT not in highlights())
+
+
+@pytest.mark.parametrize(
+    "gap, words",
+    [(0.02, "is worse by more than 0.005"), (-0.02, "is not worse by 0.005"), (0.005, "be told")],
+)
+def test_the_sentence_on_the_centre_is_that_of_its_claim(tmp_path, gap, words):
+    """README.md says what the registered claim says, also where it is against us."""
+    rows = [
+        {
+            "stage": "confirm", "corpus": "python", "arm": arm, "seed": seed, "budget": 2000,
+            "bits_per_byte": 1.5 + value * seed % 7 / 1e4, "validation": "v", "cpu_seconds": 60.0,
+        }
+        for arm, value in (("flat", 3), ("2x64", 5)) for seed in range(101, 109)
+    ]  # fmt: skip
+    for row in rows:
+        row["bits_per_byte"] += gap * (row["arm"] == "2x64")
+    path = tmp_path / "studies" / "latent_vs_flat.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"rows": rows}))
+    sentence = against_flat(tmp_path)
+    assert words in sentence and "8 seeds" in sentence
+    estimate = judged("latent_vs_flat", "C1-2000", tmp_path).estimate
+    assert estimate == pytest.approx(gap, abs=1e-3) and f"{estimate:+.4f} bits/byte" in sentence
+    path.write_text(json.dumps({"rows": rows[1:]}))
+    assert against_flat(tmp_path) == ""
 
 
 def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):

@@ -132,8 +132,8 @@ def test_reliability_is_that_of_the_last_evaluation(browser, runs, tmp_path):
     show(browser, tmp_path, runs["one"])
     cells = "return [...document.querySelectorAll('#chart-reliability tbody tr')].map(r => [...r.children].map(c => c.textContent))"
     assert browser.execute_script(cells) == [
-        ["30.00 %", "30", "25.00 %", "50.00 %"],
-        ["90.00 %", "1,200", "87.50 %", "75.00 %"],
+        ["20–30 %", "30", "25.00 %", "50.00 %"],
+        ["80–90 %", "1,200", "87.50 %", "75.00 %"],
     ]
     widths = "return [...document.querySelectorAll('#chart-reliability tbody tr:last-child .bar')].map(b => parseFloat(b.style.width))"
     assert browser.execute_script(widths) == [100, 87.5, 75]

@@ -46,7 +46,7 @@ function barTable(spec) {
     plot.replaceChildren(tableOf(heads, lines, { class: "bars" }));
   }
   CHARTS.push({ figure, draw });
-  return el("div", { class: "below" }, figure);
+  return figure;
 }
 
 const percent = (v) => `${fixed(100 * v, 2)} %`;
@@ -55,8 +55,11 @@ const percent = (v) => `${fixed(100 * v, 2)} %`;
 function reliability() {
   return barTable({
     id: "reliability",
-    first: "Probability up to",
-    head: (row) => percent(Math.min(1, Math.floor(row.confidence * 10) / 10 + 0.1)),
+    first: "Bin",
+    head: (row) => {
+      const low = 10 * Math.min(9, Math.floor(10 * row.confidence));
+      return `${low}–${low + 10} %`;
+    },
     rows: () => RUNS[state.run].reliability,
     columns: [
       column("n", "Predictions", "var(--c2)", exact, "n"),

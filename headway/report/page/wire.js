@@ -15,7 +15,7 @@ function wire() {
 
 // A row per layer, each number with a bar; means over the run.
 function wireLayers() {
-  return barTable({
+  const table = barTable({
     id: "wire_layers",
     first: "Layer",
     head: (row) => String(row.layer),
@@ -27,4 +27,5 @@ function wireLayers() {
       column("wait", "Waiting, of the step", "var(--c6)", percent, "wait"),
     ],
   });
+  return el("div", { class: "below" }, table);
 }

@@ -97,7 +97,11 @@ def target_and_best(
         chosen, best = (capped(widen(z), softcap) for z in (chosen, best))
         gap_T[at] = (best - chosen) * (target >= 0)
         nats_T[at] = _rows(logits, target, softcap, False)[0]
-    return -nats_T, gap_T - nats_T
+    best_T = gap_T - nats_T
+    # a lead that the subtraction rounds away is still one
+    rounded_T = (gap_T > 0) & (best_T == -nats_T)
+    best_T = torch.where(rounded_T, best_T.nextafter(torch.zeros_like(best_T)), best_T)
+    return -nats_T, best_T
 
 
 def _logits_reference(x_TD: Tensor, w_VD: Tensor, softcap: float) -> Tensor:

@@ -240,3 +240,10 @@ def test_the_best_is_the_target_where_nothing_is_likelier(
     assert_close(
         token_log_probs(x, w, target, softcap), target_and_best(x, w, target, softcap)[0], 0
     )
+
+
+def test_the_smallest_lead_is_one():
+    """0 and 1e-8 are different logits whose log-probabilities round to one number."""
+    x, w = torch.tensor([[1e-8], [1e-8]]), torch.tensor([[0.0], [1.0]])
+    log_probs, best = target_and_best(x, w, torch.tensor([0, 1]))
+    assert (log_probs == best).tolist() == [False, True]

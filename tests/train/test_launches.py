@@ -51,13 +51,13 @@ def test_launches_of_a_layer_and_micro_batch():
     """Forward and backward of a block with a sparse layer; a layer more, a micro-batch more."""
     one, two = (launches(count("small", n, 1)) for n in (2, 3))
     assert two - one <= 110
-    assert launches(count("small", 2, 2)) - one <= 310
+    assert launches(count("small", 2, 2)) - one <= 365
 
 
 def test_launches_of_the_head_do_not_grow_with_the_vocabulary():
-    """Logits come in chunks that fill the device: 8 for 16,384 tokens and 32,768 words."""
+    """Logits come in chunks that fill the device: 16 for 32,768 tokens and 32,768 words."""
     parts = "kernels/cross_entropy", "kernels/gpu/cross_entropy"
-    assert launches(count("small", 2, 1), *parts) <= 65
+    assert launches(count("small", 2, 1), *parts) <= 120
 
 
 def test_the_optimiser_launches_a_few_kernels_for_all_layers():

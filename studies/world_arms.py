@@ -90,13 +90,18 @@ def wrong(folder: Path) -> dict[str, float]:
 def solved(rows: Sequence[Row], corpus: str, name: str) -> int:
     """Return how many runs of an arm on a world have solved it."""
     chosen = [row for row in rows if (row["corpus"], row["arm"]) == (corpus, name)]
-    return sum(row["scores"].get("targets wrong", 1.0) < SOLVED for row in chosen)
+    return sum(share_wrong(row, "targets wrong") < SOLVED for row in chosen)
 
 
 def mean_wrong(rows: Sequence[Row], corpus: str, name: str, what: str = "items wrong") -> float:
     """Return a score of an arm on a world, the mean over seeds."""
     chosen = [row for row in rows if (row["corpus"], row["arm"]) == (corpus, name)]
-    return sum(row["scores"].get(what, 1.0) for row in chosen) / len(chosen)
+    return sum(share_wrong(row, what) for row in chosen) / len(chosen)
+
+
+def share_wrong(row: Row, name: str) -> float:
+    """Return a share of a row that is wrong: all, where the run diverged."""
+    return row["scores"][name] if row["scores"] else 1.0
 
 
 def _changed(config: Config, values: dict[str, Any]) -> Config:

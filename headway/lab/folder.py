@@ -8,7 +8,7 @@ ROOT/runs/HASH/result.json        what it gave; renamed into place at the very e
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,9 @@ from headway.config import Config, UsageError, cannot_write, from_dict, leaves
 from headway.lab import edits
 
 Edit = Callable[..., Any]
+Scores = Callable[[Path], Mapping[str, float]]
+"""Measures a finished run: its folder, whose last checkpoint is still there → name → a number that
+is better where it is lower."""
 ELSEWHERE = (
     *("recipe", "run.dir", "data.cache_dir", "data.workers", "run.keep_checkpoints", "run.track"),
 )
@@ -34,8 +37,9 @@ TRIES = 3
 """Times that a run is started that fails each time."""
 
 
-def config_hash(config: Config, edit: Edit | None = None) -> str:
-    """Return the hash of a resolved config and of the source of its edit, 16 hexadecimal digits."""
+def config_hash(config: Config, edit: Edit | None = None, scores: Scores | None = None) -> str:
+    """Return the hash of a resolved config, of the source of its edit and of what is measured at
+    its end, 16 hexadecimal digits."""
     values = {
         name: value
         for name, value in leaves(config.to_dict()).items()
@@ -43,6 +47,8 @@ def config_hash(config: Config, edit: Edit | None = None) -> str:
     }
     if edit is not None:
         values["edit"] = edits.source(edit)
+    if scores is not None:  # functions of two modules read other globals
+        values["scores"] = [scores.__module__, *edits.source(scores)]
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

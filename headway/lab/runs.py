@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import DocumentLosses
-from headway.lab.folder import config_hash, read_result, trunk_hash, write_json
+from headway.lab.folder import Scores, config_hash, read_result, trunk_hash, write_json
 from headway.lab.match import measure
 from headway.optim.schedule import begin_alike, steps_before_fall
 from headway.train import loop
@@ -41,9 +41,6 @@ from headway.train.interrupt import Interrupt
 from headway.train.open_session import Edit
 from headway.train.records import Log
 
-Scores = Callable[[Path], Mapping[str, float]]
-"""Measures a finished run: its folder, whose last checkpoint is still there → name → a number that
-is better where it is lower."""
 BATCHES = 8
 """Batches that are hashed, to show that two runs read the same tokens."""
 
@@ -55,11 +52,13 @@ class Run:
     config: Config
     """Resolved; `run.dir` is not read."""
     edit: Edit | None = None
+    scores: Scores | None = None
+    """What else is measured at its end; another measure is another run."""
 
     @property
     def key(self) -> str:
         """The name of its folder."""
-        return config_hash(self.config, self.edit)
+        return config_hash(self.config, self.edit, self.scores)
 
 
 def execute(
@@ -70,14 +69,12 @@ def execute(
     *,
     forks: Sequence[int] = (),
     start: Path | None = None,
-    scores: Scores | None = None,
 ) -> dict[str, Any]:
     """Return the result of a run, from its folder in `root`/runs where it is finished there.
 
     Args:
         forks: steps whose checkpoints are left in the folder.
         start: a checkpoint of another run, from which this one starts if it is new.
-        scores: what else is measured at its end.
     Returns: `config`, `config_hash`, `bits_per_byte`, `bits_per_byte_uncopied` (of targets that
         their window does not give away, `eval.copying`), `val_loss` (None where it diverged),
         `scores` (empty where it diverged, None where none were asked for), `error`, `attempts`,
@@ -96,15 +93,11 @@ def execute(
     with Lock(folder, "lease") as lease:
         lease.acquire(log)
         # another process may have finished it meanwhile
-        return read_result(folder) or _train(run, folder, log, interrupt, forks, start, scores)
+        return read_result(folder) or _train(run, folder, log, interrupt, forks, start)
 
 
 def execute_branches(
-    runs: Sequence[Run],
-    root: Path,
-    log: Log = lambda _: None,
-    interrupt: Interrupt | None = None,
-    scores: Scores | None = None,
+    runs: Sequence[Run], root: Path, log: Log = lambda _: None, interrupt: Interrupt | None = None
 ) -> list[dict[str, Any]]:
     """Return the results of runs that differ in their lengths, in order. The longest is trained
     first, and each other one continues it from where their rates part, if they begin alike.
@@ -115,12 +108,12 @@ def execute_branches(
     alike = {r.key for r in runs if r is not trunk and _branches_off(r, trunk, falls[r.key])}
     forks = sorted({falls[key] for key in alike if falls[key] < optim.steps})
     checkpoints = root / "runs" / trunk.key / "checkpoints"
-    results = {trunk.key: execute(trunk, root, log, interrupt, forks=forks, scores=scores)}
+    results = {trunk.key: execute(trunk, root, log, interrupt, forks=forks)}
     for run in runs:
         if run.key not in results:
             parting = checkpoints / f"step-{falls[run.key]:06d}"
             start = parting if run.key in alike and parting.is_dir() else None
-            results[run.key] = execute(run, root, log, interrupt, start=start, scores=scores)
+            results[run.key] = execute(run, root, log, interrupt, start=start)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return [results[run.key] for run in runs]
 
@@ -138,7 +131,6 @@ def _train(
     interrupt: Interrupt | None,
     forks: Sequence[int],
     start: Path | None,
-    scores: Scores | None,
 ) -> dict[str, Any]:
     """Train a run to its end and write its result."""
     config = dataclasses.replace(
@@ -172,7 +164,7 @@ def _train(
         "bits_per_byte": bits if finite else None,
         "bits_per_byte_uncopied": _uncopied(folder) if finite else None,
         "val_loss": trained["val_loss"] if finite else None,
-        "scores": _scores(scores, folder if finite else None),
+        "scores": _scores(run.scores, folder if finite else None),
         "error": error if finite or error else "the validation loss is not finite",
         "attempts": attempts,
         "steps": trained.get("steps", 0),

@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple
 from headway.checkpoint.lock import InUseError
 from headway.config import UsageError, with_leaf
 from headway.lab.experiment import Arm, Experiment, PlannedArm
-from headway.lab.folder import write_json
+from headway.lab.folder import Scores, write_json
 from headway.lab.measurement import Measurement, Verdict
-from headway.lab.runs import Run, Scores, execute_branches, read_result
+from headway.lab.runs import Run, execute_branches, read_result
 from headway.lab.statistics import Region
 from headway.train.budget import Budget
 from headway.train.records import Log
@@ -138,10 +138,14 @@ class Task:
     arm: str
     seed: int
     planned: Mapping[int, PlannedArm]
+    scores: Scores | None = None
 
     def runs(self) -> dict[int, Run]:
         """Return steps of the baseline → run."""
-        return {steps: arm.run(self.seed) for steps, arm in self.planned.items()}
+        return {
+            steps: dataclasses.replace(arm.run(self.seed), scores=self.scores)
+            for steps, arm in self.planned.items()
+        }
 
     def key(self, steps: int) -> tuple:
         """Return what names a row."""
@@ -192,7 +196,7 @@ def tasks(study: Study, log: Log = lambda _: None) -> Iterator[Task]:
                     )
         for seed in series.experiment.seeds:
             for name, by_steps in arms.items():
-                yield Task(series.stage, series.corpus, name, seed, by_steps)
+                yield Task(series.stage, series.corpus, name, seed, by_steps, study.scores)
 
 
 def expected(study: Study, stage: Stage, corpora: Sequence[str] = ()) -> set[tuple]:
@@ -266,7 +270,7 @@ def train(
         family = {**missing, **there}
         log(f"{at} of {len(todo)}: {task.arm}, seed {task.seed}, {task.corpus}, {task.stage}")
         try:
-            results = execute_branches(list(family.values()), root, scores=study.scores)
+            results = execute_branches(list(family.values()), root)
         except InUseError:
             log("  another process trains it")
             continue
@@ -326,9 +330,6 @@ def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Pat
         for steps, run in task.runs().items():
             key = task.key(steps)
             if key not in rows and (result := read_result(root / "runs" / run.key)):
-                if study.scores is not None and result.get("scores") is None:
-                    fix = f"delete {root / 'runs' / run.key} and run again"
-                    raise UsageError(f"run {run.key} was trained without the study's scores; {fix}")
                 rows[key] = _row(task, steps, result)
     check_texts(list(rows.values()))
     ordered = sorted(rows.values(), key=lambda row: tuple(map(str, row_key(row))))

@@ -185,6 +185,18 @@ def test_scores_and_rules(place):
         assert call("study", "list", "--page").code == 0
         page = (place / "docs" / "studies.md").read_text()
         assert "| [more](#more) | R: slow is worst | holds |" in page and "| nats |" in page
+        # another study of the same runs, which measures something else, gets that
+        other = text.replace('return {"nats": losses[-1]["val_loss"]}', 'return {"nats": 7.0}')
+        (place / "studies" / "third.py").write_text(
+            "import dataclasses\n" + other.replace('"more"', '"third"')
+        )
+        assert call("study", "third", "--run", "--stage", "screen").code == 0
+        third = json.loads((place / "docs/numbers/studies/third.json").read_text())["rows"]
+        assert {row["scores"]["nats"] for row in third} == {7.0}
+        first = {(r["arm"], r["seed"], r["budget"]): r["bits_per_byte"] for r in rows}
+        same = [first[r["arm"], r["seed"], r["budget"]] == r["bits_per_byte"] for r in third]
+        assert len(same) == 4 and all(same)
+        (place / "studies" / "third.py").unlink()
         file.write_text(file.read_text().replace('== "slow" else', '== "base" else'))
         assert "claim R is not the one registered" in mistake("study", "more")
         file.write_text("import dataclasses\n" + text.replace("[-1][", "[0]["))

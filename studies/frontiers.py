@@ -108,7 +108,7 @@ def claim(id: str, baseline: str, region: Region, text: str, expected: float) ->
         CORPUS,
         MARGIN,
         len(SEEDS),
-        Prediction(expected, expected - 0.03, expected + 0.03),
+        Prediction.within(expected, 0.03),
     )
 
 

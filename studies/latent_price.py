@@ -68,7 +68,7 @@ def claim(
             CORPUS,
             margin,
             len(SEEDS),
-            Prediction(value, value - 0.02, value + 0.02),
+            Prediction.within(value, 0.02),
         )
         for steps, value in zip((EARLY, LATE), expected, strict=True)
     )

@@ -26,7 +26,7 @@ RATES = (0.7, 1.4)
 
 def not_worse(id: str, arm: str, steps: int, expected: float, text: str, base="flat") -> Claim:
     """Return the claim that an arm is not worse than flat by the margin."""
-    prediction = Prediction(expected, expected - 0.02, expected + 0.02)
+    prediction = Prediction.within(expected, 0.02)
     contrast = (Contrast(arm, base, steps),)
     source = "arXiv 2602.04870, at equal executed FLOPs"
     return Claim(id, text, source, contrast, "not_worse", CORPUS, MARGIN, 8, prediction)

@@ -36,7 +36,7 @@ def better(id: str, arm: str, steps: int, expected: float) -> Claim:
         CORPUS,
         MARGIN,
         len(SEEDS),
-        Prediction(expected, expected - 0.02, expected + 0.02),
+        Prediction.within(expected, 0.02),
     )
 
 

@@ -38,6 +38,11 @@ class Prediction(NamedTuple):
     low: float
     high: float
 
+    @classmethod
+    def within(cls, value: float, half: float) -> "Prediction":
+        """Return a value with an interval that reaches as far to both sides."""
+        return cls(value, value - half, value + half)
+
 
 class Contrast(NamedTuple):
     """A paired difference: `arm` − `baseline` in bits per byte, after `steps` of the baseline."""

@@ -171,8 +171,9 @@ def against_flat(folder: Path) -> str:
     contrast = one.claim.contrasts[0]
     return (
         f"Against a flat MoE of equal FLOPs and parameters Multi-Head LatentMoE is at "
-        f"{one.estimate:+.4f} bits/byte ({one.ci.low:+.4f} … {one.ci.high:+.4f}; {len(one.seeds)} "
-        f"seeds, width 128, two heads, {contrast.steps:,} steps): {answers[one.answer]} "
+        f"{one.estimate:+.4f} bits/byte ({one.ci.low:+.4f} … {one.ci.high:+.4f}, "
+        f"{1 - one.alpha_adjusted:.1%} by Holm's rule; {len(one.seeds)} seeds, width 128, two "
+        f"heads, {contrast.steps:,} steps): {answers[one.answer]} "
         f"([study, registered](docs/studies.md#{CENTRE[0]}))."
     )
 

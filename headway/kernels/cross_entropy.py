@@ -78,28 +78,32 @@ def target_and_best_reference(
     return target * (target_T >= 0), log_probs_TV.amax(1) * (target_T >= 0)
 
 
+@torch.no_grad()
 def target_and_best(
     x_TD: Tensor, weight: Tensor | PackedWeight, target_T: Tensor, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return what `target_and_best_reference` does, without gradient, as float32 (float64) `[T]`
-    twice, chunk by chunk. They are equal where, and only where, no token is likelier than the
-    target.
+    twice, chunk by chunk. They are equal where, and only where, the target is the likeliest token,
+    of several equal ones the first.
 
     Args: as for `cross_entropy`; a packed weight gives float32 logits."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     nats_T, gap_T = (torch.empty(len(x_TD), dtype=wide, device=x_TD.device) for _ in range(2))
+    other_T = torch.empty(len(x_TD), dtype=torch.bool, device=x_TD.device)
     w = weight if isinstance(weight, PackedWeight) else weight.to(x_TD.dtype)
     for at in _chunks(x_TD, w.n_out if isinstance(w, PackedWeight) else len(w)):
         x, target = x_TD[at], target_T[at]
         logits = packed_linear(x, w, wide=True) if isinstance(w, PackedWeight) else x @ w.T
         # before the loss, which may use the memory of the logits
-        chosen, best = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1), logits.amax(1)
+        chosen = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+        best, first = logits.max(1)
+        other_T[at] = (first != target) & (target >= 0)
         chosen, best = (capped(widen(z), softcap) for z in (chosen, best))
         gap_T[at] = (best - chosen) * (target >= 0)
         nats_T[at] = _rows(logits, target, softcap, False)[0]
     best_T = gap_T - nats_T
-    # a lead that the subtraction rounds away is still one
-    rounded_T = (gap_T > 0) & (best_T == -nats_T)
+    # another token is the likeliest, by a lead that the subtraction rounds away or by its index
+    rounded_T = other_T & (best_T == -nats_T)
     best_T = torch.where(rounded_T, best_T.nextafter(torch.zeros_like(best_T)), best_T)
     return -nats_T, best_T
 

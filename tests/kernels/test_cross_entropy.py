@@ -247,3 +247,15 @@ def test_the_smallest_lead_is_one():
     x, w = torch.tensor([[1e-8], [1e-8]]), torch.tensor([[0.0], [1.0]])
     log_probs, best = target_and_best(x, w, torch.tensor([0, 1]))
     assert (log_probs == best).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_of_equal_logits_the_first_is_the_best(dtype):
+    """In bfloat16 two largest logits are often equal; counted as both right, a model is right more
+    often than in float32."""
+    x, w = torch.ones(3, 1, dtype=dtype), torch.tensor([[2.0], [2.0], [1.0]], dtype=dtype)
+    w.requires_grad_()
+    log_probs, best = target_and_best(x, w, torch.arange(3))
+    assert (log_probs == best).tolist() == [True, False, False]
+    assert_close(best.double(), torch.log_softmax(w.detach()[:, 0].double(), 0)[:1].expand(3), 1e-6)
+    assert not best.requires_grad

@@ -32,7 +32,7 @@ def powered(config: Config) -> tuple[Config, dict[str, str]]:
     tokens, unit = sequences * data.seq_len, config.mesh.size * (data.micro_batch_size or 1)
     long = tokens / optim.base_tokens
     wanted = optim.base_batch * long**EXPONENT / data.seq_len
-    batch = min(max(1, round(wanted / unit)) * unit, sequences // unit * unit)
+    batch = max(unit, min(round(wanted / unit), sequences // unit) * unit)
     steps = -(-sequences // batch)
     last = sequences - (steps - 1) * batch
     if last > unit:

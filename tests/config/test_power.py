@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headway.config import Config, DataConfig, MeshConfig, OptimConfig, UsageError
@@ -69,10 +69,13 @@ def test_sixteen_times_the_tokens_by_hand():
     ranks=st.sampled_from([1, 2, 4]),
     micro=st.integers(0, 3),
     base=st.integers(1, 10**7),
+    small=st.integers(0, 2),
 )
-def test_tokens_are_kept_and_meshes_divide_the_batch(steps, batch, last, ranks, micro, base):
+@example(steps=1, batch=2, last=0, ranks=2, micro=2, base=1000, small=1)
+def test_tokens_are_kept_and_meshes_divide_the_batch(steps, batch, last, ranks, micro, base, small):
     unit = ranks * (micro or 1)
-    batch, last = batch * unit, min(last, batch) * unit
+    # a last batch is in micro-batches, or smaller than one on every rank
+    batch, last = batch * unit, min(last, batch) * unit or small * ranks % unit
     optim = replace(BASE, steps=steps, base_tokens=base)
     config = _config(
         optim, MeshConfig(dp=ranks), batch_size=batch, last_batch_size=last, micro_batch_size=micro

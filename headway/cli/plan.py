@@ -71,7 +71,10 @@ def plan(args: Sequence[str]) -> int:
     chunks = 0 if options.chunks == "auto" else _count("--chunks", options.chunks)
     config = replace(config, mesh=MeshConfig(payload=config.mesh.payload, chunks=chunks))
     validate(config)
-    config = powered(config)[0]
+    gpus = _count("--gpus", options.gpus)
+    # as `train` on any mesh of as many ranks, which divide the batch that the rule gives
+    on_ranks = powered(replace(config, mesh=MeshConfig(dp=gpus)))[0]
+    config = replace(on_ranks, mesh=config.mesh)
     config = with_vocab(config, load_tokenizer(config.data.vocabulary).vocab_size)
     setting = Setting(
         config,
@@ -81,7 +84,7 @@ def plan(args: Sequence[str]) -> int:
         chunks,
         options.imbalance,
     )
-    ranking = rank_meshes(setting, _count("--gpus", options.gpus), options.scheme)
+    ranking = rank_meshes(setting, gpus, options.scheme)
     print(format_plan(ranking))
     print_json(options.json, ranking)
     return 0 if ranking["best"] else 1

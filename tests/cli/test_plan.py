@@ -68,6 +68,15 @@ def test_the_options_of_plan_make_what_was_predicted():
         assert (mesh.ep_scheme, mesh.dedup) == ("all_to_all", False)
 
 
+def test_plan_takes_the_batch_of_a_run_on_as_many_ranks():
+    """`optim.transfer=power` asks for 30 sequences: 30 in one process, 32 on 8 ranks."""
+    words = "demo --optim.transfer power --optim.steps 5000".split()
+    done = call("plan", *words, "--gpus", 8, "--gpu", "cpu", "--json")
+    assert (done.json["batch_size"], done.json["micro_batch_size"]) == (32, 4)
+    one = call("plan", *words, "--gpus", 1, "--gpu", "cpu", "--json")
+    assert one.json["batch_size"] == 30
+
+
 def test_plan_reads_what_doctor_measured(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -142,6 +142,12 @@ class Experiment:
         """Fill in what a config leaves open; drop what would make runs unequal."""
         if config.mesh.size > 1:
             raise UsageError(f"arms run in one process, and {config.recipe} has {config.mesh}")
+        if config.optim.transfer == "power":
+            raise UsageError(
+                f"optim.transfer=power of {config.recipe} follows the tokens of a run, which the "
+                "budget sets only after its batch; use transfer=none, with batch and rates for "
+                f"{self.budget}"
+            )
         run = dataclasses.replace(
             config.run,
             dir="",

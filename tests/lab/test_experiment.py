@@ -51,6 +51,13 @@ def test_nothing_ends_a_run_but_its_budget(config):
         assert run.threads == 1
 
 
+def test_rates_by_the_tokens_of_a_run_are_refused(config):
+    """They would be those of the recipe's steps, and the batch another than the other arms'."""
+    power = with_leaf(config, "optim.transfer", "power")
+    with pytest.raises(UsageError, match="transfer=power of tiny follows .* rates for 300 steps"):
+        planned(config, arms=(Arm("a", config), Arm("power", power)))
+
+
 def test_evaluations_are_spread_over_a_run(config):
     ends = {n: planned(config, evaluations=n, budget=Budget(steps=600))[0] for n in (1, 3, 100)}
     assert {n: arm.config.run.eval_every for n, arm in ends.items()} == {1: 600, 3: 200, 100: 50}

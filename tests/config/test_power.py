@@ -58,6 +58,8 @@ def test_sixteen_times_the_tokens_by_hand():
     shorter, _ = powered(_config(replace(BASE, steps=10)))
     assert shorter.data.batch_size == round(32 * 0.01**0.383) == 5
     assert shorter.optim.beta2 == pytest.approx(0.99 ** (5 / 32))
+    shortest, _ = powered(_config(replace(BASE, steps=1, base_batch=10**6, beta2=0.999)))
+    assert shortest.optim.beta2 == 0.9999
     longest, _ = powered(_config(replace(BASE, steps=10_000_000)))
     assert longest.optim.beta2 == 0.95
 

@@ -40,6 +40,30 @@ def test_equals_torch_adamw(scale):
         assert torch.equal(mine.state[a]["exp_avg_sq"], peer.state[b]["exp_avg_sq"])
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_each_group_has_its_own_epsilon(state_dtype, native, monkeypatch):
+    """Those of its group alone, and one of 10 makes another step than 1e-8."""
+    if not native:
+        switch_off(monkeypatch, module)
+    together, alone = _params(), _params()
+    epsilons = [1e-8, 10.0, 1e-3]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "state_dtype": state_dtype}
+    groups = [{"params": [p], "eps": eps} for p, eps in zip(together, epsilons, strict=True)]
+    one = AdamW(groups, **options)
+    each = [AdamW([p], eps=eps, **options) for p, eps in zip(alone, epsilons, strict=True)]
+    start = [p.detach().clone() for p in together]
+    _set_grads(together, torch.Generator().manual_seed(1))
+    for a, b in zip(together, alone, strict=True):
+        b.grad = a.grad.clone()
+    one.step()
+    for optimizer in each:
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    moved = [float((p.detach() - s).abs().mean()) for p, s in zip(together, start, strict=True)]
+    assert moved[1] < 0.2 * min(moved[0], moved[2])
+
+
 @pytest.mark.parametrize("chunk", [0, 64, 1 << 18])
 def test_bfloat16_moments_follow_float32_ones(chunk, monkeypatch):
     if chunk:  # else the C++ kernel, where it runs

@@ -13,6 +13,7 @@ from tests.parity.gathered import full_tensors
 from tests.parity.test_parity import heads
 
 NOISY = RouterConfig(noisy=True)
+SCALES = {"layers.0.ffn.router.w_HEL": 0.5, "layers.1.ffn.experts.w_in_HEGFL": 3.0}
 MODEL = replace(heads(router=NOISY, d_shared=16, balance=BalanceConfig(bias="sign")), tied=True)
 
 
@@ -20,8 +21,11 @@ def start(mesh):
     """Slices of this rank one way and the other; those of all ranks, put together."""
     with torch.device("meta"):
         model = Transformer(MODEL)
-    parallelism = materialize(model, mesh, seed=3)
+    parallelism = materialize(model, mesh, 3, SCALES)
     reference = Transformer(MODEL, seed=3)
+    with torch.no_grad():
+        for name, scale in SCALES.items():
+            reference.get_parameter(name).mul_(scale)
     everything = {n: x.clone() for n, x in reference.state_dict().items()}
     parallelize(reference, mesh)
     mine, theirs = (

@@ -12,6 +12,7 @@ from headway.hub.load import load_model
 from headway.model.build import build_block
 from headway.model.compute import Compute
 from headway.model.context import Context
+from headway.model.costs import Workload, active_parameters, costs_of, flops, parameters, total
 from headway.model.roles import roles_of
 from headway.model.transformer import Transformer
 from headway.plan.choose import rank_meshes
@@ -86,6 +87,19 @@ def test_every_parameter_has_a_role_and_one_without_is_named():
 
     with pytest.raises(UsageError, match=r"layers.0.residual1.mix has no role.*roles.*Nameless"):
         Transformer(SMALL, blocks=blocks)
+
+
+def test_a_block_in_several_places_has_its_parameters_once_and_computes_in_each():
+    sparse = replace(SMALL, moe=replace(SMALL.moe, n_dense_layers=0))
+    block = build_block(sparse, 0, DOUBLE)
+    looped = Transformer(sparse, DOUBLE, blocks=lambda *_: block)
+    once, twice = Transformer(replace(sparse, n_layers=1), DOUBLE), Transformer(sparse, DOUBLE)
+    work = Workload(seq_len=5)
+    for model, quantities in ((once, (parameters, active_parameters)), (twice, (flops,))):
+        for quantity in quantities:
+            costs, other = costs_of(looped, work), costs_of(model, work)
+            assert total(costs, quantity) == total(other, quantity)
+    assert total(costs_of(once, work), active_parameters) < total(costs_of(once, work), parameters)
 
 
 def test_modules_of_ones_own_are_planned():

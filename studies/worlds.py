@@ -4,6 +4,7 @@ Recall of four pairs, the holder of an object after four gifts, the product of e
 five (at each place), and the parity of 16 bits (at each bit), by two layers of width 64 in minutes.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from headway.lab.measurement import Verdict
@@ -47,15 +48,17 @@ def no_design(rows: Sequence[Row]) -> Verdict:
 
 
 def by_world(rows: Sequence[Row]) -> list[Row]:
+    """Return how many runs of each design have solved a world, and what they have wrong."""
+    runs = Counter((row["corpus"], row["arm"]) for row in rows)
     return [
         {
             "world": w,
             "arm": d,
-            "solved": f"{solved(rows, w, d)} of {len(SEEDS)}",
+            "solved": f"{solved(rows, w, d)} of {n}",
             "targets wrong": f"{mean_wrong(rows, w, d, 'targets wrong'):.3f}",
             "of the best guess": f"{mean_wrong(rows, w, d, 'floor'):.3f}",
         }
-        for w, d in dict.fromkeys((row["corpus"], row["arm"]) for row in rows)
+        for (w, d), n in runs.items()
     ]
 
 

@@ -121,5 +121,9 @@ def test_rules_of_worlds():
     assert worlds.positions(recall + runs("recall", worlds.NORMED, *bad)).answer == "cannot_tell"
     assert worlds.positions(recall + runs("recall", worlds.NORMED, *good)).answer == "refuted"
     rows = [x for w in worlds.WORLDS for d in worlds.DESIGNS for x in runs(w, d, *good)]
+    # a run that is not there yet has not failed
+    (one,) = runs("s5", "flat", 0.01)
+    one["scores"]["floor"] = 0.9
+    assert worlds.by_world([one])[0]["solved"] == "1 of 1"
     assert worlds.sparse_solves(rows).answer == "holds"
     assert worlds.no_design(rows).answer == "refuted"

@@ -2,10 +2,10 @@
 changed unnoticed.
 
 `studies/registered/NAME.json` holds the claims with their regions, margins and predictions, the
-rules with the functions that judge by them, every
-arm of every series with the config fields that make it, the hashes of the texts, the seeds, how
-runs are left out, and a sha256 of all that. It is committed before the first row; a later version
-of the study's file may add arms and notes, which are exploratory, but not touch what is here."""
+rules with the functions that judge by them, every arm of every series with the config fields that
+make it, the hashes of the texts, the seeds, how runs are left out, and a sha256 of all that. It is
+committed before the first row; a later version of the study's file may add arms and notes, which
+are exploratory, but not touch what is here."""
 
 import contextlib
 import dataclasses

@@ -38,8 +38,8 @@ class StudyOptions:
     cpu_minutes: float = 0.0
     """With --run: start no further run after as many CPU minutes; 0 is no limit."""
     quick: bool = False
-    """With --run: tiny models on Python's standard library, in --dir alone: shows that it runs,
-    proves nothing."""
+    """With --run: tiny models on Python's standard library or the study's worlds, in --dir alone:
+    shows that it runs, proves nothing."""
     dir: str = "runs/studies"
     """Folder of the runs (DIR/runs/HASH)."""
     studies: str = "studies"
@@ -64,6 +64,21 @@ class StudyOptions:
                 raise UsageError(f"{name} is for {' and '.join(needs)}; add it, or leave it out")
         if self.run and self.only:
             raise UsageError("--run trains what is missing and --only one row again; give one")
+        if self.name == "list" and (self.register or self.run or self.verdict or self.only):
+            raise UsageError("list is of all studies; name one to register, train or judge it")
+
+    def check_measurement(self) -> None:
+        """Raise UsageError for an option that a study without training would ignore."""
+        for name, given in (
+            ("--register", self.register),
+            ("--only", self.only),
+            ("--quick", self.quick),
+            ("--stage", self.stage),
+            ("--corpus", self.corpus),
+            ("--cpu-minutes", self.cpu_minutes),
+        ):
+            if given:
+                raise UsageError(f"{self.name} trains nothing: {name} is not for it; leave it out")
 
 
 def study(args: Sequence[str]) -> int:
@@ -87,6 +102,7 @@ def _study(options: StudyOptions) -> int:
     chosen = load(options.name, folder)
     rows_file = numbers / f"{options.name}.json"
     if isinstance(chosen, Measurement):
+        options.check_measurement()
         if options.run:
             result = measure(chosen, rows_file)
             _write_page(folder, numbers)

@@ -219,6 +219,7 @@ def test_mistakes_are_named(place, done):
     assert "--quick is for --run" in mistake("study", "small", "--quick")
     assert "give one" in mistake("study", "small", "--run", "--only", "slow")
     assert "below 0" in mistake("study", "small", "--run", "--cpu-minutes", "-1")
+    assert "list is of all studies" in mistake("study", "list", "--run")
     file = place / "studies" / "small.py"
     other = """
 SECOND = (ARMS[0], Arm("slow", with_leaf(CONFIG, "optim.lr", 3e-4)))
@@ -237,6 +238,26 @@ OTHER = Series("confirm", "tiny text", EXPERIMENT, (10, 20))
     page = (place / "docs" / "studies.md").read_text()
     assert "| A | slow − base at 20 steps | tiny text | < 90 | 2 |" in page
     assert (place / "docs" / "studies" / "small.svg").read_text().count("<circle") == 3
+
+
+MEASURED = """
+from headway.lab.measurement import Measurement, Verdict
+
+STUDY = Measurement("plain", "c", "r", lambda: [{"x": 1}], lambda rows: Verdict("holds", "x."))
+"""
+
+
+def test_a_study_that_trains_nothing_ignores_no_option(place, done):
+    file, result = place / "studies" / "plain.py", place / "docs/numbers/studies/plain.json"
+    file.write_text(MEASURED)
+    try:
+        for options in (("--quick",), ("--stage", "confirm"), ("--cpu-minutes", "1")):
+            said = mistake("study", "plain", "--run", *options)
+            assert f"plain trains nothing: {options[0]} is not for it" in said
+        assert "--register is not for it" in mistake("study", "plain", "--register")
+        assert not result.exists()
+    finally:
+        file.unlink()
 
 
 def test_tables_read_rows_of_other_studies(place, done):

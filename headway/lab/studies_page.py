@@ -147,7 +147,7 @@ def _region(region: str, margin: float) -> str:
 
 
 def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the mean of each arm at each budget."""
+    """Return the mean of each arm at each budget, over the seeds that did not diverge."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         key = row["stage"], row["corpus"], row["arm"], row["budget"]
@@ -162,7 +162,7 @@ def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "text": corpus,
                 "arm": arm,
                 "steps": budget,
-                "seeds": len(group),
+                "seeds": len(bits),
                 "bits/byte": f"{statistics.mean(bits):.4f}" if bits else None,
                 "sd": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else None,
                 **{name: _mean_score(group, name) for name in scores},

@@ -9,6 +9,7 @@ import pytest
 
 from headway.config import OptimConfig, UsageError
 from headway.lab.statistics import t_interval
+from headway.lab.studies_page import _means
 from headway.lab.study import Claim, Contrast, Prediction, Study
 from headway.lab.verdict import judge
 from headway.optim.schedule import steps_before_fall
@@ -361,6 +362,11 @@ def test_a_diverged_run_drops_its_pair_and_is_named():
     assert (one.seeds, one.dropped) == ([3, 4], [2])
     unpaired = judged(study, {("a", 1): [1.0, 1.0, 1.1], ("b", 1): [1.0]})
     assert (unpaired.answer, unpaired.seeds) == ("open", [1])
+
+
+def test_the_page_counts_the_seeds_that_it_averages():
+    (row,) = _means(made({("a", 1): [1.0, None, 1.2]}))
+    assert (row["seeds"], row["bits/byte"], row["CPU s of a run"]) == (2, "1.1000", "60")
 
 
 def test_what_cannot_be_told_says_what_would_settle_it():

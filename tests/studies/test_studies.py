@@ -12,6 +12,7 @@ from studies import (
     append_system,
     batch_one_balance,
     diversity,
+    document_noise,
     experts_touched,
     frontiers,
     latent_vs_flat,
@@ -19,7 +20,14 @@ from studies import (
     reverse_release,
 )
 
-MODULES = append_system, reverse_release, experts_touched, batch_one_balance, diversity
+MODULES = (
+    append_system,
+    reverse_release,
+    experts_touched,
+    batch_one_balance,
+    diversity,
+    document_noise,
+)
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "numbers" / "studies"
 STUDIES = [module.STUDY for module in MODULES]

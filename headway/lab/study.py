@@ -308,9 +308,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def tables(study: Study, rows: Sequence[Row], numbers: Path) -> dict[str, list[Row]]:
-    """Return the tables of a study, from its rows and those that `numbers` has of others."""
+    """Return the tables of a study, from its rows and those that `numbers` has of others. Raises
+    UsageError where these were validated on different texts of one name."""
     others = (row for name in study.also for row in read_rows(numbers / f"{name}.json"))
     known = [*rows, *others]
+    check_texts(known)
     return {name: table(known) for name, table in study.tables.items()}
 
 

@@ -278,8 +278,12 @@ def arms(rows):
         assert said["arms"] == [{"arms": "base, slow", "n": len(rows(place))}]
         assert call("study", "list", "--page").code == 0
         assert "arms:\n\n| arms | n |" in (place / "docs" / "studies.md").read_text()
+        foreign = [rows(place)[0] | {"validation": "other"}]
+        (place / "docs/numbers/studies/tabled.json").write_text(json.dumps({"rows": foreign}))
+        assert "were validated on different texts" in mistake("study", "tabled")
     finally:
         file.unlink()
+        (place / "docs/numbers/studies/tabled.json").unlink(missing_ok=True)
 
 
 # ---- by hand -------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ HEAD = """# Studies
 
 What the laboratory found, negatives included. Made by `headway study list --page` from
 `docs/numbers/studies/`; a verdict is computed from the rows, never typed. Differences are arm minus
-baseline in bits per byte: below 0 the arm is better. A claim `holds` when its whole interval
-(Student's t over seeds, Holm's rule over the claims of a study, 5% for all of them together) lies
-in its region, is `refuted` when all of it lies outside, and else `cannot_tell`; `open` has fewer
-seeds than were registered.
+baseline in bits per byte: below 0 the arm is better. A claim on differences `holds` when its whole
+interval (Student's t over seeds, Holm's rule over such claims of a study, 5% for all of them
+together) lies in its region, is `refuted` when all of it lies outside, and else `cannot_tell`;
+`open` has fewer seeds than it asks for. Other claims have a rule of their own, beside the verdict:
+read it, `refuted` means what it says there. They are `open` while runs are missing. `exploratory`
+was not registered before its runs.
 """
 STYLE = (
     "<style>.chart{background:#fff}text{font:11.5px sans-serif;fill:#555}.grid{stroke:#e5e5e5}"

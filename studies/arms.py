@@ -31,6 +31,14 @@ WARM_UP = 25
 """Steps: the same for all budgets, so that they branch off one trunk."""
 PAIRS = 8
 """Of confirming runs, before which nothing is said of them: one look."""
+WHERE = (
+    "Width 128, four layers, Muon, steps of 4,096 bytes (256 of them are 1M bytes). `flat` is a "
+    "mixture of 32 experts of width 48, 8 of them per token; `NxL` is Multi-Head LatentMoE as "
+    "published, with N heads of width L, and `N slices` the same without learned projections. "
+    "Executed FLOPs per token and total parameters are those of the baseline within 1%, where "
+    "nothing else is said. `python` is `--corpus set:python`, near-copies on one side of the split."
+)
+"""What a reader of the page needs to know of these runs."""
 RATE = {"2x64": 0.7, "2 slices": 0.7}
 """Arm → the factor of its experts' learning rate by the screening of `latent_vs_flat`; others have
 1."""

@@ -14,7 +14,7 @@ from statistics import mean
 from headway.lab.experiment import Arm
 from headway.lab.statistics import Region, paired
 from headway.lab.study import Claim, Contrast, Prediction, Row, Study
-from studies.arms import PAIRS, RATE, design, differences, flat, heads, series
+from studies.arms import PAIRS, RATE, WHERE, design, differences, flat, heads, series
 
 CORPUS, MARGIN, SEEDS = "python", 0.005, tuple(range(101, 109))
 EARLY, LATE = 250, 2000
@@ -121,8 +121,9 @@ STUDY = Study(
         claim("C13-half", HALF, "not_worse", "not worse than LatentMoE with ℓ = D/2", -0.01),
         claim("C13-quarter", QUARTER, "not_worse", "not worse than LatentMoE with ℓ = D/4", 0.0),
     ),
-    notes="The winner is chosen by the seeds that confirm it, and its interval is not adjusted for "
-    "that; the claims are.",
+    notes=f"{WHERE} Here arms send as many bytes per token as `flat, k 1` at eight ranks, at equal "
+    "FLOPs; total parameters agree within 2.1%. The winner is chosen by the seeds that confirm it, "
+    "and its interval is not adjusted for that; the claims are.",
     tables={"frontiers": frontiers},
     also=("latent_vs_flat",),
 )

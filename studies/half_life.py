@@ -140,5 +140,6 @@ STUDY = Study(
         ),
     ),
     scores=scores,
-    notes="Dense, two layers of width 64. Forced thinking tokens are not measured.",
+    notes="Dense, two layers of width 64, trained on 16 operations, or 16 tokens of recall. Forced "
+    "thinking tokens are not measured.",
 )

@@ -13,7 +13,7 @@ from statistics import mean
 from headway.lab.experiment import Arm
 from headway.lab.statistics import Region
 from headway.lab.study import Claim, Contrast, Prediction, Row, Series, Study
-from studies.arms import RATE, flat, heads, rated, series, slices
+from studies.arms import RATE, WHERE, flat, heads, rated, series, slices
 
 CORPUS, MARGIN, SEEDS = "python", 0.005, tuple(range(101, 109))
 EARLY, LATE = 250, 2000
@@ -133,5 +133,8 @@ STUDY = Study(
         *(pair(f"K·F {n} D", (EARLY,), d_expert=16 * n) for n in RATIOS),
     ),
     CLAIMS,
+    notes=f"{WHERE} C6: `lean` is flat with the experts of `2x64` at as many tokens, without the "
+    "FLOPs of the projections: flat − lean is their price, `2x64` − lean what heads add. C7 and C8 "
+    "match as the paper does: its experts with the projections on top, so more FLOPs (`flops`).",
     tables={"flops": flops},
 )

@@ -14,7 +14,7 @@ from typing import Any
 from headway.lab.experiment import Arm
 from headway.lab.study import Claim, Contrast, Prediction, Study
 from studies import frontiers, levers
-from studies.arms import flat, heads, rated, series, slices
+from studies.arms import WHERE, flat, heads, rated, series, slices
 
 MARGIN = 0.005
 CORPUS = "python"
@@ -121,6 +121,8 @@ STUDY = Study(
         ),
     ),
     CLAIMS,
+    notes=f"{WHERE} `D 256`: width 256. `rate` is a factor on the experts' learning rate; by the "
+    "screening it is 0.7 for `2x64` and `2 slices`, and 1 for others and in `levers`.",
     tables={"levers": levers.table, "frontiers": frontiers.frontiers},
     also=("levers", "frontiers"),
 )

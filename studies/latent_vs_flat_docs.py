@@ -4,7 +4,7 @@ The same arms, rates and claims, where seeds differ little, on the documentation
 copies on one side of the split."""
 
 from headway.lab.study import Claim, Contrast, Prediction, Study
-from studies.arms import flat, heads, rated, series, slices
+from studies.arms import WHERE, flat, heads, rated, series, slices
 
 CORPUS, MARGIN, SEEDS, BUDGETS = "kernel-docs", 0.005, tuple(range(101, 109)), (250, 2000)
 
@@ -42,4 +42,5 @@ STUDY = Study(
         not_worse("C2-docs-250", "2 slices", 250, -0.010),
         not_worse("C2-docs-2000", "2 slices", 2000, 0.010),
     ),
+    notes=f"{WHERE} `kernel-docs` is the documentation of Linux, split alike.",
 )

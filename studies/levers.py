@@ -11,7 +11,7 @@ from typing import Any
 from headway.lab.experiment import Arm
 from headway.lab.study import Contrast, Row, Study
 from studies import lever_layers as layers
-from studies.arms import PAIRS, differences, flat, heads, series, slices
+from studies.arms import PAIRS, WHERE, differences, flat, heads, series, slices
 
 CORPUS, SEEDS, STEPS, BASE = "python", (0, 1), 250, "2x64"
 
@@ -90,6 +90,7 @@ STUDY = Study(
             (STEPS,),
         ),
     ),
-    notes="Differences to two heads of 64 as published. Two seeds screen, and prove nothing.",
+    notes=f"{WHERE} Differences to `2x64` at {STEPS} steps; a lever changes one thing of it. One "
+    "or two seeds screen, and prove nothing.",
     tables={"levers": table},
 )

@@ -145,6 +145,6 @@ STUDY = Study(
         ),
     ),
     scores=scores,
-    notes="Two seeds, 1,000 steps of 64 items; a table to four digits and longer training may look "
-    "different. Looping is no option of the model: an edit puts one layer in all places.",
+    notes="Two layers of width 64, two seeds, 1,000 steps of 64 items: longer training may look "
+    "different. `looped` is one layer in both places, by an edit: it is no option of the model.",
 )

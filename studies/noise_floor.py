@@ -13,7 +13,7 @@ from headway.lab.experiment import Arm
 from headway.lab.study import Row, Study
 from headway.model.init import init_weights
 from headway.model.transformer import Transformer
-from studies.arms import flat, heads, series
+from studies.arms import WHERE, flat, heads, series
 
 BUDGETS = (250, 500, 1000)
 SEEDS = (0, 1, 2, 3)
@@ -139,7 +139,7 @@ STUDY = Study(
             for corpus in ("python, near-copies split",)
         ),
     ),
-    notes="Standard deviations over seeds, but where it says mean. `python, 8k`: 8,192 tokens per "
-    "step. `near-copies split`: files that are nearly the same may be on both sides of the split.",
+    notes=f"{WHERE} Standard deviations over seeds, but where it says mean. `python, 8k`: 8,192 "
+    "bytes per step. `near-copies split`: files that are nearly the same may be on both sides.",
     tables={"deviations": spread},
 )

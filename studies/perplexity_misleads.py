@@ -126,6 +126,7 @@ STUDY = Study(
     (series("copy"), series("parity", ",running=1")),
     rules=RULES,
     scores=scores,
-    notes="Registered with eight seeds at first, and with four before any row, for lack of time. "
-    "That copies are learned in so many steps was seen with one other seed before.",
+    notes="Two dense layers of width 64, trained on items of 4 to 16 bits. Registered with eight "
+    "seeds at first, and with four before any row, for lack of time. That copies are learned in so "
+    "many steps was seen with one other seed before.",
 )

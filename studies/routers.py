@@ -71,7 +71,7 @@ STUDY = Study(
     "Which router is best, and how evenly does it load its experts?",
     (series(ARMS, STEPS, SEEDS[:2]),),
     scores=loads,
-    notes="Models of width 32, 64 experts with 4 of a token, 1M bytes. The load is the "
-    "greatest of both layers, averaged over the last ten records of training.",
+    notes="Models of width 32, 64 experts with 4 of a token, 1M bytes of Python. The load is "
+    "the greatest of both layers, averaged over the last ten records of training.",
     tables={"routers": table},
 )

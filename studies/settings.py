@@ -10,7 +10,7 @@ from typing import Any
 
 from headway.lab.experiment import Arm
 from headway.lab.study import Contrast, Row, Study
-from studies.arms import differences, flat, heads, series
+from studies.arms import WHERE, differences, flat, heads, series
 
 CORPUS, SEEDS, STEPS = "python", (0, 1), 250
 FLAT, HEADS = "flat", "2x64"
@@ -82,6 +82,6 @@ STUDY = Study(
     "settings",
     "Which settings help a flat mixture, and Multi-Head LatentMoE, at small size?",
     (series("screen", CORPUS, (flat(CORPUS), heads(CORPUS, 2), *CHANGES), SEEDS, (STEPS,)),),
-    notes="Two seeds screen, and prove nothing.",
+    notes=f"{WHERE} {STEPS} steps. Two seeds screen, and prove nothing.",
     tables={"settings": changes},
 )

@@ -129,5 +129,6 @@ STUDY = Study(
             judge_shared,
         ),
     ),
-    notes="Models of width 32 and 1M bytes: far below the paper's 20M parameters and tokens.",
+    notes="Models of width 32 and 1M bytes of Python: far below the paper's 20M parameters and "
+    "tokens. `E 64, K 4`: 64 experts, 4 of them per token, 96 hidden units together.",
 )

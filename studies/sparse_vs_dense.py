@@ -9,7 +9,7 @@ import dataclasses
 
 from headway.lab.experiment import Arm
 from headway.lab.study import Claim, Contrast, Prediction, Series, Study
-from studies.arms import design, flat, heads, rated, series
+from studies.arms import WHERE, design, flat, heads, rated, series
 from studies.latent_vs_flat import CORPUS, MARGIN
 
 SEEDS, BUDGETS = (101, 102, 103, 104), (250, 2000)
@@ -53,5 +53,7 @@ STUDY = Study(
         better("2x64-250", "2x64", 250, -0.060),
         better("2x64-2000", "2x64", 2000, -0.050),
     ),
-    notes="`2x64` is Multi-Head LatentMoE with two heads of width 64.",
+    notes=f"{WHERE} `dense` has the FLOPs of `flat` and fewer parameters. The runs of `flat` and "
+    "`2x64` are those of `latent_vs_flat`, which was registered before; those of `dense` were made "
+    "after this study was registered.",
 )

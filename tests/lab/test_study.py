@@ -327,6 +327,18 @@ def test_rows_of_different_texts_are_not_compared():
         judge(study, rows, {"X"})
 
 
+def test_a_claim_reads_and_prices_its_own_text():
+    study = claims_of("not_worse", [("a", "b", 1)], margin=0.1)
+    values = {("a", 1): [1.0, 1.3, 0.9], ("b", 1): [1.1, 1.1, 0.8]}
+    other = [
+        row | {"corpus": "u", "bits_per_byte": 9.0, "cpu_seconds": 1.0, "validation": "w"}
+        for row in made({("a", 1): [1.0] * 4, ("b", 1): [1.0] * 4})
+    ]
+    alone = judged(study, values)
+    (one,) = judge(study, [*made(values), *other], {"X"})
+    assert one == alone and one.settling is not None
+
+
 def test_order_holds_where_every_step_does():
     study = claims_of("ordered", [("a", "b", 1), ("b", "a", 2)])
     turns = {("a", 1): [1.0, 1.1, 1.2], ("b", 1): [1.1, 1.21, 1.3]}

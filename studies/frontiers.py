@@ -117,9 +117,19 @@ STUDY = Study(
     "Which design is best where bytes on the wire run out, and not FLOPs?",
     (TRAFFIC,),
     (
-        claim("C12", ONE, "better", "at one D per token heads are better than flat", -0.03),
-        claim("C13-half", HALF, "not_worse", "not worse than LatentMoE with ℓ = D/2", -0.01),
-        claim("C13-quarter", QUARTER, "not_worse", "not worse than LatentMoE with ℓ = D/4", 0.0),
+        claim(
+            "C12", ONE, "better", "heads are better than flat where each sends D per token", -0.03
+        ),
+        claim(
+            "C13-half", HALF, "not_worse", "two heads are not worse than LatentMoE, ℓ = D/2", -0.01
+        ),
+        claim(
+            "C13-quarter",
+            QUARTER,
+            "not_worse",
+            "two heads are not worse than LatentMoE, ℓ = D/4",
+            0.0,
+        ),
     ),
     notes=f"{WHERE} Here arms send as many bytes per token as `flat, k 1` at eight ranks, at equal "
     "FLOPs; total parameters agree within 2.1%. The winner is chosen by the seeds that confirm it, "

@@ -157,8 +157,8 @@ def read(study: Study, folder: Path) -> dict[str, Any] | None:
 
 
 def check(record: dict[str, Any], todo: Sequence[Task]) -> None:
-    """Raise UsageError where an arm would be trained otherwise than it was registered, or on
-    another text."""
+    """Raise UsageError where an arm would be trained otherwise than it was registered, with other
+    seeds, or on another text."""
     for name, fingerprint in _texts(todo, lambda _: None).items():
         if record["texts"].get(name, fingerprint) != fingerprint:
             raise UsageError(
@@ -170,6 +170,11 @@ def check(record: dict[str, Any], todo: Sequence[Task]) -> None:
         before = registered.get(_arm_key(arm))
         if before is None:
             continue  # exploratory: no claim of the registration reads it
+        if more := sorted(set(arm["seeds"]) - set(before["seeds"])):
+            raise UsageError(
+                f"arm {arm['arm']} at {arm['budget']} steps on {arm['corpus']}: seeds {more} are "
+                f"not registered, and would be a second look; use {before['seeds']}"
+            )
         for name in ("fields", "edit", "train_flops"):
             if arm[name] != before[name]:
                 raise UsageError(

@@ -124,6 +124,9 @@ def test_a_registration_is_for_good(place, done):
     file.write_text(FILE.replace("1e-4", "2e-4"))
     said = mistake("study", "small", "--run")
     assert "arm slow" in said and "optim.lr was 0.0001 and is 0.0002" in said
+    file.write_text(FILE.replace("(11, 12)", "(11, 12, 13)"))
+    said = mistake("study", "small", "--run")
+    assert "seeds [13] are not registered" in said and "use [11, 12]" in said
     # what is added later is exploratory, and changes no verdict of the family
     extra = '        claim("E", "not_worse", 90.0),\n'
     file.write_text(FILE.replace('        claim("D"', extra + '        claim("D"'))

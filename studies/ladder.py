@@ -93,15 +93,15 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def afterwards(rows: Sequence[Row]) -> list[Row]:
     """Return what another form of law says of the top rung."""
-    return [by_chinchilla(of_ladder(rows), r) for r in rows if r["budget"] > max(BUDGETS)]
+    return [by_chinchilla(of_ladder(rows), r, arm) for r in rows if r["budget"] > max(BUDGETS)]
 
 
 def forecast() -> None:
     """Register the forecast of the top rung."""
     fitted, _ = law(read_rows(ROOT / "docs" / "numbers" / "studies" / "ladder.json"))
     print("\n".join(fitted.sentences()))
-    flops = planned(48, TOP_BUDGET).train_flops
-    steps = {width: planned(width, 1) for width in range(16, 97, 4)}
+    flops = planned(arm(48), TOP_BUDGET).train_flops
+    steps = {width: planned(arm(width), 1) for width in range(16, 97, 4)}
     print(f"{FORECAST}; TOP = {register_top(fitted, flops, steps, FORECAST)}")
 
 

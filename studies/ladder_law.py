@@ -4,8 +4,9 @@ above, and what a change gains."""
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,23 +29,22 @@ IRREDUCIBLE = Irreducible(None)
 own largest budget by 3%; so it was changed, before the forecast of the run above."""
 
 
-def arm(width: int, n_experts: int = EXPERTS) -> Arm:
+def arm(width: int, n_experts: int = EXPERTS, d_head: int = 16, **fields: Any) -> Arm:
     """Return a flat mixture of two layers; the two experts of a token have 3·D hidden units. Steps
-    are of 1,024 tokens: narrow models need many."""
-    config = design(
-        "moe",
-        CORPUS,
-        model__n_layers=2,
-        model__d_model=width,
-        model__d_head=16,
-        model__n_heads=max(2, width // 16),
-        model__moe__n_experts=n_experts,
-        model__moe__top_k=2,
-        model__moe__d_expert=3 * width // 2,
-        data__batch_size=8,
-        optim__warmup_steps=50,
-    )
-    return Arm(f"D {width}" + (f", E {n_experts}" if n_experts != EXPERTS else ""), config)
+    are of 1,024 tokens where nothing else is said: narrow models need many."""
+    sizes: dict[str, Any] = {
+        "model__n_layers": 2,
+        "model__d_model": width,
+        "model__d_head": d_head,
+        "model__n_heads": max(2, width // d_head),
+        "model__moe__n_experts": n_experts,
+        "model__moe__top_k": 2,
+        "model__moe__d_expert": 3 * width // 2,
+        "data__batch_size": 8,
+        "optim__warmup_steps": 50,
+    }
+    name = f"D {width}" + (f", E {n_experts}" if n_experts != EXPERTS else "")
+    return Arm(name, design("moe", CORPUS, **{**sizes, **fields}))
 
 
 def series(arms: tuple[Arm, ...], steps: tuple[int, ...]) -> Series:
@@ -54,9 +54,9 @@ def series(arms: tuple[Arm, ...], steps: tuple[int, ...]) -> Series:
     return Series("confirm", CORPUS, experiment, steps)
 
 
-def planned(width: int, steps: int) -> PlannedArm:
-    """Return a run of one width."""
-    return series((arm(width),), (steps,)).plan(lambda _: None)[f"D {width}"][steps]
+def planned(one: Arm, steps: int) -> PlannedArm:
+    """Return a run of one arm."""
+    return series((one,), (steps,)).plan(lambda _: None)[one.name][steps]
 
 
 def fit(rows: Sequence[Row], base: str, budgets: Sequence[int]) -> tuple[Fit, Runs]:
@@ -103,13 +103,16 @@ def gained(fitted: Fit, rows: Sequence[Row], change: str, base: str) -> Gain:
         return gain(fitted, _csv(Path(folder) / "change.csv", "flops,loss,baseline", runs))
 
 
-def by_chinchilla(rows: Sequence[Row], top: Row) -> Row:
+def by_chinchilla(rows: Sequence[Row], top: Row, make: Callable[[int], Arm]) -> Row:
     """Return what a Chinchilla law of runs says of one above them: no forecast, since it is made
-    when all are known."""
+    when all are known.
+
+    Args:
+        make: width → the arm."""
 
     def columns(of: Sequence[Row]) -> dict[str, np.ndarray]:
         widths = {row["arm"]: int(row["arm"].removeprefix("D ")) for row in of}
-        params = {arm: planned(w, 1).costs["active_parameters"] for arm, w in widths.items()}
+        params = {a: planned(make(w), 1).costs["active_parameters"] for a, w in widths.items()}
         numbers = {
             "params": [params[row["arm"]] for row in of],
             "tokens": [r["tokens"] for r in of],

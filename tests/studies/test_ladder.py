@@ -24,8 +24,8 @@ def bits(flops, tokens, gain=1.0):
 
 def row(name, budget, gain=1.0):
     """The row of a run that gains at the baseline's loss in compute."""
-    arm = ladder.planned(int(name.split(",")[0][2:]), 1)
-    base = ladder.planned(48, 1).train_flops * budget
+    arm = ladder.planned(ladder.arm(int(name.split(",")[0][2:])), 1)
+    base = ladder.planned(ladder.arm(48), 1).train_flops * budget
     tokens = round(base / arm.train_flops) * 1024
     loss = bits(base, tokens)
     if gain != 1:
@@ -70,7 +70,7 @@ def test_the_top_rung_is_registered_and_scored(tmp_path, monkeypatch):
     ladder.forecast()
     value = json.loads((tmp_path / "forecast.json").read_text())
     flops, tokens = value["at"]["flops"], value["tokens"]
-    assert flops == pytest.approx(5000 * ladder.planned(48, 1).train_flops, rel=1e-3)
+    assert flops == pytest.approx(5000 * ladder.planned(ladder.arm(48), 1).train_flops, rel=1e-3)
     assert tokens == pytest.approx(best_tokens(flops), rel=0.12)  # widths are multiples of 4
     assert value["prediction"] == pytest.approx(0.5 + 2.0 * (flops / 3e11) ** -0.15, rel=5e-3)
     top = {"arm": "D 40", "budget": 7000, "train_flops": flops, "tokens": tokens}
@@ -87,7 +87,7 @@ def test_the_other_form_reads_parameters_and_tokens():
 
     def by_law(r):
         width = int(r["arm"].removeprefix("D "))
-        params = ladder.planned(width, 1).costs["active_parameters"]
+        params = ladder.planned(ladder.arm(width), 1).costs["active_parameters"]
         return {**r, "bits_per_byte": 1.5 + 500 * params**-0.6 + 1e5 * r["tokens"] ** -0.9}
 
     made = [by_law(r) for r in rows() if "E" not in r["arm"]]

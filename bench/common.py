@@ -3,13 +3,11 @@ with.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +23,7 @@ def add_options(parser: argparse.ArgumentParser, data: bool = True) -> None:
             help="text file, folder or glob; default: the standard library's sources",
         )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument(
-        "--save", action="store_true", help=f"write {NUMBERS.relative_to(ROOT)}/BENCH.json"
-    )
+    parser.add_argument("--save", action="store_true", help="write docs/numbers/BENCH.json")
 
 
 def data_config(args: argparse.Namespace, *, seq_len: int, batch_size: int):
@@ -113,9 +109,11 @@ def source() -> tuple[str, bool]:
 
 
 def report(bench: str, rows: list[dict], targets: list[dict], args: argparse.Namespace) -> None:
-    """Print the targets, save with --save, and end with the JSON object with --json."""
+    """Print the targets, save with --save, and end with the JSON object with --json. Rows that an
+    earlier call saved keep their commit.
+    """
     head, _ = source()
-    found = document(bench, [row | {"commit": head} for row in rows], targets)
+    found = document(bench, [row | {"commit": row.get("commit", head)} for row in rows], targets)
     for t in targets:
         sign = ">=" if t["at_least"] else "<="
         value = "never" if t["value"] is None else format(t["value"], ".4g")
@@ -130,27 +128,6 @@ def load_rows(bench: str) -> list[dict]:
     """The rows saved by an earlier call; empty when there are none."""
     path = NUMBERS / f"{bench}.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def merge_row(bench: str, row: dict, key: tuple[str, ...]) -> None:
-    """Save one more row, in place of one with the same key, so that a long bench can be
-    interrupted.
-    """
-    NUMBERS.mkdir(parents=True, exist_ok=True)
-    with _lock():  # two processes may share a bench
-        row = row | {"commit": source()[0]}
-        same = [r for r in load_rows(bench) if any(r[k] != row[k] for k in key)]
-        _write(NUMBERS / f"{bench}.json", document(bench, [*same, row], []))
-
-
-@contextmanager
-def _lock() -> Iterator[None]:
-    folder = os.open(NUMBERS, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def print_rows(rows: list[dict]) -> None:

@@ -12,7 +12,8 @@ is left out); the supervisor's memory too. `results`: `headway results` on 2,000
 1,000 records, from them alone. `bootstrap`: 10,000 draws over seeds and 1,000 documents. `page`:
 the page of a comparison of 20 runs in Chromium. Bounds are on CPU seconds, on bytes, and on ratios
 of what took turns in one run, which other work on the machine changes least; `load` is that of the
-machine before a part, over its cores: 0 on a quiet one.
+machine before a part, over its cores: 0 on a quiet one. With --only, --save keeps the saved rows of
+other parts.
 """
 
 import argparse
@@ -342,6 +343,9 @@ def main() -> None:
                 [{k: v for k, v in r.items() if k != "repetitions"} for r in measured]
             )
             rows += measured
+        if args.save:  # parts that are not measured anew stay
+            parts_now = {row["part"] for row in rows}
+            rows += [row for row in common.load_rows("lab") if row["part"] not in parts_now]
     common.report("lab", rows, targets(rows), args)
 
 

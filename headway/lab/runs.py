@@ -148,6 +148,8 @@ def _train(
             interrupt=interrupt,
             edit=run.edit,
             forks=forks,
+            # one evaluation costs as much as tens of steps
+            first_evaluation=config.run.eval_every < config.optim.steps,
         )
     except RunError as failed:
         error = str(failed)

@@ -29,6 +29,7 @@ def train(
     blocks: BlockBuilder = build_block,
     edit: Edit | None = None,
     forks: Sequence[int] = (),
+    first_evaluation: bool = True,
 ) -> dict[str, Any]:
     """Train the model of `config` and return the result.
 
@@ -43,6 +44,7 @@ def train(
         blocks: builds the blocks of the model, for modules of your own (`model.build`).
         edit: changes the model once it has its initial values, for what is no option.
         forks: steps after which the run is kept, for runs of other lengths (`Session.fork`).
+        first_evaluation: evaluate the untrained model too.
     Returns: `val_bits_per_byte`, `val_loss`, `first_val_bits_per_byte`, `best_val_bits_per_byte`,
         `loss` (training, nats/token), `tokens_per_second`, `steps`, `tokens`, `seconds`,
         `cpu_seconds`, `skipped`, `parameters_total`, `parameters_active`, `sample`, `checkpoint`
@@ -64,15 +66,17 @@ def train(
         blocks=blocks,
         edit=edit,
     ) as session:
-        return _loop(session, forks)
+        return _loop(session, forks, first_evaluation)
 
 
-def _loop(session: Session[TextData], forks: Sequence[int]) -> dict[str, Any]:
+def _loop(
+    session: Session[TextData], forks: Sequence[int], first_evaluation: bool
+) -> dict[str, Any]:
     config, progress, parallelism = session.config, session.progress, session.parallelism
     model, optimizers, mesh = session.model, session.optimizers, parallelism.mesh
     balance = config.model.moe.balance
     objective = NextToken(balance)
-    if progress.step == 0:
+    if first_evaluation and progress.step == 0:
         session.evaluate()
     while session.begin_step():
         rows = session.rows

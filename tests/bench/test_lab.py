@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench import lab
+from bench import common, lab
 
 
 def test_parts_that_train_nothing(capsys, monkeypatch):
@@ -25,3 +25,15 @@ def test_parts_that_train_nothing(capsys, monkeypatch):
     by_name = {target["name"]: target["value"] for target in value["targets"]}
     assert by_name["sweep: 10 empty runs, time over optuna's"] == ratio
     assert len(value["targets"]) == 6
+
+
+def test_a_part_that_is_measured_again_keeps_the_others(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "NUMBERS", tmp_path)
+    others = [{"part": "page", "runs": 20, "seconds": 0.1, "megabytes": 0.03, "commit": "abc"}]
+    (tmp_path / "lab.json").write_text(json.dumps({"rows": others}))
+    monkeypatch.setattr(sys, "argv", ["lab", "--quick", "--only", "bootstrap", "--json", "--save"])
+    lab.main()
+    value = json.loads((tmp_path / "lab.json").read_text())
+    new, old = value["rows"]
+    assert old == others[0] and new["part"] == "bootstrap" and new["commit"] == value["commit"]
+    assert any("Chromium: seconds" in target["name"] for target in value["targets"])

@@ -63,6 +63,19 @@ def test_a_trunk_that_was_killed_keeps_what_it_left(tmp_path, runs, monkeypatch)
     assert [r["bits_per_byte"] for r in again] == [r["bits_per_byte"] for r in alone]
 
 
+def test_the_untrained_model_is_evaluated_only_with_others(tmp_path, runs):
+    def evaluated(every: int) -> list[int]:
+        run = runs(10)
+        changed = dataclasses.replace(run.config.run, eval_every=every)
+        run = Run(dataclasses.replace(run.config, run=changed))
+        root = tmp_path / str(every)
+        execute(run, root)
+        records = read_metrics(root / "runs" / run.key / "metrics.jsonl")
+        return [r["step"] for r in records if "val_loss" in r]
+
+    assert (evaluated(5), evaluated(10)) == ([0, 5, 10], [10])
+
+
 def test_what_begins_otherwise_is_trained_alone(tmp_path, runs):
     other = runs(10, decay=0.4)
     optim = dataclasses.replace(other.config.optim, lr=1e-4)

@@ -25,7 +25,8 @@ class Judged:
     dropped: list[int]
     """Those with a diverged run."""
     answer: str
-    """`holds`, `refuted`, `cannot_tell`, or `open` where there are too few seeds."""
+    """`holds`, `refuted`, `cannot_tell` (also where diverged runs leave too few pairs), or `open`
+    where there are too few seeds."""
     estimate: float | None
     ci: Interval | None
     alpha_adjusted: float
@@ -93,7 +94,7 @@ def judge(study: Study, rows: Sequence[Row], registered: set[str]) -> list[Judge
         for claim, (x_CN, seeds, dropped), (tested_CN, *_), verdict in zip(
             group, pairs, tested, verdicts(tested), strict=True
         ):
-            is_open = x_CN.shape[1] < claim.min_seeds
+            is_open = len(seeds) + len(dropped) < claim.min_seeds
             judged[claim.id] = _judged(
                 claim, claim.id in registered, seeds, dropped, tested_CN, verdict, is_open, rows
             )
@@ -110,9 +111,9 @@ def _judged(
     is_open: bool,
     rows: Sequence[Row],
 ) -> Judged:
-    if is_open or verdict.ci is None:
-        level = verdict.alpha_adjusted
-        return Judged(claim, registered, seeds, dropped, "open", None, None, level, None, None)
+    if verdict.ci is None:
+        answer, level = "open" if is_open else "cannot_tell", verdict.alpha_adjusted
+        return Judged(claim, registered, seeds, dropped, answer, None, None, level, None, None)
     x_N = x_CN[x_CN.mean(1).argmax()]
     sd, settling = float(x_N.std(ddof=1)), None
     distance = min(abs(verdict.estimate - edge) for edge in _edges(claim))
@@ -168,9 +169,21 @@ def judge_rules(study: Study, rows: Sequence[Row], registered: set[str]) -> list
         known = [row for row in rows if row_key(row) in keys]
         said = Said("open", f"{len(known)} of {len(keys)} runs")
         if len(known) == len(keys):
-            said = rule.judge(known)
+            said = _ruled(rule, known)
         judged.append(JudgedRule(rule, rule.id in registered, said))
     return judged
+
+
+def _ruled(rule: Rule, rows: Sequence[Row]) -> Said:
+    """Return what a rule says; where it cannot do without a run that diverged, name that."""
+    diverged = [row for row in rows if row["bits_per_byte"] is None]
+    try:
+        return rule.judge(rows)
+    except (KeyError, TypeError):
+        if not diverged:
+            raise
+    named = ", ".join(f"{row['arm']} (seed {row['seed']}, {row['corpus']})" for row in diverged)
+    return Said("cannot_tell", f"These runs diverged: {named}.")
 
 
 def _edges(claim: Claim) -> tuple[float, ...]:

@@ -137,8 +137,11 @@ def highlights(folder: Path = NUMBERS) -> str:
     """The table of README.md and the sentences on what is not reached."""
     benches = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     values = {(b, t["name"]): t["value"] for b, data in benches.items() for t in data["targets"]}
-    gain = judged(*QUALITY, folder).estimate
-    rows = [] if gain is None else [f"| {QUALITY_WHAT} | {-gain:.3f} | 1 CPU core |"]
+    quality, rows = judged(*QUALITY, folder), []
+    if quality.estimate is not None and quality.ci is not None:
+        low, high = -quality.ci.high, -quality.ci.low
+        value = f"{-quality.estimate:.3f} ({low:.3f} … {high:.3f})"
+        rows.append(f"| {QUALITY_WHAT} | {value} | 1 CPU core |")
     rows += [
         f"| {h.what} | {h.format.format(values[h.bench, h.target])} | "
         f"{_short_machine(benches[h.bench]['machine'])} |"

@@ -23,11 +23,12 @@ EXPONENT = 0.383
 
 def powered(config: Config) -> tuple[Config, dict[str, str]]:
     """Return the config with what `optim.transfer=power` changes, and field → the sentence that
-    explains its value; the config itself under another rule. Raises UsageError where bfloat16
-    moments would lose the average of the new beta2."""
+    explains its value; the config itself under another rule. Raises UsageError for values out of
+    their range, and where bfloat16 moments would lose the average of the new beta2."""
     optim, data = config.optim, config.data
     if optim.transfer != "power":
         return config, {}
+    optim.check()
     sequences = (optim.steps - 1) * data.batch_size + (data.last_batch_size or data.batch_size)
     tokens, unit = sequences * data.seq_len, config.mesh.size * (data.micro_batch_size or 1)
     long = tokens / optim.base_tokens

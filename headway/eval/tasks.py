@@ -155,6 +155,10 @@ def _example(data: Record, example: Record, choices: bool) -> Record:
     before = data.get("example_input_prefix", "\nQ: ")
     prompt = before + text + data.get("example_output_prefix", "\nA: ")
     if choices:
+        if "" in example["target_scores"]:
+            raise UsageError(
+                f"a choice of the item {example['input'][-40:]!r} is empty; it needs a text"
+            )
         return {"prompt": prompt, "choices": list(example["target_scores"]), "right": targets}
     return {"prompt": prompt, "targets": targets}
 

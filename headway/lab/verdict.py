@@ -91,7 +91,7 @@ def judge(study: Study, rows: Sequence[Row], registered: set[str]) -> list[Judge
             (_tested(claim, x_CN), claim.region, claim.margin)
             for claim, x_CN in zip(group, ready, strict=True)
         ]
-        for claim, (x_CN, seeds, dropped), (tested_CN, *_), verdict in zip(
+        for claim, (_, seeds, dropped), (tested_CN, *_), verdict in zip(
             group, pairs, tested, verdicts(tested), strict=True
         ):
             is_open = len(seeds) + len(dropped) < claim.min_seeds

@@ -89,6 +89,11 @@ def test_tokens_are_kept_and_meshes_divide_the_batch(steps, batch, last, ranks, 
     assert filled(after, 257)[0] == after
 
 
+def test_a_base_out_of_range_is_one_line():
+    with pytest.raises(UsageError, match="optim.base_tokens=0 is below 1"):
+        powered(_config(replace(BASE, base_tokens=0)))
+
+
 def test_moments_in_bfloat16_bound_beta2():
     optim = replace(BASE, steps=10, state_dtype="bfloat16")
     with pytest.raises(

@@ -301,6 +301,11 @@ BIGBENCH = {
         "example_output_prefix": " is ",
         "examples": [{"input": "grass", "target_scores": {"green": 1.0, "red": 0.0}}],
     },
+    "hole": {
+        "name": "hole",
+        "example_output_prefix": "",
+        "examples": [{"input": "grass", "target_scores": {"green": 1.0, "": 0.0}}],
+    },
 }
 
 
@@ -330,6 +335,7 @@ def test_eval_runs_tasks_of_bigbench(folder, tmp_path, monkeypatch):
     assert tasks["bigbench:plants"]["acc,none"] == tasks["bigbench:plants"]["accuracy"]
     assert 0 <= tasks["bigbench:sums"]["exact_match,none"] <= 1
     assert "use bigbench:many/one" in mistake(*words, "--tasks", "bigbench:many")
+    assert "a choice of the item 'grass' is empty" in mistake(*words, "--tasks", "bigbench:hole")
     assert "has no such JSON task" in mistake(*words, "--tasks", "bigbench:none")
 
 

@@ -20,7 +20,7 @@ class Worlds:
     task: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK", help_behavior_hint="")
     ] = ""
-    """mqar, s5, a5, s3, parity, copy, facts or multiplication, with options as in
+    """mqar, s5, a5, s3, parity, copy, facts, multiplication or sums, with options as in
     `mqar,pairs=8`."""
     n: int = 100
     """Items."""

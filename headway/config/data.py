@@ -25,7 +25,7 @@ class DataConfig:
     are unpacked), `hf:NAME[:SPLIT]` for a Hugging Face data set (parquet, .zst and hf need the
     extra `[data]`), `set:NAME[:LABEL]` for text out of packages: python, kernel-docs, languages,
     help, wiki; or worlds alone, `world:TASK[,OPTION=VALUE…]`: mqar, s5, a5, s3, parity, copy,
-    facts, multiplication (docs/worlds.md)."""
+    facts, multiplication, sums (docs/worlds.md)."""
     weights: tuple[float, ...] = ()
     """Mixing weights, one per source, > 0; empty means in proportion to their tokens;
     worlds, which have no end, share evenly."""

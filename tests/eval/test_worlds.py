@@ -55,6 +55,7 @@ def test_floors_of_recall_are_what_chance_gives(source):
         ("parity,length=20", (1 / 2, 1 / 2, 1 / 2)),
         ("copy,length=14", (1 / 2, 1 / 2, 1 / 2)),
         ("multiplication,length=2", (None, None, None)),
+        ("sums,length=2,language=1,languages=2", (1 / 10, 1 / 10, None)),
         ("facts,length=4,kind=attribute,agents=4", (1 / 32, None, None)),
     ],
 )

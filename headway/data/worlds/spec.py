@@ -9,9 +9,10 @@ from headway.data.worlds.group import Group
 from headway.data.worlds.mqar import Mqar
 from headway.data.worlds.multiplication import Multiplication
 from headway.data.worlds.parity import Parity
+from headway.data.worlds.sums import Sums
 from headway.data.worlds.world import World
 
-TASKS = "mqar, s5, a5, s3, parity, copy, facts, multiplication"
+TASKS = "mqar, s5, a5, s3, parity, copy, facts, multiplication, sums"
 
 
 def parse_world(spec: str, length: int = 0) -> World:
@@ -33,6 +34,8 @@ def parse_world(spec: str, length: int = 0) -> World:
             world = _with_options(Facts(), options)
         case "multiplication":
             world = _with_options(Multiplication(), options)
+        case "sums":
+            world = _with_options(Sums(), options)
         case _:
             raise UsageError(f"there is no world {task!r}; use {TASKS}")
     world.check()

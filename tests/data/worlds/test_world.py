@@ -29,6 +29,7 @@ SMALL = (
     "copy,length=8",
     "facts,length=2,agents=3,objects=2,values=2,kind=holder,weights=recall",
     "multiplication,length=1,n=2",
+    "sums,length=2,language=1,languages=2",
 )
 """A small item of each world."""
 

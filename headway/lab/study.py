@@ -250,6 +250,7 @@ def quick(study: Study) -> Study:
 QUICK = {"data.batch_size": 32, "optim.warmup_steps": 1}
 QUICK_TEXT = {
     "data.source": ("stdlib",),
+    "data.weights": (),
     "data.near_duplicates": "keep",
     # many short sequences: arms get whole ones, and as many FLOPs within 0.3%
     "data.seq_len": 16,

@@ -26,7 +26,7 @@ FORECAST = ROOT / "studies" / "registered" / "ladder_large_forecast.json"
 BASE = "D 96"
 BUDGETS, TOP_BUDGET = (1400, 3000, 6800, 17000), 41000
 """In steps of width 96."""
-TOP: tuple[int, int] | None = None
+TOP: tuple[int, int] | None = (160, 16018)
 """Width and steps of the top rung; None before there is a forecast."""
 MORE = 64
 ERROR = 0.01

@@ -19,6 +19,7 @@ from headway.lab.forecast_file import check_run, score
 from headway.lab.measurement import Verdict
 from headway.lab.rungs import Runs
 from headway.lab.study import Row, Rule, Study, read_rows
+from studies import ladder_law
 from studies.ladder_law import (
     EXPERTS,
     arm,
@@ -27,8 +28,8 @@ from studies.ladder_law import (
     gained,
     planned,
     register_top,
-    rungs,
     series,
+    within,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,8 +53,7 @@ LADDER = (
 
 def of_ladder(rows: Sequence[Row]) -> list[Row]:
     """Return the rows that the law is fitted to."""
-    arms = {arm.name for part in LADDER for arm in part.experiment.arms}
-    return [row for row in rows if row["arm"] in arms and row["budget"] in BUDGETS]
+    return within(rows, LADDER, BUDGETS)
 
 
 def law(rows: Sequence[Row]) -> tuple[Fit, Runs]:
@@ -85,10 +85,7 @@ def judge_gain(rows: Sequence[Row]) -> Verdict:
 
 def summary(rows: Sequence[Row]) -> list[Row]:
     """Return the minimum of each budget, once the ladder is whole."""
-    try:
-        return rungs(*law(rows)) if len(of_ladder(rows)) == 4 * len(BUDGETS) else []
-    except UsageError:  # a budget without a minimum
-        return []
+    return ladder_law.summary(of_ladder(rows), BASE, BUDGETS)
 
 
 def afterwards(rows: Sequence[Row]) -> list[Row]:

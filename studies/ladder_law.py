@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from headway.config import UsageError
 from headway.lab import laws
 from headway.lab.experiment import Arm, Experiment, PlannedArm
 from headway.lab.forecast import Fit, fit_runs
@@ -72,6 +73,20 @@ def fit(rows: Sequence[Row], base: str, budgets: Sequence[int]) -> tuple[Fit, Ru
         path = _csv(Path(folder) / "ladder.csv", "budget,tokens,loss", table)
         runs = read_runs(path, "isoflop")
         return fit_runs(runs, IRREDUCIBLE), runs
+
+
+def within(rows: Sequence[Row], parts: Sequence[Series], budgets: Sequence[int]) -> list[Row]:
+    """Return the rows of the arms of some series at some budgets."""
+    arms = {arm.name for part in parts for arm in part.experiment.arms}
+    return [row for row in rows if row["arm"] in arms and row["budget"] in budgets]
+
+
+def summary(rows: Sequence[Row], base: str, budgets: Sequence[int]) -> list[Row]:
+    """Return the minimum of each budget, once all four runs of each are there."""
+    try:
+        return rungs(*fit(rows, base, budgets)) if len(rows) == 4 * len(budgets) else []
+    except UsageError:  # a budget without a minimum
+        return []
 
 
 def rungs(fitted: Fit, runs: Runs) -> list[Row]:

@@ -230,10 +230,12 @@ def quick(study: Study) -> Study:
             config = with_leaf(config, name, value)
         return dataclasses.replace(arm, config=config)
 
+    budgets = sorted({n for part in study.series for n in part.steps})
+    few = {n: 10 + 2 * i for i, n in enumerate(budgets)}
     series = [
         dataclasses.replace(
             part,
-            steps=tuple(range(10, 10 + 2 * len(part.steps), 2)),
+            steps=tuple(few[n] for n in part.steps),
             experiment=dataclasses.replace(
                 part.experiment,
                 arms=tuple(small(arm) for arm in part.experiment.arms),

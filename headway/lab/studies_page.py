@@ -102,7 +102,7 @@ def _study(
     for name, table in shown.items():
         parts += [f"{name}:\n", *_table(table), ""] if table else []
     if rows:
-        parts += [*_table(_means(rows)), ""]
+        parts += [*_table(_means(rows, scored=not study.tables)), ""]
         seconds = spent_seconds(rows)
         diverged = [f"{r['arm']}, seed {r['seed']}" for r in rows if r["bits_per_byte"] is None]
         cpus, commits = ({r[key] for r in rows} for key in ("cpu", "commit"))
@@ -148,13 +148,16 @@ def _region(region: str, margin: float) -> str:
     }[region].replace("-0", "0" if not margin else "-0")
 
 
-def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the mean of each arm at each budget, over the seeds that did not diverge."""
+def _means(rows: Sequence[Row], scored: bool) -> list[dict[str, Any]]:
+    """Return the mean of each arm at each budget, over the seeds that did not diverge.
+
+    Args:
+        scored: with a column per score; a study that has tables shows there what they say."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         key = row["stage"], row["corpus"], row["arm"], row["budget"]
         groups.setdefault(key, []).append(row)
-    scores = sorted({name for row in rows for name in row.get("scores", {})})
+    scores = sorted({name for row in rows if scored for name in row.get("scores", {})})
     table = []
     for (stage, corpus, arm, budget), group in sorted(groups.items()):
         bits = [r["bits_per_byte"] for r in group if r["bits_per_byte"] is not None]

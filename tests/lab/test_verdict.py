@@ -110,8 +110,14 @@ def test_a_diverged_run_drops_its_pair_and_is_named():
 
 
 def test_the_page_counts_the_seeds_that_it_averages():
-    (row,) = _means(made({("a", 1): [1.0, None, 1.2]}))
+    rows = made({("a", 1): [1.0, None, 1.2]})
+    for row in rows:
+        row["scores"] = {} if row["bits_per_byte"] is None else {"wrong": row["bits_per_byte"] / 2}
+    (row,) = _means(rows, scored=True)
     assert (row["seeds"], row["bits/byte"], row["CPU s of a run"]) == (2, "1.1000", "60")
+    assert row["wrong"] == "0.55"
+    (short,) = _means(rows, scored=False)
+    assert short == {name: value for name, value in row.items() if name != "wrong"}
 
 
 def test_what_cannot_be_told_says_what_would_settle_it():

@@ -141,7 +141,8 @@ STUDY = Study(
     notes="Two dense layers of width 64. Sums have five digits below five; 1,500 steps of 128 "
     "items, 32 test problems, which no language has in training, 256 samples of each. Sizes come "
     "from runs of other seeds, in which 1% was learned where languages differ in words, and not "
-    "where they differ in order. Help: 200 steps of 4,096 bytes, one seed, each language once with "
+    "where they differ in order. All runs draw by the same numbers, so that models which know "
+    "nothing draw alike. Help: 200 steps of 4,096 bytes, one seed, each language once with "
     "each share; pages are aligned, so that a page of validation may have been read in another "
     "language. What reinforcement learning does to coverage waits for such training.",
     tables={"sums": by_text, "bits/byte by share": by_language},

@@ -140,7 +140,8 @@ def highlights(folder: Path = NUMBERS) -> str:
     quality, rows = judged(*QUALITY, folder), []
     if quality.estimate is not None and quality.ci is not None:
         low, high = -quality.ci.high, -quality.ci.low
-        value = f"{-quality.estimate:.3f} ({low:.3f} … {high:.3f})"
+        level = f"{1 - quality.alpha_adjusted:.1%}"
+        value = f"{-quality.estimate:.3f} ({low:.3f} … {high:.3f}, {level})"
         rows.append(f"| {QUALITY_WHAT} | {value} | 1 CPU core |")
     rows += [
         f"| {h.what} | {h.format.format(values[h.bench, h.target])} | "

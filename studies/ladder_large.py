@@ -138,7 +138,8 @@ STUDY = Study(
     notes="One seed, models of two layers, experts trained by AdamW. The exponent of the gain is "
     "that of the minima, its losses are those of width 96. The irreducible loss is fitted. The "
     "function that is registered for `forecast` takes a run of more than 17,000 steps for the top "
-    "rung, which has 16,018, of a wider model: it stays open. `top` is the same rule on that run.",
+    "rung, which has 16,018, of a wider model: it stays open. `top` is the same rule on that run. "
+    "After a rebase 84f5014, of the forecast, is e9d465e, and 4f9cd22, of that run, 7c7a8c6.",
     tables={
         "Minima": summary,
         "A Chinchilla law of the sixteen runs, made afterwards (exploratory)": afterwards,

@@ -179,7 +179,7 @@ def _ruled(rule: Rule, rows: Sequence[Row]) -> Said:
     diverged = [row for row in rows if row["bits_per_byte"] is None]
     try:
         return rule.judge(rows)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         if not diverged:
             raise
     named = ", ".join(f"{row['arm']} (seed {row['seed']}, {row['corpus']})" for row in diverged)

@@ -17,7 +17,6 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 from headway.config import EngineConfig, UsageError
 from headway.eval.harness import HeadwayLM, run_all
 from headway.eval.over_http import server
-from headway.eval.tasks import bigbench_task
 from headway.hub.load import load_model
 from headway.model.paged import PAGE
 from headway.serve.engine import Engine
@@ -284,59 +283,6 @@ def test_eval_runs_tasks(folder, tasks_folder, expected):
     for before, (after, said) in wrong.items():
         other.write_text(text.replace(before, after))
         assert said in mistake(*words, "--tasks", other)
-
-
-BIGBENCH = {
-    "plants": {
-        "examples": [
-            {"input": "Is a rose a plant?", "target_scores": {"yes": 1, "no": 0}},
-            {"input": "Is a cat?", "target_scores": {"maybe": 1, "no": 1, "yes": 0}},
-        ]
-    },
-    "sums": {"examples": [{"input": "1+1", "target": ["2", "two"]}, {"input": "2", "target": "2"}]},
-    "many": {"description": "of sub-tasks"},
-    "many/one": {
-        "append_choices_to_input": False,
-        "example_input_prefix": "",
-        "example_output_prefix": " is ",
-        "examples": [{"input": "grass", "target_scores": {"green": 1.0, "red": 0.0}}],
-    },
-    "hole": {
-        "name": "hole",
-        "example_output_prefix": "",
-        "examples": [{"input": "grass", "target_scores": {"green": 1.0, "": 0.0}}],
-    },
-}
-
-
-def test_eval_runs_tasks_of_bigbench(folder, tmp_path, monkeypatch):
-    """A package as it is installed, with tasks of its form."""
-    words = ["eval", folder / "run", "--dtype", "float32", "--threads", 1]
-    assert "pip install bigbench" in mistake(*words, "--tasks", "bigbench:plants")
-    for name, task in BIGBENCH.items():
-        place = tmp_path / "bigbench" / "benchmark_tasks" / name
-        place.mkdir(parents=True)
-        (place / "task.json").write_text(json.dumps(task))
-    (tmp_path / "bigbench" / "__init__.py").write_text("raise ImportError('tensorflow')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    plants = bigbench_task("bigbench:plants")["custom_dataset"]()["test"]
-    assert plants[0]["prompt"] == "\nQ: Is a rose a plant?\n  choice: no\n  choice: yes\nA: "
-    assert plants[0]["choices"] == ["yes", "no"] and plants[0]["right"] == [0]
-    assert plants[1]["right"] == [0, 1]
-    one = bigbench_task("bigbench:many/one")["custom_dataset"]()["test"][0]
-    assert one["prompt"] == "grass is "
-    names = ["bigbench:plants", "bigbench:sums", "bigbench:many/one"]
-    tasks = call(*words, "--tasks", *names, "--json").json["tasks"]
-    assert list(tasks) == names
-    lm = HeadwayLM(make_engine(folder))
-    pairs = [(plants[0]["prompt"], choice) for choice in ("yes", "no")]
-    best = np.argmax([score for score, _ in lm.loglikelihood([asks(*p) for p in pairs])])
-    assert tasks["bigbench:plants"]["accuracy"] in (best == 0, 0.5 + (best == 0) / 2)
-    assert tasks["bigbench:plants"]["acc,none"] == tasks["bigbench:plants"]["accuracy"]
-    assert 0 <= tasks["bigbench:sums"]["exact_match,none"] <= 1
-    assert "use bigbench:many/one" in mistake(*words, "--tasks", "bigbench:many")
-    assert "a choice of the item 'grass' is empty" in mistake(*words, "--tasks", "bigbench:hole")
-    assert "has no such JSON task" in mistake(*words, "--tasks", "bigbench:none")
 
 
 def test_a_model_is_named_by_its_folder(folder, lm):

@@ -148,6 +148,16 @@ def test_a_rule_that_cannot_do_without_a_diverged_run_names_it():
     assert said({("a", 1): [1.0]}) == ("open", "1 of 2 runs")
     diverged = said({("a", 1): [1.0], ("b", 1): [None]})
     assert diverged == ("cannot_tell", "These runs diverged: b (seed 1, t).")
+
+    def best(rows):
+        known = [row["bits_per_byte"] for row in rows if row["bits_per_byte"] is not None]
+        return Said("holds", f"{min(known):.2f}")
+
+    none = made({("a", 1): [None], ("b", 1): [None]})
+    (one,) = judge_rules(
+        dataclasses.replace(study, rules=(Rule("R", "", "", "", best),)), none, set()
+    )
+    assert one.said.answer == "cannot_tell" and "a (seed 1, t), b (seed 1, t)" in one.said.why
     broken = dataclasses.replace(study, rules=(Rule("R", "", "", "", lambda rows: rows[0]["no"]),))
     with pytest.raises(KeyError):
         judge_rules(broken, made({("a", 1): [1.0], ("b", 1): [1.5]}), set())

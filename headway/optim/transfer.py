@@ -3,7 +3,7 @@
 Maximal update parameterisation (arXiv 2203.03466) with the depth rule of arXiv 2310.02244: what an
 update changes in the activations does not depend on width or depth, so that a rate that was tuned
 on a narrow model holds on a wide one. Written with `w` = base_width / fan-in, `D` = base_width /
-model width and `l` = base_layers / layers:
+model width and `l` = base_layers / layers, where a looped block counts as often as it is applied:
 
 | parameter | AdamW's rate | Muon's rate | epsilon | initial values |
 |---|---|---|---|---|
@@ -23,7 +23,8 @@ What scales without this rule is left alone. All matrices are drawn by fan-in an
 branch by √(2·layers) already (`model/init.py`). Muon's update has singular values of 1 times
 √max(1, rows/columns), which no width changes; with `muon_adjust=match_rms_adamw` its size is that
 of AdamW's, and √w makes it 0.2·√base_width times the former. The decay per step is the rate times
-`weight_decay`, so that the second is divided by what the first is multiplied with."""
+`weight_decay`, so that the second is divided by what the first is multiplied with. The branches of
+a looped block start equal, so that what they add grows with √layers: this rule leaves that, too."""
 
 import math
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def scales(model: nn.Module, config: OptimConfig) -> dict[str, Scale]:
     if config.transfer != "width":
         return dict.fromkeys(names, Scale())
     roles = roles_of(model)
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, Block)}
+    # a looped block has a name for each of its places: an update acts in all of them
+    places = model.named_modules(remove_duplicate=False)
+    blocks = {name: m for name, m in places if isinstance(m, Block)}
     inside = {f"{b}.{name}" for b, m in blocks.items() for name, _ in m.named_parameters()}
     width = next(role.fan_in for role in roles.values() if role.group is Group.HEAD)
     narrow, shallow = config.base_width / width, config.base_layers / max(1, len(blocks))

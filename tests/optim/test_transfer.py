@@ -10,6 +10,7 @@ import torch
 
 from headway.config import ModelConfig, MoEConfig, OptimConfig, RouterConfig, UsageError
 from headway.config.check import validate
+from headway.model.build import build_block
 from headway.model.context import Context
 from headway.model.init import initial_weights
 from headway.model.transformer import Transformer
@@ -178,6 +179,18 @@ def test_at_the_base_only_fan_ins_that_differ_are_scaled():
     for name in ("head.weight", "layers.1.ffn.router.w_HEL", "layers.3.mixer.q.weight"):
         assert by_name[name].lr == by_name[name].eps == by_name[name].init == 1.0
     assert by_name["layers.1.ffn.experts.w_in_HEGFL"].lr == 4
+
+
+def test_a_looped_block_counts_as_often_as_it_is_applied():
+    config = replace(MODEL, moe=replace(MODEL.moe, n_dense_layers=0))
+    plain = scales(Transformer(config), WIDTH)
+    block = build_block(config, 0)
+    looped = Transformer(config, blocks=lambda *_: block)
+    by_name = scales(looped, WIDTH)
+    assert len(by_name) < len(plain) and by_name["layers.0.mixer.o.weight"].lr == 0.5 * 2 / 8
+    assert by_name == {name: plain[name] for name in by_name}
+    lines = derivation(looped, WIDTH)
+    assert lines == derivation(Transformer(config), WIDTH)
 
 
 def test_the_derivation_names_every_number():

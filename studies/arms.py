@@ -11,6 +11,7 @@ from typing import Any
 from headway import recipes
 from headway.config import Config, with_leaf
 from headway.lab.experiment import Arm, Experiment
+from headway.lab.match import Quantity
 from headway.lab.study import Contrast, Row, Series, Stage
 from headway.train.budget import Budget
 from headway.train.open_session import Edit
@@ -95,14 +96,21 @@ def rated(
 
 
 def series(
-    stage: Stage, corpus: str, arms: tuple[Arm, ...], seeds: tuple[int, ...], steps: tuple[int, ...]
+    stage: Stage,
+    corpus: str,
+    arms: tuple[Arm, ...],
+    seeds: tuple[int, ...],
+    steps: tuple[int, ...],
+    match: tuple[Quantity, ...] = ("active-flops", "total-parameters"),
+    free: tuple[str, ...] = (),
 ) -> Series:
     """Return runs that are evaluated once, at their end; the first arm is the baseline."""
     experiment = Experiment(
         arms,
         seeds,
         Budget(steps=max(steps)),
-        match=("active-flops", "total-parameters"),
+        match=match,
+        free=free,
         eval_tokens=EVAL_TOKENS,
         evaluations=1,
     )

@@ -134,13 +134,13 @@ def test_claims_read_runs_that_the_study_trains(study):
 
 
 def test_designs_of_the_frontier_send_as_many_bytes():
-    """Multi-Head LatentMoE and both forms of LatentMoE, as the plan counts them."""
+    """Flat, Multi-Head LatentMoE and both forms of LatentMoE, as the plan counts them."""
     series = frontiers.TRAFFIC
     arms = {name: by[frontiers.LATE] for name, by in series.plan(lambda _: None).items()}
     sent = [arm.costs["bytes_per_token"] for arm in arms.values()]
     assert max(sent) / min(sent) < 1.02 and len(set(sent)) == 4
     total = [arm.costs["total_parameters"] for arm in arms.values()]
-    assert max(total) / min(total) < 1.021
+    assert max(total) / min(total) < 1.023
     assert all(abs(arm.mismatch["train_flops"]) < 0.003 for arm in arms.values())
 
 

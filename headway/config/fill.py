@@ -14,6 +14,7 @@ def filled(config: Config, vocab_size: int) -> tuple[Config, dict[str, str]]:
     """Return the config with vocabulary, micro-batch and intervals filled in, and with what
     `optim.transfer=power` gives; and field → the sentence that explains its value. `vocab_size` is
     that of the tokenizer. Raises UsageError for a vocabulary that does not hold it."""
+    given = config.data
     config, derived = powered(config)
     model, data, run = config.model, config.data, config.run
     if not model.vocab_size:
@@ -26,11 +27,17 @@ def filled(config: Config, vocab_size: int) -> tuple[Config, dict[str, str]]:
             f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}; "
             f"use {vocab_size} or more, or 0"
         )
-    if not data.micro_batch_size:
-        world = config.mesh.size
+    world, rows = config.mesh.size, data.micro_batch_size
+    if not rows:
         data = dataclasses.replace(data, micro_batch_size=data.batch_size // world)
         why = "the whole batch in one pass" if world == 1 else f"one pass on each of {world} ranks"
+        if data.batch_size > given.batch_size:  # by optim.transfer=power, and so is the memory
+            before = given.batch_size // world
+            why += f", of {before} before; data.micro_batch_size={before} would accumulate instead"
         derived["data.micro_batch_size"] = f"{data.micro_batch_size}: {why}"
+    elif data.batch_size != given.batch_size:
+        passes, before = (d.batch_size // (rows * world) for d in (data, given))
+        derived["data.micro_batch_size"] = f"{rows}: as given; {passes} per step, {before} before"
     if not run.eval_every:
         every = max(1, config.optim.steps // 10)
         run = dataclasses.replace(run, eval_every=every)

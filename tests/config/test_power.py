@@ -64,6 +64,27 @@ def test_sixteen_times_the_tokens_by_hand():
     assert longest.optim.beta2 == 0.95
 
 
+def test_what_becomes_of_a_micro_batch_is_said():
+    longer = replace(BASE, steps=16_000)
+
+    def said(optim: OptimConfig, mesh=MeshConfig(), **data) -> tuple[int, str]:
+        config, derived = filled(_config(optim, mesh, **data), 257)
+        return config.data.micro_batch_size, derived.get("data.micro_batch_size", "")
+
+    assert said(longer) == (
+        93,
+        "93: the whole batch in one pass, of 32 before; "
+        "data.micro_batch_size=32 would accumulate instead",
+    )
+    assert said(longer, MeshConfig(dp=2))[1].endswith(
+        "on each of 2 ranks, of 16 before; data.micro_batch_size=16 would accumulate instead"
+    )
+    assert said(longer, micro_batch_size=8) == (8, "8: as given; 12 per step, 4 before")
+    for unchanged in (BASE, replace(BASE, steps=10), OptimConfig()):  # 32, fewer, 32 sequences
+        assert said(unchanged)[1].endswith(": the whole batch in one pass")
+        assert said(replace(unchanged, steps=1000), micro_batch_size=8) == (8, "")
+
+
 @given(
     steps=st.integers(1, 3000),
     batch=st.integers(1, 12),

@@ -114,9 +114,12 @@ def weight_decay(group: Group, config: OptimConfig, scale: Scale) -> float:
     return config.weight_decay / scale.lr if decays else 0.0
 
 
-def derivation(model: nn.Module, config: OptimConfig) -> dict[str, str]:
+def derivation(model: nn.Module, config: OptimConfig, initial: bool = True) -> dict[str, str]:
     """Return kind of parameter → the sentence that says what its rate, epsilon, decay and initial
-    values are and where they come from; empty where nothing is scaled."""
+    values are and where they come from; empty where nothing is scaled.
+
+    Args:
+        initial: whether values are drawn, and not those of a checkpoint."""
     if config.transfer != "width":
         return {}
     roles, by_muon = roles_of(model), muon_groups(config)
@@ -133,7 +136,7 @@ def derivation(model: nn.Module, config: OptimConfig) -> dict[str, str]:
             parts.append(f"eps {config.eps * scale.eps:.3g} = {config.eps:.3g} × {scale.eps:.4g}")
         if decay:
             parts.append(f"weight_decay {decay:.4g}")
-        if scale.init != 1.0:
+        if initial and scale.init != 1.0:
             parts.append(f"initial values × {scale.init:.4g}")
         key = f"{'muon_lr' if muon else 'lr'} of {kind}"
         if lines.setdefault(key, "; ".join(parts)) != "; ".join(parts):

@@ -86,7 +86,7 @@ def open_session(
         with torch.device("meta"):
             model = Transformer(config.model, compute, blocks=blocks)
         sizes = Sizes.of(model, config.data.seq_len)  # of the full model, before it is sharded
-        by_width = derivation(model, config.optim)
+        by_width = derivation(model, config.optim, initial=checkpoint is None)
         resolved = replace(resolved, derived={**resolved.derived, **by_width})
         init = init_scales(model, config.optim)
         parallelism = materialize(model, mesh, run.seed, init)

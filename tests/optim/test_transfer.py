@@ -221,8 +221,12 @@ def test_a_run_says_its_rates_and_resumes_bit_for_bit(tmp_path):
     for folder in sorted((again / "run" / "checkpoints").iterdir()):
         if folder.name > "step-000008":
             shutil.rmtree(folder)
-    resumed = train(config, resume=again / "run")
+    later = []
+    resumed = train(config, resume=again / "run", log=later.append)
     assert (8, "resumed") in events(again)
+    assert any("initial values × 0.7071" in line for line in lines)
+    assert any(line.startswith("lr of matrices, fan-in 32 = ") for line in later)
+    assert not any("initial values" in line for line in later)  # they are the checkpoint's
     assert_same_run(root, again, whole, resumed)
     plain = train(tiny(tmp_path / "c"))
     assert plain["val_loss"] != whole["val_loss"]

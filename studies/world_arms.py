@@ -88,20 +88,17 @@ def wrong(folder: Path) -> dict[str, float]:
 
 
 def solved(rows: Sequence[Row], corpus: str, name: str) -> int:
-    """Return how many runs of an arm on a world have solved it."""
+    """Return how many runs of an arm on a world have solved it. Raises KeyError where one diverged:
+    it has no scores, and what it would have had cannot be told."""
     chosen = [row for row in rows if (row["corpus"], row["arm"]) == (corpus, name)]
-    return sum(share_wrong(row, "targets wrong") < SOLVED for row in chosen)
+    return sum(row["scores"]["targets wrong"] < SOLVED for row in chosen)
 
 
 def mean_wrong(rows: Sequence[Row], corpus: str, name: str, what: str = "items wrong") -> float:
-    """Return a score of an arm on a world, the mean over seeds."""
+    """Return a score of an arm on a world, the mean over seeds. Raises KeyError where a run
+    diverged."""
     chosen = [row for row in rows if (row["corpus"], row["arm"]) == (corpus, name)]
-    return sum(share_wrong(row, what) for row in chosen) / len(chosen)
-
-
-def share_wrong(row: Row, name: str) -> float:
-    """Return a share of a row that is wrong: all, where the run diverged."""
-    return row["scores"][name] if row["scores"] else 1.0
+    return sum(row["scores"][what] for row in chosen) / len(chosen)
 
 
 def _changed(config: Config, values: dict[str, Any]) -> Config:

@@ -48,7 +48,9 @@ def no_design(rows: Sequence[Row]) -> Verdict:
 
 
 def by_world(rows: Sequence[Row]) -> list[Row]:
-    """Return how many runs of each design have solved a world, and what they have wrong."""
+    """Return how many runs of each design have solved a world, and what they have wrong, of those
+    that did not diverge."""
+    rows = [row for row in rows if row["scores"]]
     runs = Counter((row["corpus"], row["arm"]) for row in rows)
     return [
         {

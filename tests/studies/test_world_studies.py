@@ -1,17 +1,20 @@
 """Studies on worlds: they train and score, and their rules decide as they say."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from headway.config import ModelConfig, MoEConfig, with_leaf
-from headway.lab.study import quick, tasks, train
+from headway.lab.study import quick, read_rows, tasks, train
+from headway.lab.verdict import judge_rules
 from headway.model import costs as model_costs
 from headway.model.transformer import Transformer
 from studies import half_life, multiplication, worlds
 
+NUMBERS = Path(__file__).resolve().parents[2] / "docs" / "numbers" / "studies"
 WORK = model_costs.Workload(seq_len=5)
 DENSE = MoEConfig(kind="dense")
 STUDIES = {module.STUDY.name: module for module in (worlds, multiplication, half_life)}
@@ -127,3 +130,21 @@ def test_rules_of_worlds():
     assert worlds.by_world([one])[0]["solved"] == "1 of 1"
     assert worlds.sparse_solves(rows).answer == "holds"
     assert worlds.no_design(rows).answer == "refuted"
+
+
+def test_a_run_that_diverged_is_not_scored():
+    """Neither as unsolved nor as all wrong: a rule that reads it cannot tell, a table has others."""
+    for study in (worlds.STUDY, multiplication.STUDY, half_life.STUDY):
+        known = read_rows(NUMBERS / f"{study.name}.json")
+        for rule in study.rules:
+            rows = [row for row in known if row["corpus"] in rule.corpora or not rule.corpora]
+            (before,) = (j.said for j in judge_rules(study, known, set()) if j.rule is rule)
+            assert before == rule.judge(rows)
+            lost = next(row for row in rows if row["arm"] in ("dense", "flat"))
+            rest = [row for row in known if row is not lost]
+            diverged = [*rest, lost | {"bits_per_byte": None, "scores": {}}]
+            (said,) = (j.said for j in judge_rules(study, diverged, set()) if j.rule is rule)
+            named = f"{lost['arm']} (seed {lost['seed']}, {lost['corpus']})"
+            assert said == ("cannot_tell", f"These runs diverged: {named}."), rule.id
+            if study is worlds.STUDY:
+                assert worlds.by_world(diverged) == worlds.by_world(rest) != worlds.by_world(known)

@@ -13,8 +13,13 @@ written and read once, weights are read once forward and twice backward; every f
 its layer's experts again and adds to their gradient in float32.
 Overlap: `plan.overlap` simulates the stages and exchanges of a sparse layer as the code runs them.
 The weights of the next layer are gathered while a layer computes, and gradients are reduced while
-earlier layers are still in backward; nothing hides those of the first layer and the embedding. A
-processor that moves the bytes itself (gloo) pays for the hidden part as well."""
+earlier layers are still in backward; nothing hides those of the first layer and the embedding. With
+FSDP they share the network, and backward hides each second once:
+
+    forward    1/3 of compute  hides half of the weights
+    backward   2/3 of compute  hides the other half, and gradients in what time is left
+
+A processor that moves the bytes itself (gloo) pays for the hidden part as well."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -144,16 +149,19 @@ def step_seconds(
     gathered = sum(_comm(setting, layout, w) for w in volumes if w.kind == "weights")
     small_sum = setting.link(layout, "world").ring(0) if layout.ranks > 1 else 0.0
     copied = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
+    half, pieces = gathered / 2, 2 * config.model.n_layers * passes
+    forward, backward = total(compute) / 3, total(compute) * 2 / 3
+    late = max(half - forward, 0.0) + max(half - backward, 0.0)
     exposed = (
         Item(TimePart.COPIES, layers * waited.copies, copied),
         Item(TimePart.HEAD_PARALLEL, layers * waited.hp, HIDDEN),
         Item(TimePart.EXPERT_PARALLEL, layers * waited.ep, HIDDEN),
         Item(
             TimePart.WEIGHTS,
-            _exposed(gathered, 2 * config.model.n_layers * passes, total(compute)),
-            "max(comm/(2·layers·passes), comm − compute)",
+            max(gathered / pieces, late),
+            "max(comm/(2·layers·passes), (comm/2 − forward) + (comm/2 − backward))",
         ),
-        _gradients(setting, layout, volumes, passes, total(compute)),
+        _gradients(setting, layout, volumes, passes, max(backward - half, 0.0)),
         # targets, norm and statistics of train/step.py and parallel/reduce.py, once per step
         Item(TimePart.SMALL_SUMS, 3 * small_sum, "3·latency·2·(N−1)"),
     )
@@ -166,8 +174,10 @@ def _comm(setting: Setting, layout: MeshLayout, sent: CommVolume) -> float:
 
 
 def _gradients(
-    setting: Setting, layout: MeshLayout, volumes: Sequence[CommVolume], passes: int, compute: float
+    setting: Setting, layout: MeshLayout, volumes: Sequence[CommVolume], passes: int, free: float
 ) -> Item:
+    """Return what gradients cost beyond `free`, the seconds of backward in which no weights are
+    gathered."""
     comm = work = 0.0
     for sent in (volume for volume in volumes if volume.kind == "gradients"):
         if layout.shard:
@@ -176,19 +186,14 @@ def _gradients(
             link = setting.link(layout, sent.axis)
             comm += link.ring(sent.bytes)
             work += link.ring_work(sent.bytes)
-    hiding = compute * 2 / 3 / (1 if layout.shard else passes)
-    exposed = _exposed(comm, setting.config.model.n_layers + 1, hiding)
-    backward = "backward" if layout.shard else "backward of the last pass"
-    formula = f"max(comm/(layers+1), comm − {backward})"
+    hiding = free / (1 if layout.shard else passes)
+    exposed = max(comm / (setting.config.model.n_layers + 1), comm - hiding)
+    hides = "(backward − weights gathered in it)" if layout.shard else "backward of the last pass"
+    formula = f"max(comm/(layers+1), comm − {hides})"
     if work:  # the hidden part still takes its share of the processor
         exposed += work * (comm - exposed) / comm
         formula += " + the processor's part of the rest"
     return Item(TimePart.GRADIENTS, exposed, formula)
-
-
-def _exposed(comm: float, parts: int, work: float) -> float:
-    """Return the seconds of `comm`, sent in `parts`, that `work` does not hide."""
-    return max(comm / parts, comm - work) if comm else 0.0
 
 
 def newton_schulz(costs: ModelCosts, optim: OptimConfig, layout: MeshLayout) -> float:

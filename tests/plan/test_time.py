@@ -109,15 +109,41 @@ def test_gradients_hide_behind_the_last_backward_pass():
     assert hides > 0.01 * comm
     pieces = MODEL.n_layers + 1
     assert times["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
-    # with FSDP they leave in every pass, and half of the ring
-    sharded = replace(layout, shard=True)
-    volumes = comm_volumes(setting, costs_of(), sharded, T, PASSES)
-    leaving = [w for w in volumes if w.kind == "gradients"]
-    ways = (1e6 if sharded.in_one_node(w.axis, 4) else 1e5 for w in leaving)
-    comm = sum(w.bytes / way + 1e-3 * w.messages for w, way in zip(leaving, ways, strict=True))
-    times = parts(sharded, per_node=4)
-    hides = 2 / 3 * sum(times[name] for name in compute)
-    assert times["gradients summed"] == pytest.approx(max(comm / pieces, comm - hides))
+
+
+@pytest.mark.parametrize("bandwidth", [1e4, 1e5, 1e6, 1e7, 1e9])
+def test_with_fsdp_each_second_of_compute_hides_once(bandwidth, monkeypatch):
+    """Forward hides half of the weights' time, backward the other half and then gradients, which
+    leave in every pass with half of the ring; on a slow network the sum is what is sent."""
+    machine = replace(MACHINE, intra_node=bandwidth, inter_node=bandwidth)
+    monkeypatch.setattr(f"{__name__}.MACHINE", machine)
+    layout = MeshLayout(dp=2, hp=2, shard=True)
+    times = parts(layout)
+    wires = comm_volumes(Setting(CONFIG, machine, chunks=1), costs_of(), layout, T, PASSES)
+    weights, gradients = (
+        sum(w.bytes / bandwidth + 1e-3 * w.messages for w in wires if w.kind == kind)
+        for kind in ("weights", "gradients")
+    )
+    compute = sum(times[n] for n in ("matmuls", "attention scores", "experts", "memory traffic"))
+    late = [max(weights / 2 - share * compute, 0) for share in (1 / 3, 2 / 3)]
+    free = max(2 / 3 * compute - weights / 2, 0)
+    n_layers = MODEL.n_layers
+    exposed = max(weights / (2 * n_layers * PASSES), sum(late))
+    assert times["weights gathered, exposed"] == pytest.approx(exposed)
+    summed = max(gradients / (n_layers + 1), gradients - free)
+    assert times["gradients summed"] == pytest.approx(summed)
+    if all(late):
+        assert exposed + summed + compute == pytest.approx(weights + gradients)
+
+
+def test_faster_experts_never_make_a_step_longer(monkeypatch):
+    """On a slow network, where time that is saved hides less."""
+    monkeypatch.setattr(f"{__name__}.MACHINE", replace(MACHINE, intra_node=1e5, inter_node=1e5))
+    layout = MeshLayout(dp=2, hp=2, shard=True)
+    slow = sum(parts(layout).values())
+    rate = Machine.rate
+    monkeypatch.setattr(Machine, "rate", lambda self, *kind: 2 * rate(self, *kind))
+    assert sum(parts(layout).values()) <= slow * (1 + 1e-12)
 
 
 def test_every_further_chunk_reads_the_experts_again():

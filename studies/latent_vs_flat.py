@@ -124,5 +124,5 @@ STUDY = Study(
     notes=f"{WHERE} `D 256`: width 256. `rate` is a factor on the experts' learning rate; by the "
     "screening it is 0.7 for `2x64` and `2 slices`, and 1 for others and in `levers`.",
     tables={"levers": levers.table, "frontiers": frontiers.frontiers},
-    also=("levers", "frontiers"),
+    also=("levers", "frontiers", "step_times"),
 )

@@ -131,7 +131,7 @@ class Study:
     tables: Mapping[str, Callable[[Sequence[Row]], list[Row]]] = field(default_factory=dict)
     """Name → a table of numbers that are no claims, from the rows."""
     also: tuple[str, ...] = ()
-    """Studies whose rows the tables read too."""
+    """Studies and measurements whose rows the tables read too."""
 
 
 @dataclass(frozen=True)
@@ -317,11 +317,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def tables(study: Study, rows: Sequence[Row], numbers: Path) -> dict[str, list[Row]]:
-    """Return the tables of a study, from its rows and those that `numbers` has of others. Raises
-    UsageError where these were validated on different texts of one name."""
+    """Return the tables of a study, from its rows and those that `numbers` has of others, also of
+    measurements, which read no text. Raises UsageError where runs were validated on different texts
+    of one name."""
     others = (row for name in study.also for row in read_rows(numbers / f"{name}.json"))
     known = [*rows, *others]
-    check_texts(known)
+    check_texts([row for row in known if "corpus" in row])
     return {name: table(known) for name, table in study.tables.items()}
 
 

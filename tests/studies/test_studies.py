@@ -144,24 +144,6 @@ def test_designs_of_the_frontier_send_as_many_bytes():
     assert all(abs(arm.mismatch["train_flops"]) < 0.003 for arm in arms.values())
 
 
-def test_the_frontier_names_a_winner_once_all_confirming_pairs_are_there():
-    def row(arm, seed, bits):
-        return {
-            "stage": "confirm", "arm": arm, "seed": seed, "budget": 2000, "bits_per_byte": bits,
-        }  # fmt: skip
-
-    bits = {"flat": 1.5, "2x64": 1.48, "2 slices": 1.51}
-    rows = [
-        row(arm, seed, value + 0.001 * seed + (0.002 if (arm, seed) == ("2x64", 3) else 0))
-        for arm, value in bits.items()
-        for seed in range(1, 9)
-    ]
-    (budget,) = latent_vs_flat.STUDY.tables["frontiers"](rows)
-    assert budget["winner"] == "2x64" and budget["verdict"] == "better" and budget["seeds"] == 8
-    assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 8)
-    assert latent_vs_flat.STUDY.tables["frontiers"](rows[:-1]) == []
-
-
 @pytest.mark.parametrize("name", names(ROOT / "studies"))
 def test_a_study_is_read_in_one_sitting(name):
     assert len((ROOT / "studies" / f"{name}.py").read_text("utf-8").splitlines()) <= 150

@@ -71,6 +71,8 @@ def compare(args: Sequence[str]) -> int:
     options = parse(Compare, verb_words, "headway compare")
     if len(options.arms) < 2:
         raise UsageError(f"compare needs two arms or more; use {recipe_names()}")
+    if options.workers < 1:
+        raise UsageError(f"--workers {options.workers} is below 1; use 1 or more")
 
     from headway.lab.compare import compare as run_comparison
     from headway.lab.compare import table

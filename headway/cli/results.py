@@ -1,5 +1,6 @@
 """`headway results`: tables of finished runs."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -40,7 +41,9 @@ def results(args: Sequence[str]) -> int:
 
     from headway.lab import results as lab
 
-    rows = lab.select(lab.read_rows(Path(options.dir)), options.where)
+    root = Path(options.dir)
+    finished = lab.read_rows(root)
+    rows = lab.select(finished, options.where)
     if not rows:
         raise UsageError(f"--where {options.where!r} holds for no run in {options.dir}")
     fields = [name for name in options.group.split(",") if name]
@@ -50,4 +53,7 @@ def results(args: Sequence[str]) -> int:
     table = rows if fields else lab.shown(rows)
     print(lab.as_csv(table) if options.csv else lab.as_text(table), end="" if options.csv else "\n")
     print_json(options.json, {"rows": rows})
+    if left_out := len(lab.run_folders(root)) - len(finished):
+        what = f"{left_out} of the runs in {root} have no whole result.json and are left out"
+        print(what, file=sys.stderr)
     return 0

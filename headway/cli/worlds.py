@@ -63,7 +63,8 @@ def worlds(args: Sequence[str]) -> int:
     except BrokenPipeError:  # no mistake: whoever reads has seen enough
         raise
     except OSError as error:
-        raise UsageError(f"cannot write {options.out!r}: {error.strerror}") from None
+        fix = "choose another file with --out"
+        raise UsageError(f"cannot write {options.out}: {error.strerror}; {fix}") from None
     if options.out:
         print(f"{options.out}: {options.n:,} items of up to {world.n_tokens:,} tokens, {world}")
     answer = {"out": options.out, "task": world.name, "options": options_of(world), "n": options.n}

@@ -9,7 +9,7 @@ class UsageError(ValueError):
 
 def cannot_write(path: Path, error: OSError) -> UsageError:
     """Return the error of a run folder, or a file in it, that cannot be written."""
-    return UsageError(f"cannot write {path}: {error.strerror}; choose another folder with --run")
+    return UsageError(f"cannot write {path}: {error.strerror}; choose another folder")
 
 
 class RankError(UsageError):

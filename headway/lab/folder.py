@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,15 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and "bits_per_byte" in result else None
 
 
+def tries(folder: Path) -> list[tuple[str, int]]:
+    """Return host and process of each time that a run was started."""
+    try:
+        lines = (folder / "attempts").read_text("utf-8").splitlines()
+    except OSError:
+        return []
+    return [(host, int(pid)) for host, _, pid in (line.rpartition(" ") for line in lines)]
+
+
 def errors(folder: Path) -> list[str]:
     """Return a line for each try of a run that failed."""
     try:
@@ -92,9 +102,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write a file that is whole or absent. Raises UsageError where that cannot be done."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path.parent, error) from None
 
 

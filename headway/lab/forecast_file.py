@@ -89,14 +89,18 @@ def register(
             "registered": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
     )
+    created = False
     try:
         with path.open("x", encoding="utf-8") as file:
+            created = True
             file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     except FileExistsError:
         raise UsageError(
             f"{path} exists; a registration is never overwritten, use another --out"
         ) from None
     except OSError as error:
+        if created:  # a part of a forecast is none, and would be in the way of the whole one
+            path.unlink()
         raise UsageError(f"cannot write {path}: {error.strerror}; use another --out") from None
     return value
 

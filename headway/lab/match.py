@@ -37,6 +37,11 @@ class Place:
     network: str = "ndr"
     """Between nodes of eight GPUs (`plan.machine.NETWORKS`)."""
 
+    def __post_init__(self) -> None:
+        """Raise UsageError for no ranks."""
+        if self.ranks < 1:
+            raise UsageError(f"--ranks {self.ranks} is below 1; use the ranks that share experts")
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -264,7 +269,8 @@ def quantities(text: str) -> tuple[Quantity, ...]:
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in known:
-            raise UsageError(f"--match {name} is unknown; use {', '.join(known)}")
+            use = ", ".join([*known, "cpu-time"])  # which is no quantity of a config
+            raise UsageError(f"--match {name} is unknown; use {use}")
     if not 1 <= len(set(names)) == len(names) <= 2:
         raise UsageError(f"--match {text} names {len(names)} quantities; use one, or two others")
     return tuple(q for name in names for q in known if q == name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from headway.config import UsageError
 from headway.lab.folder import write_json
 
 Row = dict[str, Any]
@@ -53,11 +54,15 @@ def measure(study: Measurement, path: Path) -> dict[str, Any]:
         **{key: where[key] for key in ("machine", "versions", "commit", "dirty")},
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """Return what `measure` wrote, None where it did not."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """Return what `measure` wrote, None where it did not. Raises UsageError for a damaged file."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it from git") from None

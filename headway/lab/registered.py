@@ -127,7 +127,6 @@ def register(study: Study, folder: Path, log: Log = print) -> Path:
     if path.exists():
         raise UsageError(f"{path} is registered already; a new question is a new study")
     record = describe(study, log)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, sealed({"kind": KIND.name, **record}))
     return path
 

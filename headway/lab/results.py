@@ -25,13 +25,17 @@ SHOWN = (METRIC, "cpu_seconds", "tokens", "error")
 """Results that a table shows beside the fields that differ."""
 
 
+def run_folders(root: Path) -> list[Path]:
+    """Return the folders of runs below `root`/runs, by hash."""
+    return sorted(path for path in (root / "runs").glob("*") if path.is_dir())
+
+
 def read_rows(root: Path) -> list[dict[str, Any]]:
     """Return the finished runs below `root`/runs, by hash. Raises UsageError where there is none.
     Folders without a result are left out: they are not finished."""
-    folders = sorted(path for path in (root / "runs").glob("*") if path.is_dir())
-    rows = []
+    rows, folders = [], run_folders(root)
     for folder in folders:
-        if (result := read_result(folder)) is not None:
+        if "config" in (result := read_result(folder) or {}):
             config = leaves(result.pop("config"))
             rows.append({**config, **leaves(result)})
     if not rows:
@@ -68,6 +72,8 @@ def groups(rows: Sequence[Row], by: Sequence[str], metric: str = METRIC) -> list
     metric, its `mean` and `ci95` over them (Student's t; None for one), and `failed` runs."""
     known = fields_of(rows)
     metric = field_named(metric, known)
+    if not any(row.get(metric) is None or _is_number(row[metric]) for row in rows):
+        raise UsageError(f"--metric {metric} is no number; use one, as {METRIC}")
     several = [
         name for name in _compared_within(metric) if len({row.get(name) for row in rows}) > 1
     ]

@@ -20,8 +20,8 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
 from headway.eval.bits_per_byte import DocumentLosses
-from headway.lab.folder import Scores, config_hash, read_result, trunk_hash, write_json
+from headway.lab.folder import Scores, config_hash, read_result, tries, trunk_hash, write_json
 from headway.lab.match import measure
 from headway.optim.schedule import begin_alike, steps_before_fall
 from headway.train import loop
@@ -228,7 +228,7 @@ def _count_attempt(folder: Path) -> int:
     """Note that the run is started, and return how often it has been."""
     try:
         with (folder / "attempts").open("a", encoding="utf-8") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
-        return len((folder / "attempts").read_text("utf-8").splitlines())
+            file.write(f"{platform.node()} {os.getpid()}\n")
     except OSError as error:
         raise cannot_write(folder, error) from None
+    return len(tries(folder))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headway.config import cannot_write
 from headway.lab import svg
 from headway.lab.measurement import Measurement, read_result
 from headway.lab.registered import ids
@@ -31,8 +32,10 @@ STYLE = (
 
 
 def write_page(studies: Path, numbers: Path, page: Path) -> None:
-    """Write the page, and beside it the forest plot of each study with judged claims."""
+    """Write the page, and beside it the forest plot of each study with judged claims. Raises
+    UsageError where they cannot be written."""
     sections, head = [], ["| study | claim | verdict |", "|---|---|---|"]
+    plots = dict[str, str]()
     for name in names(studies):
         study = load(name, studies)
         if isinstance(study, Measurement):
@@ -53,12 +56,18 @@ def write_page(studies: Path, numbers: Path, page: Path) -> None:
         if not (judged or ruled):
             head.append(f"| [{name}](#{name}) | {study.title} | no claim |")
         if plot := forest(judged):
-            (page.parent / "studies").mkdir(exist_ok=True)
-            (page.parent / "studies" / f"{name}.svg").write_text(plot, "utf-8")
+            plots[name] = plot
         shown = tables(study, rows, numbers)
         sections.append(_study(study, rows, shown, judged, ruled, registration, bool(plot)))
     text = HEAD + "\n" + "\n".join(head) + "\n" + "\n".join(sections)
-    page.write_text(text, "utf-8")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, "utf-8")
+        for name, plot in plots.items():
+            (page.parent / "studies").mkdir(exist_ok=True)
+            (page.parent / "studies" / f"{name}.svg").write_text(plot, "utf-8")
+    except OSError as error:
+        raise cannot_write(page.parent, error) from None
 
 
 def forest(judged: Sequence[Judged]) -> str:

@@ -351,7 +351,6 @@ def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Pat
     check_texts(list(rows.values()))
     ordered = sorted(rows.values(), key=lambda row: tuple(map(str, row_key(row))))
     if len(rows) > before:
-        rows_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(rows_file, {"study": study.name, "rows": ordered})
     return ordered
 

@@ -87,8 +87,9 @@ class Sweep:
         """Train what a file asks for; return `runs`, `done`, `failed`, `reused`, `started`,
         `invalid` (a line each), `best` (hash and bits per byte; None where runs were validated on
         different text), `seconds`, and `overhead`: the share of the workers' time that went into
-        anything but runs, where all were new. Raises UsageError for a file that is no sweep, or
-        raises, and for a folder that cannot be written; RunError where workers cannot start."""
+        anything but runs, where all were new and these workers trained them. Raises UsageError for
+        a file that is no sweep, or raises, and for a folder that cannot be written; RunError where
+        workers cannot start."""
         begin = time.monotonic()
         generator, answer = load(path), None
         with Workers(self.root, self.workers, self.threads, self.on, self.log) as processes:
@@ -96,9 +97,10 @@ class Sweep:
                 answer = self._ask(item, processes)
             for key in self._results:
                 self._wait(key, processes)
+            ours = all(processes.trained(key) for key in self._results)
         for key in self._forks:
             shutil.rmtree(self.root / "runs" / key / "checkpoints", ignore_errors=True)
-        return self._summary(time.monotonic() - begin)
+        return self._summary(time.monotonic() - begin, ours)
 
     def _ask(self, item: Item, processes: Workers) -> Result:
         """Ask for a run."""
@@ -153,6 +155,7 @@ class Sweep:
             self._results[key] = read_result(folder)
             if self._results[key] is None and len(failed := errors(folder)) >= TRIES:
                 self._results[key] = {"bits_per_byte": None, "error": failed[-1], "failed": True}
+                self.log(f"given up after {len(failed)} tries: {key}: {failed[-1]}")
         return self._results[key]
 
     def _open(self) -> list[str]:
@@ -193,7 +196,7 @@ class Sweep:
         best = min(ended, key=lambda r: r["bits_per_byte"], default=None)
         return best and {name: best[name] for name in ("config_hash", "bits_per_byte")}
 
-    def _summary(self, seconds: float) -> dict[str, Any]:
+    def _summary(self, seconds: float, ours: bool) -> dict[str, Any]:
         done, failed = self._counts()
         started = len(self._results) - self._reused
         trained = sum(map(_seconds, self._results.values()))
@@ -207,7 +210,7 @@ class Sweep:
             "invalid": self._invalid,
             "best": self._best(),
             "seconds": seconds,
-            "overhead": None if self._reused or failed else max(1 - trained / used, 0.0),
+            "overhead": max(1 - trained / used, 0.0) if ours and 0 < done == started else None,
         }
 
 
@@ -284,7 +287,8 @@ def _from_mapping(item: Mapping[str, Any]) -> Config:
         raise UsageError(f"{dict(item)} names no recipe; use {', '.join(recipes.RECIPES)}")
     if not isinstance(item.get("fork", False), bool):
         raise UsageError(f"fork is a bool, not {item['fork']!r}")
-    config = recipes.load(item["recipe"])
+    # its clock would end the runs of a busy machine earlier
+    config = with_leaf(recipes.load(item["recipe"]), "run.max_seconds", 0.0)
     known = leaves(config.to_dict())
     for path, value in item.items():
         if path in ("recipe", "fork"):

@@ -3,7 +3,8 @@
     condition   all { "or" all }
     all         part { "and" part }
     part        "not" part | "(" condition ")" | comparison
-    comparison  FIELD OPERATOR VALUE | FIELD "in" VALUE { "," VALUE }
+    comparison  FIELD OPERATOR VALUE | FIELD "in" values | FIELD "in" "(" values ")"
+    values      VALUE { "," VALUE }
 
 The text is parsed here; no part of it is ever run as code."""
 
@@ -115,9 +116,11 @@ class _Parser:
             return inner
         field = field_named(self._next("a field").text, self.fields)
         if self._takes("in"):
-            values = [self._value()]
+            enclosed, values = self._takes("("), [self._value()]
             while self._takes(","):
                 values.append(self._value())
+            if enclosed and not self._takes(")"):
+                self._fail("a ) is missing")
             return lambda row: any(_holds(operator.eq, _one(row.get(field)), v) for v in values)
         sign = self._next("an operator").text
         if sign not in OPERATORS:

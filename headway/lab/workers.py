@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import node
 from typing import Literal
 
 from headway.config import RunError, UsageError, cannot_write
-from headway.lab.folder import TRIES, Wanted, add_error, errors, held_by, read_result, want
+from headway.lab.folder import TRIES, Wanted, add_error, errors, held_by, read_result, tries, want
 
 COMMAND = [sys.executable, "-m", "headway.lab.worker"]
 """Starts a worker, before the path of its queue."""
@@ -33,6 +34,8 @@ class Processes:
     """Of a worker, until a run says otherwise."""
     log: Callable[[str], None] = print
     _processes: list[subprocess.Popen] = field(default_factory=list)
+    pids: set[int] = field(default_factory=lambda: {os.getpid()})
+    """Of this process and of all that were started."""
     _lost: int = 0
     """Workers that died without a run."""
 
@@ -61,6 +64,7 @@ class Processes:
             self._bury(process.pid, process.returncode, open_)
         while len(self._processes) < n:
             self._processes.append(self.start([*COMMAND, str(self.queue)]))
+            self.pids.add(self._processes[-1].pid)
 
     def start(self, command: list[str], stdout: int | None = None) -> subprocess.Popen:
         """Start a process that imports what this one can; what it prints is in workers.log."""
@@ -84,6 +88,7 @@ class Processes:
                 return
         self._lost += 1
         if self._lost >= TRIES:
+            check_room(self.root)
             raise RunError(
                 f"{self._lost} workers ended ({code}) while they trained nothing; the end of "
                 f"{self.root}/workers.log says why"
@@ -140,6 +145,13 @@ class Workers:
             raise cannot_write(self.root, error) from None
         return True
 
+    def trained(self, key: str) -> bool:
+        """Return whether processes of this machine that are known here made all tries of a run."""
+        return all(
+            host == node() and pid in self._processes.pids
+            for host, pid in tries(self.root / "runs" / key)
+        )
+
     def keep(self, open_: list[str]) -> None:
         """Start workers, n or as many as there are open runs, also in place of those that have
         died. Raises RunError where several died that had no run, or where Ray is gone."""
@@ -163,6 +175,18 @@ class Workers:
             launcher.wait()
             raise UsageError(said or f"--on ray: the end of {self.root}/workers.log says why")
         return launcher
+
+
+def check_room(root: Path) -> None:
+    """Raise UsageError where a folder cannot be written: what a worker says is lost there too."""
+    path = root / f".room-{os.getpid()}"
+    try:
+        path.write_bytes(b"room")
+    except OSError as error:
+        raise cannot_write(root, error) from None
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def wanted(queue: Path, ended: set[str]) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -125,6 +126,7 @@ def write_html(page: str, out: str | Path) -> Path:
         temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, out)
     except OSError as error:
-        fix = "choose another file with --out"
-        raise UsageError(f"cannot write {out}: {error.strerror}; {fix}") from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose another file") from None
     return out

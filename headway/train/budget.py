@@ -55,6 +55,8 @@ class Budget:
         amount = float(number[1]) * size
         if name == "steps" and amount != int(amount):
             raise UsageError(f"budget {text!r} is no whole number of steps; use {int(amount)}steps")
+        if not amount:
+            raise UsageError(f"budget {text!r} is nothing; use 400steps, or another one above 0")
         values: dict[str, Any] = {name: int(amount) if name == "steps" else amount}
         return cls(**values)
 

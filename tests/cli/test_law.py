@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -85,6 +86,18 @@ def test_a_registration_is_whole_and_is_never_overwritten_or_edited(marin, tmp_p
     edited["law"]["theta"][0] += 0.1
     fit.write_text(json.dumps(edited))
     assert "was changed after it was written" in mistake("law", "predict", fit, "--flops", "1e21")
+
+
+def test_a_part_of_a_registration_is_not_left_behind(marin, tmp_path):
+    fit, _ = fitted(marin)
+    words, out = ("law", "register", fit, "--flops", "1e21", "--out"), tmp_path / "out.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as a full disk: a part is written
+    try:
+        assert "cannot write" in mistake(*words, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists() and call(*words, out).code == 0
 
 
 @pytest.fixture(scope="module")

@@ -264,6 +264,8 @@ def test_cpu_seconds_are_calibrated_steps(place):
         ),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--seeds", "1,1"], "not different ones"),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--budget", "3"], "no number with a unit"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--ranks", "0"], "--ranks 0 is below 1"),
+        (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--workers", "0"], "--workers 0 is below"),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--run.seed", "3"], "use --seeds"),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:d_expert=4", "--steps", "3"], "use --budget"),
         (["a=tiny.py:tiny", "b=tiny.py:tiny:kind=dense,moe.n_heads=1"], "2 budgets"),

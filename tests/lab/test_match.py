@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headway import recipes
 from headway.config import Config, MoEConfig, UsageError, leaves, with_leaf
-from headway.lab.match import TOLERANCE, bytes_per_token, match, measure, quantities
+from headway.lab.match import TOLERANCE, Place, bytes_per_token, match, measure, quantities
 from headway.model.linear import FeedForward
 from headway.model.transformer import Transformer
 from headway.plan.describe import describe, with_vocab
@@ -125,6 +125,13 @@ def test_names_of_quantities():
     for text in ("", "flops", "active-flops,active-flops", "active-flops,memory,traffic"):
         with pytest.raises(UsageError, match="--match"):
             quantities(text)
+    with pytest.raises(UsageError, match="step-time, cpu-time"):
+        quantities("bogus")
+
+
+def test_traffic_is_between_ranks():
+    with pytest.raises(UsageError, match="--ranks 0 is below 1"):
+        Place(ranks=0)
 
 
 def test_a_leaf_is_replaced_by_its_path():

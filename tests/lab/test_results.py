@@ -28,6 +28,7 @@ def folder(tmp_path):
         }))  # fmt: skip
     write(tmp_path, "open", None)
     write(tmp_path, "cut", '{"config": {')
+    write(tmp_path, "part", '{"bits_per_byte": 1.0}')
     return tmp_path
 
 
@@ -47,6 +48,7 @@ def test_a_table_shows_what_differs(folder):
     assert lines[4].split() == ["moe1", "moe", "1", "–", "12.5000", "102,400", "loss", "is", "nan"]
     assert [row["bits_per_byte"] for row in done.json["rows"]] == [1.9, 2.0, 2.1, None]
     assert done.json["rows"][0]["model.moe.n_experts"] == Config().model.moe.n_experts
+    assert "3 of the runs in" in done.err and "have no whole result.json" in done.err
 
 
 def test_groups_have_mean_and_interval(folder):
@@ -107,6 +109,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
     write(tmp_path / "other", "a", None)
     assert "1 runs, none of them finished" in mistake("results", str(tmp_path / "other"))
     assert "holds for no run" in mistake("results", str(folder), "--where", "seed=7")
+    assert "no number" in mistake("results", str(folder), "--group=seed", "--metric=moe.kind")
     assert "there is no field depth" in mistake("results", str(folder), "--sort", "depth")
     assert "seed=='" in mistake("results", str(folder), "--where", "seed=='")
 

@@ -234,6 +234,8 @@ OTHER = Series("confirm", "tiny text", EXPERIMENT, (10, 20))
     file.write_text(FILE)
     listed = call("study", "list", "--json").json["studies"]
     assert [(s["name"], s["rows"]) for s in listed] == [("small", 12)]
+    lost = mistake("study", "list", "--page", "--numbers", file / "numbers" / "studies")
+    assert "cannot write" in lost and "small.py" in lost
     assert call("study", "list", "--page").code == 0
     page = (place / "docs" / "studies.md").read_text()
     assert "| A | slow − base at 20 steps | tiny text | < 90 | 2 |" in page

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from headway import recipes
 from headway.checkpoint.lock import Holder
 from headway.config import RunError, UsageError
 from headway.lab import workers as module
@@ -109,6 +110,7 @@ def test_what_cannot_be_is_named_and_the_rest_runs(place):
     [folder] = (p for p in (place / "sweep" / "runs").iterdir() if (p / "errors").is_file())
     lines = (folder / "errors").read_text().splitlines()
     assert len(lines) == TRIES and "nowhere.txt" in lines[-1]
+    assert f"given up after {TRIES} tries: {folder.name}: {lines[-1]}" in done.out
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,28 @@ def test_workers_that_cannot_start_end_the_sweep(place, monkeypatch):
     assert "No module named 'headway_nothing'" in (place / "s" / "workers.log").read_text()
 
 
+def test_workers_that_cannot_even_say_why_for_want_of_room(place, monkeypatch):
+    sweep = stand_in(place, monkeypatch, "raise SystemExit(2)")
+    (place / "s").mkdir()
+    (place / "s" / f".room-{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(UsageError, match="cannot write .*s: No space left on device"):
+        sweep.run(place / "grid.py")
+
+
+def test_no_share_of_time_is_told_of_runs_that_others_trained(place, monkeypatch):
+    def other(self, open_):
+        work(self.queue, ends=True)
+        for path in place.glob("sweep/runs/*/attempts"):
+            path.write_text("node7 1\n")
+
+    monkeypatch.setattr(Workers, "keep", other)
+    value = call("sweep", "grid.py", "--json").json
+    assert (value["done"], value["started"], value["overhead"]) == (5, 5, None)
+    (place / "none.py").write_text("def configs():\n    yield from ()")
+    value = call("sweep", "none.py", "--json").json
+    assert (value["runs"], value["overhead"]) == (0, None)
+
+
 def stand_in(place, monkeypatch, program: str) -> Sweep:
     """A sweep whose workers run this program."""
     monkeypatch.setattr(Workers, "keep", KEEP)
@@ -211,6 +235,12 @@ def test_a_fork_is_true_or_false(place):
     assert resolved({"recipe": "tiny.py:tiny", "fork": True}) == resolved(
         {"recipe": "tiny.py:tiny"}
     )
+
+
+def test_the_clock_of_a_recipe_ends_no_run(place):
+    assert recipes.load("demo").run.max_seconds > 0
+    assert resolved({"recipe": "demo"}).run.max_seconds == 0
+    assert resolved({"recipe": "demo", "run.max_seconds": 9.0}).run.max_seconds == 9
 
 
 def test_runs_are_named_as_they_are_trained(place):

@@ -36,6 +36,8 @@ def test_what_people_write(text, want):
 def test_what_is_no_budget(text):
     with pytest.raises(UsageError, match="budget"):
         Budget.parse(text)
+    with pytest.raises(UsageError, match="'0.0Mtokens' is nothing"):
+        Budget.parse("0.0Mtokens")
     with pytest.raises(UsageError, match="one of steps"):
         Budget(steps=3, tokens=3)
 

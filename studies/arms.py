@@ -12,7 +12,7 @@ from headway import recipes
 from headway.config import Config, with_leaf
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.match import Quantity
-from headway.lab.study import Contrast, Row, Series, Stage
+from headway.lab.study import Contrast, Row, Series, Stage, of_one_text
 from headway.train.budget import Budget
 from headway.train.open_session import Edit
 
@@ -119,12 +119,15 @@ def series(
 
 def differences(rows: Sequence[Row], stage: Stage, contrast: Contrast) -> list[float]:
     """Return the paired differences of a contrast, bits per byte, in the order of the seeds of its
-    baseline; a pair with a diverged run is left out."""
-    bits = {
-        (row["arm"], row["seed"]): row["bits_per_byte"]
+    baseline; a pair with a diverged run is left out. Raises UsageError for runs on several
+    texts."""
+    arms = contrast.arm, contrast.baseline
+    chosen = [
+        row
         for row in rows
-        if (row["stage"], row["budget"]) == (stage, contrast.steps)
-    }
+        if (row["stage"], row["budget"]) == (stage, contrast.steps) and row["arm"] in arms
+    ]
+    bits = {(row["arm"], row["seed"]): row["bits_per_byte"] for row in of_one_text(chosen)}
     seeds = [seed for arm, seed in bits if arm == contrast.baseline]
     pairs = [(bits.get((contrast.arm, seed)), bits[contrast.baseline, seed]) for seed in seeds]
     return [a - b for a, b in pairs if a is not None and b is not None]

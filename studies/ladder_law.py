@@ -20,7 +20,7 @@ from headway.lab.isoflop import minima
 from headway.lab.laws import Irreducible
 from headway.lab.rungs import Runs, read_runs
 from headway.lab.sealed import sealed
-from headway.lab.study import Row, Series
+from headway.lab.study import Row, Series, of_one_text
 from headway.train.budget import Budget
 from studies.arms import design
 
@@ -63,6 +63,7 @@ def planned(one: Arm, steps: int) -> PlannedArm:
 def fit(rows: Sequence[Row], base: str, budgets: Sequence[int]) -> tuple[Fit, Runs]:
     """Return the law of the runs at some budgets, and what it is fitted to. A budget is the FLOPs
     of `base` there: those of all arms agree within 0.3%. Raises UsageError where it gives none."""
+    rows = of_one_text(rows)
     flops = {row["budget"]: row["train_flops"] for row in rows if row["arm"] == base}
     table = sorted(
         (flops[row["budget"]], row["tokens"], row["bits_per_byte"])
@@ -83,6 +84,7 @@ def within(rows: Sequence[Row], parts: Sequence[Series], budgets: Sequence[int])
 
 def summary(rows: Sequence[Row], base: str, budgets: Sequence[int]) -> list[Row]:
     """Return the minimum of each budget, once all four runs of each are there."""
+    rows = of_one_text(rows)
     try:
         return rungs(*fit(rows, base, budgets)) if len(rows) == 4 * len(budgets) else []
     except UsageError:  # a budget without a minimum
@@ -108,6 +110,7 @@ def rungs(fitted: Fit, runs: Runs) -> list[Row]:
 
 def gained(fitted: Fit, rows: Sequence[Row], change: str, base: str) -> Gain:
     """Return the efficiency gain of an arm over `base` at each budget that both have."""
+    rows = of_one_text(rows)
     by_budget = {row["budget"]: row for row in rows if row["arm"] == base}
     runs = [
         (row["train_flops"], row["bits_per_byte"], by_budget[row["budget"]]["bits_per_byte"])

@@ -12,7 +12,7 @@ from statistics import mean
 
 from headway.lab.experiment import Arm
 from headway.lab.statistics import Region
-from headway.lab.study import Claim, Contrast, Prediction, Row, Series, Study
+from headway.lab.study import Claim, Contrast, Prediction, Row, Series, Study, of_one_text
 from studies.arms import RATE, WHERE, flat, heads, rated, series, slices
 
 CORPUS, MARGIN, SEEDS = "python", 0.005, tuple(range(101, 109))
@@ -110,7 +110,7 @@ CLAIMS = (
 def flops(rows: Sequence[Row]) -> list[Row]:
     """Return the executed training FLOPs of each arm over those of `flat`, in per cent."""
     spent: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
+    for row in of_one_text(rows):
         spent.setdefault((row["arm"], row["budget"]), []).append(row["train_flops"])
     return [
         {"arm": arm, "steps": steps, "% FLOPs": 100 * mean(x) / mean(spent["flat", steps])}

@@ -56,7 +56,8 @@ CONFIRMED: Mapping[str, str] = {"L1 slices": "2 slices"}
 
 def table(rows: Sequence[Row]) -> list[Row]:
     """Return each lever's mean difference to `2x64`: predicted, of the screening seeds, and of the
-    confirming ones at their longest budget, once all are there."""
+    confirming ones at their longest budget, once all are there. Measurements are passed over."""
+    rows = [row for row in rows if "stage" in row]
     budgets = [row["budget"] for row in rows if row["stage"] == "confirm"]
     levers: list[Row] = []
     for name, (_, prediction) in LEVERS.items():

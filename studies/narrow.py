@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headway.lab.experiment import Arm, Experiment
-from headway.lab.study import Row, Series
+from headway.lab.study import Row, Series, of_one_text
 from headway.train.budget import Budget
 from studies.arms import design
 
@@ -40,9 +40,10 @@ def series(arms: tuple[Arm, ...], steps: int, seeds: tuple[int, ...] = SEEDS) ->
 
 
 def means(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the mean bits per byte of each arm; one with a diverged run has none."""
+    """Return the mean bits per byte of each arm; one with a diverged run has none. Raises
+    UsageError for runs on several texts."""
     bits: dict[str, list[float | None]] = {}
-    for row in rows:
+    for row in of_one_text(rows):
         bits.setdefault(row["arm"], []).append(row["bits_per_byte"])
     whole = {arm: [b for b in values if b is not None] for arm, values in bits.items()}
     return {arm: sum(v) / len(v) for arm, v in whole.items() if len(v) == len(bits[arm])}

@@ -18,7 +18,7 @@ from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConf
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.measurement import Verdict
 from headway.lab.statistics import t_interval
-from headway.lab.study import Row, Rule, Series, Study
+from headway.lab.study import Row, Rule, Series, Study, of_one_text
 from headway.train.budget import Budget
 
 NARROW, WIDE, STEPS = 32, 128, 150
@@ -55,7 +55,7 @@ def best(rows: Sequence[Row], mixture: str, seed: int) -> float:
     losses. NaN where there is none, or it lies outside of what was tried."""
     points = [
         (float(row["arm"].rpartition("^")[2]), row["bits_per_byte"])
-        for row in rows
+        for row in of_one_text(rows)
         if row["arm"].startswith(f"{mixture}: ") and row["seed"] == seed
     ]
     x, y = np.array([p for p in points if p[1] is not None]).reshape(-1, 2).T
@@ -95,7 +95,7 @@ def rule(id: str, text: str, one: str, other: str, least: float, most: float) ->
 def table(rows: Sequence[Row]) -> list[Row]:
     """Return the losses of each mixture over its rates, and the best rate of each seed."""
     result: list[Row] = []
-    for mixture in dict.fromkeys(row["arm"].rpartition(": ")[0] for row in rows):
+    for mixture in dict.fromkeys(row["arm"].rpartition(": ")[0] for row in of_one_text(rows)):
         here = [row for row in rows if row["arm"].startswith(f"{mixture}: ")]
         cells: Row = {"mixture": mixture}
         for k in range(-9, -2):

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from headway.lab.experiment import Arm
-from headway.lab.study import Row, Study
+from headway.lab.study import Row, Study, of_one_text
 from headway.report.sinks import read_metrics
 from studies.narrow import SEEDS, mixture, series
 
@@ -50,7 +50,7 @@ def loads(folder: Path) -> Mapping[str, float]:
 def table(rows: Sequence[Row]) -> list[Row]:
     """Return loss beside load, the best router first."""
     arms: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in of_one_text(rows):
         if row["bits_per_byte"] is not None:
             arms.setdefault(row["arm"], []).append(row)
     (name,) = {name for row in rows for name in row["scores"]} or {""}

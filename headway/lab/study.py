@@ -318,12 +318,31 @@ def read_rows(path: Path) -> list[Row]:
 
 def tables(study: Study, rows: Sequence[Row], numbers: Path) -> dict[str, list[Row]]:
     """Return the tables of a study, from its rows and those that `numbers` has of others, also of
-    measurements, which read no text. Raises UsageError where runs were validated on different texts
-    of one name."""
+    measurements, which read no text; a run of several studies is one row. Raises UsageError where
+    runs were validated on different texts of one name, or different runs have one name."""
+    runs, measured = dict[tuple, Row](), list[Row]()
     others = (row for name in study.also for row in read_rows(numbers / f"{name}.json"))
-    known = [*rows, *others]
-    check_texts([row for row in known if "corpus" in row])
-    return {name: table(known) for name, table in study.tables.items()}
+    for row in (*rows, *others):
+        if "corpus" not in row:
+            measured.append(row)
+            continue
+        first = runs.setdefault(row_key(row), row)
+        if first["config_hash"] != row["config_hash"]:
+            raise UsageError(
+                f"study {study.name} and one of {', '.join(study.also)}: {row['arm']}, seed "
+                f"{row['seed']}, at {row['budget']} steps on {row['corpus']} are different runs; "
+                "give the arm another name"
+            )
+    check_texts([*runs.values()])
+    return {name: table([*runs.values(), *measured]) for name, table in study.tables.items()}
+
+
+def of_one_text(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return rows that are averaged or compared. Raises UsageError where they are of several
+    texts."""
+    if len(texts := sorted({row["corpus"] for row in rows})) > 1:
+        raise UsageError(f"runs on {' and '.join(texts)} are not compared; give the rows of one")
+    return rows
 
 
 def check_texts(rows: Sequence[Row]) -> None:

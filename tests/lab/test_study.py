@@ -279,6 +279,15 @@ def arms(rows):
         assert said["arms"] == [{"arms": "base, slow", "n": len(rows(place))}]
         assert call("study", "list", "--page").code == 0
         assert "arms:\n\n| arms | n |" in (place / "docs" / "studies.md").read_text()
+        one = rows(place)[0]
+        (place / "docs/numbers/studies/tabled.json").write_text(json.dumps({"rows": [one]}))
+        assert call("study", "tabled", "--json").json["arms"] == said["arms"]  # a run of both
+        changed = [one | {"config_hash": "0" * 16}]
+        (place / "docs/numbers/studies/tabled.json").write_text(json.dumps({"rows": changed}))
+        different = (
+            "study tabled and one of small: base, seed 11, at 10 steps on tiny text are diff"
+        )
+        assert different in mistake("study", "tabled")
         foreign = [rows(place)[0] | {"validation": "other"}]
         (place / "docs/numbers/studies/tabled.json").write_text(json.dumps({"rows": foreign}))
         assert "were validated on different texts" in mistake("study", "tabled")

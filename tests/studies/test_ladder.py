@@ -46,7 +46,7 @@ class Case:
         loss = self.bits(base, tokens)
         if gain != 1:
             loss = 0.5 + (loss - 0.5) * gain**-0.15
-        return {"arm": name, "budget": budget, "train_flops": base, "tokens": tokens, "bits_per_byte": loss}  # fmt: skip
+        return {"corpus": "python", "arm": name, "budget": budget, "train_flops": base, "tokens": tokens, "bits_per_byte": loss}  # fmt: skip
 
     def rows(self, gains=(1.3, 1.3, 1.3)):
         parts, budgets = self.module.LADDER, self.module.BUDGETS

@@ -17,7 +17,7 @@ MODULES = slicing_and_dicing, latent_eff_acc, routers
 def rows(bits):
     """Rows of arms: name → bits per byte of two seeds."""
     return [
-        {"arm": arm, "seed": seed, "bits_per_byte": value}
+        {"corpus": "python", "arm": arm, "seed": seed, "bits_per_byte": value}
         for arm, values in bits.items()
         for seed, value in enumerate(values)
     ]

@@ -11,7 +11,12 @@ from studies.rates import STUDY, best, moves
 def _rows(vertices: dict[str, list[float]]) -> list[dict]:
     """Losses that are parabolas with these vertices, by mixture and seed."""
     return [
-        {"arm": f"{mixture}: 2^{k}", "seed": seed, "bits_per_byte": 3 + 0.1 * (k - vertex) ** 2}
+        {
+            "corpus": "stdlib",
+            "arm": f"{mixture}: 2^{k}",
+            "seed": seed,
+            "bits_per_byte": 3 + 0.1 * (k - vertex) ** 2,
+        }
         for mixture, of_seeds in vertices.items()
         for seed, vertex in zip(rates.SEEDS, of_seeds, strict=True)
         for k in range(-9, -2)

@@ -5,19 +5,26 @@ from pathlib import Path
 
 import pytest
 
+from headway.config import UsageError
 from headway.lab.studies_page import write_page
-from headway.lab.study import Study, expected, load, names, quick, read_rows, tasks
+from headway.lab.study import Contrast, Study, expected, load, names, quick, read_rows, tasks
 from headway.model.paged import PAGE
 from studies import (
     append_system,
+    arms,
     batch_one_balance,
     diversity,
     document_noise,
     experts_touched,
     frontiers,
+    ladder,
+    latent_price,
     latent_vs_flat,
     levers,
+    narrow,
+    rates,
     reverse_release,
+    routers,
 )
 
 MODULES = (
@@ -84,6 +91,7 @@ def test_the_verdict_of_latent_vs_flat_has_levers():
     def row(stage, arm, seed, budget, bits):
         return {
             "stage": stage, "arm": arm, "seed": seed, "budget": budget, "bits_per_byte": bits,
+            "corpus": "python",
         }  # fmt: skip
 
     rows = [
@@ -102,6 +110,8 @@ def test_the_verdict_of_latent_vs_flat_has_levers():
     assert slices["name"] == "L1 slices" and slices["prediction"] == -0.020
     assert slices["screen"] == pytest.approx(-0.02) and slices["screening seeds"] == 2
     assert slices["confirm"] == pytest.approx(0.03) and slices["confirming seeds"] == 8
+    measured = {"where": "a cluster", "design": "flat", "over flat": 1.0}  # as of `step_times`
+    assert latent_vs_flat.STUDY.tables["levers"]([*rows, measured]) == [slices]
     committed = latent_vs_flat.STUDY.tables["levers"](read_rows(RESULTS / "levers.json"))
     assert len(committed) == len(levers.LEVERS) and all(row["screen"] for row in committed)
 
@@ -142,6 +152,31 @@ def test_designs_of_the_frontier_send_as_many_bytes():
     total = [arm.costs["total_parameters"] for arm in arms.values()]
     assert max(total) / min(total) < 1.023
     assert all(abs(arm.mismatch["train_flops"]) < 0.003 for arm in arms.values())
+
+
+def test_tables_of_pairs_and_means_are_of_one_text():
+    """Runs on a second text are neither left out nor averaged with those on the first one."""
+    readers = {
+        "levers": latent_vs_flat.STUDY.tables["levers"],
+        "latent_price": latent_price.flops,
+        "routers": routers.table,
+        "rates": rates.table,
+        "slicing_and_dicing": narrow.means,
+        "ladder": ladder.summary,
+    }
+    for name, read in readers.items():
+        rows = read_rows(RESULTS / f"{name}.json")
+        assert read(rows)
+        again = [row | {"corpus": "kernel-docs", "bits_per_byte": 9.0} for row in rows]
+        with pytest.raises(UsageError, match="runs on kernel-docs and .* are not compared"):
+            read([*rows, *again])
+    # of arms that a contrast does not name, none is read
+    pair = Contrast("L1 slices", "2x64", 250)
+    rows = read_rows(RESULTS / "levers.json")
+    other = [row | {"corpus": "kernel-docs"} for row in rows if row["arm"] == "flat"]
+    assert arms.differences([*rows, *other], "screen", pair) == arms.differences(
+        rows, "screen", pair
+    )
 
 
 @pytest.mark.parametrize("name", names(ROOT / "studies"))

@@ -27,10 +27,10 @@ class ExchangeCosts(NamedTuple):
     """Seconds of one sparse layer and pass beyond the work of a single process."""
 
     copies: float
-    hp: float
-    """Exposed communication on the hp axis."""
-    ep: float
-    """Exposed communication on the ep axis."""
+    exposed: dict[AxisName, float]
+    """Communication that nothing hides."""
+    hidden: dict[AxisName, float]
+    """Communication behind which the rank computes."""
 
 
 def exchange_costs(
@@ -41,12 +41,18 @@ def exchange_costs(
     for axis, how in layout.exchanges.items():
         exchanges |= _exchanges(setting, layout, n_tokens, axis, how)
     if not exchanges:
-        return ExchangeCosts(0.0, 0.0, 0.0)
+        return ExchangeCosts(0.0, {}, {})
     layer = replace(stages(setting, costs, layout, n_tokens), exchanges=exchanges)
-    waits = exposed(layer, setting.chunks_on(layout))
+    chunks = setting.chunks_on(layout)
+    waits, hidden = exposed(layer, chunks), {}
+    for axis in layout.exchanges:
+        of_axis = {kind: e for kind, e in exchanges.items() if e.forward.axis == axis}
+        back = sum(e.backward.seconds for kind, e in of_axis.items() if kind != "counts")
+        sent = chunks * (back + sum(e.forward.seconds for e in of_axis.values()))
+        hidden[axis] = max(sent - waits[axis], 0.0)
     before, after = ([e.before for e in exchanges.values()], [e.after for e in exchanges.values()])
     copies = sum(work.forward + work.backward for work in (*before, *after))
-    return ExchangeCosts(copies, waits.get("hp", 0.0), waits.get("ep", 0.0))
+    return ExchangeCosts(copies, waits, hidden)
 
 
 def stages(setting: Setting, costs: ModelCosts, layout: MeshLayout, n_tokens: int) -> Layer:

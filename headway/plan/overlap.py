@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from headway.plan.layout import AxisName
+
 Kind = Literal["scatter", "counts", "dispatch", "combine", "gather"]
 """`counts`: the numbers of permuted tokens, exchanged in forward only; the host waits for them."""
 AT_ONCE = 2
@@ -29,7 +31,7 @@ AT_ONCE = 2
 class Message:
     """One exchange of one chunk."""
 
-    axis: str
+    axis: AxisName
     seconds: float
     """Duration with nothing else in flight."""
     concurrent_speed: float = 0.0
@@ -136,9 +138,9 @@ def reverse(ops: list[Op]) -> Iterator[Op]:
                 yield Start(kind, chunk)
 
 
-def exposed(layer: Layer, chunks: int) -> dict[str, float]:
+def exposed(layer: Layer, chunks: int) -> dict[AxisName, float]:
     """Return axis → seconds that a layer takes beyond its work, forward and backward."""
-    exposed_by_axis: dict[str, float] = defaultdict(float)
+    exposed_by_axis: dict[AxisName, float] = defaultdict(float)
     forward = program(layer, chunks)
     for ops, is_forward in ((forward, True), (reverse(forward), False)):
         rank = _Rank()
@@ -171,7 +173,7 @@ class _Rank:
 
     def __init__(self) -> None:
         self.in_flight: list[_Transfer] = []  # in the order of their start
-        self.exposed: dict[str, float] = defaultdict(float)
+        self.exposed: dict[AxisName, float] = defaultdict(float)
 
     def work(self, seconds: float) -> None:
         """Compute while exchanges are in flight."""

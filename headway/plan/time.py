@@ -13,11 +13,13 @@ written and read once, weights are read once forward and twice backward; every f
 its layer's experts again and adds to their gradient in float32.
 Overlap: `plan.overlap` simulates the stages and exchanges of a sparse layer as the code runs them.
 The weights of the next layer are gathered while a layer computes, and gradients are reduced while
-earlier layers are still in backward; nothing hides those of the first layer and the embedding. With
-FSDP they share the network, and backward hides each second once:
+earlier layers are still in backward; nothing hides those of the first layer and the embedding. A
+network sends one thing at a time, and so a second of a step hides one thing:
 
-    forward    1/3 of compute  hides half of the weights
-    backward   2/3 of compute  hides the other half, and gradients in what time is left
+    time        compute, and what tokens wait for on the other network (within or between nodes),
+                less what compute hides of the tokens on the same one
+    forward     1/3 of it, hides half of the weights
+    backward    2/3 of it, hides the other half, and gradients in what is left
 
 A processor that moves the bytes itself (gloo) pays for the hidden part as well."""
 
@@ -150,12 +152,19 @@ def step_seconds(
     small_sum = setting.link(layout, "world").ring(0) if layout.ranks > 1 else 0.0
     copied = "layers·passes·bytes / (memory bandwidth·rows_efficiency)"
     half, pieces = gathered / 2, 2 * config.model.n_layers * passes
-    forward, backward = total(compute) / 3, total(compute) * 2 / 3
+    same = setting.link(layout, "world").inside
+    free = total(compute)
+    for axis, seconds in waited.exposed.items():
+        if setting.link(layout, axis).inside == same:
+            free -= layers * waited.hidden[axis]
+        else:
+            free += layers * seconds
+    forward, backward = free / 3, free * 2 / 3
     late = max(half - forward, 0.0) + max(half - backward, 0.0)
     exposed = (
         Item(TimePart.COPIES, layers * waited.copies, copied),
-        Item(TimePart.HEAD_PARALLEL, layers * waited.hp, HIDDEN),
-        Item(TimePart.EXPERT_PARALLEL, layers * waited.ep, HIDDEN),
+        Item(TimePart.HEAD_PARALLEL, layers * waited.exposed.get("hp", 0.0), HIDDEN),
+        Item(TimePart.EXPERT_PARALLEL, layers * waited.exposed.get("ep", 0.0), HIDDEN),
         Item(
             TimePart.WEIGHTS,
             max(gathered / pieces, late),

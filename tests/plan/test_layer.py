@@ -58,9 +58,9 @@ def test_the_busiest_link_decides_where_load_is_uneven():
         for x in (1.0, 1.5)
     )
     latency = (4 + 1) * 1e-3 + 8 / 1e5  # of four exchanges and the counts
-    assert uneven.ep - latency == pytest.approx(1.5 * (even.ep - latency))
+    assert uneven.exposed["ep"] - latency == pytest.approx(1.5 * (even.exposed["ep"] - latency))
     gathered = [layer_costs(MeshLayout(ep=2, scheme="all_gather"), imbalance=x) for x in (1.0, 1.5)]
-    assert gathered[0].ep == gathered[1].ep
+    assert gathered[0].exposed == gathered[1].exposed
 
 
 def test_crowded_ranks_share_out_uneven_work():
@@ -77,8 +77,8 @@ def test_chunks_of_measured_exchanges_share_the_link():
     both = Curve("all_to_all", 2, True, 2, ((0.0, 1e-9), (1e6, 0.5)))
     quick = replace(MACHINE, peak=1e30, memory_bandwidth=1e30, curves=(alone, both))
     layout = MeshLayout(hp=2)
-    assert layer_costs(layout, machine=quick, chunks=2).hp == pytest.approx(
-        layer_costs(layout, machine=quick).hp / 2, rel=1e-3
+    assert layer_costs(layout, machine=quick, chunks=2).exposed["hp"] == pytest.approx(
+        layer_costs(layout, machine=quick).exposed["hp"] / 2, rel=1e-3
     )
 
 
@@ -87,3 +87,13 @@ def test_links_know_their_place():
     inside, between = (setting.link(MeshLayout(hp=2), "hp") for setting in settings)
     assert (inside.rates.bandwidth, between.rates.bandwidth) == (1e6, 1e5)
     assert inside.inside and not between.inside and between.within == inside.rates
+
+
+def test_what_is_sent_is_exposed_or_hidden():
+    """One chunk hides nothing; of more, computation hides what does not wait."""
+    alone, chunked = (layer_costs(MeshLayout(hp=2), chunks=n) for n in (1, 4))
+    sent = 4 * T * 32 * 2 / 2 / 1e6
+    assert alone.exposed["hp"] == pytest.approx(sent + 4e-3) and alone.hidden["hp"] == 0
+    assert chunked.hidden["hp"] > 0.02 * sent
+    both = chunked.exposed["hp"] + chunked.hidden["hp"]
+    assert both == pytest.approx(sent + 4 * 4e-3)

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from headway.plan.cost import Item, ModelCosts, model_costs, total
+from headway.plan.layer import exchange_costs
 from headway.plan.layout import MeshLayout
 from headway.plan.machine import Machine
 from headway.plan.memory import memory
@@ -97,14 +100,15 @@ def test_small_sums():
 
 
 def test_gradients_hide_behind_the_last_backward_pass():
-    """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all."""
+    """hp = 2 in nodes of 2, dp = 2 between them: experts and routers over dp, the rest over all.
+    They also leave while sub-tokens are on their way within a node, on another network."""
     layout = MeshLayout(dp=2, hp=2)
     setting = Setting(CONFIG, MACHINE, chunks=1)
     wires = {w.name: w for w in comm_volumes(setting, costs_of(), layout, T, PASSES)}
     comm = sum(w.bytes / 1e5 + 1e-3 * w.messages for w in wires.values() if "gradients" in w.name)
     assert len(wires) == 4
     times = parts(layout, per_node=2)
-    compute = ("matmuls", "attention scores", "experts", "memory traffic")
+    compute = ("matmuls", "attention scores", "experts", "memory traffic", "Head Parallel, exposed")
     hides = 2 / 3 / PASSES * sum(times[name] for name in compute)
     assert hides > 0.01 * comm
     pieces = MODEL.n_layers + 1
@@ -136,14 +140,47 @@ def test_with_fsdp_each_second_of_compute_hides_once(bandwidth, monkeypatch):
         assert exposed + summed + compute == pytest.approx(weights + gradients)
 
 
-def test_faster_experts_never_make_a_step_longer(monkeypatch):
-    """On a slow network, where time that is saved hides less."""
-    monkeypatch.setattr(f"{__name__}.MACHINE", replace(MACHINE, intra_node=1e5, inter_node=1e5))
+def test_tokens_on_the_same_network_leave_less_time_for_weights():
+    """hp = 2 in a node of four: in four chunks computation hides sub-tokens too, and a second that
+    it hides of them hides nothing of the weights."""
     layout = MeshLayout(dp=2, hp=2, shard=True)
-    slow = sum(parts(layout).values())
-    rate = Machine.rate
-    monkeypatch.setattr(Machine, "rate", lambda self, *kind: 2 * rate(self, *kind))
-    assert sum(parts(layout).values()) <= slow * (1 + 1e-12)
+    setting, once = Setting(CONFIG, MACHINE, 4, 2, 4), T // PASSES
+    hidden = (
+        exchange_costs(setting, costs_of(), layout, once).hidden["hp"] * MODEL.n_layers * PASSES
+    )
+    times = parts(layout, per_node=4, chunks=4)
+    wires = comm_volumes(setting, costs_of(), layout, T, PASSES)
+    weights = sum(w.bytes / 1e6 + 1e-3 * w.messages for w in wires if w.kind == "weights")
+    work = "matmuls, attention scores, experts, memory traffic, experts again".split(", ")
+    free = sum(times[name] for name in work) - hidden
+    late = [max(weights / 2 - share * free, 0) for share in (1 / 3, 2 / 3)]
+    assert hidden > 0.01 * weights and any(late)
+    assert times["weights gathered, exposed"] == pytest.approx(sum(late))
+
+
+RATES = "peak memory_bandwidth intra_node inter_node experts_efficiency rows_efficiency".split()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_faster_machine_never_takes_longer(data):
+    """Whatever is faster: time that is saved hides less, but never more than it was."""
+    dp, hp, ep = data.draw(st.sampled_from([(2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (2, 2, 2)]))
+    scheme = data.draw(st.sampled_from(["all_to_all", "all_gather"])) if ep > 1 else None
+    layout = MeshLayout(dp, hp, ep, scheme, data.draw(st.booleans()))
+    scale = st.floats(0.01, 100)
+    machine = replace(MACHINE, **{n: getattr(MACHINE, n) * data.draw(scale) for n in RATES[:4]})
+    faster = data.draw(st.sampled_from(RATES))
+    quick = replace(machine, **{faster: getattr(machine, faster) * data.draw(st.floats(1, 3))})
+    chunks, per_node = data.draw(st.sampled_from([1, 4])), data.draw(st.sampled_from([1, 2, 8]))
+    seconds = []
+    for one in (machine, quick):
+        setting = Setting(CONFIG, one, per_node, 2, chunks)
+        held = memory(CONFIG, costs_of(), layout, 2, 2)
+        volumes = comm_volumes(setting, costs_of(), layout, T, PASSES)
+        items = step_seconds(setting, costs_of(), layout, T, PASSES, held, volumes)
+        seconds.append(total(items))
+    assert seconds[1] <= seconds[0] * (1 + 1e-9)
 
 
 def test_every_further_chunk_reads_the_experts_again():

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from headway.data.stream import Stream
     from headway.hub.load import LoadedModel
 
+ITEMS = 512
+"""Of a world, where --items does not say."""
+
 
 @dataclass(frozen=True)
 class Eval(trained.TrainedOptions):
@@ -30,7 +33,7 @@ class Eval(trained.TrainedOptions):
     suite: Literal["", "worlds"] = ""
     """`worlds`: accuracy on test items of the worlds that the model was trained on, or of those
     that --data names, beside what shallow guesses reach."""
-    items: int = 512
+    items: int = ITEMS
     """Items per world of --suite."""
     via_http: bool = False
     """Also start `headway serve` on a free port, score the same text there and show the
@@ -42,6 +45,8 @@ def evaluate(args: Sequence[str]) -> int:
     if any(word.partition("=")[0] == "--samples" for word in args):  # needs no model
         return samples(args)
     options = parse(Eval, args, "headway eval")
+    if options.items != ITEMS and not options.suite:
+        raise UsageError(f"--items {options.items} is for --suite worlds; add it, or leave it out")
     if options.tokens < 0:
         raise UsageError(f"--tokens {options.tokens} is below 0; 0 means the whole split")
 

@@ -194,10 +194,11 @@ def _again(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) ->
         and options.seed in (-1, task.seed)
     ]
     if not todo:
-        arms = ", ".join(dict.fromkeys(task.arm for task in tasks(chosen)))
+        arms = "; ".join(dict.fromkeys(task.arm for task in tasks(chosen)))
+        seed = "any seed" if options.seed == -1 else f"seed {options.seed}"
         raise UsageError(
-            f"study {chosen.name} has no arm {options.only} with seed {options.seed} on "
-            f"{options.corpus or 'any text'}; its arms are {arms}"
+            f"study {chosen.name} has no arm {options.only} with {seed} on "
+            f"{options.corpus or 'any text'}; its arms are: {arms}"
         )
     if (record := registered.read(chosen, folder)) is not None:
         registered.check(record, todo[:1])

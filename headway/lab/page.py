@@ -19,8 +19,10 @@ STYLE = "".join(
         ".thick { fill: none; stroke-width: 2.5; } .thin { fill: none; stroke-width: 1; }",
         ".thin { opacity: 0.5; } .seed { fill: var(--faint); }",
         ".band { stroke: none; opacity: 0.18; }",
+        ".chart .name { stroke: none; }",
         *(
-            f".c{i} {{ stroke: var(--c{i}); }} .dot.c{i}, .band.c{i} {{ fill: var(--c{i}); }}"
+            f".c{i} {{ stroke: var(--c{i}); }} .dot.c{i}, .band.c{i}, .chart .name.c{i} "
+            f"{{ fill: var(--c{i}); }}"
             for i in range(8)
         ),
         ".charts { display: grid; gap: 14px; }",
@@ -54,7 +56,7 @@ def render_comparison(comparison: Comparison) -> str:
     )
     sections = [
         ("Arms", _arms(comparison)),
-        ("Differences to " + comparison.baseline, _forest(comparison)),
+        (f"Differences to {comparison.baseline}, bits/byte", _forest(comparison)),
         ("Curves", _curves(comparison)),
         ("Quality and cost", _pareto(comparison)),
         ("Runs", _rows(comparison)),

@@ -113,7 +113,7 @@ def detectable(sd: float, n: int, wanted: float = POWER, alpha: float = ALPHA) -
 
 
 def seeds_for(
-    difference: float, sd: float, wanted: float = POWER, alpha: float = ALPHA, most: int = 10_000
+    difference: float, sd: float, wanted: float = POWER, alpha: float = ALPHA, most: int = 10**12
 ) -> int:
     """Return the number of pairs that see a true difference with that power; `most` at most."""
     low, high = 1, 2

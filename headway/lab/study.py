@@ -24,6 +24,7 @@ from headway.lab.folder import Scores, write_json
 from headway.lab.measurement import Measurement, Verdict
 from headway.lab.runs import Run, execute_branches, read_result
 from headway.lab.statistics import Region
+from headway.lab.user_file import raised
 from headway.train.budget import Budget
 from headway.train.records import Log
 
@@ -163,7 +164,7 @@ def names(folder: Path) -> list[str]:
 
 
 def load(name: str, folder: Path) -> Study | Measurement:
-    """Return the study of a file. Raises UsageError where there is none."""
+    """Return the study of a file. Raises UsageError where there is none or the file raises."""
     path = folder / f"{name}.py"
     if not path.is_file() or name not in names(folder):
         known = ", ".join(names(folder))
@@ -179,6 +180,10 @@ def load(name: str, folder: Path) -> Study | Measurement:
     sys.path.insert(0, str(folder.resolve().parent))  # a study may import its neighbours
     try:
         spec.loader.exec_module(module)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise raised(error, path) from error
     finally:
         sys.path.pop(0)
         sys.dont_write_bytecode = before

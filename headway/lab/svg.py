@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 620, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
@@ -69,7 +70,7 @@ def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str, *, log_x: bool =
         across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_open(HEIGHT, f"{y_label} over {x_label}")]
+    parts, labels = [_open(HEIGHT, f"{y_label} over {x_label}")], list[_Label]()
     for value in ticks(y0, y1):
         _, y = at(x0, value)
         parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "grid"))
@@ -95,10 +96,42 @@ def xy_chart(marks: Iterable[Mark], x_label: str, y_label: str, *, log_x: bool =
             x, y = places[-1]
             end = "end" if x > WIDTH * 0.7 else "start"
             down = 16 if mark.below else -8
-            parts.append(_text(x + (-8 if end == "end" else 8), y + down, mark.label, end))
+            across = x + (-8 if end == "end" else 8)
+            labels.append(_Label(across, y + down, mark.label, end, colour))
+    parts += [_text(*label) for label in _apart(labels)]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle"))
     parts.append(_text(6, 11, y_label, "start"))
     return "".join([*parts, "</svg>"])
+
+
+class _Label(NamedTuple):
+    x: float
+    y: float
+    text: str
+    anchor: str
+    colour: str
+
+    def over(self, other: "_Label") -> bool:
+        """Return whether two texts lie over each other, at some 6.5 × 12 per letter."""
+        (a, b), (c, d) = self._span(), other._span()
+        return abs(self.y - other.y) < 12 and a < d and c < b
+
+    def _span(self) -> tuple[float, float]:
+        width = 6.5 * len(self.text)
+        left = self.x - width if self.anchor == "end" else self.x
+        return left, left + width
+
+
+def _apart(labels: Sequence[_Label]) -> list[_Label]:
+    """Return labels from the lowest up, each as far above its place as the others need; one that
+    would leave the chart stays."""
+    placed: list[_Label] = []
+    for label in sorted(labels, key=lambda label: -label.y):
+        moved = label
+        while moved.y > TOP and any(map(moved.over, placed)):
+            moved = moved._replace(y=moved.y - 1)
+        placed.append(moved if moved.y > TOP else label)
+    return placed
 
 
 def forest(
@@ -155,5 +188,6 @@ def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, anchor: str, colour: str = "") -> str:
+    kind = f' class="name {colour}"' if colour else ""
+    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -21,7 +21,6 @@ import importlib.util
 import math
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from headway.config.check import validate
 from headway.config.fill import filled
 from headway.data.tokenizer import load_tokenizer
 from headway.lab.folder import TRIES, Wanted, config_hash, errors, held_by, read_result, trunk_hash
+from headway.lab.user_file import raised
 from headway.lab.workers import Place, Workers
 from headway.optim.schedule import begin_alike, steps_before_fall
 
@@ -236,7 +236,7 @@ def load(path: Path) -> Generator[Item, Result | None, None]:
     except UsageError:
         raise
     except Exception as error:
-        raise _raised(error, path) from error
+        raise raised(error, path) from error
     if not isinstance(generator, Generator):
         what = "has no function configs()" if function is None else "has a configs() that is none"
         raise UsageError(f"{path} {what}; a sweep is a generator: def configs(): yield …")
@@ -253,20 +253,13 @@ def _next(
     except (UsageError, RunError):  # of a run that it waits for
         raise
     except Exception as error:
-        raise _raised(error, path) from error
+        raise raised(error, path) from error
     if not isinstance(item, Config | Mapping):
         raise UsageError(
             f"{path} yields a {type(item).__name__}; yield a Config, or a dict with recipe and "
             "fields"
         )
     return item
-
-
-def _raised(error: Exception, path: Path) -> UsageError:
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
-    where = f"{path}:{lines[-1]}" if lines else str(path)
-    return UsageError(f"{where} raises {type(error).__name__}: {error}")
 
 
 def resolved(item: Item, threads: int = 1) -> Config:

@@ -61,6 +61,8 @@ def test_what_a_study_sees_it_sees_in_80_percent():
     n = s.seeds_for(0.005, 0.006)
     assert s.power(0.005, 0.006, n) >= 0.8 > s.power(0.005, 0.006, n - 1)
     assert s.seeds_for(1e-9, 1.0, most=50) == 50
+    # far above ten thousand the number itself, as of a normal distribution
+    assert s.seeds_for(1e-4, 0.03) == pytest.approx((2.801585 * 0.03 / 1e-4) ** 2, rel=1e-4)
 
 
 NOISE, DOCUMENTS = 0.012, 100

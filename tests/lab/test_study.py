@@ -231,6 +231,12 @@ OTHER = Series("confirm", "tiny text", EXPERIMENT, (10, 20))
     )
     file.write_text(twice)
     assert "two series call different arms 'slow'" in mistake("study", "small", "--run")
+    file.write_text(FILE.replace("STUDY =", "1 / 0\nSTUDY ="))
+    line = FILE[: FILE.index("STUDY =")].count("\n") + 1
+    said = mistake("study", "small")
+    assert f"small.py:{line} raises ZeroDivisionError: division by zero" in said
+    file.write_text(FILE + "(")
+    assert "small.py raises SyntaxError" in mistake("study", "list")
     file.write_text(FILE)
     listed = call("study", "list", "--json").json["studies"]
     assert [(s["name"], s["rows"]) for s in listed] == [("small", 12)]

@@ -59,8 +59,13 @@ STUDY = Study(
         *claim("C13-quarter", QUARTER, "not_worse", -0.04),
     ),
     notes=f"{WHERE} Here arms send as many bytes per token as `flat, k 1` at eight ranks, at equal "
-    "FLOPs; total parameters agree within 2.3%. The winner is chosen by the seeds that confirm it, "
-    "and its interval is not adjusted for that; the claims are.",
+    "FLOPs; total parameters agree within 2.3%. `latent, k N` is LatentMoE of width D/N. Heads are "
+    "routed before the exchange of Head Parallel, by the whole token, or after it, by sub-tokens. "
+    "Each design has the experts' rate or the rule of balance that was best on the screening seeds "
+    "(`frontier_arms`). In the table the winner is chosen by the seeds that confirm it, and its "
+    "interval is not adjusted for that; the claims are. B1 is of `latent_vs_flat`. B4 and B5 "
+    "compare losses at width 128 at equal time: measured on a CPU, or what `headway plan` predicts "
+    "for clusters at width 4,096 (`step_times`), where nothing was run.",
     tables={"frontiers": frontiers},
     also=("latent_vs_flat", "step_times"),
 )

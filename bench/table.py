@@ -58,7 +58,7 @@ HIGHLIGHTS = (
         "{:.2f}×",
     ),
     Highlight(
-        "**Serving**: tokens/s of one sequence over llama.cpp's, 722M, bfloat16, one thread each",
+        "**Serving**: tokens/s of one sequence over llama.cpp's, bfloat16, one thread each",
         "serve",
         "M decode batch 1: llama.cpp / ours",
         "{:.2f}×",
@@ -100,7 +100,20 @@ SIDES = {
     "vllm": "vLLM",
     "transformers": "Transformers",
 }
-PARAMETERS = {"S": "46M", "Q": "258M", "M": "722M", "H": "722M, 8 heads"}
+
+
+def sizes() -> dict[str, str]:
+    """Name of a shape of bench/serve.py → its parameters, and heads where it has several."""
+    sys.path.insert(0, str(ROOT))
+    from bench.serve import SHAPES
+    from headway.config import Config
+    from headway.plan.cost import model_costs, total
+
+    named = {}
+    for name, model in SHAPES.items():
+        n, heads = total(model_costs(Config(model=model), 1).parameters), model.moe.n_heads
+        named[name] = f"{n / 1e6:.0f}M" + (f", {heads} heads" if heads > 1 else "")
+    return named
 
 
 def serving(folder: Path = NUMBERS) -> str:
@@ -121,15 +134,16 @@ def serving(folder: Path = NUMBERS) -> str:
 def _times(rows: list[dict]) -> str:
     """A row per model and task: milliseconds of each side, its best variant, and of the floor."""
     times: dict[tuple[str, str], dict[str, float]] = {}
+    parameters = sizes()
     for row in rows:
         side, best = row["side"].split()[0], times.setdefault((row["shape"], row["task"]), {})
-        best[side] = min(row["median"], best.get(side, row["median"]))
+        best[side] = min(row["median"], best.get(side, math.inf))
         best["floor"] = row["floor"] or math.nan
     lines = [f"| ms | {' | '.join(SIDES.values())} | least time |", "|---" * (len(SIDES) + 2) + "|"]
     for (shape, task), best in times.items():
         cells = [f"{1e3 * best[side]:,.2f}" if side in best else "–" for side in SIDES]
         floor = "–" if math.isnan(best["floor"]) else f"{1e3 * best['floor']:,.2f}"
-        lines.append(f"| {PARAMETERS[shape]}, {task} | {' | '.join(cells)} | {floor} |")
+        lines.append(f"| {parameters[shape]}, {task} | {' | '.join(cells)} | {floor} |")
     return "\n".join(lines)
 
 
@@ -154,9 +168,9 @@ def highlights(folder: Path = NUMBERS) -> str:
     limits = (
         f"Limits: on a CPU a training step with Multi-Head layers takes {slower:.2f}× that of a "
         "flat MoE of the same experts (two projections more), and `headway plan` misses a step by "
-        f"up to {error:.0%}. GPU kernels were measured on one H100 and Head Parallel between "
-        "CPU processes with limited links; NCCL, several GPUs and models of more than 0.3 "
-        "billion parameters have not been trained yet."
+        f"up to {error:.0%}. GPU kernels were measured on {_machine(benches['gpu_day']['machine'])}"
+        " and Head Parallel between CPU processes with limited links; NCCL and several GPUs have "
+        "not been run yet, and no large model has been trained."
     )
     table = ["| measured | value | on |", "|---|---|---|", *rows]
     return "\n".join([*table, "", *filter(None, (against_flat(folder), limits))])

@@ -17,6 +17,7 @@ from bench.table import (
     judged,
     rewrite,
     serving,
+    sizes,
 )
 
 
@@ -115,6 +116,20 @@ def test_serving_shows_the_best_variant_of_a_rival_and_what_is_missed(tmp_path):
     assert "| 46M, prefill | 1,500.00 | – | – | – | – |" in text
     assert "1 of 2 targets are met" in text and "| b | 1 | ≥ 2 | **no** |" in text
     assert "| a |" not in text
+    # by their configs: eight heads have two projections per layer more than flat
+    assert sizes() == {"S": "46M", "Q": "258M", "M": "722M", "H": "747M, 8 heads"}
+
+
+def test_the_limits_state_the_files(tmp_path):
+    """Every figure and machine of the sentence is that of a file, and none is typed."""
+    for path in NUMBERS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    assert "measured on NVIDIA H100 80GB HBM3" in highlights(tmp_path).rpartition("Limits")[2]
+    measured = json.loads((NUMBERS / "gpu_day.json").read_text())
+    measured["machine"]["gpu"] = "another GPU"
+    (tmp_path / "gpu_day.json").write_text(json.dumps(measured))
+    limits = highlights(tmp_path).rpartition("Limits")[2]
+    assert "measured on another GPU" in limits and "billion" not in limits
 
 
 def test_only_the_block_is_replaced():

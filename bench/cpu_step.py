@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,10 @@ def build_peer(
     except ImportError as why:  # not there, or with other versions of what it needs
         fix = "pip install 'transformers>=5'"
         raise UsageError(f"this compares with transformers; {fix}: {str(why).strip()}") from None
+    paths: dict[str, Any] = {  # keywords of every config, which its annotations lack
+        "attn_implementation": "sdpa",
+        "experts_implementation": implementation,
+    }
     config = OlmoeConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
@@ -126,8 +131,7 @@ def build_peer(
         num_experts=model.moe.n_experts,
         num_experts_per_tok=model.moe.top_k,
         max_position_embeddings=length,
-        attn_implementation="sdpa",
-        experts_implementation=implementation,
+        **paths,
         output_router_logits=balance,
         use_cache=False,
     )

@@ -208,6 +208,7 @@ def flex(x_THL, gate_THK, index_THK, w_in_HEGFL, w_out_HEFL, activation: str) ->
         scale=1.0,
         return_aux=AuxRequest(lse=True),
     )
+    assert aux.lse is not None, "it was asked for"
     total_HEL = w_out_HEFL.sum(2).to(x_THL.dtype)
     total_HRL = total_HEL.gather(1, expert_HB[..., None].expand(-1, -1, L)).repeat_interleave(
         block, dim=1

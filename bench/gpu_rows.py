@@ -1,7 +1,7 @@
 """The shapes of bench/gpu_day.py and one row of numbers for each."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu_measure
-from headway.config import n_inputs
+from headway.config import Activation, n_inputs
 from headway.kernels.experts import experts
 from headway.kernels.permute import sort_rows
 from headway.kernels.route import route
@@ -29,7 +29,7 @@ class Shape:
     E: int
     K: int
     F: int
-    activation: str = "swiglu"
+    activation: Activation = "swiglu"
 
     def __str__(self) -> str:
         return f"{self.H}x{self.L} E{self.E} k{self.K} F{self.F} T{self.T} {self.activation}"
@@ -105,7 +105,7 @@ def expert_calls(
 COMPILED = ("grouped_mm, compiled", "FlexAttention")
 
 
-def alive(calls: dict[str, Callable[[], object]], row: dict) -> dict[str, Callable[[], object]]:
+def alive(calls: Mapping[str, Callable[[], object]], row: dict) -> dict[str, Callable[[], object]]:
     """Those that run; why the others do not goes into the row. Ours must run."""
     found = {}
     for name, call in calls.items():
@@ -237,15 +237,9 @@ def layer_row(s: Shape, record: "Record") -> dict:
 
     torch.manual_seed(0)
     D, device = s.H * s.L, record.device
-    layer = MultiHeadLatentMoE(
-        D,
-        s.H,
-        s.E,
-        s.K,
-        s.F,
-        activation=s.activation,
-        recompute=True,  # type: ignore[arg-type]
-    ).to(device)
+    layer = MultiHeadLatentMoE(D, s.H, s.E, s.K, s.F, activation=s.activation, recompute=True).to(
+        device
+    )
     x = torch.randn(s.T, D, device=device, dtype=torch.bfloat16, requires_grad=True)
     d_out, wanted = torch.randn_like(x), [x, *layer.parameters()]
 

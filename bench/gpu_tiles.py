@@ -106,7 +106,7 @@ def passes(s: Shape, device: torch.device, n_experts: int) -> dict[str, Callable
 
     narrow = [w.detach().bfloat16() for w in weights]  # the cast is not part of a kernel
     gate_NK, rows = gate.detach().flatten(0, 1), sort_rows(index, s.E)
-    given = ExpertInputs(x_NL, gate_NK, *narrow, *rows, s.activation)
+    given = ExpertInputs(x_NL, gate_NK, narrow[0], narrow[1], *rows, s.activation)
     empty = x_NL.new_empty(0, 2 * s.F)
     found: dict[str, Callable[[], object]] = {
         "experts_wide_hidden": lambda: experts_wide.forward(given, False),

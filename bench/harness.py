@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ SHOTS = "Q: What is 1 + 1? A: two\nQ: What is 2 + 2? A: four\n"
 WORDS = "zero one two three four five six seven eight nine".split()
 
 
-def requests(n_items: int) -> list[SimpleNamespace]:
+def requests(n_items: int) -> list[Any]:
     """Return four per question, which share the examples and the question."""
     asked = []
     for i in range(n_items):

@@ -211,7 +211,7 @@ def targets(rows: list[dict]) -> list[dict]:
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--smollm2", default="")
     parser.add_argument("--text", default="")

@@ -106,7 +106,7 @@ def vendi_row(n: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--bootstraps", type=int, default=1000)
     parser.add_argument("--documents", type=int, default=10_000)

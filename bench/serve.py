@@ -19,6 +19,7 @@ for it. Transformers is the best of dtype × experts implementation, searched fo
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -295,7 +296,7 @@ def targets(rows: list[dict]) -> list[dict]:
     times: dict[tuple[str, str, str], float] = {}
     for r in rows:
         key = (r["shape"], r["task"], r["side"].split()[0])
-        times[key] = min(r["median"], times.get(key, r["median"]))
+        times[key] = min(r["median"], times.get(key, math.inf))
     floors = {(r["shape"], r["task"]): r["floor"] for r in rows}
     out = []
     for (shape, task), wanted in bounds.items():

@@ -192,7 +192,8 @@ async def crowd(server: Server, vocab_size: int, seconds: float, clients: int) -
         await asyncio.sleep(seconds / 2)
         return server.resident()
 
-    half, *_ = await asyncio.gather(resident_at_half(), *(client() for _ in range(clients)))
+    half = asyncio.create_task(resident_at_half())
+    await asyncio.gather(*(client() for _ in range(clients)))
     await asyncio.sleep(1.0)
     gaps.sort()
     return {
@@ -202,7 +203,7 @@ async def crowd(server: Server, vocab_size: int, seconds: float, clients: int) -
         "p99_between_tokens": gaps[int(len(gaps) * 0.99)],
         "left": left,
         "blocks_held": server.metric("headway_cache_blocks_used") - blocks,
-        "resident_growth": server.resident() / half - 1,
+        "resident_growth": server.resident() / await half - 1,
     }
 
 

@@ -15,6 +15,7 @@ tokens touch over the bandwidth with which one thread reads memory.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from bench import common
 from bench.worker import Worker
 from headway.config import MoEConfig, RouterConfig
 from headway.kernels.experts import experts_reference
-from headway.model.moe import SparseLayer
+from headway.model.moe import Experts, SparseLayer
 from headway.plan.decode import read_bandwidth
 
 HERE = Path(__file__).resolve().parent
@@ -92,14 +93,15 @@ def new_layer(folder: Path) -> SparseLayer:
 
 def reference(folder: Path, n: int) -> torch.Tensor:
     """The output of the first n tokens in float64."""
-    layer = new_layer(folder)
+    experts = new_layer(folder).experts
+    assert isinstance(experts, Experts)
     arrays = {x: torch.from_numpy(np.load(folder / f"{x}.npy")[:n]) for x in ("index", "gate", "x")}
-    weights = (layer.experts.w_in_HEGFL.detach(), layer.experts.w_out_HEFL.detach())
+    weights = experts.w_in_HEGFL.detach().double(), experts.w_out_HEFL.detach().double()
     return experts_reference(
         arrays["x"].view(torch.bfloat16).double(),
         arrays["gate"].double(),
         arrays["index"].long().unsqueeze(1),
-        *(w.double() for w in weights),
+        *weights,
         LAYER.activation,
     )
 
@@ -110,6 +112,7 @@ def bytes_of(folder: Path, tokens: int) -> float:
     index_PK = np.load(folder / "index.npy")
     calls = index_PK.reshape(-1, tokens * index_PK.shape[1])
     touched = statistics.mean(len(np.unique(call)) for call in calls)
+    assert isinstance(layer.experts, Experts)
     w_in, w_out = layer.experts.w_in_HEGFL[0, 0], layer.experts.w_out_HEFL[0, 0]
     return touched * (w_in.nbytes + w_out.nbytes) + layer.router.w_HEL.nbytes
 
@@ -175,7 +178,7 @@ def targets(rows: list[dict]) -> list[dict]:
     best: dict[tuple[str, str], float] = {}
     for (task, side), seconds in times.items():
         key = (task, side.split()[0])
-        best[key] = min(best.get(key, seconds), seconds)
+        best[key] = min(best.get(key, math.inf), seconds)
     out = []
     if one := best.get(("1 token", "xiaotu-moe")):
         ours = best["1 token", "headway"]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.worker import work
@@ -18,7 +19,7 @@ from bench.worker import work
 Side = Callable[[dict], dict]
 
 
-def headway(folder: str, threads: int, dtype: str = "bfloat16") -> Side:
+def headway(folder: str, threads: int, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Side:
     """The engine in this process. Adds what its decoding steps were: experts that they touched on
     average, and the median share of a step outside forward pass and sampling."""
     from headway.config import EngineConfig
@@ -59,9 +60,9 @@ def transformers(folder: str, threads: int) -> Side:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     torch.set_num_threads(threads)
-    loaded: dict[str, torch.nn.Module] = {}
+    loaded: dict[str, Any] = {}
 
-    def model_of(variant: str) -> torch.nn.Module:
+    def model_of(variant: str) -> Any:
         if variant not in loaded:
             loaded.clear()
             dtype, experts = variant.split("/")

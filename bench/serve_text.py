@@ -133,7 +133,7 @@ def step_ms() -> float:
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192)

@@ -101,9 +101,13 @@ def _transformers_model(folder: Path, own_code: bool) -> Any:
             narrow = quantization_config.Mxfp4Config(dequantize=True)
             options = {"dtype": torch.bfloat16, "quantization_config": narrow}
     loader = transformers.AutoModelForCausalLM
-    model = loader.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=own_code, **options
-    )
+    try:
+        model = loader.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=own_code, **options
+        )
+    except ValueError as error:  # such as code of the folder, which is not run
+        why = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--check: Transformers refuses {folder} ({why}); leave it out") from None
     return model.float().eval()
 
 

@@ -121,3 +121,12 @@ def test_a_bias_is_not_lost(tmp_path):
         UsageError, match=r"router\.bias_HE is not 0, and qwen3_moe has no tensor for it"
     ):
         export(tmp_path / "rest", tmp_path / "hf3", family="qwen3_moe")
+
+
+def test_a_folder_with_code_of_its_own_is_imported_and_not_checked(tmp_path):
+    write_run(tmp_path / "run", MODELS["multi_head_token"])
+    export(tmp_path / "run", tmp_path / "hf")
+    words = ("import", tmp_path / "hf", "--to")
+    said = mistake(*words, tmp_path / "checked", "--check")
+    assert "--check: Transformers refuses" in said and "leave it out" in said
+    assert call(*words, tmp_path / "plain").code == 0

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from headway.checkpoint.lock import Holder, InUseError, Lock
-from headway.config import Config, from_dict
+from headway.config import Config, UsageError, from_dict
 from headway.lab.runs import Run, documents, execute
 from headway.lab.statistics import p_equal, p_not_worse, paired, seeds_for
 from tests.command import call, mistake, write_recipe
@@ -241,6 +242,22 @@ def test_cpu_seconds_are_calibrated_steps(place):
     spent = [arm["steps"] * arm["step_seconds"] for arm in (flat, heads)]
     assert spent[1] == pytest.approx(spent[0], abs=heads["step_seconds"])
     assert done.json["match"]["equal"] == "cpu_seconds"
+
+
+def test_the_commands_of_the_docs_can_be_matched(tmp_path, monkeypatch):
+    """Planned, and not trained."""
+
+    def planned(experiment, root, *, workers):
+        arms = experiment.plan(lambda _: None)
+        raise UsageError(f"planned {len(arms)} arms")
+
+    monkeypatch.setattr("headway.lab.compare.compare", planned)
+    monkeypatch.chdir(tmp_path)
+    docs = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    commands = re.findall(r"^    headway (compare .*)$", docs, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert re.search(r"planned \d arms", mistake(*command.split()))
 
 
 @pytest.mark.parametrize(

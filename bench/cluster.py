@@ -1,6 +1,7 @@
 """Training steps on four hosts over slow networks: Head Parallel beside Expert Parallel.
 
     python bench/cluster.py [--quick] [--rates 500 125] [--repetitions N] [--json] [--save]
+    python bench/cluster.py --predict   # the saved rows again with the plan of today; runs nothing
 
 The hosts are network namespaces of this machine on links whose rate `tc` limits in both directions
 (`bench/hosts.py`); one process per host, one thread each, gloo. Every step is a whole training step
@@ -15,6 +16,7 @@ matters. Ratios are compared, not times.
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import socket
 import sys
@@ -220,6 +222,15 @@ def weak_scaling(
             yield scaling_row(case, mbit, world, [r["sample"] for r in steps[case.key]])
 
 
+def predict_again(saved: dict[str, Any], size: Size = FULL) -> dict[str, Any]:
+    """Return a saved result with the predictions that `headway plan` makes now; what was measured,
+    its machine and its commit stay."""
+    rows = saved["rows"]
+    ks = sorted({row["k"] for row in rows if row["bench"] == "sweep"})
+    rows = with_predictions(rows, cases(ks, size), size)
+    return {**saved, "rows": rows, "targets": targets(rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -232,7 +243,16 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="an absurdly small shape, to test this file"
     )
+    parser.add_argument(
+        "--predict", action="store_true", help="predict the saved rows again, run nothing"
+    )
     args = parser.parse_args()
+    if args.predict:
+        path = common.NUMBERS / "cluster.json"
+        result = predict_again(json.loads(path.read_text()))
+        common.write(path, result)
+        print(prediction_table(result["rows"]))
+        return
     size = SMALL if args.small else FULL
     ks = args.ks or ([1, 4, 8] if args.quick else [1, 2, 4, 8])
     rates: list[float] = args.rates or (

@@ -119,7 +119,7 @@ def report(bench: str, rows: list[dict], targets: list[dict], args: argparse.Nam
         value = "never" if t["value"] is None else format(t["value"], ".4g")
         print(f"{'PASS' if t['pass'] else 'FAIL'}  {t['name']}: {value} ({sign} {t['bound']:g})")
     if args.save:
-        _write(NUMBERS / f"{bench}.json", found)
+        write(NUMBERS / f"{bench}.json", found)
     if args.json:
         print(json.dumps(found))
 
@@ -137,7 +137,8 @@ def print_rows(rows: list[dict]) -> None:
         print("  ".join(cells), flush=True)
 
 
-def _write(path: Path, value: dict) -> None:
+def write(path: Path, value: dict) -> None:
+    """Replace a file of numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -249,6 +249,30 @@ def test_without_namespaces_there_is_one_line_and_exit_code_2(tmp_path):
     )
 
 
+SAVED = json.loads((ROOT / "docs" / "numbers" / "cluster.json").read_text())
+
+
+def test_saved_predictions_are_those_of_the_plan():
+    """After a change of the plan: python bench/cluster.py --predict."""
+    steps = [r for r in SAVED["rows"] if r["bench"] == "sweep" and r["k"] == 8 and r["mbit"] < 300]
+    others = [r for r in SAVED["rows"] if r["bench"] != "sweep"]
+    again = cluster.predict_again({**SAVED, "rows": others + steps})["rows"][len(others) :]
+    assert len(steps) == 8 * 3
+    for new, old in zip(again, steps, strict=True):
+        assert new["parts"] == pytest.approx(old["parts"]), (new["name"], new["mbit"])
+        assert new["predicted_ms"] == pytest.approx(old["predicted_ms"])
+
+
+def test_the_document_says_how_far_predictions_are_off():
+    text = " ".join((ROOT / "docs" / "cluster.md").read_text("utf-8").split())
+    ratios = [(r["ratio"], r["mbit"]) for r in SAVED["rows"] if "ratio" in r]
+    off = [(ratio, mbit) for ratio, mbit in ratios if abs(ratio - 1) > 0.2]
+    ((limited, _),) = [pair for pair in off if pair[1]]
+    assert f"Of the {len(ratios)} steps" in text
+    assert f"{len(ratios) - len(off)} are within 20% of the median" in text
+    assert f"all but one ({limited:.2f})" in text and f"({min(ratios)[0]:.2f} at worst)" in text
+
+
 def names():
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     return {line.split()[0] for line in listed.splitlines() if line.startswith(hosts.PREFIX)}

@@ -108,12 +108,27 @@ def source() -> tuple[str, bool]:
     return commit(ROOT / "headway", besides="docs")
 
 
+def place(machine: dict, versions: dict) -> str:
+    """Where something was measured: the GPU, or the CPU, its cores and vector path; and torch."""
+    cpu = "{cpu}, {cores} cores ({cpu_capability})".format(**machine)
+    return f"{machine['gpu'] or cpu}, torch {versions['torch']}"
+
+
+def stamped(rows: list[dict]) -> list[dict]:
+    """Rows with the commit and the place that measured them; those that an earlier call saved keep
+    theirs, and have no place where they were saved without.
+    """
+    from headway.report.provenance import machine, versions
+
+    now = {"commit": source()[0], "on": place(machine(), versions())}
+    return [row if "commit" in row else row | now for row in rows]
+
+
 def report(bench: str, rows: list[dict], targets: list[dict], args: argparse.Namespace) -> None:
     """Print the targets, save with --save, and end with the JSON object with --json. Rows that an
-    earlier call saved keep their commit.
+    earlier call saved keep their commit and place.
     """
-    head, _ = source()
-    found = document(bench, [row | {"commit": row.get("commit", head)} for row in rows], targets)
+    found = document(bench, stamped(rows), targets)
     for t in targets:
         sign = ">=" if t["at_least"] else "<="
         value = "never" if t["value"] is None else format(t["value"], ".4g")

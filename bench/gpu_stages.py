@@ -36,7 +36,7 @@ class Record:
         self.rows: list[dict] = []
 
     def add(self, row: dict) -> None:
-        self.rows.append(row)
+        self.rows += common.stamped([row])  # a later call may resume on another machine
         write(self.folder, self.name, {"rows": self.rows, "done": False})
 
     def attempt(self, what: str, measure: Callable[[], dict]) -> None:

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.common import NUMBERS, ROOT, place
+
 if TYPE_CHECKING:
     from headway.lab.verdict import Judged
 
-ROOT = Path(__file__).resolve().parents[1]
-NUMBERS = ROOT / "docs" / "numbers"
 BEGIN, END = "<!-- numbers: written by bench/table.py -->", "<!-- end of numbers -->"
 
 
@@ -104,7 +105,6 @@ SIDES = {
 
 def sizes() -> dict[str, str]:
     """Name of a shape of bench/serve.py → its parameters, and heads where it has several."""
-    sys.path.insert(0, str(ROOT))
     from bench.serve import SHAPES
     from headway.config import Config
     from headway.plan.cost import model_costs, total
@@ -168,7 +168,7 @@ def highlights(folder: Path = NUMBERS) -> str:
     limits = (
         f"Limits: on a CPU a training step with Multi-Head layers takes {slower:.2f}× that of a "
         "flat MoE of the same experts (two projections more), and `headway plan` misses a step by "
-        f"up to {error:.0%}. GPU kernels were measured on {_machine(benches['gpu_day']['machine'])}"
+        f"up to {error:.0%}. GPU kernels were measured on {benches['gpu_day']['machine']['gpu']}"
         " and Head Parallel between CPU processes with limited links; NCCL and several GPUs have "
         "not been run yet, and no large model has been trained."
     )
@@ -198,7 +198,6 @@ def against_flat(folder: Path) -> str:
 
 def judged(study: str, claim: str, folder: Path = NUMBERS) -> "Judged":
     """What the confirming runs say of a study's claim."""
-    sys.path.insert(0, str(ROOT))
     from headway.lab.registered import ids, read
     from headway.lab.study import Study, load, read_rows
     from headway.lab.verdict import judge
@@ -221,10 +220,12 @@ def block(folder: Path = NUMBERS) -> str:
         bench = json.loads(path.read_text())
         if not bench["targets"]:
             continue
-        machine, versions = bench["machine"], bench["versions"]
+        here = place(bench["machine"], bench["versions"])
+        others = sorted({row["on"] for row in bench["rows"] if "on" in row} - {here})
         parts.append(
-            f"`bench/{bench['bench']}.py` on {_machine(machine)}, torch {versions['torch']}, "
-            f"commit {bench['commit'][:10]}{' with changes' if bench['dirty'] else ''}:\n\n"
+            f"`bench/{bench['bench']}.py` on {here}, "
+            f"commit {bench['commit'][:10]}{' with changes' if bench['dirty'] else ''}"
+            f"{''.join(f'; some rows on {other}' for other in others)}:\n\n"
             "| measured | value | target | met |\n|---|---|---|---|\n"
             + "\n".join(_row(t) for t in bench["targets"])
         )
@@ -236,12 +237,6 @@ PAGES = {
     ROOT / "docs" / "numbers.md": block,
     ROOT / "docs" / "serving.md": serving,
 }
-
-
-def _machine(machine: dict) -> str:
-    if machine["gpu"]:
-        return machine["gpu"]
-    return f"{machine['cpu']}, {machine['cores']} cores ({machine['cpu_capability']})"
 
 
 def _row(target: dict) -> str:

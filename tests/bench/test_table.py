@@ -1,7 +1,9 @@
 import json
+from argparse import Namespace
 
 import pytest
 
+from bench import common
 from bench.table import (
     BEGIN,
     END,
@@ -19,6 +21,7 @@ from bench.table import (
     serving,
     sizes,
 )
+from headway.report import provenance
 
 
 def test_the_documents_state_what_the_benches_measured():
@@ -87,6 +90,7 @@ def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):
         "versions": {"torch": "2.13.0"},
         "commit": "0123456789abcdef",
         "dirty": False,
+        "rows": [{"ms": 1.0}],
         "targets": [
             {"name": "speed", "value": 1.2345678, "bound": 2, "at_least": True, "pass": False},
             {"name": "memory", "value": 0.4, "bound": 0.5, "at_least": False, "pass": True},
@@ -100,6 +104,25 @@ def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):
     found["machine"] |= {"gpu": "NVIDIA H100"}
     (tmp_path / "x.json").write_text(json.dumps(found))
     assert "`bench/x.py` on NVIDIA H100, torch 2.13.0" in block(tmp_path)
+
+
+def test_rows_keep_the_machine_that_measured_them(tmp_path, monkeypatch):
+    """Two calls on two machines that share a file: the numbers page names both."""
+    monkeypatch.setattr(common, "NUMBERS", tmp_path)
+    target = common.target("speed", 2.0, 1.0, True)
+    saved = Namespace(save=True, json=False)
+    common.report("x", [{"part": "a"}, {"part": "old", "commit": "c0"}], [target], saved)
+    here = common.place(provenance.machine(), provenance.versions())
+    rows = common.load_rows("x")
+    assert [row.get("on") for row in rows] == [here, None]  # of the second nothing is known
+    assert "some rows" not in block(tmp_path)
+    monkeypatch.setattr(provenance, "_cpu_model", lambda: "another CPU")
+    common.report("x", [*rows, {"part": "b"}], [target], saved)
+    there = common.place(provenance.machine(), provenance.versions())
+    assert "another CPU" in there and "torch" in there
+    assert [row.get("on") for row in common.load_rows("x")] == [here, None, there]
+    said = block(tmp_path)
+    assert f"`bench/x.py` on {there}, commit" in said and f"; some rows on {here}:" in said
 
 
 def test_serving_shows_the_best_variant_of_a_rival_and_what_is_missed(tmp_path):

@@ -19,8 +19,9 @@ class Calibration(NamedTuple):
     @classmethod
     def of(cls, confidence_N: np.ndarray, right_N: np.ndarray) -> "Calibration":
         """Return the bins of predictions: their probabilities, and whether each was right."""
-        # float32 softmax may give a little more than 1
-        bin_N = np.minimum((confidence_N * BINS).astype(np.int64), BINS - 1)
+        # float32 softmax may give a little more than 1; NaN, of a model that diverged, is in the
+        # first bin, whose sum and error it makes NaN
+        bin_N = np.minimum((np.nan_to_num(confidence_N) * BINS).astype(np.int64), BINS - 1)
         weights = (None, confidence_N, right_N)
         return cls(np.stack([np.bincount(bin_N, w, BINS).astype(np.float64) for w in weights]))
 

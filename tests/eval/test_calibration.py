@@ -14,6 +14,11 @@ def test_by_hand():
     assert "15% → 50%, 85% → 0%, 98% → 100%" in calibration.sentence
 
 
+def test_without_a_probability_the_error_is_not_a_number():
+    calibration = Calibration.of(np.array([0.95, np.nan]), np.array([True, False]))
+    assert np.isnan(calibration.error) and [row["n"] for row in calibration.bins()] == [1, 1]
+
+
 def test_predictions_right_as_often_as_they_say_are_calibrated():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.2, 1.0, 200_000)

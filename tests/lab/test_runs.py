@@ -22,6 +22,17 @@ def runs(tmp_path):
     return of
 
 
+def test_a_run_whose_last_step_diverges_is_named(tmp_path, runs):
+    """Its steps were finite, or skipped, and fewer than `optim.max_skipped` in a row; the model
+    that is evaluated gives no number."""
+    config = runs(4).config
+    optim = dataclasses.replace(config.optim, lr=1e30)
+    run = dataclasses.replace(config.run, sample_tokens=0)  # as in experiments
+    result = execute(Run(dataclasses.replace(config, optim=optim, run=run)), tmp_path)
+    assert result["bits_per_byte"] is result["val_loss"] is None
+    assert result["error"] == "the validation loss is not finite"
+
+
 def test_branches_are_the_runs_that_they_stand_for(tmp_path, runs):
     family = [runs(10), runs(20), runs(14)]
     shared = execute_branches(family, tmp_path / "shared")

@@ -13,7 +13,7 @@ from headway.checkpoint.lock import InUseError
 from headway.config import UsageError
 from headway.lab.experiment import Experiment, PlannedArm
 from headway.lab.folder import Wanted
-from headway.lab.runs import Run, documents, execute, read_result
+from headway.lab.runs import Run, check_dtypes, documents, execute, read_result
 from headway.lab.statistics import (
     Interval,
     Paired,
@@ -106,6 +106,7 @@ def compare(
     validation = {result["validation"]["fingerprint"] for result in results}
     if len(validation) > 1:
         raise UsageError(f"runs in {root} were validated on other text; use another --dir")
+    check_dtypes(results)
     rows = [
         {"arm": arm.name, "seed": seed, **{name: result[name] for name in ROW}}
         for (arm, seed), result in zip(order, results, strict=True)

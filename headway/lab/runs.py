@@ -22,12 +22,13 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headway.checkpoint.lock import Lock
+from headway.checkpoint.runtime import resolve_runtime
 from headway.config import Config, RunError, UsageError, cannot_write
 from headway.data.shards import prepare
 from headway.data.stream import Stream
@@ -80,7 +81,8 @@ def execute(
         `scores` (empty where it diverged, None where none were asked for), `error`, `attempts`,
         `steps`, `continued` (steps that another run had done), `tokens`, `train_flops`,
         `cpu_seconds` and `seconds` (those steps included), `tokens_per_second`,
-        `batches_sha256`, `validation` (the fingerprint of its text), `commit`, `cpu`.
+        `batches_sha256`, `validation` (the fingerprint of its text), `commit`, `cpu`, `auto_dtype`
+        (what `run.dtype=auto` was on its machine; None where the config says it).
     Raises: KeyboardInterrupt where it was interrupted; it is saved. InUseError where another
         process trains it, UsageError for a folder that cannot be written."""
     folder = root / "runs" / run.key
@@ -180,6 +182,7 @@ def _train(
         "validation": info["validation"],
         "commit": info["commit"],
         "cpu": info["machine"]["cpu"],
+        "auto_dtype": _auto_dtype(config),
     }
     write_json(folder / "result.json", result)
     if not forks:
@@ -188,6 +191,23 @@ def _train(
         if checkpoint.name not in {f"step-{step:06d}" for step in forks}:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return result
+
+
+def _auto_dtype(config: Config) -> str | None:
+    """Return the dtype of the matmuls where this machine chooses it, which no config says."""
+    if config.run.dtype != "auto":
+        return None
+    return str(resolve_runtime(config).dtype).removeprefix("torch.")
+
+
+def check_dtypes(results: Iterable[Mapping[str, Any]]) -> None:
+    """Raise UsageError where machines have chosen different dtypes for runs that are compared."""
+    dtypes = {dtype for result in results if (dtype := result.get("auto_dtype"))}
+    if len(dtypes) > 1:
+        raise UsageError(
+            f"runs with run.dtype=auto were trained in {' and '.join(sorted(dtypes))}, as their "
+            "machines have it, and are not compared; give --run.dtype float32 to all"
+        )
 
 
 def _scores(scores: Scores | None, folder: Path | None) -> dict[str, float] | None:

@@ -22,7 +22,7 @@ from headway.config import UsageError, with_leaf
 from headway.lab.experiment import Arm, Experiment, PlannedArm
 from headway.lab.folder import Scores, write_json
 from headway.lab.measurement import Measurement, Verdict
-from headway.lab.runs import Run, execute_branches, read_result
+from headway.lab.runs import Run, check_dtypes, execute_branches, read_result
 from headway.lab.statistics import Region
 from headway.lab.user_file import raised
 from headway.train.budget import Budget
@@ -352,7 +352,8 @@ def of_one_text(rows: Sequence[Row]) -> Sequence[Row]:
 
 def check_texts(rows: Sequence[Row]) -> None:
     """Raise UsageError where rows of one text were validated on different ones: another version of
-    the packages that it comes from."""
+    the packages that it comes from; and where they were trained in different dtypes."""
+    check_dtypes(rows)
     texts: dict[str, Row] = {}
     for row in rows:
         other = texts.setdefault(row["corpus"], row)
@@ -389,6 +390,6 @@ def _row(task: Task, steps: int, result: Mapping[str, Any]) -> Row:
         "seed": task.seed,
         "budget": steps,
         **{name: result[name] for name in fields.split()},
-        **({"scores": result["scores"]} if result.get("scores") is not None else {}),
+        **{name: x for name in ("scores", "auto_dtype") if (x := result.get(name)) is not None},
         "validation": result["validation"]["fingerprint"],
     }

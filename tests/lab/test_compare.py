@@ -122,6 +122,18 @@ def test_runs_on_other_text_are_not_compared(place, done):
     assert "runs in other were validated on other text; use another --dir" in said
 
 
+def test_runs_of_machines_with_other_dtypes_are_no_pair(place, done):
+    """`run.dtype=auto` is one config, and so one folder, on a CPU with bfloat16 and on one without."""
+    shutil.copytree(place / "cmp", place / "mixed")
+    for i, path in enumerate(sorted((place / "mixed").glob("runs/*/result.json"))):
+        result = json.loads(path.read_text())
+        assert result["auto_dtype"] in ("float32", "bfloat16")
+        path.write_text(json.dumps(result | {"auto_dtype": "bfloat16" if i else "float32"}))
+    options = [*OPTIONS[:-1], "mixed"]
+    said = mistake("compare", FLAT, "heads=tiny.py:tiny", DENSE, *options)
+    assert "run.dtype=auto were trained in bfloat16 and float32" in said
+
+
 def test_a_margin_is_tested_and_priced(done):
     margin = call("compare", FLAT, "heads=tiny.py:tiny", *OPTIONS, "--margin", "0.5", "--json")
     (row,) = margin.json["differences"]

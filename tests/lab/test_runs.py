@@ -4,9 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from headway.config import UsageError
 from headway.data.tokenizer import load_tokenizer
+from headway.kernels.precision import native_bfloat16
 from headway.lab.runs import Run, documents, execute, execute_branches
+from headway.lab.study import check_texts
 from headway.report.sinks import read_metrics
 from headway.train.resolve import resolve
 from headway.train.session import Session
@@ -20,6 +24,19 @@ def runs(tmp_path):
         return Run(resolve(config, load_tokenizer("bytes").vocab_size).config)
 
     return of
+
+
+def test_a_result_says_what_the_machine_chose(tmp_path, runs):
+    config = runs(4).config
+    run = Run(dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="auto")))
+    native = native_bfloat16(torch.device("cpu"))
+    assert execute(run, tmp_path)["auto_dtype"] == ("bfloat16" if native else "float32")
+    assert execute(runs(4), tmp_path)["auto_dtype"] is None
+    rows = [{"corpus": "a", "validation": "v", "auto_dtype": x} for x in ("float32", "bfloat16")]
+    with pytest.raises(UsageError, match="are not compared; give --run.dtype float32"):
+        check_texts(rows)
+    older = {"corpus": "a", "validation": "v"}  # of which nothing is known
+    check_texts([rows[0], older])
 
 
 def test_a_run_whose_last_step_diverges_is_named(tmp_path, runs):

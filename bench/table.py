@@ -86,6 +86,8 @@ HIGHLIGHTS = (
 
 CENTRE = ("latent_vs_flat", "C1-2000")
 """Study and claim of the sentence of README.md on the centre of the project."""
+BYTES, STEPS = "frontiers", (2000, 250)
+"""Study of the sentence on equal bytes per token, and its budgets, the longest first."""
 QUALITY = ("sparse_vs_dense", "2x64-2000")
 """Study and claim of the first row of README.md, which is there once the claim is judged."""
 QUALITY_WHAT = (
@@ -173,7 +175,9 @@ def highlights(folder: Path = NUMBERS) -> str:
         "not been run yet, and no large model has been trained."
     )
     table = ["| measured | value | on |", "|---|---|---|", *rows]
-    return "\n".join([*table, "", *filter(None, (against_flat(folder), limits))])
+    return "\n".join(
+        [*table, "", *filter(None, (against_flat(folder), at_equal_bytes(folder), limits))]
+    )
 
 
 def against_flat(folder: Path) -> str:
@@ -194,6 +198,23 @@ def against_flat(folder: Path) -> str:
         f"heads, {contrast.steps:,} steps): {answers[one.answer]} "
         f"([study, registered](docs/studies.md#{CENTRE[0]}))."
     )
+
+
+def at_equal_bytes(folder: Path) -> str:
+    """A sentence on designs that send as many bytes, at the longest budget that is judged."""
+    for steps in STEPS:
+        latent, flat = (judged(BYTES, f"{id}-{steps}", folder) for id in ("C13-half", "C12-shared"))
+        if latent.ci is None or flat.ci is None:
+            continue
+        return (
+            f"At as many bytes per token on the wire and as many FLOPs it is at "
+            f"{latent.estimate:+.3f} ({latent.ci.low:+.3f} … {latent.ci.high:+.3f}) beside "
+            f"LatentMoE of half the width, and at {flat.estimate:+.3f} ({flat.ci.low:+.3f} … "
+            f"{flat.ci.high:+.3f}) beside a flat MoE of one routed and one shared expert "
+            f"({len(latent.seeds)} seeds, {steps:,} steps; [study, registered]"
+            f"(docs/studies.md#{BYTES}))."
+        )
+    return ""
 
 
 def judged(study: str, claim: str, folder: Path = NUMBERS) -> "Judged":

@@ -14,6 +14,7 @@ from bench.table import (
     QUALITY_WHAT,
     ROOT,
     against_flat,
+    at_equal_bytes,
     block,
     highlights,
     judged,
@@ -81,6 +82,33 @@ def test_the_sentence_on_the_centre_is_that_of_its_claim(tmp_path, gap, words):
     assert estimate == pytest.approx(gap, abs=1e-3) and f"{estimate:+.4f} bits/byte" in sentence
     path.write_text(json.dumps({"rows": rows[1:]}))
     assert against_flat(tmp_path) == ""
+
+
+def test_the_sentence_on_equal_bytes_is_of_the_longest_budget_that_is_judged(tmp_path):
+    gaps = {250: {"latent, k 2": 0.03, "flat, k 1, shared expert": 0.01}}
+    gaps[2000] = {name: 2 * gap for name, gap in gaps[250].items()}
+    rows = [
+        {
+            "stage": "confirm", "corpus": "python", "arm": arm, "seed": seed, "budget": steps,
+            "bits_per_byte": 1.5 + gap * (1 + seed % 7 / 1e4), "validation": "v",
+            "cpu_seconds": 60.0,
+        }
+        for steps, above in gaps.items()
+        for arm, gap in {"two heads, routed before": 0.0, **above}.items()
+        for seed in range(101, 109)
+    ]  # fmt: skip
+    path = tmp_path / "studies" / "frontiers.json"
+    path.parent.mkdir()
+    for known, steps, latent, flat in (
+        (rows, "2,000", -0.06, -0.02),
+        (rows[:-1], "250", -0.03, -0.01),
+    ):
+        path.write_text(json.dumps({"rows": known}))
+        sentence = at_equal_bytes(tmp_path)
+        assert f"8 seeds, {steps} steps" in sentence
+        assert f"at {latent:+.3f} (" in sentence and f"at {flat:+.3f} (" in sentence
+    path.write_text(json.dumps({"rows": rows[:20]}))
+    assert at_equal_bytes(tmp_path) == ""
 
 
 def test_a_row_says_value_bound_and_whether_it_is_met(tmp_path):

@@ -12,7 +12,7 @@ from statistics import mean
 import numpy as np
 
 from headway.lab.statistics import paired
-from headway.lab.study import Contrast, Row
+from headway.lab.study import Contrast, Row, of_one_text
 from studies.arms import PAIRS, differences
 from studies.frontier_arms import CONFIRMED, EARLY, LATE, SHARED
 from studies.step_times import CPU
@@ -78,10 +78,11 @@ Losses = dict[tuple[str, int], dict[int, float]]
 
 
 def losses(runs: Sequence[Row]) -> Losses:
-    """Return (arm, seed) → steps → bits per byte, of confirming runs that did not diverge."""
+    """Return (arm, seed) → steps → bits per byte, of confirming runs on one text that
+    did not diverge."""
     bits: Losses = {}
-    for row in runs:
-        if row["stage"] == "confirm" and row["bits_per_byte"] is not None:
+    for row in of_one_text([row for row in runs if row["stage"] == "confirm"]):
+        if row["bits_per_byte"] is not None:
             bits.setdefault((row["arm"], row["seed"]), {})[row["budget"]] = row["bits_per_byte"]
     return bits
 

@@ -65,7 +65,8 @@ STUDY = Study(
     "(`frontier_arms`). In the table the winner is chosen by the seeds that confirm it, and its "
     "interval is not adjusted for that; the claims are. B1 is of `latent_vs_flat`. B4 and B5 "
     "compare losses at width 128 at equal time: measured on a CPU, or what `headway plan` predicts "
-    "for clusters at width 4,096 (`step_times`), where nothing was run.",
+    "for clusters at width 4,096 (`step_times`), where nothing was run; losses between budgets are "
+    "interpolated, which errs a little against the slower design.",
     tables={"frontiers": frontiers},
     also=("latent_vs_flat", "step_times"),
 )

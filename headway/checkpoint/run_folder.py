@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,19 @@ def create_run(
         raise cannot_write(path, error) from None
     _write_run_json(path, info)
     return copy
+
+
+def check_dtype(path: Path, derived: Mapping[str, str]) -> None:
+    """Raise `UsageError` where `run.dtype=auto` was another dtype on the machine on which a run
+    began: its losses would change in the middle of it."""
+    name = "run.dtype"
+    before = _read_run_json(path).get("derived", {}).get(name, "").partition(":")[0]
+    now = derived.get(name, "").partition(":")[0]
+    if before and now and before != now:
+        raise UsageError(
+            f"resume: {name}=auto was {before} where {path} began and is {now} on this machine; "
+            f"give --{name} {before} to go on as it began, or --{name} {now} to change it"
+        )
 
 
 def update_optim(path: Path, optim: OptimConfig) -> None:

@@ -63,6 +63,12 @@ def open_session(
     def facts() -> dict[str, Any]:
         return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
 
+    def begin() -> run_folder.LatestCheckpoint:
+        checkpoint = run_folder.find_start(start, lock, log)
+        if start.resume:
+            run_folder.check_dtype(run_dir, resolved.derived)
+        return checkpoint
+
     start = RunStart.of(resolved.config, resume, overwrite)
     run_dir = start.run_dir
     with (
@@ -73,7 +79,7 @@ def open_session(
     ):
         log = log if mesh.is_main else lambda _: None
         config, run = resolved.config, resolved.config.run
-        checkpoint, problems = mesh.on_main(lambda: run_folder.find_start(start, lock, log))
+        checkpoint, problems = mesh.on_main(begin)
         if checkpoint is not None:
             check_architecture(read_model_config(checkpoint), config.model)
         if run.threads:

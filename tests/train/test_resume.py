@@ -1,11 +1,13 @@
 """A run that was interrupted, killed or damaged ends with the bits of one that was not."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,24 @@ def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, a
     resumed = train(run_folder.read_config(tmp_path / "run"), resume=tmp_path / "run")
     assert events(tmp_path) == [(at, "interrupted"), (at, "resumed")]
     assert_same_run(*(whole[0], tmp_path), whole[1], resumed)
+
+
+def test_a_run_does_not_change_its_dtype_with_the_machine(tmp_path):
+    """`auto` is what the machine multiplies natively, and run.json says what it was."""
+    train(tiny(tmp_path, run={"dtype": "auto"}, optim={"steps": 4}))
+    info = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    here = info["derived"]["run.dtype"].partition(":")[0]
+    other = "float32" if here == "bfloat16" else "bfloat16"
+    info["derived"]["run.dtype"] = f"{other}: that cpu had others"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    saved = run_folder.read_config(tmp_path / "run")
+    saved = replace(saved, optim=replace(saved.optim, steps=6))
+    with pytest.raises(
+        UsageError, match=f"auto was {other} where .* and is {here} on this machine"
+    ):
+        train(saved, resume=tmp_path / "run")
+    chosen = replace(saved, run=replace(saved.run, dtype=here))
+    assert train(chosen, resume=tmp_path / "run")["steps"] == 6
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):

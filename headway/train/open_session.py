@@ -63,7 +63,7 @@ def open_session(
     def facts() -> dict[str, Any]:
         return {**leaves(resolved.config.to_dict()), **versions(), "commit": commit()[0]}
 
-    def begin() -> run_folder.LatestCheckpoint:
+    def start_checkpoint() -> run_folder.LatestCheckpoint:
         checkpoint = run_folder.find_start(start, lock, log)
         if start.resume:
             run_folder.check_dtype(run_dir, resolved.derived)
@@ -79,7 +79,7 @@ def open_session(
     ):
         log = log if mesh.is_main else lambda _: None
         config, run = resolved.config, resolved.config.run
-        checkpoint, problems = mesh.on_main(begin)
+        checkpoint, problems = mesh.on_main(start_checkpoint)
         if checkpoint is not None:
             check_architecture(read_model_config(checkpoint), config.model)
         if run.threads:

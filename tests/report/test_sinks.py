@@ -105,7 +105,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=f"cannot write {tmp_path}/file/metrics.jsonl.*--run"):
+    with pytest.raises(
+        UsageError, match=f"cannot write {tmp_path}/file/metrics.jsonl.*another folder"
+    ):
         JsonlSink(tmp_path / "file" / "metrics.jsonl")
 
 

@@ -5,14 +5,15 @@ Width 128: four layers, for the flat mixture eight of 32 experts with K·F = 3·
 total parameters (`headway.lab.match`). Width 256 is the same with heads of attention twice as
 wide."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from headway import recipes
 from headway.config import Config, with_leaf
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.match import Quantity
-from headway.lab.study import Contrast, Row, Series, Stage, of_one_text
+from headway.lab.study import Claim, Contrast, Prediction, Row, Series, Stage, of_one_text
 from headway.train.budget import Budget
 from headway.train.open_session import Edit
 
@@ -115,6 +116,20 @@ def series(
         evaluations=1,
     )
     return Series(stage, corpus, experiment, steps)
+
+
+def at_each(expected: Mapping[int, Prediction], claim: Claim) -> tuple[Claim, ...]:
+    """Return a claim on one contrast at each of the budgets, steps of the baseline, with what is
+    expected there."""
+    return tuple(
+        replace(
+            claim,
+            id=f"{claim.id}-{steps}",
+            contrasts=(claim.contrasts[0]._replace(steps=steps),),
+            prediction=prediction,
+        )
+        for steps, prediction in expected.items()
+    )
 
 
 def differences(rows: Sequence[Row], stage: Stage, contrast: Contrast) -> list[float]:

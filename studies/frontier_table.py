@@ -27,8 +27,9 @@ TIMED = {"2x64": "heads", "2 slices": "slices"}
 
 
 def frontiers(rows: Sequence[Row]) -> list[Row]:
-    """Return the winner of each budget by the confirming seeds, once all are there, and its
-    difference to the baseline with a 95% interval."""
+    """Return for each budget the best design beside the baseline by the confirming seeds, once all
+    are there, its difference to the baseline with a 95% interval, and which of them wins: None
+    where the interval holds 0."""
     runs, times = ([row for row in rows if key in row] for key in ("stage", "over flat"))
     table: list[Row] = []
     for budget, (baseline, *others) in BUDGETS.items():
@@ -59,17 +60,19 @@ def winner(budget: str, steps: int, baseline: str, pairs: dict[str, list[float]]
     result = paired(pairs[best])
     assert result.ci95 is not None
     low, high = result.ci95
+    verdict = "better" if high < 0 else "worse" if low > 0 else "cannot_tell"
     return [
         {
             "budget": budget,
             "steps": steps,
-            "winner": best if result.mean < 0 else baseline,
+            "baseline": baseline,
             "best other": best,
             "difference": result.mean,
             "low": low,
             "high": high,
             "seeds": result.n,
-            "verdict": "better" if high < 0 else "worse" if low > 0 else "cannot_tell",
+            "verdict": verdict,
+            "winner": {"better": best, "worse": baseline}.get(verdict),
         }
     ]
 

@@ -5,7 +5,7 @@ screening seeds have of each."""
 
 from headway.lab.statistics import Region
 from headway.lab.study import Claim, Contrast, Prediction, Study
-from studies.arms import WHERE
+from studies.arms import WHERE, at_each
 from studies.frontier_arms import (
     BEFORE,
     CORPUS,
@@ -32,20 +32,10 @@ SAID = {
 
 def claim(id: str, baseline: str, region: Region, expected: float) -> tuple[Claim, ...]:
     """Return claims about heads that send as many bytes as others, at both budgets."""
-    return tuple(
-        Claim(
-            f"{id}-{steps}",
-            SAID[id],
-            "arXiv 2602.04870: traffic does not depend on k",
-            (Contrast(BEFORE, baseline, steps),),
-            region,
-            CORPUS,
-            MARGIN,
-            len(SEEDS),
-            Prediction.within(expected, 0.03),
-        )
-        for steps in (EARLY, LATE)
-    )
+    source = "arXiv 2602.04870: traffic does not depend on k"
+    contrast = Contrast(BEFORE, baseline, LATE)
+    either = Claim(id, SAID[id], source, (contrast,), region, CORPUS, MARGIN, len(SEEDS))
+    return at_each(dict.fromkeys((EARLY, LATE), Prediction.within(expected, 0.03)), either)
 
 
 STUDY = Study(

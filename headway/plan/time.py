@@ -159,7 +159,7 @@ def step_seconds(
             free -= layers * waited.hidden[axis]
         else:
             free += layers * seconds
-    forward, backward = free / 3, free * 2 / 3
+    forward, backward = max(free, 0.0) / 3, max(free, 0.0) * 2 / 3
     late = max(half - forward, 0.0) + max(half - backward, 0.0)
     exposed = (
         Item(TimePart.COPIES, layers * waited.copies, copied),

@@ -44,7 +44,12 @@ def times(cpu: float, cluster: float) -> list[dict]:
 
 def test_the_frontier_names_a_winner_once_all_confirming_pairs_are_there():
     (budget,) = frontiers(rows())
-    assert budget["winner"] == "2x64" and budget["baseline"] == "flat" and budget["verdict"] == "better" and budget["seeds"] == 8
+    assert (
+        budget["winner"] == "2x64"
+        and budget["baseline"] == "flat"
+        and budget["verdict"] == "better"
+        and budget["seeds"] == 8
+    )
     assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 8)
     assert frontiers(rows()[:-1]) == []
     assert latent_vs_flat.STUDY.tables["frontiers"] is frontiers

@@ -220,7 +220,8 @@ def at_equal_bytes(folder: Path) -> str:
 def judged(study: str, claim: str, folder: Path = NUMBERS) -> "Judged":
     """What the confirming runs say of a study's claim."""
     from headway.lab.registered import ids, read
-    from headway.lab.study import Study, load, read_rows
+    from headway.lab.rows import read_rows
+    from headway.lab.study import Study, load
     from headway.lab.verdict import judge
 
     chosen = load(study, ROOT / "studies")

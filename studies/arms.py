@@ -13,7 +13,8 @@ from headway import recipes
 from headway.config import Config, with_leaf
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.match import Quantity
-from headway.lab.study import Claim, Contrast, Prediction, Row, Series, Stage, of_one_text
+from headway.lab.rows import Row, of_one_text
+from headway.lab.study import Claim, Contrast, Prediction, Series, Stage
 from headway.train.budget import Budget
 from headway.train.open_session import Edit
 

@@ -12,7 +12,8 @@ from statistics import mean
 from headway.config import Config
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.measurement import Verdict
-from headway.lab.study import Row, Rule, Series, Study
+from headway.lab.rows import Row
+from headway.lab.study import Rule, Series, Study
 from headway.train.budget import Budget
 from studies.mixed_languages import (
     ORDERS,

@@ -11,8 +11,9 @@ from statistics import mean
 
 import numpy as np
 
+from headway.lab.rows import Row, of_one_text
 from headway.lab.statistics import paired
-from headway.lab.study import Contrast, Row, of_one_text
+from headway.lab.study import Contrast
 from studies.arms import PAIRS, differences
 from studies.frontier_arms import CONFIRMED, EARLY, LATE, SHARED
 from studies.step_times import CPU

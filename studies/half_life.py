@@ -14,7 +14,8 @@ import torch
 from headway.data.worlds.mqar import Mqar
 from headway.eval.worlds import score
 from headway.lab.measurement import Verdict
-from headway.lab.study import Row, Rule, Study
+from headway.lab.rows import Row
+from headway.lab.study import Rule, Study
 from studies.world_arms import arm, at_length, mean_wrong, opened, series
 
 WORLDS = {

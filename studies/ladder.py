@@ -17,8 +17,9 @@ from headway.config import UsageError
 from headway.lab.forecast import Fit
 from headway.lab.forecast_file import check_run, score
 from headway.lab.measurement import Verdict
+from headway.lab.rows import Row, read_rows
 from headway.lab.rungs import Runs
-from headway.lab.study import Row, Rule, Study, read_rows
+from headway.lab.study import Rule, Study
 from studies import ladder_law
 from studies.ladder_law import (
     EXPERTS,

@@ -18,9 +18,10 @@ from headway.lab.forecast_file import register
 from headway.lab.gain import Gain, gain
 from headway.lab.isoflop import minima
 from headway.lab.laws import Irreducible
+from headway.lab.rows import Row, of_one_text
 from headway.lab.rungs import Runs, read_runs
 from headway.lab.sealed import sealed
-from headway.lab.study import Row, Series, of_one_text
+from headway.lab.study import Series
 from headway.train.budget import Budget
 from studies.arms import design
 

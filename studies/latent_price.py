@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from statistics import mean
 
 from headway.lab.experiment import Arm
+from headway.lab.rows import Row, of_one_text
 from headway.lab.statistics import Region
-from headway.lab.study import Claim, Contrast, Prediction, Row, Series, Study, of_one_text
+from headway.lab.study import Claim, Contrast, Prediction, Series, Study
 from studies.arms import RATE, WHERE, at_each, flat, heads, rated, series, slices
 
 CORPUS, MARGIN, SEEDS = "python", 0.005, tuple(range(101, 109))

@@ -9,7 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from headway.lab.experiment import Arm
-from headway.lab.study import Contrast, Row, Study
+from headway.lab.rows import Row
+from headway.lab.study import Contrast, Study
 from studies import lever_layers as layers
 from studies.arms import PAIRS, WHERE, differences, flat, heads, series, slices
 

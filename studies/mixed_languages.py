@@ -19,7 +19,7 @@ from headway.data.worlds.source import WorldSource
 from headway.eval.bits_per_byte import evaluate
 from headway.eval.pass_at_k import Samples, covered, pass_at_k
 from headway.hub.load import LoadedModel, load_model
-from headway.lab.study import Row
+from headway.lab.rows import Row
 from headway.serve.engine import Engine
 from headway.serve.params import SamplingParams
 

@@ -14,7 +14,8 @@ from headway.eval.worlds import score
 from headway.hub.load import load_model
 from headway.lab.experiment import Arm
 from headway.lab.measurement import Verdict
-from headway.lab.study import Row, Rule, Study
+from headway.lab.rows import Row
+from headway.lab.study import Rule, Study
 from headway.model.build import build_block
 from headway.model.transformer import Transformer
 from studies.world_arms import ITEMS, LoopedBlocks, arm, mean_wrong, series, tensor_names

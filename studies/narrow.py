@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from headway.lab.experiment import Arm, Experiment
-from headway.lab.study import Row, Series, of_one_text
+from headway.lab.rows import Row, of_one_text
+from headway.lab.study import Series
 from headway.train.budget import Budget
 from studies.arms import design
 

@@ -10,7 +10,8 @@ from functools import partial
 from statistics import mean, stdev
 
 from headway.lab.experiment import Arm
-from headway.lab.study import Row, Study
+from headway.lab.rows import Row
+from headway.lab.study import Study
 from headway.model.init import init_weights
 from headway.model.transformer import Transformer
 from studies.arms import WHERE, flat, heads, series

@@ -15,7 +15,8 @@ from headway import recipes
 from headway.config import Config, with_leaf
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.measurement import Verdict
-from headway.lab.study import Row, Rule, Series, Study
+from headway.lab.rows import Row
+from headway.lab.study import Rule, Series, Study
 from headway.train.budget import Budget
 from studies.long_strings import LENGTHS, scores
 

@@ -17,8 +17,9 @@ import numpy as np
 from headway.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from headway.lab.experiment import Arm, Experiment
 from headway.lab.measurement import Verdict
+from headway.lab.rows import Row, of_one_text
 from headway.lab.statistics import t_interval
-from headway.lab.study import Row, Rule, Series, Study, of_one_text
+from headway.lab.study import Rule, Series, Study
 from headway.train.budget import Budget
 
 NARROW, WIDE, STEPS = 32, 128, 150

@@ -8,7 +8,8 @@ from statistics import mean
 from typing import Any
 
 from headway.lab.experiment import Arm
-from headway.lab.study import Row, Study, of_one_text
+from headway.lab.rows import Row, of_one_text
+from headway.lab.study import Study
 from headway.report.sinks import read_metrics
 from studies.narrow import SEEDS, mixture, series
 

@@ -9,7 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from headway.lab.experiment import Arm
-from headway.lab.study import Contrast, Row, Study
+from headway.lab.rows import Row
+from headway.lab.study import Contrast, Study
 from studies.arms import WHERE, differences, flat, heads, series
 
 CORPUS, SEEDS, STEPS = "python", (0, 1), 250

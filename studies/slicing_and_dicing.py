@@ -9,7 +9,8 @@ from typing import Any
 
 from headway.lab.experiment import Arm
 from headway.lab.measurement import Verdict
-from headway.lab.study import Claim, Contrast, Row, Rule, Study
+from headway.lab.rows import Row
+from headway.lab.study import Claim, Contrast, Rule, Study
 from studies.narrow import ACTIVE, CORPUS, SEEDS, means, mixture, series
 
 STEPS = 1000

@@ -16,7 +16,8 @@ from headway.data.worlds.spec import parse_world
 from headway.eval.worlds import score
 from headway.hub.load import LoadedModel, load_model
 from headway.lab.experiment import Arm, Experiment
-from headway.lab.study import Row, Series
+from headway.lab.rows import Row
+from headway.lab.study import Series
 from headway.model.build import Block, build_block
 from headway.model.compute import Compute
 from headway.train.budget import Budget

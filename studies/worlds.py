@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from headway.lab.measurement import Verdict
-from headway.lab.study import Row, Rule, Study
+from headway.lab.rows import Row
+from headway.lab.study import Rule, Study
 from studies.world_arms import SOLVED, arm, mean_wrong, series, solved, wrong
 
 WORLDS = {

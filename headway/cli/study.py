@@ -1,7 +1,7 @@
 """`headway study`: registered studies, their runs and verdicts."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -129,7 +129,8 @@ def _study(options: StudyOptions) -> int:
 def _list(options: StudyOptions, folder: Path, numbers: Path) -> int:
     from headway.lab import registered
     from headway.lab.measurement import Measurement, read_result
-    from headway.lab.study import load, names, read_rows
+    from headway.lab.rows import read_rows
+    from headway.lab.study import load, names
 
     rows: list[dict[str, Any]] = []
     for name in names(folder):
@@ -184,7 +185,8 @@ def _run(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> N
 
 def _again(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
     from headway.lab import registered
-    from headway.lab.study import read_rows, row_key, tasks, train
+    from headway.lab.rows import read_rows, row_key
+    from headway.lab.study import tasks, train
 
     todo = [
         task
@@ -203,24 +205,29 @@ def _again(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) ->
     if (record := registered.read(chosen, folder)) is not None:
         registered.check(record, todo[:1])
     root = Path(options.dir) / "again"  # what is finished in DIR is what was committed
-    saved = {row_key(row): row["bits_per_byte"] for row in read_rows(rows_file)}
+    saved = {row_key(row): row for row in read_rows(rows_file)}
     rows = train(chosen, todo[:1], root, root / rows_file.name)
     again = []
     for row in rows:
         if row_key(row) in {todo[0].key(steps) for steps in todo[0].planned}:
             before = saved.get(row_key(row))
-            again.append({**row, "committed": before})
-            saying = "no committed row" if before is None else f"committed: {before:.4f}"
-            bits = row["bits_per_byte"]
-            measured = row["error"] if bits is None else f"{bits:.4f}"
-            print(f"{row['arm']}, {row['budget']} steps: {measured}; {saying}")
+            again.append({**row, "committed": before and before["bits_per_byte"]})
+            saying = "no committed row" if before is None else f"committed: {_measured(before)}"
+            print(f"{row['arm']}, {row['budget']} steps: {_measured(row)}; {saying}")
     print_json(options.json, {"rows": again})
     return 0
 
 
+def _measured(row: Mapping[str, Any]) -> str:
+    """Say what a run came to, and in which dtype where the machine chose it."""
+    bits, dtype = row["bits_per_byte"], row.get("auto_dtype")
+    return (row["error"] if bits is None else f"{bits:.4f}") + (f" in {dtype}" if dtype else "")
+
+
 def _verdict(options: StudyOptions, chosen: Any, folder: Path, rows_file: Path) -> int:
     from headway.lab import registered
-    from headway.lab.study import read_rows, spent_seconds, tables
+    from headway.lab.rows import read_rows, spent_seconds
+    from headway.lab.study import tables
     from headway.lab.verdict import judge, judge_rules, statistic
 
     rows = read_rows(rows_file)

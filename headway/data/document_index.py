@@ -3,7 +3,7 @@
 Made from the finished shards of a source and kept beside them:
 
     CACHE/NAME-KEY/train-documents.bin    DOCUMENT, one per document, in their order
-    CACHE/NAME-KEY/documents.json         the rest of DocumentIndex by split, the number of leaks
+    CACHE/NAME-KEY/documents.json         the rest of DocumentIndex by split, what the splits share
 
 Equal text has equal tokens, so the hash of a document is that of its ids."""
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from headway.data import near_copies
 from headway.data.cache import synced
 from headway.data.shard_file import Tokens, check, sample_digest
 from headway.data.tokenizer import Tokenizer
@@ -53,6 +54,9 @@ class DocumentIndex:
     val: SplitIndex
     shared: int
     """Validation documents of the source that are in its training too."""
+    near_copied: float | None = None
+    """The share of the validation text that has a near-copy in training (`near_copies.share`); None
+    in folders of older versions."""
 
     @classmethod
     def load(cls, folder: Path, verify: bool) -> "DocumentIndex":
@@ -62,7 +66,7 @@ class DocumentIndex:
         for split in ("train", "val"):
             check(folder, entries[split], DOCUMENT, verify)
         train, val = (SplitIndex(**entries[split]) for split in ("train", "val"))
-        return cls(folder, train, val, entries["shared"])
+        return cls(folder, train, val, entries["shared"], entries.get("near_copied"))
 
     def documents(self, split: SplitIndex) -> np.ndarray:
         """Return DOCUMENT `[documents]`, mapped into memory."""
@@ -75,20 +79,23 @@ def write_index(folder: Path, tokenizer: Tokenizer) -> None:
     """Index the shards of a folder whose manifest is written."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    entries, hashes = {}, {}
+    entries, splits, shown = {}, dict[str, near_copies.Split](), 0
     for split in ("train", "val"):
         tokens = Tokens(folder, manifest["splits"][split], dtype, tokenizer.token_bytes, False)
         documents_N, token_bytes, text = _scan(tokens.parts, tokenizer, split == "val")
-        hashes[split] = documents_N["hash"]
+        splits[split] = near_copies.Split(tokens.parts, documents_N)
+        shown += token_bytes
         path, content = folder / f"{split}-documents.bin", documents_N.tobytes()
         with synced(path) as file:
             file.write(content)
         digest = hashlib.sha256(content).hexdigest()
         values = (len(documents_N), len(content), digest, sample_digest(path), token_bytes, text)
         entries[split] = asdict(SplitIndex(path.name, *values))
-    shared = int(np.isin(hashes["val"], hashes["train"]).sum())
+    val, train = splits["val"], splits["train"]
+    entries["shared"] = int(np.isin(val.documents_N["hash"], train.documents_N["hash"]).sum())
+    entries["near_copied"] = near_copies.share(val, train, tokenizer.eos, shown)
     with synced(folder / "documents.json") as file:
-        file.write(json.dumps({**entries, "shared": shared}, indent=1).encode())
+        file.write(json.dumps(entries, indent=1).encode())
 
 
 def _scan(

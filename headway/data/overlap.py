@@ -1,7 +1,7 @@
 """Documents that are there more than once: validation text that is trained on, and repeats.
 
-Documents are compared by hash, over all sources together; near-duplicates within a source:
-`near_duplicates.py`."""
+Documents are compared by hash, over all sources together; near-copies within a source:
+`near_copies.py`."""
 
 import hashlib
 from bisect import bisect_right

@@ -172,7 +172,7 @@ def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool, log: Log)
         shown = index.train.token_bytes, index.val.token_bytes
         train.count_text(shown[0], tokenizer.eos)
         val.count_text(shown[1], tokenizer.eos)
-        log(f"data {spec}: {_summary(manifest, train, val)}")
+        log(f"data {spec}: {_summary(manifest, train, val, index)}")
         for line in manifest["bad"]:
             log(f"skipped: {line}")
     except UsageError:
@@ -191,15 +191,19 @@ def _load(spec: str, folder: Path, tokenizer: Tokenizer, verify: bool, log: Log)
     return Source(spec, folder, train, val, index, approximate)
 
 
-def _summary(manifest: dict, train: Tokens, val: Tokens) -> str:
+def _summary(manifest: dict, train: Tokens, val: Tokens, index: DocumentIndex) -> str:
     """Return one line: what a source is made of, what it gave and what was left out."""
     megabytes = (train.text_bytes + val.text_bytes) / 1e6
     said = (
         f"{manifest['made_of']}; {megabytes:,.1f} MB of text; documents: {train.documents:,} for "
         f"training, {val.documents:,} for validation; tokens: {len(train):,} and {len(val):,}"
     )
+    if index.near_copied is not None:
+        said += f"; {index.near_copied:.1%} of the validation text has a near-copy in training"
     if manifest.get("near_duplicates"):  # absent in older folders
         said += f"; {manifest['near_duplicates']}"
+    elif index.near_copied:
+        said += " (--data.near-duplicates cluster puts near-copies into one split)"
     skipped = manifest["skipped"]
     return f"{said}; skipped, as they cannot be read: {skipped:,}" if skipped else said
 

@@ -182,7 +182,7 @@ def _train(
         "validation": info["validation"],
         "commit": info["commit"],
         "cpu": info["machine"]["cpu"],
-        "auto_dtype": _auto_dtype(config),
+        "auto_dtype": auto_dtype(config),
     }
     write_json(folder / "result.json", result)
     if not forks:
@@ -193,7 +193,7 @@ def _train(
     return result
 
 
-def _auto_dtype(config: Config) -> str | None:
+def auto_dtype(config: Config) -> str | None:
     """Return the dtype of the matmuls where this machine chooses it, which no config says."""
     if config.run.dtype != "auto":
         return None

@@ -10,7 +10,8 @@ from headway.lab import svg
 from headway.lab.measurement import Measurement, read_result
 from headway.lab.registered import ids
 from headway.lab.registered import read as read_registration
-from headway.lab.study import Row, Study, load, names, read_rows, spent_seconds, tables
+from headway.lab.rows import Row, read_rows, spent_seconds
+from headway.lab.study import Study, load, names, tables
 from headway.lab.verdict import Judged, JudgedRule, judge, judge_rules, statistic
 
 HEAD = """# Studies

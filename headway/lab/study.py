@@ -9,8 +9,6 @@ A row that is in the file is not trained again."""
 
 import dataclasses
 import importlib.util
-import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +20,14 @@ from headway.config import UsageError, with_leaf
 from headway.lab.experiment import Arm, Experiment, PlannedArm
 from headway.lab.folder import Scores, write_json
 from headway.lab.measurement import Measurement, Verdict
-from headway.lab.runs import Run, check_dtypes, execute_branches, read_result
+from headway.lab.rows import Row, check_dtype_here, check_texts, read_rows, row_key
+from headway.lab.runs import Run, execute_branches, read_result
 from headway.lab.statistics import Region
 from headway.lab.user_file import raised
 from headway.train.budget import Budget
 from headway.train.records import Log
 
 Stage = Literal["screen", "confirm"]
-Row = dict[str, Any]
 
 
 class Prediction(NamedTuple):
@@ -275,15 +273,18 @@ def train(
 ) -> list[Row]:
     """Train what neither the rows nor the run folders have, and return all rows. Several processes
     share the work; a task that another one trains is passed over, and its row written by whoever
-    looks next. No task is begun once `until()` is true."""
+    looks next. No task is begun once `until()` is true. Raises UsageError where this machine would
+    train in another dtype than those rows."""
     with_finished(study, todo, root, rows_file)
     for at, task in enumerate(todo, 1):
         if until():
             break
-        known = {row_key(row) for row in with_finished(study, [task], root, rows_file)}
+        rows = with_finished(study, [task], root, rows_file)
+        known = {row_key(row) for row in rows}
         missing = {n: run for n, run in task.runs().items() if task.key(n) not in known}
         if not missing:
             continue
+        check_dtype_here(rows, task.arm, task.seed, next(iter(missing.values())).config)
         # with those that are finished here: one may be the trunk of what is missing
         there = {n: r for n, r in task.runs().items() if read_result(root / "runs" / r.key)}
         family = {**missing, **there}
@@ -299,26 +300,6 @@ def train(
             log(f"  {steps} steps: {what}, {result['cpu_seconds']:.0f} CPU s")
         with_finished(study, [task], root, rows_file)
     return with_finished(study, todo, root, rows_file)
-
-
-def row_key(row: Row) -> tuple:
-    """Return what names a row: stage, corpus, arm, seed, budget."""
-    return row["stage"], row["corpus"], row["arm"], row["seed"], row["budget"]
-
-
-def spent_seconds(rows: Sequence[Row]) -> float:
-    """Return the CPU seconds of training; steps that a run continued from another are left out."""
-    return math.fsum(r["cpu_seconds"] * (1 - r["continued"] / max(r["steps"], 1)) for r in rows)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file; [] where there is none. Raises UsageError for a damaged one."""
-    if not path.is_file():
-        return []
-    try:
-        return json.loads(path.read_text("utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); restore it from git") from None
 
 
 def tables(study: Study, rows: Sequence[Row], numbers: Path) -> dict[str, list[Row]]:
@@ -340,28 +321,6 @@ def tables(study: Study, rows: Sequence[Row], numbers: Path) -> dict[str, list[R
             )
     check_texts([*runs.values()])
     return {name: table([*runs.values(), *measured]) for name, table in study.tables.items()}
-
-
-def of_one_text(rows: Sequence[Row]) -> Sequence[Row]:
-    """Return rows that are averaged or compared. Raises UsageError where they are of several
-    texts."""
-    if len(texts := sorted({row["corpus"] for row in rows})) > 1:
-        raise UsageError(f"runs on {' and '.join(texts)} are not compared; give the rows of one")
-    return rows
-
-
-def check_texts(rows: Sequence[Row]) -> None:
-    """Raise UsageError where rows of one text were validated on different ones: another version of
-    the packages that it comes from; and where they were trained in different dtypes."""
-    check_dtypes(rows)
-    texts: dict[str, Row] = {}
-    for row in rows:
-        other = texts.setdefault(row["corpus"], row)
-        if other["validation"] != row["validation"]:
-            raise UsageError(
-                f"{row['arm']}, seed {row['seed']}, and {other['arm']}, seed {other['seed']}, were "
-                f"validated on different texts, both called {row['corpus']}; train them on one"
-            )
 
 
 def with_finished(study: Study, todo: Sequence[Task], root: Path, rows_file: Path) -> list[Row]:

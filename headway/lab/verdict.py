@@ -10,8 +10,9 @@ import numpy as np
 from headway.config import UsageError
 from headway.lab.measurement import Verdict as Said
 from headway.lab.registered import claim_record, rule_record
+from headway.lab.rows import Row, check_texts, row_key
 from headway.lab.statistics import ALPHA, Interval, Region, Verdict, detectable, seeds_for, verdicts
-from headway.lab.study import Claim, Row, Rule, Study, check_texts, expected, row_key
+from headway.lab.study import Claim, Rule, Study, expected
 
 
 @dataclasses.dataclass(frozen=True)

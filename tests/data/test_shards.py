@@ -64,7 +64,8 @@ def test_second_call_reads_the_cache(config, monkeypatch):
     (line,) = lines
     assert line.endswith(
         "data: 20 files (20 .txt); 0.0 MB of text; documents: 16 for training, 4 for validation; "
-        f"tokens: {first.train_tokens:,} and {first.val_tokens:,}"
+        f"tokens: {first.train_tokens:,} and {first.val_tokens:,}; "
+        "0.0% of the validation text has a near-copy in training"
     )
     mixed = replace(config, weights=(3.0,), seq_len=7, batch_size=3, doc_mask=True)
     assert prepare(mixed, BYTES, quiet).fingerprint == first.fingerprint

@@ -9,8 +9,8 @@ import torch
 from headway.config import UsageError
 from headway.data.tokenizer import load_tokenizer
 from headway.kernels.precision import native_bfloat16
+from headway.lab.rows import check_texts
 from headway.lab.runs import Run, documents, execute, execute_branches
-from headway.lab.study import check_texts
 from headway.report.sinks import read_metrics
 from headway.train.resolve import resolve
 from headway.train.session import Session

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from headway.config import OptimConfig
+from headway.config import Config, OptimConfig
+from headway.lab.runs import auto_dtype
 from headway.lab.statistics import t_interval
 from headway.optim.schedule import steps_before_fall
 from tests.command import call, mistake, write_recipe
@@ -103,6 +104,8 @@ def test_no_row_is_paid_twice(place, done):
         r["committed"] for r in again.json["rows"]
     ]
     assert len(again.json["rows"]) == 2 and rows(place) == before
+    bits = f"{again.json['rows'][0]['committed']:.4f} in {auto_dtype(Config())}"
+    assert f"slow, 10 steps: {bits}; committed: {bits}" in again.out
 
 
 def test_a_registration_is_for_good(place, done):
@@ -300,3 +303,34 @@ def arms(rows):
     finally:
         file.unlink()
         (place / "docs/numbers/studies/tabled.json").unlink(missing_ok=True)
+
+
+def test_rows_of_another_dtype_are_not_continued(place, done):
+    """What run.dtype=auto is depends on the machine: nothing is trained where it is another one
+    than in the rows, or where rows of the arm do not say what it was."""
+    here = auto_dtype(Config())
+    other = "float32" if here == "bfloat16" else "bfloat16"
+    file, numbers = place / "studies" / "auto.py", place / "docs/numbers/studies/auto.json"
+    file.write_text(FILE.replace('"small"', '"auto"'))
+    assert {row["auto_dtype"] for row in rows(place)} == {here}
+    base, slow = (row for row in rows(place) if (row["seed"], row["budget"]) == (11, 10))
+    del base["auto_dtype"], slow["auto_dtype"]
+    try:
+        for told, was in (
+            (base | {"auto_dtype": other}, f"for base, seed 11, run.dtype=auto was {other}"),
+            (slow | {"auto_dtype": other}, f"for slow, seed 11, run.dtype=auto was {other}"),
+            (base, "for base, seed 11, it is not known what it was"),
+        ):
+            numbers.write_text(json.dumps({"rows": [told]}))
+            said = mistake("study", "auto", "--run", "--dir", "elsewhere")
+            assert f"base, seed 0: run.dtype=auto is {here} on this machine, and {was}" in said
+            assert not (place / "elsewhere").exists()
+        known = [row | {"auto_dtype": other} for row in rows(place)]
+        numbers.write_text(json.dumps({"rows": known}))
+        assert call("study", "auto", "--run", "--dir", "elsewhere").code == 0  # all are there
+        numbers.write_text(json.dumps({"rows": [slow]}))  # unknown, and another arm
+        stopped = ("--stage", "confirm", "--cpu-minutes", "1e-9")
+        assert call("study", "auto", "--run", "--dir", "elsewhere", *stopped).code == 0
+    finally:
+        file.unlink()
+        numbers.unlink(missing_ok=True)

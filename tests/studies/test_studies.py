@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from headway.config import UsageError
+from headway.lab.rows import read_rows
 from headway.lab.studies_page import write_page
-from headway.lab.study import Contrast, Study, expected, load, names, quick, read_rows, tasks
+from headway.lab.study import Contrast, Study, expected, load, names, quick, tasks
 from headway.model.paged import PAGE
 from studies import (
     append_system,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from headway.config import ModelConfig, MoEConfig, with_leaf
-from headway.lab.study import quick, read_rows, tasks, train
+from headway.lab.rows import read_rows
+from headway.lab.study import quick, tasks, train
 from headway.lab.verdict import judge_rules
 from headway.model import costs as model_costs
 from headway.model.transformer import Transformer

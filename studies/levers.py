@@ -57,14 +57,19 @@ CONFIRMED: Mapping[str, str] = {"L1 slices": "2 slices"}
 
 def table(rows: Sequence[Row]) -> list[Row]:
     """Return each lever's mean difference to `2x64`: predicted, of the screening seeds, and of the
-    confirming ones at their longest budget, once all are there. Measurements are passed over."""
+    confirming ones at the longest budget of both, once all are there. Measurements are passed
+    over."""
     rows = [row for row in rows if "stage" in row]
-    budgets = [row["budget"] for row in rows if row["stage"] == "confirm"]
+    budgets: dict[str, set[int]] = {}
+    for row in rows:
+        if row["stage"] == "confirm":
+            budgets.setdefault(row["arm"], set()).add(row["budget"])
     levers: list[Row] = []
     for name, (_, prediction) in LEVERS.items():
         screen = differences(rows, "screen", Contrast(name, BASE, STEPS))
         arm = CONFIRMED.get(name, name)
-        confirm = differences(rows, "confirm", Contrast(arm, BASE, max(budgets, default=0)))
+        both = budgets.get(arm, set()) & budgets.get(BASE, set())
+        confirm = differences(rows, "confirm", Contrast(arm, BASE, max(both, default=0)))
         if screen or confirm:
             levers.append(
                 {

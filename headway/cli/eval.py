@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from headway.data.stream import Stream
     from headway.hub.load import LoadedModel
 
-ITEMS = 512
-"""Of a world, where --items does not say."""
-
-
 @dataclass(frozen=True)
 class Eval(trained.TrainedOptions):
     """Bits per byte of a trained model on the validation split of its data, or of other data.
@@ -33,8 +29,8 @@ class Eval(trained.TrainedOptions):
     suite: Literal["", "worlds"] = ""
     """`worlds`: accuracy on test items of the worlds that the model was trained on, or of those
     that --data names, beside what shallow guesses reach."""
-    items: int = ITEMS
-    """Items per world of --suite."""
+    items: int | None = None
+    """Items per world of --suite; 512 where nothing is said."""
     via_http: bool = False
     """Also start `headway serve` on a free port, score the same text there and show the
     difference."""
@@ -45,7 +41,7 @@ def evaluate(args: Sequence[str]) -> int:
     if any(word.partition("=")[0] == "--samples" for word in args):  # needs no model
         return samples(args)
     options = parse(Eval, args, "headway eval")
-    if options.items != ITEMS and not options.suite:
+    if options.items is not None and not options.suite:
         raise UsageError(f"--items {options.items} is for --suite worlds; add it, or leave it out")
     if options.tokens < 0:
         raise UsageError(f"--tokens {options.tokens} is below 0; 0 means the whole split")
@@ -151,8 +147,9 @@ def _worlds(options: Eval) -> int:
     """Score the model on worlds and print accuracies beside floors."""
     if options.tokens or options.via_http:
         raise UsageError("--suite scores --items items; leave out --tokens and --via-http")
-    if options.items < 1:
-        raise UsageError(f"--items {options.items} is below 1; use 1 or more")
+    items = 512 if options.items is None else options.items
+    if items < 1:
+        raise UsageError(f"--items {items} is below 1; use 1 or more")
     from headway.data.worlds.source import WorldSource
     from headway.eval.worlds import score
 
@@ -165,7 +162,7 @@ def _worlds(options: Eval) -> int:
     results = {}
     for spec in specs:
         source = WorldSource.open(spec, loaded.tokenizer)
-        result = score(loaded.model, loaded.tokenizer.vocab_size, source, options.items)
+        result = score(loaded.model, loaded.tokenizer.vocab_size, source, items)
         guesses = ", ".join(
             f"{name.replace('_', ' ')} {value:.1%}"
             for name, value in result.floors._asdict().items()

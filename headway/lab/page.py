@@ -113,7 +113,8 @@ def _forest(comparison: Comparison) -> str:
         '<p class="about">Thick: 95% interval over seeds (Student\'s t). Thin: over seeds and '
         "validation documents. Small dots: seeds.</p>"
     )
-    return svg.forest(rows) + note if rows else ""
+    x_label = f"bits/byte above {comparison.baseline}"
+    return svg.forest(rows, x_label) + note if rows else ""
 
 
 def _curves(comparison: Comparison) -> str:

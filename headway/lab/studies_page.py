@@ -72,13 +72,15 @@ def write_page(studies: Path, numbers: Path, page: Path) -> None:
 
 
 def forest(judged: Sequence[Judged]) -> str:
-    """Return the intervals of judged claims as a picture of its own; "" where there is none."""
+    """Return the intervals of judged claims on differences in bits per byte as a picture of its
+    own; "" where there is none. Slopes and scores, of other units, are in the table alone."""
     rows = [
         (one.claim.id, one.estimate, [(one.ci.low, one.ci.high)], list[float]())
         for one in judged
         if one.estimate is not None and one.ci is not None
+        if one.claim.region != "slope" and one.claim.metric.startswith("bits_per_byte")
     ]
-    picture = svg.forest(rows)
+    picture = svg.forest(rows, "arm − baseline, bits/byte")
     return picture.replace(
         '<svg class="chart"', '<svg xmlns="http://www.w3.org/2000/svg" class="chart"'
     ).replace("</svg>", STYLE + "</svg>")
@@ -116,9 +118,11 @@ def _study(
         seconds = spent_seconds(rows)
         diverged = [f"{r['arm']}, seed {r['seed']}" for r in rows if r["bits_per_byte"] is None]
         cpus, commits = ({r[key] for r in rows} for key in ("cpu", "commit"))
+        dtypes = {r.get("auto_dtype", "") for r in rows}  # "": older ones do not say it
         parts.append(
             f"{len(rows)} runs, about {seconds / 60:,.0f} CPU minutes of training (steps that runs "
-            f"share are counted once), on {', '.join(sorted(cpus))}, commits "
+            f"share are counted once), on {', '.join(sorted(cpus))}"
+            f"{'' if '' in dtypes else ' in ' + ' and '.join(dtypes)}, commits "
             f"{', '.join(sorted(c[:7] for c in commits))}"
             + (f"; diverged: {'; '.join(diverged)}" if diverged else "")
             + f". Again: `headway study {study.name} --run`, one row with `--only ARM --seed S`."

@@ -135,7 +135,7 @@ def _apart(labels: Sequence[_Label]) -> list[_Label]:
 
 
 def forest(
-    rows: Sequence[tuple[str, float, Sequence[tuple[float, float]], Sequence[float]]],
+    rows: Sequence[tuple[str, float, Sequence[tuple[float, float]], Sequence[float]]], x_label: str
 ) -> str:
     """Return intervals around means, a row each: name, mean, intervals (the first is drawn thick),
     and the single values."""
@@ -143,16 +143,17 @@ def forest(
     if not rows:
         return ""
     (x0, x1), left = _range(numbers), 170
-    height = 40 + 44 * len(rows)
+    height = 58 + 44 * len(rows)
 
     def at(x: float) -> float:
         return left + (x - x0) / (x1 - x0) * (WIDTH - left - RIGHT)
 
     parts = [_open(height, "paired differences with intervals")]
     for value in ticks(x0, x1):
-        parts.append(_line(at(value), 8, at(value), height - 30, "grid"))
-        parts.append(_text(at(value), height - 14, f"{value:+.3g}" if value else "0", "middle"))
-    parts.append(_line(at(0), 8, at(0), height - 30, "zero"))
+        parts.append(_line(at(value), 8, at(value), height - 48, "grid"))
+        parts.append(_text(at(value), height - 32, f"{value:+.3g}" if value else "0", "middle"))
+    parts.append(_line(at(0), 8, at(0), height - 48, "zero"))
+    parts.append(_text((left + WIDTH - RIGHT) / 2, height - 10, x_label, "middle"))
     for i, (name, mean, spans, dots) in enumerate(rows):
         y, colour = 30 + 44 * i, f"c{(i + 1) % COLOURS}"
         parts.append(_text(8, y + 4, name[:24], "start"))

@@ -106,6 +106,7 @@ def test_mistakes(run, trained, place, tmp_path):
     assert "is no text" in line and "--suite worlds" in line
     line = mistake("eval", trained, "--data", place / "text.txt")
     assert "trained on worlds" in line
-    assert "--items 9 is for --suite" in mistake("eval", trained, "--items", 9)
+    for items in (9, 512):  # also the one that is taken where nothing is said
+        assert f"--items {items} is for --suite" in mistake("eval", trained, "--items", items)
     assert "--items 0" in mistake("eval", trained, "--suite", "worlds", "--items", 0)
     assert "leave out --tokens" in mistake("eval", trained, "--suite", "worlds", "--tokens", 9)

@@ -248,7 +248,9 @@ OTHER = Series("confirm", "tiny text", EXPERIMENT, (10, 20))
     assert call("study", "list", "--page").code == 0
     page = (place / "docs" / "studies.md").read_text()
     assert "| A | slow − base at 20 steps | tiny text | < 90 | 2 |" in page
-    assert (place / "docs" / "studies" / "small.svg").read_text().count("<circle") == 3
+    plot = (place / "docs" / "studies" / "small.svg").read_text()
+    assert plot.count("<circle") == 3 and ">arm − baseline, bits/byte<" in plot
+    assert f" in {auto_dtype(Config())}, commits" in page
 
 
 MEASURED = """

@@ -31,6 +31,7 @@ from bench import cluster_plot, common
 from bench.cluster_host import FULL, SMALL, Size, model_of, share_of
 from bench.cluster_predict import HOSTS, alone_name, median_curves, with_predictions
 from bench.cluster_report import (
+    BYTES,
     Case,
     Sample,
     alone_row,
@@ -199,7 +200,8 @@ def sweep(
         rows += [alone_row(case, mbit, samples[case.key, mbit]) for case in alone]
     base: dict[str, dict] = {}
     for mbit, case in itertools.product(rates, swept):
-        row = sweep_row(case, mbit, samples[case.key, mbit], cluster.size, base.get(case.key))
+        steps, first = samples[case.key, mbit], base.get(case.key)
+        row = sweep_row(case, mbit, steps, cluster.size, BYTES[dtype], first)
         base.setdefault(case.key, row)
         rows.append(row)
     return with_predictions(rows, swept, cluster.size)

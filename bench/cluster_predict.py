@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterable
 
 from bench.cluster_host import OPTIM, Size, share_of
-from bench.cluster_report import Case
+from bench.cluster_report import BYTES, Case
 from headway.config import Config, DataConfig, ModelConfig
 from headway.plan.choose import rank_meshes
 from headway.plan.link import Curve, parse_curve
@@ -45,7 +45,7 @@ def with_predictions(rows: list[dict], cases: Iterable[Case], size: Size) -> lis
         if row["bench"] == "sweep":
             case = by_key[row["name"], row["k"]]
             machine = calibrated(rates, network[0.0], network[row["mbit"]] if row["mbit"] else None)
-            width = {"bfloat16": 2, "float32": 4}[rates["dtype"]]
+            width = BYTES[rates["dtype"]]
             step = alone[alone_name(case), case.k, row["mbit"]]
             machine = scaled(machine, case.model, size, width, step)
             parts = predicted(machine, case, size, width, row["imbalance"])

@@ -90,7 +90,11 @@ def imbalance(sample: Sample) -> float:
     return max(busiest_bytes(only) / mean, 1.0) if mean else 1.0
 
 
-def exchange_formula(case: Case, size: Size, width: int = 2) -> float:
+BYTES = {"bfloat16": 2, "float32": 4}
+"""Name of a dtype → bytes of a value."""
+
+
+def exchange_formula(case: Case, size: Size, width: int) -> float:
     """Bytes per host and step of the sparse layers by `headway.plan.traffic`: for HP×EP, Head
     Parallel over hp and then Expert Parallel over ep on the sub-tokens."""
     layers, per_token = size.n_layers, 0.0
@@ -108,9 +112,10 @@ def _formula(case: Case, ranks: int, width: int, exchange: TokenExchange) -> flo
 
 
 def sweep_row(
-    case: Case, mbit: float, samples: list[Sample], size: Size, base: dict | None
+    case: Case, mbit: float, samples: list[Sample], size: Size, width: int, base: dict | None
 ) -> dict:
-    """Medians over the repetitions; `base` is the row of the same case without a limit."""
+    """Medians over the repetitions; `width` is the bytes of a value that is sent, `base` the row of
+    the same case without a limit."""
     step = statistics.median(s.ms for s in samples)
     wire = statistics.median(s.mean("sent") for s in samples)
     ledger = statistics.median(statistics.mean(s.ledger()) for s in samples)
@@ -145,7 +150,7 @@ def sweep_row(
         "ledger_bytes": ledger,
         "exchange_bytes": exchange,
         "exchange_wire_bytes": wire - (ledger - exchange),
-        "exchange_formula": exchange_formula(case, size),
+        "exchange_formula": exchange_formula(case, size, width),
         "busiest_bytes": busiest,
         "imbalance": statistics.median(imbalance(s) for s in samples),
         "wait_ms": statistics.median(s.wait_ms() for s in samples),

@@ -43,6 +43,19 @@ static INLINE float sum(Vec v) {
   return s;
 }
 
+// a·b + c, rounded once. A compiler that is free to contract a·b + c does so in one instance of a
+// template and not in another (GCC for Zen 2 and 3: not where a loop has one sum), and the bits of a
+// row would depend on how many rows are multiplied with it.
+static INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 constexpr long pad(long n, long to) { return (n + to - 1) / to * to; }
 
 // ---- element types ------------------------------------------------------------------------------
@@ -114,7 +127,7 @@ template <>
 INLINE Vec dot<float>(Vec acc, Unit a, const Unit* b) {
   float f;
   memcpy(&f, &a, 4);
-  return acc + splat(f) * load((const float*)b);
+  return fma(splat(f), load((const float*)b), acc);
 }
 #ifdef __AVX512BF16__
 template <>

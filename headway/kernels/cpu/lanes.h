@@ -9,12 +9,12 @@ namespace headway {
 
 // out[e][r] = in[r][e] for r < n rows and e < E, zeros in the other lanes.
 static void to_lanes(const float* in, long row, long n, long E, float* out) {
-#ifdef __AVX512F__
+#ifdef HEADWAY_TRANSPOSES
   for (long e = 0; e < E; e += VL) {
     Int part[VL];
     for (long r = 0; r < VL; ++r)
       part[r] = r < n ? (Int)get(in + r * row + e, E - e < VL ? E - e : VL) : Int{};
-    transpose16(part, (Unit*)out + e * VL, VL);
+    transpose(part, (Unit*)out + e * VL, VL);
   }
 #else
   if (n < VL) memset(out, 0, E * VL * sizeof(float));
@@ -25,10 +25,10 @@ static void to_lanes(const float* in, long row, long n, long E, float* out) {
 
 // out[r][e] = in[e][r] for r < n
 static void from_lanes(const float* in, long n, long E, float* out, long row) {
-#ifdef __AVX512F__
+#ifdef HEADWAY_TRANSPOSES
   for (long e = 0; e < E; e += VL) {
     Vec part[VL];
-    transpose16((const Int*)in + e, (Unit*)part, VL);
+    transpose((const Int*)in + e, (Unit*)part, VL);
     for (long r = 0; r < n; ++r) put(out + r * row + e, part[r], E - e < VL ? E - e : VL);
   }
 #else

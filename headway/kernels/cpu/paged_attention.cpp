@@ -207,11 +207,11 @@ void turn_keys(const Unit* keys, long j, long n, const Layout<T>& s, Unit* out) 
     const long first = (j + c) / PER;
     Int unit[VL];
     for (long i = 0; i < VL; ++i) unit[i] = first + i < s.units ? *(const Int*)(keys + (first + i) * PAGE) & seen : Int{};
-    if constexpr (PER == 1) transpose16(unit, out + c, COLUMNS);
+    if constexpr (PER == 1) transpose(unit, out + c, COLUMNS);
 #ifdef __AVX512BF16__
     if constexpr (PER == 2) {  // pairs of dims of a position become pairs of positions
       Int row[PAGE];
-      transpose16(unit, (Unit*)row, VL);
+      transpose(unit, (Unit*)row, VL);
       // dim i of the even and of the odd position: 16-bit elements i and 32 + i of the two
       const __m512i low = (__m512i)(lanes() | (lanes() + 32) << 16), high = low + (__m512i)(Int{} + 0x00100010);
       for (int u = 0; u < PAGE / 2; ++u) {

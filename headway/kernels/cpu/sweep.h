@@ -38,6 +38,8 @@ static void over_rows(long rows, long row_size, int threads, F row) {
 static INLINE Vec square_root(Vec v) {
 #ifdef __AVX512F__
   return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX__)
+  return (Vec)_mm256_sqrt_ps((__m256)v);
 #else
   for (int i = 0; i < VL; ++i) v[i] = sqrtf(v[i]);
   return v;

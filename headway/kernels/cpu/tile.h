@@ -267,9 +267,10 @@ static void pack_rows(const S* in, long in_row, long rows, long cols, Unit* out,
   }
 }
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
+#define HEADWAY_TRANSPOSES
 // 16 × 16 units, rows to columns.
-static INLINE void transpose16(const Int* in, Unit* out, long out_unit) {
+static INLINE void transpose(const Int* in, Unit* out, long out_unit) {
   __m512i a[16], b[16];
   for (int i = 0; i < 8; ++i) {
     a[2 * i] = _mm512_unpacklo_epi32((__m512i)in[2 * i], (__m512i)in[2 * i + 1]);
@@ -291,7 +292,29 @@ static INLINE void transpose16(const Int* in, Unit* out, long out_unit) {
   }
 }
 
-// 16 units of one row, from PER·16 elements.
+#elif defined(__AVX2__)
+#define HEADWAY_TRANSPOSES
+// 8 × 8 units, rows to columns.
+static INLINE void transpose(const Int* in, Unit* out, long out_unit) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_epi32((__m256i)in[2 * i], (__m256i)in[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_epi32((__m256i)in[2 * i], (__m256i)in[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < 2; ++k) {
+      b[4 * i + 2 * k] = _mm256_unpacklo_epi64(a[4 * i + k], a[4 * i + 2 + k]);
+      b[4 * i + 2 * k + 1] = _mm256_unpackhi_epi64(a[4 * i + k], a[4 * i + 2 + k]);
+    }
+  // b[4i + c] holds, in half q, column 4q + c of rows 4i … 4i + 3
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_si256((__m256i*)(out + c * out_unit), _mm256_permute2x128_si256(b[c], b[4 + c], 0x20));
+    _mm256_storeu_si256((__m256i*)(out + (c + 4) * out_unit), _mm256_permute2x128_si256(b[c], b[4 + c], 0x31));
+  }
+}
+#endif
+
+// VL units of one row, from PER·VL elements.
 template <class T, class S>
 static INLINE Int row_units(const S* p) {
   if constexpr (Elem<T>::PER == 1) return (Int)Elem<S>::load(p);
@@ -300,7 +323,6 @@ static INLINE Int row_units(const S* p) {
   else return (Int)(__m512i)_mm512_cvtne2ps_pbh((__m512)Elem<S>::load(p + 16), (__m512)Elem<S>::load(p));
 #endif
 }
-#endif
 
 // out[u][r] for r < rows: elements PER·u, PER·u + 1 of row r; the summed dim is within a row.
 // Writes zeros in columns rows … pad(rows, VL).
@@ -309,16 +331,16 @@ static void pack_columns(const S* in, long in_row, long rows, long cols, Unit* o
   constexpr int PER = Elem<T>::PER;
   const long units = (cols + PER - 1) / PER, wide = pad(rows, VL);
   long r0 = 0;
-#ifdef __AVX512F__
-  for (; r0 + 16 <= rows; r0 += 16) {
+#ifdef HEADWAY_TRANSPOSES
+  for (; r0 + VL <= rows; r0 += VL) {
     long u = 0;
-    for (; (u + 16) * PER <= cols; u += 16) {
-      Int row[16];
-      for (int i = 0; i < 16; ++i) row[i] = row_units<T>(in + (r0 + i) * in_row + u * PER);
-      transpose16(row, out + u * out_unit + r0, out_unit);
+    for (; (u + VL) * PER <= cols; u += VL) {
+      Int row[VL];
+      for (int i = 0; i < VL; ++i) row[i] = row_units<T>(in + (r0 + i) * in_row + u * PER);
+      transpose(row, out + u * out_unit + r0, out_unit);
     }
     for (; u < units; ++u)
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < VL; ++i) {
         const S* p = in + (r0 + i) * in_row + u * PER;
         float odd = PER == 2 && u * PER + 1 < cols ? value(p + 1) : 0.f;
         out[u * out_unit + r0 + i] = (Unit)units_of<T>(splat(value(p)), splat(odd))[0];

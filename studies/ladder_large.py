@@ -1,5 +1,4 @@
-"""Does a law of cheap runs forecast the loss of a dearer one, at a hundred times the compute of
-`ladder`?
+"""Does a law of cheap runs forecast the loss of a dearer one, at 100 times the compute of `ladder`?
 
 Four widths at each of four budgets, 1e13 … 1.25e14 executed FLOPs, sixty CPU minutes; the runs of a
 width branch off one trunk. The forecast of the top rung, 3e14, is registered before its run, of

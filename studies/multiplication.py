@@ -1,7 +1,6 @@
 """Can a tiny model multiply: digits at once, the last one first, with a scratch-pad, or looped?
 
-Two layers of width 64 on factors of two and three digits. `looped` is one layer applied twice, with
-the FLOPs of two and half their weights."""
+Two layers of width 64, factors of two and three digits; `looped`: one layer, applied twice."""
 
 from collections.abc import Sequence
 from pathlib import Path

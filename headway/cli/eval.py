@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from headway.data.stream import Stream
     from headway.hub.load import LoadedModel
 
+
 @dataclass(frozen=True)
 class Eval(trained.TrainedOptions):
     """Bits per byte of a trained model on the validation split of its data, or of other data.

@@ -50,6 +50,8 @@ class Weights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> torch.dtype: ...
+
     def read(
         self, name: str, slices: tuple[slice, ...] = (), dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -15,6 +15,7 @@ from headway.config.check import check_axes
 from headway.data.tokenizer import Tokenizer
 from headway.hub.folder import read_json
 from headway.hub.trained import Trained, open_trained
+from headway.kernels.packed import packs_narrow
 from headway.model.build import BlockBuilder, build_block
 from headway.model.compute import Compute
 from headway.model.packing import pack_
@@ -88,19 +89,27 @@ def load_model(
         runtime = resolve_runtime(config, device, dtype)
         if threads := threads or config.run.threads:
             torch.set_num_threads(threads)
-        model = _read(trained, runtime, blocks, mesh)
+        model = _read(trained, runtime, blocks, mesh, packed)
         if packed:
             pack_(model, runtime.dtype)
         return LoadedModel(config, model.eval(), trained.tokenizer, _info(trained, runtime))
 
 
-def _read(trained: Trained, runtime: Runtime, blocks: BlockBuilder, mesh: Mesh) -> Transformer:
+def _read(
+    trained: Trained, runtime: Runtime, blocks: BlockBuilder, mesh: Mesh, packed: bool
+) -> Transformer:
     """Build the model on the meta device and read its weights, or this rank's part of them."""
     config = trained.config.model
     moe = replace(config.moe, precision=runtime.precision)
     with torch.device("meta"):
         model = Transformer(replace(config, moe=moe), Compute(runtime.dtype), blocks=blocks)
     sharding, dtypes = SINGLE_PROCESS.sharding, stored_dtypes(model, runtime.dtype)
+    if packed and packs_narrow(runtime.device, runtime.dtype):
+        known = trained.weights.names()
+        for name, narrow in stored_dtypes(model, torch.bfloat16).items():
+            if narrow is torch.bfloat16 and name in known:
+                stored = trained.weights.dtype(name)
+                dtypes[name] = narrow if stored is narrow else dtypes[name]
     if mesh.size > 1:
         check_axes(config.moe, mesh.config)
         sharding = partition(model, mesh)

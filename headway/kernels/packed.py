@@ -3,8 +3,10 @@
 T rows · H heads · K inputs · N outputs. `cpu/panels.h` has the layout: what the register tile
 reads, in the order of memory, so that one row streams every weight once. Each output is a sum over
 K in one float32 accumulator, in order, whatever the number of rows or threads: the same bits for a
-row alone and among others. Where there are no C++ kernels the same functions run on an ordinary
-weight in PyTorch, whose sums depend on the number of rows; `batch_invariant` says which."""
+row alone and among others. A bfloat16 weight for products in float32 is packed as it is and widened
+on its way: half of the bytes for the same bits. Where there are no C++ kernels the same functions
+run on an ordinary weight in PyTorch, whose sums depend on the number of rows; `batch_invariant`
+says which."""
 
 from dataclasses import dataclass
 
@@ -25,7 +27,8 @@ class PackedWeight:
     """A weight `[H, N, K]` without gradient, for products in `dtype`."""
 
     data: Tensor
-    """int32 panels of `cpu/panels.h`; the weight itself where no kernel reads those."""
+    """int32 panels of `cpu/panels.h`, int16 for a bfloat16 weight of products in float32; the
+    weight itself where no kernel reads those."""
     n_heads: int
     n_out: int
     n_in: int
@@ -36,7 +39,12 @@ class PackedWeight:
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's result is the same bits whatever other rows there are."""
-        return self.data.dtype == torch.int32
+        return not self.data.is_floating_point()
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the weight is stored in half of the bytes of its products' dtype."""
+        return self.data.dtype == torch.int16
 
     @property
     def n_bytes(self) -> int:
@@ -47,6 +55,11 @@ class PackedWeight:
 def batch_invariant(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products on this device and in this dtype depend on nothing but their row."""
     return device.type == "cpu" and dtype in cpp_kernels().dtypes
+
+
+def packs_narrow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a bfloat16 weight stays one for products in `dtype`, a wider one."""
+    return dtype is torch.float32 and batch_invariant(device, dtype)
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> str:
@@ -74,10 +87,13 @@ def pack(weight_HNK: Tensor, dtype: torch.dtype, bias_HN: Tensor | None = None) 
         return PackedWeight(weight.to(dtype).contiguous(), H, N, K, dtype, bias_HN)
     if weight.dtype not in STORED:
         weight = weight.to(dtype)
-    units = kernels.compute("packed_units", dtype, H, K, N)
-    data = torch.empty(units, dtype=torch.int32)
-    narrow = int(weight.dtype == torch.bfloat16)
-    kernels.call("pack", dtype, weight.contiguous(), narrow, H, K, N, data)
+    units, narrow = kernels.compute("packed_units", dtype, H, K, N), weight.dtype is torch.bfloat16
+    if narrow and packs_narrow(weight.device, dtype):
+        data = torch.empty(units, dtype=torch.int16)
+        kernels.call("pack_narrow", dtype, weight.contiguous(), H, K, N, data)
+    else:
+        data = torch.empty(units, dtype=torch.int32)
+        kernels.call("pack", dtype, weight.contiguous(), int(narrow), H, K, N, data)
     return PackedWeight(data, H, N, K, dtype, bias_HN)
 
 
@@ -110,7 +126,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, wide: bool = False) -> Tensor
         x = F.pad(x, (0, 1))  # read in pairs
     out = torch.empty(*x.shape[:-1], N, dtype=torch.float32 if wide else dtype)
     arguments = (x.contiguous(), weight.data, weight.bias, rows, H, K, N, int(wide), out)
-    cpp_kernels().call("packed_linear", dtype, *arguments)
+    cpp_kernels().call("narrow_linear" if weight.narrow else "packed_linear", dtype, *arguments)
     return out if out.dtype is out_dtype else out.to(out_dtype)
 
 
@@ -126,7 +142,8 @@ def packed_rows(weight: PackedWeight, index: Tensor) -> Tensor:
         raise IndexError(f"an index lies outside 0 … {weight.n_out - 1}")
     out = torch.empty(*index.shape, weight.n_in, dtype=weight.dtype)
     sizes = (index.numel(), weight.n_in, weight.n_out)
-    cpp_kernels().call("unpack", weight.dtype, weight.data, index.contiguous(), *sizes, out)
+    name = "unpack_narrow" if weight.narrow else "unpack"
+    cpp_kernels().call(name, weight.dtype, weight.data, index.contiguous(), *sizes, out)
     return out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from headway.config import Activation
 from headway.kernels.activation import ACTIVATIONS
 from headway.kernels.cpp import cpp_kernels
-from headway.kernels.packed import STORED, batch_invariant
+from headway.kernels.packed import STORED, batch_invariant, packs_narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class PackedExperts:
     """The weights of all experts of a layer without gradient, for products in `dtype`."""
 
     data: Tensor
-    """int32 `[H·E, units of an expert]`."""
+    """int32 `[H·E, units of an expert]`; int16 of bfloat16 weights for products in float32."""
     shape: tuple[int, int, int, int, int]
     """H, E, G, F, L."""
     dtype: torch.dtype
@@ -43,10 +43,14 @@ def pack_experts(
         w_in = w_in.to(dtype)
     H, E, G, F, L = w_in.shape
     units = kernels.compute("packed_expert_units", dtype, L, F, G)
-    data = torch.empty(H * E, units, dtype=torch.int32)
     stored = (w_in.contiguous(), w_out.to(w_in.dtype).contiguous())
-    narrow = int(w_in.dtype == torch.bfloat16)
-    kernels.call("pack_experts", dtype, *stored, narrow, H * E, L, F, G, data)
+    narrow = w_in.dtype is torch.bfloat16
+    if narrow and packs_narrow(w_in.device, dtype):
+        data = torch.empty(H * E, units, dtype=torch.int16)
+        kernels.call("pack_narrow_experts", dtype, *stored, H * E, L, F, G, data)
+    else:
+        data = torch.empty(H * E, units, dtype=torch.int32)
+        kernels.call("pack_experts", dtype, *stored, int(narrow), H * E, L, F, G, data)
     return PackedExperts(data, (H, E, G, F, L), dtype, activation)
 
 
@@ -67,5 +71,6 @@ def packed_experts(
     out, y = torch.empty_like(x), x.new_empty(T * heads * K, L, dtype=torch.float32)
     tensors = (x, gate_THK.float().contiguous(), index_THK.long().contiguous(), weights.data)
     sizes = (T, heads, K, H * E // heads, L, F, G, ACTIVATIONS.index(weights.activation))
-    cpp_kernels().call("packed_experts", weights.dtype, *tensors, *sizes, y, out)
+    name = "narrow_experts" if weights.data.dtype is torch.int16 else "packed_experts"
+    cpp_kernels().call(name, weights.dtype, *tensors, *sizes, y, out)
     return out.to(x_THL.dtype)

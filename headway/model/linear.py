@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headway.config import Activation, n_inputs
 from headway.kernels.activation import activate
 from headway.kernels.norm import rms_norm
-from headway.kernels.packed import PackedWeight, pack, packed_linear, packed_rows
+from headway.kernels.packed import PackedWeight, pack, packed_linear, packed_rows, packs_narrow
 from headway.kernels.precision import widen
 from headway.model.context import Context
 from headway.model.costs import Cost, CostGroup, Term, Workload, casts
@@ -83,9 +83,12 @@ class Embedding(nn.Embedding):
         return super().forward(input)
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Keep the table as it is, in `dtype`: single rows are read."""
+        """Keep the table as it is, in `dtype` or as a narrower one: single rows are read."""
         if not self.weight.is_meta:
-            self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=False)
+            weight = self.weight.detach()
+            if not (weight.dtype is torch.bfloat16 and packs_narrow(weight.device, dtype)):
+                weight = weight.to(dtype)
+            self.weight = nn.Parameter(weight, requires_grad=False)
 
     def pack_as_head(self, dtype: torch.dtype) -> None:
         """Pack the table as the matrix of a tied output head; rows are read out of it."""

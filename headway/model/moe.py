@@ -67,6 +67,9 @@ class Experts(StoresByRole):
         if w_in.is_meta:
             return
         if batch_invariant(w_in.device, dtype):
+            bias = self.b_in_HEGF
+            if bias is not None and not torch.equal(bias.to(w_in.dtype).to(bias.dtype), bias):
+                w_in, w_out = w_in.to(dtype), w_out.to(dtype)  # narrower weights would round it
             weights = self._with_bias(w_in.detach(), w_out.detach())
             self.packed = pack_experts(*weights, self.config.activation, dtype)
             self.w_in_HEGFL, self.w_out_HEFL = shape_only(w_in), shape_only(w_out)

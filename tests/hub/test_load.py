@@ -17,6 +17,8 @@ from headway.model.roles import Group, roles_of
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from tests.compare import assert_close
+from tests.hub import small_runs
+from tests.kernels.cpp_paths import needs_native
 
 SMALL = ModelConfig(
     vocab_size=320,
@@ -67,6 +69,41 @@ def test_weights_are_stored_in_the_dtype_of_the_matmuls(tmp_path, dtype):
     assert_close(got, trained(x).logits_BSV.detach(), routed_alike)
     said = any("float16" in line for line in loaded.info.lines)
     assert said == (dtype == "float16")
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["multi_head_token", "latent", "slices", "biased"])
+def test_bfloat16_weights_stay_narrow_for_products_in_float32(tmp_path, name):
+    """The same bits as widened ones, in half of the memory; what a folder has in float32 is as
+    wide as it was."""
+    if name == "biased":
+        moe = replace(SMALL.moe, kind="moe", n_heads=1, expert_bias=True)
+        model_config = replace(SMALL, moe=moe)
+    else:
+        model_config = small_runs.MODELS[name]
+    small_runs.write_run(tmp_path / "run", replace(model_config, vocab_size=257))
+    small_runs.export(tmp_path / "run", tmp_path / "hf", dtype="bfloat16")
+    loaded = load_model(tmp_path / "hf", "cpu", "float32").model
+    widened = load_model(tmp_path / "hf", "cpu", "float32", packed=False).model
+    assert {x.dtype for x in widened.state_dict().values()} == {torch.float32}
+    pack_(widened, torch.float32)
+    x = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        want, got = (m(x).logits_BSV for m in (widened, loaded))
+    assert got.dtype is torch.float32 and torch.equal(want, got)
+    narrow, wide = (_packed_bytes(m) for m in (loaded, widened))
+    assert narrow.keys() == wide.keys() and len(narrow) > 3
+    for part, n_bytes in narrow.items():
+        assert n_bytes == (wide[part] if "router" in part else wide[part] / 2), part
+
+
+def _packed_bytes(model):
+    """Return the bytes of the packed weights of each module that has any."""
+    return {
+        name: sum(w.data.nbytes for w in (packed if isinstance(packed, tuple) else (packed,)))
+        for name, module in model.named_modules()
+        if (packed := vars(module).get("packed")) is not None
+    }
 
 
 def test_a_folder_says_what_ends_a_text(tmp_path):

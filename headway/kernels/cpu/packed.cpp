@@ -14,15 +14,16 @@ constexpr long units_of_row(long K) {
 }
 
 // out [rows, heads, cols] = x [rows, heads, K] · w [heads] (+ bias [heads, cols])
-template <class T, class O>
-void linear(const T* x, const Unit* w, const float* bias, long rows, long heads, long K, long cols, O* out,
+template <class T, class W, class O>
+void linear(const T* x, const W* w, const float* bias, long rows, long heads, long K, long cols, O* out,
             int threads) {
   const long units = units_of_row<T>(K), panels = panels_of(cols), blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * heads * units * cols > FEW)
   for (long i = 0; i < blocks * heads * panels; ++i) {
     const long p = i % panels, h = i / panels % heads, first = i / panels / heads * ROWS;
     const long n = rows - first < ROWS ? rows - first : ROWS, width = panel_width(cols, p);
-    const Unit *a = (const Unit*)x + (first * heads + h) * units, *b = w + (h * pad(cols, VL) + p * PANEL) * units;
+    const Unit* a = (const Unit*)x + (first * heads + h) * units;
+    const W* b = w + (h * pad(cols, VL) + p * PANEL) * units;
     float* c = (float*)scratch(ROWS * PANEL * sizeof(float));
     panel_product<T>(n, units, a, heads * units, b, width, c);
     for (long r = 0; r < n; ++r)
@@ -48,9 +49,23 @@ void pack(const S* w, long heads, long K, long cols, Unit* out, int threads) {
   }
 }
 
+// The same of bfloat16, for products in float32.
+void pack_narrow(const bf16* w, long heads, long K, long cols, bf16* out, int threads) {
+  const long panels = panels_of(cols);
+  large_pages(out, heads * K * pad(cols, VL) * sizeof(bf16));
+#pragma omp parallel for num_threads(threads) schedule(static) if (heads * K * cols > FEW)
+  for (long i = 0; i < heads * panels; ++i) {
+    const long h = i / panels, p = i % panels, n = cols - p * PANEL < PANEL ? cols - p * PANEL : PANEL;
+    const long width = panel_width(cols, p);
+    Unit* wide = (Unit*)scratch(K * width * sizeof(Unit));
+    pack_columns<float>(w + (h * cols + p * PANEL) * K, K, n, K, wide, width);
+    halve(wide, K * width, out + (h * pad(cols, VL) + p * PANEL) * K);
+  }
+}
+
 // out [n, K]: the given columns of a packed matrix, which are rows of the weight; NaN for one that it has not.
-template <class T>
-void unpack(const Unit* w, const int64_t* index, long n, long K, long cols, T* out, int threads) {
+template <class T, class W>
+void unpack(const W* w, const int64_t* index, long n, long K, long cols, T* out, int threads) {
   constexpr int PER = Elem<T>::PER;
   const long units = units_of_row<T>(K);
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * K > FEW)
@@ -61,9 +76,10 @@ void unpack(const Unit* w, const int64_t* index, long n, long K, long cols, T* o
       continue;
     }
     const long p = index[i] / PANEL, width = panel_width(cols, p);
-    const Unit* from = w + p * PANEL * units + index[i] % PANEL;
+    const W* from = w + p * PANEL * units + index[i] % PANEL;
     for (long u = 0; u < units; ++u, from += width)
-      memcpy(to + u * PER, from, (K - u * PER < PER ? K - u * PER : PER) * sizeof(T));
+      if constexpr (sizeof(W) < sizeof(T)) to[u] = value(from);
+      else memcpy(to + u * PER, from, (K - u * PER < PER ? K - u * PER : PER) * sizeof(T));
   }
 }
 
@@ -92,6 +108,18 @@ extern "C" {
   }
 
 HEADWAY_PACKED(float, float32)
+
+void headway_pack_narrow_float32(const bf16* w, long heads, long K, long cols, bf16* out, int threads) {
+  pack_narrow(w, heads, K, cols, out, threads);
+}
+void headway_unpack_narrow_float32(const bf16* w, const int64_t* index, long n, long K, long cols, float* out,
+                                   int threads) {
+  unpack(w, index, n, K, cols, out, threads);
+}
+void headway_narrow_linear_float32(const float* x, const bf16* w, const float* bias, long rows, long heads, long K,
+                                   long cols, long, float* out, int threads) {
+  linear(x, w, bias, rows, heads, K, cols, out, threads);
+}
 #ifdef __AVX512BF16__
 HEADWAY_PACKED(bf16, bfloat16)
 #endif

@@ -6,8 +6,8 @@
 //
 //     [ panels of w_in: units of L × G·F columns ][ panels of w_out: units of F × L columns ]
 //
-// and are read once per pass, whatever the number of rows. A row's result depends on nothing but the row,
-// and is that of experts.cpp bit for bit.
+// (of bfloat16 weights as `bf16` where T is float) and are read once per pass, whatever the number of rows. A
+// row's result depends on nothing but the row, and is that of experts.cpp bit for bit.
 #include "activation.h"
 #include "panels.h"
 
@@ -53,6 +53,17 @@ void pack(const S* w_in, const S* w_out, long experts, const Sizes<T>& s, Unit* 
   }
 }
 
+void pack_narrow(const bf16* w_in, const bf16* w_out, long experts, const Sizes<float>& s, bf16* out, int threads) {
+  large_pages(out, experts * s.all * sizeof(bf16));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long e = 0; e < experts; ++e) {
+    Unit* wide = (Unit*)malloc(s.all * sizeof(Unit));
+    pack(w_in + e * s.G * s.F * s.L, w_out + e * s.F * s.L, 1, s, wide, 1);
+    halve(wide, s.all, out + e * s.all);
+    free(wide);
+  }
+}
+
 // ---- the product --------------------------------------------------------------------------------
 
 constexpr long BLOCK = 192;  // rows of an expert whose intermediates fit the second-level cache
@@ -73,8 +84,8 @@ void hidden(float* pre, long rows, const Sizes<T>& s, T* hid) {
 
 // y [rows, L] of the sub-tokens of an expert, whose slots are `slot`. `next` are the weights of the next expert,
 // or null.
-template <class T>
-void expert(const T* x, const Unit* w, const Unit* next, const int64_t* slot, long K, long rows,
+template <class T, class W>
+void expert(const T* x, const W* w, const W* next, const int64_t* slot, long K, long rows,
             const Sizes<T>& s, long activation, float* y) {
   constexpr int PER = Elem<T>::PER;
   const long most = rows < BLOCK ? rows : BLOCK, wide = s.GFp > s.Lp ? s.GFp : s.Lp;
@@ -93,7 +104,7 @@ void expert(const T* x, const Unit* w, const Unit* next, const int64_t* slot, lo
       memset(to + s.Lu * PER - PER, 0, PER * sizeof(T));
       memcpy(to, x + slot[r] / K * s.L, s.L * sizeof(T));
     }
-    const Unit* b = w;
+    const W* b = w;
     for (long p = 0; p < panels_of(s.GFp); ++p) {
       const long width = panel_width(s.GFp, p);
       panel_product<T>(n, s.Lu, (Unit*)xs, s.Lu, b, width, c + p * n * PANEL, next ? next + (b - w) : next);
@@ -135,8 +146,8 @@ void combine(const float* y, const int64_t* row, const float* gate, long taken, 
     }
 }
 
-template <class T>
-void forward(const T* x, const float* gate, const int64_t* index, const Unit* w, long tokens, long H, long K,
+template <class T, class W>
+void forward(const T* x, const float* gate, const int64_t* index, const W* w, long tokens, long H, long K,
              long E, const Sizes<T>& s, long activation, float* y, T* out, int threads) {
   const long N = tokens * H, R = N * K, groups = H * E;
   int64_t* slot = (int64_t*)malloc((2 * R + 3 * groups + 1) * sizeof(int64_t));
@@ -151,7 +162,7 @@ void forward(const T* x, const float* gate, const int64_t* index, const Unit* w,
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (n_busy * s.all > 65536)
   for (long i = 0; i < n_busy; ++i) {
     const long e = busy[i];
-    const Unit* next = i + 1 < n_busy && s.all <= NARROW ? w + busy[i + 1] * s.all : nullptr;
+    const W* next = i + 1 < n_busy && s.all <= NARROW ? w + busy[i + 1] * s.all : nullptr;
     expert(x, w + e * s.all, next, slot + start[e], K, counts[e], s, activation, y + start[e] * s.L);
   }
   combine(y, row, gate, start[groups], N, K, s.L, out, threads);
@@ -174,10 +185,20 @@ extern "C" {
   void headway_packed_experts_##name(const T* x, const float* gate, const int64_t* index, const Unit* w,  \
                                      long tokens, long H, long K, long E, long L, long F, long G,         \
                                      long activation, float* y, T* out, int threads) {                    \
-    forward<T>(x, gate, index, w, tokens, H, K, E, Sizes<T>{L, F, G}, activation, y, out, threads);       \
+    forward<T, Unit>(x, gate, index, w, tokens, H, K, E, Sizes<T>{L, F, G}, activation, y, out, threads);       \
   }
 
 HEADWAY_PACKED_EXPERTS(float, float32)
+
+void headway_pack_narrow_experts_float32(const bf16* w_in, const bf16* w_out, long experts, long L, long F, long G,
+                                         bf16* out, int threads) {
+  pack_narrow(w_in, w_out, experts, Sizes<float>{L, F, G}, out, threads);
+}
+void headway_narrow_experts_float32(const float* x, const float* gate, const int64_t* index, const bf16* w,
+                                    long tokens, long H, long K, long E, long L, long F, long G, long activation,
+                                    float* y, float* out, int threads) {
+  forward<float, bf16>(x, gate, index, w, tokens, H, K, E, Sizes<float>{L, F, G}, activation, y, out, threads);
+}
 #ifdef __AVX512BF16__
 HEADWAY_PACKED_EXPERTS(bf16, bfloat16)
 #endif

@@ -8,6 +8,9 @@
 //
 // whatever the number of rows: the sums of a block of units go on where those of the last one stopped, so
 // that the result of a row depends on nothing but the row (and equals `product` of tile.h bit for bit).
+//
+// W is what a unit of a column is stored as: `Unit`, or, of bfloat16 weights for products in float32, `bf16`,
+// half of the bytes: the same sums, bit for bit.
 #pragma once
 #include "tile.h"
 #ifdef __linux__
@@ -37,10 +40,10 @@ static void large_pages(void* weights, size_t bytes) {
 
 // C [M, PANEL] = A·B over some units; goes on with the sums in C where `more`. Asks on its way for the memory
 // from `next` on, `step` bytes per unit, which the processor would not yet read ahead by itself; null is none.
-template <class T, int M, int N>
-static __attribute__((noinline)) void strip(long units, const Unit* a, long a_row, const Unit* b, float* c,
-                                            bool more, const char* next, long step) {
-  constexpr int LINES = M < MR ? N : 2;
+template <class T, int M, int N, class W>
+static __attribute__((noinline)) void strip(long units, const Unit* a, long a_row, const W* b, float* c, bool more,
+                                            const char* next, long step) {
+  constexpr int LINES = M < MR ? (N * VL * sizeof(W) + 63) / 64 : 2;
   Vec acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -68,12 +71,12 @@ static __attribute__((noinline)) void strip(long units, const Unit* a, long a_ro
 
 // All rows against some units of a panel; asks meanwhile for as much memory from `next` on, in parts if there
 // is more than one strip.
-template <class T, int N>
-static void strips(long rows, long units, const Unit* a, long a_row, const Unit* b, float* c, bool more,
+template <class T, int N, class W>
+static void strips(long rows, long units, const Unit* a, long a_row, const W* b, float* c, bool more,
                    const char* next) {
-  const long bytes = units * N * VL * sizeof(Unit);
-  const char* end = next + bytes;
-  long step = next ? (rows < MR ? N * VL * 4 : N * VL * 2) : 0;
+  constexpr long line = N * VL * sizeof(W);
+  const char* end = next + units * line;
+  long step = next ? (rows < MR ? line : line / 2) : 0;
   for (; rows >= MR; rows -= MR, a += MR * a_row, c += MR * PANEL) {
     strip<T, MR, N>(units, a, a_row, b, c, more, next, step);
     if (next && (next += units * step) >= end) next = nullptr;
@@ -86,13 +89,14 @@ static void strips(long rows, long units, const Unit* a, long a_row, const Unit*
 
 // C [rows, PANEL] = A [rows, units] · one panel of `width` columns. `next`: what will be read after it; null is
 // what lies behind it, which one row need not ask for.
-template <class T>
-static void panel_product(long rows, long units, const Unit* a, long a_row, const Unit* b, long width,
-                          float* c, const Unit* next = nullptr) {
+template <class T, class W>
+static void panel_product(long rows, long units, const Unit* a, long a_row, const W* b, long width, float* c,
+                          const W* next = nullptr) {
   const long block = rows > MR ? UNITS : units;
   for (long u = 0; u < units; u += block) {
     const long n = units - u < block ? units - u : block;
-    const Unit *a_at = a + u, *b_at = b + u * width;
+    const Unit* a_at = a + u;
+    const W* b_at = b + u * width;
     const char* then = (const char*)(next ? next + u * width : rows > 1 ? b_at + n * width : nullptr);
     switch (width / VL) {
       case 1: strips<T, 1>(rows, n, a_at, a_row, b_at, c, u > 0, then); break;
@@ -103,6 +107,11 @@ static void panel_product(long rows, long units, const Unit* a, long a_row, cons
 #endif
     }
   }
+}
+
+// Floats that are bfloat16 values, as in panels of such weights.
+static void halve(const Unit* from, long n, bf16* to) {
+  for (long i = 0; i < n; ++i) to[i].bits = (uint16_t)(from[i] >> 16);
 }
 
 }  // namespace headway

@@ -79,6 +79,7 @@ def _decode_run(options: Describe) -> int:
     """Describe decoding of a trained model, with the experts that its own texts touch."""
     from headway.eval.touched import experts_touched
     from headway.hub.load import load_model
+    from headway.model.roles import matrix_dtype
     from headway.plan.decode import decode_costs
     from headway.serve.engine import Engine
 
@@ -91,7 +92,8 @@ def _decode_run(options: Describe) -> int:
         engine = Engine.of(loaded, sizes)
         measured = {batch: experts_touched(engine, batch) for batch in batches}
     config, dtype = loaded.config, model.dtype
-    rows = decode_costs(config, batches, dtype, bandwidth, options.context, measured)
+    sizes = (bandwidth, options.context, measured)
+    rows = decode_costs(config, batches, dtype, *sizes, weights=matrix_dtype(model))
     return _print_decode(options, rows, bandwidth, dtype)
 
 

@@ -150,3 +150,11 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
 def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return name → `Role.stored` of every parameter and buffer."""
     return {name: role.stored(dtype) for name, role in roles_of(model).items()}
+
+
+def matrix_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of all weights that a cast narrows; None where they have several."""
+    roles = roles_of(model)
+    narrows = {name for name, role in roles.items() if role.stored(torch.bfloat16).itemsize == 2}
+    dtypes = {x.dtype for name, x in model.named_parameters() if name in narrows}
+    return dtypes.pop() if len(dtypes) == 1 else None

@@ -7,7 +7,7 @@ that its tokens touch, and the keys and values of its contexts:
 
 if choices are uniform and independent; trained routers touch fewer, or more of some.
 
-B sequences · H heads · E experts per head · K chosen · b bytes per value of the matmuls."""
+B sequences · H heads · E experts per head · K chosen · b bytes per value of a weight."""
 
 import math
 import time
@@ -36,6 +36,7 @@ def decode_costs(
     context: int = 0,
     measured: dict[int, float] | None = None,
     blocks: BlockBuilder = build_block,
+    weights: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each batch what a step reads, and the least time that takes.
 
@@ -45,12 +46,13 @@ def decode_costs(
         bandwidth: bytes per second that memory is read with.
         context: positions that each sequence holds already.
         measured: experts touched per step in each batch, all sparse layers together; where given,
-        bytes are those of these counts."""
+            bytes are those of these counts.
+        weights: dtype of the matrices where it is a narrower one (`kernels.packed`)."""
     if min(batches) < 1:
         raise UsageError(f"--batch {min(batches)} is below 1; use sequences, as in 1,16")
     with torch.device("meta"):
         model = Transformer(config.model, Compute(dtype), blocks=blocks)
-    b = torch.empty(0, dtype=dtype).element_size()
+    b = (weights or dtype).itemsize
     groups = by_group(model.costs(Workload(1, bytes_per_value=b)), parameters)
     experts = groups.pop(CostGroup.EXPERTS).value if CostGroup.EXPERTS in groups else 0
     V, D = config.model.vocab_size, config.model.d_model

@@ -13,7 +13,7 @@ from headway.config import Config, ModelConfig, MoEConfig, UsageError
 from headway.hub.load import load_model
 from headway.model.compute import Compute
 from headway.model.packing import pack_
-from headway.model.roles import Group, roles_of
+from headway.model.roles import Group, matrix_dtype, roles_of
 from headway.model.transformer import Transformer
 from headway.optim.groups import build_optimizers
 from tests.compare import assert_close
@@ -91,6 +91,7 @@ def test_bfloat16_weights_stay_narrow_for_products_in_float32(tmp_path, name):
     with torch.no_grad():
         want, got = (m(x).logits_BSV for m in (widened, loaded))
     assert got.dtype is torch.float32 and torch.equal(want, got)
+    assert (matrix_dtype(loaded), matrix_dtype(widened)) == (torch.bfloat16, torch.float32)
     narrow, wide = (_packed_bytes(m) for m in (loaded, widened))
     assert narrow.keys() == wide.keys() and len(narrow) > 3
     for part, n_bytes in narrow.items():

@@ -62,11 +62,13 @@ def test_a_matrix_per_head(dtype):
     st.integers(1, 240),
     st.integers(1, 150),
     st.integers(1, 200),
+    st.booleans(),
     st.integers(0, 1000),
 )
-def test_a_row_does_not_see_the_others(dtype, rows, K, N, seed):
+def test_a_row_does_not_see_the_others(dtype, rows, K, N, narrow, seed):
     x, w, b = tensors(rows, K, N, dtype, seed)
-    packed = pack(w, dtype, b)
+    packed = pack(w.bfloat16() if narrow else w, dtype, b)
+    assert packed.narrow == (narrow and dtype is torch.float32)
     together = packed_linear(x, packed)
     with threads(2):
         assert torch.equal(packed_linear(x, packed), together)
@@ -82,6 +84,8 @@ def test_rows_come_back_as_they_were(dtype, K):
     _, w, _ = tensors(1, K, 90, dtype)
     index = torch.tensor([[89, 0], [64, 63]])
     assert torch.equal(packed_rows(pack(w, dtype), index), w.to(dtype)[index])
+    narrow = w.bfloat16()
+    assert torch.equal(packed_rows(pack(narrow, dtype), index), narrow.to(dtype)[index])
     for wrong in (-1, 90):
         with pytest.raises(IndexError, match="0 … 89"):
             packed_rows(pack(w, dtype), torch.tensor([3, wrong]))

@@ -77,3 +77,5 @@ def test_indices_that_count_the_experts_of_all_heads():
     flat = (t.flatten(0, 1).unsqueeze(1) for t in (x, gate, all_of_them))
     assert torch.equal(packed_experts(*flat, packed).view(x.shape), want)
     assert packed.expert_bytes == 4 * 3 * 16 * 16
+    narrow = pack_experts(w_in.bfloat16(), w_out.bfloat16(), "swiglu", torch.float32)
+    assert narrow.expert_bytes == 2 * 3 * 16 * 16

@@ -33,6 +33,14 @@ def test_bytes_are_those_of_the_tensors():
     assert row["floor_seconds"] == pytest.approx((n_bytes + 100 * kv) / 1e9)
 
 
+def test_weights_may_be_narrower_than_the_matmuls():
+    config = Config(model=MODEL)
+    (narrow,) = decode_costs(config, [3], torch.float32, 1e9, weights=torch.bfloat16)
+    (half,) = decode_costs(config, [3], torch.bfloat16, 1e9)
+    assert narrow["weight_bytes"] == half["weight_bytes"]
+    assert narrow["kv_bytes_per_token"] == 2 * half["kv_bytes_per_token"]
+
+
 def test_layers_with_windows_read_what_they_see():
     model = ModelConfig(vocab_size=320, n_layers=4, d_model=64, n_heads=4, window=(0, 24))
     (row,) = decode_costs(Config(model=model), [3], torch.float32, 1.0, context=100)

@@ -9,14 +9,13 @@
 // B is read in vectors along j: its rows are padded to VL with zeros. C is float32.
 #pragma once
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include "scratch.h"
 
 namespace headway {
 
@@ -56,8 +55,6 @@ static INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-constexpr long pad(long n, long to) { return (n + to - 1) / to * to; }
-
 // ---- element types ------------------------------------------------------------------------------
 
 template <class T>
@@ -88,19 +85,10 @@ struct Elem<bf16> {
     if ((b & 0x7fffffffu) > 0x7f800000u) return {(uint16_t)(b >> 16 | 64)};
     return {(uint16_t)((b + 0x7fffu + (b >> 16 & 1)) >> 16)};
   }
-#ifdef __AVX512BF16__
-  static INLINE Vec load(const bf16* p) {
-    __m512i v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return (Vec)_mm512_slli_epi32(v, 16);
-  }
-  static INLINE void store(bf16* p, Vec v) {
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-  }
-#else  // weights are stored so on any CPU
   static INLINE Vec load(const bf16* p) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif defined(__AVX2__)  // GCC 12 halves the conversion below
+#elif defined(__AVX2__)  // a product of narrow weights takes two thirds of its time with what follows (GCC 12)
     return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
     typedef uint16_t Half __attribute__((vector_size(VL * 2), aligned(2), may_alias));
@@ -108,9 +96,12 @@ struct Elem<bf16> {
 #endif
   }
   static INLINE void store(bf16* p, Vec v) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
     for (int i = 0; i < VL; ++i) p[i] = narrow(v[i]);
-  }
 #endif
+  }
 };
 
 // VL units whose halves come from two vectors of floats (for float32: the first alone).
@@ -396,33 +387,5 @@ static INLINE Vec exp(Vec x) {
 }
 
 static INLINE Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
-
-// A buffer of this thread that only grows: scratch costs page faults once.
-static INLINE char* scratch(size_t bytes) {
-  struct Block {
-    char* at = nullptr;
-    size_t size = 0;
-    ~Block() { free(at); }
-  };
-  static thread_local Block block;
-  if (block.size < bytes) {
-    free(block.at);
-    block.size = (bytes + 4095) / 4096 * 4096;
-    block.at = (char*)aligned_alloc(64, block.size);
-  }
-  return block.at;
-}
-
-// Takes slices of a scratch buffer, each aligned to 64 bytes.
-struct Slices {
-  char* at = nullptr;
-  size_t used = 0;
-  template <class X>
-  X* take(long n) {
-    size_t here = used;
-    used = pad(used + n * sizeof(X), 64);
-    return at ? (X*)(at + here) : nullptr;
-  }
-};
 
 }  // namespace headway

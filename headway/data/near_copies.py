@@ -28,7 +28,8 @@ RUN_BYTES = 16
 CHUNK_TOKENS = 1 << 20
 """Ids that are hashed at once; runs across chunks are not seen."""
 LOOKED_AT = 4096
-"""Documents of validation, spread evenly, of which the share is that of all: within 1.6%."""
+"""Documents of validation, spread evenly, that stand for all: within 1.6% where they are of one
+length (95%)."""
 COMPARED = 1 << 14
 """Pairs that are compared at once: 16 MB of each side."""
 

@@ -59,7 +59,8 @@ class LoadedModel(NamedTuple):
     config: Config
     """The config of the run."""
     model: Transformer
-    """On its device, in evaluation mode, its weights in the dtype of the runtime."""
+    """On its device, in evaluation mode, its weights in the dtype of the runtime, or in bfloat16 as
+    they are stored (`kernels.packed.packs_narrow`)."""
     tokenizer: Tokenizer
     info: ModelInfo
 

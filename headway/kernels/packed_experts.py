@@ -39,11 +39,11 @@ def pack_experts(
     `batch_invariant`."""
     w_in, w_out, kernels = w_in_HEGFL.detach(), w_out_HEFL.detach(), cpp_kernels()
     assert batch_invariant(w_in.device, dtype)
-    if w_in.dtype not in STORED:
-        w_in = w_in.to(dtype)
+    if w_in.dtype is not w_out.dtype or w_in.dtype not in STORED:
+        w_in, w_out = w_in.to(dtype), w_out.to(dtype)  # the narrower would round the other one
     H, E, G, F, L = w_in.shape
     units = kernels.compute("packed_expert_units", dtype, L, F, G)
-    stored = (w_in.contiguous(), w_out.to(w_in.dtype).contiguous())
+    stored = (w_in.contiguous(), w_out.contiguous())
     narrow = w_in.dtype is torch.bfloat16
     if narrow and packs_narrow(w_in.device, dtype):
         data = torch.empty(H * E, units, dtype=torch.int16)

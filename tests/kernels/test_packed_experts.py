@@ -69,6 +69,18 @@ def test_a_token_does_not_see_the_others(dtype, T, H, L, F, seed):
     assert torch.equal(alone[0], together[at])
 
 
+@pytest.mark.parametrize("narrow", ["in", "out"])
+def test_weights_of_two_dtypes_are_not_rounded(narrow):
+    x, gate, index, w_in, w_out = make(6, 2, 4, 2, 16, 16, torch.float32)
+    if narrow == "in":
+        w_in = w_in.bfloat16()
+    else:
+        w_out = w_out.bfloat16()
+    wide = pack_experts(w_in.float(), w_out.float(), "swiglu", torch.float32)
+    packed = pack_experts(w_in, w_out, "swiglu", torch.float32)
+    assert torch.equal(packed_experts(x, gate, index, packed), packed_experts(x, gate, index, wide))
+
+
 def test_indices_that_count_the_experts_of_all_heads():
     x, gate, index, w_in, w_out = make(6, 2, 4, 2, 16, 16, torch.float32)
     packed = pack_experts(w_in, w_out, "swiglu", torch.float32)

@@ -88,7 +88,7 @@ struct Elem<bf16> {
   static INLINE Vec load(const bf16* p) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif defined(__AVX2__)  // a product of narrow weights takes two thirds of its time with what follows (GCC 12)
+#elif defined(__AVX2__)  // of GCC 12's code for the conversion below 32 rows take 1.4 times as long
     return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
     typedef uint16_t Half __attribute__((vector_size(VL * 2), aligned(2), may_alias));

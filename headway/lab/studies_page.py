@@ -33,8 +33,8 @@ STYLE = (
 
 
 def write_page(studies: Path, numbers: Path, page: Path) -> None:
-    """Write the page, and beside it the forest plot of each study with judged claims. Raises
-    UsageError where they cannot be written."""
+    """Write the page, and beside it the forest plot of each study with judged claims and what a
+    study draws. Raises UsageError where they cannot be written."""
     sections, head = [], ["| study | claim | verdict |", "|---|---|---|"]
     plots = dict[str, str]()
     for name in names(studies):
@@ -56,10 +56,16 @@ def write_page(studies: Path, numbers: Path, page: Path) -> None:
             head.append(f"| [{name}](#{name}) | {one.rule.id}: {one.rule.text} | {said} |")
         if not (judged or ruled):
             head.append(f"| [{name}](#{name}) | {study.title} | no claim |")
-        if plot := forest(judged):
-            plots[name] = plot
-        shown = tables(study, rows, numbers)
-        sections.append(_study(study, rows, shown, judged, ruled, registration, bool(plot)))
+        shown, images = tables(study, rows, numbers), []
+        drawn = study.picture(rows) if study.picture is not None else ""
+        for file, plot, alt in (
+            (name, forest(judged), "intervals of the claims"),
+            (f"{name}-results", _alone(drawn), study.title),
+        ):
+            if plot:
+                plots[file] = plot
+                images.append(f"![{alt}](studies/{file}.svg)\n")
+        sections.append(_study(study, rows, shown, judged, ruled, registration, images))
     text = HEAD + "\n" + "\n".join(head) + "\n" + "\n".join(sections)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,11 @@ def forest(judged: Sequence[Judged]) -> str:
         if one.estimate is not None and one.ci is not None
         if one.claim.region != "slope" and one.claim.metric.startswith("bits_per_byte")
     ]
-    picture = svg.forest(rows, "arm − baseline, bits/byte")
+    return _alone(svg.forest(rows, "arm − baseline, bits/byte"))
+
+
+def _alone(picture: str) -> str:
+    """Return a picture as a file of its own."""
     return picture.replace(
         '<svg class="chart"', '<svg xmlns="http://www.w3.org/2000/svg" class="chart"'
     ).replace("</svg>", STYLE + "</svg>")
@@ -93,7 +103,7 @@ def _study(
     judged: Sequence[Judged],
     ruled: Sequence[JudgedRule],
     registration: Mapping[str, Any] | None,
-    plot: bool,
+    images: Sequence[str],
 ) -> str:
     parts = [f"\n## {study.name}\n", f"**{study.title}** {study.notes}".strip() + "\n"]
     if registration:
@@ -103,8 +113,7 @@ def _study(
         )
     if judged:
         parts += [*_table(map(_claim, judged)), ""]
-    if plot:
-        parts.append(f"![intervals of the claims](studies/{study.name}.svg)\n")
+    parts += images
     for one in ruled:
         said = one.said.answer + ("" if one.registered else " (exploratory)")
         parts.append(

@@ -129,6 +129,8 @@ class Study:
     """What a reader of the results needs to know, in sentences."""
     tables: Mapping[str, Callable[[Sequence[Row]], list[Row]]] = field(default_factory=dict)
     """Name → a table of numbers that are no claims, from the rows."""
+    picture: Callable[[Sequence[Row]], str] | None = None
+    """What is drawn of the rows, an SVG, "" while there are too few."""
     also: tuple[str, ...] = ()
     """Studies and measurements whose rows the tables read too."""
 

@@ -1,7 +1,8 @@
-"""Small charts as SVG text: points and lines over two axes, and intervals of a list of names."""
+"""Small charts as SVG text: points and lines over two axes, intervals of a list of names, and heat
+maps."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import NamedTuple
@@ -172,6 +173,50 @@ def forest(
     return "".join([*parts, "</svg>"])
 
 
+def heat_maps(maps: Mapping[tuple[str, str], Sequence[Sequence[float]]], caption: str) -> str:
+    """Return heat maps of shares from 0 to 1, whose rows and columns are numbered from 1; "" where
+    there are none.
+
+    Args:
+        maps: where a map stands, by the names of its row and its column → its values, row by row;
+            all of one size."""
+    if not maps:
+        return ""
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*maps, strict=True))
+    (n_down, n_across), side = _size(maps), 30
+    left, top, gap = 100, 40, 26
+    across, down = n_across * side + gap, n_down * side + gap
+    width, height = left + len(columns) * across, top + len(rows) * down + 18
+    parts = [_open(height, caption, width)]
+    parts += [_text(left + i * across, 14, name, "start") for i, name in enumerate(columns)]
+    parts += [_text(8, top + i * down + 20, name, "start") for i, name in enumerate(rows)]
+    for (row, column), values in maps.items():
+        x0, y0 = left + columns.index(column) * across, top + rows.index(row) * down
+        for i, line in enumerate(values):
+            parts.append(_text(x0 - 5, y0 + i * side + 20, str(i + 1), "end"))
+            for j, share in enumerate(line):
+                x, y = x0 + j * side, y0 + i * side
+                red, green, blue = (round(255 - share * (255 - c)) for c in (0x25, 0x63, 0xA8))
+                parts.append(
+                    f'<rect x="{x}" y="{y}" width="{side - 1}" height="{side - 1}" '
+                    f'fill="rgb({red},{green},{blue})"><title>{escape(f"{row}, {column}")}, '
+                    f"{i + 1} × {j + 1}: {share:.1%}</title></rect>"
+                    f'<text x="{x + side / 2 - 0.5}" y="{y + 19}" text-anchor="middle" '
+                    f'style="fill:{"#fff" if share > 0.5 else "#222"}">{100 * share:.0f}</text>'
+                )
+        parts += [
+            _text(x0 + j * side + side / 2, y0 - 5, str(j + 1), "middle") for j in range(n_across)
+        ]
+    parts.append(_text(left, height - 8, caption, "start"))
+    return "".join([*parts, "</svg>"])
+
+
+def _size(maps: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> tuple[int, int]:
+    """Return the rows and columns that all maps have."""
+    ((n_down, n_across),) = {(len(m), len(line)) for m in maps.values() for line in m}
+    return n_down, n_across
+
+
 def _range(values: Iterable[float]) -> tuple[float, float]:
     """Return the range of values with a margin, never empty."""
     values = list(values)
@@ -180,8 +225,8 @@ def _range(values: Iterable[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _open(height: int, label: str) -> str:
-    box = f"0 0 {WIDTH} {height}"
+def _open(height: int, label: str, width: int = WIDTH) -> str:
+    box = f"0 0 {width} {height}"
     return f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="{box}">'
 
 

@@ -18,9 +18,9 @@ def key_of(text: str) -> int:
 class Draws:
     """A splitmix64 generator for each of B items. Each call goes on where the last one ended."""
 
-    def __init__(self, key: int, index_B: np.ndarray, attempt: int):
-        """Take a key, the numbers of the items (uint64 [B]), and how often they were drawn."""
-        self._state_B = mix(u64(key), index_B.astype(_U64), u64(attempt))
+    def __init__(self, key: int, index_B: np.ndarray, attempt_B: np.ndarray):
+        """Take a key, the numbers of the items (uint64 [B]), and how often each was drawn."""
+        self._state_B = mix(u64(key), index_B.astype(_U64), attempt_B)
         self._next = 1
 
     def bits(self, *shape: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from headway.config import UsageError
+from headway.data.counter_based import u64
 from headway.data.worlds.draws import Draws, key_of
 from headway.data.worlds.world import Items, State, check_least, hash_of, to_the_left
 
@@ -122,7 +123,7 @@ class Facts:
     def known_AN(self) -> np.ndarray:
         """The facts in the weights, the same for these sizes whatever the seed."""
         A, _, N, V = self._sizes
-        draws = Draws(key_of(f"facts|{A}|{N}|{V}"), np.zeros(1, dtype=np.uint64), 0)
+        draws = Draws(key_of(f"facts|{A}|{N}|{V}"), u64(0), u64(0))
         return draws.integers(V, A, N)[0]
 
     def content(self, state: State) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from headway.config import UsageError
+from headway.data.counter_based import u64
 from headway.data.worlds.draws import Draws, key_of
 from headway.data.worlds.world import Items, State, check_least, hash_of
 
@@ -91,4 +92,4 @@ class Sums:
         if self.order == "same" or not self.language:
             return np.arange(n)
         key = key_of(f"sums|{self.language}|{n}")
-        return Draws(key, np.zeros(1, dtype=np.uint64), 0).distinct(n, n)[0]
+        return Draws(key, u64(0), u64(0)).distinct(n, n)[0]

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from itertools import count
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.config import DataConfig, UsageError
+from headway.data.counter_based import u64
 from headway.data.shards import prepare
 from headway.data.stream import Stream
 from headway.data.tokenizer import load_tokenizer
-from headway.data.worlds.draws import Draws
+from headway.data.worlds.draws import Draws, key_of
 from headway.data.worlds.lines import lines
 from headway.data.worlds.source import WorldSource
 from headway.data.worlds.spec import parse_world
@@ -91,8 +93,26 @@ def test_another_process_draws_the_same():
     assert there.stdout.strip() == str([hashlib.sha256(t.encode()).hexdigest() for t in here])
 
 
+@pytest.mark.parametrize("spec", SMALL)
+def test_an_item_is_the_first_draw_that_falls_into_its_split(spec):
+    """However many items are drawn together, and so however many draws of each are tried at once."""
+    world, key = parse_world(spec), key_of(f"world|{parse_world(spec).name}|test|7")
+    states = {n: generate(world, "test", np.arange(n, dtype=np.uint64), 7) for n in (3, 50, 600)}
+    for item in range(3):
+        for attempt in count():
+            draws = Draws(key, u64(item), u64(attempt))
+            if is_in("test", world.content(one := world.draw(draws)))[0]:
+                break
+        for state in states.values():
+            assert all(np.array_equal(state[name][item], one[name][0]) for name in one)
+    nothing = generate(world, "test", np.arange(0, dtype=np.uint64), 7)
+    assert {k: (0, *v.shape[1:]) for k, v in states[3].items()} == {
+        k: v.shape for k, v in nothing.items()
+    }
+
+
 def test_draws():
-    draws = Draws(5, np.arange(20_000, dtype=np.uint64), 0)
+    draws = Draws(5, np.arange(20_000, dtype=np.uint64), u64(0))
     numbers = draws.integers(7, 3)
     assert numbers.shape == (20_000, 3) and set(numbers.ravel().tolist()) == set(range(7))
     assert np.abs(np.bincount(numbers[:, 1]) / 20_000 * 7 - 1).max() < 0.06
@@ -103,7 +123,8 @@ def test_draws():
     different = draws.distinct(5, 5)
     assert (np.sort(different, axis=1) == np.arange(5)).all()
     assert len(np.unique(different, axis=0)) == 120
-    assert not np.array_equal(Draws(5, np.arange(9, dtype=np.uint64), 1).bits(), draws.bits()[:9])
+    again = Draws(5, np.arange(9, dtype=np.uint64), u64(1))
+    assert not np.array_equal(again.bits(), draws.bits()[:9])
 
 
 @pytest.mark.parametrize("spec", SMALL)

@@ -16,7 +16,14 @@ def source(edit: Function) -> list[str]:
     if isinstance(edit, functools.partial):
         return [*source(edit.func), repr(edit.args), repr(sorted(edit.keywords.items()))]
     bound = inspect.getclosurevars(edit).nonlocals
-    return [inspect.getsource(edit), repr(sorted(bound.items()))]
+    return [_text(edit), repr(sorted(bound.items()))]
+
+
+@functools.cache
+def _text(function: Function) -> str:
+    """Return the source of a function, read once: what runs does not change with a file that is
+    edited meanwhile, where its lines may then be those of another function."""
+    return inspect.getsource(function)
 
 
 def to_dict(edit: Function) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """Edits of models that other processes import."""
 
+import importlib
+import sys
 from functools import partial
 
 import pytest
@@ -25,3 +27,17 @@ def test_functions_that_have_no_name_in_a_module():
         pass
 
     assert edits.to_dict(inner) is None and edits.to_dict(lambda model: None) is None
+
+
+def test_a_file_that_is_edited_meanwhile_changes_no_source(tmp_path, monkeypatch):
+    """Runs are named by it, and a study of hours reads it again and again."""
+    path = tmp_path / "edited_meanwhile.py"
+    function = "def halved(model):\n    return model / 2\n"
+    path.write_text(function)
+    monkeypatch.syspath_prepend(tmp_path)
+    halved = importlib.import_module("edited_meanwhile").halved
+    monkeypatch.delitem(sys.modules, "edited_meanwhile")
+    before = edits.source(halved)
+    assert before[0] == function
+    path.write_text("def another(model):\n    return 9 * model\n\n\n" + function)
+    assert edits.source(halved) == before == edits.source(partial(halved))[:2]

@@ -1,8 +1,9 @@
 """Charts as a reader sees them: names that can be read."""
 
 import re
+import xml.etree.ElementTree as ET
 
-from headway.lab.svg import TOP, Mark, xy_chart
+from headway.lab.svg import TOP, Mark, heat_maps, xy_chart
 
 
 def places(chart):
@@ -32,3 +33,28 @@ def test_a_name_that_is_alone_stays_beside_its_point():
     crowd = places(xy_chart([*far, Mark([(0, 0)], 1, "c", dots=True, label="c")], "x", "y"))
     assert {name: crowd[name] for name in "ab"} == alone
     assert abs(crowd["c"][2] - crowd["a"][2]) >= 12
+
+
+def test_heat_maps_stand_in_the_order_of_their_names_and_show_each_share():
+    maps = {
+        ("dense", "direct"): [[0.0, 0.25], [1.0, 0.5]],
+        ("flat", "last"): [[0.1, 0.2], [0.3, 0.4]],
+    }
+    picture = ET.fromstring(heat_maps(maps, "% by size & design"))
+    shown = [(r.find("title").text, r.get("fill")) for r in picture.iter("rect")]
+    assert shown[0] == ("dense, direct, 1 × 1: 0.0%", "rgb(255,255,255)")
+    assert shown[2] == ("dense, direct, 2 × 1: 100.0%", "rgb(37,99,168)")
+    assert [title for title, _ in shown][4:6] == [
+        "flat, last, 1 × 1: 10.0%",
+        "flat, last, 1 × 2: 20.0%",
+    ]
+    at = {
+        r.find("title").text: (float(r.get("x")), float(r.get("y"))) for r in picture.iter("rect")
+    }
+    first, second = at["dense, direct, 2 × 2: 50.0%"], at["flat, last, 2 × 2: 40.0%"]
+    assert second[0] > first[0] and second[1] > first[1]
+    texts = [t.text for t in picture.iter("text")]
+    assert {"dense", "flat", "direct", "last", "% by size & design", "25", "40"} <= set(texts)
+    _, _, width, height = map(float, picture.get("viewBox").split())
+    assert all(x + 30 <= width and y + 30 <= height for x, y in at.values())
+    assert heat_maps({}, "nothing") == ""

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -21,11 +22,15 @@ from headway.eval.bits_per_byte import evaluate
 from headway.eval.diversity import gradients, hashed_words, mean_cosine, near_duplicate_rate, vendi
 from headway.hub.load import LoadedModel, load_model
 from headway.lab.measurement import Measurement, Row, Verdict
+from headway.lab.statistics import t_interval
 from headway.train.loop import train
 from studies.template_texts import documents, near_copies, templates, words
 
 TEMPLATES, NAMES, UNSEEN = (2, 8, 32), (4, 16, 64, 256), 64
-DOCUMENTS, SCORED, STEPS, SEEDS = 400, 100, 150, (0, 1, 2)
+DOCUMENTS, SCORED, STEPS = 400, 100, 150
+SEEDS, PAIR_SEEDS = tuple(range(10, 14)), tuple(range(10, 18))
+"""Of the twelve texts, and of the thirteenth. One of each and three of the pair had told nothing:
+correlations of 0.80, 0.87 and 0.74; near-copies changed the loss by -0.041 to +0.093."""
 
 
 def save(path: Path, texts: Sequence[str]) -> str:
@@ -42,7 +47,7 @@ def trained(folder: Path, texts: Sequence[str], seed: int = 0, steps: int = STEP
         **{"data.source": (source,), "data.cache_dir": str(folder)},
         **{"data.seq_len": 96, "data.batch_size": 16, "optim.steps": steps},
         **{"run.dir": str(folder / "run"), "run.seed": seed, "run.threads": 1},
-        **{"run.eval_every": steps, "run.sample_tokens": 0},
+        **{"run.eval_every": steps, "run.sample_tokens": 0, "run.dtype": "float32"},
     }.items():
         config = with_leaf(config, name, value)
     train(config, overwrite=True, log=lambda line: None)
@@ -77,23 +82,27 @@ def measure(
         features = {key: hashed_words(part[:SCORED]) for key, part in texts.items()}
         centre = np.concatenate(list(features.values())).mean(0)
         for (t, n), part in texts.items():
-            bits = loss_elsewhere(trained(folder, part, steps=steps), elsewhere)
             ids = [list(map(int, proxy.tokenizer.encode(text))) for text in part[:SCORED]]
             x_ND = features[t, n]
             scores = {
                 "g_vendi": vendi(gradients(proxy.model, ids, dim=256)),
                 "vendi": vendi(x_ND),
                 "mean_cosine": mean_cosine(x_ND, centre),
+                "near_duplicates": None,
             }
-            name = f"{t} templates, {n} names"
-            rows.append({"text": name, "seed": 0, "bits": bits, **scores, "near_duplicates": None})
+            losses = [loss_elsewhere(trained(folder, part, s, steps), elsewhere) for s in SEEDS]
+            rows.append(_row(f"{t} templates, {n} names", losses, scores))
         for name, part in pair.items():
-            for seed in SEEDS:
-                bits = loss_elsewhere(trained(folder, part, seed, steps), elsewhere)
-                scores = {"g_vendi": None, "vendi": vendi(hashed_words(part)), "mean_cosine": None}
-                scores["near_duplicates"] = near_duplicate_rate(part)
-                rows.append({"text": name, "seed": seed, "bits": bits, **scores})
+            models = (trained(folder, part, seed, steps) for seed in PAIR_SEEDS)
+            scores = {"g_vendi": None, "vendi": vendi(hashed_words(part)), "mean_cosine": None}
+            scores["near_duplicates"] = near_duplicate_rate(part)
+            rows.append(_row(name, [loss_elsewhere(m, elsewhere) for m in models], scores))
     return rows
+
+
+def _row(name: str, losses: Sequence[float], scores: Row) -> Row:
+    by_seed = ", ".join(f"{bits:.3f}" for bits in losses)
+    return {"text": name, "bits": mean(losses), "bits by seed": by_seed, **scores}
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -108,19 +117,19 @@ def judge(rows: Sequence[Row]) -> Verdict:
     signs = {"g_vendi": -1, "vendi": -1, "mean_cosine": 1}
     rho = {k: spearman([s * r[k] for r in grid], bits) for k, s in signs.items()}
     plain, copied = (
-        [[r[k] for r in rows if r["text"] == name] for k in ("vendi", "bits")]
-        for name in ("plain", "30% near-copies")
+        next(row for row in rows if row["text"] == name) for name in ("plain", "30% near-copies")
     )
-    worse = [b - a for a, b in zip(plain[1], copied[1], strict=True)]
+    losses = (list(map(float, row["bits by seed"].split(", "))) for row in (plain, copied))
+    worse = t_interval([b - a for a, b in zip(*losses, strict=True)])
     first = rho["g_vendi"] >= 0.8 and rho["g_vendi"] > rho["vendi"] > rho["mean_cosine"]
-    second = copied[0][0] < plain[0][0] and min(worse) > 0
-    refuted = rho["g_vendi"] < 0.8 or max(worse) < 0
+    second = copied["vendi"] < plain["vendi"] and worse.low > 0
+    refuted = rho["g_vendi"] < 0.8 or worse.high < 0
     return Verdict(
         "holds" if first and second else "refuted" if refuted else "cannot_tell",
         f"Spearman with the loss elsewhere: −G-Vendi {rho['g_vendi']:.2f}, −Vendi of words "
         f"{rho['vendi']:.2f}, mean cosine {rho['mean_cosine']:.2f}. Near-copies change Vendi from "
-        f"{plain[0][0]:.1f} to {copied[0][0]:.1f}, and that loss by {min(worse):+.3f} to "
-        f"{max(worse):+.3f} bits/byte.",
+        f"{plain['vendi']:.1f} to {copied['vendi']:.1f}, and that loss by {worse.low:+.3f} … "
+        f"{worse.high:+.3f} bits/byte (95%).",
     )
 
 
@@ -129,8 +138,9 @@ STUDY = Measurement(
     "The loss on unseen templates follows −G-Vendi of the training text (Spearman 0.8 or more over "
     "12 texts), more closely than −Vendi of words, and that more than the mean cosine; 30% near-"
     "copies lower Vendi and raise that loss.",
-    "Holds if all of that is so, the last with each of three seeds; refuted if the correlation "
-    "with −G-Vendi is below 0.8, or near-copies lower the loss with every seed.",
+    "Of losses in the mean over seeds. Holds if all of that is so, the last by the 95% interval "
+    "over seeds; refuted if the correlation with −G-Vendi is below 0.8, or near-copies lower the "
+    "loss by that interval.",
     measure,
     judge,
 )

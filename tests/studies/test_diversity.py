@@ -24,29 +24,33 @@ def test_texts_have_their_templates_and_names():
 
 def rows(g_vendi, vendi, cosine, worse):
     grid = [
-        {"text": str(i), "seed": 0, "bits": 5.0 - i, "g_vendi": g, "vendi": v, "mean_cosine": c}
+        {"text": str(i), "bits": 5.0 - i, "g_vendi": g, "vendi": v, "mean_cosine": c}
         for i, (g, v, c) in enumerate(zip(g_vendi, vendi, cosine, strict=True))
     ]
     pair = [
         {
-            **{"text": text, "seed": seed, "bits": 3.0 + (more if text != "plain" else 0)},
-            **{"g_vendi": None, "vendi": v},
+            "text": text, "g_vendi": None, "vendi": v,
+            "bits by seed": ", ".join(str(3.0 + more * (text != "plain")) for more in worse),
         }
         for text, v in (("plain", 9.0), ("30% near-copies", 7.0))
-        for seed, more in enumerate(worse)
-    ]
+    ]  # fmt: skip
     return [*grid, *pair]
 
 
 @pytest.mark.parametrize(
     ("g_vendi", "worse", "answer"),
     [
-        ((1, 2, 3, 4, 5), (0.1, 0.2, 0.1), "holds"),
+        ((1, 2, 3, 4, 5), (0.1, 0.12, 0.1), "holds"),
         ((1, 2, 3, 4, 5), (0.1, -0.2, 0.1), "cannot_tell"),
-        ((1, 2, 3, 4, 5), (-0.1, -0.2, -0.1), "refuted"),
+        ((1, 2, 3, 4, 5), (-0.1, -0.15, -0.1), "refuted"),
         ((5, 2, 3, 4, 1), (0.1, 0.2, 0.1), "refuted"),
     ],
 )
 def test_the_rule(g_vendi, worse, answer):
     said = diversity.judge(rows(g_vendi, (1, 2, 3, 5, 4), (3, 5, 4, 2, 1), worse))
     assert said.answer == answer and "−Vendi of words 0.90" in said.why
+
+
+def test_a_row_has_the_mean_over_its_seeds():
+    row = diversity._row("a text", (3.0, 3.5), {"vendi": 2.0})
+    assert row == {"text": "a text", "bits": 3.25, "bits by seed": "3.000, 3.500", "vendi": 2.0}

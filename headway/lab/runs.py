@@ -84,10 +84,12 @@ def execute(
         `batches_sha256`, `validation` (the fingerprint of its text), `commit`, `cpu`, `auto_dtype`
         (what `run.dtype=auto` was on its machine; None where the config says it).
     Raises: KeyboardInterrupt where it was interrupted; it is saved. InUseError where another
-        process trains it, UsageError for a folder that cannot be written."""
+        process trains it, OtherDtypeError where other runs of `root` are of machines with another
+        `run.dtype=auto`, UsageError for a folder that cannot be written."""
     folder = root / "runs" / run.key
     if (result := read_result(folder)) is not None:
         return result
+    _check_dtype_beside(run.config, root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -198,6 +200,24 @@ def auto_dtype(config: Config) -> str | None:
     if config.run.dtype != "auto":
         return None
     return str(resolve_runtime(config).dtype).removeprefix("torch.")
+
+
+class OtherDtypeError(UsageError):
+    """A folder has runs of machines on which `run.dtype=auto` is another dtype than on this one:
+    no run of this machine belongs there."""
+
+
+def _check_dtype_beside(config: Config, root: Path) -> None:
+    """Raise OtherDtypeError where run.dtype=auto is not here what it was for a run of a folder."""
+    if (here := auto_dtype(config)) is None:
+        return
+    results = map(read_result, (root / "runs").glob("*"))
+    there = next((dtype for r in results if r and (dtype := r.get("auto_dtype"))), here)
+    if there != here:
+        raise OtherDtypeError(
+            f"run.dtype=auto is {here} on this machine, and was {there} for runs in {root}: they "
+            "would not be compared; give --run.dtype float32 to all, or another folder"
+        )
 
 
 def check_dtypes(results: Iterable[Mapping[str, Any]]) -> None:

@@ -17,7 +17,8 @@ POLL_SECONDS = 0.2
 
 def work(queue: Path, *, ends: bool = False) -> None:
     """Train runs until the process that started this one is gone, or with `ends` until none is
-    left that can be taken. A run that fails is tried again, three times in all."""
+    left that can be taken. A run that fails is tried again, three times in all. Raises
+    OtherDtypeError where the runs of the folder are of machines unlike this one."""
     parent, ended = os.getppid(), set[str]()
     while os.getppid() == parent:
         if not any(map(_try, wanted(queue, ended))):
@@ -28,7 +29,7 @@ def work(queue: Path, *, ends: bool = False) -> None:
 
 def _try(folder: Path) -> bool:
     """Train a run, if nobody does; return whether this process had it."""
-    from headway.lab.runs import Run, execute
+    from headway.lab.runs import OtherDtypeError, Run, execute
 
     try:
         config, edit, forks, start = read_wanted(folder)
@@ -38,6 +39,8 @@ def _try(folder: Path) -> bool:
         execute(Run(config, edit), folder.parent.parent, forks=forks, start=checkpoint)
     except InUseError:
         return False
+    except OtherDtypeError:
+        raise  # it is no failure of the run, which another machine can train
     except (UsageError, RunError) as error:
         add_error(folder, str(error))
     except Exception as error:
@@ -52,6 +55,9 @@ def main() -> None:
         work(Path(sys.argv[1]))
     except KeyboardInterrupt:
         sys.exit(130)
+    except UsageError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,10 @@ class Processes:
         self._lost += 1
         if self._lost >= TRIES:
             check_room(self.root)
+            log = self.root / "workers.log"
+            last = (log.read_text("utf-8", errors="replace").splitlines() or [""])[-1]
             raise RunError(
-                f"{self._lost} workers ended ({code}) while they trained nothing; the end of "
-                f"{self.root}/workers.log says why"
+                f"{self._lost} workers ended ({code}) while they trained nothing: {last} ({log})"
             )
 
 

@@ -1,6 +1,7 @@
 """Runs of several lengths on one trunk: the same bits as alone, whatever was killed."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ import torch
 from headway.config import UsageError
 from headway.data.tokenizer import load_tokenizer
 from headway.kernels.precision import native_bfloat16
+from headway.lab.folder import Wanted, errors
 from headway.lab.rows import check_texts
-from headway.lab.runs import Run, documents, execute, execute_branches
+from headway.lab.runs import OtherDtypeError, Run, documents, execute, execute_branches
+from headway.lab.worker import work
+from headway.lab.workers import Workers
 from headway.report.sinks import read_metrics
 from headway.train.resolve import resolve
 from headway.train.session import Session
-from tests.train.tiny_run import tiny
+from tests.train.tiny_run import quiet, tiny
 
 
 @pytest.fixture
@@ -26,17 +30,41 @@ def runs(tmp_path):
     return of
 
 
+def auto(run: Run) -> Run:
+    """The run in the dtype that its machine chooses."""
+    return Run(
+        dataclasses.replace(run.config, run=dataclasses.replace(run.config.run, dtype="auto"))
+    )
+
+
 def test_a_result_says_what_the_machine_chose(tmp_path, runs):
-    config = runs(4).config
-    run = Run(dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="auto")))
     native = native_bfloat16(torch.device("cpu"))
-    assert execute(run, tmp_path)["auto_dtype"] == ("bfloat16" if native else "float32")
+    assert execute(auto(runs(4)), tmp_path)["auto_dtype"] == ("bfloat16" if native else "float32")
     assert execute(runs(4), tmp_path)["auto_dtype"] is None
     rows = [{"corpus": "a", "validation": "v", "auto_dtype": x} for x in ("float32", "bfloat16")]
     with pytest.raises(UsageError, match="are not compared; give --run.dtype float32"):
         check_texts(rows)
     older = {"corpus": "a", "validation": "v"}  # of which nothing is known
     check_texts([rows[0], older])
+
+
+def test_a_folder_of_machines_with_another_dtype_takes_no_run(tmp_path, runs):
+    """Before anything is trained, and not as a failure of the run; one that says its dtype may."""
+    first = execute(auto(runs(4)), tmp_path)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[first["auto_dtype"]]
+    path = tmp_path / "runs" / first["config_hash"] / "result.json"
+    path.write_text(json.dumps(first | {"auto_dtype": other}))
+    assert execute(auto(runs(4)), tmp_path)["auto_dtype"] == other  # it is there
+    with pytest.raises(OtherDtypeError, match=f"is {first['auto_dtype']} on .* and was {other}"):
+        execute(auto(runs(6)), tmp_path)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [first["config_hash"]]
+    assert execute(runs(4), tmp_path)["auto_dtype"] is None
+    with Workers(tmp_path, 1, log=quiet) as workers:
+        run = auto(runs(6))
+        workers.ask(run.key, Wanted(run.config))
+        with pytest.raises(OtherDtypeError):
+            work(workers.queue, ends=True)
+        assert not errors(tmp_path / "runs" / run.key)
 
 
 def test_a_run_whose_last_step_diverges_is_named(tmp_path, runs):

@@ -10,7 +10,8 @@ A row that is in the file is not trained again."""
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -157,6 +158,12 @@ class Task:
         """Return what names a row."""
         return self.stage, self.corpus, self.arm, self.seed, steps
 
+    def flops(self, known: Collection[tuple]) -> float:
+        """Return about how much training makes the rows that are not known: the trunk's, from
+        which shorter runs branch off."""
+        missing = (arm for steps, arm in self.planned.items() if self.key(steps) not in known)
+        return max((arm.train_flops for arm in missing), default=0.0)
+
 
 def names(folder: Path) -> list[str]:
     """Return the names of the studies in a folder."""
@@ -278,6 +285,7 @@ def train(
     looks next. No task is begun once `until()` is true. Raises UsageError where this machine would
     train in another dtype than those rows."""
     with_finished(study, todo, root, rows_file)
+    seconds, flops = 0.0, 0.0
     for at, task in enumerate(todo, 1):
         if until():
             break
@@ -286,6 +294,7 @@ def train(
         missing = {n: run for n, run in task.runs().items() if task.key(n) not in known}
         if not missing:
             continue
+        began = time.monotonic()
         check_dtype_here(rows, task.arm, task.seed, next(iter(missing.values())).config)
         # with those that are finished here: one may be the trunk of what is missing
         there = {n: r for n, r in task.runs().items() if read_result(root / "runs" / r.key)}
@@ -301,6 +310,9 @@ def train(
             what = f"{bits:.4f} bits/byte" if bits is not None else result["error"]
             log(f"  {steps} steps: {what}, {result['cpu_seconds']:.0f} CPU s")
         with_finished(study, [task], root, rows_file)
+        seconds, flops = seconds + time.monotonic() - began, flops + task.flops(known)
+        if left := sum(later.flops(known) for later in todo[at:]):
+            log(f"  about {left * seconds / flops / 60:,.0f} minutes left, for one process")
     return with_finished(study, todo, root, rows_file)
 
 

@@ -9,6 +9,7 @@ import pytest
 from headway.config import Config, OptimConfig
 from headway.lab.runs import auto_dtype
 from headway.lab.statistics import t_interval
+from headway.lab.study import load, tasks, train
 from headway.optim.schedule import steps_before_fall
 from tests.command import call, mistake, write_recipe
 
@@ -92,6 +93,20 @@ def test_claims_are_judged_by_the_confirming_runs(place, done):
     fall = steps_before_fall(OptimConfig(steps=10, warmup_steps=1))
     assert 1 < fall < 10 and {r["continued"] for r in rows(place) if r["budget"] == 10} == {fall}
     assert {r["continued"] for r in rows(place) if r["budget"] == 20} == {0}
+
+
+def test_it_says_how_long_the_rest_takes(place, done, tmp_path):
+    study = load("small", place / "studies")
+    todo, lines = list(tasks(study))[:3], list[str]()
+    both = {todo[0].key(steps) for steps in (10, 20)}
+    short, long = (todo[0].planned[steps].train_flops for steps in (10, 20))
+    assert todo[0].flops(both) == 0 and todo[0].flops(()) == long > short
+    assert todo[0].flops({todo[0].key(20)}) == short
+    train(study, todo, tmp_path, tmp_path / "rows.json", log=lines.append)
+    left = [line for line in lines if "minutes left, for one process" in line]
+    assert len(left) == 2 and lines.index(left[-1]) < next(
+        i for i, line in enumerate(lines) if line.startswith("3 of 3")
+    )
 
 
 def test_no_row_is_paid_twice(place, done):

@@ -17,7 +17,7 @@ from studies.narrow import SEEDS, mixture, series
 STEPS, EXPERTS = 1000, 64
 LAST = 10
 """Records of training whose loads are averaged."""
-NO_AUX = {"model__moe__balance__aux": 0.0}
+NO_AUX: dict[str, Any] = {"model__moe__balance__aux": 0.0}
 
 
 def router(name: str, **fields: Any) -> Arm:

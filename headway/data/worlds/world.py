@@ -96,7 +96,7 @@ def generate(world: World, split: WorldSplit, index_B: np.ndarray, seed: int = 0
         attempt_BN = np.tile(np.arange(attempt, attempt + n, dtype=_U64), len(todo))
         drawn = world.draw(Draws(key, np.repeat(index_B[todo], n), attempt_BN))
         fits_BN = is_in(split, world.content(drawn)).reshape(len(todo), n)
-        (fits,) = fits_BN.any(1).nonzero()
+        fits = np.flatnonzero(fits_BN.any(1))
         rows = fits * n + fits_BN[fits].argmax(1)
         for name, values in drawn.items():
             if not attempt:

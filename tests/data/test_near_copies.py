@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ def test_sketches_do_not_depend_on_neighbours_and_little_on_shards(seed, shards)
     for ids, least_M in zip(documents, whole, strict=True):
         np.testing.assert_array_equal(least([ids])[0], least_M)
         assert (least_M == near_copies.EMPTY).all() == (len(ids) + 1 < RUN)
+    with mock.patch.object(near_copies, "CHUNK_DOCUMENTS", 1 + seed % 5):
+        np.testing.assert_array_equal(least(documents), whole)
     cut = least(documents, shards)
     assert cut.shape == whole.shape and (cut >= whole).all()
     assert (cut != whole).sum() <= (shards - 1) * (RUN - 1)
@@ -94,6 +97,42 @@ def test_share_by_hand(monkeypatch):
             assert share(val, split(order, 2), EOS, text_bytes) == 601 / tokens
     assert share(val, split([same, same]), EOS, text_bytes) == 0
     assert share(split([short]), split(train), EOS, text_bytes) == 0
+
+
+def test_texts_of_one_template_are_compared_with_few_others(monkeypatch):
+    """As lines of a log are: alike in half of their runs, each with all. What shares its rarest bands
+    is found among them, and the work grows with the documents and not with their square."""
+    rng = np.random.default_rng(4)
+    template = rng.integers(0, 256, 300)
+
+    def line():
+        return np.concatenate([template, rng.integers(0, 256, 300)])
+
+    train = [line() for _ in range(150)]
+    val = [line() for _ in range(40)] + [edited(train[n], 1, rng) for n in (3, 77, 140)]
+    pairs = []
+
+    def counted(a_PM, b_PM):
+        pairs.append(len(a_PM))
+        return similarity(a_PM, b_PM)
+
+    monkeypatch.setattr(near_copies, "similarity", counted)
+    monkeypatch.setattr(near_copies, "OF_CHUNK", 4)
+    for chunk, of_all in ((1 << 20, 1024), (9000, 12)):
+        monkeypatch.setattr(near_copies, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(near_copies, "OF_ALL", of_all)
+        pairs.clear()
+        copied = share(split(val), split(train), EOS, 200 * 601)
+        assert 43 < sum(pairs) <= 43 * min(4 * -(-150 * 601 // chunk), of_all + 3)
+        if of_all > 12:
+            assert copied == pytest.approx(3 / 43)
+
+
+def test_copies_of_one_document_are_one_candidate():
+    rng = np.random.default_rng(5)
+    base = rng.integers(0, 256, TOKENS)
+    train = [base] * 99 + [edited(base, 1, rng)]
+    assert share(split([base]), split(train), EOS, 101 * TOKENS) == 1
 
 
 def test_many_pairs_are_compared_in_parts(monkeypatch):

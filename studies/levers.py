@@ -57,8 +57,7 @@ CONFIRMED: Mapping[str, str] = {"L1 slices": "2 slices"}
 
 def table(rows: Sequence[Row]) -> list[Row]:
     """Return each lever's mean difference to `2x64`: predicted, of the screening seeds, and of the
-    confirming ones at the longest budget of both, once all are there. Measurements are passed
-    over."""
+    confirming ones at the longest budget at which all are there. Measurements are passed over."""
     rows = [row for row in rows if "stage" in row]
     budgets: dict[str, set[int]] = {}
     for row in rows:
@@ -68,8 +67,10 @@ def table(rows: Sequence[Row]) -> list[Row]:
     for name, (_, prediction) in LEVERS.items():
         screen = differences(rows, "screen", Contrast(name, BASE, STEPS))
         arm = CONFIRMED.get(name, name)
-        both = budgets.get(arm, set()) & budgets.get(BASE, set())
-        confirm = differences(rows, "confirm", Contrast(arm, BASE, max(both, default=0)))
+        confirm: list[float] = []
+        for steps in sorted(budgets.get(arm, set()) & budgets.get(BASE, set())):
+            pairs = differences(rows, "confirm", Contrast(arm, BASE, steps))
+            confirm = pairs if len(pairs) >= min(len(confirm), PAIRS) else confirm
         if screen or confirm:
             levers.append(
                 {

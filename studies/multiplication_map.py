@@ -142,7 +142,8 @@ STUDY = Study(
     scores=products.scores,
     picture=picture,
     notes="Two layers of width 64, float32, 2,000 steps of 64 items, of all 16 sizes alike; "
-    "512 test items of each size, of whose factors training has no product in either order (there "
-    "are few of the smallest: 1 × 1 has 45). An item is wrong where one token of what is written "
-    "is, the scratch-pad's too. `looped` is one layer in both places, by an edit.",
+    "512 test items of each size, of whose factors training has no product in either order (few "
+    "are different at the smallest: 1 × 1 has nine). An item is wrong where one token of what is "
+    "written is, the scratch-pad's too. `looped` is one layer in both places, by an edit. "
+    "Intervals of a rule are not corrected for their number.",
 )

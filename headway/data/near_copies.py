@@ -3,7 +3,7 @@
 Documents are compared by runs of ids, some 16 bytes of text long (`run_tokens`). The runs of a
 document fall into 128 bins by their hashes, and each bin keeps its least hash (one permutation
 hashing, Li, Owen and Zhang 2012): two documents agree in as many bins as the Jaccard similarity of
-their sets of runs says. Near-copies agree in 0.8 of the bins that either of them fills, and so in one
+their sets of runs says. Near-copies agree in 0.8 of the bins that either one fills, and so in one
 or more of 32 bands of four bins, by which they are found.
 
     ids of a document   t h e   c a t   s a t   o n …

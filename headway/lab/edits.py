@@ -1,11 +1,14 @@
 """Edits of models, as other processes import them, and as they name runs. No PyTorch."""
 
+import contextlib
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from types import CodeType
 from typing import Any
 
 Function = Callable[..., Any]
@@ -17,6 +20,37 @@ def source(edit: Function) -> list[str]:
         return [*source(edit.func), repr(edit.args), repr(sorted(edit.keywords.items()))]
     bound = inspect.getclosurevars(edit).nonlocals
     return [_text(edit), repr(sorted(bound.items()))]
+
+
+def helpers(function: Function) -> dict[str, str]:
+    """Return what a function reads of the modules of its own folder, and so what decides with it:
+    name → source of a function, or a constant as JSON."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    folder, texts, todo = _folder(function), dict[str, str](), [function]
+    while todo:
+        one = todo.pop()
+        for name in sorted(_names(one.__code__)):
+            value = one.__globals__.get(name)
+            if name in texts or value is function:
+                continue
+            if inspect.isfunction(value) and _folder(value) == folder:
+                texts[name] = _text(value)
+                todo.append(value)
+            elif not callable(value) and value is not None:
+                with contextlib.suppress(TypeError, ValueError):
+                    texts[name] = json.dumps(value, sort_keys=True)
+    return dict(sorted(texts.items()))
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names that code reads, that of its comprehensions and inner functions too."""
+    inner = (_names(x) for x in code.co_consts if isinstance(x, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _folder(function: Function) -> str:
+    return os.path.dirname(os.path.realpath(function.__code__.co_filename))
 
 
 @functools.cache

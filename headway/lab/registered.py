@@ -53,6 +53,7 @@ def describe(study: Study, log: Log = lambda _: None) -> dict[str, Any]:
         "claims": [claim_record(claim) for claim in study.claims],
         "rules": [rule_record(rule) for rule in study.rules],
         "scores": edits.source(study.scores) if study.scores is not None else [],
+        "scores_read": edits.helpers(study.scores) if study.scores is not None else {},
         "arms": _arms(todo),
         "texts": _texts(todo, log),
         "seeds": seeds,
@@ -77,9 +78,11 @@ def claim_record(claim: Claim) -> dict[str, Any]:
 
 
 def rule_record(rule: Rule) -> dict[str, Any]:
-    """Return a rule as JSON has it: for its function, the source."""
+    """Return a rule as JSON has it: for its function the source, and that of what it reads of the
+    studies' modules."""
     record = {f.name: vars(rule)[f.name] for f in dataclasses.fields(rule)}
-    return json.loads(json.dumps({**record, "judge": edits.source(rule.judge)}))
+    functions = {"judge": edits.source(rule.judge), "judge_reads": edits.helpers(rule.judge)}
+    return json.loads(json.dumps({**record, **functions}))
 
 
 def ids(record: dict[str, Any] | None) -> set[str]:
@@ -150,7 +153,9 @@ def read(study: Study, folder: Path) -> dict[str, Any] | None:
                     f"{value!r} and is {other[name]!r}"
                 )
     scores = edits.source(study.scores) if study.scores is not None else []
-    if record.get("scores", []) != scores:
+    helpers = edits.helpers(study.scores) if study.scores is not None else {}
+    # registrations before this one do not have what functions read
+    if record.get("scores", []) != scores or record.get("scores_read", helpers) != helpers:
         raise UsageError(f"what {study.name} measures of its runs is not what {path} registered")
     return sealed(record)
 

@@ -64,8 +64,8 @@ def check_dtype_here(rows: Sequence[Row], arm: str, seed: int, config: Config) -
     if (here := auto_dtype(config)) is None:
         return
     for row in rows:
-        there = row.get("auto_dtype")
-        if there != here and (there or row["arm"] == arm):
+        there = row.get("auto_dtype")  # None: the arm says its dtype; older rows do not have it
+        if there != here and (there or ("auto_dtype" not in row and row["arm"] == arm)):
             was = f"run.dtype=auto was {there}" if there else "it is not known what it was"
             raise UsageError(
                 f"{arm}, seed {seed}: run.dtype=auto is {here} on this machine, and for "

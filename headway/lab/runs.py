@@ -23,6 +23,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def execute(
     folder = root / "runs" / run.key
     if (result := read_result(folder)) is not None:
         return result
-    _check_dtype_beside(run.config, root)
+    _check_dtype_beside(run, root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,17 +208,27 @@ class OtherDtypeError(UsageError):
     no run of this machine belongs there."""
 
 
-def _check_dtype_beside(config: Config, root: Path) -> None:
-    """Raise OtherDtypeError where run.dtype=auto is not here what it was for a run of a folder."""
-    if (here := auto_dtype(config)) is None:
+def _check_dtype_beside(run: Run, root: Path) -> None:
+    """Raise OtherDtypeError where run.dtype=auto is not here what it was where the run began, or
+    another one of its folder."""
+    if (here := auto_dtype(run.config)) is None:
         return
-    results = map(read_result, (root / "runs").glob("*"))
-    there = next((dtype for r in results if r and (dtype := r.get("auto_dtype"))), here)
+    folders = [root / "runs" / run.key, *(root / "runs").glob("*")]
+    there = next(filter(None, map(_dtype_of, folders)), here)
     if there != here:
         raise OtherDtypeError(
             f"run.dtype=auto is {here} on this machine, and was {there} for runs in {root}: they "
-            "would not be compared; give --run.dtype float32 to all, or another folder"
+            "would not be compared; set run.dtype to float32 in all, or use another folder"
         )
+
+
+def _dtype_of(folder: Path) -> str:
+    """Return what run.dtype=auto was where a run began; "" where its config says the dtype, or
+    there is none."""
+    with suppress(OSError, ValueError):
+        derived = json.loads((folder / "run.json").read_text("utf-8")).get("derived", {})
+        return derived.get("run.dtype", "").partition(":")[0]
+    return ""
 
 
 def check_dtypes(results: Iterable[Mapping[str, Any]]) -> None:
@@ -226,7 +237,7 @@ def check_dtypes(results: Iterable[Mapping[str, Any]]) -> None:
     if len(dtypes) > 1:
         raise UsageError(
             f"runs with run.dtype=auto were trained in {' and '.join(sorted(dtypes))}, as their "
-            "machines have it, and are not compared; give --run.dtype float32 to all"
+            "machines have it, and are not compared; set run.dtype to float32 in all"
         )
 
 

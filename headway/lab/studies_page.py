@@ -127,11 +127,12 @@ def _study(
         seconds = spent_seconds(rows)
         diverged = [f"{r['arm']}, seed {r['seed']}" for r in rows if r["bits_per_byte"] is None]
         cpus, commits = ({r[key] for r in rows} for key in ("cpu", "commit"))
-        dtypes = {r.get("auto_dtype", "") for r in rows}  # "": older ones do not say it
+        # "": older rows do not say it; None: their arms do
+        dtypes = {r.get("auto_dtype", "") for r in rows} - {None}
         parts.append(
             f"{len(rows)} runs, about {seconds / 60:,.0f} CPU minutes of training (steps that runs "
             f"share are counted once), on {', '.join(sorted(cpus))}"
-            f"{'' if '' in dtypes else ' in ' + ' and '.join(dtypes)}, commits "
+            f"{'' if '' in dtypes or not dtypes else ' in ' + ' and '.join(dtypes)}, commits "
             f"{', '.join(sorted(c[:7] for c in commits))}"
             + (f"; diverged: {'; '.join(diverged)}" if diverged else "")
             + f". Again: `headway study {study.name} --run`, one row with `--only ARM --seed S`."

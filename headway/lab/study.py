@@ -363,6 +363,7 @@ def _row(task: Task, steps: int, result: Mapping[str, Any]) -> Row:
         "seed": task.seed,
         "budget": steps,
         **{name: result[name] for name in fields.split()},
-        **{name: x for name in ("scores", "auto_dtype") if (x := result.get(name)) is not None},
+        **({"scores": result["scores"]} if result.get("scores") is not None else {}),
+        "auto_dtype": result["auto_dtype"],
         "validation": result["validation"]["fingerprint"],
     }

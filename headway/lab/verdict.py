@@ -155,7 +155,7 @@ class JudgedRule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule and its verdict as JSON has them."""
-        record = {name: v for name, v in rule_record(self.rule).items() if name != "judge"}
+        record = {n: v for n, v in rule_record(self.rule).items() if not n.startswith("judge")}
         said = {"verdict": self.said.answer, "why": self.said.why}
         return {**record, "registered": self.registered, **said}
 

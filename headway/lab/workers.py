@@ -92,7 +92,8 @@ class Processes:
             log = self.root / "workers.log"
             last = (log.read_text("utf-8", errors="replace").splitlines() or [""])[-1]
             raise RunError(
-                f"{self._lost} workers ended ({code}) while they trained nothing: {last} ({log})"
+                f"{self._lost} workers ended ({code}) while they trained nothing; {log} ends in: "
+                f"{last}"
             )
 
 

@@ -41,3 +41,39 @@ def test_a_file_that_is_edited_meanwhile_changes_no_source(tmp_path, monkeypatch
     assert before[0] == function
     path.write_text("def another(model):\n    return 9 * model\n\n\n" + function)
     assert edits.source(halved) == before == edits.source(partial(halved))[:2]
+
+
+HELPERS = """
+LIMIT, UNREAD = 0.5, 1
+TABLE = {"b": (1, 2), "a": 3}
+
+
+def share(x):
+    return x / TABLE["a"]
+
+
+def inner(values):
+    return [share(x) for x in values if x < LIMIT]
+
+
+def unread():
+    return UNREAD
+"""
+
+
+def test_what_a_function_reads_of_its_folder(tmp_path, monkeypatch):
+    """The functions that it calls, theirs too, and constants; not what it does not read, nor what
+    other packages have."""
+    (tmp_path / "rule_helpers.py").write_text(HELPERS)
+    (tmp_path / "rule_judge.py").write_text(
+        "import json\nfrom statistics import mean\nfrom rule_helpers import inner, unread\n\n\n"
+        "def judge(least, rows):\n    return json.dumps(mean(inner(rows)) > least)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = importlib.import_module("rule_judge").judge
+    for name in ("rule_judge", "rule_helpers"):
+        monkeypatch.delitem(sys.modules, name)
+    reads = edits.helpers(partial(judge, 0.1))
+    assert reads.keys() == {"inner", "share", "LIMIT", "TABLE"} and reads["LIMIT"] == "0.5"
+    assert reads["share"].startswith("def share(x):") and reads["TABLE"] == '{"a": 3, "b": [1, 2]}'
+    assert edits.helpers(scaled) == {}

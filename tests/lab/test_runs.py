@@ -1,7 +1,6 @@
 """Runs of several lengths on one trunk: the same bits as alone, whatever was killed."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -42,22 +41,31 @@ def test_a_result_says_what_the_machine_chose(tmp_path, runs):
     assert execute(auto(runs(4)), tmp_path)["auto_dtype"] == ("bfloat16" if native else "float32")
     assert execute(runs(4), tmp_path)["auto_dtype"] is None
     rows = [{"corpus": "a", "validation": "v", "auto_dtype": x} for x in ("float32", "bfloat16")]
-    with pytest.raises(UsageError, match="are not compared; give --run.dtype float32"):
+    with pytest.raises(UsageError, match="are not compared; set run.dtype to float32"):
         check_texts(rows)
     older = {"corpus": "a", "validation": "v"}  # of which nothing is known
     check_texts([rows[0], older])
 
 
 def test_a_folder_of_machines_with_another_dtype_takes_no_run(tmp_path, runs):
-    """Before anything is trained, and not as a failure of the run; one that says its dtype may."""
+    """Before anything is trained, and not as a failure of the run; one that says its dtype may. So
+    too where the other machine's run is not finished, and where it is this very one."""
     first = execute(auto(runs(4)), tmp_path)
-    other = {"float32": "bfloat16", "bfloat16": "float32"}[first["auto_dtype"]]
-    path = tmp_path / "runs" / first["config_hash"] / "result.json"
-    path.write_text(json.dumps(first | {"auto_dtype": other}))
-    assert execute(auto(runs(4)), tmp_path)["auto_dtype"] == other  # it is there
-    with pytest.raises(OtherDtypeError, match=f"is {first['auto_dtype']} on .* and was {other}"):
-        execute(auto(runs(6)), tmp_path)
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == [first["config_hash"]]
+    here = first["auto_dtype"]
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[here]
+    folder = tmp_path / "runs" / first["config_hash"]
+    text = (folder / "run.json").read_text()
+    assert f'"run.dtype": "{here}: ' in text
+    (folder / "run.json").write_text(
+        text.replace(f'"run.dtype": "{here}', f'"run.dtype": "{other}')
+    )
+    assert execute(auto(runs(4)), tmp_path)["seconds"] == first["seconds"]  # it is there
+    for finished in (True, False):
+        if not finished:
+            (folder / "result.json").unlink()
+        with pytest.raises(OtherDtypeError, match=f"is {here} on this machine, and was {other}"):
+            execute(auto(runs(6 if finished else 4)), tmp_path)
+        assert list((tmp_path / "runs").iterdir()) == [folder]
     assert execute(runs(4), tmp_path)["auto_dtype"] is None
     with Workers(tmp_path, 1, log=quiet) as workers:
         run = auto(runs(6))

@@ -92,7 +92,7 @@ def generate(world: World, split: WorldSplit, index_B: np.ndarray, seed: int = 0
     key = key_of(f"world|{world.name}|{split}|{seed}")
     state, todo, attempt = State(), np.arange(len(index_B)), 0
     while not attempt or (len(todo) and attempt < ATTEMPTS):
-        n = min(max(ROWS // max(len(todo), 1), 1), MOST_AT_ONCE)
+        n = min(max(ROWS // max(len(todo), 1), 1), MOST_AT_ONCE, ATTEMPTS - attempt)
         attempt_BN = np.tile(np.arange(attempt, attempt + n, dtype=_U64), len(todo))
         drawn = world.draw(Draws(key, np.repeat(index_B[todo], n), attempt_BN))
         fits_BN = is_in(split, world.content(drawn)).reshape(len(todo), n)

@@ -3,7 +3,7 @@
 from tests.arrows.rooms import PACKAGE
 
 LINES = {p: p.read_text("utf-8").count("\n") for p in sorted(PACKAGE.rglob("*.py"))}
-TOTAL = 43_900
+TOTAL = 44_000
 """20,317 lines of Python when the rooms were renovated; then the hub, the engine, the server, the laboratory, worlds, laws, studies, trackers and near-copies. Raise it together
 with a feature that needs more."""
 

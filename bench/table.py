@@ -188,7 +188,7 @@ def against_flat(folder: Path) -> str:
     answers = {
         "holds": f"is not worse by {one.claim.margin:g}",
         "refuted": f"is worse by more than {one.claim.margin:g}",
-        "cannot_tell": f"whether it is worse by {one.claim.margin:g} cannot be told",
+        "cannot_tell": f"the data cannot tell whether it is worse by {one.claim.margin:g}",
     }
     contrast = one.claim.contrasts[0]
     return (

@@ -184,6 +184,6 @@ def find_checkpoint(path: Path) -> LatestCheckpoint:
     checkpoint, problems = checkpoint_dir.latest(path)
     if checkpoint is None and problems:
         raise UsageError(
-            f"resume: no whole checkpoint in {path}: {'; '.join(problems)}; start another --run"
+            f"{path} has no whole checkpoint: {'; '.join(problems)}; restore it, or train again"
         )
     return checkpoint, problems

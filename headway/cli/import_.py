@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from headway.cli.options import parse, print_json
+from headway.config import UsageError
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,15 @@ def import_(args: Sequence[str]) -> int:
     options = parse(Import, args, "headway import")
 
     from headway.hub.check import compare
+    from headway.hub.folder import read_json
     from headway.hub.import_model import import_model
 
     source, out = Path(options.folder), Path(options.to)
+    if options.check and read_json(source / "config.json").get("model_type") == "headway":
+        raise UsageError(
+            f"--check would run the code of {source}, which import never does; leave it out "
+            "(headway export --check compares what it writes)"
+        )
     done = import_model(source, out)
     print(
         f"{done.family}: {done.parameters:,} parameters, {done.active_parameters:,} active, from "

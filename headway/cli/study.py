@@ -130,9 +130,11 @@ def _list(options: StudyOptions, folder: Path, numbers: Path) -> int:
     from headway.lab import registered
     from headway.lab.measurement import Measurement, read_result
     from headway.lab.rows import read_rows
-    from headway.lab.study import load, names
+    from headway.lab.study import NONE, load, names
 
     rows: list[dict[str, Any]] = []
+    if not names(folder):
+        raise UsageError(NONE.format(folder=folder))
     for name in names(folder):
         chosen = load(name, folder)
         if isinstance(chosen, Measurement):

@@ -31,7 +31,8 @@ class SweepOptions:
 
 
 def sweep(args: Sequence[str]) -> int:
-    """Run `headway sweep FILE.py` and return its exit code: 1 where a run was given up."""
+    """Run `headway sweep FILE.py` and return its exit code: 1 where a run was given up, 2 where a
+    config was invalid."""
     options = parse(SweepOptions, args, "headway sweep")
     if options.workers < 1 or options.threads < 1:
         raise UsageError(
@@ -47,4 +48,4 @@ def sweep(args: Sequence[str]) -> int:
         f" already, in {summary['seconds']:,.0f} s; headway results {options.dir} shows them"
     )
     print_json(options.json, summary)
-    return 1 if summary["failed"] else 0
+    return 1 if summary["failed"] else 2 if summary["invalid"] else 0

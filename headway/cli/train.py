@@ -138,9 +138,13 @@ def _resumed(path: Path, recipe: str, words: Sequence[str]) -> Config:
             or (name == "run.dir" and start is not None)
         )
         if value != before[name] and not free:
+            fix = (
+                f"leave --run out, or resume one of {run_dir}/checkpoints/ for a run of its own"
+                if name == "run.dir"
+                else "leave it out, or start another run with --run"
+            )
             raise UsageError(
-                f"resume: {name} is {before[name]} in {run_dir} and {value} here; "
-                "leave it out, or start another run with --run"
+                f"resume: {name} is {before[name]} in {run_dir} and {value} here; {fix}"
             )
     return config
 

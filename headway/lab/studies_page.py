@@ -123,7 +123,7 @@ def _study(
     for name, table in shown.items():
         parts += [f"{name}:\n", *_table(table), ""] if table else []
     if rows:
-        parts += [*_table(_means(rows, scored=not study.tables)), ""]
+        parts += [*_table(_means(rows, scored=not (study.tables or study.picture))), ""]
         seconds = spent_seconds(rows)
         diverged = [f"{r['arm']}, seed {r['seed']}" for r in rows if r["bits_per_byte"] is None]
         cpus, commits = ({r[key] for r in rows} for key in ("cpu", "commit"))
@@ -176,7 +176,7 @@ def _means(rows: Sequence[Row], scored: bool) -> list[dict[str, Any]]:
     """Return the mean of each arm at each budget, over the seeds that did not diverge.
 
     Args:
-        scored: with a column per score; a study that has tables shows there what they say."""
+        scored: with a column per score; tables and a picture of the study show what they say."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         key = row["stage"], row["corpus"], row["arm"], row["budget"]

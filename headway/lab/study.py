@@ -29,6 +29,7 @@ from headway.train.budget import Budget
 from headway.train.records import Log
 
 Stage = Literal["screen", "confirm"]
+NONE = "{folder} has no studies; call this in the repository, or give --studies"
 
 
 class Prediction(NamedTuple):
@@ -178,7 +179,7 @@ def load(name: str, folder: Path) -> Study | Measurement:
         raise UsageError(
             f"{folder} has no study {name}; use one of {known}"
             if known
-            else f"{folder} has no studies; call this in the repository, or give --studies"
+            else NONE.format(folder=folder)
         )
     spec = importlib.util.spec_from_file_location(f"study_{name}", path)
     assert spec is not None and spec.loader is not None

@@ -17,6 +17,7 @@ The folders of the runs are the truth (lab.folder): a sweep that is called again
 questions in the same order, gets stored answers at once, and trains what is missing. This process
 trains nothing and does not import PyTorch."""
 
+import difflib
 import importlib.util
 import math
 import shutil
@@ -287,7 +288,9 @@ def _from_mapping(item: Mapping[str, Any]) -> Config:
         if path in ("recipe", "fork"):
             continue
         if path not in known:
-            raise UsageError(f"there is no field {path}; as in model.moe.top_k")
+            like = difflib.get_close_matches(path, known, n=1)
+            fix = f"did you mean {like[0]}?" if like else "as in model.moe.top_k"
+            raise UsageError(f"there is no field {path}; {fix}")
         before, value = known[path], tuple(value) if isinstance(value, list) else value
         if isinstance(before, float) and type(value) is int:
             value = float(value)

@@ -57,7 +57,10 @@ class Progress:
     def why_stop(self, run: RunConfig) -> str:
         """Return why the run should end before its last step; empty when it should continue."""
         if self.out_of_time(run):
-            return f"{self.seconds:.1f} s of training reach run.max_seconds={run.max_seconds:g}"
+            return (
+                f"{self.seconds:.1f} s of training reach run.max_seconds={run.max_seconds:g} "
+                "(to go on: resume with --run.max-seconds 0)"
+            )
         if self.last is not None and self.last.val_bits_per_byte <= run.stop_bits_per_byte:
             return (
                 f"{self.last.val_bits_per_byte:.4f} bits/byte reach "

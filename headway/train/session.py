@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from headway.checkpoint.lock import Lock
 from headway.checkpoint.run_folder import resume_command
@@ -170,11 +170,14 @@ class Session(Generic[D]):
         self.records.event("skipped", reason)
         if progress.skipped_in_a_row >= most:
             text = f"{most} steps in a row were skipped, the last at step {progress.step}: {reason}"
-            self.records.event("stopped", text)
-            self.records.write_report()
-            self.checkpoints.poll(wait=True)
-            advice = f"{text}; lower optim.lr or look at the data (limit optim.max_skipped)"
-            raise RunError(advice if self.parallelism.mesh.is_main else "")
+            self._fail(text, "lower optim.lr or look at the data (limit optim.max_skipped)")
+
+    def _fail(self, text: str, advice: str) -> NoReturn:
+        """Record why the run ends, and raise `RunError`."""
+        self.records.event("stopped", text)
+        self.records.write_report()
+        self.checkpoints.poll(wait=True)
+        raise RunError(f"{text}; {advice}" if self.parallelism.mesh.is_main else "")
 
     def evaluate(self) -> None:
         """Validate, and record the result."""
@@ -195,6 +198,10 @@ class Session(Generic[D]):
         run = self.config.run
         if not run.sample_tokens or self._no_samples:
             return
+        step, last = self.progress.step, self.progress.last
+        if last is not None and not math.isfinite(last.val_loss):
+            text = f"step {step}: the validation loss is {last.val_loss}, the weights have diverged"
+            self._fail(text, "lower optim.lr, or resume from an earlier checkpoint")
         prompt, dispatcher = run.sample_prompt, self.parallelism.dispatcher
         params = SamplingParams(run.sample_tokens, temperature=0.8, top_k=50, seed=run.seed)
         model = self.model

@@ -65,7 +65,7 @@ ROOMS = (
     ),
     Room(
         "checkpoint",
-        "sharded safetensors, run folders, save and load; a trained model for who only reads it",
+        "sharded safetensors, run folders, save and load; loads trained models for inference",
         "config kernels model parallel data optim",
     ),
     Room(

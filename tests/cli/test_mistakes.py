@@ -51,6 +51,7 @@ from tests.command import mistake
         ("describe demo --P 1", "--P 1 ranks"),
         ("doctor --jsn", "unknown option --jsn; did you mean --json?"),
         ("doctor --measure /nowhere/m.json", "there is no folder /nowhere"),
+        ("study list --studies /nowhere", "/nowhere has no studies; call this in the repository"),
         ("plan", "plan needs a recipe"),
         ("plan demo", "plan needs --gpus N"),
         ("plan demo --gpus 0", "--gpus 0 is no whole number"),

@@ -282,7 +282,7 @@ def test_mistakes_cost_a_line(tmp_path):
     )
     assert "invalid choice" in mistake("export", run, "--to", to, "--dtype", "int8")
     os.truncate(next((run / "checkpoints").glob("*/model.safetensors")), 1000)
-    assert "no whole checkpoint" in mistake("export", run, "--to", to)
+    assert "has no whole checkpoint" in mistake("export", run, "--to", to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

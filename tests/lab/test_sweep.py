@@ -193,6 +193,14 @@ def test_a_run_that_kills_its_workers_is_given_up(place, monkeypatch):
     assert (folder / "errors").read_text() == "its worker ended with -9\n" * TRIES
 
 
+def test_a_sweep_of_which_nothing_is_valid_is_a_mistake(place):
+    (place / "none.py").write_text(
+        "def configs():\n    yield {'recipe': 'demo', 'optim.lrr': 1.0}\n"
+    )
+    done = call("sweep", "none.py", "--dir", "none")
+    assert done.code == 2 and "there is no field optim.lrr; did you mean optim.lr?" in done.out
+
+
 def test_workers_that_cannot_start_end_the_sweep(place, monkeypatch):
     sweep = stand_in(place, monkeypatch, "import headway_nothing")
     said = r"3 workers ended \(1\) while they trained nothing; .*No module named 'headway_nothing'$"

@@ -16,7 +16,7 @@ from headway.config import RouterConfig, RunError, UsageError
 from headway.report.runs import load_run
 from headway.report.sinks import read_metrics
 from headway.train import loop
-from tests.train.tiny_run import assert_same_run, events, records, tiny, train
+from tests.train.tiny_run import assert_same_run, events, quiet, records, tiny, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 
@@ -65,6 +65,13 @@ def test_result_and_run_folder(whole):
     }
     assert info["derived"]["model.vocab_size"].startswith("320: ")
     assert run_folder.read_config(root / "run").model.vocab_size == 320
+
+
+def test_weights_that_have_diverged_end_a_run_that_shows_samples(tmp_path):
+    config = tiny(tmp_path, optim={"steps": 4, "lr": 1e30}, run={"eval_every": 4})
+    with pytest.raises(RunError, match="step 4: the validation loss is nan, .* lower optim.lr"):
+        loop.train(config, log=quiet)
+    assert events(tmp_path)[-1] == (4, "stopped")
 
 
 def _spoil(monkeypatch, at, **values):

@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(whole, tmp_path):
     assert_same_run(whole[0], tmp_path, whole[1], result)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "manifest.json").unlink(missing_ok=True)
-    with pytest.raises(UsageError, match="no whole checkpoint .*manifest.json is missing"):
+    with pytest.raises(UsageError, match="no whole checkpoint: .*manifest.json is missing"):
         train(config, resume=tmp_path / "run")
 
 

@@ -175,8 +175,15 @@ def highlights(folder: Path = NUMBERS) -> str:
         "not been run yet, and no large model has been trained."
     )
     table = ["| measured | value | on |", "|---|---|---|", *rows]
+    read = "Below 1 is better for training time and memory, above 1 for the other ratios."
     return "\n".join(
-        [*table, "", *filter(None, (against_flat(folder), at_equal_bytes(folder), limits))]
+        [
+            *table,
+            "",
+            read,
+            "",
+            *filter(None, (against_flat(folder), at_equal_bytes(folder), limits)),
+        ]
     )
 
 

@@ -138,9 +138,11 @@ def print_json(wanted: bool, value: dict[str, Any]) -> None:
 
 def _config_help(prog: str) -> str:
     short = "\n".join(f"  {short:<20} {leaf}" for short, leaf in SHORTHANDS.items())
+    if not prog.endswith("plan"):  # which tries every mesh
+        short += f"\n  {'--mesh hp=2,ep=2':<20} --mesh.hp 2 --mesh.ep 2"
     return (
         f"recipes: {recipe_names()}\n\n"
-        f"short for\n{short}\n  {'--mesh hp=2,ep=2':<20} --mesh.hp 2 --mesh.ep 2\n\n"
+        f"short for\n{short}\n\n"
         f"Every leaf of the config is an option: `{prog} RECIPE --help` lists them.\n"
     )
 

@@ -151,7 +151,7 @@ class Family:
         except UsageError as error:
             return [str(error)]
         differing = [
-            f"model.{name}={value}, and {self.name} has {written[name]}"
+            f"model.{name}={value}, and in {self.name} it is {written[name]}"
             for name, value in wanted.items()
             if written[name] != value
         ]

@@ -145,8 +145,8 @@ def _clear_bias(run):
     "config, why",
     [
         (ModelConfig(vocab_size=320, max_len=8), "model.moe.kind=multi_head_latent"),
-        (flat(activation="relu2"), "model.moe.activation=relu2, and qwen3_moe has swiglu"),
-        (replace(FLAT, attn_gate=True), "model.attn_gate=True, and qwen3_moe has False"),
+        (flat(activation="relu2"), "model.moe.activation=relu2, and in qwen3_moe it is swiglu"),
+        (replace(FLAT, attn_gate=True), "model.attn_gate=True, and in qwen3_moe it is False"),
         (replace(FLAT, window=(8, 0)), "model.window=8 0"),
         (replace(FLAT, logit_softcap=30.0), "model.logit_softcap=30.0"),
         (flat(n_zero_experts=2), "model.moe.n_zero_experts=2"),

@@ -177,7 +177,7 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(reason):
 def test_a_model_without_a_graph(tmp_path):
     write_run(tmp_path / "run", MODELS["multi_head"])
     to = tmp_path / "m.gguf"
-    for words, reason in (([], "of this model: model.moe.kind=multi_head_latent, and qwen3_moe has"),
+    for words, reason in (([], "of this model: model.moe.kind=multi_head_latent, and in qwen3_moe it is"),
                           (["--as", "headway"], "of headway models")):  # fmt: skip
         line = mistake("export", tmp_path / "run", "--to", to, "--format", "gguf", *words)
         assert f"no GGUF is written {reason}" in line

@@ -128,5 +128,6 @@ def test_a_folder_with_code_of_its_own_is_imported_and_not_checked(tmp_path):
     export(tmp_path / "run", tmp_path / "hf")
     words = ("import", tmp_path / "hf", "--to")
     said = mistake(*words, tmp_path / "checked", "--check")
-    assert "--check: Transformers refuses" in said and "leave it out" in said
+    assert "--check would run the code of" in said and "leave it out" in said
+    assert not (tmp_path / "checked").exists()
     assert call(*words, tmp_path / "plain").code == 0

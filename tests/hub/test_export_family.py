@@ -150,7 +150,7 @@ def _clear_bias(run):
         (replace(FLAT, window=(8, 0)), "model.window=8 0"),
         (replace(FLAT, logit_softcap=30.0), "model.logit_softcap=30.0"),
         (flat(n_zero_experts=2), "model.moe.n_zero_experts=2"),
-        (flat(router=SIGMOID, d_shared=24), "model.moe.d_shared=24, and glm4_moe has 16"),
+        (flat(router=SIGMOID, d_shared=24), "model.moe.d_shared=24, and in glm4_moe it is 16"),
         (flat(balance=BalanceConfig(bias="sign")), "model.moe.balance.bias=sign"),
     ],
 )

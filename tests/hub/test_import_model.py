@@ -250,10 +250,3 @@ def test_a_difference_from_transformers_fails_the_check(tmp_path, monkeypatch):
     done = call("import", tmp_path / "theirs", "--to", tmp_path / "run", "--check", "--json")
     assert done.code == 1 and done.json["max_logit_difference"] > 1e-3
     assert "does not compute what Transformers does" in done.err
-
-
-def test_a_check_that_would_run_code_of_the_folder_is_refused_before_anything_is_written(tmp_path):
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "config.json").write_text('{"model_type": "headway"}')
-    said = mistake("import", tmp_path / "ours", "--to", tmp_path / "run", "--check")
-    assert "--check would run the code of" in said and not (tmp_path / "run").exists()

@@ -261,12 +261,12 @@ def test_why_a_folder_holds_code_is_said(tmp_path):
     """Nobody asked for it here; and where nothing can say the model, both reasons are named."""
     write_run(tmp_path / "run", MODELS["dense"])
     done = call("export", tmp_path / "run", "--to", tmp_path / "hf")
-    assert "trust_remote_code=True: model.activation=gelu, and qwen3 has swiglu" in done.err
+    assert "trust_remote_code=True: model.activation=gelu, and in qwen3 it is swiglu" in done.err
     latent = replace(MODELS["latent"], mixer="mla", mla=MLAConfig(8, 8, 8, 8, 8), window=())
     write_run(tmp_path / "mla", replace(latent, qk_norm="head"))
     line = mistake("export", tmp_path / "mla", "--to", tmp_path / "no")
     assert "no family computes this model: model." in line
-    assert "; model.mixer=mla, and headway has attention" in line
+    assert "; model.mixer=mla, and in headway it is attention" in line
 
 
 def test_mistakes_cost_a_line(tmp_path):

@@ -116,7 +116,9 @@ def test_configs_of_any_values_come_back(d_head, kv, window, dense, step, reads,
 def test_a_field_without_a_key_is_named(tmp_path):
     config = replace(SMALL, mixer="mla", mla=MLAConfig(8, 8, 8, 8, 8))
     write_run(tmp_path / "run", config)
-    with pytest.raises(UsageError, match=r"no headway model has model\.mixer=mla, and headway has"):
+    with pytest.raises(
+        UsageError, match=r"no headway model has model\.mixer=mla, and in headway it is"
+    ):
         export(tmp_path / "run", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

@@ -75,8 +75,9 @@ def table(rows: Sequence[Row]) -> list[Row]:
 
 
 def _solved(rows: Sequence[Row], world: str, design: str, rate: float) -> str:
-    """Return how many seeds have solved a world; "" where none has run."""
+    """Return how many of the seeds that have run solve a world; "" where none has."""
     chosen = [r for r in rows if (r["corpus"], r["arm"]) == (world, name(design, rate))]
     solved = sum(r["scores"]["targets wrong"] < SOLVED for r in chosen if r["scores"])
     diverged = sum(not r["scores"] for r in chosen)
-    return f"{solved}{f', {diverged} diverged' if diverged else ''}" if chosen else ""
+    more = f", {diverged} diverged" if diverged else ""
+    return f"{solved} of {len(chosen)}{more}" if chosen else ""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from headway.lab.statistics import t_interval
 from studies import latent_vs_flat
 from studies.frontier_table import at_equal_time, frontiers, interpolated, losses
 from studies.step_times import CLUSTERS, CPU
@@ -51,6 +52,9 @@ def test_the_frontier_names_a_winner_once_all_confirming_pairs_are_there():
         and budget["seeds"] == 8
     )
     assert budget["difference"] == pytest.approx(-0.02 + 0.002 / 8)
+    # the level of a choice among two others
+    pairs = [-0.02 + (0.002 if seed == 3 else 0) for seed in range(1, 9)]
+    assert (budget["low"], budget["high"]) == pytest.approx(tuple(t_interval(pairs, 0.025)))
     assert frontiers(rows()[:-1]) == []
     assert latent_vs_flat.STUDY.tables["frontiers"] is frontiers
 

@@ -111,6 +111,9 @@ def test_the_verdict_of_latent_vs_flat_has_levers():
     assert slices["name"] == "L1 slices" and slices["prediction"] == -0.020
     assert slices["screen"] == pytest.approx(-0.02) and slices["screening seeds"] == 2
     assert slices["confirm"] == pytest.approx(0.03) and slices["confirming seeds"] == 8
+    for budget in (250, 4000):  # one pair at a longer budget is none, and eight at a shorter less
+        more = [row("confirm", arm, 101, budget, 1.3) for arm in ("2x64", "2 slices")]
+        assert latent_vs_flat.STUDY.tables["levers"]([*rows, *more]) == [slices]
     longer = row("confirm", "another design", 101, 4000, 1.4)
     assert latent_vs_flat.STUDY.tables["levers"]([*rows, longer]) == [slices]
     measured = {"where": "a cluster", "design": "flat", "over flat": 1.0}  # as of `step_times`

@@ -42,7 +42,9 @@ def test_the_best_rate_has_most_seeds_and_then_the_fewest_wrong():
     }
     assert best(rows(shares), "recall", "flat") == (2.0, 2, pytest.approx(0.31))
     (line,) = table(rows(shares))
-    assert [line[f"rate {r:g}"] for r in RATES] == ["2", "1", "2", "2, 1 diverged"]
+    assert [line[f"rate {r:g}"] for r in RATES] == [
+        "2 of 3", "1 of 3", "2 of 3", "2 of 3, 1 diverged",
+    ]  # fmt: skip
     assert (line["best rate"], line["targets wrong there"]) == (2.0, "0.310")
 
 
